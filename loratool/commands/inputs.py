@@ -74,7 +74,9 @@ def share_hashes(adapters: Iterable[tuple[Adapter, float]]) -> WeightedAdapter:
         return tuple(adapters)  # they read them when they are asked
     return tuple(
         (
-            replace(adapter, known_sha256=job.once(f"hash of adapter {number}", partial(getattr, adapter, "sha256"))),
+            replace(
+                adapter, known_sha256=job.on_rank0(f"hash of adapter {number}", partial(getattr, adapter, "sha256"))
+            ),
             weight,
         )
         for number, (adapter, weight) in enumerate(adapters)

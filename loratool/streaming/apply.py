@@ -1,4 +1,4 @@
-"""Turn the placements of updates on a tensor into the steps that a rewrite runs over its rows.
+"""Plan the steps that a rewrite runs over a tensor's rows, from the placements of updates on it.
 
 The rows of a tensor are split into segments of rows with the same placements: one segment for a plain weight, one per
 expert for a stack. `segment.RowSegment` gives each its exact reals.
@@ -36,19 +36,19 @@ SMALL = 1 << 16  # numbers of a tensor that is merged in a batch: more are worth
 
 
 def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
-    """Return every tensor that is not just copied or cast, nor written as codes, by name."""
-    found = {}
+    """Return every tensor that is neither copied, nor cast, nor written as codes, by name."""
+    changed = {}
     for name in plan.sources.keys() - plan.coded:
         source, placements = plan.sources[name], plan.placements.get(name, ())
         base = plan.base.ref(name) if name in plan.base.specs else None
         is_decoded = name in plan.decoded and record  # otherwise it is cast
         if source.spec.size and (placements or is_decoded or (base and base != source and _has_rows(base.spec))):
-            found[name] = merge_tensor(base, source, placements, load, record)
-    return found
+            changed[name] = merge_tensor(base, source, placements, load, record)
+    return changed
 
 
 def _has_rows(spec: TensorSpec) -> bool:
-    """Return whether a tensor has rows of numbers that a replacement can be compared with."""
+    """Return whether a tensor has rows of numbers, which a replacement can be compared with."""
     return bool(spec.size and spec.shape) and spec.dtype in FLOATS
 
 
@@ -58,8 +58,8 @@ def merge_tensor(
     """Return a tensor with its placements merged in; all placements have the same number of rows.
 
     Args:
-        base: the base's tensor, None if the base has none of this name.
-        source: where its rows come from, `base` or another tensor.
+        base: the base's tensor; None if the base has no tensor of this name.
+        source: the tensor whose rows are read, `base` or another one.
         record: the steps return a `RecordedBlock` instead of `RoundingStats`, except for rows that the base lacks.
     """
     rows = placements[0].rows if placements else source.spec.shape[0]
@@ -73,7 +73,7 @@ def merge_tensor(
         for start, stop, inside in segments(placements, {0, rows} if replaced or codes else set()):
             segment = RowSegment(source, columns, start, stop, inside, load)
             if replaced and start < shared:
-                differs = record and not replaced.weight  # whose stored tensors undo keeps as they are
+                differs = record and not replaced.weight  # else the undo file keeps the stored tensors unchanged
                 step = partial(_replace, replaced, segment if inside else None, differs)
                 yield RowRange(start, min(stop, shared), step, height, height)
             if inside and stop > shared:
@@ -88,7 +88,7 @@ def merge_tensor(
 
 
 def segments(placements: Sequence[Placement], ends: set[int]) -> Iterator[tuple[int, int, list[Placement]]]:
-    """Yield the runs of rows with the same placements, and these."""
+    """Yield the runs of rows with the same placements, and these placements."""
     edges = sorted(ends | {edge for p in placements for edge in (p.start, p.stop)})
     for start, stop in pairwise(edges):
         yield start, stop, [p for p in placements if p.start <= start and stop <= p.stop]
@@ -128,7 +128,7 @@ def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: in
 
 
 def _batching(segment: RowSegment, record: bool) -> Batching | None:
-    """Return how all rows of a tensor are merged in a batch, None if they are many or not only of LoRA."""
+    """Return a tensor's share in a batch; None if it has many rows, or updates other than LoRA."""
     rows, columns = segment.stop - segment.start, segment.columns
     size = max(rows * columns, segment.rank * (rows + columns))
     if size > SMALL or not segment.is_low_rank:
@@ -137,13 +137,13 @@ def _batching(segment: RowSegment, record: bool) -> Batching | None:
 
 
 def _merge_batch(record: bool, segments: Sequence[RowSegment]) -> Step:
-    """Return the step that merges all rows of several tensors: as one sum, or if it must be one by one."""
+    """Return the step that merges all rows of several tensors, as one sum if `reals_of_batch` can."""
 
     def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> list[RoundingStats] | list[RecordedBlock]:
         x = reals_of_batch(segments)
         if x is None:
             blocks = zip(segments, base.chunk(len(segments)), out.chunk(len(segments)), strict=True)
-            return [_merge(segment, record, None, 0, len(own))(own, 0, made, work) for segment, own, made in blocks]
+            return [_merge(segment, record, None, 0, len(b))(b, 0, merged, work) for segment, b, merged in blocks]
         recorder = Recorder(base.dtype, matrices=len(segments)) if record else None
         stats = RowMerge(x, base.dtype, out.dtype, base.device).apply_each(base, 0, out, work, recorder)
         return recorder.results(stats, base, out) if recorder else stats
@@ -152,7 +152,7 @@ def _merge_batch(record: bool, segments: Sequence[RowSegment]) -> Step:
 
 
 def _replace(base: TensorRef, segment: RowSegment | None, record: bool, start: int, stop: int) -> Step:
-    """Return the step for rows with values of another tensor; the base's are read too, for statistics and undo."""
+    """Return the step for rows with values of another tensor; it reads the base's too, for statistics and undo."""
     inner = _merge(segment, False, None, start, stop) if segment else None
 
     def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
@@ -172,7 +172,7 @@ def _replace(base: TensorRef, segment: RowSegment | None, record: bool, start: i
 def restore_tensor(
     spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[Placement], load: UpdateLoader
 ) -> ChangedTensor:
-    """Return a merged tensor that is restored to the base's from its undo records. spec: the base's."""
+    """Return a merged tensor that is restored to the base's from its undo records. spec: of the base's tensor."""
     rows = placements[0].rows if placements else (spec.shape or (1,))[0]
     columns = spec.size // rows if rows else 0
     dtype = getattr(torch, DTYPE_NAMES[spec.dtype] if spec.dtype in FLOATS else "uint8")
@@ -192,20 +192,20 @@ def restore_tensor(
                 height = record.stop - record.start
                 yield RowRange(record.start, record.stop, prepare, height, height)
         if copied := undo.copied_rows(name):
-            first, at = copied
-            yield CopiedRows(first, rows, undo.file, at)
+            first, offset = copied
+            yield CopiedRows(first, rows, undo.file, offset)
 
     return ChangedTensor(rows, ranges, columns, scattered_codes(parts, columns) if parts else None)
 
 
 def scattered_codes(parts: Parts, columns: int) -> Scattered:
-    """Return how the codes of a weight are written. columns: of its rows, each one or more rows of the codec's."""
+    """Return how the codes of a weight are written. columns: of its rows, each of which is one or more codec rows."""
     codec, codes = parts.weight.format, parts.weight.tensors[0]
     fold, width = columns // parts.weight.spec.shape[-1], codec.width(parts)
 
     def write(start: int, out: Tensor, result: Any) -> tuple[Any, Iterator[Written]]:
-        found = codec.places(parts, start * fold, out.numpy().reshape(-1, width))
-        return result, ((codes, at, data) for at, data in found)
+        places = codec.places(parts, start * fold, out.numpy().reshape(-1, width))
+        return result, ((codes, offset, data) for offset, data in places)
 
     return Scattered(getattr(torch, codec.code), width * fold, parts.codes_spec.nbytes, write)
 
@@ -213,16 +213,16 @@ def scattered_codes(parts: Parts, columns: int) -> Scattered:
 def restore_codes(
     undo: UndoFile, name: str, placements: Sequence[Placement], load: UpdateLoader
 ) -> dict[str, ChangedTensor]:
-    """Return the stored tensors of a weight that the base stores as codes: those that are kept, and the codes."""
+    """Return the stored tensors of a weight that the base stores as codes: copies from the undo file, and the codes."""
 
-    def ranges(kept: StoredTensor) -> Iterator[CopiedRows]:
-        yield CopiedRows(0, 1, kept.file.file, kept.file.begin[kept.name])
+    def ranges(stored: StoredTensor) -> Iterator[CopiedRows]:
+        yield CopiedRows(0, 1, stored.file.file, stored.file.begin[stored.name])
 
     weight = undo.weights[name]
-    found = {kept.name: ChangedTensor(1, partial(ranges, kept)) for kept in undo.kept(name)}
-    if weight.tensors[0] not in found:
-        found[weight.tensors[0]] = restore_tensor(weight.spec, undo, name, placements, load)
-    return found
+    restored = {stored.name: ChangedTensor(1, partial(ranges, stored)) for stored in undo.kept(name)}
+    if weight.tensors[0] not in restored:
+        restored[weight.tensors[0]] = restore_tensor(weight.spec, undo, name, placements, load)
+    return restored
 
 
 def _restorer(
@@ -247,7 +247,7 @@ def _restore(
     start: int,
     stop: int,
 ) -> Step:
-    """Return the step that restores a record's rows; without a segment they were replaced or only decoded."""
+    """Return the step that restores a record's rows. segment: None for rows that were replaced or only decoded."""
     restorer = _restorer(undo, record, name, dtype, codes)
 
     def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
@@ -268,7 +268,7 @@ def _restore(
 
 
 def subtract_tensor(source: TensorRef, placements: Sequence[Placement], load: UpdateLoader) -> ChangedTensor:
-    """Return a merged tensor without additive placements; its steps return `Doubted`."""
+    """Return a merged tensor with its additive placements subtracted; its steps return `Doubted`."""
     columns = source.spec.size // max(1, placements[0].rows)
     height = record_rows(columns)
 

@@ -25,15 +25,15 @@ from .rewrite import ChangedTensor, RowRange
 from .scattered import Scattered, Written
 from .segment import RowSegment, UpdateLoader
 
-# A block's statistics, and what its rows are in the tensors beside the codes
+# A block's statistics, and the pieces of its rows in the tensors beside the codes
 Encoded = tuple[RoundingStats, list[Piece]]
 
 
 class MergedRows:
-    """The rows of a weight under its placements, rounded to a type to be encoded, in blocks of any rows.
+    """The rows of a weight with its placements merged in, rounded to a type for encoding, in blocks of any size.
 
     Args:
-        source: where W comes from, (rows, columns) as its last dimension is.
+        source: the tensor of W.
         dtype: of W'.
     """
 
@@ -49,10 +49,10 @@ class MergedRows:
         ]
 
     def merge(self, base: Tensor, start: int, work: Workspace) -> tuple[Tensor, RoundingStats]:
-        """Return W' of rows from `start` on, and what rounding did to them.
+        """Return W' of rows from `start` on, and the statistics of their rounding.
 
         Args:
-            base: their W.
+            base: W of these rows.
 
         Raises:
             NeedsFlag, InputError: a number is not finite.
@@ -67,12 +67,12 @@ class MergedRows:
                     if segment
                     else cast_rounded(base[here], out[here], work)
                 )
-        found = RoundingStats.of(stats)
-        self._require_codes(out, found)
-        return out, found
+        total = RoundingStats.of(stats)
+        self._require_codes(out, total)
+        return out, total
 
     def _require_codes(self, out: Tensor, stats: RoundingStats) -> None:
-        """Raise for numbers that no codes are for: one of them would spoil the scale of its whole group."""
+        """Raise for numbers that no code stands for: one of them would spoil the scale of its group."""
         kind = str(self.dtype).removeprefix("torch.")
         if stats.overflowed:
             message = f"{stats.overflowed} weights become infinite in {kind}, before they are encoded"
@@ -92,11 +92,11 @@ def encode_tensor(
     quantizer: Callable[[], Quantizer],
     load: UpdateLoader,
 ) -> ChangedTensor:
-    """Return the codes of a merged weight; the steps write the tensors beside them too, and return RoundingStats.
+    """Return a merged weight as codes; the steps also write the tensors beside the codes, and return RoundingStats.
 
     Args:
-        dtype: to which W' is rounded before it is encoded.
-        quantizer: makes one for each item.
+        dtype: the type that W' is rounded to before it is encoded.
+        quantizer: returns a new quantizer for each item.
     """
     merged, like = MergedRows(source, placements, dtype, load), quantizer()
     fold = merged.columns // source.spec.shape[-1]  # the codec's rows in a row
@@ -113,7 +113,7 @@ def encode_tensor(
 
 
 def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop: int) -> Step:
-    """Return the step that merges rows start:stop and encodes them, by a quantizer that has seen them if it must."""
+    """Return the step that merges and encodes rows start:stop; a quantizer that `sees_all` sees them first."""
     quantizer, width = make(), merged.source.spec.shape[-1]
     if quantizer.sees_all:
         step, work = record_rows(merged.columns), Workspace(torch.device("cpu"))
@@ -122,8 +122,8 @@ def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop:
             quantizer.see(merged.merge(base, first, work)[0].view(-1, width))
 
     def step_of(base: Tensor, row: int, out: Tensor, work: Workspace) -> Encoded:
-        found, stats = merged.merge(base, start + row, work)
-        codes, pieces = quantizer.rows((start + row) * (merged.columns // width), found.cpu().view(-1, width))
+        rounded, stats = merged.merge(base, start + row, work)
+        codes, pieces = quantizer.rows((start + row) * (merged.columns // width), rounded.cpu().view(-1, width))
         out.numpy()[...] = codes.reshape(tuple(out.shape))
         return stats, [*pieces, *(quantizer.rest() if start + row + len(base) == merged.rows else ())]
 
@@ -131,11 +131,11 @@ def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop:
 
 
 def _scattered(parts: Parts, columns: int) -> Scattered:
-    """Return how codes are written, and the tensors beside them by the pieces that a step returns."""
+    """Return how the codes are written, and the pieces of the tensors beside them that a step returns."""
     codes, names = scattered_codes(parts, columns), parts.weight.names
 
     def write(start: int, out: Tensor, result: Encoded) -> tuple[Any, Iterator[Written]]:
         (stats, pieces), (_, written) = result, codes.write(start, out, None)
-        return stats, chain(((names[role], at, data) for role, at, data in pieces), written)
+        return stats, chain(((names[role], offset, data) for role, offset, data in pieces), written)
 
     return replace(codes, write=write)

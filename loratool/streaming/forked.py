@@ -1,11 +1,11 @@
 """Run the items of `workers.run_items` in forked processes, which do not wait for each other's interpreter lock.
 
-A block of a merge is fifty calls of torch and numpy, each of which takes the lock, so that two threads lose a third of
-their time. A forked worker has the plan, the open files and the imports of its parent at no cost. It draws the same
-items from the same iterator, receives only their numbers, and sends back what the steps returned. This is for Linux
-only: on macOS a process that has used its frameworks cannot fork, and Windows has no fork.
+A block of a merge is fifty calls of torch and numpy. Each takes the lock, so two threads lose a third of their time. A
+forked worker has the plan, the open files and the imports of its parent at no cost. It draws the same items from the
+same iterator, receives only their numbers, and sends back the results of the steps. This is for Linux only: on macOS a
+process that has used its frameworks cannot fork, and Windows has no fork.
 
-The parent answers signals, also those to the group; the system kills a worker as soon as its parent is gone.
+The parent handles signals, also those to the group. The system kills a worker as soon as its parent is gone.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def chosen(items: Iterator[Any], numbers: Iterable[int]) -> Iterator[tuple[int, Any]]:
-    """Yield the items with these numbers, from 0 and rising, each with its number, until one is too high."""
+    """Yield the items with these numbers, each with its number, until a number is too high. numbers: rising, from 0."""
     drawn = 0
     for number in numbers:
         item = next(islice(items, number - drawn, None), None)
@@ -50,12 +50,12 @@ def chosen(items: Iterator[Any], numbers: Iterable[int]) -> Iterator[tuple[int, 
 def run_forked(
     items: Iterator[Any], numbers: Iterable[int], make_worker: Callable[[], Callable[[Any], Any]], workers: int
 ) -> Generator[tuple[int, Any, Any], None, None]:
-    """Yield each item with its number and what its worker returns, in the order in which they end.
+    """Yield each item with its number and its worker's result, in the order in which they end.
 
-    A step's side effects stay in its process, so it must return all that it finds. The first error is raised.
+    A step's side effects stay in its process, so it must return its results. The first error is raised here.
 
     Args:
-        numbers: those of the items to run, as `chosen` takes them.
+        numbers: of the items to run, as in `chosen`.
     """
     links: list[Connection] = []
     children: list[BaseProcess] = []
@@ -113,20 +113,20 @@ def _start(links: list[Connection], children: list[BaseProcess], items: Iterator
 
 def _receive(link: Connection) -> tuple[int, Any, BaseException | None]:
     try:
-        found: tuple[int, Any, BaseException | None] = link.recv()
+        outcome: tuple[int, Any, BaseException | None] = link.recv()
     except (EOFError, OSError) as error:
         raise MachineError(
             "a worker process was killed", remedy="did the system run out of memory? its log would say so"
         ) from error
-    return found
+    return outcome
 
 
 def _serve(
     parent: int, link: Connection, parents: tuple[Connection, ...], items: Iterator[Any], make_worker: Callable[[], Any]
 ) -> None:
-    """Run items in a child until its parent closes the link, or is gone."""
+    """Run items in a child process until the parent closes the link, or is gone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # gone before
+    if os.getppid() != parent:  # the parent was gone before that call
         return
     for other in parents:
         other.close()

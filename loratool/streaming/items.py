@@ -1,8 +1,8 @@
-"""Say what a work item is: its source, its place in the output, and what a worker finds of it.
+"""Work items of a rewrite: their sources, their places in the output, and their outcomes.
 
-An item is a range of bytes to copy or to hash, a range of a tensor's rows to compute, or a batch: all rows of several
-small tensors that are alike, as a block costs three hundred calls whatever its size. Any worker can run any item, and
-no result depends on their order.
+An item is a range of bytes to copy or to hash, a range of a tensor's rows to compute, or a batch. A batch holds all
+rows of several small tensors that are alike, since a block costs three hundred calls whatever its size. Any worker can
+run any item, and no result depends on their order.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class CopyBytes:
 
 @dataclass(frozen=True)
 class GatherBytes:
-    """An item that puts bytes of a tensor, which lie scattered, in order at a place in a file."""
+    """An item that collects scattered bytes of a tensor and writes them in order to a place in a file."""
 
     source: WeightsFile
     name: str
@@ -74,19 +74,19 @@ class HashBytes:
 # Compute a block: (base, index of its first row within the item, out, work) -> the block's result. It writes `out`.
 Step = Callable[[Tensor, int, Tensor, Workspace], Any]
 
-# (start, stop) of an item's rows -> the step for its blocks, which shares what the rows have in common.
+# (start, stop) of an item's rows -> the step for its blocks; it holds what all of these rows share.
 Prepare = Callable[[int, int], Step]
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How a small tensor is a part of a batch, in which all rows of several, one below the other, pass through a step.
+    """A small tensor's share in a batch: all rows of several tensors, one below the other, pass through one step.
 
     Attributes:
         alike: equal for tensors that can be in one batch.
-        size: numbers that it has in memory, of the tensor or its factors.
-        part: what the step needs of this one.
-        prepare: takes the parts, and returns a step whose result is a list with one for each.
+        size: count of numbers in memory, of the tensor or of its factors, whichever is more.
+        part: the step's input for this tensor.
+        prepare: takes all parts; returns a step that returns a list with one result for each.
     """
 
     alike: Hashable
@@ -95,7 +95,7 @@ class Batching:
     prepare: Callable[[Sequence[Any]], Step]
 
 
-# Return where a tensor of the output lies: its file, and its first byte there.
+# A tensor's name in the output -> its file, and its first byte there.
 Locate = Callable[[str], tuple[BinaryIO, int]]
 
 
@@ -120,7 +120,7 @@ class MapRows:
 
     @property
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yield the rows that each block starts and stops at, within the item."""
+        """Yield the first row of each block and the row after its last, counted within the item."""
         count = self.stop - self.start
         return ((row, min(row + self.block_rows, count)) for row in range(0, count, self.block_rows))
 
@@ -131,16 +131,20 @@ class MapRows:
         return (self.stop - self.start) * self.target_columns * self.target_dtype.itemsize
 
     def places(self, written: Iterable[Strided]) -> Iterator[tuple[BinaryIO, int, int]]:
-        """Yield where the blocks are: the file, the first byte there, and how many there are. written: of codes."""
+        """Yield the places of the blocks: the file, the first byte, and the number of bytes.
+
+        Args:
+            written: the places of codes; unused for other tensors.
+        """
         if self.scattered is None:
             width = self.target_columns * self.target_dtype.itemsize
             yield from (
                 (self.target, self.target_offset + row * width, (end - row) * width) for row, end in self.blocks
             )
             return
-        for each in written:
-            target, offset = self.scattered[1](each.tensor)
-            yield from ((target, offset + at, nbytes) for at, nbytes in each)
+        for strided in written:
+            target, offset = self.scattered[1](strided.tensor)
+            yield from ((target, offset + first, nbytes) for first, nbytes in strided)
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,8 @@ class MapBatch:
 
     def prepare(self) -> Step:
         """Return the step for all of them."""
-        own = [part.batching for part in self.parts if part.batching]
-        return own[0].prepare([each.part for each in own])
+        batchings = [part.batching for part in self.parts if part.batching]
+        return batchings[0].prepare([batching.part for batching in batchings])
 
     @property
     def nbytes(self) -> int:
@@ -163,11 +167,11 @@ Item = CopyBytes | GatherBytes | MapRows | MapBatch | HashBytes
 
 
 @dataclass(frozen=True)
-class Again:
-    """An item that an earlier run has finished: it is run only if what that wrote is not there any more.
+class FinishedItem:
+    """An item that an earlier run has finished. It is run again only if its output is no longer there.
 
     Attributes:
-        digest: of what it wrote; empty of copies, which are compared with their source.
+        digest: of what it wrote; empty for copies, which are compared with their source.
         written: the places of codes, in the order in which they were written.
     """
 
@@ -185,9 +189,9 @@ class Outcome:
     """The outcome of an item.
 
     Attributes:
-        digest: of what it wrote, as `Again` takes it.
-        results: those of its blocks in the order of rows, a CRC-32 or the places of codes first, or a hash; of a batch,
-            these of each part. None if an earlier run has written it.
+        digest: of what it wrote, as in `FinishedItem`.
+        results: one of each block, in the order of rows, after a CRC-32 or the places of codes; or a hash. Of a batch,
+            a list of these for each part. None if an earlier run has written it.
     """
 
     digest: str

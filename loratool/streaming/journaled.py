@@ -1,4 +1,4 @@
-"""Do work that a journal keeps: on all ranks of a job, and after a death only what was not finished.
+"""Run work with a journal: shared among the ranks of a job, and resumed after a death.
 
 Rank 0 opens the journal and the output, and goes on alone when all ranks have done their part.
 """
@@ -25,9 +25,9 @@ from .workers import run_threads
 
 T = TypeVar("T")
 
-SIGHT = 60  # seconds for which NFS remembers what is in a folder, if nobody has set another `acdirmax`
+SIGHT = 60  # seconds for which NFS caches a folder's entries, by default (`acdirmax`)
 
-WRITTEN = "written"  # the key by which a rank tells rank 0 that what it wrote, and its records, are on the disk
+WRITTEN = "written"  # name of the barrier after which all ranks' output and records are on the disk
 
 
 @contextmanager
@@ -41,23 +41,24 @@ def journaled(
     joined: Callable[[], AbstractContextManager[T]],
     is_resumable: bool = True,
 ) -> Iterator[tuple[Journal, T]]:
-    """Open an output and its journal, which goes with the last byte; on a rank other than 0, what rank 0 has opened.
+    """Open an output and its journal, on all ranks. The journal is removed when the output is complete.
 
-    A run that dies leaves both; one that fails by its inputs neither, on whichever rank.
+    A run that dies leaves both. A run that fails because of its inputs leaves neither, on whichever rank.
 
     Args:
-        path: the output's.
+        path: of the output.
         kinds: as in `Journal`.
-        head: what decides about the output's bytes, by name, with `inputs`: name -> list, whose last tells the content.
-        resume: go on with what a run that died has left, as after torchrun's restart.
-        opened: opens the output on rank 0; it is told what to call, inside the lock, to ask whether this run goes on.
-        joined: opens on another rank what rank 0 has opened.
+        head: all that determines the output's bytes, by name, with `inputs`: name -> list, whose last item identifies
+            the content.
+        resume: resume a run that died, as after torchrun's restart.
+        opened: opens the output on rank 0. Its argument returns whether this run resumes; call it inside the lock.
+        joined: opens on another rank the output that rank 0 has opened.
 
     Raises:
-        UsageError: the journal to go on with is of other inputs or options.
-        RankDone: at the end, to a rank other than 0, which may end the block by it.
+        UsageError: the journal to resume has other inputs or options.
+        RankDone: at the end, on ranks other than 0. Their block may raise it too.
     """
-    shared = {**head, "inputs": {name: told[-1] for name, told in head["inputs"].items()}}
+    shared = {**head, "inputs": {name: identity[-1] for name, identity in head["inputs"].items()}}
     job.agree("plan", hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest())
     journal = Journal(path, kinds, job.rank)
 
@@ -67,7 +68,7 @@ def journaled(
         except UsageError:
             if resume:
                 raise
-            return False  # torchrun's rank 0 died before it had begun anew, and this is what an earlier run left
+            return False  # torchrun's rank 0 died before it began the journal; this one is an earlier run's
 
     with ExitStack() as stack:
         if job.rank:
@@ -86,24 +87,24 @@ def journaled(
                 yield journal, output
             journal.sync()
         else:
-            job.reach("opened")
+            job.announce("opened")
             yield journal, output
     if job.rank:
         job.hand_over(WRITTEN)
 
 
 def read_others(job: Job, journal: Journal) -> None:
-    """Wait, as rank 0 within `journaled`, until the others have left theirs, and read their records."""
+    """Wait for the other ranks to finish, and read their records. Call it on rank 0 within `journaled`."""
     if job.count > 1:
         job.hand_over(WRITTEN)
         journal.read_all(job.count)
 
 
 def _await_sight(path: Path) -> None:
-    """Wait until this machine sees what rank 0 has made of an output: NFS believes for a while that it is not there.
+    """Wait until this machine sees the files that rank 0 created; NFS caches for a while that they are missing.
 
     Raises:
-        MachineError: it does not.
+        MachineError: the files do not appear.
     """
     last = time.monotonic() + SIGHT
     for place in (partial_path(path), journal_path(path)):
@@ -116,10 +117,10 @@ def _await_sight(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """Work whose result a journal has as one item."""
+    """Work whose result is one item of a journal."""
 
     item: int
-    place: Place  # what it is about: another run's result is taken if this is the same
+    place: Place  # identifies the input: another run's result is reused if this is the same
     work: Callable[[], Any]
 
 
@@ -132,19 +133,19 @@ def run_tasks(
     finished: Callable[[], object] = lambda: None,
     is_last: bool = False,
 ) -> list[Any]:
-    """Return the results of tasks, which the ranks share.
+    """Run tasks, shared among the ranks, and return the results of all of them.
 
-    Each worker is a thread with one of torch's, so that no sum depends on how many there are.
+    Each worker is a thread with one thread of torch's, so that no sum depends on the number of workers.
 
     Args:
-        name: of the tasks, the same on all ranks, which have the same tasks.
-        finished: called after each, also those that a run that died has done.
+        name: of this set of tasks; all ranks have the same name and tasks.
+        finished: called after each task, also after those that an earlier run has done.
         is_last: rank 0 goes on alone.
 
     Raises:
-        RankDone: to the others, if it is the last.
+        RankDone: on ranks other than 0, if `is_last`.
     """
-    own = dict[int, Any]()
+    computed = dict[int, Any]()  # by this rank
 
     def waiting() -> Iterator[tuple[int, Task]]:
         for number in job.numbers(name):
@@ -159,14 +160,14 @@ def run_tasks(
 
     with closing(run_threads(waiting(), lambda: lambda task: task.work(), workers, ahead=0)) as runs:
         for number, task, result in runs:
-            own[number] = journal.add(task.item, task.place, "", result)
+            computed[number] = journal.add(task.item, task.place, "", result)
             finished()
     if job.rank:
         journal.sync()
     if is_last:
         job.hand_over(f"{name} done")
     else:
-        job.come(f"{name} done")
+        job.barrier(f"{name} done")
     if job.count > 1:
         journal.read_all(job.count)
-    return [own[n] if n in own else journal.results(task.item) for n, task in enumerate(tasks)]
+    return [computed[n] if n in computed else journal.results(task.item) for n, task in enumerate(tasks)]

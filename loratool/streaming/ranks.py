@@ -1,17 +1,17 @@
-"""Share one command among the ranks of a torchrun job, by nothing but counters and words in torch.distributed's store.
+"""Share one command among the ranks of a torchrun job, through counters and texts in torch.distributed's store.
 
-Every rank runs the same command on the same files and makes the same plan, whose digest `agree` compares. Work items
-have numbers, which a rank draws when it is ready for one, so that a slow rank takes fewer. What costs reading is made
-`once`, by rank 0, which also finishes the output; the others leave by `RankDone`. No process group is made: weights
-pass through files alone.
+Every rank runs the same command on the same files and makes the same plan; `agree` compares the plans' digests. Work
+items have numbers. A rank draws a number when it is ready for an item, so a slow rank takes fewer. Rank 0 alone does
+what costs reading (`on_rank0`) and finishes the output; the other ranks exit by `RankDone`. There is no process group:
+weights pass through files alone.
 
-torchrun starts all ranks anew when one dies, but its store lives on, with all that the dead have said. Nor do ranks
-know which start they are of: TORCHELASTIC_RESTART_COUNT is each node's own, as only that of the dead rank counts up
-(`_invoke_run` of torch/distributed/elastic/agent/server/api.py). So rank 0 counts the starts in the store and tells
-each rank that greets it (`meet`); all that is said after that has the start's number before it.
+torchrun restarts all ranks when one dies, but its store stays, with the texts of the dead ranks. A rank cannot know
+which start it belongs to: TORCHELASTIC_RESTART_COUNT differs between nodes, as only the dead rank's node counts it up
+(`_invoke_run` of torch/distributed/elastic/agent/server/api.py). So rank 0 counts the starts in the store and sends the
+number to each rank that greets it (`rendezvous`). All later keys begin with that number.
 
-A program that uses the library under torchrun remains alone, as it may call it on one rank only: `join_job` is for the
-command line.
+A program that uses the library under torchrun remains a job of one rank, as it may call it on one rank only:
+`join_job` is for the command line.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PREFIX = "loratool/"  # of our keys in the store
 
 PART = 1 << 20  # characters, of 4 bytes at most
 
-STARTS, HELLO, WELCOME, MET = "starts", "hello", "welcome", "met"  # the keys by which ranks meet
+STARTS, HELLO, WELCOME, MET = "starts", "hello", "welcome", "met"  # keys of the rendezvous
 
 BEAT = "beat"  # the key that counts while a rank lives
 
@@ -42,19 +42,19 @@ CONNECTING = 60  # seconds until the store must have answered: torchrun opens it
 
 BEATING, SILENCE = 5.0, 120.0  # seconds between beats, and without one until a rank is taken for dead
 
-TELLING = 60  # seconds after which a rank says that it waits for others
+TELLING = 60  # seconds after which a rank reports that it waits for others
 
 CALLED = f"if this is no rank of torchrun's but called by one, unset {RUN_ID}"
 
-POLL, LONGEST_POLL = 0.002, 0.25  # seconds between two looks at the store, at first and after a long while
+POLL, LONGEST_POLL = 0.002, 0.25  # seconds between two polls of the store, at first and after a long while
 
 
 class RankDone(BaseException):
-    """A rank other than 0 has done its part. It is no Exception, so that nothing takes it for an error to mend."""
+    """A rank other than 0 has done its part. It is no Exception, so that no handler of errors catches it."""
 
 
 class Store(Protocol):
-    """The part of torch.distributed's stores that is used: each call is one exchange, and waits for no other rank."""
+    """The methods of torch.distributed's stores that we use. Each call is one exchange and waits for no other rank."""
 
     def set(self, key: str, value: str, /) -> None: ...
 
@@ -66,7 +66,7 @@ class Store(Protocol):
 
 
 class _OwnStore:
-    """The store of a process that is alone."""
+    """Store of a process without other ranks."""
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
@@ -87,10 +87,10 @@ class _OwnStore:
 
 
 class _SharedStore:
-    """A store of torch.distributed, which torchrun uses too; its errors are ours.
+    """Store of torch.distributed, which torchrun uses too. It raises our errors.
 
-    A long text is cut into parts, as TCPStore takes 8 MiB at most; the first says before a line break how many more
-    there are.
+    TCPStore takes values of 8 MiB at most, so a long text is stored in parts. The first part begins with the number of
+    the further parts and a line break.
     """
 
     def __init__(self, store: Store) -> None:
@@ -135,18 +135,18 @@ def _reached() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """The ranks that share a command; as it is made by default, this process alone. A name is used once in a job."""
+    """The ranks that share a command; by default this process alone. Use each name once in a job."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0  # among the ranks of this machine
     local_count: int = 1
-    start: int = 0  # how often rank 0 was started before, of which all ranks know
-    restarts: int = 0  # the same as far as this rank knows, also where each start has a store of its own
+    start: int = 0  # how often rank 0 was started before; the same on all ranks
+    restarts: int = 0  # how often this rank was started before, also where each start has a new store
     store: Store = field(default_factory=_OwnStore, repr=False)
 
     def numbers(self, name: str) -> Iterator[int]:
-        """Yield numbers from 0, rising, that no other rank gets, without end."""
+        """Yield rising numbers from 0, without end. No other rank gets the same ones."""
         while True:
             yield self.add(name, 1) - 1
 
@@ -154,8 +154,8 @@ class Job:
         """Add to a counter of all ranks, and return its new value."""
         return self.store.add(self._key(name), amount)
 
-    def once(self, name: str, make: Callable[[], str]) -> str:
-        """Return what rank 0 made; an error there ends rank 0, and torchrun ends the others."""
+    def on_rank0(self, name: str, make: Callable[[], str]) -> str:
+        """Run `make` on rank 0 and return its text on all ranks. An error ends rank 0, and torchrun ends the others."""
         if self.rank:
             return self._await(name, 0)
         text = make()
@@ -163,98 +163,98 @@ class Job:
         return text
 
     def agree(self, name: str, digest: str) -> None:
-        """Raise InputError if this rank's digest is not rank 0's, which goes on when all others have the same."""
-        if self.once(name, lambda: digest) != digest:
+        """Raise InputError if this rank's digest differs from rank 0's. Rank 0 waits until all others agree."""
+        if self.on_rank0(name, lambda: digest) != digest:
             import socket
 
             message = f"rank {self.rank}, on host {socket.gethostname()}, sees another plan than rank 0"
             raise InputError(message, remedy="are its files and options the same?")
         if self.rank:
-            self._tell(name, digest)
+            self._send(name, digest)
         else:
             self._await_others(name)
 
-    def reach(self, name: str) -> None:
-        """Tell the others, as rank 0, that it has come so far."""
+    def announce(self, name: str) -> None:
+        """Release the ranks that `wait` for this name. Call it on rank 0."""
         self.store.set(self._key(name), "reached")
 
     def wait(self, name: str) -> None:
-        """Wait until rank 0 has come so far; it does not wait for itself."""
+        """Wait for rank 0's `announce` of this name; rank 0 does not wait."""
         if self.rank:
             self._await(name, 0)
 
-    def gather(self, name: str, own: str) -> Iterator[str]:
-        """Return the texts of all ranks in their order to rank 0, which waits for each.
+    def gather(self, name: str, text: str) -> Iterator[str]:
+        """Return the texts of all ranks on rank 0, in the order of ranks, waiting for each.
 
         Raises:
-            RankDone: to the others, when their text is told.
+            RankDone: on the other ranks, when their text is in the store.
         """
         if self.rank:
-            self._tell(name, own)
-        self.leave()
-        return chain([own], self._texts(name))
+            self._send(name, text)
+        self.exit_unless_rank0()
+        return chain([text], self._texts(name))
 
-    def come(self, name: str) -> None:
-        """Wait until all ranks have come so far."""
+    def barrier(self, name: str) -> None:
+        """Wait until all ranks have called this."""
         if self.rank:
-            self._tell(name, "here")
+            self._send(name, "here")
             self.wait(name)
         else:
             self._await_others(name)
-            self.reach(name)
+            self.announce(name)
 
     def hand_over(self, name: str) -> None:
-        """Leave to rank 0 what follows, which waits until the others have come so far.
+        """Continue on rank 0 alone, after all other ranks have called this.
 
         Raises:
-            RankDone: to the others.
+            RankDone: on the other ranks.
         """
         if self.rank:
-            self._tell(name, "here")
-        self.leave()
+            self._send(name, "here")
+        self.exit_unless_rank0()
         self._await_others(name)
 
-    def leave(self) -> None:
-        """Leave to rank 0 what follows: raise RankDone to the others."""
+    def exit_unless_rank0(self) -> None:
+        """Raise RankDone on every rank but rank 0."""
         if self.rank:
             raise RankDone
 
     def finish(self, code: int = 0) -> int:
-        """End the job: rank 0 tells the others its exit code, which wait for that and return it.
+        """End the job and return rank 0's exit code on all ranks; the others wait for it.
 
-        With one of their own the torchrun of another node would wait for minutes at its exit for the one that failed.
-        A rank that had ended could not be restarted with rank 0: its node's torchrun would be waiting at its exit.
+        If exit codes differed, the torchrun of another node would wait for minutes at its exit for the failed one. If a
+        rank ended before rank 0, it could not be restarted with it: its node's torchrun would be waiting at its exit.
         """
         if not self.rank:
             self.store.set(self._key("end"), str(code))
             return code
-        with suppress(_OutOfReach):  # rank 0 has ended, and the store was its own
+        with suppress(_OutOfReach):  # rank 0 held the store, and has ended
             return int(self._await("end", 0))
         return 0
 
-    def _tell(self, name: str, text: str) -> None:
-        """Tell rank 0 something, as another rank."""
+    def _send(self, name: str, text: str) -> None:
+        """Send rank 0 a text. Call it on another rank."""
         self.store.set(self._key(f"{name}/{self.rank}"), text)
 
     def _await_others(self, name: str) -> None:
         deque(self._texts(name), maxlen=0)
 
     def _texts(self, name: str) -> Iterator[str]:
-        """Yield what each other rank tells rank 0, which waits for it."""
+        """Yield the text that each other rank sent, waiting for it. Call it on rank 0."""
         return (self._await(f"{name}/{rank}", rank) for rank in range(1, self.count))
 
     def _key(self, name: str) -> str:
         return f"{self.start}/{name}"
 
     def _await(self, name: str, rank: int) -> str:
-        """Return what a rank tells, however long that takes.
+        """Wait for a rank's text, however long it takes, and return it.
 
         Raises:
             MachineError: torchrun has restarted that rank without this one, as nodes without a rendezvous do; or it
                 died on a node that is not to be restarted, which torchrun does not tell the other nodes.
         """
         key, beat, heard = self._key(name), -1, time.monotonic()
-        for _ in _looks():
+        for _ in _polls():
             if self.store.check([key]):
                 return self.store.get(key).decode()
             before, beat = beat, self.add(f"{BEAT}/{rank}", 0)
@@ -267,20 +267,20 @@ class Job:
         raise AssertionError("looks have no end")
 
     def _is_another(self, rank: int) -> bool:
-        """Return whether a rank is another process than that which has met this one."""
+        """Return whether a rank was restarted since the rendezvous with this one."""
         if rank == 0:
             return int(self.store.get(STARTS)) != self.start + 1
         return self.store.get(f"{HELLO}/{rank}") != self.store.get(self._key(f"{MET}/{rank}"))
 
 
-def _looks(tell_late: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Wait between looks at the store, ever longer; not in the store's own wait, in which no signal would come."""
-    pause, told_at = POLL, time.monotonic() + TELLING
+def _polls(report_late: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Yield once for each poll of the store, with growing pauses. The store's own wait would hold back signals."""
+    pause, report_at = POLL, time.monotonic() + TELLING
     while True:
         yield
-        if time.monotonic() > told_at:
-            told_at = float("inf")
-            tell_late()
+        if time.monotonic() > report_at:
+            report_at = float("inf")
+            report_late()
         time.sleep(pause)
         pause = min(1.5 * pause, LONGEST_POLL)
 
@@ -295,18 +295,18 @@ _job: Job | None = None
 
 
 def current_job() -> Job:
-    """Return this process's job; if it has not joined one, a new one of itself alone, whose counters are at 0."""
+    """Return this process's job; if it has not joined one, a new job of this process alone, with counters at 0."""
     return _job or Job()
 
 
 def join_job(tell: Callable[[str], object]) -> None:
-    """Become one of torchrun's ranks, when all have come.
+    """Join the job of torchrun's ranks, after the rendezvous with all of them.
 
     Args:
-        tell: called once if some have not come for long.
+        tell: called once with a message if some ranks are absent for long.
 
     Raises:
-        MachineError: the store cannot be reached, or torch has none.
+        MachineError: the store is out of reach, or torch was built without one.
     """
     global _job
     from datetime import timedelta
@@ -315,12 +315,12 @@ def join_job(tell: Callable[[str], object]) -> None:
 
     if not torch.distributed.is_available():
         raise MachineError("this torch was built without torch.distributed", remedy="run it without torchrun")
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed.rendezvous import rendezvous as open_store
 
     with _reached():
-        opened, rank, count = next(rendezvous("env://", timeout=timedelta(seconds=CONNECTING)))
+        opened, rank, count = next(open_store("env://", timeout=timedelta(seconds=CONNECTING)))
     store = _SharedStore(opened)
-    start = meet(store, rank, count, tell)
+    start = rendezvous(store, rank, count, tell)
     local_rank, local_count, restarts = (
         int(os.environ.get(name, default))
         for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0))
@@ -330,17 +330,17 @@ def join_job(tell: Callable[[str], object]) -> None:
 
 
 def _beat(job: Job) -> None:
-    with suppress(_OutOfReach):  # the command finds that itself
+    with suppress(_OutOfReach):  # the command raises this itself
         while True:
             job.add(f"{BEAT}/{job.rank}", 1)
             time.sleep(BEATING)
 
 
-def meet(store: Store, rank: int, count: int, tell: Callable[[str], object]) -> int:
-    """Return the number of this start, from 0, when all its ranks have met rank 0.
+def rendezvous(store: Store, rank: int, count: int, tell: Callable[[str], object]) -> int:
+    """Wait for all ranks of this start, and return the start's number, from 0.
 
-    A rank greets rank 0 with a word that no rank has used before, and is answered under that word: so neither takes
-    what the dead have said for the other's.
+    A rank greets rank 0 with a new random word, and rank 0 answers under that word. So neither mistakes a dead rank's
+    text for the other's.
     """
     return _greet(store, rank, tell) if rank else _welcome(store, count, tell)
 
@@ -348,7 +348,7 @@ def meet(store: Store, rank: int, count: int, tell: Callable[[str], object]) -> 
 def _greet(store: Store, rank: int, tell: Callable[[str], object]) -> int:
     word = os.urandom(8).hex()
     store.set(f"{HELLO}/{rank}", word)
-    for _ in _looks(lambda: tell(f"waiting for other ranks; {CALLED}")):
+    for _ in _polls(lambda: tell(f"waiting for other ranks; {CALLED}")):
         if store.check([f"{WELCOME}/{word}"]):
             start = int(store.get(f"{WELCOME}/{word}"))  # another one if rank 0 died in between
             store.set(f"{start}/{MET}/{rank}", word)
@@ -360,11 +360,11 @@ def _greet(store: Store, rank: int, tell: Callable[[str], object]) -> int:
 def _welcome(store: Store, count: int, tell: Callable[[str], object]) -> int:
     start = store.add(STARTS, 1) - 1
     absent = set(range(1, count))
-    for _ in _looks(lambda: tell(f"waiting for {len(absent)} of {count} ranks; {CALLED}")):
-        for each in absent:
-            if store.check([f"{HELLO}/{each}"]):
-                store.set(f"{WELCOME}/{store.get(f'{HELLO}/{each}').decode()}", str(start))
-        absent.difference_update([each for each in absent if store.check([f"{start}/{MET}/{each}"])])
+    for _ in _polls(lambda: tell(f"waiting for {len(absent)} of {count} ranks; {CALLED}")):
+        for rank in absent:
+            if store.check([f"{HELLO}/{rank}"]):
+                store.set(f"{WELCOME}/{store.get(f'{HELLO}/{rank}').decode()}", str(start))
+        absent.difference_update([rank for rank in absent if store.check([f"{start}/{MET}/{rank}"])])
         if not absent:
             store.set(f"{start}/{MET}", "all")
             break

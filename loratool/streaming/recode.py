@@ -29,8 +29,8 @@ def recode_tensor(
     """Return the codes of a weight with its placements merged in.
 
     Args:
-        source: the weight, which is stored as codes.
-        placements: one or more; none replaces it.
+        source: the weight, stored as codes.
+        placements: one or more; none of them replaces the weight.
         record: the steps return a `RecordedBlock` instead of `RoundingStats`.
     """
     assert source.parts
@@ -47,20 +47,20 @@ def recode_tensor(
 
 
 def _recode(parts: Parts, segment: RowSegment | None, record: bool, start: int, stop: int) -> Step:
-    """Return the step that rounds rows start:stop to codes; without a segment they keep theirs."""
+    """Return the step that rounds rows start:stop to codes. segment: None for rows that keep their codes."""
 
     def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
         first = start + row
         rows = CodedRows(parts, first, base.shape[1])
         former = rows.read(len(base))
-        made, stats = out.numpy().reshape(former.shape), RoundingStats()
-        made[...] = former
+        codes, stats = out.numpy().reshape(former.shape), RoundingStats()
+        codes[...] = former
         if segment:
             x, _ = segment.reals_of(first, first + len(base), base, work)
-            found, stats = round_to_codes(x, base, rows.without_padding(former), rows, work)
+            merged, stats = round_to_codes(x, base, rows.without_padding(former), rows, work)
             columns = parts.weight.spec.shape[-1]
-            made[:, :columns] = found.reshape(-1, columns)
-        return record_recoded(rows, former, made, stats) if record else stats
+            codes[:, :columns] = merged.reshape(-1, columns)
+        return record_recoded(rows, former, codes, stats) if record else stats
 
     return step
 
@@ -70,7 +70,7 @@ def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
 
     Args:
         parts: the weight as the merged model stores it.
-        name: of the tensor of codes, by which the undo file has it.
+        name: of the tensor of codes, its key in the undo file.
     """
     rows, columns = recoded_shape(undo.index["tensors"][name])
 
@@ -89,9 +89,9 @@ def _restore(restorer: Restorer, rows: CodedRows, start: int, stop: int) -> Step
     """Return the step that restores a record's codes; the weight's numbers, which a rewrite reads, are not used."""
 
     def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
-        made = rows.read(stop - start)
+        codes = rows.read(stop - start)
         with restorer.damage():
-            restorer.recoded(made, out)
-        restorer.check(out, torch.from_numpy(made))
+            restorer.recoded(codes, out)
+        restorer.check(out, torch.from_numpy(codes))
 
     return step

@@ -1,8 +1,8 @@
 """Rewrite a checkpoint: chosen tensors pass through a step by blocks of rows, all others are copied or cast.
 
-Every command that writes a model streams it through here. The layout of the output is turned into independent items for
-`workers.run_items`, and only the blocks under way are in memory. A journal has what each item wrote and found, so that
-a run that died is continued, and torchrun's ranks share the items.
+Every command that writes a model streams it through here. The output's layout becomes independent items for
+`workers.run_items`, and only the blocks under way are in memory. A journal records each item's output and results, so
+that a run that died can resume, and torchrun's ranks can share the items.
 """
 
 from __future__ import annotations
@@ -27,16 +27,28 @@ from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.reader import belongs
 from ..undo.records import Doubted, RecordedBlock
 from ..undo.table import HASH_PART
-from .items import Again, Batching, CopyBytes, GatherBytes, HashBytes, Item, Locate, MapBatch, MapRows, Prepare, Step
+from .items import (
+    Batching,
+    CopyBytes,
+    FinishedItem,
+    GatherBytes,
+    HashBytes,
+    Item,
+    Locate,
+    MapBatch,
+    MapRows,
+    Prepare,
+    Step,
+)
 from .journaled import journaled, read_others
 from .ranks import Job, current_job
 from .scattered import Scattered, Strided
 from .workers import Progress, run_items
 
-# The results that steps return -> how a journal has them
+# A name in a journal -> the type of a step's results
 RESULTS = {kind.__name__: kind for kind in (RoundingStats, RecordedBlock, Doubted, Strided)}
 
-# The --dtype that holds what overflows in a type
+# A type -> the --dtype that holds numbers that overflow in it
 WIDER = {"F16": "fp32", "BF16": "fp32", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
 
 CAST_BLOCK = 1 << 17  # numbers cast at a time
@@ -47,7 +59,7 @@ ROWS_ITEM = 1 << 22  # weights of a matrix in an item
 
 BATCH = 1 << 18  # numbers of small tensors in an item: with so many, the calls cost little beside the arithmetic
 
-MIN_ROWS = 256  # rows in an item, at least: preparing a step costs as much as a few rows
+MIN_ROWS = 256  # least rows of an item: preparing a step costs as much as a few rows
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class RowRange:
 
 @dataclass(frozen=True)
 class CopiedRows:
-    """Rows start:stop of a tensor that are copied from another file, from `offset` on."""
+    """Rows start:stop of a tensor, copied from byte `offset` of another file."""
 
     start: int
     stop: int
@@ -74,7 +86,7 @@ class CopiedRows:
 
 @dataclass(frozen=True)
 class ChangedTensor:
-    """A tensor that changes, as a matrix of `rows` rows; `ranges` yields those that do, in rising order."""
+    """A tensor that changes, as a matrix of `rows` rows; `ranges` yields the changed rows, in rising order."""
 
     rows: int
     ranges: Callable[[], Iterable[RowRange | CopiedRows]]
@@ -94,74 +106,74 @@ def rewrite(
 ) -> Generator[tuple[MapRows | HashBytes, list[Any]], None, None]:
     """Write `output`, whose layout is planned, and yield each item of a changed tensor with the results of its steps.
 
-    The items of one tensor come in any order; to rank 0 those of all ranks, to another its own. If the run dies, the
-    partial output and its journal stay; after any other error, or if the caller closes the generator early, nothing
-    does.
+    The items of a tensor come in any order. Rank 0 gets the items of all ranks, another rank its own. If the run dies,
+    the partial output and its journal stay. After any other error, or if the caller closes the generator early, nothing
+    stays.
 
     Args:
-        sources: where each tensor's rows come from, but for those that the steps of others write; rows in no range of
-            a changed tensor are copied or cast
-        finish: called with the open files, by name, when all rows are written; returns the output's small files
-            whose content only the rows told, by name
+        sources: the source of each tensor's rows, except tensors that the steps of others write; rows in no range of a
+            changed tensor are copied or cast
+        finish: called on rank 0 with the open files, by name, when all rows are written; returns, by name, the output's
+            small files whose content depends on the results
         hashed: copied tensors whose sources are hashed on the way; each part is yielded with its sha256
 
     Raises:
         NeedsFlag, InputError: a cast overflows.
-        UsageError: the journal to go on with is of other inputs or options.
-        RankDone: to ranks other than 0, when their items are written; `finish` is rank 0's.
+        UsageError: the journal to resume has other inputs or options.
+        RankDone: on ranks other than 0, when their items are written.
     """
     output.require_space()
-    job, told = current_job(), dict[str, bytes]()
+    job, side_files = current_job(), dict[str, bytes]()
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
-    with _opened(output, told, job) as (journal, targets), ExitStack() as writing:
+    with _opened(output, side_files, job) as (journal, targets), ExitStack() as writing:
         names = {file: name for name, file in targets.items()}
 
         def items() -> Iterator[Item]:
             return _items(output, sources, changed, targets, hashed)
 
-        def found(item: Item, results: list[Any]) -> Iterator[tuple[MapRows | HashBytes, list[Any]]]:
-            for each, own in _of_each(item, results):
-                if not isinstance(each, HashBytes) and each.checked:
-                    written[each.target].append((each.target_offset, each.nbytes, own.pop(0)))
-                if _is_scattered(each):
-                    del own[0]  # its places
-                if isinstance(each, HashBytes) or _is_changed(each, changed):
-                    yield each, own
-                elif isinstance(each, MapRows):
-                    refuse_overflow(each.tensor, own, sources, output)
+        def step_results(item: Item, results: list[Any]) -> Iterator[tuple[MapRows | HashBytes, list[Any]]]:
+            for part, of_part in _parts(item, results):
+                if not isinstance(part, HashBytes) and part.checked:
+                    written[part.target].append((part.target_offset, part.nbytes, of_part.pop(0)))
+                if _is_scattered(part):
+                    del of_part[0]  # its places
+                if isinstance(part, HashBytes) or _is_changed(part, changed):
+                    yield part, of_part
+                elif isinstance(part, MapRows):
+                    refuse_overflow(part.tensor, of_part, sources, output)
 
-        mine = set[int]()
+        done_here = set[int]()  # the numbers of this rank's items
         planned = _without_finished(items(), journal, names)
         runs = writing.enter_context(closing(run_items(planned, job.numbers("items"), device, workers, output.nbytes)))
         writing.enter_context(write_back_early(targets.values()))
-        for number, each, done in runs:
-            item = each.item if isinstance(each, Again) else each
+        for number, planned_item, done in runs:
+            item = planned_item.item if isinstance(planned_item, FinishedItem) else planned_item
             if done.results is None:
                 results = journal.results(number)
             else:
                 results = journal.add(number, _place_of(item, names), done.digest, done.results)
-            mine.add(number)
-            yield from found(item, results)
+            done_here.add(number)
+            yield from step_results(item, results)
             done_bytes = job.add("bytes", item.nbytes)
             if progress:
                 progress(done_bytes, output.nbytes)
         writing.close()
         if job.rank:
-            return  # as RankDone, once what it wrote is synced
+            return  # `journaled` raises RankDone, once this rank's output is synced
         read_others(job, journal)
         for number, item in enumerate(items() if job.count > 1 else ()):
-            if number not in mine:
-                yield from found(item, journal.results(number))
+            if number not in done_here:
+                yield from step_results(item, journal.results(number))
         for file in output.files:
             target = targets[file.name]
             for offset, data in file.archive.rest(written[target]) if file.archive else ():
                 write_at(target, memoryview(data), offset)
         if finish:
-            told.update(finish(targets))
+            side_files.update(finish(targets))
 
 
 def _opened(
-    output: Output, told: Mapping[str, bytes], job: Job
+    output: Output, side_files: Mapping[str, bytes], job: Job
 ) -> AbstractContextManager[tuple[Journal, Mapping[str, BinaryIO]]]:
     """Open an output and its journal, as `journaled` does."""
     return journaled(
@@ -170,20 +182,22 @@ def _opened(
         output.head(),
         output.resume,
         job,
-        partial(open_output, output, told, belongs),
+        partial(open_output, output, side_files, belongs),
         partial(join_output, output),
         is_resumable=bool(output.call),
     )
 
 
-def _without_finished(items: Iterable[Item], journal: Journal, names: Mapping[BinaryIO, str]) -> Iterator[Item | Again]:
-    """Yield the items, those that an earlier run has finished as `Again`."""
+def _without_finished(
+    items: Iterable[Item], journal: Journal, names: Mapping[BinaryIO, str]
+) -> Iterator[Item | FinishedItem]:
+    """Yield the items; those that an earlier run has finished are each a `FinishedItem`."""
     for number, item in enumerate(items):
         record = journal.finished.get(number)
         is_same = record and record.place == _place_of(item, names)
         if record and is_same:
             places = journal.results(number)[0] if _is_scattered(item) else ()
-            yield Again(item, record.digest, places)
+            yield FinishedItem(item, record.digest, places)
         else:
             yield item
 
@@ -193,15 +207,15 @@ def _is_scattered(item: Item) -> bool:
 
 
 def _place_of(item: Item, names: Mapping[BinaryIO, str]) -> Place:
-    """Return the place that an item writes, or of a hash what it reads."""
+    """Return the place that an item writes, or, for a hash, the place that it reads."""
     if isinstance(item, HashBytes):
         return item.tensor, item.first, item.length
     first = item.parts[0] if isinstance(item, MapBatch) else item
     return names[first.target], first.target_offset, item.nbytes
 
 
-def _of_each(item: Item, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
-    """Return an item with its results, or its parts with theirs."""
+def _parts(item: Item, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
+    """Return each part of a batch with its results, or another item with its own."""
     return zip(item.parts, results, strict=True) if isinstance(item, MapBatch) else [(item, results)]
 
 
@@ -234,9 +248,9 @@ def _items(
     targets: Mapping[str, BinaryIO],
     hashed: Collection[str],
 ) -> Iterator[Item]:
-    """Yield the items of the output, one of each file in turn, as threads that write one file wait for its lock."""
+    """Yield the output's items, one of each file in turn, since threads that write to one file wait for its lock."""
     waiting: list[Iterator[Item]] = [_hash_items(sources, hashed)]
-    begin = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
+    begin = {name: (targets[file.name], offset) for file in output.files for name, offset in file.begin.items()}
     waiting += [
         _file_items(output, file, targets[file.name], sources, changed, begin.__getitem__) for file in output.files
     ]
@@ -268,7 +282,7 @@ def _file_items(
     changed: Mapping[str, ChangedTensor],
     locate: Locate,
 ) -> Iterator[Item]:
-    """Yield the items of one file in the order of its bytes; adjacent copies from adjacent bytes are one item."""
+    """Yield the items of one file in the order of its bytes; copies that continue each other are one item."""
     span: CopyBytes | None = None
     small: dict[Hashable, list[MapRows]] = {}
     checked = file.archive is not None
@@ -301,7 +315,7 @@ def _file_items(
 
 
 def _batched(item: Item, small: dict[Hashable, list[MapRows]]) -> Iterator[Item]:
-    """Yield an item; let a small one wait for others that are alike, and yield them when they are many enough."""
+    """Yield an item, or collect a small one in `small` and yield a batch once there are enough alike."""
     if not isinstance(item, MapRows) or item.batching is None:
         yield item
         return
@@ -324,7 +338,7 @@ class _Place:
 
 
 def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor, locate: Locate) -> Iterator[Item]:
-    """Yield the items of one tensor: its ranges, and the rows in between, which are copied or cast."""
+    """Yield the items of one tensor: its ranges, and the rows between them, which are copied or cast."""
     if changed.scattered:
         yield from _scattered_items(source, place, changed, changed.scattered, locate)
         return
@@ -336,8 +350,8 @@ def _changed_items(source: TensorRef, place: _Place, changed: ChangedTensor, loc
         yield from _row_items(source, place, columns, written, _cast_rows(done, part.start, columns))
         if isinstance(part, CopiedRows):
             width = written * DTYPES[place.spec.dtype] // 8
-            at, size = place.offset + part.start * width, (part.stop - part.start) * width
-            yield from _copy_items(CopyBytes(part.file, part.offset, place.target, at, size, place.checked))
+            offset, size = place.offset + part.start * width, (part.stop - part.start) * width
+            yield from _copy_items(CopyBytes(part.file, part.offset, place.target, offset, size, place.checked))
         else:
             yield from _row_items(source, place, columns, written, part)
         done = part.stop
@@ -375,10 +389,10 @@ def _copy_items(span: CopyBytes | None) -> Iterator[CopyBytes]:
         yield replace(span, source_offset=source_offset, target_offset=target_offset, nbytes=size)
 
 
-def _gather_items(whole: GatherBytes) -> Iterator[GatherBytes]:
-    for start in range(0, whole.nbytes, COPY_ITEM):
-        size = min(COPY_ITEM, whole.nbytes - start)
-        yield replace(whole, first=start, target_offset=whole.target_offset + start, nbytes=size)
+def _gather_items(span: GatherBytes) -> Iterator[GatherBytes]:
+    for start in range(0, span.nbytes, COPY_ITEM):
+        size = min(COPY_ITEM, span.nbytes - start)
+        yield replace(span, first=start, target_offset=span.target_offset + start, nbytes=size)
 
 
 def _row_items(source: TensorRef, place: _Place, columns: int, written: int, rows: RowRange) -> Iterator[MapRows]:

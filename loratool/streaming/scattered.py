@@ -1,4 +1,4 @@
-"""Say how a step's codes are stored, which need not lie in the order of rows, nor in one tensor."""
+"""Places of codes in the output, which need not be in the order of rows, nor in one tensor."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Scattered:
     """How the rows of a step become bytes of tensors.
 
     Attributes:
-        dtype, width: `out` of a step is (rows, width) of this type, on the CPU, where codes are made.
+        dtype, width: `out` of a step is (rows, width) of this type, on the CPU, which computes codes.
         nbytes: of all rows, roughly.
-        write: takes the first row of `out`, `out` and the step's result; returns what is left of the result, and what
-            to write.
+        write: takes the first row of `out`, `out` and the step's result; returns the result to keep, and the bytes to
+            write.
     """
 
     dtype: torch.dtype
@@ -41,21 +41,21 @@ class Strided:
     count: int = 1
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield the first byte of each, and how many there are."""
+        """Yield the first byte of each place, and its number of bytes."""
         return ((self.first + i * self.step, self.nbytes) for i in range(self.count))
 
-    def with_next(self, tensor: str, at: int, nbytes: int) -> Strided | None:
-        """Return these and another place behind them, None if that is none of the kind."""
-        step = self.step if self.count > 1 else at - self.first
-        if (tensor, nbytes, at) != (self.tensor, self.nbytes, self.first + self.count * step):
+    def with_next(self, tensor: str, first: int, nbytes: int) -> Strided | None:
+        """Return these places and one more; None if it has another tensor, size or distance."""
+        step = self.step if self.count > 1 else first - self.first
+        if (tensor, nbytes, first) != (self.tensor, self.nbytes, self.first + self.count * step):
             return None
         return replace(self, step=step, count=self.count + 1)
 
 
-def add_place(found: list[Strided], tensor: str, at: int, nbytes: int) -> None:
-    """Add a place to those that were written before, in their order."""
-    longer = found[-1].with_next(tensor, at, nbytes) if found else None
+def add_place(places: list[Strided], tensor: str, first: int, nbytes: int) -> None:
+    """Append a place to a list, as a part of the last entry where it fits."""
+    longer = places[-1].with_next(tensor, first, nbytes) if places else None
     if longer:
-        found[-1] = longer
+        places[-1] = longer
     else:
-        found.append(Strided(tensor, at, nbytes))
+        places.append(Strided(tensor, first, nbytes))

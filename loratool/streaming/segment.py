@@ -1,4 +1,4 @@
-"""Give rows of a tensor under their placements the exact reals that define their merge."""
+"""Exact reals that define the merge of a tensor's rows with their placements."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NORM_ROWS = 256  # rows read at a time for the norms of columns
 
 
 class UpdateLoader:
-    """Reads updates, and keeps a few of stacks, since each has the factors of all experts of a layer."""
+    """Reads updates, and caches a few updates of stacks, since each has the factors of all experts of a layer."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -52,14 +52,15 @@ class UpdateLoader:
 
 
 class RowSegment:
-    """Rows start:stop of a tensor under the same placements; the first that needs their factors loads them.
+    """Rows start:stop of a tensor with the same placements; the first call that needs the factors loads them.
 
     Args:
         source: where W comes from; None when there is no W, as in `unmerge`.
         columns: of the tensor as a matrix.
 
     Attributes:
-        stored_norms: reads so many norms of DoRA's columns from the undo file, when there is no W to compute them from.
+        stored_norms: takes a count and reads so many norms of DoRA's columns from the undo file; set where there is no
+            W to compute them from.
     """
 
     def __init__(
@@ -80,11 +81,11 @@ class RowSegment:
         self._other = others[0] if others else None
         self._norm_axis = self._other and self._other.update.cls.norm_axis(self._other.update, self._other.transposed)
         self._lock = threading.Lock()
-        self._ready: _Ready | None = None
+        self._loaded: _LoadedUpdates | None = None
 
     @property
     def norms_of_rows(self) -> bool:
-        """Return whether each row needs a norm of its own."""
+        """Return whether each row needs its norm."""
         return self._norm_axis == 0
 
     @property
@@ -113,7 +114,7 @@ class RowSegment:
         return RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work)
 
     def alike(self) -> Hashable:
-        """Return what is equal for all whose products are nearly certain to have the same shapes and scales."""
+        """Return a key that is equal for segments whose products nearly always have the same shapes and scales."""
         return tuple((p.update.rank, p.update.scale, p.weight, p.transposed) for p in self._additive)
 
     def additive_terms(self) -> list[Term]:
@@ -121,7 +122,7 @@ class RowSegment:
         return self._get().deltas.terms
 
     def reals(self, base: Tensor, row: int) -> tuple[Tensor, Tensor | None]:
-        """Return X of rows of the tensor in float64, to about 2**-48 of the sizes that it sums, and its a."""
+        """Return X of rows of the tensor in float64, to about 2**-48 of the sizes of its summands, and a."""
         x, _ = self.reals_of(row, row + len(base), base, Workspace(torch.device("cpu")))
         wide, change = base.double(), torch.empty(base.shape, dtype=torch.float64)
         x.delta.dense(torch.float64, change.device).fill(slice(0, len(base)), 0.0, change)
@@ -134,7 +135,7 @@ class RowSegment:
     def reals_of(
         self, start: int, stop: int, base: Tensor | None, work: Workspace, norms: Wide | None = None
     ) -> tuple[Reals, Wide | None]:
-        """Return the reals of rows start:stop of the tensor, and DoRA's norms that they depend on.
+        """Return the reals of rows start:stop of the tensor, and the DoRA norms that they depend on.
 
         Args:
             base: their W; None when the norms are known or not needed.
@@ -143,21 +144,21 @@ class RowSegment:
         Raises:
             InputError: a row has inf or nan, and its norm is needed.
         """
-        ready, first, last = self._get(), start - self.start, stop - self.start
-        other, update = self._other, ready.update
+        loaded, first, last = self._get(), start - self.start, stop - self.start
+        other, update = self._other, loaded.update
         if other is None or update is None:
-            return Reals(ready.deltas.rows(first, last)), None
+            return Reals(loaded.deltas.rows(first, last)), None
         if self.norms_of_columns:
-            return Reals(ready.deltas.rows(first, last), ready.factor), ready.norms
+            return Reals(loaded.deltas.rows(first, last), loaded.factor), loaded.norms
         if self.norms_of_rows:
             if norms is None:
                 assert base is not None
                 self._require_finite(base)
-                norms = self._in_range(row_norms(ready.plain.rows(first, last), base, work))
+                norms = self._in_range(row_norms(loaded.plain.rows(first, last), base, work))
             ratio, factor = magnitude_ratio(self._magnitude(update, start, stop), norms, other.weight, 0)
-            return Reals(ready.deltas.rows(first, last, ratio), factor), norms
+            return Reals(loaded.deltas.rows(first, last, ratio), factor), norms
         value, factor = update.moved(other.weight, other.transposed, _rows_of(other, start, stop), self.columns)
-        return Reals(ready.deltas.rows(first, last, beside=value), factor), None
+        return Reals(loaded.deltas.rows(first, last, beside=value), factor), None
 
     def _magnitude(self, update: Update, start: int, stop: int) -> Tensor:
         assert self._other and isinstance(update, DoRA)
@@ -175,35 +176,35 @@ class RowSegment:
             raise InputError(message, culprit=name)
         return norms
 
-    def _get(self) -> _Ready:
+    def _get(self) -> _LoadedUpdates:
         with self._lock:
-            if self._ready is None:
-                self._ready = self._make()
-            return self._ready
+            if self._loaded is None:
+                self._loaded = self._make()
+            return self._loaded
 
-    def _make(self) -> _Ready:
-        ready, other = _Ready(self.columns), self._other
+    def _make(self) -> _LoadedUpdates:
+        loaded, other = _LoadedUpdates(self.columns), self._other
         for placement in self._additive:
-            ready.deltas.add(placement, self._load(placement), placement.weight, self.start, self.stop)
+            loaded.deltas.add(placement, self._load(placement), placement.weight, self.start, self.stop)
         if other is None:
-            return ready
-        update = ready.update = self._load(other)
+            return loaded
+        update = loaded.update = self._load(other)
         if isinstance(update, DoRA):
-            ready.plain.add(other, update.inner, 1.0, self.start, self.stop)
+            loaded.plain.add(other, update.inner, 1.0, self.start, self.stop)
             if self.norms_of_columns:
                 magnitude = update.magnitude.flatten()
                 together = self.columns // len(magnitude)  # columns of the kernel of one input
                 stored = self.stored_norms
-                ready.norms = stored(len(magnitude)) if stored else self._column_norms(other, update.inner, together)
-                both = magnitude_ratio(magnitude, ready.norms, other.weight, 1)
-                ratio, ready.factor = (each.repeated(together) for each in both) if together > 1 else both
-                ready.deltas.scaled(ready.plain, ratio)
+                loaded.norms = stored(len(magnitude)) if stored else self._column_norms(other, update.inner, together)
+                both = magnitude_ratio(magnitude, loaded.norms, other.weight, 1)
+                ratio, loaded.factor = (factor.repeated(together) for factor in both) if together > 1 else both
+                loaded.deltas.scaled(loaded.plain, ratio)
             else:
-                ready.deltas.scaled(ready.plain, None)
-        return ready
+                loaded.deltas.scaled(loaded.plain, None)
+        return loaded
 
     def _column_norms(self, placement: Placement, update: Update, together: int) -> Wide:
-        """Return ||W + D|| of each so many columns, reading all rows of the tensor, beyond the segment's too."""
+        """Return ||W + D|| of each group of `together` columns, over all rows of the tensor."""
         source, deltas = self._source, _Deltas(self.columns)
         assert source
         deltas.add(placement, update, 1.0, 0, placement.rows)
@@ -218,19 +219,20 @@ class RowSegment:
 
 
 def reals_of_batch(segments: Sequence[RowSegment]) -> Reals | None:
-    """Return the reals of all rows of several segments of LoRA alone, one below the other, as one sum.
+    """Return the reals of all rows of several plain LoRA segments, one below the other, as one sum.
 
-    None if terms differ in more than their numbers, or if some are so large or small that they would cost the others.
+    Returns:
+        None if the terms differ in shape, type or scale, or if some are so large or small that others lose precision.
     """
     terms = [segment.additive_terms() for segment in segments]
-    kinds = {tuple((t.left.shape, t.left.dtype, t.right.shape, t.right.dtype, t.scale) for t in own) for own in terms}
+    kinds = {tuple((t.left.shape, t.left.dtype, t.right.shape, t.right.dtype, t.scale) for t in row) for row in terms}
     if len(kinds) > 1:
         return None
-    joined = [
-        Term(torch.cat([t.left for t in each]), torch.cat([t.right for t in each], 1), each[0].scale)
-        for each in zip(*terms, strict=True)
+    stacked = [
+        Term(torch.cat([t.left for t in alike]), torch.cat([t.right for t in alike], 1), alike[0].scale)
+        for alike in zip(*terms, strict=True)
     ]
-    products = Products(joined, len(segments))
+    products = Products(stacked, len(segments))
     return Reals(products.rows(0, products.shape[0])) if products.in_range else None
 
 
@@ -242,13 +244,13 @@ def _rows_of(placement: Placement, start: int, stop: int) -> slice:
 
 @dataclass(frozen=True)
 class _Part:
-    """Rows that an update adds beside terms.
+    """A delta that an update adds to a segment's rows beside its terms.
 
     Attributes:
-        of_rows: gives it in a range of the update's rows.
+        of_rows: (start, stop) of the update's rows -> their delta.
         first: the update's row that is the segment's first.
-        ratio: a number for each column by which it is multiplied.
-        by_rows: whether each row is multiplied by a number instead.
+        ratio: a factor for each column.
+        by_rows: multiply by a factor for each row instead.
     """
 
     of_rows: RowsOfDelta
@@ -258,7 +260,7 @@ class _Part:
 
 
 class _Deltas:
-    """The sum of what updates add to the rows of a segment."""
+    """The sum of the updates' deltas in the rows of a segment."""
 
     def __init__(self, columns: int) -> None:
         self.terms: list[Term] = []
@@ -266,14 +268,18 @@ class _Deltas:
         self._parts: list[_Part] = []
 
     def add(self, placement: Placement, update: Update, weight: float, start: int, stop: int) -> None:
-        """Add `weight` times what an update adds to rows start:stop of the tensor.
+        """Add `weight` times an update's delta in rows start:stop of the tensor.
 
         Raises:
             InputError: products of its factors are beyond float64.
         """
-        own, rows, turned = update.matrix(placement.expert), _rows_of(placement, start, stop), placement.transposed
+        matrix, rows, transposed = (
+            update.matrix(placement.expert),
+            _rows_of(placement, start, stop),
+            placement.transposed,
+        )
         try:
-            terms, of_rows = own.terms(weight, turned), own.delta(weight, turned)
+            terms, of_rows = matrix.terms(weight, transposed), matrix.delta(weight, transposed)
         except ValueError as error:
             raise InputError(str(error), culprit=placement.update.module) from error
         self.terms += [Term(t.left[rows], t.right[:, : self._columns], t.scale) for t in terms]
@@ -281,7 +287,7 @@ class _Deltas:
             self._parts.append(_Part(of_rows, rows.start))
 
     def scaled(self, other: _Deltas, ratio: Factor | None) -> None:
-        """Add another sum, times a number for each column, or, if `ratio` is None, for each row, given to `rows`."""
+        """Add another sum, scaled by columns. ratio: None to scale by rows, with the ratio given to `rows`."""
         by_rows = ratio is None
         self.terms = [Term(t.left, t.right, t.scale, ratio, by_rows) for t in other.terms] + self.terms
         self._parts += [replace(part, ratio=ratio, by_rows=by_rows) for part in other._parts]
@@ -294,25 +300,25 @@ class _Deltas:
         """Return the sum in rows first:last of the segment.
 
         Args:
-            ratio: the number of each row, from row `first` on.
-            beside: added to it.
+            ratio: a factor for each row, from row `first` on.
+            beside: another delta of these rows, added to the sum.
         """
-        found = [beside] if beside else []
-        found += [self.products.rows(first, last, ratio)] if self.terms else []
+        deltas = [beside] if beside else []
+        deltas += [self.products.rows(first, last, ratio)] if self.terms else []
         for part in self._parts:
             delta, number = part.of_rows(part.first + first, part.first + last), ratio if part.by_rows else part.ratio
-            found.append(Scaled(delta, number) if number else delta)
-        if not found:
+            deltas.append(Scaled(delta, number) if number else delta)
+        if not deltas:
             return Zero((last - first, self._columns))
-        return found[0] if len(found) == 1 else Sum(found)
+        return deltas[0] if len(deltas) == 1 else Sum(deltas)
 
 
-class _Ready:
-    """The parts that all rows of a segment share, once it is loaded."""
+class _LoadedUpdates:
+    """The loaded updates of a segment, and what all of its rows share."""
 
     def __init__(self, columns: int) -> None:
         self.deltas = _Deltas(columns)  # of all updates, DoRA's times its ratios
-        self.plain = _Deltas(columns)  # of DoRA's alone, without them
+        self.plain = _Deltas(columns)  # of DoRA's alone, without the ratios
         self.update: Update | None = None  # the one that is not additive
         self.factor: Factor | None = None  # of DoRA's columns
         self.norms: Wide | None = None  # of DoRA's columns

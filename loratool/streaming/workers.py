@@ -26,7 +26,7 @@ from ..errors import MachineError, UsageError
 from ..files.weights_file import copy_bytes, sha256_bytes
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked
-from .items import Again, CopyBytes, GatherBytes, HashBytes, Item, MapBatch, MapRows, Outcome, Step
+from .items import CopyBytes, FinishedItem, GatherBytes, HashBytes, Item, MapBatch, MapRows, Outcome, Step
 from .ranks import current_job
 from .scattered import Strided, add_place
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 R = TypeVar("R")
 
-MAX_WORKERS = 8  # with more, memory bandwidth is the limit, and each has buffers of its own
+MAX_WORKERS = 8  # with more, memory bandwidth is the limit, and each takes memory for buffers
 
 # Called with the bytes of output done so far and the total.
 Progress = Callable[[int, int], None]
@@ -51,16 +51,16 @@ class Worker:
         self.work = Workspace(device)
         self.host = Workspace(torch.device("cpu"), pinned=device.type == "cuda")
         self._crc, self._digest, self._places = 0, hashlib.sha256(), list[Strided]()
-        # so that malloc keeps what is freed: glibc gives back all above twice the largest block that was freed so far,
-        # and a block's temporary arrays would be faulted in anew for every block
+        # glibc returns freed memory to the system above twice the largest block freed so far; without this allocation
+        # every block's temporary arrays would fault in their pages again
         np.empty(KEPT_BYTES, np.uint8)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._streaming = torch.cuda.stream(self.stream)  # once: to look for a device takes as long as a small item
+        self._streaming = torch.cuda.stream(self.stream)  # made once: finding the device takes as long as a small item
 
-    def __call__(self, item: Item | Again) -> Outcome:
+    def __call__(self, item: Item | FinishedItem) -> Outcome:
         """Run one item."""
-        if isinstance(item, Again):
-            return Outcome(item.digest, None) if self._is_there(item) else self(item.item)
+        if isinstance(item, FinishedItem):
+            return Outcome(item.digest, None) if self._is_written(item) else self(item.item)
         self._digest = hashlib.sha256()
         if isinstance(item, CopyBytes):
             place = item.source, item.source_offset, item.target, item.target_offset, item.nbytes
@@ -83,39 +83,39 @@ class Worker:
             first = [self._crc] if item.checked else [self._places] if item.scattered else []
             return Outcome(self._digest.hexdigest(), [*first, *results])
 
-    def _is_there(self, again: Again) -> bool:
-        """Return whether what an earlier run wrote of an item is still there."""
-        item = again.item
+    def _is_written(self, finished: FinishedItem) -> bool:
+        """Return whether an earlier run's output of an item is still there."""
+        item = finished.item
         if isinstance(item, HashBytes):
             return True
         if isinstance(item, CopyBytes | GatherBytes):
             return has_bytes(item.target, item.target_offset, item.nbytes, item.read)
         digest = hashlib.sha256()
         parts = item.parts if isinstance(item, MapBatch) else (item,)
-        for target, offset, nbytes in chain.from_iterable(part.places(again.written) for part in parts):
+        for target, offset, nbytes in chain.from_iterable(part.places(finished.written) for part in parts):
             data = memoryview(bytearray(nbytes))
             read_into(target, data, offset)
             digest.update(page_sums(data))
-        return digest.hexdigest() == again.digest
+        return digest.hexdigest() == finished.digest
 
     def _batch(self, batch: MapBatch) -> list[list[Any]]:
         parts, step = batch.parts, batch.prepare()
         base, out = self._buffers(parts[0], sum(part.stop - part.start for part in parts))
-        for part, own in zip(parts, base.chunk(len(parts)), strict=True):
-            part.source.read_rows(part.start, own)
-        results, found = self._run(step, base, 0, out), []
-        for part, made, result in zip(parts, out.chunk(len(parts)), results, strict=True):
+        for part, rows in zip(parts, base.chunk(len(parts)), strict=True):
+            part.source.read_rows(part.start, rows)
+        results, outcomes = self._run(step, base, 0, out), []
+        for part, rows, result in zip(parts, out.chunk(len(parts)), results, strict=True):
             self._crc = 0
-            self._write(part, 0, made)
-            found.append([self._crc, result] if part.checked else [result])
-        return found
+            self._write(part, 0, rows)
+            outcomes.append([self._crc, result] if part.checked else [result])
+        return outcomes
 
     def _buffers(self, item: MapRows, rows: int) -> tuple[Tensor, Tensor]:
         base = self.host.take("base", item.source.dtype, rows, item.columns)
         return base, self.host.take("out", item.target_dtype, rows, item.target_columns)
 
     def _run(self, step: Step, base: Tensor, row: int, out: Tensor, on_host: bool = False) -> Any:
-        """Run a step on the device, `out` being written on the host if it is so asked."""
+        """Run a step on the device. on_host: the step writes `out` on the host."""
         if self.stream is None:
             return step(base, row, out, self.work)
         moved = self.work.take("base", base.dtype, *base.shape).copy_(base, non_blocking=True)
@@ -135,10 +135,10 @@ class Worker:
         if item.scattered:
             scattered, locate, _ = item.scattered
             result, written = scattered.write(item.start + row, out, result)
-            for tensor, at, data in written:
+            for tensor, first, data in written:
                 target, offset = locate(tensor)
-                self._put(target, memoryview(data), offset + at)
-                add_place(self._places, tensor, at, len(data))
+                self._put(target, memoryview(data), offset + first)
+                add_place(self._places, tensor, first, len(data))
             return result
         self._write(item, row, out)
         return result
@@ -155,12 +155,12 @@ class Worker:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a --device option; `auto` is a CUDA device if there is one, else the CPU.
+    """Return the device that a --device option names; `auto` is a CUDA device if there is one, else the CPU.
 
-    Without a number it is the first one; each of torchrun's ranks on a machine has another.
+    A GPU without a number is the first one; under torchrun, each rank on a machine gets a different one.
 
     Raises:
-        UsageError: the name is no device's.
+        UsageError: no device has this name.
         MachineError: the device is absent, or has no float64, which exact arithmetic needs.
     """
     if name == "auto":
@@ -176,8 +176,8 @@ def choose_device(name: str) -> torch.device:
         raise MachineError(f"{device.type} has no float64, which exact arithmetic needs", remedy="use --device cpu")
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"there is no device {name}", remedy="use --device cpu")
-    own = current_job().local_rank % torch.cuda.device_count() if device.index is None else device.index
-    return torch.device("cuda", own)
+    index = current_job().local_rank % torch.cuda.device_count() if device.index is None else device.index
+    return torch.device("cuda", index)
 
 
 def worker_count(device: torch.device | None = None) -> int:
@@ -192,15 +192,15 @@ def worker_count(device: torch.device | None = None) -> int:
 
 
 def run_items(
-    items: Iterable[Item | Again], numbers: Iterable[int], device: torch.device, workers: int, nbytes: int
-) -> Generator[tuple[int, Item | Again, Outcome], None, None]:
-    """Run items with `workers` workers, and yield each with its number, in the order in which they end.
+    items: Iterable[Item | FinishedItem], numbers: Iterable[int], device: torch.device, workers: int, nbytes: int
+) -> Generator[tuple[int, Item | FinishedItem, Outcome], None, None]:
+    """Run items with `workers` workers, and yield each with its number and outcome, in the order in which they end.
 
     On a CPU the workers are forked processes if the work is worth the forks, otherwise threads.
 
     Args:
-        items: all of the plan; they are drawn lazily, so that a long plan takes little memory.
-        numbers: those of the items to run, from 0, rising; all after the first that is too high are left.
+        items: all of the plan; drawn lazily, so that a long plan takes little memory.
+        numbers: of the items to run, rising, from 0; the run ends at the first number that is too high.
         nbytes: of the output of all items, roughly.
     """
     has_offsets = hasattr(os, "preadv") and hasattr(os, "pwrite")  # otherwise forks would share a file's position
@@ -212,19 +212,19 @@ def run_items(
 def run_threads(
     numbered: Iterator[tuple[int, T]], make_worker: Callable[[], Callable[[T], R]], workers: int, ahead: int
 ) -> Generator[tuple[int, T, R], None, None]:
-    """Run numbered items in threads, and yield each with what its worker returns, in the order in which they end.
+    """Run numbered items in threads, and yield each with its worker's result, in the order in which they end.
 
-    After the first error, or an interrupt, no more are drawn; it is raised here when the few items under way have
-    ended. Exhaust or close it: only then does torch get its own threads back.
+    After the first error, or an interrupt, no more items are drawn. The error is raised here when the items under way
+    have ended. Exhaust or close the generator: that restores torch's number of threads.
 
     Args:
-        ahead: items that are drawn for each worker beside the one that it runs: 0 for large ones, as no other rank gets
-            them; with 1 it never waits for the next.
+        ahead: items drawn for each worker beside the one that it runs. With 1 a worker never waits for its next item;
+            use 0 for large items, as no other rank gets those that are drawn.
     """
     local = threading.local()
     threads_before = torch.get_num_threads()
 
-    def one(number: int, item: T) -> tuple[int, T, R]:
+    def run_item(number: int, item: T) -> tuple[int, T, R]:
         if not hasattr(local, "worker"):
             torch.set_num_threads(1)  # the workers are the parallelism
             local.worker = make_worker()
@@ -234,7 +234,8 @@ def run_threads(
     with ThreadPoolExecutor(workers) as pool:
         try:
             while True:
-                pending |= {pool.submit(one, *each) for each in islice(numbered, (1 + ahead) * workers - len(pending))}
+                room = (1 + ahead) * workers - len(pending)
+                pending |= {pool.submit(run_item, number, item) for number, item in islice(numbered, room)}
                 if not pending:
                     return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -248,10 +249,10 @@ def run_threads(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch to one thread; `map_in_order` and `Ahead` are the parallelism of small products.
+    """Limit torch to one thread; `map_in_order` and `Ahead` are the parallelism of small products.
 
-    BLAS and LAPACK divide a sum by the number of threads, so that its rounding depends on that number. Their threads
-    also spin while they wait for each other, which on a busy machine takes ten times the CPU time.
+    BLAS and LAPACK split a sum among threads, so its rounding depends on their number. Their threads also spin while
+    they wait for each other, which on a busy machine takes ten times the CPU time.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -262,9 +263,9 @@ def one_thread() -> Iterator[None]:
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
-    """Yield `function` of each item, in their order, computed by `workers` threads; at most so many results wait.
+    """Yield `function` of each item, in their order, computed by `workers` threads; at most `workers` results wait.
 
-    Exhaust or close it: only then does torch get its own threads back.
+    Exhaust or close the generator: that restores torch's number of threads.
     """
     threads_before, source = torch.get_num_threads(), iter(items)
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -281,10 +282,10 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -
 
 
 class Ahead(Generic[T, R]):
-    """The results of a function for items that are asked for about in their order, once, computed ahead by threads.
+    """Results of a function, computed ahead by threads, for items that are requested once and nearly in order.
 
-    Each thread has one of torch's, so that no sum depends on how many there are. Close it: only then does torch get its
-    own threads back.
+    Each thread has one thread of torch's, so that no sum depends on the number of workers. `close` it: that restores
+    torch's number of threads.
     """
 
     def __init__(self, function: Callable[[T], R], items: Iterable[T], workers: int) -> None:
@@ -294,11 +295,11 @@ class Ahead(Generic[T, R]):
         self._pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, item: T) -> R:
-        """Return the item's result, and begin with those that will be asked for next."""
-        for each in (item, *islice(self._left, self._workers + 1)):
-            if each not in self._pending and (each == item or len(self._pending) <= self._workers):
-                self._left.pop(each, None)
-                self._pending[each] = self._pool.submit(self._function, each)
+        """Return the item's result, and start the next items."""
+        for key in (item, *islice(self._left, self._workers + 1)):
+            if key not in self._pending and (key == item or len(self._pending) <= self._workers):
+                self._left.pop(key, None)
+                self._pending[key] = self._pool.submit(self._function, key)
         return self._pending.pop(item).result()
 
     def close(self) -> None:

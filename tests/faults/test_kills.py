@@ -135,7 +135,7 @@ class Child:
             os.close(told)
             return
         try:
-            opened, results, is_there = Journal.open, Journal.results, workers.Worker._is_there
+            opened, results, is_written = Journal.open, Journal.results, workers.Worker._is_written
 
             def tell(journal: Journal) -> None:
                 os.write(told, b"x")
@@ -145,18 +145,18 @@ class Child:
                 os.write(taken, b"x")
                 return results(journal, item)
 
-            def counted_item(worker: workers.Worker, again: workers.Again) -> bool:
-                found = is_there(worker, again)
+            def counted_item(worker: workers.Worker, again: workers.FinishedItem) -> bool:
+                found = is_written(worker, again)
                 os.write(taken, b"x" * found)
                 return found
 
-            Journal.open, workers.Worker._is_there = tell, counted_item  # type: ignore[method-assign]
+            Journal.open, workers.Worker._is_written = tell, counted_item  # type: ignore[method-assign]
             if run.has_tasks:
                 Journal.results = counted_task  # type: ignore[method-assign]
             workers.WORTH_A_FORK = 0 if run.forks else 1 << 60
             if count > 1:
                 shared = ranks._SharedStore(FileStore(store, count))
-                start = ranks.meet(shared, rank, count, lambda _: None)
+                start = ranks.rendezvous(shared, rank, count, lambda _: None)
                 ranks._job = ranks.Job(rank, count, rank, count, start, store=shared)
             with suppress(ranks.RankDone):
                 run.call(resume)

@@ -35,7 +35,7 @@ def share(folder: Path) -> list[object]:
             return partial_folder(folder / "out")
 
         with journaled.journaled(folder / "out", {}, HEAD, False, job, opened, lambda: nullcontext(folder)) as made:
-            job.leave()
+            job.exit_unless_rank0()
             ended.wait(SECONDS)
             return made[1]
 

@@ -21,7 +21,7 @@ from torch.distributed import HashStore, TCPStore
 
 from loratool.errors import InputError, MachineError
 from loratool.streaming import ranks
-from loratool.streaming.ranks import Job, RankDone, current_job, meet
+from loratool.streaming.ranks import Job, RankDone, current_job, rendezvous
 from loratool.streaming.workers import choose_device, worker_count
 
 SCRIPT = """
@@ -43,9 +43,9 @@ for number in job.numbers("items"):
     mine.append(number)
     time.sleep(0.05 if job.rank == 1 else 0.005)
 if job.rank == 0:
-    job.reach("made")
+    job.announce("made")
 job.wait("made")
-own = json.dumps([job.rank, job.start, job.count, job.local_rank, job.local_count, job.once("once", str), mine])
+own = json.dumps([job.rank, job.start, job.count, job.local_rank, job.local_count, job.on_rank0("once", str), mine])
 try:
     Path("told").write_text("\\n".join(job.gather("all", own)))
 except ranks.RankDone:
@@ -59,12 +59,12 @@ class TestAlone:
         job = current_job()
         assert (job.rank, job.count, job.local_rank, job.local_count, job.restarts) == (0, 1, 0, 1, 0)
         assert list(islice(job.numbers("items"), 3)) == [0, 1, 2]
-        assert job.once("hash", lambda: "abc") == "abc"
+        assert job.on_rank0("hash", lambda: "abc") == "abc"
         job.agree("plan", "x")
-        job.reach("made")
+        job.announce("made")
         job.wait("made")
         assert list(job.gather("end", "own")) == ["own"]
-        job.leave()
+        job.exit_unless_rank0()
         job.finish()
         assert [job.add("done", 5), job.add("done", 7)] == [5, 12]
 
@@ -113,7 +113,7 @@ class TestTogether:
 
     def test_rank_0_makes_what_is_made_once(self, count: int) -> None:
         def work(job: Job) -> str:
-            return job.once("hash", lambda: f"made by {job.rank}")
+            return job.on_rank0("hash", lambda: f"made by {job.rank}")
 
         assert on_ranks(count, work) == ["made by 0"] * count
 
@@ -127,7 +127,7 @@ class TestTogether:
         assert all(isinstance(other, RankDone) for other in others)
         assert not any(isinstance(other, Exception) for other in others)
 
-    @pytest.mark.parametrize("barrier", [Job.come, Job.hand_over])
+    @pytest.mark.parametrize("barrier", [Job.barrier, Job.hand_over])
     def test_rank_0_goes_on_when_all_have_come(self, count: int, barrier: Callable[[Job, str], None]) -> None:
         here = set[int]()
 
@@ -139,7 +139,7 @@ class TestTogether:
 
         first, *others = on_ranks(count, work)
         assert first == count
-        assert all(other == count if barrier is Job.come else isinstance(other, RankDone) for other in others)
+        assert all(other == count if barrier is Job.barrier else isinstance(other, RankDone) for other in others)
 
     def test_another_plan_is_refused_by_the_rank_that_has_it(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ranks, "SILENCE", 0.3)
@@ -168,7 +168,7 @@ class TestTogether:
             if job.rank == 0:
                 time.sleep(0.05)
                 made.set()
-                job.reach("made")
+                job.announce("made")
             job.wait("made")
             return made.is_set()
 
@@ -186,24 +186,26 @@ class TestRestarts:
         store = HashStore()
         for start in range(3):
             # the last start left a greeting and texts; now rank 0 dies when it has begun, and then all are here
-            assert on_ranks(3, lambda job: (job.start, job.once("hash", lambda: str(time.monotonic()))), store)
+            assert on_ranks(3, lambda job: (job.start, job.on_rank0("hash", lambda: str(time.monotonic()))), store)
             store.set("hello/2", "a dead one's")
             assert store.add("starts", 1) == 2 * start + 2
-        found = on_ranks(3, lambda job: (job.start, next(job.numbers("items")), job.once("hash", lambda: "new")), store)
+        found = on_ranks(
+            3, lambda job: (job.start, next(job.numbers("items")), job.on_rank0("hash", lambda: "new")), store
+        )
         assert sorted(found) == [(6, number, "new") for number in range(3)]
 
     def test_a_rank_that_met_one_that_died_meets_the_next(self) -> None:
         store = HashStore()
         store.add("starts", 1)
         with ThreadPoolExecutor(3) as pool:
-            early = pool.submit(meet, store, 1, 3, str)
+            early = pool.submit(rendezvous, store, 1, 3, str)
             while not store.check(["hello/1"]):
                 time.sleep(0.001)
             store.set(f"welcome/{store.get('hello/1').decode()}", "0")
             while not store.check(["0/met/1"]):
                 time.sleep(0.001)
             assert not early.done(), "rank 2 is not here"
-            others = [pool.submit(meet, store, rank, 3, str) for rank in (0, 2)]
+            others = [pool.submit(rendezvous, store, rank, 3, str) for rank in (0, 2)]
             assert [each.result() for each in (early, *others)] == [1, 1, 1]
 
     def test_the_others_find_that_rank_0_was_restarted_without_them(self) -> None:
@@ -265,7 +267,7 @@ class _Gone:
 
 def test_a_store_that_is_gone_is_named_but_at_the_end() -> None:
     job = Job(1, 2, store=ranks._SharedStore(_Gone()))
-    for use in (lambda: next(job.numbers("items")), lambda: job.once("hash", str), lambda: job.gather("end", "")):
+    for use in (lambda: next(job.numbers("items")), lambda: job.on_rank0("hash", str), lambda: job.gather("end", "")):
         with pytest.raises(MachineError, match=r"^torchrun's store is out of reach: Broken pipe\nis the first node up"):
             use()
     job.finish()  # rank 0 has ended, and with it the store, if it was not torchrun's own
@@ -287,9 +289,9 @@ def test_a_rank_that_waits_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def come_late(text: str) -> None:
         told.append(text)
-        threading.Thread(target=meet, args=(store, 1, 2, str)).start()
+        threading.Thread(target=rendezvous, args=(store, 1, 2, str)).start()
 
-    assert meet(store, 0, 2, come_late) == 0
+    assert rendezvous(store, 0, 2, come_late) == 0
     assert [text[:26] for text in told] == ["waiting for 1 of 2 ranks; "]
 
 
@@ -299,9 +301,9 @@ def test_a_rank_whose_rank_0_does_not_come_says_so(monkeypatch: pytest.MonkeyPat
 
     def come_late(text: str) -> None:
         told.append(text)
-        threading.Thread(target=meet, args=(store, 0, 2, str)).start()
+        threading.Thread(target=rendezvous, args=(store, 0, 2, str)).start()
 
-    assert meet(store, 1, 2, come_late) == 0
+    assert rendezvous(store, 1, 2, come_late) == 0
     assert [text[:27] for text in told] == ["waiting for other ranks; if"]
 
 

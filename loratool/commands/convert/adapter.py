@@ -85,7 +85,7 @@ def run_convert(call: Convert) -> ConvertReport:
         raise UsageError("--initial and --rank are for --plain and --for")
     if call.layout is not None and call.plain:
         raise UsageError("--layout and --plain are two conversions: one after the other")
-    current_job().leave()
+    current_job().exit_unless_rank0()
     with ExitStack() as opened:
         model = None if call.base is None else given_base(call.base, opened)
         if model and not model.config:

@@ -37,7 +37,7 @@ READ = ("format", "loratool", ONLY_FOR, "lora_adapter_metadata", *CODED_METADATA
 def run_edit_metadata(call: EditMetadata) -> MetadataReport:
     """Write a safetensors file with other metadata; all else stays, byte for byte."""
     new, gone = call.set or {}, parse_words(call.unset)
-    current_job().leave()
+    current_job().exit_unless_rank0()
     place, is_file = check_output_name("converted.safetensors" if call.out is None else call.out)
     if not is_file:
         raise UsageError("would be a folder", culprit=str(place), remedy="name a file: X.safetensors")

@@ -110,7 +110,7 @@ class Extraction:
         while wanted := self._more():
             turn += 1
             self._factor_each(turn, wanted)
-        self._work.job.leave()
+        self._work.job.exit_unless_rank0()
 
     def _first_rank(self) -> int:
         if self._rule == "rank":

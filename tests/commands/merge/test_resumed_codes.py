@@ -18,7 +18,7 @@ import loratool
 from loratool.durable.partial import partial_path
 from loratool.files.checkpoint import open_checkpoint
 from loratool.streaming import workers
-from loratool.streaming.items import Again, Item, Outcome
+from loratool.streaming.items import FinishedItem, Item, Outcome
 from loratool.streaming.workers import Worker
 
 
@@ -32,9 +32,9 @@ def done_again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found = list[bool]()
 
     class Watched(Worker):
-        def __call__(self, item: Item | Again) -> Outcome:
+        def __call__(self, item: Item | FinishedItem) -> Outcome:
             finished = super().__call__(item)
-            if isinstance(item, Again):
+            if isinstance(item, FinishedItem):
                 found.append(finished.results is not None)
             return finished
 

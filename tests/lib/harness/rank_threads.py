@@ -12,7 +12,7 @@ from torch.distributed import HashStore
 
 from loratool.errors import InputError, MachineError
 from loratool.streaming import ranks
-from loratool.streaming.ranks import Job, RankDone, Store, meet
+from loratool.streaming.ranks import Job, RankDone, Store, rendezvous
 
 
 class _OwnJob(threading.local):
@@ -29,7 +29,7 @@ def on_ranks(count: int, work: Callable[[Job], Any], store: Store | None = None)
     shared, own = store or HashStore(), _OwnJob()
 
     def one(rank: int) -> Any:
-        start = meet(shared, rank, count, lambda text: None)
+        start = rendezvous(shared, rank, count, lambda text: None)
         own.job = Job(rank, count, rank, count, start, start, shared)
         try:
             return work(own.job)
