@@ -1,7 +1,7 @@
-"""Find the codes that are nearest to exact reals: those of a merge, W' = RN(X) on a grid of codes, and on the way back.
+"""Find the codes nearest to exact reals: for a merge, W' = RN(X) on a grid of codes, and for the way back.
 
-A GEMM with a bound gives an interval for each real. Where both of its ends have one nearest code, so has the real, as
-nearest is monotone; the few others are worked out as fractions. So no machine shows in the result.
+A GEMM with a bound gives an interval for each real. If both ends have the same nearest code, so has the real, as
+`nearest` is monotone. The few others are computed as fractions. So the result does not depend on the machine.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from .forms import FORMS, Codes, Wide, codes, fraction, widen
 from .rounding_stats import RoundingStats
 from .workspace import Workspace
 
-FACTOR_ERROR = 2.0**-40  # of a quotient: more than the error of a, which is float64
-MARGIN = 2.0**-44  # of the largest number: more than scales, offsets and their roundings move a midpoint
+FACTOR_ERROR = 2.0**-40  # of a quotient: exceeds the error of a, which is float64
+MARGIN = 2.0**-44  # of the largest number: exceeds what scales, offsets and their rounding errors move a midpoint by
 
 
 class CodeGrid(Protocol):
-    """The numbers that some rows can have: those of their codes. `row` counts from the first of these rows."""
+    """The numbers that codes stand for in some rows. `row` counts from the first of these rows."""
 
     def nearest(self, row: int, numbers: Wide) -> Codes:
-        """Return the codes nearest to numbers of rows from `row` on, (rows, n): monotone, the same on every machine."""
+        """Return the codes nearest to numbers (rows, n) of rows from `row` on. Monotone, the same on every machine."""
 
     def values(self, row: int, codes: Codes) -> Wide:
-        """Return the numbers of codes of rows from `row` on, (rows, n)."""
+        """Return the numbers of codes (rows, n) of rows from `row` on."""
 
     def ordinals(self, codes: Codes) -> Codes:
-        """Return integers that order codes as their numbers."""
+        """Return integers in the order of the codes' numbers."""
 
     def from_ordinals(self, ordinals: Codes) -> Codes:
-        """Return the codes of integers that `ordinals` can have returned."""
+        """Return the codes of integers; the inverse of `ordinals`."""
 
 
 @np.errstate(all="ignore")
 def round_to_codes(
     x: Reals, base: Tensor, former: Codes, grid: CodeGrid, work: Workspace
 ) -> tuple[Codes, RoundingStats]:
-    """Return the codes nearest to X, ties to even codes, (rows, n), and what they did to the weights.
+    """Return the codes nearest to X (rows, n), ties to even codes, and the statistics of their rounding.
 
-    Where W is not finite, or X has W's own number as nearest, the former code stays: of -0, of equal entries, and one
-    that no writer uses. Only such a weight can have such a code.
+    Where W is not finite, or W's number is the nearest to X, the former code stays. So codes of -0, of equal entries,
+    and codes that no writer uses survive, but only there.
 
     Args:
         base: W of the rows of `x`, (rows, n), float64.
-        former: its codes, (rows, n).
+        former: the codes of W, (rows, n).
     """
     dense = DenseRows(x, base.dtype, torch.float64, base.device)
     bounds = dense.bounds(base, 0)
@@ -69,22 +69,22 @@ def round_to_codes(
             margin = MARGIN * float(np.abs(np.nan_to_num(upper, posinf=0.0, neginf=0.0)).max(initial=0.0))
             yield here, *_ends(upper - (bounds.span + margin), upper + margin)
 
-    found, doubt = _decide(grid, base.shape, parts())
+    chosen, doubt = _decide(grid, base.shape, parts())
     places, used = grid.ordinals(former), _used_ordinals(grid, base.shape[1])
     doubt += [(i, j) for i, j in np.argwhere((places < used.start) | (places >= used.stop)).tolist()]
     for i, j in doubt:
         if math.isfinite(weight[i, j]):
             exact = x.exact(number := Fraction(float(weight[i, j])), i, j)
-            found[i, j] = _nearest_to(grid, exact, i, j, former[i], used)
+            chosen[i, j] = _nearest_to(grid, exact, i, j, former[i], used)
             change[i, j] = _as_float(exact - number)
-    moved = np.where(np.isfinite(weight), grid.values(0, found) - weight, 0.0)
+    moved = np.where(np.isfinite(weight), grid.values(0, chosen) - weight, 0.0)
     stays = moved == 0
-    found[stays] = former[stays]
-    return found, _sums(weight, change, moved)
+    chosen[stays] = former[stays]
+    return chosen, _sums(weight, change, moved)
 
 
 def _sums(weight: Wide, change: Wide, moved: Wide) -> RoundingStats:
-    """Return what codes did to weights: W, D and W' - W, which is 0 where W is not finite."""
+    """Return the statistics of weights W with changes D. moved: W' - W, 0 where W is not finite."""
     fine = np.isfinite(weight)
     W, D = np.where(fine, weight, 0.0), np.where(fine, change, 0.0)
     return RoundingStats(
@@ -99,17 +99,17 @@ def _sums(weight: Wide, change: Wide, moved: Wide) -> RoundingStats:
 
 @np.errstate(all="ignore")
 def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, work: Workspace) -> Codes:
-    """Return the codes nearest to (W' - D) / a, which nearly always are W's own; of W' itself where `x` is None.
+    """Return the codes nearest to (W' - D) / a, which nearly always are W's own. If `x` is None, those nearest to W'.
 
-    Where a is 0 or W' not finite, nothing is known of W, and 0 is as good a guess as any.
+    Where a is 0 or W' not finite, W is unknown, and the guess is 0.
 
     Args:
         merged: W', (rows, n).
-        first: of its first row in `x`.
+        first: the row of `x` that is its first row.
     """
     if x is None:
         return grid.nearest(0, np.nan_to_num(merged.double().cpu().numpy(), posinf=0.0, neginf=0.0))
-    kind = merged.dtype if merged.itemsize <= 2 else torch.float64  # float32 has a way of its own, without a bound
+    kind = merged.dtype if merged.itemsize <= 2 else torch.float64  # for float32, `bounds` may be exact sums
     dense = DenseRows(x, merged.dtype, kind, merged.device)
     bounds = dense.bounds(merged, first, backward=True)
     both = bounds.shift + bounds.span
@@ -124,9 +124,9 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
             high = low + 4 * both
             if a is not None:
                 by = a[here] if a.shape[0] > 1 else a
-                one, two = low / by, high / by
-                reach = np.maximum(np.abs(one), np.abs(two)) * FACTOR_ERROR
-                low, high = np.minimum(one, two) - reach, np.maximum(one, two) + reach
+                from_low, from_high = low / by, high / by
+                reach = np.maximum(np.abs(from_low), np.abs(from_high)) * FACTOR_ERROR
+                low, high = np.minimum(from_low, from_high) - reach, np.maximum(from_low, from_high) + reach
             yield here, *_ends(low, high)
 
     form = FORMS[merged.dtype]
@@ -138,12 +138,12 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
         by = Fraction(1) if x.factor is None else x.factor.exact((first + i, j)[x.factor.axis])
         return _as_float((fraction(stored[i, j], form) - x.delta.exact(first + i, j)) / by) if by else 0.0
 
-    found, doubt = _decide(grid, size, parts())
+    guesses, doubt = _decide(grid, size, parts())
     for i, places in groupby(doubt, itemgetter(0)):
-        numbers, at = np.zeros((1, size[1])), [j for _, j in places]
-        numbers[0, at] = [exact(i, j) for j in at]
-        found[i, at] = grid.nearest(i, numbers)[0, at]
-    return found
+        numbers, columns = np.zeros((1, size[1])), [j for _, j in places]
+        numbers[0, columns] = [exact(i, j) for j in columns]
+        guesses[i, columns] = grid.nearest(i, numbers)[0, columns]
+    return guesses
 
 
 def _factor(x: Reals, rows: slice) -> Wide | None:
@@ -154,7 +154,7 @@ def _factor(x: Reals, rows: slice) -> Wide | None:
 
 
 def _ends(low: Wide, high: Wide) -> tuple[Wide, Wide]:
-    """Return the ends of intervals, of what is not known all numbers."""
+    """Return the ends of intervals, with -inf to inf where an end is not finite."""
     if not (math.isfinite(float(low.sum())) and math.isfinite(float(high.sum()))):
         odd = ~(np.isfinite(low) & np.isfinite(high))
         low[odd], high[odd] = -np.inf, np.inf
@@ -162,7 +162,7 @@ def _ends(low: Wide, high: Wide) -> tuple[Wide, Wide]:
 
 
 def _tiles(dense: DenseRows, rows: Tensor) -> Iterator[slice]:
-    """Yield the rows that are worked out at a time, which bounds the memory."""
+    """Yield the rows to compute at a time, which bounds the memory."""
     height = dense.height(rows.shape[1], rows.device)
     yield from (slice(row, min(row + height, len(rows))) for row in range(0, len(rows), height))
 
@@ -170,21 +170,21 @@ def _tiles(dense: DenseRows, rows: Tensor) -> Iterator[slice]:
 def _decide(
     grid: CodeGrid, shape: torch.Size, parts: Iterator[tuple[slice, Wide, Wide]]
 ) -> tuple[Codes, list[tuple[int, int]]]:
-    """Return the codes of both ends of intervals where they agree, and the places where they do not."""
-    found: Codes | None = None
+    """Return the codes of intervals whose ends have the same code, and the places of the others."""
+    decided: Codes | None = None
     doubt: list[tuple[int, int]] = []
     for here, low, high in parts:
-        one, two = grid.nearest(here.start, low), grid.nearest(here.start, high)
-        if found is None:
-            found = np.empty(tuple(shape), one.dtype)
-        found[here] = one
-        at = np.argwhere(grid.ordinals(one) != grid.ordinals(two))
-        doubt += [(here.start + int(i), int(j)) for i, j in at]
-    return np.empty(tuple(shape), np.uint8) if found is None else found, doubt
+        of_low, of_high = grid.nearest(here.start, low), grid.nearest(here.start, high)
+        if decided is None:
+            decided = np.empty(tuple(shape), of_low.dtype)
+        decided[here] = of_low
+        differing = np.argwhere(grid.ordinals(of_low) != grid.ordinals(of_high))
+        doubt += [(here.start + int(i), int(j)) for i, j in differing]
+    return np.empty(tuple(shape), np.uint8) if decided is None else decided, doubt
 
 
 def _used_ordinals(grid: CodeGrid, columns: int) -> range:
-    """Return the ordinals of the codes that writers use: those between the codes nearest to -inf and to inf."""
+    """Return the ordinals of the codes that writers use, from the code nearest to -inf to that nearest to inf."""
     ends = [int(grid.ordinals(grid.nearest(0, np.full((1, columns), end)))[0, 0]) for end in (-np.inf, np.inf)]
     return range(min(ends), max(ends) + 1)
 
@@ -192,7 +192,7 @@ def _used_ordinals(grid: CodeGrid, columns: int) -> range:
 def _nearest_to(grid: CodeGrid, number: Fraction, i: int, j: int, former: Codes, used: range) -> Any:
     """Return the code nearest to a number at one place; of two, the even one, or else the lower.
 
-    It is one of the `used` ordinals, the grid's own answer, of floats, or a neighbor; or else the former code.
+    The candidates are the grid's float64 answer and its neighbors, if in `used`, and the former code.
 
     Args:
         former: the codes of the row, (n,).
@@ -203,10 +203,10 @@ def _nearest_to(grid: CodeGrid, number: Fraction, i: int, j: int, former: Codes,
     about = grid.ordinals(near)[0, j]
     best: tuple[Fraction, bool, int] | None = None
     chosen = near[0, j]
-    own = grid.ordinals(former[j : j + 1])[0]
-    for ordinal in (about - 1, about, about + 1, own):
+    former_ordinal = grid.ordinals(former[j : j + 1])[0]
+    for ordinal in (about - 1, about, about + 1, former_ordinal):
         candidate = _code(grid, ordinal)
-        if candidate is None or (ordinal not in used and ordinal != own):
+        if candidate is None or (ordinal not in used and ordinal != former_ordinal):
             continue
         near[0, j] = candidate
         value = float(grid.values(i, near)[0, j])
@@ -219,7 +219,7 @@ def _nearest_to(grid: CodeGrid, number: Fraction, i: int, j: int, former: Codes,
 
 
 def _code(grid: CodeGrid, ordinal: Any) -> Any:
-    """Return the code of an ordinal, None if there is none."""
+    """Return the code of an ordinal; None if it has none."""
     try:
         code = grid.from_ordinals(np.array([ordinal]))[0]
     except IndexError:
@@ -228,7 +228,7 @@ def _code(grid: CodeGrid, ordinal: Any) -> Any:
 
 
 def _as_float(number: Fraction) -> float:
-    """Return the nearest float64, inf for what is beyond."""
+    """Return the nearest float64; inf if the number is too large."""
     try:
         return float(number)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Give the numbers that codes mean before any scale, and the codes that are nearest to numbers.
+"""The numbers that codes stand for before any scale, and the codes nearest to numbers.
 
 Sources: OCP Microscaling Formats (MX) 1.0, tables 3 to 7, for e2m1, e4m3 and E8M0; OCP OFP8 1.0 for e5m2.
 """
@@ -22,21 +22,21 @@ class Levels(Protocol):
         """Return the numbers of codes, in their shape."""
 
     def nearest(self, numbers: Wide) -> Codes:
-        """Return the codes nearest to numbers, clamped to the range; of nan the code of 0.
+        """Return the codes nearest to numbers, clamped to the range; nan gets the code of 0.
 
         Ties go to even codes, or to the lower number in a table that is not `even`.
         """
 
     def ordinals(self, codes: Codes) -> Codes:
-        """Return integers that order codes as their numbers: -0 just below +0, equal ones by falling code, nan last."""
+        """Return integers in the order of the codes' numbers: -0 before +0, equal ones by falling code, nan last."""
 
     def from_ordinals(self, ordinals: Codes) -> Codes:
-        """Return the codes of ordinals; IndexError if one is no code's."""
+        """Return the codes of ordinals; raise IndexError if an ordinal has no code."""
 
 
 @dataclass(frozen=True)
 class Integers:
-    """Codes that are numbers: `code - offset`."""
+    """Codes whose numbers are `code - offset`."""
 
     low: int  # the first and the last code that writers use
     high: int
@@ -45,14 +45,14 @@ class Integers:
     readable: tuple[int, int] | None = None  # the first and the last code that a file may have; None for low and high
 
     def values(self, codes: Codes) -> Wide:
-        found = codes.astype(np.float64)
-        return found - self.offset if self.offset else found
+        numbers = codes.astype(np.float64)
+        return numbers - self.offset if self.offset else numbers
 
     @np.errstate(invalid="ignore")
     def nearest(self, numbers: Wide) -> Codes:
-        found = np.rint(numbers + self.offset)
-        np.clip(found, self.low, self.high, out=found)
-        return np.where(np.isnan(found), self.offset, found).astype(self.kind)
+        rounded = np.rint(numbers + self.offset)
+        np.clip(rounded, self.low, self.high, out=rounded)
+        return np.where(np.isnan(rounded), self.offset, rounded).astype(self.kind)
 
     def ordinals(self, codes: Codes) -> Codes:
         return codes.astype(np.int16)
@@ -64,12 +64,12 @@ class Integers:
 
 @dataclass(frozen=True)
 class Table:
-    """Codes that count the numbers of a table, of which any order and repeats are allowed; nan for codes not in use.
+    """Codes that are indices of a table, with numbers in any order, repeats allowed, and nan for unused codes.
 
-    The numbers are of float32, so that the middles between them are exact.
+    The numbers fit in float32, so that the midpoints between them are exact in float64.
 
     Attributes:
-        even: whether a tie goes to the even code; otherwise to the lower number.
+        even: a tie goes to the even code; otherwise to the lower number.
     """
 
     numbers: tuple[float, ...]
@@ -81,21 +81,21 @@ class Table:
 
     @cached_property
     def _order(self) -> Codes:
-        """The codes as their numbers rise, -0 before +0, equal entries from the last code to the first, nan last."""
+        """The codes in the order of their numbers: -0 before +0, equal entries by falling code, nan last."""
         size = self._wide + 0.0
         return np.lexsort((-np.arange(len(size)), ~np.signbit(self._wide), size)).astype(np.int16)
 
     @cached_property
     def _ranks(self) -> Codes:
-        found = np.empty(len(self._order), np.int16)
-        found[self._order] = np.arange(len(self._order), dtype=np.int16)
-        return found
+        ranks = np.empty(len(self._order), np.int16)
+        ranks[self._order] = np.arange(len(self._order), dtype=np.int16)
+        return ranks
 
     @cached_property
     def _steps(self) -> tuple[Codes, Wide]:
-        """The codes of rising finite numbers without repeats, +0 alone of both zeros, and the least double of each.
+        """The codes of rising finite numbers without repeats and -0, and the least double of each but the first.
 
-        The first has none; a nan follows the last, which no number reaches.
+        A nan, which no number reaches, follows the last double.
         """
         order = self._order[np.isfinite(self._wide[self._order])]
         values = self._wide[order] + 0.0
@@ -107,18 +107,18 @@ class Table:
 
     @cached_property
     def _cells(self) -> tuple[Codes, int]:
-        """The place in `_steps` of the least of all doubles that begin with 16 bits, and the most steps among them.
+        """For each value of the first 16 bits, the place in `_steps` of the least double; the most steps in a value.
 
-        The middles between small floats end with these bits, so that one comparison is enough.
+        The midpoints between small floats have no bits beyond these, so that one comparison is enough.
         """
         first = np.arange(1 << 16, dtype=np.uint64) << 48
         last = first | ((1 << 48) - 1)
         least, most = np.where(first < 1 << 63, (first, last), (last, first)).view(np.float64)
         least, most = np.nan_to_num((least, most), nan=-np.inf)  # beside an infinity, whose cell the nans share
         steps = self._steps[1][:-1]
-        found = np.searchsorted(steps, least, side="right")
-        spread = np.searchsorted(steps, most, side="right") - found
-        return found.astype(np.uint8), int(spread.max(initial=0))
+        cells = np.searchsorted(steps, least, side="right")
+        spread = np.searchsorted(steps, most, side="right") - cells
+        return cells.astype(np.uint8), int(spread.max(initial=0))
 
     def values(self, codes: Codes) -> Wide:
         return self._wide.take(codes)
@@ -127,12 +127,12 @@ class Table:
         codes, steps = self._steps
         cells, most = self._cells
         begin = np.ascontiguousarray(numbers).view(np.uint64) >> 48
-        at = cells.take(begin.view(np.int64))  # numpy before 2 takes no unsigned 64 bits
+        place = cells.take(begin.view(np.int64))  # numpy before 2 takes no unsigned 64 bits
         for _ in range(most):
-            at += numbers >= steps.take(at)
-        found = codes.take(at)
-        found[np.isnan(numbers)] = self.nearest_to_zero
-        return found
+            place += numbers >= steps.take(place)
+        nearest = codes.take(place)
+        nearest[np.isnan(numbers)] = self.nearest_to_zero
+        return nearest
 
     @cached_property
     def nearest_to_zero(self) -> int:
@@ -153,9 +153,9 @@ def _require_within(ordinals: Codes, low: int, high: int) -> None:
 
 
 def _floats(kind: torch.dtype) -> tuple[float, ...]:
-    """Return the numbers of 8-bit floats; the sign of a nan is its code's, whatever a processor makes of it."""
-    found = torch.arange(256, dtype=torch.uint8).view(kind).double().numpy()
-    return tuple(np.copysign(found, np.where(np.arange(256) < 128, 1.0, -1.0)).tolist())
+    """Return the numbers of 8-bit floats; a nan has the sign of its code on every processor."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(kind).double().numpy()
+    return tuple(np.copysign(numbers, np.where(np.arange(256) < 128, 1.0, -1.0)).tolist())
 
 
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -171,5 +171,5 @@ INT8 = Integers(-128, 127, "int8")
 
 def e8m0(codes: Codes) -> Wide:
     """Return 2**(code - 127), nan for 255."""
-    found: Wide = np.ldexp(1.0, codes.astype(np.intc) - 127)
-    return np.where(codes == 255, np.nan, found)
+    powers: Wide = np.ldexp(1.0, codes.astype(np.intc) - 127)
+    return np.where(codes == 255, np.nan, powers)

@@ -1,8 +1,7 @@
 """Compose deltas of deltas: products element by element, Kronecker products, and multiples of rows or columns.
 
-The bounds are those of the product rule: where x is off by d and y by e, x y is off by |x| e + |y| d + d e at most, and
-by what its own roundings lose. A base that stores (in, out) takes the same of the parts' transposes, since the
-transpose of each of these is that of its parts.
+The bounds follow the product rule: if x is off by d and y by e, then x y is off by |x| e + |y| d + d e at most, plus
+its rounding error. A base that stores (in, out) composes the parts' transposes: that gives the result's transpose.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from .products import LEAST_OF, UNIT_OF, split_scale
 
 Mask = npt.NDArray[np.bool_]
 Pair = tuple[Wide, Wide, Wide]  # high, low and a bound, as `Delta.near` has them
-REACH = 400  # pairs with numbers beyond 2**-400 and 2**400 are left to the fractions, as their products may be lost
-SCALES = 300  # and all, if the scale is beyond 2**-300 and 2**300
-ROUNDINGS = 5  # of a product of two numbers and a scale, each cast to the type and the products rounded
+REACH = 400  # pairs with numbers beyond 2**-400 and 2**400 are left to the fractions, as their products may underflow
+SCALES = 300  # all pairs are, if the scale is beyond 2**-300 and 2**300
+ROUNDINGS = 5  # of a product of two numbers and a scale: three casts to the type and two products
 CPU = torch.device("cpu")
 
 
@@ -34,16 +33,17 @@ class _Multiplied(ABC):
 
     shape: tuple[int, int]
 
-    def __init__(self, one: Delta, two: Delta, scale: Fraction) -> None:
-        self._one, self._two, self._scale = one, two, scale
+    def __init__(self, first: Delta, second: Delta, scale: Fraction) -> None:
+        self._first, self._second, self._scale = first, second, scale
         significand, e, _ = self._split = split_scale(scale)
         self._in_range = abs(e) <= SCALES or not scale
         self._factor = float(np.ldexp(significand, e)) if self._in_range and scale else 0.0
 
     @cached_property
     def largest(self) -> float:
-        one, two, scale = _largest_of(self._one), _largest_of(self._two), abs(self._factor)
-        return float(np.max([self._one.largest, self._two.largest, one, two, scale, scale * one, scale * one * two]))
+        first, second, scale = _largest_of(self._first), _largest_of(self._second), abs(self._factor)
+        products = scale, scale * first, scale * first * second
+        return float(np.max([self._first.largest, self._second.largest, first, second, *products]))
 
     @abstractmethod
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta: ...
@@ -54,66 +54,67 @@ class _Multiplied(ABC):
 
     def _bounds(self, sizes: tuple[Wide, Wide], errors: tuple[Wide, Wide], kind: torch.dtype) -> tuple[Wide, Wide]:
         """Return the sizes and errors of products in a type. sizes, errors: of both sides, for each row."""
-        scale, (one, two), (d, e) = abs(self._factor), sizes, errors
+        scale, (first, second), (d, e) = abs(self._factor), sizes, errors
         with np.errstate(all="ignore"):
-            made = (one + d) * (two + e)
-            lost = scale * (one * e + two * d + d * e + ROUNDINGS * UNIT_OF[kind] * made)
-            flushed = 8 * LEAST_OF[kind] * (1 + scale) * (1 + one + d) * (1 + two + e)
-            found = (scale * one * two * SLACK, (lost + flushed) * SLACK if self._in_range else lost + np.inf)
-        return _known(found[0]), _known(found[1])
+            product = (first + d) * (second + e)
+            error = scale * (first * e + second * d + d * e + ROUNDINGS * UNIT_OF[kind] * product)
+            flushed = 8 * LEAST_OF[kind] * (1 + scale) * (1 + first + d) * (1 + second + e)
+            bounds = (scale * first * second * SLACK, (error + flushed) * SLACK if self._in_range else error + np.inf)
+        return _known(bounds[0]), _known(bounds[1])
 
     def near(self, i: Positions, j: Positions) -> Pair:
         i1, j1, i2, j2 = self._places(i, j)
-        return self._times(self._one.near(i1, j1), self._two.near(i2, j2))
+        return self._times(self._first.near(i1, j1), self._second.near(i2, j2))
 
     def nearer(self, i: Positions, j: Positions) -> Pair:
         i1, j1, i2, j2 = self._places(i, j)
-        return self._times(self._one.nearer(i1, j1), self._two.nearer(i2, j2))
+        return self._times(self._first.nearer(i1, j1), self._second.nearer(i2, j2))
 
     def exact(self, i: int, j: int) -> Fraction:
         (i1,), (j1,), (i2,), (j2,) = self._places(np.array([i]), np.array([j]))
-        return self._scale * self._one.exact(int(i1), int(j1)) * self._two.exact(int(i2), int(j2))
+        return self._scale * self._first.exact(int(i1), int(j1)) * self._second.exact(int(i2), int(j2))
 
     @np.errstate(all="ignore")
-    def _times(self, one: Pair, two: Pair) -> Pair:
+    def _times(self, first: Pair, second: Pair) -> Pair:
         """Return the products of pairs and the scale, as pairs."""
-        (h1, l1, d), (h2, l2, e) = one, two
+        (h1, l1, d), (h2, l2, e) = first, second
         if not self._in_range:
             return anything(len(h1))
         significand, power, tail = self._split
         product, rest = two_product(h1, h2)
         cross = np.abs(h1 * l2) + np.abs(l1 * h2)
-        lost = (np.abs(h1) + np.abs(l1)) * e + (np.abs(h2) + np.abs(l2) + e) * d
-        lost += np.abs(l1 * l2) + 4 * U * (np.abs(rest) + cross)
+        error = (np.abs(h1) + np.abs(l1)) * e + (np.abs(h2) + np.abs(l2) + e) * d
+        error += np.abs(l1 * l2) + 4 * U * (np.abs(rest) + cross)
         rest = rest + (h1 * l2 + l1 * h2)
         high, low = two_product(product, np.full_like(product, significand))
         low = low + (rest * significand + product * tail)
-        lost = lost * abs(significand) + 4 * U * (np.abs(rest) + 2 * U * np.abs(product))
+        error = error * abs(significand) + 4 * U * (np.abs(rest) + 2 * U * np.abs(product))
         plain = (d == 0) & (e == 0) & _is_zero(l1) & _is_zero(l2) & (abs(significand) == 0.5 and tail == 0)
-        high, low, lost = (np.ldexp(x, np.intc(power)) for x in (high, low, lost + LEAST))
-        bound = np.where(plain & (np.abs(high) > 2.0 ** -(REACH + 100)), 0.0, lost * SLACK + LEAST)
+        high, low, error = (np.ldexp(x, np.intc(power)) for x in (high, low, error + LEAST))
+        bound = np.where(plain & (np.abs(high) > 2.0 ** -(REACH + 100)), 0.0, error * SLACK + LEAST)
         usual = _is_usual(h1, REACH) & _is_usual(h2, REACH) & _is_usual(l1, REACH + 100) & _is_usual(l2, REACH + 100)
-        return _cleaned(high, low, np.where(usual, bound, np.inf), _vanishes(one) | _vanishes(two) | (significand == 0))
+        zero = _vanishes(first) | _vanishes(second) | (significand == 0)
+        return _cleaned(high, low, np.where(usual, bound, np.inf), zero)
 
 
 class Hadamard(_Multiplied):
     """D = scale * D1 * D2, element by element (LoHa).
 
     Args:
-        one, two: of one shape.
+        first, second: of one shape.
     """
 
-    def __init__(self, one: Delta, two: Delta, scale: Fraction) -> None:
-        super().__init__(one, two, scale)
-        self.shape = one.shape
+    def __init__(self, first: Delta, second: Delta, scale: Fraction) -> None:
+        super().__init__(first, second, scale)
+        self.shape = first.shape
 
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        one, two = (delta.dense(kind, device) for delta in (self._one, self._two))
-        sizes, errors = self._bounds((one.sizes, two.sizes), (one.errors, two.errors), kind)
+        first, second = (delta.dense(kind, device) for delta in (self._first, self._second))
+        sizes, errors = self._bounds((first.sizes, second.sizes), (first.errors, second.errors), kind)
 
         def fill(rows: slice, shift: float, out: Tensor) -> None:
-            one.fill(rows, 0.0, out)
-            two.fill(rows, 0.0, more := torch.empty_like(out))
+            first.fill(rows, 0.0, out)
+            second.fill(rows, 0.0, more := torch.empty_like(out))
             torch.addcmul(out.new_full((), shift), out, more, value=self._factor, out=out)
 
         return DenseDelta(sizes, errors, fill)
@@ -123,41 +124,41 @@ class Hadamard(_Multiplied):
 
 
 class Kron(_Multiplied):
-    """D[i, j] = scale * D1[i // p, j // q] * D2[i % p, j % q] for D2 of (p, q) (LoKr), some rows of it.
+    """Some rows of D[i, j] = scale * D1[i // p, j // q] * D2[i % p, j % q] with D2 (p, q) (LoKr).
 
     Args:
-        one, two: all rows of both, which are small beside D.
+        first, second: all rows of both, which are small beside D.
         rows: start and stop among the rows of D.
     """
 
-    def __init__(self, one: Delta, two: Delta, scale: Fraction, rows: slice) -> None:
-        super().__init__(one, two, scale)
-        self.shape = rows.stop - rows.start, one.shape[1] * two.shape[1]
+    def __init__(self, first: Delta, second: Delta, scale: Fraction, rows: slice) -> None:
+        super().__init__(first, second, scale)
+        self.shape = rows.stop - rows.start, first.shape[1] * second.shape[1]
         self._rows = np.arange(rows.start, rows.stop)
 
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        (one, sizes1, errors1), (two, sizes2, errors2) = (_filled(delta) for delta in (self._one, self._two))
-        i, k = self._rows // len(two), self._rows % len(two)
+        (values1, sizes1, errors1), (values2, sizes2, errors2) = map(_filled, (self._first, self._second))
+        i, k = self._rows // len(values2), self._rows % len(values2)
         sizes, errors = self._bounds((sizes1[i], sizes2[k]), (errors1[i], errors2[k]), kind)
-        first, second = (one * self._factor).to(kind).to(device), two.to(kind).to(device)
-        at, beside = (torch.from_numpy(x).to(device) for x in (i, k))
+        first, second = (values1 * self._factor).to(kind).to(device), values2.to(kind).to(device)
+        outer, inner = (torch.from_numpy(x).to(device) for x in (i, k))
 
         def fill(rows: slice, shift: float, out: Tensor) -> None:
-            left, right = first[at[rows]], second[beside[rows]]
-            whole = out.view(len(left), left.shape[1], right.shape[1])
-            torch.mul(left[:, :, None], right[:, None], out=whole)
+            left, right = first[outer[rows]], second[inner[rows]]
+            blocks = out.view(len(left), left.shape[1], right.shape[1])
+            torch.mul(left[:, :, None], right[:, None], out=blocks)
             out.add_(shift)
 
         return DenseDelta(sizes, errors, fill)
 
     def _places(self, i: Positions, j: Positions) -> tuple[Positions, Positions, Positions, Positions]:
-        p, q = self._two.shape
+        p, q = self._second.shape
         i = self._rows.take(i)
         return i // p, j // q, i % p, j % q
 
 
 class Scaled:
-    """D = a number of each row or column * D1 (what DoRA multiplies a delta by)."""
+    """D = ratio * D1, with one ratio for each row or each column (DoRA)."""
 
     def __init__(self, delta: Delta, ratio: Factor) -> None:
         self._delta, self._ratio, self.shape = delta, ratio, delta.shape
@@ -173,9 +174,9 @@ class Scaled:
         if not by_rows:
             ratio, off = ratio.max(initial=0.0), off.max(initial=0.0)
         with np.errstate(all="ignore"):
-            made = inner.sizes + inner.errors
-            lost = (ratio + off) * inner.errors + inner.sizes * off + ROUNDINGS * UNIT_OF[kind] * ratio * made
-            errors = (lost + 8 * LEAST_OF[kind] * (1 + ratio) * (1 + made)) * SLACK
+            reach = inner.sizes + inner.errors
+            error = (ratio + off) * inner.errors + inner.sizes * off + ROUNDINGS * UNIT_OF[kind] * ratio * reach
+            errors = (error + 8 * LEAST_OF[kind] * (1 + ratio) * (1 + reach)) * SLACK
             sizes = (ratio + off) * inner.sizes * SLACK
         value = torch.from_numpy(self._ratio.value).to(kind).to(device)
         value = value[:, None] if by_rows else value[None]
@@ -199,56 +200,57 @@ class Scaled:
     def _times(self, pair: Pair, i: Positions, j: Positions) -> Pair:
         high, low, bound = pair
         value, error = self._ratio.at(i, j)
-        one, two, lost = self._ratio.times(high, low, i, j)
-        total = np.where((bound == 0) & (lost == 0), 0.0, (bound * (np.abs(value) + error) + lost) * SLACK + LEAST)
+        product, rest, rounding = self._ratio.times(high, low, i, j)
+        off = (bound * (np.abs(value) + error) + rounding) * SLACK + LEAST
+        total = np.where((bound == 0) & (rounding == 0), 0.0, off)
         usual = _is_usual(high, REACH) & _is_usual(low, REACH + 100) & _is_usual(value, REACH)
-        return _cleaned(one, two, np.where(usual, total, np.inf), _vanishes(pair) | ((value == 0) & (error == 0)))
+        return _cleaned(product, rest, np.where(usual, total, np.inf), _vanishes(pair) | ((value == 0) & (error == 0)))
 
 
 def _filled(delta: Delta) -> tuple[Tensor, Wide, Wide]:
-    """Return all of a small delta in float64, and no less than the size and error of the numbers of each row."""
+    """Return all of a small delta in float64, and for each row bounds on its largest size and error."""
     dense, value = delta.dense(torch.float64, CPU), torch.empty(delta.shape, dtype=torch.float64)
     dense.fill(slice(0, delta.shape[0]), 0.0, value)
-    made = value.abs().amax(1).numpy() if value.numel() else np.zeros(len(value))
-    return value, _known(np.minimum(dense.sizes, made + dense.errors)), _known(dense.errors)
+    largest = value.abs().amax(1).numpy() if value.numel() else np.zeros(len(value))
+    return value, _known(np.minimum(dense.sizes, largest + dense.errors)), _known(dense.errors)
 
 
 def _largest_of(delta: Delta) -> float:
-    """Return no less than the largest |D|."""
+    """Return an upper bound of |D|."""
     return float(delta.dense(torch.float64, CPU).sizes.max(initial=0.0))
 
 
 def _known(x: Wide) -> Wide:
-    """Return bounds with inf where float64 could not work one out."""
-    found: Wide = np.where(np.isnan(x), np.inf, x)
-    return found
+    """Return bounds with inf in place of nan."""
+    bounds: Wide = np.where(np.isnan(x), np.inf, x)
+    return bounds
 
 
 def _size(x: Wide) -> npt.NDArray[np.int64]:
-    """Return |x| as its bits, which no setting of the machine takes for 0."""
+    """Return the bits of |x|, which no setting of the machine flushes to 0."""
     return x.view(np.int64) & np.int64(2**63 - 1)
 
 
 def _is_zero(x: Wide) -> Mask:
-    found: Mask = _size(x) == 0
-    return found
+    mask: Mask = _size(x) == 0
+    return mask
 
 
 def _is_usual(x: Wide, reach: int) -> Mask:
     """Return where x is 0 or from 2**-reach to 2**reach in size."""
     size = _size(x)
-    found: Mask = (size == 0) | ((size >= (1023 - reach) << 52) & (size <= (1023 + reach) << 52))
-    return found
+    mask: Mask = (size == 0) | ((size >= (1023 - reach) << 52) & (size <= (1023 + reach) << 52))
+    return mask
 
 
 def _vanishes(pair: Pair) -> Mask:
-    """Return where a pair is 0 for sure."""
+    """Return where a pair is certainly 0."""
     high, low, bound = pair
-    found: Mask = _is_zero(high) & _is_zero(low) & (bound == 0)
-    return found
+    mask: Mask = _is_zero(high) & _is_zero(low) & (bound == 0)
+    return mask
 
 
 def _cleaned(high: Wide, low: Wide, bound: Wide, zero: Mask) -> Pair:
-    """Return pairs with 0 where they are 0 for sure, and "anything" where one is no number."""
+    """Return pairs with 0 where they are certainly 0, and an infinite bound where a number is not finite."""
     fine = np.isfinite(high) & np.isfinite(low) & np.isfinite(bound) & ~zero
     return np.where(fine, high, 0.0), np.where(fine, low, 0.0), np.where(fine, bound, np.where(zero, 0.0, np.inf))

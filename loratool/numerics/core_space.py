@@ -1,13 +1,13 @@
 """Express several changes of one matrix as small cores in a common space: D_i = U M_i V^T (Panariello et al., 2025).
 
-With all columns of the changes in the span of U (out, R) and all rows in that of V (in, R'), a method that combines
-changes can run on the cores M_i (R, R'), and what it makes of them, M, stands for U M V^T: no (out, in) matrix is
-formed. Methods that rotations commute with give what they give of the D_i; the others (TIES, DARE, pruning) depend on
-the bases.
+All columns of the changes are in the span of U (out, R), and all rows in that of V (in, R'). So a method that combines
+changes can run on the cores M_i (R, R'). Its result M stands for U M V^T, and no (out, in) matrix is formed. Methods
+that commute with rotations give the same result as on the D_i; the others (TIES, DARE, pruning) depend on the bases.
 
 So the bases are part of the definition (NeurIPS 2025, arXiv 2509.17786, section 4): the left singular vectors of the
-stack of all B_i, and the right ones of that of all A_i. There D_i = B_i A_i is split evenly by its SVD, which makes the
-bases those of sum (D_i D_i^T)^(1/2) and sum (D_i^T D_i)^(1/2): functions of the changes, whatever their factors.
+stack of all B_i, and the right singular vectors of the stack of all A_i. Here the SVD splits D_i = B_i A_i evenly. So
+the bases are the eigenvectors of sum (D_i D_i^T)^(1/2) and sum (D_i^T D_i)^(1/2): they depend on the changes, not on
+the factors.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .spectrum import RANK_TOLERANCE
 
 ROUNDS = 50  # of the alternating eigenproblems; a few are enough where the changes have low rank
 
-SETTLED = 1e-8  # a relative gain in the energy kept that ends them: the authors' 1e-6 is seen in the sixth digit
+SETTLED = 1e-8  # relative gain in the energy kept that ends them: the authors' 1e-6 shows in the sixth digit
 
-EQUAL = 1e-9  # entries that differ by less, relatively, count as equal: rounding decides nothing
+EQUAL = 1e-9  # entries that differ by less, relatively, count as equal, so that rounding errors decide nothing
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CoreSpace:
     cores: Tensor  # (T, R, R'), float64: D_i = U @ cores[i] @ V^T
 
     def compressed(self, rank: int) -> CoreSpace:
-        """Return the space of `rank` directions a side, or fewer if there are no more, that holds most of all changes.
+        """Return the space of at most `rank` directions a side that holds the most of all changes.
 
         Each core counts by its own norm: P (R, k) and Q (R', k) maximize sum |P^T M_i Q|^2 / |M_i|^2, by alternating
         eigenproblems (Ye, Machine Learning 61, 2005; for adapters arXiv 2606.03723, "compress then merge").
@@ -47,7 +47,7 @@ class CoreSpace:
 
 
 def core_space(changes: Sequence[FactoredSVD]) -> CoreSpace:
-    """Return the common space of changes of one matrix, each by the SVD of a single D_i, with U (out, k_i)."""
+    """Return the common space of changes of one matrix, each given by its SVD with U (out, k_i)."""
     cut = [_of_its_rank(change) for change in changes]
     U, left = _basis([change.U * change.S.sqrt() for change in cut])
     V, right = _basis([change.V * change.S.sqrt() for change in cut])
@@ -55,7 +55,7 @@ def core_space(changes: Sequence[FactoredSVD]) -> CoreSpace:
 
 
 def _of_its_rank(change: FactoredSVD) -> FactoredSVD:
-    """Return a change without the directions that are rounding noise: their square roots would not look like noise."""
+    """Return a change without directions that are rounding noise, whose square roots would not look like noise."""
     k = int(change.rank())
     return FactoredSVD(change.U[:, :k], change.S[:k], change.V[:, :k])
 
@@ -86,14 +86,14 @@ def _shared_bases(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return (P (R, k), Q (R', k)) with orthonormal columns as in `CoreSpace.compressed`."""
     norms = torch.linalg.vector_norm(cores, dim=(1, 2), keepdim=True)
     scaled = cores / torch.where(norms == 0, 1.0, norms)
-    Q, kept = _leading(scaled.mT @ scaled, rank), 0.0
+    Q, energy = _leading(scaled.mT @ scaled, rank), 0.0
     for _ in range(ROUNDS):
         right = scaled @ Q
         P = _leading(right @ right.mT, rank)
         left = P.mT @ scaled
         Q = _leading(left.mT @ left, rank)
-        former, kept = kept, float((left @ Q).square().sum())
-        if kept - former <= SETTLED * kept:
+        former, energy = energy, float((left @ Q).square().sum())
+        if energy - former <= SETTLED * energy:
             break
     return P, Q
 

@@ -1,9 +1,9 @@
 """Decide W' = RN(X) of single weights, X = a * W + D a real number that is defined by the stored numbers alone.
 
-D is worked out in float64 with a bound on its error (`Delta.near`). Where [X - bound, X + bound] does not round to one
-number, it is worked out as an unevaluated sum of two float64 (`Delta.nearer`), and where that does not tell, as a
-fraction (`Delta.exact`). So no order of summation, library or machine shows in the result (a floating-point filter:
-Shewchuk, Discrete & Computational Geometry 18, 1997).
+D is computed in float64 with a bound on its error (`Delta.near`). If [X - bound, X + bound] does not round to one
+number, D is computed as an unevaluated sum of two float64 (`Delta.nearer`), and if that does not decide, as a fraction
+(`Delta.exact`). So the result does not depend on the order of summation, the library or the machine (a floating-point
+filter: Shewchuk, Discrete & Computational Geometry 18, 1997).
 
 Every bound has an absolute part, or is 0 where nothing was rounded, so that flushed subnormal numbers are within it.
 """
@@ -26,23 +26,23 @@ from .forms import FORMS, Codes, Form, Positions, Wide, codes, fraction, rounded
 
 U = 2.0**-53  # unit roundoff of float64
 PAIR = 2.0**-98  # no pair of numbers is off by more of their size, roundings of pairs included
-LEAST = 2.0**-900  # smaller sums are left to the fractions, so that nothing that counts is near float64's least number
+LEAST = 2.0**-900  # smaller sums are left to the fractions, so that no relevant number is near float64's least one
 TINY = 2.0**-700  # of a smaller factor the tail, or itself, may have been flushed
 SLACK = 1 + 1e-9  # times a bound, for the roundings of the bound itself
-CHUNK = 1 << 13  # numbers at a time, so that all arrays stay in a core's cache
+CHUNK = 1 << 13  # numbers processed at a time, so that all arrays stay in a core's cache
 
 Each = Any  # a float; of several matrices, one below the other, a tensor with a number for each row, (rows, 1)
 
 
 @dataclass(frozen=True)
 class DenseDelta:
-    """D of some rows as a GEMM gives it, in float32 or float64.
+    """D of some rows as a GEMM computes it, in float32 or float64.
 
     Attributes:
         sizes: (rows,), no |D| of a row is larger.
         errors: (rows,), no error of a row is larger.
         fill: writes D + shift of some rows into a tensor, (rows, n) of this type, by (rows, shift, tensor).
-        squares: (rows,), ||D||^2 of each row, about; None where the numbers themselves have to tell.
+        squares: (rows,), about ||D||^2 of each row; None if only the numbers themselves tell.
     """
 
     sizes: Wide
@@ -52,10 +52,10 @@ class DenseDelta:
 
 
 class Delta(Protocol):
-    """The numbers that an update adds to some rows of a weight: D, (rows, n), a real number for each weight.
+    """The change D of some rows of a weight, (rows, n), a real number for each weight.
 
-    A kind of update answers these four questions; of `near` and `nearer` it may answer "anything" (an infinite bound),
-    at a cost in speed.
+    Each kind of update implements `dense`, `near`, `nearer` and `exact`. `near` and `nearer` may return `anything` (an
+    infinite bound), at a cost in speed.
     """
 
     @property
@@ -64,23 +64,23 @@ class Delta(Protocol):
 
     @property
     def largest(self) -> float:
-        """No factor of a product is larger: within 2**60, float32 cannot overflow."""
+        """Upper bound of the factors of all products. Up to 2**60, float32 cannot overflow."""
 
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        """Return D as float32 or float64 gives it."""
+        """Return D in float32 or float64, with bounds on its errors."""
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         """Return D at rows i and columns j as high + low, and a bound that is 0 only where that is exact."""
 
     def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
-        """Return the same, slower, with a bound that is 0 only where nothing was lost."""
+        """Return the same as `near` with a smaller bound, more slowly. It is 0 only where the pair is exact."""
 
     def exact(self, i: int, j: int) -> Fraction:
         """Return D of one weight."""
 
 
 def anything(count: int) -> tuple[Wide, Wide, Wide]:
-    """Return what `near` or `nearer` answers where it knows nothing."""
+    """Return pairs with an infinite bound, for `near` or `nearer` of an unknown D."""
     return np.zeros(count), np.zeros(count), np.full(count, np.inf)
 
 
@@ -91,9 +91,9 @@ class Factor:
     Attributes:
         value: in float64.
         error: no |exact number - value| is larger.
-        tail: what the value lacks, to `PAIR` times `size`; exactly where that is 0.
-        size: of what was summed.
-        exact: the number of a row or column.
+        tail: exact number - value, to `PAIR` times `size`; exact where `size` is 0.
+        size: of the summands.
+        exact: a row or column -> its number as a fraction.
     """
 
     axis: int
@@ -105,13 +105,13 @@ class Factor:
 
     def at(self, i: Positions, j: Positions) -> tuple[Wide, Wide]:
         """Return value and error at rows i and columns j."""
-        at = (i, j)[self.axis]
-        return self.value.take(at), self.error.take(at)
+        index = (i, j)[self.axis]
+        return self.value.take(index), self.error.take(index)
 
     def times(self, high: Wide, low: Wide, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         """Return the product with pairs at rows i and columns j as a pair, and a bound, 0 where that is exact."""
-        at = (i, j)[self.axis]
-        value, tail, size = self.value.take(at), self.tail.take(at), self.size.take(at)
+        index = (i, j)[self.axis]
+        value, tail, size = self.value.take(index), self.tail.take(index), self.size.take(index)
         high, low = two_sum(high, low)  # where terms cancelled, the low part may be the larger
         product, rest = two_product(high, value)
         plain = (tail == 0) & (size == 0) & ((value == 0) | (np.abs(value) == 1))
@@ -120,7 +120,7 @@ class Factor:
         return np.where(plain, high * value, product), rest, np.where(plain, 0.0, bound)
 
     def repeated(self, times: int) -> Factor:
-        """Return the factor with each number that often in a row, as channels have it whose kernels are flattened."""
+        """Return the factor with each number repeated, as for channels whose kernels are flattened."""
         value, error, tail, size = (np.repeat(x, times) for x in (self.value, self.error, self.tail, self.size))
         return Factor(self.axis, value, error, tail, size, lambda k: self.exact(k // times))
 
@@ -138,8 +138,8 @@ class Factor:
     def _of(cls, axis: int, numbers: Sequence[Fraction]) -> Factor:
         tails = {x: float(x - Fraction(float(x))) for x in dict.fromkeys(numbers)}
         value, tail = (np.array([of(x) for x in numbers]) for of in (float, tails.__getitem__))
-        lost = (np.abs(value) < TINY) & np.array([bool(x) for x in numbers], np.bool_)
-        error, size = np.where(lost, TINY, np.abs(tail) * SLACK), np.where(lost, np.inf, np.abs(tail))
+        flushed = (np.abs(value) < TINY) & np.array([bool(x) for x in numbers], np.bool_)
+        error, size = np.where(flushed, TINY, np.abs(tail) * SLACK), np.where(flushed, np.inf, np.abs(tail))
         return cls(axis, value, error, tail, size, lambda k: numbers[k])
 
 
@@ -150,7 +150,7 @@ class Reals:
     Attributes:
         factor: None for a = 1.
         sign: 1, or -1 on the way back.
-        steps: how many weights each step was asked for.
+        steps: how many weights each step computed.
     """
 
     delta: Delta
@@ -176,67 +176,68 @@ class Reals:
 
 @np.errstate(all="ignore")
 def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Form) -> Codes:
-    """Return RN(X) of the weights at rows i and columns j, as bit patterns; the code of inf stands for an overflow.
+    """Return RN(X) of the weights at rows i and columns j, as bit patterns; an overflow is the pattern of inf.
 
     Args:
-        code: the bit patterns of W there, in `form`; finite, but where a is 0.
+        code: the bit patterns of W there, in `form`; finite, except where a is 0.
         to: the form of the result.
     """
     if not len(i):
         return np.empty(0, to.code)
     weight, (high, low, bound) = wide(code, form), x.near(i, j)
     minus_zero = np.zeros(len(i), np.bool_)
-    kept = (high == -low) & (bound == 0)  # D = 0: W's own bits stay
+    unchanged = (high == -low) & (bound == 0)  # D = 0: W's own bits stay
     if x.factor:
         a, error = x.factor.at(i, j)
         known = (error == 0) & ((a == 0) | (a == 1))
-        minus_zero = kept & known & (a == 0) & (high == 0) & np.signbit(high)  # a stored value that takes W's place
-        kept &= known & (a == 1)
+        minus_zero = unchanged & known & (a == 0) & (high == 0) & np.signbit(high)  # a stored value that replaces W
+        unchanged &= known & (a == 1)
         size, plain = np.abs(weight), weight
         weight = np.where(a == 0, 0.0, weight * a)
         bound = bound + np.where(known, 0.0, size * error + np.abs(weight) * (2 * U) + LEAST)
     out, sure = _by_casts(weight + high, bound + np.abs(low), to)
     doubt = np.flatnonzero(~sure)
-    for k in range(0, len(doubt), CHUNK):
-        at = doubt[k : k + CHUNK]
-        total, rest = two_sum(weight.take(at), high.take(at))
-        rest, lost = two_sum(rest, low.take(at))
+    for start in range(0, len(doubt), CHUNK):
+        part = doubt[start : start + CHUNK]
+        total, rest = two_sum(weight.take(part), high.take(part))
+        rest, rounding = two_sum(rest, low.take(part))
         total, rest = two_sum(total, rest)
-        out[at], sure[at] = nearest(total, rest, (bound.take(at) + np.abs(lost)) * SLACK, to)
+        out[part], sure[part] = nearest(total, rest, (bound.take(part) + np.abs(rounding)) * SLACK, to)
     size = code & form.size
     if form.bits == 53:
         sure &= (size >= 1 << 52) | (size == 0)  # a subnormal W may have been flushed
-    out = np.where(minus_zero, -to.size - 1, _with_kept(out, code, kept, form, to)).astype(to.code)
+    out = np.where(minus_zero, -to.size - 1, _with_unchanged(out, code, unchanged, form, to)).astype(to.code)
     if form == to:
-        sure |= kept
+        sure |= unchanged
     x.steps["near"] += len(i)
-    at = np.flatnonzero(~sure)
-    if len(at):
-        x.steps["nearer"] += len(at)
-        high, low, bound = x.delta.nearer(i[at], j[at])
-        kept = (high == -low) & (bound == 0)
-        weight, (more, lost) = weight[at], np.zeros((2, len(at)))
+    undecided = np.flatnonzero(~sure)
+    if len(undecided):
+        x.steps["nearer"] += len(undecided)
+        rows, columns = i[undecided], j[undecided]
+        high, low, bound = x.delta.nearer(rows, columns)
+        unchanged = (high == -low) & (bound == 0)
+        weight, (more, rounding) = weight[undecided], np.zeros((2, len(undecided)))
         if x.factor:
-            weight, more, lost = x.factor.times(plain[at], np.zeros(len(at)), i[at], j[at])
-            kept &= x.factor.value.take((i, j)[x.factor.axis][at]) == 1
+            weight, more, rounding = x.factor.times(plain[undecided], np.zeros(len(undecided)), rows, columns)
+            unchanged &= x.factor.value.take((rows, columns)[x.factor.axis]) == 1
         total, rest = two_sum(weight, x.sign * high)
         more, e1 = two_sum(more, x.sign * low)
         rest, e2 = two_sum(rest, more)
         total, rest = two_sum(total, rest)
-        found, sure = nearest(total, rest, (bound + lost + np.abs(e1) + np.abs(e2)) * SLACK, to)
-        out[at] = _with_kept(found, code[at], kept & (lost == 0), form, to)
-        at = at[~sure | ((form.bits == 53) & (size[at] > 0) & (size[at] < 1 << 52))]
-    x.steps["exact"] += len(at)
-    for k in at:
+        decided, sure = nearest(total, rest, (bound + rounding + np.abs(e1) + np.abs(e2)) * SLACK, to)
+        out[undecided] = _with_unchanged(decided, code[undecided], unchanged & (rounding == 0), form, to)
+        undecided = undecided[~sure | ((form.bits == 53) & (size[undecided] > 0) & (size[undecided] < 1 << 52))]
+    x.steps["exact"] += len(undecided)
+    for k in undecided:
         out[k] = _as_fraction(x, code[k], form, int(i[k]), int(j[k]), to)
     return out
 
 
-def _with_kept(out: Codes, code: Codes, kept: npt.NDArray[np.bool_], form: Form, to: Form) -> Codes:
-    """Return results with W's own bits where they are kept, in another form its sign of zero."""
+def _with_unchanged(out: Codes, code: Codes, unchanged: npt.NDArray[np.bool_], form: Form, to: Form) -> Codes:
+    """Return results with W's own bits where W is unchanged; in another form, with its sign of zero."""
     if form == to:
-        return np.where(kept, code, out)
-    return np.where(kept & (code == -form.size - 1), -to.size - 1, out)
+        return np.where(unchanged, code, out)
+    return np.where(unchanged & (code == -form.size - 1), -to.size - 1, out)
 
 
 def _as_fraction(x: Reals, code: Codes, form: Form, i: int, j: int, to: Form) -> Codes:
@@ -247,7 +248,7 @@ def _as_fraction(x: Reals, code: Codes, form: Form, i: int, j: int, to: Form) ->
 
 
 def _by_casts(total: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
-    """Settle what two casts settle of results of 16 bits: torch casts in two roundings, so the bound has float32's."""
+    """Decide results of 16 bits by two casts. torch casts in two roundings, so the bound includes float32's."""
     if form.bits > 11:
         return np.empty(len(total), form.code), np.zeros(len(total), np.bool_)
     reach = bound * SLACK + np.abs(total) * 2.0**-23.8 + 2.0**-120
@@ -260,10 +261,10 @@ def _by_casts(total: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
 
 
 def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
-    """Return RN(total + rest +- bound) as bit patterns, and where that is sure.
+    """Return RN(total + rest +- bound) as bit patterns, and where that is certain.
 
-    |rest| is at most half a step of `total`. All is done on the grid of the binade of `total`, where ldexp, floor and
-    the distance to the midpoint are exact; just below a power of two the grid is that of the lower binade.
+    |rest| is at most half a step of `total`. All steps are on the grid of the binade of `total`, where ldexp, floor and
+    the distance to the midpoint are exact. Just below a power of two the grid is that of the lower binade.
     """
     at_power = (total.view(np.int64) & ((1 << 52) - 1)) == 0
     rest = np.where(total < 0, -rest, rest)
@@ -272,18 +273,18 @@ def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Codes, Co
     up = (form.bits - 1 - e).astype(np.intc)
     unit = np.ldexp(1.0, up)
     steps, reach = np.ldexp(np.abs(total), up), bound * unit
-    whole = np.floor(steps)
+    floor = np.floor(steps)
     if form.bits == 53:
         over = np.zeros(len(total), np.bool_)
         sure = (np.abs(rest) * unit + reach < 0.49) | (bound == 0)
     else:
-        past = steps - whole - 0.5
+        past = steps - floor - 0.5
         tie = past == 0
-        over = np.where(tie, (rest > 0) | ((rest == 0) & (whole % 2 == 1)), past > 0)
+        over = np.where(tie, (rest > 0) | ((rest == 0) & (floor % 2 == 1)), past > 0)
         sure = np.where(tie, (np.abs(rest) > bound) | (bound == 0), np.abs(past + rest * unit) > reach * SLACK)
-    sure &= (whole > 1 << (form.bits - 1)) | (reach < 0.2)  # the lower binade's midpoints may be near
+    sure &= (floor > 1 << (form.bits - 1)) | (reach < 0.2)  # the lower binade's midpoints may be near
     sure &= (np.abs(total) > LEAST) & (np.abs(total) > 2 * bound) & np.isfinite(steps)
     sure |= (total == 0) & (rest == 0) & (bound == 0)
     start = (e - form.least) << (form.bits - 1)
-    ordinal = np.minimum(start + np.where(sure, whole, 0).astype(np.int64) + over, form.inf)
+    ordinal = np.minimum(start + np.where(sure, floor, 0).astype(np.int64) + over, form.inf)
     return signed(ordinal, total < 0, form), sure

@@ -1,10 +1,10 @@
 """Decide nearly all weights of some rows by one GEMM with a bound, in float32 or float64.
 
-`upper` is W + D + shift, no less than X whatever the order of summation was; `upper` less `span` is no more than X.
-Where both cast to one number, so does X, as rounding is monotone. The few others, one in 300 for 16 bits, are left.
+`upper` is W + D + shift and at least X, whatever the order of summation; `upper` - `span` is at most X. Where both cast
+to one number, X does too, as rounding is monotone. The few others, one in 300 for 16 bits, stay undecided.
 
-float32 serves where the result has 16 bits or fewer: its products are four times as fast, and it has 16 bits more than
-bfloat16, 13 more than float16. For the latter the bound follows the sum's square, as weights near zero need little.
+If the result has 16 bits or fewer, the GEMM is in float32: its products are four times as fast, and it has 16 bits more
+than bfloat16, 13 more than float16. For float16 the bound grows with the sum's square, as weights near zero need less.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .products import LEAST_OF, UNIT_OF, ProductRows
 from .rounding_stats import dot_each
 from .workspace import Workspace
 
-TILE = {torch.float32: 1 << 19, torch.float64: 1 << 18}  # weights that fit the caches, and are worth their calls
-CUDA_TILE = 1 << 23  # more, since on a GPU the number of calls counts
+TILE = {torch.float32: 1 << 19, torch.float64: 1 << 18}  # weights that fit the caches, and outweigh the calls
+CUDA_TILE = 1 << 23  # more, since on a GPU the number of calls matters
 IN_RANGE = 2.0**60  # products of larger factors could overflow in float32
 BEYOND = 2.0**120  # larger bounds are near the end of float32
-APART = 256  # of so many rows or columns one may be set apart
+APART = 256  # one of so many rows or columns may be set apart
 MARGIN = 1.01  # for the roundings of `shift` itself
 SAMPLED = 1 << 11  # weights from which the size of a block's is estimated
 SPREAD = 2.0**14  # times the width of a curved bound: beyond that it may not hold
@@ -40,8 +40,8 @@ class Apart:
     rows: npt.NDArray[np.bool_]  # (rows of the block,)
     columns: Positions  # of all matrices, one after the other
     matrices: int
-    ordinal: int  # W that are not 0 and of a lower ordinal
-    negative_zeros: bool  # W holds some, which stay where D = 0
+    ordinal: int  # all W of a lower ordinal but 0
+    negative_zeros: bool  # W has -0, which stays where D = 0
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Bounds:
     """The bounds of a block of rows.
 
     Attributes:
-        shift: no less than the error of any number of the block, and added to each.
-        span: how much more `upper` may be than X, at most.
-        curve: for a bound that grows with the sum's square by this factor, else 0.
-        apart: if it is not None, all sums are exact but for these, and shift and span are 0.
-        slight: whether D is so small beside W that W + D in this type has lost much of it.
+        shift: an upper bound of the errors in the block, added to each number.
+        span: the most by which `upper` exceeds X.
+        curve: factor of a bound that grows with the sum's square, else 0.
+        apart: if it is not None, all sums but these are exact, and shift and span are 0.
+        slight: whether D is so small beside W that W + D in this type has lost most of its digits.
     """
 
     shift: Each
@@ -64,7 +64,7 @@ class Bounds:
 
 
 class DenseRows:
-    """Some rows under an update, as a GEMM takes them.
+    """Some rows with an update, prepared for a GEMM.
 
     Args:
         x: their reals.
@@ -85,7 +85,7 @@ class DenseRows:
             self._a = value[:, None] if x.factor.axis == 0 else value[None]
 
     def height(self, columns: int, device: torch.device) -> int:
-        """Return the rows of a tile: several matrices are one."""
+        """Return the number of rows of a tile; several matrices are one tile."""
         if self.matrices > 1:
             return len(self.delta.sizes)
         return max(1, (CUDA_TILE if device.type == "cuda" else TILE[self.kind]) // max(1, columns))
@@ -94,7 +94,7 @@ class DenseRows:
         """Return the bounds for a block, (rows, n), whose first row is row `first` of these.
 
         Args:
-            backward: W' is given, and D is taken from it.
+            backward: the block is W', from which D is subtracted.
         """
         products, largest = self._products, largest_of(base)
         if (
@@ -111,25 +111,26 @@ class DenseRows:
         if self.matrices == 1:
             return self._bounds(base, first, largest, backward)
         height = len(base) // self.matrices
-        each = [
-            self._bounds(own, k * height, largest_of(own), backward) for k, own in enumerate(base.chunk(self.matrices))
+        parts = [
+            self._bounds(rows, k * height, largest_of(rows), backward)
+            for k, rows in enumerate(base.chunk(self.matrices))
         ]
-        numbers = torch.tensor([(b.shift, b.span, b.curve) for b in each], dtype=self.kind, device=base.device)
+        numbers = torch.tensor([(b.shift, b.span, b.curve) for b in parts], dtype=self.kind, device=base.device)
         shift, span, curve = (column[:, None] for column in numbers.repeat_interleave(height, 0).unbind(1))
-        is_curved = any(b.curve for b in each)
-        return Bounds(shift, span, curve if is_curved else 0.0, None, any(b.slight for b in each))
+        is_curved = any(b.curve for b in parts)
+        return Bounds(shift, span, curve if is_curved else 0.0, None, any(b.slight for b in parts))
 
     def _bounds(self, base: Tensor, first: int, largest: float, backward: bool) -> Bounds:
-        """Return the bounds for a block of one matrix, of which `largest` is the largest weight."""
+        """Return the bounds for a block of one matrix. largest: the largest |W| of the block."""
         here = slice(first, first + len(base))
         size, error = (float(x[here].max(initial=0.0)) for x in (self.delta.sizes, self.delta.errors))
         # torch rounds float64 to 16 bits by way of float32, though not on every processor
         units = self.unit + (UNIT_OF[torch.float32] if self.out.itemsize <= 2 else UNIT_OF[torch.float64])
         scale, inexact = 1.0, 0.0
         if self.factor:
-            at = here if self.factor.axis == 0 else slice(None)
-            scale = float(np.abs(self.factor.value[at]).max(initial=0.0))
-            inexact = float(self.factor.error[at].max(initial=0.0)) + LEAST_OF[self.kind]  # as a small factor is cast
+            part = here if self.factor.axis == 0 else slice(None)
+            scale = float(np.abs(self.factor.value[part]).max(initial=0.0))
+            inexact = float(self.factor.error[part].max(initial=0.0)) + LEAST_OF[self.kind]  # as a small factor is cast
         rounding = units * (3 if self.factor else 1) * (largest * scale + size) * 1.001 + largest * inexact + 2.0**-120
         curve = 0.0
         if self.single and self.out == torch.float16 and not self.factor and not backward:
@@ -146,7 +147,7 @@ class DenseRows:
     def fill(self, base: Tensor, row: int, shift: Each, work: Workspace) -> tuple[Tensor, Tensor, Wide]:
         """Return a * W + D + shift and D + shift of some rows from row `row` on, in buffers of `work`, and <W, W>.
 
-        That is of each matrix, of which all rows are asked for if they are several.
+        <W, W> is of each matrix. If there are several matrices, the rows are all rows.
         """
         total, change = (work.take(name, self.kind, *base.shape) for name in ("total", "change"))
         widen(base, total)
@@ -157,7 +158,7 @@ class DenseRows:
         return total.add_(change), change, squared
 
     def settle(self, upper: Tensor, bounds: Bounds, out: Tensor, work: Workspace) -> Tensor:
-        """Round `upper` into `out`, and return a mask of the weights that this does not decide; `upper` is lowered."""
+        """Round `upper` into `out`, and return a mask of the weights that stay undecided. It overwrites `upper`."""
         lower, hit = (work.take(name, kind, *out.shape) for name, kind in (("lower", out.dtype), ("hit", torch.bool)))
         if isinstance(bounds.curve, Tensor) or bounds.curve:
             top = _curved(upper, bounds.curve, work.take("top", self.kind, *out.shape))
@@ -182,22 +183,22 @@ def _curved(x: Tensor, curve: Each, out: Tensor) -> Tensor:
 
 def each_number(x: Each, matrices: int) -> Wide:
     """Return the number of each matrix."""
-    found: Wide = x.view(matrices, -1)[:, 0].double().cpu().numpy() if isinstance(x, Tensor) else np.full(matrices, x)
-    return found
+    numbers: Wide = x.view(matrices, -1)[:, 0].double().cpu().numpy() if isinstance(x, Tensor) else np.full(matrices, x)
+    return numbers
 
 
-def differ(one: Tensor, two: Tensor, hit: Tensor) -> Tensor:
-    """Set a mask where two tensors have other bits, and return it; numpy takes a sixth of torch's time for that."""
+def differ(x: Tensor, y: Tensor, hit: Tensor) -> Tensor:
+    """Write into a mask where two tensors' bits differ, and return it; numpy takes a sixth of torch's time."""
     if hit.is_cuda:
-        return torch.ne(bits(one), bits(two), out=hit)
-    np.not_equal(codes(one), codes(two), out=hit.numpy())
+        return torch.ne(bits(x), bits(y), out=hit)
+    np.not_equal(codes(x), codes(y), out=hit.numpy())
     return hit
 
 
 def mask_apart(base: Tensor, row: int, apart: Apart, work: Workspace) -> Tensor:
-    """Return where some rows of a block, from row `row` on, are not to be trusted to an exact GEMM."""
-    found, form, code = work.take("hit", torch.bool, *base.shape), FORMS[base.dtype], codes(base)
-    hit = found.numpy()
+    """Return where an exact GEMM may be wrong, in some rows of a block from row `row` on."""
+    mask, form, code = work.take("hit", torch.bool, *base.shape), FORMS[base.dtype], codes(base)
+    hit = mask.numpy()
     if apart.ordinal > 1:
         size = np.bitwise_and(code, form.size, out=codes(work.take("size", base.dtype, *base.shape)))
         size -= 1  # of 0 it is the largest without a sign
@@ -209,13 +210,13 @@ def mask_apart(base: Tensor, row: int, apart: Apart, work: Workspace) -> Tensor:
     hit[apart.rows[row : row + len(base)]] = True
     columns = base.shape[1]
     hit.reshape(apart.matrices, -1, columns)[apart.columns // columns, :, apart.columns % columns] = True
-    return found
+    return mask
 
 
 def _apart(rows: ProductRows, base: Tensor, first: int, size: float) -> Apart | None:
-    """Return what an exact GEMM is not exact for, None if that is too much.
+    """Return the weights for which an exact GEMM is not exact; None if they are too many.
 
-    All products, partial sums and W are multiples of a power of two, and less than 2**53 of these.
+    For all others, the products, partial sums and W are multiples of one power of two, and less than 2**53 times it.
     """
     form = FORMS[base.dtype]
     least = int(np.frexp(size)[1]) - 53 if np.isfinite(size) else 1024
@@ -233,9 +234,9 @@ def midpoints(total: Tensor, work: Workspace) -> Tensor:
     """Return where a float64 is a midpoint of float32: its low 29 bits are 2**28."""
     low = codes(work.take("low", torch.int32, *total.shape))
     np.left_shift(total.view(torch.int32).numpy()[:, ::2], 3, out=low)
-    found = work.take("tie", torch.bool, *total.shape)
-    np.equal(low, np.int32(-(1 << 31)), out=found.numpy())
-    return found
+    mask = work.take("tie", torch.bool, *total.shape)
+    np.equal(low, np.int32(-(1 << 31)), out=mask.numpy())
+    return mask
 
 
 def largest_of(x: Tensor) -> float:
@@ -247,8 +248,8 @@ def largest_of(x: Tensor) -> float:
         size = code & form.size
         most = int(size.max())
     else:  # numpy's, several times as fast
-        found: Codes = code.numpy()
-        most = max(int(found.max()), int(found.view(f"u{found.itemsize}").max()) & form.size)
+        patterns: Codes = code.numpy()
+        most = max(int(patterns.max()), int(patterns.view(f"u{patterns.itemsize}").max()) & form.size)
     if most >= form.inf:
         size = code & form.size
         most = int(torch.where(size < form.inf, size, 0).max())
@@ -265,11 +266,11 @@ def _width(base: Tensor, size: float) -> float:
 
 
 def float32_is_whole() -> bool:
-    """Return whether torch multiplies float32 with all its bits; with fewer, as a setting allows, no bound holds."""
+    """Return whether torch multiplies float32 with all bits. A setting allows fewer; then no bound holds."""
     try:
         if torch.backends.cuda.matmul.allow_tf32:
             return False
-    except RuntimeError:  # the caller has set it by torch's newer way, so that the older one does not answer
+    except RuntimeError:  # raised if the caller has used torch's newer setting
         return False
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     if matmul is None:

@@ -1,8 +1,8 @@
-"""Multiply stored factors with each other before they become terms, so that no bit of them is lost.
+"""Multiply stored factors with each other before they become terms, without rounding error.
 
-A product of two numbers of 24 bits or fewer is exact in float64; a float64 number is cut in two halves of 26 bits, so
-that the product is a sum of several tensors, each exact. So a term's factor may be a product of two stored ones: a
-Tucker core and what it is contracted with, AdaLoRA's singular values, VeRA's vectors.
+A product of two numbers of 24 bits or fewer is exact in float64. A float64 number is split into two halves of 26 bits,
+so that the product is a sum of several tensors, each exact. So a term's factor may be a product of two stored tensors:
+a Tucker core and a side, or a factor and AdaLoRA's singular values or VeRA's vectors.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .products import Term
 REACH = 98  # products of halves of float64 numbers within 2**-98 and 2**98 are no less than `Products` can balance
 
 
-def multiply_exactly(one: Tensor, two: Tensor) -> list[Tensor]:
-    """Return float64 tensors whose sum is one * two, element by element, exactly.
+def multiply_exactly(first: Tensor, second: Tensor) -> list[Tensor]:
+    """Return float64 tensors whose sum is first * second, element by element, exactly.
 
     Args:
-        one, two: shapes that broadcast, any types of FORMS.
+        first, second: shapes that broadcast, any types of FORMS.
 
     Raises:
         ValueError: a float64 number is so small or large that a product could be lost, or it is inf or nan.
     """
     with np.errstate(invalid="ignore"):  # inf and nan, which `Products` refuses
-        return [torch.from_numpy(x * y) for x in _parts(one) for y in _parts(two)]
+        return [torch.from_numpy(x * y) for x in _parts(first) for y in _parts(second)]
 
 
 def _parts(x: Tensor) -> list[Wide]:

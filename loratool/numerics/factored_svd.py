@@ -35,12 +35,12 @@ def core(B: Tensor, A: Tensor) -> Tensor:
 def singular_values(B: Tensor, A: Tensor) -> Tensor:
     """Return the singular values of B @ A that can differ from 0, (..., min(out, in, r)), largest first.
 
-    All are inf if a number on the way to any of them is beyond float64.
+    All are inf if an intermediate number overflows float64.
     """
-    made = core(B, A)
-    if not made.isfinite().all():
-        return made.new_full((*made.shape[:-2], min(made.shape[-2:])), torch.inf)
-    S: Tensor = torch.linalg.svdvals(made)
+    small = core(B, A)
+    if not small.isfinite().all():
+        return small.new_full((*small.shape[:-2], min(small.shape[-2:])), torch.inf)
+    S: Tensor = torch.linalg.svdvals(small)
     return S
 
 
@@ -48,7 +48,7 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
 class FactoredSVD:
     """The SVD B @ A = U diag(S) V^T with k = min(out, in, r).
 
-    Columns of U and V whose S is nearly 0 are arbitrary: they belong to no direction of B @ A.
+    Columns of U and V with S nearly 0 are arbitrary: they are no direction of B @ A.
     """
 
     U: Tensor  # (..., out, k), orthonormal columns
@@ -62,17 +62,17 @@ class FactoredSVD:
         return norm
 
     def rank(self) -> Tensor:
-        """Return the number of singular values that are above noise, (...)."""
+        """Return the number of singular values above rounding noise, (...)."""
         return (RANK_TOLERANCE * self.S[..., :1] < self.S).sum(-1)
 
     def nothing(self) -> FactoredSVD:
-        """Return the SVD of 0 in the same place, without a direction."""
+        """Return the SVD of a zero matrix of the same shape, with k = 0."""
         return FactoredSVD(self.U[..., :0], self.S[..., :0], self.V[..., :0])
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the best factors of this rank, (B (..., out, rank), A (..., rank, in)); each side has sqrt(S).
+        """Return the best factors of this rank, (B (..., out, rank), A (..., rank, in)); each side gets sqrt(S).
 
-        If `rank` is larger than k, the further columns and rows are zeros.
+        If `rank` is larger than k, the extra columns and rows are zeros.
         """
         k = min(rank, self.S.shape[-1])
         root = self.S[..., :k].sqrt()
@@ -89,35 +89,35 @@ def factored_svd(B: Tensor, A: Tensor) -> FactoredSVD:
     return FactoredSVD(Q_B @ U, S, Q_A @ Vh.mT)
 
 
-def distance(one: FactoredSVD, two: FactoredSVD) -> Tensor:
+def distance(first: FactoredSVD, second: FactoredSVD) -> Tensor:
     """Return ||D2 - D1||, (...), and exactly 0 if both SVDs are equal.
 
     It is the norm of the core of [B2, -B1] and [A2; A1], since ||D1||^2 - 2 <D1, D2> + ||D2||^2 would cancel.
     """
-    B = torch.cat([two.U * two.S.unsqueeze(-2), -one.U * one.S.unsqueeze(-2)], -1)
-    A = torch.cat([two.V, one.V], -1).mT
+    B = torch.cat([second.U * second.S.unsqueeze(-2), -first.U * first.S.unsqueeze(-2)], -1)
+    A = torch.cat([second.V, first.V], -1).mT
     norm: Tensor = torch.linalg.vector_norm(core(B, A), dim=(-2, -1))
-    return norm.masked_fill(are_equal(one, two), 0.0)
+    return norm.masked_fill(are_equal(first, second), 0.0)
 
 
-def are_equal(one: FactoredSVD, two: FactoredSVD) -> Tensor:
-    """Return whether two SVDs are the same numbers, (...)."""
-    if one.S.shape != two.S.shape:
-        return one.S.new_zeros(one.S.shape[:-1], dtype=torch.bool)
-    U, V = ((getattr(one, side) == getattr(two, side)).flatten(-2).all(-1) for side in ("U", "V"))
-    equal: Tensor = U & V & (one.S == two.S).all(-1)
+def are_equal(first: FactoredSVD, second: FactoredSVD) -> Tensor:
+    """Return whether two SVDs have the same numbers, (...)."""
+    if first.S.shape != second.S.shape:
+        return first.S.new_zeros(first.S.shape[:-1], dtype=torch.bool)
+    U, V = ((getattr(first, side) == getattr(second, side)).flatten(-2).all(-1) for side in ("U", "V"))
+    equal: Tensor = U & V & (first.S == second.S).all(-1)
     return equal
 
 
 def rounding_distance(svd: FactoredSVD, exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor]) -> Tensor:
     """Return ||B' A' - D||, (...), where B' and A' are stored as roundings of the factors of D, or of its best rank.
 
-    B' A' - D is (B' - B) A' + B (A' - A) and what the rank cuts off: terms that hardly cancel, so that Gram matrices
-    will do, which take a tenth of the time of QRs.
+    B' A' - D is (B' - B) A' + B (A' - A) minus the truncated part of D. These terms hardly cancel, so Gram matrices are
+    accurate enough; they take a tenth of the time of QRs.
 
     Args:
         svd: of D.
-        exact: B (..., out, r) and A (..., r, in) of D, or of its r largest singular values, in float64.
+        exact: B (..., out, r) and A (..., r, in) of D, or of its best rank r, in float64.
         stored: the same in any float type.
     """
     (B, A), (rounded_B, rounded_A) = exact, (side.double() for side in stored)
@@ -128,10 +128,10 @@ def rounding_distance(svd: FactoredSVD, exact: tuple[Tensor, Tensor], stored: tu
     return squares.clamp(min=0.0).sqrt()
 
 
-def relative_distance(one: FactoredSVD, two: FactoredSVD) -> float:
-    """Return ||D2 - D1|| / ||D1|| of two stacks of matrices in all, and 0 if D1 is 0."""
-    norm = float(torch.linalg.vector_norm(one.S))
-    return float(torch.linalg.vector_norm(distance(one, two))) / norm if norm else 0.0
+def relative_distance(first: FactoredSVD, second: FactoredSVD) -> float:
+    """Return ||D2 - D1|| / ||D1|| of two stacks of matrices, each as one vector; 0 if D1 is 0."""
+    norm = float(torch.linalg.vector_norm(first.S))
+    return float(torch.linalg.vector_norm(distance(first, second))) / norm if norm else 0.0
 
 
 def effective_rank(S: Tensor) -> Tensor:
@@ -202,9 +202,9 @@ def amplification(change: FactoredSVD, W: Iterable[Tensor], rank: int) -> float:
         inf if W has nothing in these directions, 0 if D has nothing either.
     """
     k, row = min(rank, int(change.rank())), 0
-    there = change.S.new_zeros(k, k)
+    shared = change.S.new_zeros(k, k)
     for block in W:
-        there += change.U[row : row + len(block), :k].T @ (block.double() @ change.V[:, :k])
+        shared += change.U[row : row + len(block), :k].T @ (block.double() @ change.V[:, :k])
         row += len(block)
-    norm, within = float(change.norm), float(torch.linalg.vector_norm(there))
+    norm, within = float(change.norm), float(torch.linalg.vector_norm(shared))
     return norm / within if within else math.inf if norm else 0.0

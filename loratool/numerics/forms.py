@@ -1,8 +1,8 @@
-"""Define the formats of numbers, and turn bit patterns into the exact numbers that they mean.
+"""Define the formats of numbers, and convert bit patterns to the exact numbers that they stand for.
 
 A stored number is the real number of its bits (IEEE 754-2019, section 3; bfloat16: Intel 338302; float8: OCP OFP8
-1.0). Integers and fractions are made from the bits, so that no setting of the machine, such as flushing subnormals to
-zero, has a say.
+1.0). Integers and fractions are computed from the bits, so that no setting of the machine, such as flushing subnormals
+to zero, changes them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Form(NamedTuple):
     bits: int  # of the significand, the hidden one included
     least: int  # exponent of the least normal number, which is 2**least
     code: type  # numpy's integer type of the bit patterns
-    size: int  # the mask of all bits but the sign: what is left is the ordinal of |x| among the numbers
-    inf: int  # the ordinal behind that of the largest number
+    size: int  # the mask of all bits but the sign; the masked bits are the ordinal of |x| among the numbers
+    inf: int  # the ordinal after that of the largest number
 
 
 FORMS = {
@@ -50,19 +50,19 @@ def bits(x: Tensor) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """Return where a tensor is neither inf nor nan; torch's own function knows no e4m3."""
+    """Return where a tensor is neither inf nor nan; torch.isfinite does not support e4m3."""
     form = FORMS[x.dtype]
     return (bits(x) & form.size) < form.inf
 
 
 @cache
 def _numbers_of_8_bits(x: torch.dtype, out: torch.dtype) -> npt.NDArray[Any]:
-    found: npt.NDArray[Any] = torch.arange(256, dtype=torch.uint8).view(x).to(out).numpy()
-    return found
+    table: npt.NDArray[Any] = torch.arange(256, dtype=torch.uint8).view(x).to(out).numpy()
+    return table
 
 
 def widen(x: Tensor, out: Tensor) -> Tensor:
-    """Write numbers into `out`, of a wider type, and return it: those of 8 bits by a table, as torch is slow there."""
+    """Write numbers into `out`, of a wider type, and return it. Numbers of 8 bits use a table, as torch is slow."""
     if x.itemsize > 1 or x.is_cuda:
         return out.copy_(x)
     np.take(_numbers_of_8_bits(x.dtype, out.dtype), x.view(torch.uint8).numpy(), out=out.numpy(), mode="wrap")
@@ -75,7 +75,7 @@ def codes(x: Tensor) -> Codes:
 
 
 def integers(code: Codes, form: Form) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return (m, e) with the value m * 2**e of each number; the code of inf counts as what would follow the largest."""
+    """Return (m, e) with the value m * 2**e of each number; inf counts as the number after the largest."""
     size = code.astype(np.int64) & form.size
     exponent = size >> (form.bits - 1)
     m = (size & ((1 << (form.bits - 1)) - 1)) + (np.minimum(exponent, 1) << (form.bits - 1))
@@ -83,7 +83,7 @@ def integers(code: Codes, form: Form) -> tuple[npt.NDArray[np.int64], npt.NDArra
 
 
 def wide(code: Codes, form: Form) -> Wide:
-    """Return the values in float64, subnormal numbers included where this thread flushes them."""
+    """Return the values in float64; subnormal numbers are right even if this thread flushes them."""
     if form.bits == 53:
         return code.view(np.float64)
     if form.bits == 24 and _keeps_subnormals():
@@ -92,8 +92,8 @@ def wide(code: Codes, form: Form) -> Wide:
         kind = torch.bfloat16 if form.bits == 8 else torch.float16
         return torch.from_numpy(code).view(kind).double().numpy()
     m, e = integers(code, form)
-    found: Wide = np.copysign(m.astype(np.float64) * ((e + 1023) << 52).view(np.float64), code)  # an integer has no -0
-    return found
+    values: Wide = np.copysign(m.astype(np.float64) * ((e + 1023) << 52).view(np.float64), code)  # an integer has no -0
+    return values
 
 
 def _keeps_subnormals() -> bool:
@@ -118,26 +118,26 @@ def exponent(x: Fraction) -> int:
 
 
 def rounded(x: Fraction, form: Form) -> int:
-    """Return the ordinal of |x| rounded to nearest, ties to even; inf's or more if that overflows."""
+    """Return the ordinal of |x| rounded to nearest, ties to even; `form.inf` or more if that overflows."""
     e = max(exponent(x), form.least) if x else form.least
     return ((e - form.least) << (form.bits - 1)) + round(abs(x) / power(e - form.bits + 1))
 
 
 def signed(ordinal: Any, negative: Any, form: Form) -> Codes:
-    """Return the bit patterns of ordinals with signs, one or an array of them."""
-    found: Codes = np.where(negative, ordinal | ~form.size, ordinal).astype(form.code)
-    return found
+    """Return the bit pattern of an ordinal with a sign, or of arrays of them."""
+    patterns: Codes = np.where(negative, ordinal | ~form.size, ordinal).astype(form.code)
+    return patterns
 
 
 def place(code: Codes, form: Form) -> Codes:
     """Return the places of numbers in their order: -1 for -0.0, 0 for +0.0, 1 for the least positive number."""
-    found: Codes = (code & form.size) ^ (code >> (8 * code.itemsize - 1))
-    return found
+    places: Codes = (code & form.size) ^ (code >> (8 * code.itemsize - 1))
+    return places
 
 
 def number(place: Codes, form: Form) -> Codes:
     """Return the bit patterns of places."""
-    at: Any = place.astype(form.code)
-    sign = at >> (8 * at.itemsize - 1)
-    found: Codes = (at ^ sign) | (sign & ~form.code(form.size))
-    return found
+    shifted: Any = place.astype(form.code)
+    sign = shifted >> (8 * shifted.itemsize - 1)
+    patterns: Codes = (shifted ^ sign) | (sign & ~form.code(form.size))
+    return patterns

@@ -1,4 +1,4 @@
-"""Weigh a change D of a matrix by its inputs: the best D' of a rank for the outputs, and not for the entries of D.
+"""Weigh a change D of a matrix by its inputs, to find the D' of a rank that is best for outputs, not for entries of D.
 
 If h_j is the mean of x_j^2 over inputs x whose entries are uncorrelated, the mean of |(D - D') x|^2 is the sum of
 h_j |d_j - d'_j|^2 over columns. So D' = C_k W^-1, where W = diag(sqrt h) and C_k is the best rank k of C = D W (Eckart
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .svd import row_blocks
 
-FLOOR = 1e-3  # of the mean, at least: an input that texts hardly used is not free, and A is divided by its weight
+FLOOR = 1e-3  # least weight, of the mean: an input that texts hardly used still matters, and A is divided by its weight
 
 
 def input_weights(h: Tensor) -> Tensor | None:
     """Return sqrt(h) for the inputs of each matrix, (E, in) in float32, relative to the matrix's mean of h.
 
-    So 1 stands for equal inputs, and no matrix counts more than another because its inputs are larger. A matrix without
-    inputs (nan, or 0) has 1 everywhere.
+    So equal inputs have the weight 1, and no matrix counts more than another because its inputs are larger. A matrix
+    without inputs (nan, or 0) has the weight 1 everywhere.
 
     Args:
         h: (E, in), float64, at least 0 or nan.

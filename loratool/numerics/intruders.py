@@ -1,15 +1,15 @@
 """Count intruder dimensions: leading left singular vectors of a changed matrix that the matrix before did not have.
 
-Shuttleworth et al. (2024, arXiv:2410.21228, definition 1 and algorithm 1): a left singular vector u of W' is one if no
-left singular vector w of W has |cos(u, w)| >= threshold. W's singular vectors are all those whose singular value is not
-0, and none is computed but the leading ones. Both matrices get a block Krylov space of W W^T (`svd.Krylov`). That of W
-starts from the u in question, so it tells how large cos(u, w) can be for any w at all: w's part in the space follows
-from its eigenvalue x alone, whatever x is (`_largest_possible`). In most matrices some 200 columns settle each u:
-either a leading w is a match, or no w can be.
+Shuttleworth et al. (2024, arXiv:2410.21228, definition 1 and algorithm 1): a left singular vector u of W' is an
+intruder if no left singular vector w of W has |cos(u, w)| >= threshold. W's singular vectors are those whose singular
+value is not 0; only the leading ones are computed. Both matrices get a block Krylov space of W W^T (`svd.Krylov`). That
+of W starts from the vectors u, so it bounds cos(u, w) for any w: the component of w in the space depends on its
+eigenvalue x alone (`_largest_possible`). In most matrices some 200 columns decide each u: either a leading w matches,
+or no w can.
 
-What they leave open the eigenvectors of the smaller Gram matrix in float64 decide: a u as close to the threshold as its
-own error, one that is mainly a w from W's bulk, singular values nearly equal. If W is tall, most of u may be where W
-has no output at all, which looks like a w of a tiny singular value; it is projected away first.
+The eigenvectors of the smaller Gram matrix in float64 decide the others: a u closer to the threshold than its error, a
+u that is mainly a w from W's bulk, or nearly equal singular values. If W is tall, most of u may be outside W's outputs,
+which looks like a w of a tiny singular value. That part is projected away first.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ RESOLUTION = 1e-12  # of eigenvalues of a Gram matrix in float64, beside the lar
 
 FIRST = 8  # blocks after which the Krylov space of a tall matrix waits for the projection
 
-MOST = 640  # columns of a Krylov space, beyond which looking at it takes longer than a full decomposition
+MOST = 640  # columns of a Krylov space; with more, evaluating it takes longer than a full decomposition
 
-GROWTH = 1.3  # of a Krylov space between two looks at it
+GROWTH = 1.3  # of a Krylov space between two evaluations
 
-EXTRA = 6  # random columns beside the vectors in question: they find what of W's leading vectors these do not touch
+EXTRA = 6  # random columns beside the vectors u, for W's leading vectors that are orthogonal to all u
 
 STEPS = (1e-6, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5)  # of the way between two eigenvalues, from either side
 
@@ -44,19 +44,19 @@ Matrix = Callable[[], Tensor]  # reads or computes (m, n) in float32, so that on
 
 @dataclass(frozen=True)
 class Leading:
-    """Leading left singular vectors of a matrix, fewer than were asked for if its rank is less."""
+    """Leading left singular vectors of a matrix, fewer than requested if its rank is less."""
 
     U: Tensor  # (m, k)
     S: Tensor  # (k,), float64, largest first
-    angle: Tensor  # (k,), float64: by which each may be off, in radians
+    angle: Tensor  # (k,), float64: the error bound of each, in radians
     energy: float  # ||W||^2
 
 
 @dataclass(frozen=True)
 class Intruders:
-    """The leading left singular vectors of W' and which are new; each tensor is (k,), from the largest singular value.
+    """Which leading left singular vectors of W' are new; each tensor is (k,), from the largest singular value.
 
-    A vector is undecided if it is closer to the threshold than it is known, as singular values are too close.
+    A vector is undecided if its cosine is closer to the threshold than its error, as singular values are too close.
     """
 
     S: Tensor  # float64
@@ -72,39 +72,39 @@ def find_intruders(tuned: Matrix, base: Matrix, top: int, threshold: float, gene
         threshold: above 0, at most 1
         generator: on the matrices' device, for random starts
     """
-    found = None
+    intruders = None
     for exact in (False, True):
         leading = leading_left(tuned(), top, generator, exact)
-        found = compare_with(base(), leading, threshold, generator)
-        if not found.undecided.any():
+        intruders = compare_with(base(), leading, threshold, generator)
+        if not intruders.undecided.any():
             break
-    assert found is not None
-    return found
+    assert intruders is not None
+    return intruders
 
 
 def leading_left(W: Tensor, top: int, generator: torch.Generator, exact: bool = False) -> Leading:
-    """Return the leading left singular vectors of W (m, n), whose singular values are above float64's rounding.
+    """Return the leading left singular vectors of W (m, n), with singular values above float64's rounding error.
 
     Args:
-        exact: from a Gram matrix in float64; so are those of a small W, or whose singular values are too close.
+        exact: compute them from a Gram matrix in float64. A small W, or close singular values, need that anyway.
     """
     m, n = W.shape
     top, energy = min(top, m, n), energy_of(W)
-    found = None
+    leading = None
     if not exact and _is_large(W, energy) and WIDE * (top + 2 * BLOCK) <= min(m, n):
         space = Krylov(W.T, min(m, n) // WIDE, random_block(m, max(BLOCK, top + EXTRA), generator, W))
-        while found is None and _grow(space):
-            found = _converged(space, top, energy)
-    return found or _leading_of_gram(W, top, energy)
+        while leading is None and _grow(space):
+            leading = _converged(space, top, energy)
+    return leading or _leading_of_gram(W, top, energy)
 
 
 def _is_large(W: Tensor, energy: float) -> bool:
-    """Return whether a Krylov space in float32 is worth it, and its squares are within float32's range."""
+    """Return whether W is large enough for a Krylov space, and its squares are within float32's range."""
     return min(W.shape) > SMALL and TINY < math.sqrt(energy) < 1 / TINY
 
 
 def _grow(space: Krylov) -> bool:
-    """Grow a space until it is worth a look; return whether there was room."""
+    """Grow a space until it is worth an evaluation; return whether there was room."""
     enough = GROWTH * space.width
     while not space.is_full:
         space.grow()
@@ -124,7 +124,7 @@ def _converged(space: Krylov, top: int, energy: float) -> Leading | None:
 
 
 def _ritz_pairs(space: Krylov) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the eigenvalues of T, falling, its eigenvectors, and for each what M y - x y has outside the space.
+    """Return the eigenvalues of T, falling, its eigenvectors, and the residual of each outside the space.
 
     Returns:
         values (width,), vectors (width, width), rests (block, width): M y = x y + V rest for y = Q vector.
@@ -144,7 +144,7 @@ def _angles(values: Tensor, rests: Tensor) -> Tensor:
 
 
 def _leading_of_gram(W: Tensor, top: int, energy: float) -> Leading:
-    """Return the leading vectors from float64; what rounding W to float32 may turn them by is over the gap (Wedin)."""
+    """Return the leading vectors from float64. Their error from rounding W to float32 is inverse to the gap (Wedin)."""
     m, n = W.shape
     values, vectors = torch.linalg.eigh(gram(W.T if m <= n else W))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
@@ -158,28 +158,28 @@ def _leading_of_gram(W: Tensor, top: int, energy: float) -> Leading:
 
 
 def compare_with(W: Tensor, leading: Leading, threshold: float, generator: torch.Generator) -> Intruders:
-    """Say which of the leading vectors of W' are in no match with a left singular vector of W (m, n)."""
+    """Find the leading vectors of W' that match no left singular vector of W (m, n)."""
     m, n = W.shape
     new = torch.zeros(len(leading.S), dtype=torch.bool)
-    found = Intruders(leading.S.cpu(), new, ~new, leading.energy)
+    intruders = Intruders(leading.S.cpu(), new, ~new, leading.energy)
     if not len(leading.S):
-        return found
+        return intruders
     room = min(m // WIDE, n, MOST)
     if _is_large(W, energy_of(W)) and 2 * (len(leading.S) + EXTRA + BLOCK) <= room:
         first = FIRST * BLOCK if m > n else room
-        found = _search(W, leading, leading.U, found, threshold, min(first, room), generator)
-        if m > n and found.undecided.any() and (inside := _projected(W, leading.U)) is not None:
-            found = _search(W, leading, inside, found, threshold, room, generator)
-    if found.undecided.any():
+        intruders = _search(W, leading, leading.U, intruders, threshold, min(first, room), generator)
+        if m > n and intruders.undecided.any() and (inside := _projected(W, leading.U)) is not None:
+            intruders = _search(W, leading, inside, intruders, threshold, room, generator)
+    if intruders.undecided.any():
         cosines = _cosines(W, leading.U).cpu()
         angle = leading.angle.cpu()
-        found = replace(
-            found,
-            new=torch.where(found.undecided, cosines < threshold, found.new),
-            undecided=found.undecided & ((cosines - threshold).abs() <= angle),
+        intruders = replace(
+            intruders,
+            new=torch.where(intruders.undecided, cosines < threshold, intruders.new),
+            undecided=intruders.undecided & ((cosines - threshold).abs() <= angle),
         )
-        found = replace(found, new=found.new & ~found.undecided)
-    return found
+        intruders = replace(intruders, new=intruders.new & ~intruders.undecided)
+    return intruders
 
 
 def _search(
@@ -191,16 +191,16 @@ def _search(
     columns: int,
     generator: torch.Generator,
 ) -> Intruders:
-    """Decide in a Krylov space of so many columns what it can of the undecided vectors.
+    """Decide as many of the undecided vectors as a Krylov space of `columns` columns can.
 
     Args:
-        U: (m, k), the leading vectors, or what of them W can have as output.
+        U: (m, k), the leading vectors, or their projections on W's outputs.
     """
     start = torch.cat([U, random_block(len(W), max(BLOCK - U.shape[1], EXTRA), generator, W)], 1)
     space = Krylov(W.T, columns, start)
     parts = (space.V.T @ U).double()  # (b, k)
-    angle, found = leading.angle, former
-    while found.undecided.any() and _grow(space):
+    angle, intruders = leading.angle, former
+    while intruders.undecided.any() and _grow(space):
         values, vectors, rests = _ritz_pairs(space)
         inside = vectors[: space.block].T @ parts  # (width, k): the cosines with the Ritz vectors
         off = _angles(values, rests)[:, None]
@@ -208,21 +208,21 @@ def _search(
         matched = (leads & (inside.abs() - off - angle >= threshold)).any(0).cpu()
         most = _largest_possible(values, rests, inside)
         new = (most < threshold - angle).cpu()
-        found = replace(
-            found,
-            new=found.new | (found.undecided & new & ~matched),
-            undecided=found.undecided & ~(matched | new),
+        intruders = replace(
+            intruders,
+            new=intruders.new | (intruders.undecided & new & ~matched),
+            undecided=intruders.undecided & ~(matched | new),
         )
-    return found
+    return intruders
 
 
 def _largest_possible(values: Tensor, rests: Tensor, inside: Tensor) -> Tensor:
     """Bound |cos(u, w)| over all eigenvectors w of M = W W^T, for vectors u in the first block of a Krylov space.
 
     With Ritz pairs M y_i = x_i y_i + V g_i, a w of eigenvalue x has (x - x_i) y_i.w = g_i.h with h = V^T w. So
-    u.w = sum_i (u.y_i) (g_i.h) / (x - x_i) = p.h, and |w| <= 1 says h^T H h <= 1 with
-    H = I + sum_i g_i g_i^T / (x - x_i)^2: (u.w)^2 <= p^T H^-1 p, a rational function of x. It is looked at close to
-    each x_i and in between. In exact arithmetic and for one vector this is the Christoffel function of u's spectral
+    u.w = sum_i (u.y_i) (g_i.h) / (x - x_i) = p.h, and |w| <= 1 means h^T H h <= 1 with
+    H = I + sum_i g_i g_i^T / (x - x_i)^2. So (u.w)^2 <= p^T H^-1 p, a rational function of x. It is evaluated close to
+    each x_i and between them. In exact arithmetic and for one vector this is the Christoffel function of u's spectral
     measure, which bounds the measure of a single point (Akhiezer, The Classical Moment Problem, 2.5).
 
     Args:
@@ -246,13 +246,13 @@ def _largest_possible(values: Tensor, rests: Tensor, inside: Tensor) -> Tensor:
         H.diagonal(dim1=1, dim2=2).add_(1.0)
         p = torch.einsum("pi,bi,ik->pbk", apart, rests, inside)
         most = torch.maximum(most, (p * torch.linalg.solve(H, p)).sum(1).amax(0))
-    within = (values[:, None] - values).abs() <= 2 * near  # eigenvalues that float32 cannot tell apart
+    within = (values[:, None] - values).abs() <= 2 * near  # eigenvalues equal within float32's rounding error
     together = within.to(inside.dtype) @ inside.square()
     return torch.maximum(most, together.amax(0)).clamp(min=0).sqrt()
 
 
 def _projected(W: Tensor, U: Tensor) -> Tensor | None:
-    """Project U (m, k) on what a tall W (m, n) has as output; None if W has no full rank, as far as one can tell."""
+    """Project U (m, k) on the column space of a tall W (m, n); None if W is numerically rank-deficient."""
     G = gram(W)
     largest = torch.linalg.vector_norm(G)
     G.diagonal().sub_(RESOLUTION * largest)
@@ -266,12 +266,12 @@ def _projected(W: Tensor, U: Tensor) -> Tensor | None:
 def _cosines(W: Tensor, U: Tensor) -> Tensor:
     """Return the largest |cos| of each of U (m, k) with any left singular vector of W, (k,), from a full decomposition.
 
-    Singular vectors whose singular values are equal in float64 are a space in which each direction is one.
+    If singular values are equal in float64, every direction in the span of their vectors is a singular vector.
     """
     m, n = W.shape
     values, vectors = torch.linalg.eigh(gram(W.T if m <= n else W))
-    kept = values > RESOLUTION * values[-1].clamp(min=0)
-    values, vectors = values[kept], vectors[:, kept]
+    nonzero = values > RESOLUTION * values[-1].clamp(min=0)
+    values, vectors = values[nonzero], vectors[:, nonzero]
     wide = U.double()
     inside = vectors.T @ (wide if m <= n else _transposed_product(W, wide))
     inside = inside if m <= n else inside / values.sqrt()[:, None]

@@ -1,4 +1,4 @@
-"""Write W' = RN(X) for blocks of rows: the GEMM decides nearly all weights, `decide` those that it leaves."""
+"""Write W' = RN(X) for blocks of rows: the GEMM decides nearly all weights, `decide` the others."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from .workspace import Workspace
 
 ARITHMETIC_VERSION = 2  # named in every output: raise it when a result's bits can change
 
-TOGETHER = 1 << 16  # weights decided at a time: a call costs as much as a thousand, and so many bound the memory
+TOGETHER = 1 << 16  # weights decided at a time: a call costs as much as a thousand weights, and this bounds the memory
 
-LOST = 2.0**-10  # times the shift: D of this size has no digits left beside it in float32, and counts as lost
+LOST = 2.0**-10  # times the shift: a D of this size has no digits left beside it in float32, and counts as 0
 
 Sums = dict[str, npt.NDArray[Any]]  # fields of RoundingStats, with a number for each matrix
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Some whole rows of a block as the GEMM left them, in buffers that the next tile overwrites."""
+    """All columns of some rows of a block after the GEMM, in buffers that the next tile overwrites."""
 
     base: Tensor  # (rows, n)
-    out: Tensor  # (rows, n), not right yet where `hit` is set
+    out: Tensor  # (rows, n), not final where `hit` is set
     change: Tensor  # (rows, n), D + shift
     shift: Each
-    hit: Tensor  # (rows, n), bool: the GEMM does not decide it
-    at: Positions  # the flat positions of those
+    hit: Tensor  # (rows, n), bool: undecided by the GEMM
+    undecided: Positions  # the flat positions where `hit` is set
     ties: Tensor | None  # (rows, n), bool: sums that are midpoints, if the GEMM is exact
     start: int  # flat position in the block
 
 
 class Watcher(Protocol):
-    """Is shown each tile of a block, then the block."""
+    """Observer of a merge: called with each tile of a block, then with the block."""
 
     def tile(self, tile: Tile, dense: DenseRows) -> None: ...
 
@@ -76,20 +76,20 @@ class RowMerge:
     def apply_each(
         self, base: Tensor, first: int, out: Tensor, work: Workspace, watcher: Watcher | None = None
     ) -> list[RoundingStats]:
-        """Do the same with a block of all rows of one or more matrices, and return the statistics of each."""
-        bounds, sums, found = self.dense.bounds(base, first), [], []
+        """Write W' of a block of all rows of one or more matrices, and return the statistics of each matrix."""
+        bounds, sums, undecided_parts = self.dense.bounds(base, first), [], []
         height = self.dense.height(base.shape[1], base.device)
         for row in range(0, len(base), height):
             part = slice(row, row + height)
-            at, change = self._tile(base[part], out[part], first + row, row, bounds, work, watcher)
-            found.append(at + row * base.shape[1])
+            undecided, change = self._tile(base[part], out[part], first + row, row, bounds, work, watcher)
+            undecided_parts.append(undecided + row * base.shape[1])
             sums.append(change)
-        at = np.concatenate(found) if found else np.zeros(0, np.int64)
-        for start in range(0, len(at), TOGETHER):
-            sums.append(self._decide(base, first, out, at[start : start + TOGETHER]))
+        undecided = np.concatenate(undecided_parts) if undecided_parts else np.zeros(0, np.int64)
+        for start in range(0, len(undecided), TOGETHER):
+            sums.append(self._decide(base, first, out, undecided[start : start + TOGETHER]))
         if watcher:
             watcher.block(base, out, self.x, first, self.dense, bounds)
-        steps = Counter({"dense": base.numel() - len(at), **self.x.steps})
+        steps = Counter({"dense": base.numel() - len(undecided), **self.x.steps})
         self.x.steps.clear()
         return _statistics(sums, self.dense.matrices, steps)
 
@@ -104,10 +104,11 @@ class RowMerge:
         work: Workspace,
         watcher: Watcher | None,
     ) -> tuple[Positions, Sums]:
-        """Fill `out` where the GEMM decides, and return the flat positions where it does not.
+        """Fill `out` where the GEMM decides, and return the flat positions where it does not, and the sums.
 
         Args:
-            first: the first row in these rows; `row` is that in the block.
+            first: the tile's first row, counted in the rows of `x`.
+            row: the same, counted in the block.
         """
         dense = self.dense
         upper, change, squared = dense.fill(base, first, bounds.shift, work)
@@ -120,42 +121,43 @@ class RowMerge:
             hit = dense.settle(upper, bounds, out, work)
         if self._to.bits == 53:
             hit.fill_(True)
-        kept, own = self._sums(base, out, upper, change, first, bounds, work)
+        kept, change_squared = self._sums(base, out, upper, change, first, bounds, work)
         changed = count_different(out, base, work, dense.matrices)
-        sums: Sums = {"base_squared": squared, "change_squared": own, "kept": kept, "changed": changed}
+        sums: Sums = {"base_squared": squared, "change_squared": change_squared, "kept": kept, "changed": changed}
         odd = ~np.isfinite(squared + kept)
         if odd.any():
-            found = self._not_finite(base, out, change, first, bounds.shift, hit, work)
-            sums = {name: np.where(odd, value, sums.get(name, 0)) for name, value in found.items()}
-        at = positions(hit)
+            recounted = self._not_finite(base, out, change, first, bounds.shift, hit, work)
+            sums = {name: np.where(odd, value, sums.get(name, 0)) for name, value in recounted.items()}
+        undecided = positions(hit)
         if watcher:
-            watcher.tile(Tile(base, out, change, bounds.shift, hit, at, ties, row * base.shape[1]), dense)
-        return at, sums
+            watcher.tile(Tile(base, out, change, bounds.shift, hit, undecided, ties, row * base.shape[1]), dense)
+        return undecided, sums
 
     def _sums(
         self, base: Tensor, out: Tensor, upper: Tensor, change: Tensor, first: int, bounds: Bounds, work: Workspace
     ) -> tuple[Wide, Wide]:
-        """Return <W' - W, D> and <D, D>, about: X - W' and the shift are small beside D, unless D is slight."""
+        """Return about <W' - W, D> and <D, D>: X - W' and the shift are small beside D, unless D is slight."""
         squares, matrices = self.dense.delta.squares, self.dense.matrices
         if squares is not None and not self.x.factor:
-            own: Wide = squares[first : first + len(base)].reshape(matrices, -1).sum(1)
+            change_squared: Wide = squares[first : first + len(base)].reshape(matrices, -1).sum(1)
             if not bounds.slight:
-                return own - dot_each(upper.sub_(_mixable(out, upper.dtype, work)), change, matrices), own
+                residual = upper.sub_(_mixable(out, upper.dtype, work))
+                return change_squared - dot_each(residual, change, matrices), change_squared
         weight = _mixable(base, upper.dtype, work)
         moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(weight)
         if squares is not None and not self.x.factor:
             more = moved.view(matrices, -1).sum(1).double().cpu().numpy()
             shift = each_number(bounds.shift, matrices)
             kept = dot_each(moved, change, matrices) - shift * more
-            lost = own <= np.square(LOST * shift) * (base.numel() // matrices)
-            return np.where(lost & np.isfinite(kept), 0.0, kept), own
+            vanishing = change_squared <= np.square(LOST * shift) * (base.numel() // matrices)
+            return np.where(vanishing & np.isfinite(kept), 0.0, kept), change_squared
         asked = upper.sub_(weight) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
         return dot_each(moved, asked, matrices), dot_each(asked, asked, matrices)
 
     def _not_finite(
         self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: Each, hit: Tensor, work: Workspace
     ) -> Sums:
-        """Copy the inf and nan of W that count, and leave what else is not finite to `decide`."""
+        """Copy W's inf and nan, except where a is 0; mark all else that is not finite as undecided. Return the sums."""
         odd = ~finite(base)
         if self.x.factor:
             a = torch.from_numpy(self.x.factor.value)
@@ -184,71 +186,73 @@ class RowMerge:
         }
 
     @np.errstate(all="ignore")
-    def _decide(self, base: Tensor, first: int, out: Tensor, at: Positions) -> Sums:
-        """Write W' at these flat positions, and return what that changes in the statistics."""
-        i = at // base.shape[1]
-        j = at - i * base.shape[1]
-        code, former = take(base, at), take(out, at)
-        made = decide(self.x, code, self._form, i + first, j, self._to)
-        put(out, at, made)
+    def _decide(self, base: Tensor, first: int, out: Tensor, undecided: Positions) -> Sums:
+        """Write W' at these flat positions, and return the differences of the statistics."""
+        i = undecided // base.shape[1]
+        j = undecided - i * base.shape[1]
+        code, former = take(base, undecided), take(out, undecided)
+        decided = decide(self.x, code, self._form, i + first, j, self._to)
+        put(out, undecided, decided)
         matrices = self.dense.matrices
-        which = at // (base.numel() // matrices)
-        changed = self._changed(made, code).astype(np.int8) - self._changed(former, code)
+        which = undecided // (base.numel() // matrices)
+        changed = self._changed(decided, code).astype(np.int8) - self._changed(former, code)
         changed = np.bincount(which, changed, matrices).astype(np.intp)
-        lost = np.flatnonzero((made & self._to.size) == self._to.inf)
-        if not len(lost):
+        overflowed = np.flatnonzero((decided & self._to.size) == self._to.inf)
+        if not len(overflowed):
             return {"changed": changed}
-        which, largest = which[lost], np.zeros(matrices)
-        i, j, code = i[lost] + first, j[lost], code[lost]
+        which, largest = which[overflowed], np.zeros(matrices)
+        i, j, code = i[overflowed] + first, j[overflowed], code[overflowed]
         weight = np.where((code & self._form.size) < self._form.inf, wide(code, self._form), 0.0)
         a = self.x.factor.at(i, j)[0] if self.x.factor else 1.0
         np.maximum.at(largest, which, np.abs(a * weight + self.x.delta.near(i, j)[0]))
         return {"changed": changed, "overflowed": np.bincount(which, minlength=matrices), "largest": largest}
 
-    def _changed(self, made: Codes, code: Codes) -> npt.NDArray[np.bool_]:
+    def _changed(self, result: Codes, code: Codes) -> npt.NDArray[np.bool_]:
         differs: npt.NDArray[np.bool_] = (
-            made != code if self._to == self._form else wide(made, self._to) != wide(code, self._form)
+            result != code if self._to == self._form else wide(result, self._to) != wide(code, self._form)
         )
         return differs
 
 
 def _statistics(sums: Sequence[Sums], matrices: int, steps: Counter[str]) -> list[RoundingStats]:
-    """Return the statistics of each matrix from those of its parts; the steps are in the first."""
+    """Return the statistics of each matrix from the sums of its parts; the steps are in the first."""
     total: dict[str, Any] = {}
     for part in sums:
         for name, value in part.items():
             total[name] = np.maximum(total.get(name, 0.0), value) if name == "largest" else total.get(name, 0) + value
-    if sums:  # until all is decided, W' - W has roundings, beside which a D that changes nothing may be small
+    if sums:  # before all is decided, W' - W has rounding errors, even where D changes nothing
         total["kept"] = np.where(total["changed"] == 0, 0.0, total["kept"])
-    each = zip(*(value.tolist() for value in total.values()), strict=True) if sums else [()] * matrices
-    stats = [RoundingStats(**dict(zip(total, values, strict=True))) for values in each]
+    by_matrix = zip(*(value.tolist() for value in total.values()), strict=True) if sums else [()] * matrices
+    stats = [RoundingStats(**dict(zip(total, values, strict=True))) for values in by_matrix]
     stats[0].steps.update(steps)
     return stats
 
 
 def _mixable(x: Tensor, kind: torch.dtype, work: Workspace) -> Tensor:
-    """Return numbers that torch subtracts from those of a type: of 8 bits it mixes none with others."""
+    """Return numbers that torch can subtract from those of a type; it mixes no 8-bit floats with other types."""
     return x if x.itemsize > 1 else widen(x, work.take("mixable", kind, *x.shape))
 
 
 def positions(hit: Tensor) -> Positions:
     """Return the flat positions of a mask."""
     if hit.is_cuda:
-        found: Positions = hit.view(-1).nonzero().squeeze(1).cpu().numpy()
-        return found
+        flat: Positions = hit.view(-1).nonzero().squeeze(1).cpu().numpy()
+        return flat
     return np.flatnonzero(hit.numpy())
 
 
-def take(x: Tensor, at: Positions) -> Codes:
+def take(x: Tensor, places: Positions) -> Codes:
     """Return the bit patterns at flat positions."""
     flat = bits(x).reshape(-1)
-    found: Codes = flat[torch.from_numpy(at).to(x.device)].cpu().numpy() if x.is_cuda else flat.numpy().take(at)
-    return found
+    if not x.is_cuda:
+        return flat.numpy().take(places)
+    patterns: Codes = flat[torch.from_numpy(places).to(x.device)].cpu().numpy()
+    return patterns
 
 
-def put(x: Tensor, at: Positions, code: Codes) -> None:
-    """Set the bit patterns at flat positions of a contiguous tensor."""
+def put(x: Tensor, places: Positions, code: Codes) -> None:
+    """Write the bit patterns at flat positions of a contiguous tensor."""
     if x.is_cuda:
-        bits(x).view(-1)[torch.from_numpy(at).to(x.device)] = torch.from_numpy(code).to(x.device)
+        bits(x).view(-1)[torch.from_numpy(places).to(x.device)] = torch.from_numpy(code).to(x.device)
     else:
-        codes(x).reshape(-1)[at] = code
+        codes(x).reshape(-1)[places] = code

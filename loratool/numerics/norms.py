@@ -1,12 +1,12 @@
 """Compute DoRA's norms ||W + D|| of rows or columns, each the exact square root rounded to 36 significant bits.
 
-The norm of a float64 sum has a bound on its error; where both ends round to one number of 36 bits, that is it. Where
-not (one in a thousand), the squares are summed from pairs of numbers with a bound, and where that does not tell, as
-exact numbers. So the norms are the same numbers everywhere, and an input of X like any other.
+The norm of a float64 sum has an error bound. If both ends of its interval round to the same number of 36 bits, that is
+the norm. If not (one in a thousand), the squares are summed from pairs of numbers with a bound, and if that does not
+decide, as exact numbers. So the norms are the same numbers on every machine, and inputs of X like any other.
 
-36 bits are off by 2**-37 at most, which moves one bfloat16 in 10**9 by a step against a root without rounding. A norm
-too small for float64 to hold them is negative here, 2**TINY_BY times as large; one that is not finite, even so or as
-it is too large, the caller refuses.
+36 bits are off by 2**-37 at most; compared with an unrounded root, this moves one bfloat16 in 10**9 by a step. A norm
+too small for 36 bits in float64 is negative here, 2**TINY_BY times as large. The caller refuses a norm that is not
+finite.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from .products import ProductRows, norms
 from .workspace import Workspace
 
 NORM_BITS = 36
-TINY_BY = 1000  # a norm of which float64 does not hold 36 bits, as it is below 2**-1039, is told as -2**1000 times it
-FLUSHED = 2.0**-110  # no less than the norm of the subnormal weights of a row, which may be flushed
-LARGEST_SQUARE = 2.0**1000  # larger ones are left to the exact numbers, as their sum may be too large for float64
+TINY_BY = 1000  # a norm below 2**-1039, whose 36 bits float64 does not hold, is stored as -2**1000 times it
+FLUSHED = 2.0**-110  # upper bound of the norm of a row's subnormal weights, which may be flushed
+LARGEST_SQUARE = 2.0**1000  # larger squares are left to the exact numbers, as their sum may overflow float64
 
-# (first row, rows of W) of blocks that cover a weight, as often as it is called
+# Each call yields (first row, rows of W) of blocks that cover a weight
 Blocks = Callable[[], Iterable[tuple[int, Tensor]]]
-# (delta, W) of the same rows, as often as it is called
+# Each call yields (delta, W) of the same rows
 Parts = Callable[[], Iterable[tuple[Delta, Tensor]]]
 Line = tuple[slice, slice]  # the rows and columns that have one norm
 
 
 @np.errstate(all="ignore")
 def row_norms(delta: Delta, base: Tensor, work: Workspace) -> Wide:
-    """Return the norm of each row of `base`, (rows, n), finite, the rows of `delta` from its first on."""
+    """Return the norm of each row of W + D. base: W, (rows, n), finite; its first row is the first of `delta`."""
     columns, about, sums = base.shape[1], np.empty(len(base)), _Sums(delta, base.device)
     for start in range(0, len(base), height := max(1, TILE[torch.float64] // max(1, columns))):
         here = slice(start, start + height)
@@ -58,8 +58,8 @@ def column_norms(rows: Callable[[int, int], Delta], blocks: Blocks, work: Worksp
     """Return the norm of each column of a weight that is read by blocks of rows.
 
     Args:
-        rows: gives the delta of the rows from a start to a stop.
-        together: so many columns in a row have one norm, as an input channel of a flattened kernel has.
+        rows: (start, stop) -> the delta of these rows.
+        together: the number of adjacent columns with one norm, as for an input channel of a flattened kernel.
     """
     total, rest, sizes, errors = np.zeros((4, 1))
     folds = roundings = 0
@@ -115,7 +115,7 @@ class _Sums:
         return sums.addmm_(left.to(sums.device), right.T.to(sums.device))
 
     def of_rows(self) -> tuple[Wide, Wide]:
-        """Return no less than the norm of D in each row, and of its error."""
+        """Return upper bounds of the norm of D in each row, and of the norm of its error."""
         if self._dense:
             width = math.sqrt(self._columns)
             return self._dense.sizes * width, self._dense.errors * width
@@ -124,7 +124,7 @@ class _Sums:
         return sizes, self._products.bound(sizes)
 
     def of_columns(self) -> tuple[Wide, Wide]:
-        """Return the same of each column."""
+        """Return the same bounds for each column."""
         if self._dense:
             size, error = (float(norms(x[None])[0]) for x in (self._dense.sizes, self._dense.errors))
             return np.full(self._columns, size), np.full(self._columns, error)
@@ -134,12 +134,12 @@ class _Sums:
 
 
 def _ends(about: Wide, sizes: Wide, errors: Wide, roundings: int) -> tuple[Wide, Wide]:
-    """Round the norms at both ends of their bounds, by integers.
+    """Round the norms at both ends of their intervals to NORM_BITS bits, by integers.
 
     Args:
-        sizes: no ||D|| is larger.
-        errors: nor that of its error.
-        roundings: of the sum of squares and of W + D.
+        sizes: upper bounds of ||D||.
+        errors: upper bounds of the norm of D's error.
+        roundings: the number of rounding errors in the sum of squares and in W + D.
     """
     error = (errors + (roundings + 5) * U * (about + 2 * sizes) + FLUSHED) * SLACK
     drop = 53 - NORM_BITS
@@ -147,20 +147,20 @@ def _ends(about: Wide, sizes: Wide, errors: Wide, roundings: int) -> tuple[Wide,
         ((np.maximum(x, 0.0).view(np.int64) + (1 << (drop - 1))) >> drop << drop).view(np.float64)
         for x in (about - error, about + error)
     )
-    return np.where(np.isfinite(about), low, np.nan), high  # what overflowed is in doubt
+    return np.where(np.isfinite(about), low, np.nan), high  # nan, so that an overflow counts as undecided
 
 
 def _settled(parts: Parts, lines: Sequence[Line]) -> list[float]:
-    """Return the norms of some lines from pairs of numbers, and from exact ones where these do not tell."""
+    """Return the norms of some lines from pairs of numbers, or, if these do not decide, from exact numbers."""
     low, high = ([Fraction(0)] * len(lines) for _ in range(2))
     unknown = set()
     for delta, base in parts() if lines else ():
         for k, line in enumerate(lines):
-            found = _pair_squares(delta, base, line)
-            if found is None:
+            ends = _pair_squares(delta, base, line)
+            if ends is None:
                 unknown.add(k)
             else:
-                low[k], high[k] = low[k] + found[0], high[k] + found[1]
+                low[k], high[k] = low[k] + ends[0], high[k] + ends[1]
     doubt = [k for k in range(len(lines)) if k in unknown or _root(low[k]) != _root(high[k])]
     for k in doubt:
         low[k] = Fraction(0)
@@ -171,18 +171,18 @@ def _settled(parts: Parts, lines: Sequence[Line]) -> list[float]:
 
 
 def _pair_squares(delta: Delta, base: Tensor, line: Line) -> tuple[Fraction, Fraction] | None:
-    """Return the ends of an interval that holds the sum of the squares of W + D in a line; None if none is known."""
-    rows, columns = (np.arange(*each.indices(length)) for each, length in zip(line, base.shape, strict=True))
+    """Return the ends of an interval around the sum of the squares of W + D in a line; None if it is unbounded."""
+    rows, columns = (np.arange(*part.indices(length)) for part, length in zip(line, base.shape, strict=True))
     i, j = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
     code, form = codes(base[line].cpu().contiguous()).reshape(-1), FORMS[base.dtype]
     high, low, bound = delta.nearer(i, j)
     sums, rest = two_sum(wide(code, form), high)
-    rest, lost = two_sum(rest, low)
+    rest, rounding = two_sum(rest, low)
     sums, rest = two_sum(sums, rest)
-    bound = bound + np.abs(lost)
+    bound = bound + np.abs(rounding)
     square, e = two_product(sums, sums)
     zero = ((code & form.size) == 0) & (high == 0) & (low == 0) & (bound == 0)
-    # of (sums + rest)**2 the square of the rest is left out, and the double product is rounded
+    # (sums + rest)**2 is taken without the square of the rest, and the double product is rounded
     error = (2 * (np.abs(sums) + np.abs(rest)) + bound) * bound + square * (4 * U * U)
     if not (square < LARGEST_SQUARE).all() or not np.isfinite(error).all():
         return None
@@ -196,7 +196,7 @@ def short_root(x: Fraction) -> Fraction:
     if x <= 0:
         return Fraction(0)
     e = exponent(x) // 2 - NORM_BITS - 2
-    root = isqrt((x / power(2 * e)).__floor__())  # of two or three bits more than are asked for
+    root = isqrt((x / power(2 * e)).__floor__())  # with two or three bits more than NORM_BITS
     drop = root.bit_length() - NORM_BITS
     return ((root + (1 << (drop - 1))) >> drop) * power(e + drop)
 
@@ -205,9 +205,9 @@ def _exact_squares(delta: Delta, base: Tensor, i: slice, j: slice) -> Fraction:
     """Return the sum of the squares of W + D in some rows and columns."""
     code, form = codes(base[i, j].cpu().contiguous()), FORMS[base.dtype]
     if not isinstance(delta, ProductRows):
-        rows, columns = (range(*each.indices(length)) for each, length in zip((i, j), base.shape, strict=True))
+        rows, columns = (range(*part.indices(length)) for part, length in zip((i, j), base.shape, strict=True))
         places = zip(code.reshape(-1), ((a, b) for a in rows for b in columns), strict=True)
-        return sum(((fraction(w, form) + delta.exact(*at)) ** 2 for w, at in places), Fraction(0))
+        return sum(((fraction(w, form) + delta.exact(*place)) ** 2 for w, place in places), Fraction(0))
     if len(code) > 1 and code.shape[1] > 1:  # integers take one line at a time
         columns = range(*j.indices(base.shape[1]))
         return sum((_exact_squares(delta, base, i, slice(b, b + 1)) for b in columns), Fraction(0))
@@ -221,14 +221,14 @@ def _exact_squares(delta: Delta, base: Tensor, i: slice, j: slice) -> Fraction:
 
 
 def _root(x: Fraction) -> float:
-    """Return `short_root` in float64, negative if it is tiny; inf or nan where float64 does not hold it even so."""
+    """Return `short_root` in float64, negative and scaled if it is tiny; inf or nan if float64 cannot hold it."""
     root = short_root(x)
     try:
-        found = float(root)
+        nearest = float(root)
     except OverflowError:
         return math.inf
-    if found == root:
-        return found
+    if nearest == root:
+        return nearest
     tiny = float(root * power(TINY_BY))
     return -tiny if norm_of(-tiny) == root else math.nan
 
@@ -244,7 +244,7 @@ def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> 
 
     Args:
         magnitude: m, (k,), any type of FORMS, finite.
-        norm: n, (k,), tiny ones as `row_norms` tells them.
+        norm: n, (k,), as `row_norms` returns it.
         weight: w.
     """
     code, form = codes(magnitude.cpu().contiguous()), FORMS[magnitude.dtype]
@@ -261,7 +261,7 @@ def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> 
         n = norm_of(float(norm[k]))
         return Fraction(weight) * fraction(code[k], form) / n if n else Fraction(0)
 
-    def whole(k: int) -> Fraction:
+    def exact_total(k: int) -> Fraction:
         return 1 - Fraction(weight) + exact(k)
 
     error = np.where(known, 0.0, np.abs(value) * (4 * U) + LEAST)
@@ -272,4 +272,4 @@ def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> 
     left, rest = two_sum(np.ones_like(value), np.full_like(value, -weight))
     total, e = two_sum(left, value)
     error = error + (np.abs(left) + np.abs(value)) * (2 * U)
-    return ratio, Factor(axis, total, error, e + (rest + ratio.tail), size + np.abs(left), whole)
+    return ratio, Factor(axis, total, error, e + (rest + ratio.tail), size + np.abs(left), exact_total)

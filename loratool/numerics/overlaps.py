@@ -1,7 +1,7 @@
 """Measure how much several changes of one matrix share: inner products, distances, and their interference.
 
-All of it follows from their singular vectors side by side, U = [U_1 .. U_T] and V. Only the triangles of the QR of both
-are needed, which are as small as the sum of the ranks.
+All measures follow from the singular vectors side by side, U = [U_1 .. U_T] and V. They need only the triangles of the
+QR of both, which are as small as the sum of the ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .spectrum import RANK_TOLERANCE
 
 @dataclass(frozen=True)
 class Overlaps:
-    """Measures of what changes D_i, i = 1 .. T, of one matrix share; leading dimensions are of a batch of matrices.
+    """Overlaps of changes D_i, i = 1 .. T, of one matrix; leading dimensions are of a batch of matrices.
 
     The interference of changes is |(U^T U - I) S (V^T V - I)|_1, in entries, with the singular vectors of all side by
     side (Gargiulo et al., CVPR 2025, arXiv 2412.00081, section 3.3). It is 0 if no two share a direction on both sides,
@@ -39,14 +39,14 @@ class Overlaps:
 
     def total(self, dim: int = 0) -> Overlaps:
         """Return the overlaps of all matrices along a dimension together, as if they were blocks of one."""
-        summed = {each.name: getattr(self, each.name).sum(dim) for each in fields(self)}
+        summed = {field.name: getattr(self, field.name).sum(dim) for field in fields(self)}
         for name in ("norms", "distances"):
             summed[name] = torch.linalg.vector_norm(getattr(self, name), dim=dim)
         return Overlaps(**summed)
 
     def member(self, i: int) -> Overlaps:
-        """Return those of one matrix of a batch."""
-        return Overlaps(**{each.name: getattr(self, each.name)[i] for each in fields(self)})
+        """Return the overlaps of one matrix of a batch."""
+        return Overlaps(**{field.name: getattr(self, field.name)[i] for field in fields(self)})
 
     @property
     def cosines(self) -> Tensor:
@@ -79,25 +79,26 @@ class Overlaps:
         return _ratio(self.together, size), _ratio(self.random_together, size)
 
 
-def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """Return part / whole, and 0 where the whole is 0."""
-    return torch.where(whole == 0, 0.0, part / torch.where(whole == 0, 1.0, whole))
+def _ratio(part: Tensor, total: Tensor) -> Tensor:
+    """Return part / total, and 0 where the total is 0."""
+    return torch.where(total == 0, 0.0, part / torch.where(total == 0, 1.0, total))
 
 
-def stacked(found: Iterable[Overlaps]) -> Overlaps:
+def stacked(members: Iterable[Overlaps]) -> Overlaps:
     """Return the overlaps of several matrices as a batch."""
-    sides = list(found)
-    return Overlaps(**{each.name: torch.stack([getattr(one, each.name) for one in sides]) for each in fields(Overlaps)})
+    names = [field.name for field in fields(Overlaps)]
+    batch = list(members)
+    return Overlaps(**{name: torch.stack([getattr(member, name) for member in batch]) for name in names})
 
 
 def overlaps(changes: Sequence[FactoredSVD]) -> Overlaps:
-    """Return the overlaps of changes, each by its SVD with U (..., out, k_i); with k_i = 0 it is no change.
+    """Return the overlaps of changes, each given by its SVD with U (..., out, k_i); k_i = 0 stands for no change.
 
     Distances are those of the changes' cores in the bases of all, since |D_i|^2 - 2 <D_i, D_j> + |D_j|^2 would cancel.
     """
     S = [torch.where(_is_direction(change), change.S, 0.0) for change in changes]
-    there = torch.cat([side > 0 for side in S], -1).unsqueeze(-2)
-    R_U, R_V = (_triangle([getattr(change, side) for change in changes], there) for side in ("U", "V"))
+    is_direction = torch.cat([side > 0 for side in S], -1).unsqueeze(-2)
+    R_U, R_V = (_triangle([getattr(change, side) for change in changes], is_direction) for side in ("U", "V"))
     norms = torch.stack([torch.linalg.vector_norm(side, dim=-1) for side in S], -1)
     ranks = torch.stack([(side > 0).sum(-1) for side in S], -1).to(norms.dtype)
     flat = _cores(R_U, S, R_V).flatten(-2)
@@ -130,21 +131,21 @@ def _is_direction(change: FactoredSVD) -> Tensor:
     return RANK_TOLERANCE * change.S[..., :1] < change.S
 
 
-def _triangle(vectors: Sequence[Tensor], there: Tensor) -> Tensor:
-    """Return R of the QR of vectors side by side, 0 for those that are no direction: their products are those of R."""
+def _triangle(vectors: Sequence[Tensor], is_direction: Tensor) -> Tensor:
+    """Return R of the QR of vectors side by side, 0 for those that are no direction. R has the vectors' products."""
     R: Tensor = torch.linalg.qr(torch.cat(list(vectors), -1), mode="r").R
-    return torch.where(there, R, 0.0)
+    return torch.where(is_direction, R, 0.0)
 
 
 def _distances(changes: Sequence[FactoredSVD], norms: Tensor, flat: Tensor) -> Tensor:
     """Return the distances of cores (..., T, n), 0 where the SVDs are equal, and the norm beside a change of 0."""
-    found = flat.new_zeros((*flat.shape[:-1], flat.shape[-2]))
-    for i, one in enumerate(changes):
-        for j, two in enumerate(changes[:i]):
+    distances = flat.new_zeros((*flat.shape[:-1], flat.shape[-2]))
+    for i, first in enumerate(changes):
+        for j, second in enumerate(changes[:i]):
             apart = torch.linalg.vector_norm(flat[..., i, :] - flat[..., j, :], dim=-1)
-            found[..., i, j] = found[..., j, i] = apart.masked_fill(are_equal(one, two), 0.0)
+            distances[..., i, j] = distances[..., j, i] = apart.masked_fill(are_equal(first, second), 0.0)
     lone = (norms == 0).unsqueeze(-1) | (norms == 0).unsqueeze(-2)
-    return torch.where(lone, norms.unsqueeze(-1) + norms.unsqueeze(-2), found)
+    return torch.where(lone, norms.unsqueeze(-1) + norms.unsqueeze(-2), distances)
 
 
 def _interference(U: Tensor, S: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +157,7 @@ def _interference(U: Tensor, S: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Te
     left, right = (_products_of_two(side, widths) for side in (U, V))
     left = left * torch.cat(list(S), -1).unsqueeze(-2)
     rows, columns = (
-        [torch.split(each, widths, -1) for each in torch.split(side, widths, -2)] for side in (left, right)
+        [torch.split(part, widths, -1) for part in torch.split(side, widths, -2)] for side in (left, right)
     )
     pairs = left.new_zeros((*left.shape[:-2], len(S), len(S)))
     for i in range(len(S)):
@@ -166,7 +167,7 @@ def _interference(U: Tensor, S: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Te
 
 
 def _products_of_two(vectors: Tensor, widths: Sequence[int]) -> Tensor:
-    """Return the products of vectors (..., p, k) of different changes (..., k, k); of one and the same 0."""
+    """Return the products of vectors (..., p, k) of different changes, (..., k, k); 0 within one change."""
     owners = [i for i, width in enumerate(widths) for _ in range(width)]
     owner = torch.tensor(owners, device=vectors.device, dtype=torch.int64)
     return (vectors.mT @ vectors).masked_fill(owner.unsqueeze(0) == owner.unsqueeze(1), 0.0)
@@ -176,7 +177,7 @@ def _energy_within(vectors: Tensor, S: Sequence[Tensor]) -> Tensor:
     """Return the energy of each change i in the span of j's vectors on one side (..., T, T)."""
     widths = [side.shape[-1] for side in S]
     energy = _products_of_two(vectors, widths).square() * torch.cat(list(S), -1).square().unsqueeze(-1)
-    rows = [each.sum(-2) for each in torch.split(energy, widths, -2)]
+    rows = [part.sum(-2) for part in torch.split(energy, widths, -2)]
     return torch.stack([torch.stack([e.sum(-1) for e in torch.split(row, widths, -1)], -1) for row in rows], -2)
 
 

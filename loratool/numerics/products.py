@@ -1,13 +1,13 @@
 """Sum low-rank products: D = sum of scale * left @ right over the terms, as exact reals, with bounds.
 
-`Products` has what all rows share, `ProductRows` is the delta of some rows. Several small matrices of one shape, one
-below the other, count as one sum, so that they cost the calls of one. In what follows b and a are the norms of a
-row of the left side and of a column of the right side, R the ranks together, u the unit roundoff, t the least normal
-number and M the largest number in either, each rank having been balanced by a power of two.
+`Products` holds what all rows share; `ProductRows` is the delta of some rows. Several small matrices of one shape, one
+below the other, count as one sum, and cost the calls of one. In the following, b and a are the norms of a row of the
+left side and of a column of the right side, R is the sum of the ranks, u the unit roundoff, t the least normal number
+and M the largest number in either side, after each rank is balanced by a power of two.
 
 A GEMM in any order, with or without FMA, is off by (R + 8) u b a + 4 R t max(1, M) at most: gamma_R times the sum of
-|B A|, which is at most b a (Cauchy, Schwarz), the factors' own roundings, and whatever was flushed (Higham, Accuracy
-and Stability of Numerical Algorithms, 3.1).
+|B A|, which is at most b a (Cauchy, Schwarz), the factors' rounding errors, and flushed numbers (Higham, Accuracy and
+Stability of Numerical Algorithms, 3.1).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .decide import LEAST, PAIR, SLACK, DenseDelta, Each, Factor, U, anything
 from .error_free import halves, two_product, two_sum
 from .forms import FORMS, Codes, Form, Positions, Wide, codes, exponent, integers, power, wide
 
-GATHER = 1 << 15  # numbers of a factor taken at a time, so that they stay in a core's cache
+GATHER = 1 << 15  # numbers of a factor read at a time, so that they stay in a core's cache
 LEAST_OF = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
 UNIT_OF = {torch.float32: 2.0**-24, torch.float64: U}
 EXPONENTS = 480  # lowest bits beyond 2**-480 and 2**480 do not count as known
@@ -42,8 +42,8 @@ class Term:
     Attributes:
         left: (m, r), any type of FORMS.
         right: (r, n), any type of FORMS.
-        columns: a number for each column of the product, (n,), by which it is multiplied.
-        by_rows: each row is multiplied by the number that `Products.rows` is given for it.
+        columns: a factor for each column of the product, (n,).
+        by_rows: each row is also multiplied by its factor in `Products.rows`.
     """
 
     left: Tensor
@@ -65,7 +65,7 @@ class _Side:
     by_rows: bool
     significand: float  # from 1/2 to 1 in size
     exponent: int
-    tail: float  # what the significand lacks, about
+    tail: float  # about the rounding error of the significand
 
     @property
     def is_power(self) -> bool:
@@ -74,7 +74,7 @@ class _Side:
 
 
 def split_scale(scale: Fraction) -> tuple[float, int, float]:
-    """Return a significand from 1/2 to 1 in size, the exponent of its power of two, and what it lacks, about."""
+    """Return a significand from 1/2 to 1 in size, the exponent of its power of two, and about its rounding error."""
     e = exponent(scale) + 1
     significand = float(scale / power(e))
     return significand, e, float(scale / power(e) - Fraction(significand))
@@ -98,14 +98,14 @@ def _side(term: Term) -> _Side:
 
 
 def _is_usual(side: _Side) -> bool:
-    """Return whether no factor but 0 is below 2**-300, as only float64 ones can be."""
+    """Return whether all factors but 0 are 2**-300 or more; only float64 ones can be smaller."""
     factors = zip((codes(side.left.contiguous()), side.right), side.forms, strict=True)
     sizes = [code & form.size for code, form in factors if form.bits == 53]
     return all(bool(((size == 0) | (size >= 723 << 52)).all()) for size in sizes)
 
 
 def _is_known(ratio: Factor | None) -> bool:
-    """Return whether all numbers of a ratio are known as pairs, since nothing of them was flushed."""
+    """Return whether all numbers of a ratio are known as pairs: no part of them was flushed."""
     return ratio is None or bool(np.isfinite(ratio.size).all())
 
 
@@ -113,8 +113,8 @@ class Products:
     """A sum of low-rank terms of one shape.
 
     Args:
-        matrices: of so many, one below the other, D has the products; the terms have their left sides one below the
-            other, their right sides side by side, and no numbers of rows or columns.
+        matrices: the number of matrices, one below the other in D. The terms have their left sides one below the other,
+            their right sides side by side, and no factors of rows or columns.
 
     Raises:
         ValueError: a factor has inf or nan.
@@ -129,10 +129,11 @@ class Products:
         self.rank = ranks[-1]
         self.scaled = any(side.columns or side.by_rows for side in self.sides)
         # sums of such products may be exact in float64, and so is a power of two times them
-        self.narrow = not self.scaled and all(one.bits + two.bits <= BITS_OF_EXACT_SUMS for one, two in self._forms)
+        bits = [left.bits + right.bits for left, right in self._forms]
+        self.narrow = not self.scaled and all(count <= BITS_OF_EXACT_SUMS for count in bits)
         self.binary = self.narrow and all(side.is_power for side in self.sides)
         self._halves = [self._balance(side) for side in self.sides]  # (matrices, r) exponents for each right side
-        # else a factor can be lost when it is balanced, and all is left to the integers
+        # else balancing can underflow a factor, and all is left to the integers
         self.in_range = all(
             max(np.abs(half).max(initial=0), np.abs(side.exponent - half).max(initial=0)) < 500
             and _is_usual(side)
@@ -147,7 +148,7 @@ class Products:
         return self.may_be_live(self.column_norms)
 
     def may_be_live(self, norms: Wide) -> npt.NDArray[np.bool_]:
-        """Return which rows or columns may be other than 0, by norms: a ratio or a factor may have been flushed."""
+        """Return which rows or columns may be other than 0, by their norms and by whether a factor may be flushed."""
         return (norms > 0) | self.scaled | (not self.in_range)
 
     @property
@@ -155,22 +156,22 @@ class Products:
         return [side.forms for side in self.sides]
 
     def _balance(self, side: _Side) -> Codes:
-        """Return the powers of two that bring each rank's column and row to one size, of each matrix."""
-        found = []
+        """Return, for each matrix, the powers of two that balance the sizes of each rank's column and row."""
+        exponents = []
         for code, form in zip((codes(side.left.contiguous()), side.right), side.forms, strict=True):
             most = _by_matrix(code & form.size, self.matrices).max(1, initial=0)
             if most.max(initial=0) >= form.inf:
                 raise ValueError("a factor has inf or nan")
             m, e = integers(most.astype(form.code), form)
-            found.append(np.where(m == 0, 0, e + np.frexp(m.astype(np.float64))[1]))
-        half: Codes = (found[0] + side.exponent - found[1]) // 2
+            exponents.append(np.where(m == 0, 0, e + np.frexp(m.astype(np.float64))[1]))
+        half: Codes = (exponents[0] + side.exponent - exponents[1]) // 2
         return half
 
     def rows(self, start: int, stop: int, ratio: Factor | None = None) -> ProductRows:
         """Return the delta of some rows.
 
         Args:
-            ratio: a number for each of the rows, if a term is `by_rows`.
+            ratio: a factor for each of the rows, if a term is `by_rows`.
         """
         return ProductRows(self, start, stop, ratio)
 
@@ -211,27 +212,27 @@ class Products:
         return largest(self.right)
 
     def right_of(self, kind: torch.dtype, device: torch.device) -> Tensor:
-        """Return (matrices, R + 1, n) of a type, the last row ones, by which a GEMM adds a number to each row."""
+        """Return the right sides (matrices, R + 1, n) in a type. The last row is ones: a GEMM adds the shift by it."""
         if (kind, device) not in self._made:
-            found = torch.ones(self.matrices, self.rank + 1, self.shape[1], dtype=kind)
-            found[:, :-1] = torch.from_numpy(_by_matrix(self.right, self.matrices)).mT
-            self._made[kind, device] = found.to(device)
+            right = torch.ones(self.matrices, self.rank + 1, self.shape[1], dtype=kind)
+            right[:, :-1] = torch.from_numpy(_by_matrix(self.right, self.matrices)).mT
+            self._made[kind, device] = right.to(device)
         return self._made[kind, device]
 
     @np.errstate(all="ignore")
     def left(self, start: int, stop: int, ratio: Factor | None) -> tuple[list[Wide], Wide]:
-        """Return rows of the left side, balanced: (rows, r) of each, and (rows, R) times significands and ratios.
+        """Return rows of the left side, balanced: (rows, r) of each term, and (rows, R) times significands and ratios.
 
-        Of several matrices, these are all rows.
+        Of several matrices, the rows must be all rows.
         """
-        plain, whole = [], np.empty((stop - start, self.rank))
+        plain, scaled = [], np.empty((stop - start, self.rank))
         for side, ranks, half in zip(self.sides, self.ranks, self._halves, strict=True):
             x = _scaled(wide(codes(side.left[start:stop].contiguous()), side.forms[0]), side.exponent - half)
             plain.append(x)
-            np.multiply(x, side.significand, out=whole[:, ranks])
+            np.multiply(x, side.significand, out=scaled[:, ranks])
             if side.by_rows and ratio:
-                whole[:, ranks] *= ratio.value[:, None]
-        return plain, whole
+                scaled[:, ranks] *= ratio.value[:, None]
+        return plain, scaled
 
     def right_rows(self, i: Positions, j: Positions) -> Positions:
         """Return which rows of `right` belong to rows i and columns j of D."""
@@ -248,20 +249,20 @@ def _scaled(x: Wide, e: Codes) -> Wide:
     """Return rows times powers of two, e being (matrices, r)."""
     e = e.astype(np.intc)[:, None]  # the one type of exponents that ldexp takes everywhere
     parts = _by_matrix(x, len(e))
-    found: Wide = parts * np.ldexp(1.0, e) if np.abs(e).max(initial=0) < 500 else np.ldexp(parts, e)
-    return found.reshape(x.shape)
+    scaled: Wide = parts * np.ldexp(1.0, e) if np.abs(e).max(initial=0) < 500 else np.ldexp(parts, e)
+    return scaled.reshape(x.shape)
 
 
 @np.errstate(all="ignore")
 def norms(x: Wide) -> Wide:
-    """Return the norm of each row, or a little more."""
+    """Return an upper bound of each row's norm, nearly equal to it."""
     squares: Wide = np.einsum("ij,ij->i", x, x)
     odd = np.flatnonzero(~((squares > 1e-200) & (squares < 1e200)))  # squares may have been out of range
     most = np.abs(x[odd]).max(1, initial=LEAST)
-    found: Wide = np.sqrt(squares)
-    found[odd] = np.sqrt(np.square(x[odd] / most[:, None]).sum(1)) * most
-    found *= SLACK + x.shape[1] * 1e-15
-    return found
+    roots: Wide = np.sqrt(squares)
+    roots[odd] = np.sqrt(np.square(x[odd] / most[:, None]).sum(1)) * most
+    roots *= SLACK + x.shape[1] * 1e-15
+    return roots
 
 
 def largest(x: Wide) -> float:
@@ -271,26 +272,26 @@ def largest(x: Wide) -> float:
 
 def lowest_bits(parts: Sequence[Wide], rows: int) -> Codes:
     """Return the exponent of the lowest bit in each row of all parts."""
-    found: Codes = np.full(rows, EXPONENTS)
-    for whole in parts:
-        step = max(1, GATHER // max(1, whole.shape[1]))
-        for start in range(0, rows, step):  # as what is computed on the way is several times as large
-            x, least = whole[start : start + step], found[start : start + step]
+    lowest: Codes = np.full(rows, EXPONENTS)
+    for part in parts:
+        step = max(1, GATHER // max(1, part.shape[1]))
+        for start in range(0, rows, step):  # in parts, as the intermediate results are several times as large
+            x, least = part[start : start + step], lowest[start : start + step]
             code = x.view(np.int64)
             m = (code & ((1 << 52) - 1)) | (1 << 52)
             e = ((code >> 52) & 2047) - 1076 + np.frexp((m & -m).astype(np.float64))[1]
             e[x == 0] = EXPONENTS
             np.minimum(least, e.min(1, initial=EXPONENTS), out=least)
-    return np.maximum(found, -EXPONENTS)
+    return np.maximum(lowest, -EXPONENTS)
 
 
 def dots(left: Wide, right: Wide, i: Positions, j: Positions) -> Wide:
     """Return the dot products of rows i of one and j of the other."""
-    found, step = np.empty(len(i)), max(1, GATHER // max(1, left.shape[1]))
+    sums, step = np.empty(len(i)), max(1, GATHER // max(1, left.shape[1]))
     for k in range(0, len(i), step):
         part = slice(k, k + step)
-        np.einsum("ij,ij->i", left.take(i[part], 0), right.take(j[part], 0), out=found[part])
-    return found
+        np.einsum("ij,ij->i", left.take(i[part], 0), right.take(j[part], 0), out=sums[part])
+    return sums
 
 
 class ProductRows:
@@ -310,12 +311,12 @@ class ProductRows:
 
     @np.errstate(all="ignore")
     def bound(self, size: Wide, kind: torch.dtype = torch.float64) -> Wide:
-        """Return the bound of a product in any order, where b a is `size`."""
+        """Return the error bound of a product summed in any order. size: b a."""
         rank = self.products.rank
         # a ratio is right to 4 u, and its product with a factor is rounded too
         roundings = rank + (16 if self.products.scaled else 8)
-        found: Wide = roundings * UNIT_OF[kind] * size + 4 * rank * LEAST_OF[kind] * max(1.0, self.largest)
-        return found if self._in_range else np.full_like(found, np.inf)
+        bounds: Wide = roundings * UNIT_OF[kind] * size + 4 * rank * LEAST_OF[kind] * max(1.0, self.largest)
+        return bounds if self._in_range else np.full_like(bounds, np.inf)
 
     @np.errstate(all="ignore")
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
@@ -328,7 +329,7 @@ class ProductRows:
         def fill(rows: slice, shift: Each, out: Tensor) -> None:
             nonlocal shifted
             if shift is not shifted:
-                left[:, -1:] = shifted = shift  # one more rank, by which the GEMM adds it
+                left[:, -1:] = shifted = shift  # the GEMM adds it as one more rank
             if matrices == 1:
                 torch.mm(left[rows], right[0], out=out)
             else:  # all rows
@@ -348,25 +349,25 @@ class ProductRows:
         if not products.narrow:  # of wider factors few sums are exact
             bound = np.where(dead, 0.0, self.bound(size))
             return dots(self.left, products.right, i, j), np.zeros(len(i)), bound
-        high, low, lost = np.zeros((3, len(i)))
+        high, low, error = np.zeros((3, len(i)))
         for side, left, right in zip(products.sides, self._plain, products.plain_right, strict=True):
             product = dots(left, right, i, j)
             if side.is_power:
-                one, two = product * side.significand, np.zeros(len(i))
+                first, second = product * side.significand, np.zeros(len(i))
             else:
-                one, two = two_product(product, np.full_like(product, side.significand))
-                lost += np.abs(product) * abs(side.tail)
+                first, second = two_product(product, np.full_like(product, side.significand))
+                error += np.abs(product) * abs(side.tail)
             if len(products.sides) == 1:
-                high, low = one, two
+                high, low = first, second
             else:
-                high, e = two_sum(high, one)
-                low, e1 = two_sum(low, two)
+                high, e = two_sum(high, first)
+                low, e1 = two_sum(low, second)
                 low, e2 = two_sum(low, e)
-                lost += np.abs(e1) + np.abs(e2)
+                error += np.abs(e1) + np.abs(e2)
         # each product is a multiple of the lowest bits' product, and each partial sum below 2**53 of these
         least = self.lowest.take(i) + products.lowest.take(j)
         exact = dead | ((size * 2.0**-50 < np.ldexp(1.0, least.astype(np.intc))) & (least > -EXPONENTS))
-        return high, low, np.where(exact, lost * SLACK, self.bound(size))
+        return high, low, np.where(exact, error * SLACK, self.bound(size))
 
     def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         if not self._in_range:
@@ -382,32 +383,33 @@ class ProductRows:
                     (wide(np.ascontiguousarray(side.right.T.take(of_right, 1)), side.forms[1]), side.forms[1]),
                 )
             ]
-            s, rest, lost = np.zeros((3, len(i)))
+            s, rest, error = np.zeros((3, len(i)))
             for product in (p for x in parts[0] for y in parts[1] for p in x * y):  # exact: of 52 bits at most
                 s, e = two_sum(s, product)
                 rest, e = two_sum(rest, e)
-                lost += np.abs(e)
+                error += np.abs(e)
             scale, e0 = np.full_like(s, side.significand), side.exponent
-            one, two = two_product(s, scale)
-            three = rest * scale + s * side.tail
+            first, second = two_product(s, scale)
+            third = rest * scale + s * side.tail
             if not side.is_power:
-                lost += np.abs(s) * 2.0**-100 + np.abs(rest) * 2.0**-50
+                error += np.abs(s) * 2.0**-100 + np.abs(rest) * 2.0**-50
             for ratio in filter(None, (side.columns, self._ratio if side.by_rows else None)):
-                one, two, more = ratio.times(one, two + three, i, j)
-                lost, three = lost * (np.abs(ratio.at(i, j)[0]) * SLACK) + more + np.abs(one) * PAIR, np.zeros(len(i))
-            for part in (one, two, three):
+                first, second, more = ratio.times(first, second + third, i, j)
+                error = error * (np.abs(ratio.at(i, j)[0]) * SLACK) + more + np.abs(first) * PAIR
+                third = np.zeros(len(i))
+            for part in (first, second, third):
                 high, e = two_sum(high, np.ldexp(part, np.intc(e0)))
                 low, e = two_sum(low, e)
                 bound += np.abs(e)
             in_range = abs(e0) < 500 and all(form.bits < 53 for form in side.forms)  # else something may be flushed
-            bound += np.ldexp(lost, np.intc(e0)) + (0.0 if in_range else np.ldexp(LEAST, np.intc(max(e0, 0))))
+            bound += np.ldexp(error, np.intc(e0)) + (0.0 if in_range else np.ldexp(LEAST, np.intc(max(e0, 0))))
         return high, low, bound * SLACK
 
     def exact(self, i: int, j: int) -> Fraction:
         total = Fraction(0)
         of_right = int(self.products.right_rows(np.array(i), np.array(j)))
-        for side, whole, e in self._wholes(slice(i, i + 1), slice(of_right, of_right + 1)):
-            value = side.scale * int(whole[0]) * power(e)
+        for side, numbers, e in self._integer_products(slice(i, i + 1), slice(of_right, of_right + 1)):
+            value = side.scale * int(numbers[0]) * power(e)
             if side.columns:
                 value *= side.columns.exact(j)
             if side.by_rows and self._ratio:
@@ -416,20 +418,20 @@ class ProductRows:
         return total
 
     def exact_line(self, i: slice, j: slice) -> tuple[Codes, int]:
-        """Return (m, e) with m * 2**e the numbers of D in one row or one column, m being Python's integers.
+        """Return (m, e) with m * 2**e the numbers of D in one row or one column; m are Python's integers.
 
-        Only of one matrix.
+        There must be one matrix only.
         """
         parts = [
-            (whole * side.scale.numerator, e - side.scale.denominator.bit_length() + 1)
-            for side, whole, e in self._wholes(i, j)
+            (numbers * side.scale.numerator, e - side.scale.denominator.bit_length() + 1)
+            for side, numbers, e in self._integer_products(i, j)
         ]
         least = min((e for _, e in parts), default=0)
         zero = np.zeros(max(len(range(*i.indices(self.shape[0]))), len(range(*j.indices(self.shape[1])))), object)
-        return sum((whole << (e - least) for whole, e in parts), zero), least
+        return sum((numbers << (e - least) for numbers, e in parts), zero), least
 
-    def _wholes(self, i: slice, j: slice) -> Iterator[tuple[_Side, Codes, int]]:
-        """Yield (side, m, e) with m * 2**e the numbers of left @ right in rows i and columns j, one of which is one."""
+    def _integer_products(self, i: slice, j: slice) -> Iterator[tuple[_Side, Codes, int]]:
+        """Yield (side, m, e) with m * 2**e the numbers of left @ right in one row or one column."""
         for side in self.products.sides:
             left = codes(side.left[self.start : self.start + self.shape[0]][i].contiguous())
             sides = [integers(code, form) for code, form in zip((left, side.right[j]), side.forms, strict=True)]
@@ -440,17 +442,17 @@ class ProductRows:
 
 @np.errstate(all="ignore")
 def _squares(rows: ProductRows) -> Wide:
-    """Return ||D||^2 of each row; what is only rounding, where terms cancel, counts as 0."""
+    """Return ||D||^2 of each row; where terms cancel, a mere rounding error counts as 0."""
     products, matrices = rows.products, rows.products.matrices
     left, right = (torch.from_numpy(_by_matrix(x, matrices)) for x in (rows.left, products.right))
-    found: Wide = ((left @ products.gram) * left).sum(2).numpy()
+    squared: Wide = ((left @ products.gram) * left).sum(2).numpy()
     squares = np.square(products.column_norms).reshape(matrices, -1).sum(1, keepdims=True)
     size = np.square(rows.row_norms).reshape(matrices, -1) * squares
-    doubtful = found <= 4 * products.rank * U * size
+    doubtful = squared <= 4 * products.rank * U * size
     for k in np.flatnonzero(doubtful.any(1)):
         doubt = np.flatnonzero(doubtful[k])
         for start in range(0, len(doubt), step := max(1, GATHER // max(1, products.shape[1]))):
             some = doubt[start : start + step]
-            found[k, some] = (left[k, torch.from_numpy(some)] @ right[k].T).square_().sum(1).numpy()
-            found[k, some[found[k, some] <= np.square((products.rank + 8) * U) * size[k, some]]] = 0.0
-    return found.reshape(-1)
+            squared[k, some] = (left[k, torch.from_numpy(some)] @ right[k].T).square_().sum(1).numpy()
+            squared[k, some[squared[k, some] <= np.square((products.rank + 8) * U) * size[k, some]]] = 0.0
+    return squared.reshape(-1)

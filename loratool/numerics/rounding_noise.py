@@ -1,8 +1,7 @@
-"""Bound the singular values that rounding alone can make, so that what is larger must be something else.
+"""Bound the singular values that rounding errors alone can have, so that larger ones must be something else.
 
-A number that was rounded is off by up to half a step of its type, evenly, which is a variance of step^2 / 12. The steps
-are known from the numbers; they are no constant, since large numbers have large ones, so that rows and columns count by
-their own sums.
+The rounding error of a number is uniform up to half a step of its type, which is a variance of step^2 / 12. The step is
+known from the number, and larger for larger numbers. So each row and each column has its own sum of variances.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ FLOAT_STEPS = {
 
 _EXPONENTS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}  # their bits
 
-LEAST = 1e-20  # a sum of squares below may have lost some that float32 does not hold
+LEAST = 1e-20  # smaller sums of squares may lack terms that underflowed in float32
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class RoundingNoise:
         return float(self.rows.sum())
 
     def edge(self) -> float:
-        """Return what the largest singular value of such errors stays below.
+        """Return an upper bound of the largest singular value of such errors.
 
         It is sqrt(max row) + sqrt(max column) (Bandeira and van Handel, Annals of Probability 44, 2016, theorem 3.1),
         for even variances sigma^2 the edge sigma (sqrt(m) + sqrt(n)) of Marchenko and Pastur's law. About this the
@@ -48,7 +47,7 @@ class RoundingNoise:
         return largest * (1 + math.pow(min(len(self.rows), len(self.columns)), -2 / 3))
 
     def at_most(self, energy: float) -> RoundingNoise:
-        """Return the same errors, smaller if their energy is more than `energy`, that of what they are a part of."""
+        """Return the noise, scaled down to `energy` if it has more: errors have no more than their matrix."""
         share = min(1.0, energy / self.energy) if self.energy else 1.0
         return RoundingNoise(self.rows * share, self.columns * share)
 
@@ -57,8 +56,8 @@ class RoundingNoise:
 
 
 def below_one_another(parts: Sequence[RoundingNoise]) -> RoundingNoise:
-    """Return the noise of a matrix whose rows are those of several."""
-    return RoundingNoise(torch.cat([each.rows for each in parts]), torch.stack([p.columns for p in parts]).sum(0))
+    """Return the noise of several matrices, one below the other."""
+    return RoundingNoise(torch.cat([part.rows for part in parts]), torch.stack([p.columns for p in parts]).sum(0))
 
 
 def noise_of_steps(steps: Tensor) -> RoundingNoise:
@@ -71,11 +70,11 @@ def noise_of_steps(steps: Tensor) -> RoundingNoise:
 
 
 def float_steps(x: Tensor, dtype: str) -> Tensor:
-    """Return how far apart the numbers of a type are at each x, in the place of x.
+    """Return the distance between neighboring numbers of a type at each x. It overwrites x.
 
     Args:
-        x: contiguous, in float32 or float64, which is overwritten.
-        dtype: a key of FLOAT_STEPS, of what x was before.
+        x: contiguous, in float32 or float64.
+        dtype: a key of FLOAT_STEPS, the type that x was stored in.
     """
     mantissa, least = FLOAT_STEPS[dtype]
     bits, exponents = _EXPONENTS[x.dtype]
@@ -84,9 +83,9 @@ def float_steps(x: Tensor, dtype: str) -> Tensor:
 
 
 def product_noise_edge(B: Tensor, A: Tensor, dtypes: tuple[str, str]) -> float:
-    """Return what ||B' A' - B A|| stays below, where rounding made B (m, r) of B' and A (r, n) of A'.
+    """Return an upper bound of ||B' A' - B A||, where B (m, r) and A (r, n) are roundings of B' and A'.
 
-    By Weyl's inequality a singular value of B A that is larger has one of B' A' that is not 0. The norm is at most
+    By Weyl's inequality, a larger singular value of B A belongs to one of B' A' that is not 0. The norm is at most
     ||dB|| ||A|| + ||B|| ||dA|| + ||dB|| ||dA||.
 
     Args:
@@ -102,10 +101,10 @@ def product_noise_edge(B: Tensor, A: Tensor, dtypes: tuple[str, str]) -> float:
 
 
 def unknown_noise_edge(S: Tensor, shape: tuple[int, int]) -> float:
-    """Return the threshold for noise of unknown size that is even over the matrix and most of its singular values.
+    """Return the threshold for noise of unknown size that is uniform over the matrix.
 
-    It is omega(beta) times the median, with the best threshold and the median of the noise's law in one (Gavish and
-    Donoho, IEEE Transactions on Information Theory 60, 2014, equation 5).
+    Most singular values must be noise. The threshold is omega(beta) times their median (Gavish and Donoho, IEEE
+    Transactions on Information Theory 60, 2014, equation 5).
 
     Args:
         S: all singular values of a matrix of this shape, in any order.

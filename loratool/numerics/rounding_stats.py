@@ -1,4 +1,4 @@
-"""Sum up what rounding did to some weights, and cast weights from one type to another."""
+"""Statistics of how rounding changed weights, and casts of weights from one type to another."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .workspace import Workspace
 
 @dataclass(frozen=True)
 class RoundingStats:
-    """Sums over some weights that tell how rounding changed them; W is the base, D = X - W the change, W' the result.
+    """Sums over some weights that describe their rounding. W is the base, D = X - W the change, W' the result.
 
     Attributes:
         base_squared: <W, W>.
         change_squared: <D, D>.
         kept: <W' - W, D>.
-        changed: weights with another value than the base's.
-        not_finite: base weights that are inf or nan, which are copied unchanged.
-        overflowed: finite weights that would become inf.
-        largest: the largest |X| of those.
+        changed: count of weights that differ from the base's.
+        not_finite: count of base weights that are inf or nan, which are copied unchanged.
+        overflowed: count of finite weights that would become inf.
+        largest: the largest |X| of the overflowed weights.
         moved_squared: <W' - W, W' - W>, only of weights that are rounded to codes.
-        steps: how many weights each step of `decide` was asked for; it depends on the machine, so no report has it.
+        steps: how many weights each step of `decide` computed. It depends on the machine, so no report has it.
     """
 
     base_squared: float = 0.0
@@ -72,22 +72,22 @@ def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
         return RoundingStats()
     if out.dtype != base.dtype:
         set_quiet_nan(out, base.isnan())
-    lost = ((bits(out) & form.size) >= form.inf).logical_and_(finite(base))
-    count = int(lost.sum())
-    return RoundingStats(overflowed=count, largest=float(base[lost].double().abs().max()) if count else 0.0)
+    overflowed = ((bits(out) & form.size) >= form.inf).logical_and_(finite(base))
+    count = int(overflowed.sum())
+    return RoundingStats(overflowed=count, largest=float(base[overflowed].double().abs().max()) if count else 0.0)
 
 
 def set_quiet_nan(out: Tensor, where: Tensor) -> None:
-    """Set the format's quiet nan, positive and without a payload: which bits a cast gives depends on the processor."""
+    """Write the format's quiet nan, positive and without payload; a cast's bits would depend on the processor."""
     form = FORMS[out.dtype]
     bits(out).masked_fill_(where, form.inf | 1 << (form.bits - 2))
 
 
 def _round_to_odd(x: Tensor) -> Tensor:
-    """Return float64 as float32, of the two neighbors of a number between two the one whose last bit is 1.
+    """Round float64 to float32; a number between two neighbors becomes the one whose last bit is 1.
 
-    Rounding that to 16 bits gives what rounding x itself would (Boldo and Melquiond 2008, theorem 3), where torch's own
-    cast is through the nearest float32, on some processors.
+    Rounding the result to 16 bits is the same as rounding x directly (Boldo and Melquiond 2008, theorem 3). On some
+    processors torch's own cast goes through the nearest float32, which is not.
     """
     near = x.float()
     back, pattern = near.double(), near.view(torch.int32)
@@ -97,16 +97,16 @@ def _round_to_odd(x: Tensor) -> Tensor:
 
 @np.errstate(all="ignore")
 def _cast_double(base: Tensor, out: Tensor) -> None:
-    """Cast float64 in one rounding, where torch takes two on some processors; what overflows gets the code of inf."""
+    """Cast float64 in one rounding; torch takes two on some processors. An overflow gets the code of inf."""
     out.copy_(base)
     flat, result, form = base.reshape(-1).cpu().numpy(), torch.empty(base.shape, dtype=out.dtype), FORMS[out.dtype]
-    made = codes(result).reshape(-1)
-    made[...] = codes(out.cpu().contiguous()).reshape(-1)
+    patterns = codes(result).reshape(-1)
+    patterns[...] = codes(out.cpu().contiguous()).reshape(-1)
     for start in range(0, len(flat), CHUNK):
         part = slice(start, start + CHUNK)
         zero = np.zeros(len(flat[part]))
-        found, sure = nearest(flat[part], zero, zero, form)
-        made[part] = np.where(sure & (flat[part] != 0), found, made[part])  # of 0 the sign stays
+        rounded, sure = nearest(flat[part], zero, zero, form)
+        patterns[part] = np.where(sure & (flat[part] != 0), rounded, patterns[part])  # of 0 the sign stays
     out.copy_(result)
 
 
@@ -114,7 +114,7 @@ def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, c
     """Return the statistics of rows of `base` that were replaced by `value`, rounded to `out`. All are (rows, n).
 
     Args:
-        cast: what `cast_rounded` returned for the replacement, the source of the overflow.
+        cast: the statistics that `cast_rounded` returned for the replacement, with its overflow.
     """
     wide, new, total = (work.take(name, torch.float64, *base.shape) for name in ("wide", "change", "total"))
     wide.copy_(base)
@@ -133,15 +133,15 @@ def dot(x: Tensor, y: Tensor) -> float:
 
 
 def dot_each(x: Tensor, y: Tensor, matrices: int) -> Wide:
-    """Return <x, y> of each of so many matrices, one below the other."""
+    """Return <x, y> of each matrix; x and y hold `matrices` matrices, one below the other."""
     if matrices == 1:
         return np.array([dot(x, y)])
-    found: Wide = torch.linalg.vecdot(x.view(matrices, -1), y.view(matrices, -1)).double().cpu().numpy()
-    return found
+    products: Wide = torch.linalg.vecdot(x.view(matrices, -1), y.view(matrices, -1)).double().cpu().numpy()
+    return products
 
 
 def count_different(x: Tensor, base: Tensor, work: Workspace, matrices: int = 1) -> npt.NDArray[np.intp]:
-    """Return how many values of each of so many matrices differ, by their bits if the types are equal."""
+    """Return how many values of each matrix differ, by their bits if the types are equal."""
     if x.is_cuda or x.itemsize == 1:
         differ = x.double() != base.double() if x.dtype != base.dtype else bits(x) != bits(base)
         return differ.view(matrices, -1).sum(1).cpu().numpy()
@@ -150,7 +150,7 @@ def count_different(x: Tensor, base: Tensor, work: Workspace, matrices: int = 1)
         np.not_equal(codes(x), codes(base), out=hit)
     else:
         kind = torch.float64 if 8 in (x.itemsize, base.itemsize) else torch.float32
-        one, two = (work.take(name, kind, *x.shape).copy_(each) for name, each in (("one", x), ("two", base)))
-        np.not_equal(one.numpy(), two.numpy(), out=hit)
-    each = hit.reshape(matrices, -1)
-    return np.array([np.count_nonzero(own) for own in each])  # by axis numpy takes ten times as long
+        first, second = (work.take(name, kind, *x.shape).copy_(each) for name, each in (("one", x), ("two", base)))
+        np.not_equal(first.numpy(), second.numpy(), out=hit)
+    by_matrix = hit.reshape(matrices, -1)
+    return np.array([np.count_nonzero(row) for row in by_matrix])  # by axis numpy takes ten times as long

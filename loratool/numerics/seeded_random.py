@@ -1,8 +1,8 @@
 """Draw random numbers that depend on a key only, and have the same bits on every machine.
 
 torch's normals differ between processors. numpy keeps the stream of a bit generator from release to release, but not
-that of a Generator (NEP 19). So the raw bits are numpy's, and all that follows is +, -, *, / and sqrt, whose rounding
-IEEE 754 fixes; the logarithm of a C library is avoided, because nothing fixes its last bit.
+that of a Generator (NEP 19). So the raw bits are numpy's, and all further steps are +, -, *, / and sqrt, whose rounding
+IEEE 754 defines. We do not use the logarithm of a C library, because no standard defines its last bit.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-CHUNK = 1 << 15  # numbers at a time, so that their buffers stay in the cache
+CHUNK = 1 << 15  # numbers computed at a time, so that their buffers stay in the cache
 
 # The rational functions of PPND16 (Wichura, Applied Statistics 37, 1988, algorithm AS 241), as (numerator, denominator)
-# with the highest power first: for the middle, for the tails down to exp(-25), and for what is beyond.
+# with the highest power first: for the middle, for the tails down to exp(-25), and beyond.
 _MIDDLE = (
     (2.5090809287301226727e3, 3.3430575583588128105e4, 6.7265770927008700853e4, 4.5921953931549871457e4,
      1.3731693765509461125e4, 1.9715909503065514427e3, 1.3314166789178437745e2, 3.3871328727963666080e0),
@@ -58,10 +58,10 @@ def uniform(key: str, count: int) -> Floats:
 
 def normal(key: str, count: int) -> Floats:
     """Draw normal numbers (count,) with mean 0 and variance 1: `uniform` through the quantile function, to 1e-15."""
-    found = uniform(key, count)
+    numbers = uniform(key, count)
     for start in range(0, count, CHUNK):
-        found[start : start + CHUNK] = normal_quantile(found[start : start + CHUNK])
-    return found
+        numbers[start : start + CHUNK] = normal_quantile(numbers[start : start + CHUNK])
+    return numbers
 
 
 def normal_quantile(p: Floats) -> Floats:
@@ -71,21 +71,21 @@ def normal_quantile(p: Floats) -> Floats:
     outer = np.flatnonzero(np.abs(q) > 0.425)
     side = q[outer]
     r = np.sqrt(-_log(np.where(side < 0, p[outer], 1.0 - p[outer])))
-    found = np.where(r <= 5.0, _quotient(_TAIL, r - 1.6), _quotient(_FAR, r - 5.0))
-    x[outer] = np.where(side < 0, -found, found)
+    tails = np.where(r <= 5.0, _quotient(_TAIL, r - 1.6), _quotient(_FAR, r - 5.0))
+    x[outer] = np.where(side < 0, -tails, tails)
     return x
 
 
 def _quotient(coefficients: Sequence[Sequence[float]], x: Floats) -> Floats:
-    above, below = (_horner(each, x) for each in coefficients)
+    above, below = (_horner(terms, x) for terms in coefficients)
     return above / below
 
 
 def _horner(coefficients: Sequence[float], x: Floats) -> Floats:
-    found = np.full_like(x, coefficients[0])
+    value = np.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
-        found = found * x + coefficient
-    return found
+        value = value * x + coefficient
+    return value
 
 
 def _log(x: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""Thin a spectrum to the few points that its curve needs, so that a report of many matrices stays small."""
+"""Reduce a spectrum to the few points that its curve needs, so that a report of many matrices stays small."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANK_TOLERANCE = 1e-12  # relative to the largest singular value; smaller ones are rounding noise of float64
-FIRST = 8  # places of which all are points
+FIRST = 8  # places that are all points
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class SpectrumPoints:
     """Some of a matrix's singular values, or of a stack of matrices their root mean squares, to 6 digits.
 
     Attributes:
-        places: 1 for the largest; all up to FIRST, from there steps of about sqrt 2, and the last that is known.
-        values: the singular values there, and 0 for what rounding may have made.
-        energies: the share of the sum of all squares up to there, 1 of nothing.
+        places: 1 for the largest; all up to FIRST, then steps of about sqrt 2, and the last known one.
+        values: the singular values at these places; 0 if rounding errors may explain them.
+        energies: the share of the sum of all squares up to each place; 1 if the sum is 0.
     """
 
     places: tuple[int, ...]
@@ -36,29 +36,29 @@ def spectrum_points(
     """Return the points of a spectrum.
 
     Args:
-        squares: of singular values, falling, float64, (k,); of a stack summed over its matrices.
-        matrices: how many are in the stack.
-        total: ||D||^2, where `squares` are not all of it.
-        noise: the part of the largest singular value below which others may be rounding's.
+        squares: of singular values, falling, float64, (k,); of a stack, summed over its matrices.
+        matrices: the number of matrices in the stack.
+        total: ||D||^2, if `squares` are not all of it.
+        noise: smaller singular values, relative to the largest one, may be rounding errors.
     """
-    found: list[float] = squares.tolist()
-    found = [square if square >= noise**2 * found[0] else 0.0 for square in found]
-    sums, places = [*accumulate(found)], curve_places(len(found))
-    whole = total or (sums[-1] if sums else 0.0)
+    numbers: list[float] = squares.tolist()
+    numbers = [square if square >= noise**2 * numbers[0] else 0.0 for square in numbers]
+    sums, places = [*accumulate(numbers)], curve_places(len(numbers))
+    denominator = total or (sums[-1] if sums else 0.0)
     return SpectrumPoints(
         places,
-        tuple(six_digits(math.sqrt(found[place - 1] / matrices)) for place in places),
-        tuple(six_digits(min(1.0, sums[place - 1] / whole)) if whole else 1.0 for place in places),
+        tuple(six_digits(math.sqrt(numbers[place - 1] / matrices)) for place in places),
+        tuple(six_digits(min(1.0, sums[place - 1] / denominator)) if denominator else 1.0 for place in places),
     )
 
 
 @lru_cache
 def curve_places(known: int) -> tuple[int, ...]:
-    """Return the places, from 1, of so many falling or rising numbers that are points of their curve."""
+    """Return the places, from 1, that are points of the curve of `known` sorted numbers."""
     steps = (round(2 ** (half / 2)) for half in range(2 * known.bit_length()))
     return tuple(sorted(place for place in {*range(1, FIRST + 1), *steps, known} if 0 < place <= known))
 
 
 def six_digits(number: float) -> float:
-    """Round a number of which a report has very many, and a curve or a shade shows three digits."""
+    """Round a number to six digits: a report has very many, and a curve or a shade shows three digits."""
     return float(f"{number:.6g}")

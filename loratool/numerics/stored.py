@@ -1,4 +1,4 @@
-"""Take stored values, or nothing, as a delta, and sum deltas."""
+"""Deltas of stored values, zero deltas, and sums of deltas."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Stored:
 
     Args:
         value: (k, n), any type of FORMS, finite.
-        weight: a float64, since D then is the product of two.
-        index: (rows,), which row of V each row takes, -1 for D = 0; by default all in order.
+        weight: a float64, so that D is the product of two numbers.
+        index: (rows,), the row of V for each row, -1 for D = 0; by default all in order.
     """
 
     def __init__(self, value: Tensor, weight: float, index: Positions | None = None) -> None:
@@ -39,8 +39,8 @@ class Stored:
         value, weight = self._value.to(device), abs(self._weight)
         most = np.append(self._most, 0.0)[self._index]
         sizes = most * weight * SLACK
-        # the values' cast, the weight's, and their product; what is flushed of one counts times the other, and 16 bits
-        # go by way of float32
+        # rounding errors of the values' cast, the weight's cast, and the product; a flushed part of one is multiplied
+        # by the other, and 16 bits are cast through float32
         errors = 3 * UNIT_OF[kind] * sizes + 4 * LEAST_OF[torch.float32] * (1 + most) * (1 + weight)
 
         def fill(rows: slice, shift: float, out: Tensor) -> None:
@@ -66,7 +66,7 @@ class Stored:
         value = np.where(row >= 0, wide(code, FORMS[self._value.dtype]), 0.0)
         if self._weight == 1:
             size = value.view(np.int64) & np.int64(2**63 - 1)
-            subnormal = (size > 0) & (size < 1 << 52)  # of float64: it may be flushed
+            subnormal = (size > 0) & (size < 1 << 52)  # in float64: may be flushed
             return value, np.zeros(len(i)), np.where(subnormal, np.inf, 0.0)
         high, low = two_product(value, np.full_like(value, self._weight))
         in_range = (value == 0) | (self._weight == 0) | ((np.abs(high) > 2.0**-400) & (np.abs(high) < 2.0**500))
@@ -145,9 +145,9 @@ class Sum:
 
 def _add(parts: Sequence[tuple[Wide, Wide, Wide]]) -> tuple[Wide, Wide, Wide]:
     high, low, bound = parts[0]
-    for more, less, lost in parts[1:]:
+    for more, less, more_bound in parts[1:]:
         high, e = two_sum(high, more)
         low, e1 = two_sum(low, less)
         low, e2 = two_sum(low, e)
-        bound = bound + lost + np.abs(e1) + np.abs(e2)
+        bound = bound + more_bound + np.abs(e1) + np.abs(e2)
     return high, low, bound * SLACK

@@ -2,9 +2,9 @@
 
 The method is block Golub-Kahan: an orthonormal basis Q of the Krylov space of D^T D grows by a block a step, W = D Q is
 kept, and the top eigenvalues of the small matrix T = W^T W are the energy reached so far (Musco & Musco, NeurIPS 2015;
-Chen et al. 2025 for blocks smaller than the rank). It ends when the last gains say that the optimum is within the
-tolerance. If the spectrum is too flat for that, or the matrix small, the eigenvectors of D^T D in float64 are cheaper,
-and exact. The energy kept is exact in either case: ||D||^2 - ||D - U S V^T||^2 is the sum of S^2.
+Chen et al. 2025 for blocks smaller than the rank). It ends when the last gains show that the optimum is within the
+tolerance. If the spectrum is too flat for that, or the matrix is small, the eigenvectors of D^T D in float64 are
+cheaper, and exact. The energy kept is exact in either case: ||D||^2 - ||D - U S V^T||^2 is the sum of S^2.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ TOLERANCE = 1e-4  # relative to the optimum's energy
 
 BLOCK = 16  # columns by which the basis grows in a step
 
-SMALL = 512  # up to so many columns the eigenvectors of D^T D are as cheap
+SMALL = 512  # with up to so many columns, the eigenvectors of D^T D are as cheap
 
 WIDE = 3  # if the basis fills more than 1 / WIDE of the smaller side, the eigenvectors are cheaper
 
-UNRESOLVED = 1e-7  # of the largest singular value: what is smaller may be what float64's D^T D has made of 0
+UNRESOLVED = 1e-7  # of the largest singular value: smaller ones may be rounding errors of float64's D^T D
 
-SHORT = 3.0  # a factor on the extrapolated gains, which are too small by as much if the spectrum's tail is flat
+SHORT = 3.0  # factor on the extrapolated gains, which are too small by this much if the spectrum's tail is flat
 
-FLOOR = 1e-6  # a gap that is smaller is lost in float32's rounding
+FLOOR = 1e-6  # smaller gaps are within float32's rounding error
 
 TINY = 1e-15  # norms from TINY to 1 / TINY have squares within float32's range
 
@@ -36,15 +36,15 @@ PROBES = 7  # Lanczos steps that look for energy outside the basis
 
 IN_CACHE = 1 << 17  # numbers whose float64 copies stay in a core's cache
 
-MISS = 1e-9  # the probability that they miss it: one in a million for a thousand matrices
+MISS = 1e-9  # the probability that PROBES steps miss energy: one in a million for a thousand matrices
 
 
 @dataclass(frozen=True)
 class TruncatedSVD:
-    """A truncated SVD D ~ U diag(S) V^T; r is the requested rank, or D's own if that is smaller.
+    """A truncated SVD D ~ U diag(S) V^T; r is the requested rank, or D's rank if that is smaller.
 
     V (of a wide D: U) is orthonormal and U diag(S) = D V, so the energy kept is exactly the sum of S^2. U's columns
-    have length 1; those that have little energy are orthogonal only as far as they have converged.
+    have length 1. Columns with little energy are only as orthogonal as they have converged.
     """
 
     U: Tensor  # (m, r)
@@ -64,7 +64,7 @@ def truncated_svd(
 ) -> TruncatedSVD:
     """Return the top `rank` singular triplets (u, s, v) of D.
 
-    The signs are such that the largest entry of each column of V is positive.
+    The largest entry of each column of V is positive.
 
     Args:
         D: (m, n), float32, all finite
@@ -79,10 +79,10 @@ def truncated_svd(
     rank = min(rank, n)
     if total == 0.0 or rank == 0:
         return TruncatedSVD(D.new_zeros(m, 0), D.new_zeros(0).double(), D.new_zeros(n, 0), total, 0.0, 0)
-    found = None
+    triplets = None
     if n > SMALL and WIDE * (rank + 2 * BLOCK) <= n and TINY < math.sqrt(total) < 1 / TINY:
-        found = _krylov(D, rank, generator, tolerance, certify)
-    X, gap, columns = found or (_eigenvectors(D, rank), 0.0, 0)
+        triplets = _krylov(D, rank, generator, tolerance, certify)
+    X, gap, columns = triplets or (_eigenvectors(D, rank), 0.0, 0)
     return _from_right(D, X, total, gap, columns)
 
 
@@ -94,14 +94,14 @@ def truncated_svds(
     if min(m, n) > SMALL or E == 1:
         return [truncated_svd(D, rank, g, certify=certify) for D, g in zip(stack, generators, strict=True)]
     tall = stack if m >= n else stack.mT
-    found: list[TruncatedSVD] = []
+    svds: list[TruncatedSVD] = []
     count = max(1, (1 << 22) // (m * n))
     for start in range(0, E, count):
         group = tall[start : start + count]
         wide = group.double()
         X = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, :, -min(rank, m, n) :].flip(2)
-        found += [_from_right(D, V, energy_of(D), 0.0, 0) for D, V in zip(group, X, strict=True)]
-    return found if m >= n else [_transposed(each) for each in found]
+        svds += [_from_right(D, V, energy_of(D), 0.0, 0) for D, V in zip(group, X, strict=True)]
+    return svds if m >= n else [_transposed(svd) for svd in svds]
 
 
 def singular_values_of(D: Tensor) -> Tensor:
@@ -142,13 +142,13 @@ def _from_right(D: Tensor, X: Tensor, total: float, gap: float, columns: int) ->
     S = torch.linalg.vector_norm(B.double(), dim=0)
     order = S.argsort(descending=True, stable=True)
     S, B, X = S[order], B[:, order], X[:, order]
-    kept = S[0] * rounding_floor(m, n) < S
-    S, B, X = S[kept], B[:, kept], X[:, kept].to(D.dtype)
+    nonzero = S[0] * rounding_floor(m, n) < S
+    S, B, X = S[nonzero], B[:, nonzero], X[:, nonzero].to(D.dtype)
     return _signed(TruncatedSVD((B.double() / S).to(D.dtype), S, X, total, gap, columns))
 
 
 def rounding_floor(m: int, n: int) -> float:
-    """Return what part of the largest singular value float32's rounding makes of those that are 0 in D (m, n)."""
+    """Return an upper bound of the singular values of D (m, n) that are float32's rounding errors, over the largest."""
     return 1e-7 * math.sqrt(max(m, n))
 
 
@@ -179,7 +179,7 @@ def residual_energy(D: Tensor, B: Tensor, A: Tensor) -> float:
 
 
 def row_blocks(D: Tensor, size: int = 1 << 22) -> Iterator[Tensor]:
-    """Yield blocks of rows of about so many numbers, whose float64 copies take little memory."""
+    """Yield blocks of rows of about `size` numbers, whose float64 copies take little memory."""
     step = max(1, size // max(1, D.shape[1]))
     for start in range(0, D.shape[0], step):
         yield D[start : start + step]
@@ -264,7 +264,7 @@ class Krylov:
     def bound(self, rank: int, generator: torch.Generator) -> float:
         """Return an upper bound on the energy of any approximation of this rank, wrong with the probability MISS.
 
-        With P = I - Q Q^T, D^T D is [[T, E R^T], [R E^T, P D^T D P]] in the basis (Q, V, all else). If mu bounds
+        With P = I - Q Q^T, D^T D is [[T, E R^T], [R E^T, P D^T D P]] in the basis (Q, V, the rest). If mu bounds
         P D^T D P, this is at most [[T, E R^T], [R E^T, mu]], whose top eigenvalues are the bound (Weyl).
         """
         k, n, b = self.width, len(self._Q), self.block
@@ -298,13 +298,13 @@ class Krylov:
                 Z = Z - basis @ (basis.T @ Z)
             Z = torch.linalg.qr(Z).Q
             basis, W = torch.cat([basis, Z], 1), torch.cat([W, _product(self.D, Z)], 1)
-        found = float(torch.linalg.eigvalsh((W.T @ W).double())[-1])
+        largest = float(torch.linalg.eigvalsh((W.T @ W).double())[-1])
         missed = (math.log(1.648 * math.sqrt(n)) - math.log(MISS) / BLOCK) / (2 * PROBES - 1)
-        return found / (1 - missed**2)
+        return largest / (1 - missed**2)
 
 
 def _product(D: Tensor, X: Tensor) -> Tensor:
-    """Return D @ X for a few columns X; the order of the operands that suits D's layout takes half as long."""
+    """Return D @ X for a few columns X, in the order of operands that suits D's layout and takes half the time."""
     return D @ X if D.stride(1) == 1 else (X.T.contiguous() @ D.T).T
 
 

@@ -1,4 +1,4 @@
-"""Keep the buffers of one worker."""
+"""Reusable buffers of one worker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """The buffers of one worker, flat and reused for every shape; views are kept, because making one costs a call."""
+    """Buffers of one worker, flat and reused for every shape. Views are cached, because making one costs a call."""
 
     def __init__(self, device: torch.device, pinned: bool = False) -> None:
         self.device = device

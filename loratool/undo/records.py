@@ -212,7 +212,7 @@ class Recorder:
             tile.change.sub_(shift)
             shift = 0.0
         if tile.ties is not None:
-            change[torch.from_numpy(tile.at)] = torch.nan  # all others are exact
+            change[torch.from_numpy(tile.undecided)] = torch.nan  # all others are exact
         hit = None
         if dense.factor is None:
             hit = may_have_several(tile.out, tile.base, tile.hit)
