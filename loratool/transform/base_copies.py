@@ -18,6 +18,6 @@ def is_of_base(source: Adapter, update: UpdateSpec, base: Checkpoint | None) -> 
         return False
     specs, _ = bindable(base, tie := find_tie(base))
     matches, _ = resolve_modules(specs, source.only([update.module]), base.configs)
-    stored, own = stored_names(base, tie), TensorRef(source.file, update.base)
+    stored, weight = stored_names(base, tie), TensorRef(source.file, update.base)
     names = [stored.get(match.name, match.name) for match in matches.get(update.module, ())]
-    return bool(names) and all(same_values(base.ref(name), own) for name in names)
+    return bool(names) and all(same_values(base.ref(name), weight) for name in names)

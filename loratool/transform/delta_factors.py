@@ -49,8 +49,8 @@ class DeltaFactors:
         E, out, inp = self.sizes
         assert isinstance(self.data, StoredBytes), "a journal has returned it"
         A, B = torch.empty(rank, E, inp, dtype=torch.float32), torch.empty(rank, E, out, dtype=torch.float32)
-        for side, at in ((A, 0), (B, 4 * self.known * E * inp)):
-            read_into(self.data.file, side.view(torch.uint8).numpy().data.cast("B"), self.data.offset + at)
+        for side, first in ((A, 0), (B, 4 * self.known * E * inp)):
+            read_into(self.data.file, side.view(torch.uint8).numpy().data.cast("B"), self.data.offset + first)
         return A, B
 
     def tensors(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -120,33 +120,33 @@ def factor_delta(
         weights: of the inputs (`input_weights`), by which the columns of the matrices are multiplied already.
     """
     E, out, inp = sizes = stack_shape(kind, shape)
-    found, pairs, left, missed = list[TruncatedSVD](), list[tuple[Tensor, Tensor]](), list[Tensor](), 0.0
+    svds, pairs, left, missed = list[TruncatedSVD](), list[tuple[Tensor, Tensor]](), list[Tensor](), 0.0
     for e, D in enumerate(matrices):
         matrix, start = as_matrix(D, kind, shape), Draw(choices.seed, f"{name} {e}").generator(D.device)
         svd = truncated_svd(matrix, rank, start, certify=choices.certify)
-        own = None if weights is None else weights[e].to(matrix.device)
-        V = svd.V if own is None else svd.V / own[:, None]
+        scales = None if weights is None else weights[e].to(matrix.device)
+        V = svd.V if scales is None else svd.V / scales[:, None]
         B, A = (svd.U.double() * svd.S.sqrt()).float(), (V.double() * svd.S.sqrt()).T.float()
-        missed += residual_energy(matrix, B, A if own is None else A.double() * own)
-        if own is not None:
-            left.append(residuals(matrix, B, A, own).cpu())
-        found.append(svd)
+        missed += residual_energy(matrix, B, A if scales is None else A.double() * scales)
+        if scales is not None:
+            left.append(residuals(matrix, B, A, scales).cpu())
+        svds.append(svd)
         pairs.append((B.cpu(), A.cpu()))
-    known = max(len(each.S) for each in found)
+    known = max(len(residual.S) for residual in svds)
     data = torch.zeros(known * E * (inp + out), dtype=torch.float32)
     all_A, all_B = data[: known * E * inp].view(known, E, inp), data[known * E * inp :].view(known, E, out)
     squares = torch.zeros(known, dtype=torch.float64)
-    for e, (svd, (B, A)) in enumerate(zip(found, pairs, strict=True)):
+    for e, (svd, (B, A)) in enumerate(zip(svds, pairs, strict=True)):
         all_A[: len(A), e], all_B[: len(A), e] = A, B.T
         squares[: len(A)] += svd.S.square().cpu()
-    whole = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in found)
+    complete = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in svds)
     total = math.fsum([*squares.tolist(), missed])  # so that it less the squares is what was missed, however little
-    spectrum = SingularValues(tuple(squares.tolist()), total, cost, whole)
-    gap = max((svd.gap for svd in found), default=0.0)
+    spectrum = SingularValues(tuple(squares.tolist()), total, cost, complete)
+    gap = max((svd.gap for svd in svds), default=0.0)
     how = "exact" if gap == 0 else "certified" if choices.certify else "estimate"
     if weights is None:
         left = [torch.cat([squares, squares.new_tensor([missed])]).flip(0).cumsum(0).flip(0)]
-    padded = [torch.cat([each, each[-1:].expand(known + 1 - len(each))]) for each in left]
+    padded = [torch.cat([residual, residual[-1:].expand(known + 1 - len(residual))]) for residual in left]
     remaining = tuple(torch.stack(padded).sum(0).tolist())
     stored = data.view(torch.uint8).numpy().data
     return DeltaFactors(kind, shape, sizes, known, stored, remaining, spectrum, gap, how, weights is not None)

@@ -49,7 +49,7 @@ def dora_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journal
     matches, absent = resolve_modules(base.specs, alone, base.configs)
     if absent:
         raise InputError(f"of {source.name} is not in {base.path}", culprit=absent[0])
-    made = {}
+    planned = {}
     for number, (module, update) in enumerate(alone.updates.items()):
         places = [
             (match.name, placement)
@@ -60,22 +60,22 @@ def dora_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journal
         assert isinstance(loaded, DoRA)
         D = _dora_delta(loaded, _read(source, update, base, places), update.along_inputs, module)
         factors = factor_delta(module, "linear", tuple(D.shape), (D,), rank or update.rank, 0, SvdChoices())
-        found = journal.add(number, (module, 0, 0), "", factors)
-        made[module] = _made(update, found, _loss(D, found))
+        stored = journal.add(number, (module, 0, 0), "", factors)
+        planned[module] = _made(update, stored, _loss(D, stored))
     config = source.config
     plain = replace(source, config=replace(config, peft={**config.peft, "use_dora": False} if config.peft else {}))
-    return with_factors(replace(state, adapter=plain), made)
+    return with_factors(replace(state, adapter=plain), planned)
 
 
-def _made(update: UpdateSpec, found: DeltaFactors, loss: Loss) -> Made:
+def _made(update: UpdateSpec, factors: DeltaFactors, loss: Loss) -> Made:
     """Return the LoRA that a module gets, and what that loses."""
-    rank, A, B = max(1, found.known), update.specs["A"].shape, update.specs["B"].shape
+    rank, A, B = max(1, factors.known), update.specs["A"].shape, update.specs["B"].shape
     sides = {"A": TensorSpec("F32", (rank, *A[1:])), "B": TensorSpec("F32", (B[0], rank, *B[2:]))}
 
     def make() -> tuple[Tensors, Loss]:
-        if not found.known:
+        if not factors.known:
             return {role: torch.zeros(spec.shape, dtype=torch.float32) for role, spec in sides.items()}, loss
-        pair = zip("AB", found.tensors(found.known, torch.float32), strict=True)
+        pair = zip("AB", factors.tensors(factors.known, torch.float32), strict=True)
         return {role: side.reshape(sides[role].shape) for role, side in pair}, loss
 
     tensors = {role: update.tensors[role] for role in "AB"}
@@ -83,9 +83,9 @@ def _made(update: UpdateSpec, found: DeltaFactors, loss: Loss) -> Made:
     return Made(plain, make, (update.module,), resized=True)
 
 
-def _loss(D: Tensor, found: DeltaFactors) -> Loss:
+def _loss(D: Tensor, factors: DeltaFactors) -> Loss:
     """Return what of each row of a change D, (out, in), its factors lose."""
-    A, B = found.tensors(found.known, torch.float32)
+    A, B = factors.tensors(factors.known, torch.float32)
     squared, total, first = list[Tensor](), list[Tensor](), 0
     for block in row_blocks(D):
         rest = torch.addmm(block.double(), B[first : first + len(block)].double(), A.double(), alpha=-1)
@@ -93,7 +93,7 @@ def _loss(D: Tensor, found: DeltaFactors) -> Loss:
         total.append(block.double().square().sum(1))
         first += len(block)
     loss = Loss.of_rows(torch.cat(squared), torch.cat(total))
-    is_cut = found.known < min(D.shape) and loss.relative > ROUNDING
+    is_cut = factors.known < min(D.shape) and loss.relative > ROUNDING
     return replace(loss, cut=is_cut)
 
 
@@ -107,8 +107,8 @@ def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tu
             W.copy_(torch.cat([block.float() for block in ref.blocks(ROWS * out)]).T)
             continue
         for start in range(placement.start, placement.stop, ROWS):
-            stop, at = min(start + ROWS, placement.stop), placement.skip + start - placement.start
-            W[at : at + stop - start] = ref.matrix_rows(placement.rows, start, stop).float()
+            stop, row = min(start + ROWS, placement.stop), placement.skip + start - placement.start
+            W[row : row + stop - start] = ref.matrix_rows(placement.rows, start, stop).float()
     return W
 
 

@@ -62,21 +62,21 @@ def expand(state: Transformed, left: Sequence[str] = ()) -> Transformed:
     if not kinds:
         return state
     modules, _ = read_source_modules(source)
-    family, by_name = detect_family(modules), {each.module: each for each in modules}
-    made = {m: _planned(source, m, _kernel(source.updates[m], by_name.get(m), family)) for m in kinds}
-    changed = with_factors(state, made)
+    family, by_name = detect_family(modules), {source_module.module: source_module for source_module in modules}
+    planned = {m: _planned(source, m, _kernel(source.updates[m], by_name.get(m), family)) for m in kinds}
+    changed = with_factors(state, planned)
     adapter = replace(changed.adapter, config=_config(source, changed.adapter.updates))
     return replace(changed, adapter=adapter, notes=(*state.notes, *_notes(adapter, kinds)))
 
 
 def kinds_to_expand(source: Adapter, left: Sequence[str] = ()) -> dict[str, str]:
     """Return each module of another kind than LoRA that has exact factors, with that kind."""
-    selection, found = Selection(tuple(left) or ("",)), {}
+    selection, kinds = Selection(tuple(left) or ("",)), {}
     for module, update in source.updates.items():
         inner = update.cls.without_norm(update)
         if update.rank and inner.cls not in (LowRank, Experts) and not selection.selects(module):
-            found[module] = inner.kind
-    return found
+            kinds[module] = inner.kind
+    return kinds
 
 
 def _notes(adapter: Adapter, kinds: Mapping[str, str]) -> Iterator[str]:
@@ -119,21 +119,21 @@ def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> Made:
         "B": TensorSpec("F32", (out, rank, *(1 for _ in kernel))),
     }
     alpha = alpha_for_scale(inner.scale, rank)
-    made = replace(
+    lora = replace(
         inner, cls=LowRank, tensors={r: name_of(r) for r in sides}, specs=sides, scale=alpha / rank, detail=None
     )
-    scale = made.scale
+    scale = lora.scale
 
     def make() -> tuple[Tensors, Loss]:
         true = _true(source, module)
         sides = dict(zip("BA", round_factors(module, true, torch.float32), strict=True))
-        shaped = {role: side.reshape(made.specs[role].shape) for role, side in sides.items()}
+        shaped = {role: side.reshape(lora.specs[role].shape) for role, side in sides.items()}
         beside = {role: source.file.tensor(name) for role, name in update.tensors.items() if role == "magnitude"}
         return {**shaped, **beside}, _loss(inner, true, (sides["B"], sides["A"]), scale)
 
     if "magnitude" in update.tensors:
-        made = DoRA.of(made, update.tensors["magnitude"], update.specs["magnitude"], update.along_inputs)
-    return Made(made, make, (module,), "expanded")
+        lora = DoRA.of(lora, update.tensors["magnitude"], update.specs["magnitude"], update.along_inputs)
+    return Made(lora, make, (module,), "expanded")
 
 
 def _namer(source: Adapter, inner: UpdateSpec) -> Callable[[str], str]:
@@ -150,13 +150,13 @@ def _true(source: Adapter, module: str) -> tuple[Tensor, Tensor]:
     return B[0], A[0]
 
 
-def _loss(inner: UpdateSpec, true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor], scale: float) -> Loss:
+def _loss(inner: UpdateSpec, true: tuple[Tensor, Tensor], rounded: tuple[Tensor, Tensor], scale: float) -> Loss:
     """Return what float32 and alpha / r do not hold."""
     wide = any(spec.dtype == "F64" for spec in inner.specs.values())  # float64 holds products of shorter types
-    held = all(torch.equal(side.double(), one) for side, one in zip(made, true, strict=True))
+    held = all(torch.equal(side.double(), exact) for side, exact in zip(rounded, true, strict=True))
     if held and not wide and not inner.cls.sums(inner) and scale == inner.scale:
         return NO_LOSS
-    return loss_between((true[0] * inner.scale, true[1]), (made[0].double() * scale, made[1]))
+    return loss_between((true[0] * inner.scale, true[1]), (rounded[0].double() * scale, rounded[1]))
 
 
 def _config(source: Adapter, updates: Mapping[str, UpdateSpec]) -> AdapterConfig:

@@ -38,17 +38,17 @@ def make_factors(target: TargetModule, updates: Sequence[ModuleFactors]) -> Modu
     Args:
         updates: the updates of the target's slices, in their order.
     """
-    made = _low_rank(target, updates)
+    factors = _low_rank(target, updates)
     if updates[0].magnitude is None:
-        return made
+        return factors
     if target.parts[0].source.update.along_inputs:
-        return replace(made, magnitude=updates[0].magnitude)
+        return replace(factors, magnitude=updates[0].magnitude)
     magnitudes = [
         update.magnitude[part.start : part.stop]
         for update, part in zip(updates, target.parts, strict=True)
         if update.magnitude is not None
     ]
-    return replace(made, magnitude=torch.cat(magnitudes) if len(magnitudes) > 1 else magnitudes[0].clone())
+    return replace(factors, magnitude=torch.cat(magnitudes) if len(magnitudes) > 1 else magnitudes[0].clone())
 
 
 def _low_rank(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleFactors:
@@ -60,15 +60,15 @@ def _low_rank(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleF
             first.A, torch.cat([first.B[part.start : part.stop] for part in target.parts]), first.scale
         )
     if target.how == "split":
-        kept = _ranks_of(first.B, target.parts)
-        B = torch.cat([first.B[part.start : part.stop, kept] for part in target.parts])
-        return ModuleFactors(first.A[kept], B, first.scale)
+        ranks = _ranks_of(first.B, target.parts)
+        B = torch.cat([first.B[part.start : part.stop, ranks] for part in target.parts])
+        return ModuleFactors(first.A[ranks], B, first.scale)
     scale = common_scale([update.scale for update in updates])
     folded = [scaled(update.B, update.scale / scale) for update in updates]
     exact, sides = all(ok for _, ok in folded), [side for side, _ in folded]
     dtype = sides[0].dtype
-    for each in (*sides, *(update.A for update in updates)):
-        dtype = torch.promote_types(dtype, each.dtype)
+    for factor in (*sides, *(update.A for update in updates)):
+        dtype = torch.promote_types(dtype, factor.dtype)
     A, indices_of = _concatenate_rows([update.A.to(dtype) for update in updates])
     B = torch.zeros(target.rows, len(A), dtype=dtype)
     for part, side, indices in zip(target.parts, sides, indices_of, strict=True):
@@ -82,14 +82,14 @@ def _concatenate_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]
     Returns:
         That A, and for each of `sides` the indices of its rows in it.
     """
-    found: dict[tuple[bytes, int], int] = {}
+    places: dict[tuple[bytes, int], int] = {}
     rows: list[Tensor] = []
     indices_of: list[list[int]] = []
     for A in sides:
         seen, indices = Counter[bytes](), list[int]()
         for row in A.contiguous():
             key = row.view(torch.uint8).numpy().tobytes()
-            place = found.setdefault((key, seen[key]), len(found))
+            place = places.setdefault((key, seen[key]), len(places))
             rows += [row] if place == len(rows) else []
             indices.append(place)
             seen[key] += 1
@@ -106,10 +106,10 @@ def common_scale(scales: Sequence[float]) -> float:
 def scaled(B: Tensor, scale: float) -> tuple[Tensor, bool]:
     """Return scale * B in B's dtype, or in float32 if that is too narrow, and whether this is exact."""
     product = B.double() * scale
-    found = product.to(B.dtype)
-    if not torch.equal(found.double(), product):
-        found = product.float()
-    return found, is_exact_product(B.dtype, scale) and torch.equal(found.double(), product)
+    rounded = product.to(B.dtype)
+    if not torch.equal(rounded.double(), product):
+        rounded = product.float()
+    return rounded, is_exact_product(B.dtype, scale) and torch.equal(rounded.double(), product)
 
 
 def _ranks_of(B: Tensor, parts: Sequence[RowSlice]) -> Tensor:
@@ -120,14 +120,14 @@ def _ranks_of(B: Tensor, parts: Sequence[RowSlice]) -> Tensor:
     every rank is needed.
     """
     reached = B.reshape(B.shape[:2]) != 0  # (out, r)
-    kept = torch.zeros(len(B), dtype=torch.bool)
+    in_slices = torch.zeros(len(B), dtype=torch.bool)
     for part in parts:
-        kept[part.start : part.stop] = True
-    inside, outside = reached[kept].any(0), reached[~kept].any(0)
+        in_slices[part.start : part.stop] = True
+    inside, outside = reached[in_slices].any(0), reached[~in_slices].any(0)
     apart = not bool((inside & outside).any()) and not bool(outside.all())
     return ~outside if apart else torch.ones_like(outside)
 
 
-def is_zero_filler(target: TargetModule, updates: Sequence[ModuleFactors], made: ModuleFactors) -> bool:
+def is_zero_filler(target: TargetModule, updates: Sequence[ModuleFactors], factors: ModuleFactors) -> bool:
     """Return whether a slice of a fused B is zero and other rows are not: it had no adapter before it was fused."""
-    return target.how == "split" and made.magnitude is None and not made.B.any() and bool(updates[0].B.any())
+    return target.how == "split" and factors.magnitude is None and not factors.B.any() and bool(updates[0].B.any())

@@ -46,5 +46,5 @@ def own_type(request: ConvertRequest) -> torch.dtype | None:
 def finish(state: Transformed, request: ConvertRequest) -> Settled:
     """Return a language model's adapter as it is written."""
     to = FORMATS[request.to]
-    made = in_format(settle(state, request.dtype or own_type(request)), to)
-    return noted(made, *alpha_notes(to.key, rows(made)), *to.model_notes(request.model))
+    named = in_format(settle(state, request.dtype or own_type(request)), to)
+    return noted(named, *alpha_notes(to.key, rows(named)), *to.model_notes(request.model))

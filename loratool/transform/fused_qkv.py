@@ -63,16 +63,16 @@ def to_fuse_unlike(sources: Iterable[SourceModule]) -> tuple[dict[str, UpdateSpe
             groups.setdefault(located.maker[0], []).append(source)
     unlike: list[str] = []
     for path, parts in groups.items():
-        whole = locate_fused(path)
+        fused = locate_fused(path)
         magnitudes = sum(part.update.cls is DoRA for part in parts)
-        if whole and magnitudes not in (0, len(whole.diffusers)):
+        if fused and magnitudes not in (0, len(fused.diffusers)):
             unlike += [part.module for part in parts]
     return {part.module: part.update for parts in groups.values() for part in parts}, unlike
 
 
 def locate_fused(path: str) -> Located | None:
     """Find a module that a language model fuses, or a part of one; None for any other."""
-    return next((found for family in LAYOUTS.values() if (found := locate(family, path))), None)
+    return next((located for family in LAYOUTS.values() if (located := locate(family, path))), None)
 
 
 def _of_base(located: Located, sizes: Sizes) -> dict[str, int]:
@@ -86,11 +86,11 @@ def _split(source: SourceModule, located: Located, sizes: Sizes) -> list[TargetM
     known = _of_base(located, sizes)
     spans = parts_of(located, width, rows, known)
     if spans is None:
-        told = parts_of(located, width, known=known)
-        if told is None and any("queries" in fused.sizes for _, fused in located.rows):
+        of_table = parts_of(located, width, known=known)
+        if of_table is None and any("queries" in fused.sizes for _, fused in located.rows):
             raise _base_tells(source.path, next(m for m in located.diffusers if m not in known))
         count = len(located.diffusers)
-        terms = " + ".join(map(str, [span.whole for span in told] if told else [rows // count] * count))
+        terms = " + ".join(map(str, [span.whole for span in of_table] if of_table else [rows // count] * count))
         raise InputError(f"has {rows} rows, which are not {terms}: it is of another model", culprit=source.path)
     return [
         TargetModule("", span.module, span.whole, (RowSlice(source, span.start, span.stop),), "split") for span in spans
@@ -105,11 +105,11 @@ def _fuse(path: str, parts: Mapping[str, SourceModule], sizes: Sizes) -> TargetM
     if len(set(alike)) > 1:
         raise InputError(f"would have parts of {alike[0]} and {alike[1]} rows, which no model has", culprit=path)
     width = next(iter(parts.values())).update.shape[1]
-    told = parts_of(located, width, known={}) or ()  # the table alone, where the width tells all
-    base = {span.module: span.whole for span in told} or _of_base(located, sizes)
+    of_table = parts_of(located, width, known={}) or ()  # the table alone, where the width tells all
+    base = {span.module: span.whole for span in of_table} or _of_base(located, sizes)
     wrong = next((module for module in rows if base.get(module, rows[module]) != rows[module]), None)
     if wrong:
-        whose = f"{located.family.title}'s matrices" if told else "the base"
+        whose = f"{located.family.title}'s matrices" if of_table else "the base"
         part = wrong.rpartition(".")[2]
         raise InputError(f"has {rows[wrong]} rows of {part}, and {whose} {base[wrong]}", culprit=path)
     spans = parts_of(located, width, known={**base, **rows})

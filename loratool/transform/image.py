@@ -1,6 +1,6 @@
 """Plan an image model's adapter in any format, for `convert`, `extract` and `init`.
 
-Modules that keep their factors are planned from headers. The tensors are made when they are written, one module at a
+Modules that keep their factors are planned from headers. Tensors are computed when they are written, one module at a
 time.
 """
 
@@ -42,12 +42,12 @@ def plan_image(
 
     Args:
         sources: the modules of `state` by component and path.
-        impossible: modules that no format of image adapters can hold.
+        impossible: modules that no format of image adapters supports.
         metadata: of the source's file.
         init_of: module -> the init that altered its base, or None.
 
     Raises:
-        NeedsFlag: modules have to be dropped or made plain first.
+        NeedsFlag: modules must be excluded or converted with --plain first.
         InputError: nothing is left, or two modules would become one.
     """
     to = FORMATS[request.to]
@@ -77,31 +77,31 @@ def plan_image(
     _refuse_mixed(to, modules)
     stays = former_metadata(metadata, new_ranks=request.rank is not None)
     stays.pop("loratool", None)
-    config, said = to.describe(family, stays, modules)
-    made = replace(settled, config=config, metadata=said, family=family)
-    return noted(made, *alpha_notes(request.to, rows(settled)), *to.notes(family, modules))
+    config, described = to.describe(family, stays, modules)
+    planned = replace(settled, config=config, metadata=described, family=family)
+    return noted(planned, *alpha_notes(request.to, rows(settled)), *to.notes(family, modules))
 
 
 def _folded(adapter: Adapter, request: ConvertRequest) -> list[str]:
-    """Return the modules whose scale has to be folded into the factors.
+    """Return the modules whose scale must be folded into the factors.
 
-    It has to if its alpha is infinite in float32, or is 0 there, where a scale is not 0 or 0 stands for the rank;
-    and in files without alphas, which mean a scale of 1 where the modules are an image model's.
+    These are modules whose alpha is infinite in float32, or underflows to 0, or is a 0 that stands for the rank; and
+    all modules if the files have no alphas: for image models that means a scale of 1.
     """
-    can, found = FORMATS[request.to].can, []
+    can, to_fold = FORMATS[request.to].can, []
     for module, update in adapter.updates.items():
         alpha = abs(single(alpha_for_scale(update.scale, update.rank))) if can.alpha == "tensor" else 1.0
-        lost = alpha == math.inf or (alpha == 0 and (can.zero_alpha_is_rank or update.scale != 0))
-        if request.plain or can.alpha == "none" or lost:
-            found.append(module)
-    return found
+        unwritable = alpha == math.inf or (alpha == 0 and (can.zero_alpha_is_rank or update.scale != 0))
+        if request.plain or can.alpha == "none" or unwritable:
+            to_fold.append(module)
+    return to_fold
 
 
 def _wanted(
     name: str, request: ConvertRequest, sources: list[SourceModule], impossible: list[str]
 ) -> list[SourceModule]:
     to, can, selection = request.to, FORMATS[request.to].can, Selection(request.exclude or ("",))
-    wanted = [each for each in sources if each.module not in impossible and not selection.selects(each.module)]
+    wanted = [source for source in sources if source.module not in impossible and not selection.selects(source.module)]
     if can.components == "one":
         wanted, more = _one_component(wanted)
         impossible = impossible + more
@@ -109,30 +109,30 @@ def _wanted(
     if columns:
         message = f"is DoRA along the inputs, which {to}'s files cannot say"
         raise NeedsFlag(message, culprit=columns, flags="--plain --base BASE", why="with the model")
-    lost = [s.module for s in wanted if s.update.cls not in can.kinds or (not can.kernels and _has_kernel(s))]
-    lost += [s.module for s in wanted if s.update.base]  # a new weight under the factors, which has no name there
-    wanted = [each for each in wanted if each.module not in lost]
-    lost += [module for module in impossible if not selection.selects(module)]
-    if lost:
+    unsupported = [s.module for s in wanted if s.update.cls not in can.kinds or (not can.kernels and _has_kernel(s))]
+    unsupported += [s.module for s in wanted if s.update.base]  # a weight under the factors has no name in the format
+    wanted = [source for source in wanted if source.module not in unsupported]
+    unsupported += [module for module in impossible if not selection.selects(module)]
+    if unsupported:
         what = f"cannot be carried to {to}{' as plain LoRA' if request.plain else ''}"
-        exclude = "" if len(lost) < 4 else f"--exclude {shell_word(_prefixes(lost))}"
-        raise cannot_convert(name, what, lost, exclude)
+        exclude = "" if len(unsupported) < 4 else f"--exclude {shell_word(_prefixes(unsupported))}"
+        raise cannot_convert(name, what, unsupported, exclude)
     if not wanted:
         raise InputError("nothing is left to convert", culprit=name)
     return wanted
 
 
 def _refuse_mixed(to: Format, modules: Mapping[str, NewModule]) -> None:
-    """Raise InputError if only some modules of a component are DoRA, where a config has one flag for all."""
+    """Raise InputError if only some modules of a component are DoRA, but the config has one flag for all."""
     if to.can.alpha not in ("config", "metadata"):
         return
     for component in dict.fromkeys(module.component for module in modules.values()):
-        found = {name: module for name, module in modules.items() if module.component == component}
-        dora = [name for name, module in found.items() if module.dora]
-        other = next((name for name in found if dora and name not in dora), None)
+        members = {name: module for name, module in modules.items() if module.component == component}
+        dora = [name for name, module in members.items() if module.dora]
+        other = next((name for name in members if dora and name not in dora), None)
         if other:
             message = f"is no DoRA, {dora[0]} is; {to.key}'s loader wants all modules of a model of one kind"
-            free = " and ".join(key for key, each in written_formats().items() if each.can.alpha == "tensor")
+            free = " and ".join(key for key, other in written_formats().items() if other.can.alpha == "tensor")
             remedy = f"--to {free} say it of each module; or add --plain --base BASE with the model"
             raise InputError(message, culprit=other, remedy=remedy)
 
@@ -142,12 +142,12 @@ def _has_kernel(source: SourceModule) -> bool:
 
 
 def _one_component(sources: list[SourceModule]) -> tuple[list[SourceModule], list[str]]:
-    """Split off the modules of the denoiser, or else of the first text encoder, from the names of the others.
+    """Return the modules of the denoiser, or else of the first text encoder, and the names of the others.
 
     A PEFT adapter is for one model only.
     """
     components = [source.component for source in sources]
-    first = next((each for each in DENOISERS if each in components), next(iter(components), ""))
+    first = next((component for component in DENOISERS if component in components), next(iter(components), ""))
     return [s for s in sources if s.component == first], [s.module for s in sources if s.component != first]
 
 

@@ -1,6 +1,6 @@
 """Find the weights of an image model that a new adapter of `extract` or `init` can have factors for.
 
-The VAE, norms, biases and embeddings get none. `image` plans what is written.
+The VAE, norms, biases and embeddings get none. `image` plans the output.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ OFFERED = 4  # families that a remedy lists
 
 
 def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
-    """Return the names of linear layers and convolutions, each with (component, path); empty for no image model."""
+    """Return the names of linear layers and convolutions, each with (component, path); empty for other models."""
     shapes = {name: spec.shape for name, spec in base.specs.items()}
-    found = image_parts(shapes)
+    parts = image_parts(shapes)
     return {
-        n: part for n, part in found.items() if weight_role(module_path(n), len(shapes[n]), True) in ("linear", "conv")
+        n: part for n, part in parts.items() if weight_role(module_path(n), len(shapes[n]), True) in ("linear", "conv")
     }
 
 
 def choose_format(base: Checkpoint, to: str | None) -> Format:
-    """Return the format of an adapter for this base: `to`, or the usual one, which its users' tools load.
+    """Return the format of an adapter for this base: `to`, or the one that its users' tools load.
 
     Raises:
-        InputError: nothing could load an adapter of this base in that format.
+        InputError: no program could load an adapter of this base in that format.
     """
     weights = image_weights(base)
     several = bool(base.parts) or len({component for component, _ in weights.values()}) > 1
     if to is None and weights and (several or _is_renamed(base)):
         return usual_format("pipeline" if base.parts else "single file")
-    found = usual_format("model") if to is None else FORMATS[to]
-    if found.can.components == "one":
+    chosen = usual_format("model") if to is None else FORMATS[to]
+    if chosen.can.components == "one":
         require_one_model(base)
         _refuse_unknown(base)
         if several:
-            *others, last = (key for key, each in written_formats().items() if each.can.components == "many")
+            *others, last = (key for key, written in written_formats().items() if written.can.components == "many")
             raise InputError(
                 f"is an image model of several components, and {to}'s adapters are for one",
                 culprit=str(base.path),
@@ -72,11 +72,11 @@ def choose_format(base: Checkpoint, to: str | None) -> Format:
             )
     elif not weights:
         raise InputError(f"is no image model: nothing could load it as {to}", culprit=str(base.path))
-    return found
+    return chosen
 
 
 def _refuse_unknown(base: Checkpoint) -> None:
-    """Raise InputError for a single file of an image model that is in no table: PEFT adapts diffusers' classes only."""
+    """Raise InputError for a single file of an unknown image model: PEFT adapts diffusers' classes only."""
     known = "_class_name" in base.config or "architectures" in base.config or image_weights(base)
     if not known and all(name.startswith(DENOISER_PREFIXES[:2]) for name in base.specs):
         raise InputError(
@@ -90,13 +90,13 @@ def _refuse_unknown(base: Checkpoint) -> None:
 def is_image_adapter(base: Checkpoint, to: Format) -> bool:
     """Return whether an adapter of a base is planned by the tables of image models.
 
-    So is one for the denoiser alone whose base has other names than diffusers', for which PEFT's is.
+    PEFT's format is planned by them only if the base's denoiser has other names than diffusers'.
     """
     return to.can.components == "many" or _is_renamed(base)
 
 
 def require_language_model(base: Checkpoint, to: Format, architecture: str | None) -> None:
-    """Raise UsageError for --architecture of an image model, whose parts have one class each."""
+    """Raise UsageError for --architecture with an image model, whose components have one class each."""
     if architecture is not None and is_image_adapter(base, to):
         raise UsageError("--architecture is for language models, and this is an image model", culprit=str(base.path))
 
@@ -117,7 +117,7 @@ def _image(base: Checkpoint) -> ImageModules:
 
 
 def unsupported_patterns(base: Checkpoint) -> tuple[str, ...]:
-    """Return patterns for everything that no image adapter can change."""
+    """Return patterns for all modules that no image adapter can change."""
     weights = image_weights(base)
     rest = {
         module_path(name) for name in base.specs if name not in weights and not name.startswith("first_stage_model.")
@@ -127,11 +127,11 @@ def unsupported_patterns(base: Checkpoint) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class FamilyChoice:
-    """The image family by whose table an adapter is converted, and what is known of it."""
+    """The image family whose table converts an adapter, and how certain it is."""
 
     key: str | None  # a key of FAMILIES; None if the modules are of no such model
-    is_certain: bool = True  # else any of several models can be meant, for all of which the same is written
-    also: tuple[str, ...] = ()  # titles of other models that have such modules, and no files of the format
+    is_certain: bool = True  # else several families fit, and the output is the same for all of them
+    also: tuple[str, ...] = ()  # titles of other models with such modules, which have no files of the format
 
 
 def choose_family(
@@ -139,15 +139,15 @@ def choose_family(
 ) -> FamilyChoice:
     """Return the image family of an adapter: the one that the request or its base names, else that of its modules.
 
-    Diffusers' names alone do not tell it, as a model that is not known can have those of a known one. So modules with
-    sizes that no known model has get a family only where what is written does not depend on it.
+    Diffusers' names alone do not determine it, as an unknown model can have the names of a known one. So modules with
+    sizes of no known model get a family only if the output does not depend on it.
 
     Args:
         name: of the adapter, for messages.
-        likely: the families that its modules fit best, keys of FAMILIES; empty if they are of no image model.
+        likely: the families that its modules fit best, keys of FAMILIES; empty if they fit no image model.
 
     Raises:
-        NeedsFlag: only the user can tell the family.
+        NeedsFlag: only the user can know the family.
         InputError: the base, or the family that the request names, is another model.
     """
     to = FORMATS[request.to]
@@ -167,41 +167,41 @@ def choose_family(
             with closing(open_checkpoint(request.base.path)) as model:
                 of_base, class_name = _families_of(model), denoiser_class(model)
         if not set(of_base) & ({named} if named else set(fitting)):
-            what = FAMILIES[named].title if named else " or ".join(FAMILIES[each].title for each in likely)
+            what = FAMILIES[named].title if named else " or ".join(FAMILIES[key].title for key in likely)
             unknown = (
                 f"a {brief(class_name)}, which is no image model that is known" if class_name else "no image model"
             )
             of = FAMILIES[of_base[0]].title if of_base else f"{unknown} ({KNOWN})"
             raise InputError(f"is of {what} by its names, and {request.base.path} is {of}", culprit=name)
-        return FamilyChoice(named or next(each for each in of_base if each in fitting))
+        return FamilyChoice(named or next(key for key in of_base if key in fitting))
     if named:
         return FamilyChoice(named)
     if not denoisers:
         return FamilyChoice(likely[0])  # text encoders alone have the same names in all of them
     is_sized = has_known_sizes(sources, likely[0])
-    is_maker = len(fitting) == 1 and any(names_maker(FAMILIES[fitting[0]], each.path) for each in denoisers)
+    is_maker = len(fitting) == 1 and any(names_maker(FAMILIES[fitting[0]], key.path) for key in denoisers)
     is_told = is_sized or is_maker or bool(FAMILIES[likely[0]].up_attention)
     possible = list(likely if is_told else fitting)
     others = without_files(possible, sources, to)
-    possible = [each for each in possible if each not in others] or possible
-    told = {each: _meaning(denoisers, each, to) for each in possible}
-    meanings = {each: made for each, made in told.items() if not isinstance(made, str)}
+    possible = [key for key in possible if key not in others] or possible
+    outcomes = {key: _meaning(denoisers, key, to) for key in possible}
+    meanings = {key: outcome for key, outcome in outcomes.items() if not isinstance(outcome, str)}
     if not meanings:
-        return FamilyChoice(possible[0])  # which the plan refuses
+        return FamilyChoice(possible[0])  # the plan refuses it
     first, *rest = meanings
     meaning = meanings[first]
-    is_same = all(meanings[each] == meaning for each in rest)
-    twins = twins_of(FAMILIES[first], [each.path for each in denoisers])
-    also = (*(FAMILIES[each].title for each in others), *twins) if is_told else ()
-    # of any model these have its own names, and nothing else of its family
+    is_same = all(meanings[key] == meaning for key in rest)
+    twins = twins_of(FAMILIES[first], [key.path for key in denoisers])
+    also = (*(FAMILIES[key].title for key in others), *twins) if is_told else ()
+    # such files have the model's own names, whatever its family
     free = to.can.usual_for in ("model", "pipeline")
-    is_own = meaning.keys() == {to.module_name(each.component, each.path, first) for each in denoisers}
+    is_own = meaning.keys() == {to.module_name(key.component, key.path, first) for key in denoisers}
     if is_same and (is_told or (free and is_own)):
         return FamilyChoice(first, is_told and not (free and (rest or twins)), also)
-    titles = [FAMILIES[each].title for each in (*meanings, *others)]
+    titles = [FAMILIES[key].title for key in (*meanings, *others)]
     could = " or of ".join([*titles[:2], *(["another"] if titles[2:] else [])])
     sizes = "" if is_told else ", and no such model is known with its sizes"
-    options = " or ".join(f"--architecture {each}" for each in list(meanings)[:OFFERED])
+    options = " or ".join(f"--architecture {key}" for key in list(meanings)[:OFFERED])
     raise NeedsFlag(
         f"can be of {could} by its names{sizes}; what {to.key}'s files call its modules depends on that",
         culprit=name,
@@ -211,21 +211,21 @@ def choose_family(
 
 
 def without_files(families: Sequence[str], sources: Iterable[SourceModule], to: Format) -> list[str]:
-    """Return those of some families of whose denoiser there are no files in a format."""
-    there = {source.component for source in sources if source.component in DENOISERS}
-    found = []
+    """Return those of these families whose denoisers have no files in a format."""
+    components = {source.component for source in sources if source.component in DENOISERS}
+    without = []
     for family in families:
         try:
-            for component in there & {component.name for component in FAMILIES[family].components}:
+            for component in components & {component.name for component in FAMILIES[family].components}:
                 to.module_name(component, "", family)
         except InputError:
-            found.append(family)
-    return found
+            without.append(family)
+    return without
 
 
 def _meaning(sources: list[SourceModule], family: str, to: Format) -> dict[str, list[tuple[str, int, int, int]]] | str:
-    """Return what would be written for the modules of a family: the names, and the rows that each is made of."""
-    plain = [replace(each, update=each.update.cls.without_norm(each.update)) for each in sources]
+    """Return the names in the output for a family and the rows of each, or an error message."""
+    plain = [replace(source, update=source.update.cls.without_norm(source.update)) for source in sources]
     try:
         return {
             to.module_name(target.component, target.path, family): [
@@ -250,43 +250,43 @@ def _class_of(config: Mapping[str, Any]) -> str | None:
 
 
 def family_of(base: Checkpoint, to: Format) -> str:
-    """Return the family of an image model's base, a key of FAMILIES, by whose table a format names its modules.
+    """Return the family of an image model's base, a key of FAMILIES; its table names the modules.
 
     Raises:
-        InputError: it is of no known one.
+        InputError: the family is unknown.
     """
-    found = _families_of(base)
-    if not found and all(to.naming(each) is Naming.DIFFUSERS for each in FAMILIES):  # under the base's own names
-        found = _families_by_names(base)
-    if not found:
+    families = _families_of(base)
+    if not families and all(to.naming(key) is Naming.DIFFUSERS for key in FAMILIES):  # under the base's own names
+        families = _families_by_names(base)
+    if not families:
         class_name = denoiser_class(base)
         named = f" ({brief(class_name)})" if class_name else ""
         raise InputError(f"is no image model that is known{named}: {KNOWN}", culprit=str(base.path))
-    return found[0]
+    return families[0]
 
 
 def _families_of(base: Checkpoint) -> tuple[str, ...]:
-    """Return the families of an image model's base, the likeliest first: of those of its config's class, if it has one.
+    """Return the families of an image model's base, the likeliest first; empty if none is known.
 
-    Empty if it is of no known one.
+    If its config names a class, these are the families of the class.
     """
     by_names, named = _families_by_names(base), denoiser_class(base)
-    return by_names if named is None else tuple(sorted(_of_class(named), key=lambda each: each not in by_names))
+    return by_names if named is None else tuple(sorted(_of_class(named), key=lambda key: key not in by_names))
 
 
 def _of_class(named: str | None) -> tuple[str, ...]:
-    """Return the families whose adapters a class of diffusers' has."""
-    return tuple(key for key, each in FAMILIES.items() if named in (each.diffusers_class, *each.other_classes))
+    """Return the families whose denoiser is this class of diffusers."""
+    return tuple(key for key, family in FAMILIES.items() if named in (family.diffusers_class, *family.other_classes))
 
 
 def _families_by_names(base: Checkpoint) -> tuple[str, ...]:
     known = _image(base).family
     if known and not known.up_attention:  # the UNets of different families may have the same modules
         return (known.key,)
-    one = {role: TensorSpec("F32", (1, 1)) for role in ("A", "B")}
+    unit = {role: TensorSpec("F32", (1, 1)) for role in ("A", "B")}
     sources = []
     for name, (component, path) in image_weights(base).items():
         shape = base.specs[name].shape
-        specs = {**one, "A": TensorSpec("F32", (1, *shape[1:])), "B": TensorSpec("F32", (shape[0], 1))}
+        specs = {**unit, "A": TensorSpec("F32", (1, *shape[1:])), "B": TensorSpec("F32", (shape[0], 1))}
         sources.append(make_source_module(name, UpdateSpec(LowRank, name, {}, specs), component, path))
     return detect_families(sources)

@@ -1,7 +1,7 @@
 """Open an adapter converted to another format without writing it, for commands that take --to or several adapters.
 
-`convert` plans it, and its tensors are made when they are loaded. So a command sees the names, the fused modules and
-the ranks of its output, and the modules of several adapters are matched by what they mean, not by their names.
+`convert` plans it, and its tensors are computed when they are loaded. So a command sees the names, the fused modules
+and the ranks of its output, and modules of several adapters match by meaning, not by name.
 """
 
 from __future__ import annotations
@@ -49,29 +49,29 @@ def open_converted(
     opened: ExitStack,
     family: str | None = None,
 ) -> Transformed:
-    """Return the adapter that opening the converted one would give.
+    """Return the adapter as if it had been converted and opened again.
 
     Args:
-        command: the one that converts, for the remedies of errors.
-        folder: where temporary files are put; `opened` closes them.
-        family: a key of FAMILIES, if other adapters tell it.
+        command: the command that converts, for the remedies of errors.
+        folder: for temporary files; `opened` closes them.
+        family: a key of FAMILIES, if other adapters determine it.
     """
     source, to = state.adapter, FORMATS[request.to]
     with request_for(command):
-        made = plan_convert(_in_other_names(state, request.to), request, folder, opened, family)
-    adapter = with_scales_of(made, to.opened(source.name, source.file, content(made)))
-    return Transformed(adapter, {m: made.log.get(m, Change((m,))) for m in adapter.updates}, state.notes)
+        output = plan_convert(_in_other_names(state, request.to), request, folder, opened, family)
+    adapter = with_scales_of(output, to.opened(source.name, source.file, content(output)))
+    return Transformed(adapter, {m: output.log.get(m, Change((m,))) for m in adapter.updates}, state.notes)
 
 
 def _in_other_names(state: Transformed, to: str) -> Transformed:
-    """Return an adapter under the names that formats other than its own have for its modules."""
+    """Return an adapter with the names that formats other than its own have for its modules."""
     source = state.adapter
     named = source if source.format == to else FORMATS[source.format].in_other_names(source)
     return state if named is source else start(named)
 
 
 def loss_warnings(states: Sequence[Transformed]) -> tuple[str, ...]:
-    """Return the notes on the steps of the inputs, and a warning if any lost something."""
+    """Return the notes on the steps of the inputs, and a warning if a step had rounding errors."""
     errors = [
         loss.relative
         for state in states
@@ -89,7 +89,7 @@ def loss_warnings(states: Sequence[Transformed]) -> tuple[str, ...]:
 
 
 def rank_notes(like: Adapter, ranks: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the note on the alphas, here the ranks, where files of the output's format do not hold them."""
+    """Return the note on the alphas, which equal the ranks, if files of the output's format do not hold them."""
     return alpha_notes(like.format, [ModuleConvert(m, (m,), "exact", rank, float(rank)) for m, rank in ranks.items()])
 
 
@@ -105,11 +105,11 @@ class CommonFormat:
 def convert_to_common_format(
     states: Sequence[Transformed], to: str | None, exclude: tuple[str, ...], folder: Path, opened: ExitStack
 ) -> CommonFormat:
-    """Convert adapters to one format, with what is fused in the first fused in all, and what is split, split.
+    """Convert adapters to one format, with the first adapter's layout of fused and split modules.
 
     Args:
-        to: a key of `written_formats`; if None, adapters that differ in format or naming get the first one's.
-        exclude: patterns of modules to leave out, by their names before or after.
+        to: a key of `written_formats`; if None, adapters that differ in format or spelling get the first one's.
+        exclude: patterns of modules to exclude, by their names before or after.
     """
     adapters = [state.adapter for state in states]
     if to is None and are_alike(adapters):
@@ -120,25 +120,25 @@ def convert_to_common_format(
     request = ConvertRequest(to or adapters[0].format, exclude)
     with request_for("combine"):
         states = [_in_other_names(state, request.to) for state in states]
-    found = [open_converted(state, request, "combine", folder, opened, family) for state in states]
+    converted = [open_converted(state, request, "combine", folder, opened, family) for state in states]
     known = [module for adapter in adapters for module in adapter.updates]
-    there = [module for state in found for module in state.adapter.updates]
+    new_modules = [module for state in converted for module in state.adapter.updates]
     rest = [
         p
         for p in exclude
-        if any(matches_pattern(p, m) for m in there) or not any(matches_pattern(p, module) for module in known)
+        if any(matches_pattern(p, m) for m in new_modules) or not any(matches_pattern(p, module) for module in known)
     ]
     with request_for("combine"):
-        alike = to_one_layout(found, keep_first=True)
+        alike = to_one_layout(converted, keep_first=True)
     return CommonFormat(
         alike,
         tuple(rest),
-        [m for former, state in zip(states, found, strict=True) for m in left_out(former.adapter, state)],
+        [m for former, state in zip(states, converted, strict=True) for m in left_out(former.adapter, state)],
     )
 
 
 def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
-    """Raise InputError for adapters of no known family whose formats or suffixes no loader takes together."""
+    """Raise InputError for adapters of no known family if no loader reads their formats or suffixes together."""
     first = adapters[0]
     for adapter in adapters if family is None else ():
         if adapter.format != first.format and not (is_of_one(adapter) and is_of_one(first)):
@@ -147,10 +147,10 @@ def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
                 f"known ({KNOWN}): combine adapters of one format",
                 culprit=adapter.name,
             )
-        if (one := _factor_suffixes(first)) != (two := _factor_suffixes(adapter)):
+        if (first_suffixes := _factor_suffixes(first)) != (suffixes := _factor_suffixes(adapter)):
             raise InputError(
-                f"spells its factors {' '.join(two)}, {first.name} {' '.join(one)}, and is of no image model that is "
-                f"known ({KNOWN}): no loader takes both in one file",
+                f"spells its factors {' '.join(suffixes)}, {first.name} {' '.join(first_suffixes)}, and is of no image "
+                f"model that is known ({KNOWN}): no loader takes both in one file",
                 culprit=adapter.name,
             )
 
@@ -161,38 +161,38 @@ def is_of_one(adapter: Adapter) -> bool:
 
 
 def are_alike(adapters: Sequence[Adapter]) -> bool:
-    """Return whether adapters have one format and one naming, so that a module has the same name in all of them."""
-    if len({_naming(each) for each in adapters}) > 1:
+    """Return whether adapters have one format and one spelling, so that a module has the same name in all of them."""
+    if len({_naming(adapter) for adapter in adapters}) > 1:
         return False
     names: dict[tuple[str, str], str] = {}
     return all(
         names.setdefault(meaning, module) == module
-        for each in adapters
-        for meaning, module in _modules_by_meaning(each).items()
+        for adapter in adapters
+        for meaning, module in _modules_by_meaning(adapter).items()
     )
 
 
 def _naming(adapter: Adapter) -> tuple[object, ...]:
-    """Return the format, the suffixes, and whether the denoiser's names are other than diffusers'."""
+    """Return the format, the suffixes, and whether the denoiser's names differ from diffusers'."""
     renamed = any(t.component in DENOISERS and t.path != t.parts[0].source.path for t in _targets(adapter))
     return adapter.format, _factor_suffixes(adapter), renamed
 
 
 def _factor_suffixes(adapter: Adapter) -> tuple[str, ...]:
-    """Return the suffixes of the factors' names, of other kinds those as LoRA; empty for formats of only one pair."""
-    own = FORMATS[adapter.format]
+    """Return the suffixes of the factors' names, for other kinds those as LoRA; empty for formats with one pair."""
+    format = FORMATS[adapter.format]
     keys = [
-        update.tensors.get(role) or own.tensor_name(module, role)
+        update.tensors.get(role) or format.tensor_name(module, role)
         for module, update in adapter.updates.items()
         for role in ("A", "B")
         if update.rank
     ]
-    return tuple(sorted({own.spelling(key) for key in keys} - {""}))
+    return tuple(sorted({format.spelling(key) for key in keys} - {""}))
 
 
 def _modules_by_meaning(adapter: Adapter) -> dict[tuple[str, str], str]:
     """Return (component, path in diffusers' names) -> the module that holds it, alone or fused with others."""
-    found = {
+    modules = {
         (target.component, target.path.removeprefix("text_model.")): part.source.module
         for target in _targets(adapter)
         for part in target.parts
@@ -201,27 +201,27 @@ def _modules_by_meaning(adapter: Adapter) -> dict[tuple[str, str], str]:
     for value in read_value_modules(adapter):
         for path in (rows_by_module(value, family) if family else None) or ():
             key = value.source.component, path.removeprefix("text_model.") + value.end
-            found.setdefault(key, value.source.module)
-    return found
+            modules.setdefault(key, value.source.module)
+    return modules
 
 
 def _all_sources(adapter: Adapter) -> list[SourceModule]:
-    """Return the modules that tell the family of an adapter, those without factors too."""
+    """Return the modules that determine the family of an adapter, also those without factors."""
     return [*read_source_modules(adapter)[0], *(value.source for value in read_value_modules(adapter))]
 
 
 def _targets(adapter: Adapter) -> list[TargetModule]:
-    """Return an image adapter's targets in diffusers' names, for their names only: DoRA is not refused here."""
+    """Return an image adapter's targets in diffusers' names. They serve for names only, so DoRA is not refused."""
     sources, _ = read_source_modules(adapter)
     family = detect_family(sources)
-    plain = [replace(each, update=each.update.cls.without_norm(each.update)) for each in sources]
+    plain = [replace(source, update=source.update.cls.without_norm(source.update)) for source in sources]
     return plan_target_modules(plain, family, Naming.DIFFUSERS) if family else []
 
 
 def common_family(adapters: Sequence[Adapter]) -> str | None:
-    """Return the image family of several adapters, or None if they are of no known one.
+    """Return the image family of several adapters; None if it is unknown.
 
-    Denoisers decide if there are any. Modules that fit several families take that of the other adapters.
+    Denoisers decide if there are any. Modules that fit several families get the family of the other adapters.
 
     Raises:
         InputError: the adapters are of two families.
@@ -233,9 +233,10 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
         families = detect_families(modules)
         if not families or any(each.component in DENOISERS for each in modules):
             fitting.append((adapter, families))
-    for (first, one), (second, two) in combinations(fitting, 2):
-        if (one or two) and set(one).isdisjoint(two):
-            names = [FAMILIES[each[0]].title if each else "no image model that is known" for each in (one, two)]
+    for (first, first_families), (second, second_families) in combinations(fitting, 2):
+        if (first_families or second_families) and set(first_families).isdisjoint(second_families):
+            both = first_families, second_families
+            names = [FAMILIES[keys[0]].title if keys else "no image model that is known" for keys in both]
             raise InputError(f"is of {names[1]}, {first.name} of {names[0]}: no base is both's", culprit=second.name)
     common = [key for key in fitting[0][1] if all(key in families for _, families in fitting)] if fitting else []
     return common[0] if common else detect_family([each for modules in sources.values() for each in modules])
@@ -244,8 +245,8 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
 def by_meaning(adapters: Sequence[Adapter], selection: Selection) -> Sequence[Transformed]:
     """Return image adapters under diffusers' names, with fused modules split.
 
-    Of no known image family, what one has fused and the other split is split. Adapters with the same naming are
-    returned unchanged.
+    Without a known family, modules that are fused in one adapter and split in another are split. Adapters with the same
+    spelling are returned unchanged.
 
     Raises:
         NeedsFlag: a selected module is in no known model.
@@ -263,33 +264,33 @@ def by_meaning(adapters: Sequence[Adapter], selection: Selection) -> Sequence[Tr
     read = [read_source_modules(adapter) for adapter in adapters]
     family = common_family(adapters)
     assert family is not None
-    found = []
+    regrouped = []
     for state, (sources, impossible) in zip(states, read, strict=True):
         adapter = state.adapter
         refuse_unknown_blocks(adapter, sources, family)
         values = {v.source.module: (v, rows_by_module(v, family)) for v in read_value_modules(adapter)}
         placed = {module for module, (_, rows) in values.items() if rows is not None}
         unknown = {*impossible, *find_unknown_modules(sources, family)} - placed
-        kept = [source for source in sources if source.module not in unknown]
-        if lost := [module for module in adapter.updates if module in unknown and selection.selects(module)]:
-            others = [module for each in adapters for module in each.updates if module not in unknown]
+        known = [source for source in sources if source.module not in unknown]
+        if unknown_selected := [m for m in adapter.updates if m in unknown and selection.selects(m)]:
+            others = [module for other_adapter in adapters for module in other_adapter.updates if module not in unknown]
             raise NeedsFlag(
                 f"of {adapter.name} is in no image model that is known, and could be any of the other adapter's",
-                culprit=lost[0],
-                flags=exclude_options(exclude_patterns(lost, others)),
+                culprit=unknown_selected[0],
+                flags=exclude_options(exclude_patterns(unknown_selected, others)),
             )
         with request_for("diff"):
             targets = {
                 _name(target.component, target.path, family): target
-                for target in plan_target_modules(kept, family, Naming.DIFFUSERS)
+                for target in plan_target_modules(known, family, Naming.DIFFUSERS)
             }
         named = {
             _name(value.source.component, path, family) + value.end: (value, spans)
             for value, rows in values.values()
             for path, spans in (rows or {}).items()
         }
-        found.append(regroup(state, targets, beside=made_values(adapter, named)))
-    return found
+        regrouped.append(regroup(state, targets, beside=made_values(adapter, named)))
+    return regrouped
 
 
 def _name(component: str, path: str, family: str) -> str:

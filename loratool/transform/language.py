@@ -29,9 +29,9 @@ def refuse_unsaid_init(source: Adapter, to: Format) -> None:
 
 def to_layout(state: Transformed, request: ConvertRequest) -> Transformed:
     """Split or fuse the modules that the other layout has otherwise."""
-    source, kept = state.adapter, state.adapter.updates
+    source, updates = state.adapter, state.adapter.updates
     assert request.layout is not None
-    pairs = [SourceModule(m, u, "", m) for m, u in kept.items() if u.cls in (LowRank, DoRA) and len(u.shape) == 2]
+    pairs = [SourceModule(m, u, "", m) for m, u in updates.items() if u.cls in (LowRank, DoRA) and len(u.shape) == 2]
     parts, unlike = to_fuse_unlike(pairs) if request.layout == "fused" else ({}, [])
     if unlike:
         what = "would be fused with parts that have no magnitude, and are DoRA or beside it"
@@ -43,13 +43,13 @@ def to_layout(state: Transformed, request: ConvertRequest) -> Transformed:
             f"--layout {request.layout} changes nothing: the adapter has no such modules", culprit=source.name
         )
     taken = {part.source.module for target in regrouped.values() for part in target.parts}
-    others = [module for module in kept if module not in taken]
+    others = [module for module in updates if module not in taken]
     beside = [m for m in others if m.rpartition(".")[0] in taken or m in regrouped]
-    beside += [module for module in kept if module in taken and kept[module].base]
+    beside += [module for module in updates if module in taken and updates[module].base]
     if beside:
         raise InputError("has another change beside its factors, which no other layout has", culprit=beside[0])
     changed = regroup(state, regrouped, others)
-    fused = (path for path in (*regrouped, *taken) if (found := locate_fused(path)) and path in found.maker)
+    fused = (path for path in (*regrouped, *taken) if (located := locate_fused(path)) and path in located.maker)
     if any(path.endswith(end) for path in fused for family in LAYOUTS.values() for end in family.conv1d):
         return with_fields(changed, fan_in_fan_out=request.layout == "fused")
     return changed

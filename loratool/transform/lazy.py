@@ -84,7 +84,7 @@ class LazyFile(VirtualFile):
     ) -> None:
         self._source, self._updates = source, updates
         self._made, self._copied, self._moved = made, copied, moved
-        self._of = {name: (m, role) for m, each in made.items() for role, name in each.update.tensors.items()}
+        self._of = {name: (m, role) for m, planned in made.items() for role, name in planned.update.tensors.items()}
         self._last: tuple[str, Tensors, Loss, bool] | None = None  # and whether its loss is of all steps by rows
         self._losses: dict[str, Loss] = {}  # of modules that were made
         self.settled = False  # all that was lost up to here is in the log, and no type is open
@@ -104,21 +104,21 @@ class LazyFile(VirtualFile):
         last = self._last
         if last is None or last[0] != module or (by_rows and not last[3]):
             self._last = last = None  # before the next is made, so that one is held
-            each, known = self._made[module], self._losses.get(module)
-            tensors, own = each.make()
+            planned, known = self._made[module], self._losses.get(module)
+            tensors, step_loss = planned.make()
             if known is None or by_rows:
-                former = self._former(each, by_rows)
-                loss = own.after(former) if each.resized else former.then(own)
+                former = self._former(planned, by_rows)
+                loss = step_loss.after(former) if planned.resized else former.then(step_loss)
                 self._losses[module] = loss.summed
             else:
                 loss = known
             self._last = last = module, tensors, loss, by_rows or loss.rows is not None or not loss.squared
         return last[1], last[2]
 
-    def _former(self, each: Made, by_rows: bool) -> Loss:
+    def _former(self, planned: Made, by_rows: bool) -> Loss:
         """Return what was lost of a module's parts; beside others one that lost nothing counts with its size."""
-        by_rows = by_rows or any(self._is_share(each, part) for part in each.parts)
-        losses = {part: loss_of(self._source, part, by_rows) for part in each.parts}
+        by_rows = by_rows or any(self._is_share(planned, part) for part in planned.parts)
+        losses = {part: loss_of(self._source, part, by_rows) for part in planned.parts}
         if not any(loss.squared for loss in losses.values()):
             return NO_LOSS
         for part, loss in losses.items():
@@ -126,20 +126,20 @@ class LazyFile(VirtualFile):
                 update = self._updates[part]
                 sizes = squares_of_change(update, stored_tensors(update, self._source))
                 losses[part] = Loss.of_rows(torch.zeros_like(sizes), sizes)
-        if not (by_rows and each.slices):
+        if not (by_rows and planned.slices):
             return reduce(add, losses.values()) if len(losses) == 1 else reduce(add, losses.values()).summed
-        shares = [losses[part].between(start, stop) for part, start, stop, _ in each.slices]
-        found, rows = reduce(add, shares), torch.zeros(2, rows_of(each.update), dtype=torch.float64)
-        for share, (_, start, stop, at) in zip(shares, each.slices, strict=True):
-            if share.rows is None or at is None:
-                return found.summed
-            rows[:, at : at + stop - start] = share.rows
-        return replace(found, rows=rows)
+        shares = [losses[part].between(start, stop) for part, start, stop, _ in planned.slices]
+        total, rows = reduce(add, shares), torch.zeros(2, rows_of(planned.update), dtype=torch.float64)
+        for share, (_, start, stop, first) in zip(shares, planned.slices, strict=True):
+            if share.rows is None or first is None:
+                return total.summed
+            rows[:, first : first + stop - start] = share.rows
+        return replace(total, rows=rows)
 
-    def _is_share(self, each: Made, part: str) -> bool:
+    def _is_share(self, planned: Made, part: str) -> bool:
         """Return whether some rows of a part are not in the module."""
-        rows = sum(stop - start for name, start, stop, _ in each.slices if name == part)
-        return bool(each.slices) and rows < rows_of(self._updates[part])
+        rows = sum(stop - start for name, start, stop, _ in planned.slices if name == part)
+        return bool(planned.slices) and rows < rows_of(self._updates[part])
 
     def loss(self, module: str, by_rows: bool = False) -> Loss:
         """Return what this and all former steps lose of a module since it was settled, by making it."""
@@ -155,10 +155,10 @@ class LazyFile(VirtualFile):
         """Return whether this or a former step, since it was settled, may change its numbers."""
         if self.settled:
             return False
-        made = self._made.get(module)
-        if made and made.numbers:
+        planned = self._made.get(module)
+        if planned and planned.numbers:
             return True
-        parts = made.parts if made else (self._moved.get(module, module),)
+        parts = planned.parts if planned else (self._moved.get(module, module),)
         return any(has_numbers(self._source, part) for part in parts)
 
 
@@ -255,23 +255,23 @@ def without_bases(state: Transformed) -> Transformed:
     return replace(state, adapter=replace(state.adapter, updates=updates))
 
 
-def with_factors(state: Transformed, made: Mapping[str, Made]) -> Transformed:
+def with_factors(state: Transformed, planned: Mapping[str, Made]) -> Transformed:
     """Return the adapter with other factors of some of its modules, which keep their names and tensors' names."""
-    if not made:
+    if not planned:
         return state
     source = state.adapter
-    gone = {name for module in made for name in source.updates[module].tensors.values()}
+    gone = {name for module in planned for name in source.updates[module].tensors.values()}
     copied = {name: name for name in source.file.specs if name not in gone}
-    file = LazyFile(source.file, source.updates, made, copied, {})
-    updates = {m: made[m].update if m in made else update for m, update in source.updates.items()}
+    file = LazyFile(source.file, source.updates, planned, copied, {})
+    updates = {m: planned[m].update if m in planned else update for m, update in source.updates.items()}
     adapter = replace(source, file=file, updates=updates, config=restated(source).config)
-    log = {m: each.then(made[m].exact) if m in made else each for m, each in state.log.items()}
+    log = {m: change.then(planned[m].exact) if m in planned else change for m, change in state.log.items()}
     return replace(state, adapter=adapter, log=log)
 
 
 def with_modules(
     state: Transformed,
-    made: Mapping[str, Made],
+    planned: Mapping[str, Made],
     moved: Mapping[str, UpdateSpec],
     keys: Mapping[str, str],
     format: str,
@@ -288,12 +288,12 @@ def with_modules(
     """
     source = state.adapter
     back = {update.module: module for module, update in moved.items()}
-    file = LazyFile(source.file, source.updates, made, keys, back)
-    updates = {update.module: update for update in moved.values()} | {m: each.update for m, each in made.items()}
+    file = LazyFile(source.file, source.updates, planned, keys, back)
+    updates = {update.module: update for update in moved.values()} | {m: plan.update for m, plan in planned.items()}
     updates = {module: updates[module] for module in order or updates}
     adapter = replace(source, format=format, flattened=False, file=file, updates=updates)
     log = {update.module: state.log[module] for module, update in moved.items()}
-    log |= {m: change_of_parts(state, each.parts).then(each.exact) for m, each in made.items()}
+    log |= {m: change_of_parts(state, plan.parts).then(plan.exact) for m, plan in planned.items()}
     return replace(state, adapter=restated(adapter), log=log)
 
 

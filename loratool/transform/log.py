@@ -98,6 +98,6 @@ Log = Mapping[str, Change]  # module of the adapter as it is now -> what became 
 def of_parts(changes: Iterable[Change]) -> Change:
     """Return what became of a module that is made of several ones."""
     every = list(changes)
-    sources = tuple(dict.fromkeys(name for each in every for name in each.sources))
-    exact = max((each.exact for each in every), key=EXACT.index, default="exact")
-    return Change(sources, exact, sum((each.loss for each in every), NO_LOSS))
+    sources = tuple(dict.fromkeys(name for change in every for name in change.sources))
+    exact = max((change.exact for change in every), key=EXACT.index, default="exact")
+    return Change(sources, exact, sum((change.loss for change in every), NO_LOSS))

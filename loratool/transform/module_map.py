@@ -1,7 +1,7 @@
-"""Map an image adapter's modules to those of another format: which rows each is made of, and its path there.
+"""Map an image adapter's modules to those of another format: the rows of each, and its path there.
 
-If one format fuses what the other splits, a split module gets its rows of B and the ranks that reach them, and a fused
-one the ranks of its slices one after the other (`factors` makes them).
+If one format fuses modules that the other splits, a split module gets its rows of B and the ranks that reach them. A
+fused module gets the ranks of its slices one after the other (`factors` computes them).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..errors import InputError, NeedsFlag, shell_word
 
 @dataclass(frozen=True)
 class RowSlice:
-    """A run of rows of a source module's B, and its place in the target's."""
+    """A run of rows of a source module's B, and its place in the target's B."""
 
     source: SourceModule
     start: int  # the first row in the source
@@ -34,7 +34,7 @@ class TargetModule:
 
     component: str  # `unet`, `text_encoder`, `text_encoder_2`, ...; empty for a language model
     path: str
-    rows: int  # of B in all, some of which may be in no slice
+    rows: int  # all rows of B; some may be in no slice
     parts: tuple[RowSlice, ...]
     how: str  # `exact` (the stored factors), `split`, `fused` or `swapped`
 
@@ -46,11 +46,11 @@ def runs_of(rows: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def plan_target_modules(sources: list[SourceModule], family: str, naming: Naming) -> list[TargetModule]:
-    """Return the targets that an image adapter's modules become, under the names of a naming.
+    """Return the targets that an image adapter's modules become, under the names of a spelling.
 
     Args:
         family: a key of FAMILIES.
-        naming: of the denoiser's modules; text encoders have one only.
+        naming: the spelling of the denoiser's modules; text encoders have one only.
 
     Raises:
         InputError: two modules would become one, or rows do not fit.
@@ -59,14 +59,15 @@ def plan_target_modules(sources: list[SourceModule], family: str, naming: Naming
     settled = settle_components(sources, FAMILIES[family])
     spans = [(source, table := _table_of(source, family), _spans(source, table)) for source in settled]
     _refuse_twice(spans)
-    whole = {span.module: span.whole for source, _, each in spans if source.component in DENOISERS for span in each}
+    of_denoiser = [module_spans for source, _, module_spans in spans if source.component in DENOISERS]
+    part_rows = {span.module: span.whole for module_spans in of_denoiser for span in module_spans}
     slices: dict[tuple[str, str], list[RowSlice]] = {}
     rows: dict[tuple[str, str], int] = {}
-    for source, table, each in spans:
-        for span in each:
+    for source, table, module_spans in spans:
+        for span in module_spans:
             placed = [(span.module, span.whole, RowSlice(source, span.start, span.stop, span.skip))]
             if naming is not Naming.DIFFUSERS and table is FAMILIES[family]:
-                placed = _in_naming(source, table, span, whole, naming)
+                placed = _in_naming(source, table, span, part_rows, naming)
             for path, size, part in placed:
                 slices.setdefault((source.component, path), []).append(part)
                 rows[source.component, path] = size
@@ -89,26 +90,26 @@ def refuse_column_norms(targets: Iterable[TargetModule]) -> None:
 
 
 def _refuse_twice(spans: Iterable[tuple[SourceModule, ModelFamily | None, tuple[Span, ...]]]) -> None:
-    """Raise InputError for rows that two modules are, one under another name or a part of the other."""
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for source, _, each in spans:
-        for span in each:
+    """Raise InputError if two modules hold the same rows, under different names or as a part and a fused module."""
+    taken: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for source, _, module_spans in spans:
+        for span in module_spans:
             stop = span.skip + span.stop - span.start
-            others = found.setdefault((source.component, span.module), [])
+            others = taken.setdefault((source.component, span.module), [])
             if any(span.skip < end and start < stop for start, end in others):
                 raise InputError("two modules of the adapter would become this one", culprit=span.module)
             others.append((span.skip, stop))
 
 
 def _table_of(source: SourceModule, family: str) -> ModelFamily | None:
-    """Return the table that names a module's rows; None for a module that keeps its name."""
+    """Return the table of a module's names; None for a module that keeps its name."""
     if source.component in DENOISERS:
         return FAMILIES[family]
     return ENCODERS["clip"] if names_maker(ENCODERS["clip"], source.path) else None
 
 
 def _spans(source: SourceModule, table: ModelFamily | None) -> tuple[Span, ...]:
-    """Return the rows of diffusers' modules that a module consists of."""
+    """Return the rows of a module as parts of diffusers' modules."""
     rows, columns = source.update.shape[:2]
     located = locate(table, source.path) if table else None
     if located is None:
@@ -121,18 +122,18 @@ def _spans(source: SourceModule, table: ModelFamily | None) -> tuple[Span, ...]:
 
 
 def _in_naming(
-    source: SourceModule, table: ModelFamily, span: Span, whole: Mapping[str, int], naming: Naming
+    source: SourceModule, table: ModelFamily, span: Span, part_rows: Mapping[str, int], naming: Naming
 ) -> list[tuple[str, int, RowSlice]]:
-    """Return (path, rows, slice) for the modules of a naming that some rows of diffusers' module are in.
+    """Return (path, rows, slice) for the modules of a spelling that contain some rows of diffusers' module.
 
     Args:
-        whole: diffusers' module -> its rows.
+        part_rows: diffusers' module -> the number of its rows.
     """
-    found: list[tuple[str, int, RowSlice]] = []
+    placed: list[tuple[str, int, RowSlice]] = []
     located = locate(table, span.module)
     for path in located.names(naming) if located else ():
         other = locate(table, path)
-        parts = parts_of(other, source.update.shape[1], known=whole) if other else None
+        parts = parts_of(other, source.update.shape[1], known=part_rows) if other else None
         if parts is None:
             raise InputError(f"has {span.whole} rows, too many for its part of {path}", culprit=source.module)
         for part in parts:
@@ -142,26 +143,26 @@ def _in_naming(
             )
             if part.module == span.module and low < high:
                 start = span.start + low - span.skip
-                at = part.start + low - part.skip
-                found.append((path, parts[-1].stop, RowSlice(source, start, start + high - low, at)))
-    return found
+                target_row = part.start + low - part.skip
+                placed.append((path, parts[-1].stop, RowSlice(source, start, start + high - low, target_row)))
+    return placed
 
 
 def _joined(parts: list[RowSlice]) -> tuple[RowSlice, ...]:
-    """Return slices in the order of the target's rows, those that go on in source and target as one."""
-    found: list[RowSlice] = []
+    """Return slices in the order of the target's rows; slices that continue each other become one."""
+    joined: list[RowSlice] = []
     for part in sorted(parts, key=lambda part: part.at):
-        last = found[-1] if found else None
+        last = joined[-1] if joined else None
         goes_on = last and (last.source, last.stop, last.at + last.stop - last.start) == (
             part.source,
             part.start,
             part.at,
         )
         if last and goes_on:
-            found[-1] = RowSlice(last.source, last.start, part.stop, last.at)
+            joined[-1] = RowSlice(last.source, last.start, part.stop, last.at)
         else:
-            found.append(part)
-    return tuple(found)
+            joined.append(part)
+    return tuple(joined)
 
 
 def _target(component: str, path: str, parts: tuple[RowSlice, ...], rows: int) -> TargetModule:
@@ -169,8 +170,8 @@ def _target(component: str, path: str, parts: tuple[RowSlice, ...], rows: int) -
     several = any(part.source is not first for part in parts)
     if several or sum(part.stop - part.start for part in parts) < rows:
         return fuse_modules(component, path, list(parts), rows)
-    whole = first.update.shape[0] == rows
-    how = "split" if not whole else "exact" if len(parts) == 1 else "swapped"
+    is_complete = first.update.shape[0] == rows
+    how = "split" if not is_complete else "exact" if len(parts) == 1 else "swapped"
     return TargetModule(component, path, rows, parts, how)
 
 
@@ -179,7 +180,7 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
 
     Raises:
         NeedsFlag: some of its rows would have a magnitude and others none.
-        InputError: the slices have different inputs, or more rows than there is place for.
+        InputError: the slices have different inputs, or too many rows.
     """
     other = next((p.source for p in parts if p.source.update.shape[1:] != parts[0].source.update.shape[1:]), None)
     if other:

@@ -51,7 +51,7 @@ def replaced_update(path: str, key: str, spec: TensorSpec) -> UpdateSpec:
     return UpdateSpec(ReplaceTensor, module_path(path), {"value": key}, {"value": spec})
 
 
-def new_adapter(name: str, like: WeightsFile, made: Mapping[str, Made], fields: Mapping[str, Any]) -> Adapter:
+def new_adapter(name: str, like: WeightsFile, planned: Mapping[str, Made], fields: Mapping[str, Any]) -> Adapter:
     """Return an adapter that is made of no other.
 
     Args:
@@ -59,6 +59,6 @@ def new_adapter(name: str, like: WeightsFile, made: Mapping[str, Made], fields: 
         made: its modules.
         fields: of PEFT's config.
     """
-    updates = {module: each.update for module, each in made.items()}
+    updates = {module: plan.update for module, plan in planned.items()}
     config = parse_config(name, fields, None)
-    return Adapter(name, Peft.key, LazyFile(like, {}, made, {}, {}), config, updates)
+    return Adapter(name, Peft.key, LazyFile(like, {}, planned, {}, {}), config, updates)

@@ -1,6 +1,6 @@
-"""Steps that change numbers: fold the scale, subtract a start, truncate to a rank, give one scale, and settle the type.
+"""Steps that change numbers: fold the scale, subtract a start, truncate to a rank, set one scale, and settle the type.
 
-All but the last compute in float64 and round nothing; `settle` rounds once, and measures all that is lost on the way.
+All but the last compute in float64 without rounding to a stored type. `settle` rounds once, and measures all losses.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _holds_product(digits: int, scale: float) -> bool:
 
 
 def _digits(side: Tensor) -> int:
-    """Return the most bits that a number's significand has: what float64 holds between steps may be of another type."""
+    """Return the most bits in a significand; float64 numbers between steps may have those of a shorter type."""
     if side.dtype != torch.float64:
         return DIGITS[side.dtype]
     significands = torch.frexp(side).mantissa.abs().mul(2.0**53).long()
@@ -56,7 +56,7 @@ def _digits(side: Tensor) -> int:
 
 
 def single(number: float) -> float:
-    """Return the nearest float32 number, of which a larger one is infinite."""
+    """Return the nearest float32 number; inf if the number overflows."""
     return float(torch.tensor(number, dtype=torch.float32))
 
 
@@ -71,9 +71,9 @@ def alpha_for_scale(scale: float, rank: int) -> float:
     return next((alpha for alpha in candidates if alpha / rank == scale), product)
 
 
-def loss_between(true: tuple[Tensor, Tensor], made: tuple[Tensor, Tensor]) -> Loss:
-    """Return what is lost where stacked factors (B, A) are written as others; at least a rounding of float64."""
-    (B, A), (made_B, made_A) = ([side.double() for side in pair] for pair in (true, made))
+def loss_between(true: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) -> Loss:
+    """Return the loss of writing stacked factors (B, A) as others; at least float64's rounding error."""
+    (B, A), (made_B, made_A) = ([side.double() for side in pair] for pair in (true, written))
     R = torch.linalg.qr(A.mT, mode="r").R
     total = row_squares(B @ R.mT)
     if B.shape != made_B.shape:
@@ -106,7 +106,7 @@ def _loaded(adapter: Adapter, module: str) -> LowRank | Experts:
 
 
 def _beside(adapter: Adapter, update: UpdateSpec) -> dict[str, Tensor]:
-    """Return the tensors of a module that are no factors: DoRA's magnitude."""
+    """Return the tensors of a module beside its factors: DoRA's magnitude."""
     return {role: adapter.file.tensor(name) for role, name in update.tensors.items() if role not in "AB"}
 
 
@@ -126,7 +126,7 @@ def _laid(update: UpdateSpec, B: Tensor, A: Tensor) -> dict[str, Tensor]:
 
 
 def _with(update: UpdateSpec, rank: int, letters: str, scale: float) -> UpdateSpec:
-    """Return what headers say of factors of another rank, type and scale."""
+    """Return the update with another rank, type and scale of its factors."""
     E, A, B = update.experts, update.specs["A"].shape, update.specs["B"].shape
     sides = {"A": TensorSpec(letters, (E * rank, *A[1:])), "B": TensorSpec(letters, (B[0], rank * E, *B[2:]))}
     detail = update.detail if update.cls is DoRA or update.cls.stack else None  # loralib's slices are expanded
@@ -134,20 +134,20 @@ def _with(update: UpdateSpec, rank: int, letters: str, scale: float) -> UpdateSp
 
 
 def natural(update: UpdateSpec) -> torch.dtype:
-    """Return the type that the output keeps if it holds the numbers."""
+    """Return the stored type of the factors, which the output keeps if it holds the numbers."""
     return torch.promote_types(*factor_dtypes(update))
 
 
 def with_scales(
     state: Transformed, scale_of: Callable[[UpdateSpec], tuple[float, float]], modules: Collection[str] | None = None
 ) -> Transformed:
-    """Give modules other scales, and put the quotients into B.
+    """Change the scales of modules, and multiply B by the quotients.
 
     Args:
         scale_of: returns the new scale, and the factor of B.
-        modules: all with factors by default.
+        modules: by default all with factors.
     """
-    source, made = state.adapter, dict[str, Made]()
+    source, planned = state.adapter, dict[str, Made]()
     for module in factored(source) if modules is None else modules:
         update = source.updates[module]
         new, ratio = scale_of(update)
@@ -160,24 +160,24 @@ def with_scales(
             if (abs(ratio) > 1e200 or loaded.B.dtype == torch.float64) and not is_finite(B):  # float32's are far below
                 raise InputError("its factors overflow", culprit=module)
             tensors = {"A": A, "B": B, **_beside(source, source.updates[module])}
-            said = Fraction(new) * Fraction(ratio) == Fraction(loaded.scale)
-            if said and _holds_product(_digits(loaded.B), ratio):
+            is_same = Fraction(new) * Fraction(ratio) == Fraction(loaded.scale)
+            if is_same and _holds_product(_digits(loaded.B), ratio):
                 return tensors, NO_LOSS
             return tensors, loss_between(stack_factors(loaded), stack_factors(replace(loaded, A=A, B=B, scale=new)))
 
         spec = _with(update, update.rank, safetensors_name(natural(update)), new)
-        made[module] = Made(spec, make, (module,), "exact" if ratio == 1.0 else "folded")
-    return with_factors(state, made)
+        planned[module] = Made(spec, make, (module,), "exact" if ratio == 1.0 else "folded")
+    return with_factors(state, planned)
 
 
 def fold(state: Transformed, modules: Collection[str] | None = None) -> Transformed:
-    """Put the scales into B, so that alpha is the rank; of trained biases beside the factors as well."""
+    """Multiply B, and trained biases beside the factors, by the scale, so that alpha equals the rank."""
     folded = with_scales(state, lambda update: (1.0, update.scale), modules)
     return with_factors(folded, _folded_biases(folded.adapter)) if modules is None else folded
 
 
 def _folded_biases(source: Adapter) -> dict[str, Made]:
-    found = {}
+    planned = {}
     for module, update in source.updates.items():
         if update.cls is AddDelta and update.scale != 1.0:
 
@@ -190,8 +190,8 @@ def _folded_biases(source: Adapter) -> dict[str, Made]:
                 return {"value": rounded}, Loss(_squares(rounded.double() - value), _squares(value))
 
             spec = TensorSpec("F32", update.specs["value"].shape)
-            found[module] = Made(replace(update, specs={"value": spec}, scale=1.0), make, (module,), "folded")
-    return found
+            planned[module] = Made(replace(update, specs={"value": spec}, scale=1.0), make, (module,), "folded")
+    return planned
 
 
 def _squares(values: Tensor) -> float:
@@ -200,7 +200,7 @@ def _squares(values: Tensor) -> float:
 
 def subtract_start(state: Transformed, initial: Adapter) -> Transformed:
     """Subtract the adapter as it was before training: [A; A0] and [B | -B0], at the scale of both."""
-    source, made = state.adapter, dict[str, Made]()
+    source, planned = state.adapter, dict[str, Made]()
     for module, former in initial.updates.items():
         if module not in source.updates:
             continue
@@ -208,9 +208,10 @@ def subtract_start(state: Transformed, initial: Adapter) -> Transformed:
         scale = update.scale if update.scale == former.scale else 1.0
 
         def make(module: str = module, scale: float = scale) -> tuple[Tensors, Loss]:
-            own, start = _loaded(source, module), _loaded(initial, module)
-            exact = all(is_exact_product(each.B.dtype, each.scale / scale) for each in (own, start))
-            (B, A), (B0, A0) = (stack_factors(replace(each, scale=each.scale / scale)) for each in (own, start))
+            trained, start = _loaded(source, module), _loaded(initial, module)
+            exact = all(is_exact_product(loaded.B.dtype, loaded.scale / scale) for loaded in (trained, start))
+            scaled = (replace(loaded, scale=loaded.scale / scale) for loaded in (trained, start))
+            (B, A), (B0, A0) = map(stack_factors, scaled)
             both = torch.cat([B, -B0], -1), torch.cat([A, A0], -2)
             tensors = {**_laid(source.updates[module], *both), **_beside(source, source.updates[module])}
             if exact:
@@ -220,39 +221,39 @@ def subtract_start(state: Transformed, initial: Adapter) -> Transformed:
 
         letters = safetensors_name(torch.promote_types(natural(update), natural(former)))
         rank = update.rank + former.rank
-        made[module] = Made(_with(update, rank, letters, scale), make, (module,))
-    changed = with_factors(state, made)
+        planned[module] = Made(_with(update, rank, letters, scale), make, (module,))
+    changed = with_factors(state, planned)
     config = changed.adapter.config
     config = replace(config, peft={**config.peft, "init_lora_weights": True}, base_mutating_inits={})
     return replace(changed, adapter=replace(changed.adapter, config=config))
 
 
 def cut_ranks(state: Transformed, rank: int) -> Transformed:
-    """Cut modules of a higher rank down to this one, at best; the scale goes into the factors."""
-    source, made = state.adapter, dict[str, Made]()
+    """Truncate modules of a higher rank to the best factors of this one; the scale goes into the factors."""
+    source, planned = state.adapter, dict[str, Made]()
     for module in factored(source):
         update = source.updates[module]
-        if update.rank <= rank:  # none is raised
+        if update.rank <= rank:  # never raise a rank
             continue
 
         def make(module: str = module, update: UpdateSpec = update) -> tuple[Tensors, Loss]:
             try:
                 D = factored_svd(*stack_factors(_loaded(source, module)))
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                raise InputError(TOO_LARGE, culprit=module) from error  # of finite factors it is an overflow
+                raise InputError(TOO_LARGE, culprit=module) from error  # finite factors fail only by overflow
             squares = (D.U * D.S.unsqueeze(-2)).square()  # (E, out, k)
-            total, left = (each.sum(-1).flatten() for each in (squares, squares[..., rank:]))
+            total, left = (part.sum(-1).flatten() for part in (squares, squares[..., rank:]))
             cut = bool((D.S[..., rank:] > RANK_TOLERANCE * D.S[..., :1]).any())  # else float64 rounded alone
             loss = Loss.of_rows(torch.maximum(left, EPSILON**2 * total), total, cut)
             return {**_laid(update, *D.truncated(rank)), **_beside(source, update)}, loss
 
-        made[module] = Made(_with(update, rank, "F32", 1.0), make, (module,), "folded")
-    return with_factors(state, made)
+        planned[module] = Made(_with(update, rank, "F32", 1.0), make, (module,), "folded")
+    return with_factors(state, planned)
 
 
 def pad(state: Transformed, rank_of: Callable[[str], int]) -> Transformed:
-    """Fill the factors of modules up with zeros to a rank."""
-    source, made = state.adapter, dict[str, Made]()
+    """Pad the factors of modules with zeros to a rank."""
+    source, planned = state.adapter, dict[str, Made]()
     for module in factored(source):
         update, rank = source.updates[module], rank_of(module)
         if rank == update.rank:
@@ -267,12 +268,12 @@ def pad(state: Transformed, rank_of: Callable[[str], int]) -> Transformed:
             return {**sides, **_beside(source, update)}, NO_LOSS
 
         spec = _with(update, rank, safetensors_name(natural(update)), update.scale)
-        made[module] = Made(spec, make, (module,), numbers=False)
-    return with_factors(state, made)
+        planned[module] = Made(spec, make, (module,), numbers=False)
+    return with_factors(state, planned)
 
 
 def one_scale(state: Transformed) -> Transformed:
-    """Give all modules the scale that most have."""
+    """Change all modules' scales to the most common one."""
     updates = [state.adapter.updates[module] for module in factored(state.adapter)]
     scales = Counter(update.scale for update in updates if update.scale)
     common = scales.most_common(1)[0][0] if scales else 1.0
@@ -281,13 +282,13 @@ def one_scale(state: Transformed) -> Transformed:
 
 @dataclass(frozen=True)
 class Settled(Transformed):
-    """An adapter whose types are settled and whose losses are measured: what is written and reported.
+    """An adapter with settled types and measured losses, ready to be written and reported.
 
     Attributes:
-        config: the fields beside the tensors, PEFT's or another format's; None for those that its updates tell.
+        config: the fields beside the tensors, PEFT's or another format's; None for those that follow from its updates.
         metadata: of the file.
-        family: a key of FAMILIES, by whose table an image model's modules are named; None for a language model.
-        is_certain: no other family can be meant.
+        family: a key of FAMILIES, whose table names an image model's modules; None for a language model.
+        is_certain: no other family fits.
     """
 
     config: Mapping[str, Any] | None = None
@@ -297,15 +298,15 @@ class Settled(Transformed):
 
 
 def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:
-    """Round the factors to their type, once, and measure what all steps lost of each module, one after the other.
+    """Round the factors to their type, once, and measure the loss of all steps, one module after the other.
 
     Args:
-        dtype: of the factors; None keeps the stored one where it holds the numbers, and else takes float32.
+        dtype: of the factors; None keeps the stored one if it holds the numbers, and else takes float32.
 
     Raises:
         NeedsFlag, InputError: a number overflows the type.
     """
-    source, made, modules = state.adapter, dict[str, Made](), factored(state.adapter)
+    source, planned, modules = state.adapter, dict[str, Made](), factored(state.adapter)
     biases = [module for module in source.updates.keys() - {*modules} if state.measured(module)]
     losses = {module: loss_of(source.file, module) for module in biases}
     for module in modules:
@@ -327,16 +328,16 @@ def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:
             return {"A": A, "B": B, **_beside(source, source.updates[module])}, NO_LOSS
 
         spec = _with(update, update.rank, safetensors_name(wanted), update.scale)
-        made[module] = Made(spec, make, (module,), numbers=False)
-    kept, changed = source.config, with_factors(state, made)
+        planned[module] = Made(spec, make, (module,), numbers=False)
+    config, changed = source.config, with_factors(state, planned)
     if isinstance(changed.adapter.file, LazyFile):
         changed.adapter.file.settled = True
     log = {m: each.then(loss=losses[m]) if m in losses else each for m, each in changed.log.items()}
-    return Settled(replace(changed.adapter, config=kept), log, state.notes)  # the type alone restates nothing
+    return Settled(replace(changed.adapter, config=config), log, state.notes)  # the type alone restates nothing
 
 
 def _measured(source: Adapter, module: str, dtype: torch.dtype | None) -> tuple[torch.dtype, Loss]:
-    """Make a module; return the type that it gets, and what all steps and this type lose of it."""
+    """Compute a module's factors; return the type that they get, and the loss of all steps and this type."""
     update, loaded = source.updates[module], _loaded(source, module)
     former = loss_of(source.file, module)
     for wanted in (dtype,) if dtype else (natural(update), torch.float32):
@@ -344,6 +345,6 @@ def _measured(source: Adapter, module: str, dtype: torch.dtype | None) -> tuple[
         same = torch.equal(B.double(), loaded.B.double()) and torch.equal(A.double(), loaded.A.double())
         if same:
             return wanted, former
-    round_factors(module, (loaded.B, loaded.A), wanted)  # which refuses what overflows
+    round_factors(module, (loaded.B, loaded.A), wanted)  # raises if a number overflows
     rounded: Update = replace(loaded, A=A, B=B)
     return wanted, former.then(loss_between(stack_factors(loaded), stack_factors(rounded)))

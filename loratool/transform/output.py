@@ -50,18 +50,18 @@ def in_format(state: Settled, to: Format) -> Settled:
 
 def rows(state: Settled) -> tuple[ModuleConvert, ...]:
     """Return the report's row of each module with factors, from the log alone."""
-    can, found = FORMATS[state.adapter.format].can, []
+    can, report_rows = FORMATS[state.adapter.format].can, []
     restated = can.alpha == "tensor" or (is_restated(state.adapter) and can.alpha == "config")
     for module, update in state.adapter.updates.items():
         change = state.log[module]
         if update.rank and change.sources:  # zeros that a runtime needs are made of none
             alpha = alpha_for_scale(update.scale, update.rank)
-            said = (single(alpha) if can.alpha == "tensor" else alpha) / update.rank  # as a reader computes it
-            rounded = abs(said / update.scale - 1.0) if restated and update.scale else 0.0
+            written_scale = (single(alpha) if can.alpha == "tensor" else alpha) / update.rank  # as a reader computes it
+            rounded = abs(written_scale / update.scale - 1.0) if restated and update.scale else 0.0
             error = math.hypot(change.loss.relative, rounded)
             how = "rounded" if rounded and not change.loss.relative else change.how
-            found.append(ModuleConvert(module, change.sources, how, update.rank, alpha, error))
-    return tuple(found)
+            report_rows.append(ModuleConvert(module, change.sources, how, update.rank, alpha, error))
+    return tuple(report_rows)
 
 
 def left_out(source: Adapter, state: Transformed) -> tuple[str, ...]:
@@ -94,8 +94,8 @@ def content(state: Settled, model: Mapping[str, Any] | None = None) -> AdapterCo
         if name in alphas:
             update = adapter.updates[alphas[name]]
             return torch.tensor(alpha_for_scale(update.scale, update.rank), dtype=torch.float32)
-        made = tensor(*of[name]) if name in of else _copy(adapter, name)
-        return made.reshape(specs[name].shape)
+        value = tensor(*of[name]) if name in of else _copy(adapter, name)
+        return value.reshape(specs[name].shape)
 
     config = fields(adapter) if state.config is None else state.config
     metadata = state.metadata if state.family else {**state.metadata, "format": "pt"}
@@ -147,9 +147,9 @@ def fields(adapter: Adapter) -> dict[str, Any]:
     saved = {m for m in replaced if not m.endswith(".bias")}
     biases = {m for m in replaced - saved if m.rpartition(".")[0] not in saved}
     base = adapter.config.base_model
-    told: dict[str, Any] = {"base_model_name_or_path": base} if base else {}
-    told["use_dora"] = any(update.cls is DoRA for update in updates.values())
-    told |= {"lora_bias": True} if any(update.cls is AddDelta for update in updates.values()) else {}
-    told |= {"modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
+    from_updates: dict[str, Any] = {"base_model_name_or_path": base} if base else {}
+    from_updates["use_dora"] = any(update.cls is DoRA for update in updates.values())
+    from_updates |= {"lora_bias": True} if any(update.cls is AddDelta for update in updates.values()) else {}
+    from_updates |= {"modules_to_save": sorted(saved) or None, "bias": "all" if biases else "none"}
     ours = config_of(both, listed_as_parameters(updates.values()))
-    return {**ours, **told, **peft, "peft_type": "LORA"}
+    return {**ours, **from_updates, **peft, "peft_type": "LORA"}

@@ -50,7 +50,7 @@ NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others 
 
 
 @dataclass(frozen=True)
-class _Subject:
+class TargetModel:
     """Say what an adapter is of.
 
     Attributes:
@@ -97,8 +97,8 @@ def _plan_low_rank(
 ) -> Settled:
     """Plan the conversion of an adapter whose kinds with factors are LoRA and DoRA made with it, and Experts."""
     source, base = state.adapter, None
-    subject = _find_subject(source, request, family)
-    of_language = subject.is_single and subject.family is None
+    target = _find_target_model(source, request, family)
+    of_language = target.is_single and target.family is None
     if request.runtime:
         if not of_language:
             raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
@@ -107,14 +107,14 @@ def _plan_low_rank(
             request = replace(request, to=Peft.key)
             return plan_for_runtime(_without_dora(state, request, folder, opened), request, base)
     names_class = _names_class(source, request) and of_language
-    _check_options(source, subject, request, names_class)
-    if subject.family is not None:
-        refuse_unknown_blocks(source, subject.modules, subject.family)
-        state = _without_initial(state, [each.module for each in subject.wanted], request)
+    _check_options(source, target, request, names_class)
+    if target.family is not None:
+        refuse_unknown_blocks(source, target.modules, target.family)
+        state = _without_initial(state, [each.module for each in target.wanted], request)
     state = _without_dora(state, request, folder, opened)
-    if subject.family is not None:
-        return _plan_image(state, subject, subject.family, request, source)
-    if subject.is_single:
+    if target.family is not None:
+        return _plan_image(state, target, target.family, request, source)
+    if target.is_single:
         return plan_one_model(state, request, names_class)
     if not any(update.rank for update in source.updates.values()):
         kinds = " and ".join(sorted({update.cls.kind for update in source.updates.values()}))
@@ -131,7 +131,7 @@ def _plan_low_rank(
     )
 
 
-def _find_subject(source: Adapter, request: ConvertRequest, family: str | None) -> _Subject:
+def _find_target_model(source: Adapter, request: ConvertRequest, family: str | None) -> TargetModel:
     """Tell what an adapter is of, by its modules' names and, where several models have such, by --base.
 
     Raises:
@@ -156,7 +156,7 @@ def _find_subject(source: Adapter, request: ConvertRequest, family: str | None) 
             choice = FamilyChoice(None)  # the names that it has are those of its model
     if is_single and not any(each.component in DENOISERS for each in modules):
         choice = FamilyChoice(None)  # a text encoder alone is converted as a language model
-    return _Subject(choice, is_single, modules, wanted)
+    return TargetModel(choice, is_single, modules, wanted)
 
 
 def _names_class(source: Adapter, request: ConvertRequest) -> bool:
@@ -168,17 +168,17 @@ def _names_class(source: Adapter, request: ConvertRequest) -> bool:
     return not (is_config and FORMATS[source.format].can.told_by_model)
 
 
-def _check_options(source: Adapter, subject: _Subject, request: ConvertRequest, names_class: bool) -> None:
+def _check_options(source: Adapter, target: TargetModel, request: ConvertRequest, names_class: bool) -> None:
     """Raise UsageError for an option that would do nothing, and InputError for a format of other models."""
-    own, to = FORMATS[source.format].can, FORMATS[request.to].can
-    dora = request.plain and any(each.update.cls is DoRA for each in subject.wanted)
-    is_image = subject.family is not None
-    may_be_image = is_image or not subject.is_single
-    uses_base = request.layout or names_class or dora or may_be_image or own.told_by_model or to.told_by_model
-    if subject.family is not None and to.told_by_model:
-        message = f"is of {FAMILIES[subject.family].title}, and {request.to}'s files are for language models"
+    source_can, to = FORMATS[source.format].can, FORMATS[request.to].can
+    dora = request.plain and any(each.update.cls is DoRA for each in target.wanted)
+    is_image = target.family is not None
+    may_be_image = is_image or not target.is_single
+    uses_base = request.layout or names_class or dora or may_be_image or source_can.told_by_model or to.told_by_model
+    if target.family is not None and to.told_by_model:
+        message = f"is of {FAMILIES[target.family].title}, and {request.to}'s files are for language models"
         raise InputError(message, culprit=source.name)
-    if subject.family is not None and request.layout:
+    if target.family is not None and request.layout:
         raise UsageError("--layout is for adapters of language models")
     if to.named_by_model and request.layout:
         raise UsageError(f"--layout and --to {request.to} are two conversions: one after the other")
@@ -190,7 +190,7 @@ def _check_options(source: Adapter, subject: _Subject, request: ConvertRequest, 
     if is_image and request.architecture is not None and request.architecture not in FAMILIES:
         message = f"--architecture of an image model's adapter is one of {', '.join(FAMILIES)}"
         raise UsageError(message, culprit=source.name)
-    if request.architecture is not None and subject.is_single and not is_image:
+    if request.architecture is not None and target.is_single and not is_image:
         if not names_class or request.architecture in FAMILIES:
             raise UsageError(
                 "--architecture is the family of an image model's adapter, or with --to peft, without --layout and "
@@ -201,16 +201,16 @@ def _check_options(source: Adapter, subject: _Subject, request: ConvertRequest, 
 
 
 def _plan_image(
-    state: Transformed, subject: _Subject, family: str, request: ConvertRequest, source: Adapter
+    state: Transformed, target: TargetModel, family: str, request: ConvertRequest, source: Adapter
 ) -> Settled:
     """Plan an image model's adapter, with a note on other models that it could be of."""
     start_of = functools.partial(base_mutating_init_of, state.adapter.config)
     sources, impossible = read_source_modules(state.adapter)
-    made = plan_image(state, family, request, sources, impossible, source.file.metadata or {}, start_of)
-    made = replace(made, is_certain=subject.choice.is_certain)
-    also = " and ".join(subject.choice.also)
+    planned = plan_image(state, family, request, sources, impossible, source.file.metadata or {}, start_of)
+    planned = replace(planned, is_certain=target.choice.is_certain)
+    also = " and ".join(target.choice.also)
     assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules as well, and no {request.to} files"
-    return noted(made, assumed) if also else made
+    return noted(planned, assumed) if also else planned
 
 
 def plan_one_model(state: Transformed, request: ConvertRequest, names_class: bool = False) -> Settled:

@@ -31,24 +31,24 @@ class SingularValues:
 
 def fixed_rank(spectrum: SingularValues, value: float) -> int | None:
     """Return `value`, or the matrix's rank if that is lower."""
-    found = len(spectrum.squares)
-    return min(int(value), found) if spectrum.whole or found >= value else None
+    known = len(spectrum.squares)
+    return min(int(value), known) if spectrum.whole or known >= value else None
 
 
 def energy_rank(spectrum: SingularValues, value: float) -> int | None:
     """Return the least k whose squares sum to `value` of ||D||^2 (peft/tuners/lora/conversion.py: a float rank)."""
-    kept, wanted = 0.0, value * spectrum.total * (1 - 1e-12)
+    energy, wanted = 0.0, value * spectrum.total * (1 - 1e-12)
     for k, square in enumerate(spectrum.squares, 1):
-        kept += square
-        if kept >= wanted:
+        energy += square
+        if energy >= wanted:
             return k
     return len(spectrum.squares) if spectrum.whole else None
 
 
 def ratio_rank(spectrum: SingularValues, value: float) -> int | None:
     """Count the sigmas above sigma_1 / value (kohya's networks/resize_lora.py, index_sv_ratio, returns one more)."""
-    kept = sum(math.sqrt(square) * value > math.sqrt(spectrum.squares[0]) for square in spectrum.squares)
-    return kept if spectrum.whole or kept < len(spectrum.squares) else None
+    count = sum(math.sqrt(square) * value > math.sqrt(spectrum.squares[0]) for square in spectrum.squares)
+    return count if spectrum.whole or count < len(spectrum.squares) else None
 
 
 def cumulative_rank(spectrum: SingularValues, value: float) -> int | None:
@@ -56,10 +56,10 @@ def cumulative_rank(spectrum: SingularValues, value: float) -> int | None:
     if not spectrum.whole:
         return None
     sigmas = [math.sqrt(square) for square in spectrum.squares]
-    kept, wanted = 0.0, value * math.fsum(sigmas) * (1 - 1e-12)
+    total, wanted = 0.0, value * math.fsum(sigmas) * (1 - 1e-12)
     for k, sigma in enumerate(sigmas, 1):
-        kept += sigma
-        if kept >= wanted:
+        total += sigma
+        if total >= wanted:
             return k
     return len(sigmas)
 
@@ -72,8 +72,8 @@ def norm_rank(spectrum: SingularValues, value: float) -> int | None:
 def noise_rank(spectrum: SingularValues, value: float) -> int | None:
     """Count the sigmas above `value` times what noise can have made (`numerics/rounding_noise.py`); it may be none."""
     assert spectrum.noise is not None, "only who knows the noise offers the rule"
-    kept = sum(square > (value * spectrum.noise) ** 2 for square in spectrum.squares)
-    return kept if spectrum.whole or kept < len(spectrum.squares) else None
+    count = sum(square > (value * spectrum.noise) ** 2 for square in spectrum.squares)
+    return count if spectrum.whole or count < len(spectrum.squares) else None
 
 
 # name -> a function from (singular values, value of the option) to a rank, or to None if it needs more of them
@@ -147,9 +147,9 @@ def choose_ranks(
         UsageError: rank 1 everywhere exceeds the budget.
     """
     if rule == "rank":
-        found = dict.fromkeys(spectra, int(value))
+        ranks = dict.fromkeys(spectra, int(value))
     elif rule in RANK_RULES:
-        found = {name: RANK_RULES[rule](spectrum, value) or 1 for name, spectrum in spectra.items()}
+        ranks = {name: RANK_RULES[rule](spectrum, value) or 1 for name, spectrum in spectra.items()}
     else:
         budget, least = int(value), sum(spectrum.cost for spectrum in spectra.values())
         if budget < least:
@@ -157,8 +157,8 @@ def choose_ranks(
                 f"--{rule} is too little: rank 1 everywhere takes {least} parameters, and {max(0, budget)} fit in"
             )
         rest = {name: replace(spectrum, squares=spectrum.squares[1:most]) for name, spectrum in spectra.items()}
-        found = {name: 1 + more for name, more in budget_ranks(rest, budget - least).items()}
-    return {name: min(max(1, rank), most or rank) for name, rank in found.items()}
+        ranks = {name: 1 + more for name, more in budget_ranks(rest, budget - least).items()}
+    return {name: min(max(1, rank), most or rank) for name, rank in ranks.items()}
 
 
 def budget_ranks(spectra: Mapping[str, SingularValues], budget: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Give an adapter's modules other rows: split, fuse or swap them, as a map of target modules says."""
+"""Split, fuse or swap the rows of an adapter's modules, as a map of target modules says."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from .numbers import loss_between, natural
 
 
 def low_rank_modules(adapter: Adapter, module: str) -> ModuleFactors:
-    """Load the factors of a module, and the magnitude of a DoRA."""
+    """Load the factors of a module, and DoRA's magnitude."""
     update = adapter.load(adapter.updates[module])
     magnitude = update.magnitude.flatten() if isinstance(update, DoRA) else None
-    own = update.inner if isinstance(update, DoRA) else update
-    assert isinstance(own, LowRank)
-    return ModuleFactors(own.A, own.B, own.scale, magnitude)
+    inner = update.inner if isinstance(update, DoRA) else update
+    assert isinstance(inner, LowRank)
+    return ModuleFactors(inner.A, inner.B, inner.scale, magnitude)
 
 
 def regroup(
@@ -38,52 +38,53 @@ def regroup(
     to: Format | None = None,
     beside: Mapping[str, Made] | None = None,
 ) -> Transformed:
-    """Return the adapter with the modules of `targets`, made of those of `state`, and those that stay.
+    """Return the adapter with the modules of `targets`, computed from those of `state`, and the modules that stay.
 
-    A module that keeps its rows keeps its tensors. Zeros that fusing had filled in for a part are dropped.
+    A module that keeps its rows keeps its tensors. Zeros that an earlier fusing filled in for a part are removed.
 
     Args:
         targets: by their names in the output.
-        stay: modules that are in no target; others are left out.
-        to: the format whose names the tensors get; without it they are like those of the file.
-        beside: modules without factors, made of others of `state`.
+        stay: modules in no target that stay; all others are removed.
+        to: the format whose names the tensors get; without it the names are like those of the file.
+        beside: modules without factors, computed from others of `state`.
     """
     source, load = state.adapter, _Loader(state.adapter)
-    made, moved, keys = dict[str, Made](), {m: source.updates[m] for m in stay}, dict[str, str]()
+    planned, moved, keys = dict[str, Made](), {m: source.updates[m] for m in stay}, dict[str, str]()
     for path, target in targets.items():
         module = target.parts[0].source.module
         update = source.updates[module]
         name_of = partial(to.tensor_name if to else partial(_like, update), path)
         if target.how == "exact" and (to or len(update.specs.get("magnitude", _FLAT).shape) == 1):
             moved[module] = replace(update, module=path, tensors={role: name_of(role) for role in update.tensors})
-        elif one := _made(source, load, target, path, name_of):
-            made[path] = one
+        elif plan := _made(source, load, target, path, name_of):
+            planned[path] = plan
     for module, new in moved.items():
         keys |= {new.tensors[role]: old for role, old in source.updates[module].tensors.items()}
         keys |= {new.base: new.base} if new.base else {}
-    order = [name for name in (*stay, *targets) if name in made or name not in targets or targets[name].how == "exact"]
-    made, order = {**made, **(beside or {})}, [*order, *(beside or ())]
-    return with_modules(state, made, moved, keys, to.key if to else source.format, order)
+    names = (*stay, *targets)
+    order = [name for name in names if name in planned or name not in targets or targets[name].how == "exact"]
+    planned, order = {**planned, **(beside or {})}, [*order, *(beside or ())]
+    return with_modules(state, planned, moved, keys, to.key if to else source.format, order)
 
 
 _FLAT = TensorSpec("F32", (1,))
 
 
 def _like(source: UpdateSpec, module: str, role: str) -> str:
-    """Return a new module's name of a tensor, in the manner of the file that it is made from."""
+    """Return the name of a new module's tensor, in the spelling of the source's file."""
     key = source.tensors[role]
     return key.replace(source.module, module) if source.module in key else f"{module}.{role}"
 
 
 class _Loader:
-    """Load the modules of a target, the last one once for all targets that it is split into."""
+    """Loader of source modules that caches the last one, for all targets that it is split into."""
 
     def __init__(self, source: Adapter) -> None:
         self._source = source
         self._last: tuple[str, ModuleFactors] | None = None
 
     def __call__(self, module: str) -> ModuleFactors:
-        last = self._last  # threads may ask for several
+        last = self._last  # read once, as several threads may call this
         if last is None or last[0] != module:
             self._last = last = module, low_rank_modules(self._source, module)
         return last[1]
@@ -92,10 +93,10 @@ class _Loader:
 def _made(
     source: Adapter, load: _Loader, target: TargetModule, path: str, name_of: Callable[[str], str]
 ) -> Made | None:
-    """Plan a target by making it, since the ranks that reach its rows, and the type that holds them, are its numbers'.
+    """Plan a target by computing it once, since its rank and its type depend on its numbers.
 
     Returns:
-        None for zeros that fusing had filled in.
+        None for zeros that an earlier fusing filled in.
     """
     updates = [load(part.source.module) for part in target.parts]
     factors = make_factors(target, updates)
@@ -109,7 +110,9 @@ def _made(
         return _tensors(factors), NO_LOSS if factors.exact else _rounding(target, updates, factors)
 
     specs = {role: TensorSpec(safetensors_name(t.dtype), tuple(t.shape)) for role, t in _tensors(factors).items()}
-    if any(has_numbers(source.file, module) for module in modules):  # float64 so far, which is no type to keep
+    if any(
+        has_numbers(source.file, module) for module in modules
+    ):  # float64 between steps, which is not the output's type
         letters = safetensors_name(reduce(torch.promote_types, (natural(source.updates[m]) for m in modules)))
         specs |= {role: replace(specs[role], dtype=letters) for role in "AB"}
     first = source.updates[modules[0]]
@@ -120,15 +123,16 @@ def _made(
     return Made(update, make, modules, target.how, not factors.exact, slices=slices)
 
 
-def _rounding(target: TargetModule, updates: Sequence[ModuleFactors], made: ModuleFactors) -> Loss:
-    """Return what folding the scales of the slices into B has rounded."""
+def _rounding(target: TargetModule, updates: Sequence[ModuleFactors], written: ModuleFactors) -> Loss:
+    """Return the rounding error of folding the slices' scales into B."""
     rows = torch.zeros(2, target.rows, dtype=torch.float64)
     for part, update in zip(target.parts, updates, strict=True):
         place = slice(part.at, part.at + part.stop - part.start)
         true = update.B.flatten(1)[part.start : part.stop].double() * update.scale, update.A.flatten(1)
-        found = loss_between(true, (made.B.flatten(1)[place].double() * made.scale, made.A.flatten(1))).rows
-        assert found is not None
-        rows[:, place] = found
+        rounded = written.B.flatten(1)[place].double() * written.scale, written.A.flatten(1)
+        row_losses = loss_between(true, rounded).rows
+        assert row_losses is not None
+        rows[:, place] = row_losses
     squared, total = rows
     return Loss.of_rows(squared, total)
 

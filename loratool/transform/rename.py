@@ -73,8 +73,8 @@ def new_paths(modules: Iterable[str], renames: Sequence[str]) -> dict[str, str]:
 
 def _is_path(new: str, module: str) -> bool:
     """Return whether a module, or the bias of one, can have this path."""
-    own = new.removesuffix(".bias") if module.endswith(".bias") else new
-    return _PATH.fullmatch(own) is not None and _OF_KEYS.isdisjoint(own.split("."))
+    path = new.removesuffix(".bias") if module.endswith(".bias") else new
+    return _PATH.fullmatch(path) is not None and _OF_KEYS.isdisjoint(path.split("."))
 
 
 def _of_module(path: str, change: Callable[[str], str | None]) -> str | None:

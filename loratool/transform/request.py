@@ -69,9 +69,9 @@ def request_for(command: str) -> Iterator[None]:
 def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:
     """Return the updates that no pattern of --exclude selects, without the biases of factors that one does."""
     selection = Selection(tuple(exclude) or ("",))
-    kept = {module: update for module, update in source.updates.items() if not selection.selects(module)}
+    updates = {module: update for module, update in source.updates.items() if not selection.selects(module)}
     # what is added to a bias is a part of the factors, and no file holds it without them
-    return {m: u for m, u in kept.items() if u.cls is not AddDelta or m.removesuffix(".bias") in kept}
+    return {m: u for m, u in updates.items() if u.cls is not AddDelta or m.removesuffix(".bias") in updates}
 
 
 def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, UpdateSpec]:
@@ -81,43 +81,43 @@ def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, Update
         NeedsFlag: an update is more than the format can hold.
         InputError: no update with factors is left.
     """
-    kept = selected(source, request.exclude)
+    updates = selected(source, request.exclude)
     can = FORMATS[request.to].can
     holds = can.kinds - {DoRA} if request.plain else can.kinds
-    lost = [
+    unsupported = [
         module
-        for module, update in kept.items()
+        for module, update in updates.items()
         if update.cls not in holds or (not can.kernels and len(update.shape) - update.cls.stack > 2)
     ]
-    if lost:
+    if unsupported:
         what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"
-        kinds = ", ".join(dict.fromkeys(kept[module].kind for module in lost))
-        raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", lost, among=kept)
-    misfits = dict(FORMATS[request.to].misfits(source, kept, request.model))
+        kinds = ", ".join(dict.fromkeys(updates[module].kind for module in unsupported))
+        raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", unsupported, among=updates)
+    misfits = dict(FORMATS[request.to].misfits(source, updates, request.model))
     if can.told_by_model or request.layout:  # others hold the names against the weights
         layers = Layers.find((), request.model)
         reason = f"of a layer that the base does not have, by the {layers.count} layers of its config.json"
-        misfits |= dict.fromkeys(filter(layers.is_beyond, kept), reason)
+        misfits |= dict.fromkeys(filter(layers.is_beyond, updates), reason)
     if request.to != source.format:
-        misfits |= {m: "a matrix that is the head too" for m, update in kept.items() if update.everywhere}
+        misfits |= {m: "a matrix that is the head too" for m, update in updates.items() if update.everywhere}
     if misfits:
-        raise _misfit(source, request, kept, misfits)
-    if not any(update.rank for update in kept.values()):
+        raise _misfit(source, request, updates, misfits)
+    if not any(update.rank for update in updates.values()):
         finding = "nothing with factors is left to convert" if request.exclude else "has no factors to convert"
         raise InputError(finding, culprit=source.name, remedy=None if request.exclude else ONLY_MERGED)
-    return kept
+    return updates
 
 
 def _misfit(
-    source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec], misfits: Mapping[str, str]
+    source: Adapter, request: ConvertRequest, updates: Mapping[str, UpdateSpec], misfits: Mapping[str, str]
 ) -> LoratoolError:
     """Return the error for modules that the format cannot hold, with --exclude for all of them if others are left."""
     reason = next(iter(misfits.values()))
     alike = [module for module, other in misfits.items() if other == reason]
-    others = [module for module in kept if module not in misfits]
+    others = [module for module in updates if module not in misfits]
     exclude = exclude_all(list(misfits), others)
     error = cannot_convert(source.name, f"cannot be in {request.to}'s files (each is {reason})", alike, exclude)
-    return error if any(kept[module].rank for module in others) else InputError(error.message)
+    return error if any(updates[module].rank for module in others) else InputError(error.message)
 
 
 def alpha_notes(to: str, rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
@@ -129,5 +129,5 @@ def alpha_notes(to: str, rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
         return ()
     both = sorted({(row.rank, row.alpha) for row in rows})
     settings = "; ".join(f"r={rank}, lora_alpha={alpha:g}" for rank, alpha in both[:4]) + ("; ..." if both[4:] else "")
-    each = "" if len(both) == 1 else ", each module's own"
-    return (f"{to}'s files hold no alpha: make the layers with {settings}{each}",)
+    per_module = "" if len(both) == 1 else ", each module's own"
+    return (f"{to}'s files hold no alpha: make the layers with {settings}{per_module}",)

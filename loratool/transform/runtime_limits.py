@@ -1,4 +1,4 @@
-"""Tell what of an adapter a runtime cannot be given in any form, by the rows of `architectures.runtimes.table`."""
+"""Find the parts of an adapter that a runtime supports in no form, by the rows of `architectures.runtimes.table`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..views.inspect_runtime import Finding
 from .base_copies import is_of_base
 from .served import BaseModules, as_served, is_looked_up
 
-# What else an adapter may have, which only PEFT and transformers apply
+# Other features of adapters, which only PEFT and transformers apply
 OTHERS = {
     "convolutions": "LoRA on convolutions",
     "others": "LoRA on other embeddings than the vocabulary's",
@@ -40,15 +40,15 @@ OTHERS = {
     "absent": "modules that the base does not have",
 }
 
-# What a finding can be about, beside these
+# The subjects of a finding
 FINDINGS = (*FEATURES, *OTHERS, "format", "kind", "start", "targets", "rank", "rows", "missing", "limit")
 
 
 def require_served(runtime: Runtime, base: Checkpoint | None) -> Served:
-    """Return what the runtime makes of the class of the base.
+    """Return how the runtime serves the class of the base.
 
     Raises:
-        InputError: it serves that class without adapters, or it is not known whether it serves it.
+        InputError: it serves that class without adapters, or is not known to serve it.
     """
     if base is None:
         return runtime.served
@@ -57,23 +57,23 @@ def require_served(runtime: Runtime, base: Checkpoint | None) -> Served:
         raise InputError(f"{runtime.title} {runtime.version} serves {name} without adapters", culprit=str(base.path))
     if not runtime.classes:
         return runtime.served
-    if found := runtime.classes.get(f"{kind}:{name}", runtime.classes.get(name)):
-        return found
+    if served := runtime.classes.get(f"{kind}:{name}", runtime.classes.get(name)):
+        return served
     what = f"is {name} of type {kind}" if name else "names no class in its config.json"
     known = f"{runtime.title} {runtime.version} is not known to serve with adapters"
     raise InputError(f"{what}, which {known}", culprit=str(base.path))
 
 
 def refusals(
-    source: Adapter, runtime: Runtime, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]
+    source: Adapter, runtime: Runtime, base: Checkpoint | None, updates: Mapping[str, UpdateSpec]
 ) -> list[Finding]:
-    """Return what of these updates the runtime does not apply, whatever is written."""
-    served, found = require_served(runtime, base), dict[tuple[str, str], list[str]]()
+    """Return findings on the updates that the runtime does not apply, whatever the output."""
+    served, unsupported = require_served(runtime, base), dict[tuple[str, str], list[str]]()
     able = {*served.heads, *(["towers"] if served.towers else []), *(["experts"] if served.takes_experts else [])}
-    tensors = _tensors(source, base, kept)
+    tensors = _tensors(source, base, updates)
     in_tower = _in_tower(base, tensors)
     known = BaseModules(base, runtime, served) if base and runtime.names != "whole" and not served.stacks else None
-    for module, update in kept.items():
+    for module, update in updates.items():
         feature = feature_of(module, update, in_tower)
         outcome = runtime.reads.get(feature, "yes")
         if feature in OTHERS and runtime.names != "whole":
@@ -87,33 +87,34 @@ def refusals(
         elif served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
             feature, outcome = "never", runtime.miss
         if outcome != "yes":
-            found.setdefault((feature, outcome), []).append(module)
-    refused = {module for modules in found.values() for module in modules}
+            unsupported.setdefault((feature, outcome), []).append(module)
+    refused = {module for modules in unsupported.values() for module in modules}
     if base and loaded_by(runtime.key).can.named_by_model:
-        kept = {module: update for module, update in kept.items() if module not in refused}
-        for module, feature in _outside_graph(source, base, kept).items():
+        updates = {module: update for module, update in updates.items() if module not in refused}
+        for module, feature in _outside_graph(source, base, updates).items():
             outcome = "ignores" if feature == "never" else "refuses"
-            found.setdefault((feature, outcome), []).append(module)
-        return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
-    rest = {module: update for module, update in kept.items() if module not in refused}
+            unsupported.setdefault((feature, outcome), []).append(module)
+        return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in unsupported.items()]
+    rest = {module: update for module, update in updates.items() if module not in refused}
     if base and known:
-        for each in known.of_adapter(source, rest):
-            owner, _, last = each.path.rpartition(".")
-            needed = () if ".experts." in each.path else [f"{owner}.{name}" for name in runtime.needs.get(last, ())]
+        for served_module in known.of_adapter(source, rest):
+            owner, _, last = served_module.path.rpartition(".")
+            names = () if ".experts." in served_module.path else runtime.needs.get(last, ())
+            needed = [f"{owner}.{name}" for name in names]
             alone = any(path not in known.shapes and path not in known.own_shapes for path in needed)
-            parts = as_served(runtime, served, each, base.config)
+            parts = as_served(runtime, served, served_module, base.config)
             if alone or not all(is_looked_up(runtime, part.path) for part in parts):
-                found.setdefault(("names", runtime.miss), []).extend(each.sources)
-    return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in found.items()]
+                unsupported.setdefault(("names", runtime.miss), []).extend(served_module.sources)
+    return [_refusal(feature, outcome, tuple(modules)) for (feature, outcome), modules in unsupported.items()]
 
 
-def _outside_graph(source: Adapter, base: Checkpoint, kept: Mapping[str, UpdateSpec]) -> dict[str, str]:
-    """Return the modules that GGUF files have no name for, and those that llama.cpp computes without LoRA."""
+def _outside_graph(source: Adapter, base: Checkpoint, updates: Mapping[str, UpdateSpec]) -> dict[str, str]:
+    """Return the modules without a name in GGUF files, and those that llama.cpp computes without LoRA."""
     model = GgufModel.of_config(base.config, str(base.path))
-    own = source.only(kept)
-    unfit = {module: "names" for modules in unfit_modules(own, model).values() for module in modules}
-    rest = {module: update for module, update in kept.items() if module not in unfit}
-    _, origins = to_gguf_names(own.only(rest), model)
+    adapter = source.only(updates)
+    unfit = {module: "names" for modules in unfit_modules(adapter, model).values() for module in modules}
+    rest = {module: update for module, update in updates.items() if module not in unfit}
+    _, origins = to_gguf_names(adapter.only(rest), model)
     dead = never_applied(model.architecture.key, origins)
     return unfit | {module: "never" for path in dead for module in origins[path]}
 
@@ -125,7 +126,7 @@ def _refusal(feature: str, outcome: str, modules: tuple[str, ...]) -> Finding:
 
 
 def feature_of(module: str, update: UpdateSpec, in_tower: Callable[[str], bool]) -> str:
-    """Return which of FEATURES or OTHERS an update is; empty for plain LoRA, and DoRA, of a linear layer."""
+    """Return an update's key in FEATURES or OTHERS; empty for plain LoRA, or DoRA, of a linear layer."""
     last = module.rpartition(".")[2]
     if update.cls is ReplaceRows:
         return "tokens"
@@ -144,23 +145,25 @@ def feature_of(module: str, update: UpdateSpec, in_tower: Callable[[str], bool])
     return "head" if last == "lm_head" or weight_role(module, 2, True) == "head" else ""
 
 
-def _tensors(source: Adapter, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]) -> dict[str, list[str]]:
-    """Return the paths in the model that has all parts of what each module changes, as far as a base has it."""
+def _tensors(source: Adapter, base: Checkpoint | None, updates: Mapping[str, UpdateSpec]) -> dict[str, list[str]]:
+    """Return, for each module in the base, the paths that it changes in the model with all components."""
     if base is None:
         return {}
     specs, _ = bindable(base, find_tie(base))
-    matches, _ = resolve_modules(specs, source.only(kept), base.configs)
-    whole = ClassNames(base).whole
-    return {module: [module_path(whole(match.name)) for match in each] for module, each in matches.items()}
+    matches, _ = resolve_modules(specs, source.only(updates), base.configs)
+    path_in_model = ClassNames(base).whole
+    return {
+        module: [module_path(path_in_model(match.name)) for match in matched] for module, matched in matches.items()
+    }
 
 
-def tower_of(source: Adapter, base: Checkpoint | None, kept: Mapping[str, UpdateSpec]) -> Callable[[str], bool]:
-    """Return a function that tells whether a module of an adapter stands beside the language model of its base."""
-    return _in_tower(base, _tensors(source, base, kept))
+def tower_of(source: Adapter, base: Checkpoint | None, updates: Mapping[str, UpdateSpec]) -> Callable[[str], bool]:
+    """Return a function that checks whether a module of an adapter is outside its base's language model."""
+    return _in_tower(base, _tensors(source, base, updates))
 
 
 def _in_tower(base: Checkpoint | None, tensors: Mapping[str, Sequence[str]]) -> Callable[[str], bool]:
-    """Return a function that tells whether a module stands beside the language model of a base."""
+    """Return a function that checks whether a module is outside a base's language model."""
     starts = text_model_at(base.config) if base else ()
     if not starts:
         return lambda module: False

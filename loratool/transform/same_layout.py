@@ -28,7 +28,7 @@ class _Group:
     """A fused module and its parts in one adapter."""
 
     located: Located | None = None  # of any of them
-    whole: SourceModule | None = None
+    fused: SourceModule | None = None
     parts: dict[int, SourceModule] = field(default_factory=dict)  # by their order in the fused module
 
 
@@ -46,54 +46,54 @@ def to_one_layout(states: Sequence[Transformed], keep_first: bool) -> list[Trans
     targets: list[dict[str, TargetModule]] = [{} for _ in states]
     for key in dict.fromkeys(key for each in groups for key in each):
         of_all = [each.get(key, _Group()) for each in groups]
-        if not any(group.whole for group in of_all) or not any(group.parts for group in of_all):
+        if not any(group.fused for group in of_all) or not any(group.parts for group in of_all):
             continue
         known = {i: source.update.shape[0] for group in of_all for i, source in group.parts.items()}
-        whole = next(group.whole for group in of_all if group.whole)
-        fuses = keep_first and next(group for group in of_all if group.located).whole is not None
+        fused = next(group.fused for group in of_all if group.fused)
+        fuses = keep_first and next(group for group in of_all if group.located).fused is not None
         for group, mine in zip(of_all, targets, strict=True):
-            if group.located and (group.parts if fuses else group.whole):
-                mine |= {target.path: target for target in _targets(group, whole, known, fuses)}
+            if group.located and (group.parts if fuses else group.fused):
+                mine |= {target.path: target for target in _targets(group, fused, known, fuses)}
     taken_updates = [p.source.update for mine in targets for target in mine.values() for p in target.parts]
     if any(update.cls.without_norm(update).cls is not LowRank for update in taken_updates):  # only LoRA's rows are cut
         return to_one_layout([expand(state) for state in states], keep_first)
-    made = []
+    regrouped = []
     for state, mine in zip(states, targets, strict=True):
         refuse_column_norms(mine.values())
         taken = {part.source.module for target in mine.values() for part in target.parts}
-        kept = [module for module in state.adapter.updates if module not in taken]
-        made.append(regroup(state, mine, kept) if mine else state)
-    return made
+        others = [module for module in state.adapter.updates if module not in taken]
+        regrouped.append(regroup(state, mine, others) if mine else state)
+    return regrouped
 
 
 def _groups_of(adapter: Adapter) -> dict[str, _Group]:
     """Return the fused modules and parts of an adapter, by the fused path without containers."""
-    found: dict[str, _Group] = {}
+    groups: dict[str, _Group] = {}
     for module, update in adapter.updates.items():
         located = locate_fused(module) if update.rank and not update.cls.stack else None
         if located is None or update.transposed:
             continue
-        group = found.setdefault(_without_containers(located.maker[0]), _Group())
+        group = groups.setdefault(_without_containers(located.maker[0]), _Group())
         source = SourceModule(module, update, "", module)
         group.located = located
         if module in located.maker:
-            group.whole = source
+            group.fused = source
         else:
-            whole = locate_fused(located.maker[0])
-            assert whole is not None
-            group.parts[whole.diffusers.index(module)] = source
-    return found
+            located_fused = locate_fused(located.maker[0])
+            assert located_fused is not None
+            group.parts[located_fused.diffusers.index(module)] = source
+    return groups
 
 
 def _without_containers(path: str) -> str:
     """Return a path without wrappers and the prefixes that either of two adapters may have."""
     path = strip_wrappers(path)
-    while prefix := next((each for each in CONTAINER_PREFIXES if path.startswith(f"{each}.")), None):
+    while prefix := next((container for container in CONTAINER_PREFIXES if path.startswith(f"{container}.")), None):
         path = path.removeprefix(f"{prefix}.")
     return path
 
 
-def _targets(group: _Group, whole: SourceModule, known: Mapping[int, int], fuses: bool) -> list[TargetModule]:
+def _targets(group: _Group, fused: SourceModule, known: Mapping[int, int], fuses: bool) -> list[TargetModule]:
     """Return what a group of an adapter becomes, split or fused.
 
     Args:
@@ -103,19 +103,19 @@ def _targets(group: _Group, whole: SourceModule, known: Mapping[int, int], fuses
     assert group.located is not None
     located = locate_fused(group.located.maker[0])
     assert located is not None
-    rows, width = whole.update.shape[:2]
+    rows, width = fused.update.shape[:2]
     named = {located.diffusers[i]: size for i, size in known.items()}
     spans = parts_of(located, width, rows, named)
     if spans is None:
         others = ", ".join(f"{module.rpartition('.')[2]} {size}" for module, size in named.items())
         raise InputError(
-            f"has {rows} rows, which those of the other adapter ({others}) are not part of", culprit=whole.module
+            f"has {rows} rows, which those of the other adapter ({others}) are not part of", culprit=fused.module
         )
     if fuses:
         placed = [RowSlice(source, 0, source.update.shape[0], spans[i].start) for i, source in group.parts.items()]
         return [fuse_modules("", located.path, placed, rows)]
-    assert group.whole is not None
+    assert group.fused is not None
     return [
-        TargetModule("", span.module, span.whole, (RowSlice(group.whole, span.start, span.stop),), "split")
+        TargetModule("", span.module, span.whole, (RowSlice(group.fused, span.start, span.stop),), "split")
         for span in spans
     ]

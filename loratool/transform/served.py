@@ -59,7 +59,7 @@ class ServedModule:
     dtype: torch.dtype
     transposed: bool = False  # an embedding
     expert: int | None = None  # of the update, if that is a stack and this is not
-    turned: bool = False  # the update's matrix is (in, out)
+    matrix_transposed: bool = False  # the update's matrix is (in, out)
     rows: slice = field(default_factory=lambda: slice(None))  # of the update's matrix
     heads: int = 0  # whose rows, which are pairs of a rotation, become those of its two halves; 0 for rows as they are
 
@@ -73,9 +73,9 @@ class ServedModule:
         if self.update is None or self.shape == self.update.shape:
             return ()
         out = self.update.shape[-2]
-        first, stop, _ = (slice(None) if self.turned else self.rows).indices(out)
+        first, stop, _ = (slice(None) if self.matrix_transposed else self.rows).indices(out)
         start = (self.expert or 0) * out
-        return ((self.update.module, start + first, start + stop, None if self.turned or self.heads else 0),)
+        return ((self.update.module, start + first, start + stop, None if self.matrix_transposed or self.heads else 0),)
 
     @property
     def stack(self) -> bool:
@@ -103,20 +103,20 @@ class Factors:
             loaded = self._source.load(module.update)
             assert isinstance(loaded, LowRank | Experts)
             self._last = module.update, loaded
-        found = self._last[1]
-        if isinstance(found, Experts) and module.expert is None:
-            rank = len(found.A) // found.experts
-            return found.B.view(-1, rank, found.experts).permute(2, 0, 1), found.A.view(found.experts, rank, -1)
-        pair = found.matrix(module.expert)
+        update = self._last[1]
+        if isinstance(update, Experts) and module.expert is None:
+            rank = len(update.A) // update.experts
+            return update.B.view(-1, rank, update.experts).permute(2, 0, 1), update.A.view(update.experts, rank, -1)
+        pair = update.matrix(module.expert)
         assert isinstance(pair, LowRank)
-        B, A = (pair.A.T, pair.B.T) if module.turned else (pair.B, pair.A)
+        B, A = (pair.A.T, pair.B.T) if module.matrix_transposed else (pair.B, pair.A)
         B = B[module.rows]
         return (B[halves_of_pairs(module.heads, len(B))] if module.heads else B), A
 
 
-def modules_as_they_are(kept: Mapping[str, UpdateSpec]) -> list[ServedModule]:
+def modules_as_they_are(updates: Mapping[str, UpdateSpec]) -> list[ServedModule]:
     """Return the modules under an adapter's own names, with experts as it has them."""
-    return [_module(module, update) for module, update in kept.items()]
+    return [_module(module, update) for module, update in updates.items()]
 
 
 def _module(path: str, update: UpdateSpec) -> ServedModule:
@@ -132,7 +132,7 @@ class BaseModules:
         self._runtime, self._served = runtime, served
         self._in_model = ClassNames(base) if runtime.names == "class" else None
 
-    def of_adapter(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> Iterator[ServedModule]:
+    def of_adapter(self, source: Adapter, updates: Mapping[str, UpdateSpec]) -> Iterator[ServedModule]:
         """Yield the modules of an adapter's updates, those with a name of the runtime's own as they are.
 
         Raises:
@@ -140,20 +140,20 @@ class BaseModules:
             InputError: a shape is not the base's, or a module of the class is not one of the files.
         """
         specs, _ = bindable(self.base, find_tie(self.base))
-        matches, absent = resolve_modules(specs, source.only(kept), self.base.configs)
-        if lost := [module for module in absent if not self.is_own(module, kept[module])]:
-            raise cannot_convert(source.name, f"are not in {self.base.path}", lost, among=kept)
-        yield from modules_as_they_are({module: kept[module] for module in absent})
-        for module, each in matches.items():
-            update, types = kept[module], self.base.model_types
-            for match in each:
+        matches, absent = resolve_modules(specs, source.only(updates), self.base.configs)
+        if unsupported := [module for module in absent if not self.is_own(module, updates[module])]:
+            raise cannot_convert(source.name, f"are not in {self.base.path}", unsupported, among=updates)
+        yield from modules_as_they_are({module: updates[module] for module in absent})
+        for module, matched in matches.items():
+            update, types = updates[module], self.base.model_types
+            for match in matched:
                 placed = place_update(source, module, 1.0, match, specs, types, matches)
-            if update.cls.stack or each[0].expert is not None or self._part(each[0]):
-                in_file = len(specs[each[0].name].shape) == 3
-                turned = in_file and not placed[0].transposed and not TRANSPOSED_EXPERTS.isdisjoint(types)
-                yield from self._experts(update, each, in_file, turned)
+            if update.cls.stack or matched[0].expert is not None or self._part(matched[0]):
+                in_file = len(specs[matched[0].name].shape) == 3
+                matrix_transposed = in_file and not placed[0].transposed and not TRANSPOSED_EXPERTS.isdisjoint(types)
+                yield from self._experts(update, matched, in_file, matrix_transposed)
             else:
-                yield _module(self._path(module, each), update)
+                yield _module(self._path(module, matched), update)
 
     def is_own(self, module: str, update: UpdateSpec) -> bool:
         """Return whether a module that the base does not have is one of the runtime's, by its path and shape."""
@@ -172,7 +172,7 @@ class BaseModules:
         return self._in_model is not None and expert_part(match.name, self.base.model_types) is not None
 
     def _experts(
-        self, update: UpdateSpec, matches: Sequence[Match], in_file: bool, turned: bool
+        self, update: UpdateSpec, matches: Sequence[Match], in_file: bool, matrix_transposed: bool
     ) -> Iterator[ServedModule]:
         """Yield a module for each projection of each expert that an update of a stack, or of one expert, changes.
 
@@ -180,8 +180,8 @@ class BaseModules:
             in_file: the files have a stack.
             turned: the update is of the matrices as (in, out).
         """
-        out, width = update.shape[:-3:-1] if turned else update.shape[-2:]
-        whole = replace(_module("", update), shape=(out, width), turned=turned)
+        out, width = update.shape[:-3:-1] if matrix_transposed else update.shape[-2:]
+        template = replace(_module("", update), shape=(out, width), matrix_transposed=matrix_transposed)
         for match in matches:
             for expert, names in self._expert_paths(match, update, in_file):
                 is_part = update.cls.stack and match.parts > 1
@@ -190,7 +190,7 @@ class BaseModules:
                     interleaved = parts > 1 and not INTERLEAVED_EXPERTS.isdisjoint(self.base.model_types)
                     rows = slice(part, None, parts) if interleaved else slice(part * count, (part + 1) * count)
                     of_stack = expert if update.cls.stack else None
-                    yield replace(whole, path=path, shape=(count, width), expert=of_stack, rows=rows)
+                    yield replace(template, path=path, shape=(count, width), expert=of_stack, rows=rows)
 
     def _expert_paths(self, match: Match, update: UpdateSpec, in_file: bool) -> Iterator[tuple[int, tuple[str, ...]]]:
         """Yield the number of each expert that a match is of, and the paths of its modules there."""
@@ -224,73 +224,73 @@ class BaseModules:
     @cached_property
     def _weights(self) -> list[tuple[str, tuple[int, ...]]]:
         """The path and the shape of each linear layer, and of each stack as (E, out, in)."""
-        found: list[tuple[str, tuple[int, ...]]] = []
+        weights: list[tuple[str, tuple[int, ...]]] = []
         as_stored = not PEFT_TAKES_AS_PLAIN.isdisjoint(self.base.model_types)  # by PEFT, which is (E, in, out)
         for weight in model_weights(self.base, self._in_model):
             if weight.kind.startswith("experts"):
                 path = weight.in_model if self._in_model else ".".join(self._stack(weight.name))
                 E, out, inp = weight.sizes
-                found.append((path, (E, inp, out) if as_stored else (E, out, inp)))
+                weights.append((path, (E, inp, out) if as_stored else (E, out, inp)))
             elif weight.role in ("linear", "head") and weight.in_model.endswith(".weight"):
-                found.append((module_path(strip_wrappers(weight.in_model)), weight.sizes[1:]))
-        return found
+                weights.append((module_path(strip_wrappers(weight.in_model)), weight.sizes[1:]))
+        return weights
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each linear layer, experts one by one, by its path."""
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for path, shape in self._weights:
             owner, _, last = path.rpartition(".")
             names = PARTS_OF_STACKS.get(last, ())
             for expert in range(shape[0]) if len(shape) == 3 else ():
-                found |= {f"{owner}.{expert}.{name}": (shape[1] // len(names), shape[2]) for name in names}
-            found |= {path: shape} if len(shape) == 2 else {}
-        return found
+                shapes |= {f"{owner}.{expert}.{name}": (shape[1] // len(names), shape[2]) for name in names}
+            shapes |= {path: shape} if len(shape) == 2 else {}
+        return shapes
 
     @cached_property
     def own_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each linear layer by the runtime's path, as far as the config tells the rows of a fused one."""
-        found: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for path, shape in self.shapes.items():
-            whole = ServedModule(path, None, shape, 1, 1.0, torch.float32)
+            module = ServedModule(path, None, shape, 1, 1.0, torch.float32)
             with suppress(InputError):
-                parts = as_served(self._runtime, self._served, whole, self.base.config)
-                found |= {part.path: part.shape for part in parts}
-        return found
+                parts = as_served(self._runtime, self._served, module, self.base.config)
+                shapes |= {part.path: part.shape for part in parts}
+        return shapes
 
-    def beside(self, there: Mapping[str, ServedModule], needs: Mapping[str, Sequence[str]]) -> Iterator[ServedModule]:
+    def beside(self, modules: Mapping[str, ServedModule], needs: Mapping[str, Sequence[str]]) -> Iterator[ServedModule]:
         """Yield zeros for the modules that have to be beside those that are there."""
-        for path, module in there.items():
+        for path, module in modules.items():
             owner, _, last = path.rpartition(".")
             for name in needs.get(last, ()) if ".experts." not in path else ():
-                yield from self._zeros(f"{owner}.{name}", module, there)
+                yield from self._zeros(f"{owner}.{name}", module, modules)
 
-    def experts(self, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
+    def experts(self, modules: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
         """Yield zeros for all experts, and all of their matrices, of layers where one is there."""
-        owners = {path.partition(".experts.")[0]: module for path, module in there.items() if ".experts." in path}
+        owners = {path.partition(".experts.")[0]: module for path, module in modules.items() if ".experts." in path}
         for path in self.shapes if owners else ():
             owner, mark, _ = path.partition(".experts.")
             if mark and owner in owners:
-                yield from self._zeros(path, owners[owner], there)
+                yield from self._zeros(path, owners[owner], modules)
 
-    def layers(self, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
+    def layers(self, modules: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
         """Yield zeros for the modules of other layers that have the names of those that are there."""
-        kinds = {_without_layer(path): module for path, module in there.items() if _without_layer(path) != path}
+        kinds = {_without_layer(path): module for path, module in modules.items() if _without_layer(path) != path}
         for path in (*self.shapes, *self.own_shapes):
             if module := kinds.get(_without_layer(path)):
-                yield from self._zeros(path, module, there)
+                yield from self._zeros(path, module, modules)
 
-    def stacks(self, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
+    def stacks(self, modules: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
         """Yield zeros for the other stacks of layers of which one is there."""
-        owners = {path.rpartition(".")[0]: module for path, module in there.items() if module.stack}
+        owners = {path.rpartition(".")[0]: module for path, module in modules.items() if module.stack}
         for path, shape in self._weights if owners else ():
             owner, _, last = path.rpartition(".")
-            if owner in owners and last in PARTS_OF_STACKS and path not in there:
+            if owner in owners and last in PARTS_OF_STACKS and path not in modules:
                 yield owners[owner].zeros(path, shape)
 
-    def _zeros(self, path: str, module: ServedModule, there: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
+    def _zeros(self, path: str, module: ServedModule, modules: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
         shape = self.shapes.get(path) or self.own_shapes.get(path)
-        if path not in there and shape:
+        if path not in modules and shape:
             yield module.zeros(path, shape)
 
 
@@ -311,11 +311,11 @@ def as_served(
     known = is_looked_up(runtime, renamed.path) and last not in served.splits
     if known and served.turns_rotary and f"{module.path}.".startswith(text_model_at(config) or ""):
         heads = heads_of(config)
-        turned = {"q_proj": heads.queries, "k_proj": heads.keys}.get(last)
-        if turned is not None and (not turned or module.shape[0] % (2 * turned)):
-            message = f"has {module.shape[0]} rows, and by the base's config.json {turned} heads, which tell its order"
+        pairs = {"q_proj": heads.queries, "k_proj": heads.keys}.get(last)
+        if pairs is not None and (not pairs or module.shape[0] % (2 * pairs)):
+            message = f"has {module.shape[0]} rows, and by the base's config.json {pairs} heads, which tell its order"
             raise InputError(message, culprit=module.path)
-        return (replace(renamed, heads=turned or 0),)
+        return (replace(renamed, heads=pairs or 0),)
     if known or not fused:
         return (renamed,)
     half, parts, start = module.shape[0] // 2, [], 0
@@ -332,8 +332,8 @@ def as_served(
 
 
 def _renamed(runtime: Runtime, served: Served, path: str) -> str:
-    if found := re.fullmatch(r"(.*\.experts\.\d+\.)(\w+)", path):
-        path = found[1] + dict(zip(EXPERTS, served.experts, strict=True)).get(found[2], found[2])
+    if match := re.fullmatch(r"(.*\.experts\.\d+\.)(\w+)", path):
+        path = match[1] + dict(zip(EXPERTS, served.experts, strict=True)).get(match[2], match[2])
     for pattern, replacement in (*served.renames, *runtime.renames):
         path = re.sub(pattern, replacement, path)
     return path

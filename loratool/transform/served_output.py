@@ -1,4 +1,4 @@
-"""Write the modules of a runtime as PEFT's folder, with one rank and one scale where it knows one, and their config."""
+"""Write the modules of a runtime as PEFT's folder with its config, with one rank and scale if it supports only one."""
 
 from __future__ import annotations
 
@@ -29,44 +29,45 @@ from .numbers import Settled, alpha_for_scale, pad, settle, with_scales
 from .output import in_format
 from .served import Factors, ServedModule
 
-# Fields of PEFT's config that say nothing of the factors
+# Fields of PEFT's config that do not describe the factors
 _KEPT_FIELDS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
 
 def serve(
-    state: Transformed, runtime: Runtime, there: Mapping[str, ServedModule], dtype: torch.dtype | None
+    state: Transformed, runtime: Runtime, modules: Mapping[str, ServedModule], dtype: torch.dtype | None
 ) -> Settled:
-    """Return the output with a runtime's modules, of one rank and one scale where it knows one.
+    """Return the output with a runtime's modules, with one rank and one scale if it supports only one.
 
     Raises:
-        NeedsFlag, InputError: a number overflows the type, or the one that the runtime computes in.
+        NeedsFlag, InputError: a number overflows the output's type, or the runtime's.
     """
-    load, wrappers = Factors(state.adapter), wrappers_of([path for path, module in there.items() if module.stack])
-    scales = list(dict.fromkeys(module.scale for module in there.values() if module.update))
+    load, wrappers = Factors(state.adapter), wrappers_of([path for path, module in modules.items() if module.stack])
+    scales = list(dict.fromkeys(module.scale for module in modules.values() if module.update))
     scale = None if runtime.reads["alpha_pattern"] == "yes" else common_scale(scales)
-    ranks: dict[str, int] = {}  # of modules that have to have the same
-    for module in there.values():
+    ranks: dict[str, int] = {}  # of groups of modules that must have the same rank
+    for module in modules.values():
         ranks[_alike(runtime, module.path)] = max(module.rank, ranks.get(_alike(runtime, module.path), 0))
-    made = {path: _made(load, module, wrappers.get(path, path), scale) for path, module in there.items()}
-    state = with_modules(state, made, {}, {}, Peft.key)
+    planned = {path: _made(load, module, wrappers.get(path, path), scale) for path, module in modules.items()}
+    state = with_modules(state, planned, {}, {}, Peft.key)
     if scale is not None:
         state = with_scales(state, lambda update: (scale, update.scale / scale))
     output = settle(pad(state, lambda path: ranks[_alike(runtime, path)]), dtype)
     if runtime.half:
         _require_half(runtime, output)
-    turned = any(module.heads for module in there.values())
-    metadata = {ONLY_FOR: runtime.key} if turned else {}
+    reordered = any(module.heads for module in modules.values())
+    metadata = {ONLY_FOR: runtime.key} if reordered else {}
     written = in_format(output, FORMATS[Peft.key])
-    return noted(replace(written, config=_config(runtime, output), metadata=metadata), *_notes(runtime, there, output))
+    notes = _notes(runtime, modules, output)
+    return noted(replace(written, config=_config(runtime, output), metadata=metadata), *notes)
 
 
 def _alike(runtime: Runtime, path: str) -> str:
-    """Return what modules of one rank have in common: all, or the matrices of one projection of all experts."""
+    """Return the key of a group of modules that must have one rank: all, or one projection of all experts."""
     return "" if runtime.one_rank else re.sub(r"(?<=\.experts\.)\d+(?=\.)", "", path)
 
 
 def _made(load: Factors, module: ServedModule, wrapper: str, scale: float | None) -> Made:
-    """Return a module with the runtime's rows, of which each number is the adapter's or 0."""
+    """Return a module with the runtime's rows; each number is the adapter's or 0."""
     (*experts, out, width), end = module.shape, "embedding_" if module.transposed else ""
     count = math.prod(experts) * module.rank
     letters = safetensors_name(module.dtype)
@@ -81,8 +82,8 @@ def _made(load: Factors, module: ServedModule, wrapper: str, scale: float | None
     tensors = {role: f"{wrapper}.lora_{end}{role}" + ("" if end else ".weight") for role in "AB"}
     detail = Stack(experts[0]) if module.stack else None
     cls = Experts if module.stack else LowRank
-    own = module.scale if module.update or scale is None else scale
-    update = UpdateSpec(cls, module.path, tensors, specs, own, module.transposed or None, detail)
+    written_scale = module.scale if module.update or scale is None else scale
+    update = UpdateSpec(cls, module.path, tensors, specs, written_scale, module.transposed or None, detail)
     exact = "split" if module.slices else "exact"
     return Made(update, make, module.sources, exact, numbers=False, slices=module.slices)
 
@@ -97,22 +98,22 @@ def _require_half(runtime: Runtime, state: Settled) -> None:
 
 
 def _config(runtime: Runtime, state: Settled) -> dict[str, Any]:
-    """Return the fields of PEFT's config, with those that are not of the factors from the source's."""
+    """Return the fields of PEFT's config; fields that do not describe the factors are the source's."""
     updates = state.adapter.updates
     both = {path: (u.rank, alpha_for_scale(u.scale, u.rank)) for path, u in updates.items()}
-    made = config_of(both, [path for path, update in updates.items() if update.cls.stack])
+    fields = config_of(both, [path for path, update in updates.items() if update.cls.stack])
     for field, of in (("rank_pattern", 0), ("alpha_pattern", 1)):
-        made[field] = _patterns({path: each[of] for path, each in both.items()}, made[field])
+        fields[field] = _patterns({path: rank_and_alpha[of] for path, rank_and_alpha in both.items()}, fields[field])
     if runtime.targets == "last names":
-        made["target_modules"] = sorted({path.rpartition(".")[2] for path in both})
+        fields["target_modules"] = sorted({path.rpartition(".")[2] for path in both})
     former = {key: value for key, value in state.adapter.config.peft.items() if key in _KEPT_FIELDS}
-    return {**made, **former}
+    return {**fields, **former}
 
 
-def _notes(runtime: Runtime, there: Mapping[str, ServedModule], state: Settled) -> tuple[str, ...]:
-    """Return sentences on ranks that were padded."""
-    to = {path: state.adapter.updates[path].rank for path, module in there.items() if module.update}
-    padded = [path for path, rank in to.items() if there[path].rank < rank]
+def _notes(runtime: Runtime, modules: Mapping[str, ServedModule], state: Settled) -> tuple[str, ...]:
+    """Return notes on padded ranks."""
+    to = {path: state.adapter.updates[path].rank for path, module in modules.items() if module.update}
+    padded = [path for path, rank in to.items() if modules[path].rank < rank]
     if not padded:
         return ()
     alike = "one rank" if runtime.one_rank else "one rank of all experts"
@@ -120,20 +121,20 @@ def _notes(runtime: Runtime, there: Mapping[str, ServedModule], state: Settled) 
     return (f"{len(padded)} modules are padded with zeros to rank {most}, as {runtime.title} knows {alike}",)
 
 
-def _patterns(values: Mapping[str, float], made: Mapping[str, float]) -> dict[str, float]:
-    """Return one expression for all paths that differ in numbers alone, where these have one value.
+def _patterns(values: Mapping[str, float], listed: Mapping[str, float]) -> dict[str, float]:
+    """Return one expression for all paths that differ only in numbers, if they have one value.
 
     A runtime may try every expression on every tensor, and a mixture of experts has thousands.
     """
     alike: dict[str, set[float]] = {}
     for path, value in values.items():
         alike.setdefault(_numberless(path), set()).add(value)
-    found: dict[str, float] = {}
+    expressions: dict[str, float] = {}
     for path, value in values.items():
-        own = f"^{re.escape(path)}"
-        if own in made:
-            found[f"^{_numberless(path)}" if len(alike[_numberless(path)]) == 1 else own] = value
-    return found
+        exact_path = f"^{re.escape(path)}"
+        if exact_path in listed:
+            expressions[f"^{_numberless(path)}" if len(alike[_numberless(path)]) == 1 else exact_path] = value
+    return expressions
 
 
 def _numberless(path: str) -> str:

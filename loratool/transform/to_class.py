@@ -1,9 +1,9 @@
-"""Give a language model's adapter the names of the class that PEFT wraps, as its base tells them.
+"""Rename a language model's adapter to the names of the class that PEFT wraps, which depend on its base.
 
 An adapter has the names of the class and of the version of transformers that it was trained with, or those of the
-files; PEFT loads nothing under a name that its class does not have. Tensors keep their bytes. The factors of single
-experts, where the class has a stack of them, become those of the stack: the slices' ranks one after another, with zeros
-for what has none (as PEFT's `utils/transformers_weight_conversion.py`). Scales are written as alpha / r.
+files. PEFT loads nothing under a name that its class does not have. Tensors keep their bytes. If the class has a stack
+of experts, factors of single experts become factors of the stack: the slices' ranks one after another, with zeros for
+missing ones (as PEFT's `utils/transformers_weight_conversion.py`). Scales are written as alpha / r.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _ENDS = WEIGHT_KINDS["experts"].keys
 
 @dataclass(frozen=True)
 class _Stack:
-    """Hold the updates of single experts that are one parameter in the class."""
+    """Updates of single experts that are one parameter in the class."""
 
     path: str
     experts: int
@@ -55,11 +55,11 @@ class _Stack:
     @property
     def ranks(self) -> list[int]:
         """The rank of each slice, the largest of any expert."""
-        found = [[u.rank for (_, part), u in self.modules.items() if part == each] for each in range(self.parts)]
-        return [max(ranks, default=0) for ranks in found]
+        by_slice = [[u.rank for (_, part), u in self.modules.items() if part == index] for index in range(self.parts)]
+        return [max(ranks, default=0) for ranks in by_slice]
 
     def made(self, source: Adapter, wrapper: str) -> Made:
-        """Return the stack as PEFT lays it, A (E * r, in) and B (out, r * E), of which each number is the source's."""
+        """Return the stack in PEFT's layout, A (E * r, in) and B (out, r * E); each number is the source's or 0."""
         first = next(iter(self.modules.values()))
         (rows, width), ranks = first.shape, self.ranks
         dtype = natural(first)
@@ -89,12 +89,12 @@ class _Stack:
             first.scale,
             detail=Stack(self.experts),
         )
-        return Made(update, make, tuple(each.module for each in self.modules.values()), "fused", numbers=False)
+        return Made(update, make, tuple(member.module for member in self.modules.values()), "fused", numbers=False)
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Hold where the updates go in the class."""
+    """The updates' places in the class."""
 
     paths: dict[str, str] = field(default_factory=dict)  # module of the source -> module or parameter of the class
     stacks: dict[str, _Stack] = field(default_factory=dict)  # by the parameter's path
@@ -102,25 +102,25 @@ class _Places:
 
 
 def to_class(state: Transformed, base: Checkpoint, architecture: str | None) -> Transformed:
-    """Give the modules the names of a class of the base, from headers alone.
+    """Rename the modules to the names of a class of the base, from headers alone.
 
     Raises:
-        NeedsFlag: the base or the class does not have a module.
-        InputError: a shape is not the base's, or the experts of a stack have several scales.
+        NeedsFlag: a module is not in the base or the class.
+        InputError: a shape differs from the base's, or the experts of a stack have several scales.
         UsageError: the base has no class of that name.
     """
     places = _place(state.adapter, base, architecture, state.adapter.updates)
-    made = _moved(state, places)
-    parameters = {u.target for u in made.adapter.updates.values() if u.cls.stack or u.parameter}
-    named = sorted(u.target for u in made.adapter.updates.values() if u.rank and u.target not in parameters)
-    return with_fields(made, target_modules=target_modules(base, ClassNames(base, architecture), named))
+    moved = _moved(state, places)
+    parameters = {u.target for u in moved.adapter.updates.values() if u.cls.stack or u.parameter}
+    named = sorted(u.target for u in moved.adapter.updates.values() if u.rank and u.target not in parameters)
+    return with_fields(moved, target_modules=target_modules(base, ClassNames(base, architecture), named))
 
 
 def with_paths(state: Transformed, paths: Mapping[str, str]) -> Transformed:
-    """Give modules other paths, by those that they have now; the last names of stacks of experts stay."""
+    """Rename modules. paths: present path -> new path; the last names of stacks of experts must stay."""
     updates = state.adapter.updates
-    told = {path for module, path in paths.items() if updates[module].parameter}
-    return _moved(state, _Places(dict(paths), {}, told))
+    parameters = {path for module, path in paths.items() if updates[module].parameter}
+    return _moved(state, _Places(dict(paths), {}, parameters))
 
 
 def with_fields(state: Transformed, **fields: object) -> Transformed:
@@ -133,9 +133,9 @@ def with_fields(state: Transformed, **fields: object) -> Transformed:
 def _moved(state: Transformed, places: _Places) -> Transformed:
     """Return the adapter with the updates at their places."""
     source = state.adapter
-    kept = source.updates
+    updates = source.updates
     single = {update.module for stack in places.stacks.values() for update in stack.modules.values()}
-    others = {module: update for module, update in kept.items() if module not in single}
+    others = {module: update for module, update in updates.items() if module not in single}
     stacked = [places.paths[module] for module, update in others.items() if update.cls.stack]
     wrappers = wrappers_of([*places.stacks, *stacked])
     keys = dict[str, str]()
@@ -147,79 +147,81 @@ def _moved(state: Transformed, places: _Places) -> Transformed:
         keys |= {new[role]: name for role, name in stored.items()}
         base = new.pop("base", None)
         path = places.paths[module]
-        told = path in places.parameters
-        moved[module] = replace(update, module=path, tensors=new, base=base, parameter=told)
-    made = {path: stack.made(source, wrappers[path]) for path, stack in places.stacks.items()}
-    changed = with_modules(state, made, moved, keys, Peft.key)
-    return with_fields(_without_version(changed) if places.stacks else changed, **_fields(source, kept, places))
+        is_parameter = path in places.parameters
+        moved[module] = replace(update, module=path, tensors=new, base=base, parameter=is_parameter)
+    planned = {path: stack.made(source, wrappers[path]) for path, stack in places.stacks.items()}
+    changed = with_modules(state, planned, moved, keys, Peft.key)
+    return with_fields(_without_version(changed) if places.stacks else changed, **_fields(source, updates, places))
 
 
 def _without_version(state: Transformed) -> Transformed:
-    """Drop the version of PEFT, which tells for a stack what A and B are factors of."""
+    """Remove the version of PEFT, which determines the layout of a stack's A and B."""
     config = state.adapter.config
     peft = {key: value for key, value in config.peft.items() if key != "peft_version"}
     return replace(state, adapter=replace(state.adapter, config=replace(config, peft=peft)))
 
 
-def _fields(source: Adapter, kept: Mapping[str, UpdateSpec], places: _Places) -> dict[str, object]:
+def _fields(source: Adapter, updates: Mapping[str, UpdateSpec], places: _Places) -> dict[str, object]:
     """Return the fields of PEFT's config that name modules other than those with factors."""
-    found, peft = dict[str, object](), source.config.peft
+    fields, peft = dict[str, object](), source.config.peft
     if peft.get("modules_to_save"):
-        saved = {places.paths[m] for m, u in kept.items() if u.cls is ReplaceTensor and not m.endswith(".bias")}
-        found["modules_to_save"] = sorted(saved) or None
+        saved = {places.paths[m] for m, u in updates.items() if u.cls is ReplaceTensor and not m.endswith(".bias")}
+        fields["modules_to_save"] = sorted(saved) or None
     tokens = peft.get("trainable_token_indices")
     if isinstance(tokens, dict):
-        own = {m: u.detail.indices for m, u in kept.items() if isinstance(u.detail, Indices)}
-        rest = {k: v for k, v in tokens.items() if not any(f".{m}".endswith(f".{k}") for m in own)}
-        found["trainable_token_indices"] = {**rest, **{places.paths[m]: list(indices) for m, indices in own.items()}}
-    return found
+        indices_of = {m: u.detail.indices for m, u in updates.items() if isinstance(u.detail, Indices)}
+        rest = {k: v for k, v in tokens.items() if not any(f".{m}".endswith(f".{k}") for m in indices_of)}
+        renamed = {places.paths[m]: list(indices) for m, indices in indices_of.items()}
+        fields["trainable_token_indices"] = {**rest, **renamed}
+    return fields
 
 
-def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Mapping[str, UpdateSpec]) -> _Places:
-    """Find where each update goes in the class, and check its shape against the base's."""
+def _place(source: Adapter, base: Checkpoint, architecture: str | None, updates: Mapping[str, UpdateSpec]) -> _Places:
+    """Find each update's place in the class, and check its shape against the base's."""
     refuse_family(base)
     specs, _ = bindable(base, find_tie(base))
-    matches, absent = resolve_modules(specs, source.only(kept), base.configs)
+    matches, absent = resolve_modules(specs, source.only(updates), base.configs)
     added = [module for module in absent if source.in_modules_to_save(module)]
     if len(added) < len(absent):
-        raise cannot_convert(source.name, f"are not in {base.path}", [m for m in absent if m not in added], among=kept)
+        unknown = [m for m in absent if m not in added]
+        raise cannot_convert(source.name, f"are not in {base.path}", unknown, among=updates)
     in_model, places = ClassNames(base, architecture), _Places({module: module for module in added})
-    duplicates = kept.keys() - matches.keys() - {*absent}  # `Adapter.is_duplicate_bias`, which PEFT saves
+    duplicates = updates.keys() - matches.keys() - {*absent}  # `Adapter.is_duplicate_bias`, which PEFT saves
     places.paths.update((module, in_model(module)) for module in sorted(duplicates))
     counts = _count_experts(base)
     asked: dict[str, list[str]] = {}  # name in the file, or path of a stack -> modules of the source
-    factored, whole = {}, {}
-    for module, each in matches.items():
-        update, part = kept[module], _expert_part(module, each[0], base)
-        for match in each:
+    factored, replaced = {}, {}
+    for module, matched in matches.items():
+        update, part = updates[module], _expert_part(module, matched[0], base)
+        for match in matched:
             place_update(source, module, 1.0, match, specs, base.model_types, matches)
-        name = part.fused if part else module_of_matches(base, module, each)
+        name = part.fused if part else module_of_matches(base, module, matched)
         path = in_model(name)
         places.paths[module] = path if part or update.cls.stack else module_path(path)
         asked.setdefault(name, []).append(module)
         if part and not update.cls.stack:
-            in_stack = each[0].expert is not None  # in the file
-            experts = specs[each[0].name].shape[0] if in_stack else counts[part.fused]
+            in_stack = matched[0].expert is not None  # in the file
+            experts = specs[matched[0].name].shape[0] if in_stack else counts[part.fused]
             _add_to_stack(places, path, module, update, part, experts)
         role = "router" if is_bare_router(base, places.paths[module]) else "linear"
         if update.rank and not update.cls.stack and not part and is_bare(in_model.family, path, role):
             places.parameters.add(places.paths[module])
         elif update.cls is ReplaceTensor:
-            whole[name] = path
+            replaced[name] = path
         else:
             factored[name] = path
-    stacked = next((module for module in matches if kept[module].cls.stack), None)
-    if places.stacks and stacked:  # whose layout the version of PEFT tells, which is not that of new ones
+    stacked = next((module for module in matches if updates[module].cls.stack), None)
+    if places.stacks and stacked:  # its layout depends on the version of PEFT, and differs from the new stacks'
         raise InputError(f"of {source.name} is a stack of experts, and others are single", culprit=stacked)
     lacking = [module for module, path in places.paths.items() if not path]
     if lacking:
         raise cannot_convert(
-            source.name, f"are not in {in_model.chosen.name if in_model.chosen else base.path}", lacking, among=kept
+            source.name, f"are not in {in_model.chosen.name if in_model.chosen else base.path}", lacking, among=updates
         )
-    if problems := names_not_found(base, in_model, factored, whole):
+    if problems := names_not_found(base, in_model, factored, replaced):
         reason = next(iter(problems.values()))
         unsupported = [module for name in problems for module in asked[name]]
-        raise cannot_convert(source.name, f"would not load ({reason})", unsupported, among=kept)
+        raise cannot_convert(source.name, f"would not load ({reason})", unsupported, among=updates)
     twice = {path: m for m, path in places.paths.items() if path not in places.stacks}
     for module, path in places.paths.items():
         if twice.get(path, module) != module:
@@ -228,27 +230,27 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, kept: Ma
 
 
 def module_of_matches(base: Checkpoint, module: str, matches: Sequence[Match]) -> str:
-    """Return a tensor of the class, by the name that it has in the file, or by that of its rows there."""
+    """Return the name of a tensor for `ClassNames`: its name in the file, or that of the fused tensor's rows."""
     (first, *others) = matches
     if first.rows is None:
         return module if others else first.name
     parts = fused_parts(first.name, base.specs[first.name], base.configs)
-    own = (part.module for part in parts if (part.start, part.skip) == (first.rows[0], first.rows[2]))
-    path = next(own, None)
+    paths = (part.module for part in parts if (part.start, part.skip) == (first.rows[0], first.rows[2]))
+    path = next(paths, None)
     if path is None:
         raise InputError(f"is a part of {first.name} in {base.path}, of which no class is known", culprit=module)
     return path if path.endswith(".bias") else f"{path}.weight"
 
 
 def _expert_part(module: str, match: Match, base: Checkpoint) -> ExpertPart | None:
-    """Return which rows of a stack an update changes, by the name in the file or by the adapter's own."""
+    """Return the rows of a stack that an update changes, by the name in the file or in the adapter."""
     return expert_part(match.name, base.model_types) or (
         expert_part(module, base.model_types) if match.expert is not None else None
     )
 
 
 def _count_experts(base: Checkpoint) -> dict[str, int]:
-    """Return how many experts the file has one by one, by the path of their stack."""
+    """Return the number of single experts in the file, by the path of their stack."""
     experts: dict[str, set[int]] = {}
     for part in (expert_part(name, base.model_types) for name in base.specs):
         if part:
@@ -276,7 +278,7 @@ def _add_to_stack(places: _Places, path: str, module: str, update: UpdateSpec, p
 
 
 def _new_key(key: str, module: str, update: UpdateSpec, places: _Places, wrappers: Mapping[str, str]) -> str:
-    """Return the key under the class's name of what PEFT saves as `key` for a module of the source."""
+    """Return the key with the class's name for a tensor that PEFT saves as `key` of a module of the source."""
     new = places.paths[module]
     if update.cls.stack:
         return wrappers[new] + ".lora_" + key.rpartition(".lora_")[2]

@@ -34,23 +34,23 @@ from .refusals import cannot_convert
 from .request import ConvertRequest
 
 
-def require_copies(source: Adapter, request: ConvertRequest, kept: Mapping[str, UpdateSpec]) -> None:
+def require_copies(source: Adapter, request: ConvertRequest, updates: Mapping[str, UpdateSpec]) -> None:
     """Raise an error for a weight under a module's factors that is not the base's, which GGUF has no place for.
 
     Raises:
         NeedsFlag: modules have to be left out, or the base's weights are not at hand.
         InputError: nothing else is there to convert.
     """
-    under = [module for module, update in kept.items() if update.base]
+    under = [module for module, update in updates.items() if update.base]
     if not under or request.base is None:
         return
     if request.base.is_config:
         message = "has a weight under its factors, which is to be compared with the base's"
         raise NeedsFlag(message, culprit=under[0], flags="--base BASE", why="with the model and its weights")
     base = request.base.open("--base is the adapter's model")
-    if trained := [module for module in under if not is_of_base(source, kept[module], base)]:
+    if trained := [module for module in under if not is_of_base(source, updates[module], base)]:
         what = "have a weight under their factors that is not the base's, and GGUF has no place for it"
-        raise cannot_convert(source.name, what, trained, among=kept)
+        raise cannot_convert(source.name, what, trained, among=updates)
 
 
 def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
@@ -61,15 +61,15 @@ def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
         InputError: the base's names are in no table, or it is of another model.
     """
     source = state.adapter
-    kept = source.updates
+    updates = source.updates
     refuse_unsaid_init(source, FORMATS[request.to])
     if request.base is not None:
         model = GgufModel.of_config(request.model, request.base.path)
         for reason, modules in unfit_modules(source, model).items():
-            raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=kept)
+            raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=updates)
         state, key = _with_gguf_names(state, model), model.architecture.key
-        said = source.config.own if source.format == request.to else {}
-        fields: Mapping[str, object] = {**said, ARCHITECTURE: key, **model.facts.metadata(key)}
+        former = source.config.own if source.format == request.to else {}
+        fields: Mapping[str, object] = {**former, ARCHITECTURE: key, **model.facts.metadata(key)}
     elif source.format == request.to:
         fields = source.config.own
     else:
@@ -80,34 +80,34 @@ def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
             why="with the model, of which the config.json will do",
         )
     alpha = common_alpha(state.adapter.updates)
-    made = settle(with_scales(state, partial(_said, alpha)), request.dtype or own_type(request))
-    written = replace(in_format(made, FORMATS[request.to]), config={**fields, ALPHA: alpha})
-    return noted(written, *_notes(kept, made.adapter.updates, str(fields[ARCHITECTURE])))
+    settled = settle(with_scales(state, partial(_said, alpha)), request.dtype or own_type(request))
+    written = replace(in_format(settled, FORMATS[request.to]), config={**fields, ALPHA: alpha})
+    return noted(written, *_notes(updates, settled.adapter.updates, str(fields[ARCHITECTURE])))
 
 
 def _with_gguf_names(state: Transformed, model: GgufModel) -> Transformed:
     """Give the modules the names and rows of the model's GGUF file."""
     updates, origins = gguf_updates(state.adapter, model)
-    made = {each.module: _made(each, origins[each.module]) for each in updates}
-    bases = [each.update.base for each in made.values() if each.update.base]
-    return with_modules(state, made, {}, {name: name for name in bases}, LlamaCpp.key)
+    planned = {update.module: _made(update, origins[update.module]) for update in updates}
+    bases = [update.update.base for update in planned.values() if update.update.base]
+    return with_modules(state, planned, {}, {name: name for name in bases}, LlamaCpp.key)
 
 
-def _made(each: MadeUpdate, parts: tuple[str, ...]) -> Made:
+def _made(update: MadeUpdate, parts: tuple[str, ...]) -> Made:
     """Return a module of the GGUF file, of which each number is its parts' or 0."""
-    source = each.source
+    source = update.source
     experts, out, slices = source.experts, source.shape[-2], list[tuple[str, int, int, int | None]]()
-    if each.rows and len(each.rows) < out:
-        runs = [(e * out + start, e * out + stop) for e in range(experts) for start, stop in runs_of(each.rows)]
+    if update.rows and len(update.rows) < out:
+        runs = [(e * out + start, e * out + stop) for e in range(experts) for start, stop in runs_of(update.rows)]
         slices = [(source.module, start, stop, None) for start, stop in runs]
 
     def make() -> tuple[Tensors, Loss]:
-        A, B = each.load()
-        beside = {"magnitude": each.magnitude()} if each.magnitude else {}
+        A, B = update.load()
+        beside = {"magnitude": update.magnitude()} if update.magnitude else {}
         return {"A": lay_A(A), "B": lay_B(B), **beside}, NO_LOSS
 
     how = "fused" if len(parts) > 1 else "split" if slices else "exact"
-    return Made(each.spec(), make, parts, how, numbers=False, slices=tuple(slices))
+    return Made(update.spec(), make, parts, how, numbers=False, slices=tuple(slices))
 
 
 def _said(alpha: float, update: UpdateSpec) -> tuple[float, float]:
@@ -117,9 +117,9 @@ def _said(alpha: float, update: UpdateSpec) -> tuple[float, float]:
     return scale, 1.0 if is_said else update.scale * update.rank / alpha
 
 
-def _notes(kept: Mapping[str, UpdateSpec], written: Collection[str], architecture: str) -> Iterator[str]:
+def _notes(updates: Mapping[str, UpdateSpec], written: Collection[str], architecture: str) -> Iterator[str]:
     """Yield what the user has to know of what llama.cpp makes of the file."""
-    if under := [module for module, update in kept.items() if update.base]:
+    if under := [module for module, update in updates.items() if update.base]:
         yield f"{', '.join(under)}: the weight that is stored under the factors is left out: it is the base's"
     if dead := never_applied(architecture, written):
         listed = ", ".join(dead[:4]) + (", ..." if dead[4:] else "")

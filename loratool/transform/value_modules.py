@@ -34,7 +34,7 @@ class ValueModule:
 
 def read_value_modules(adapter: Adapter) -> list[ValueModule]:
     """Return the differences and (IA)3's vectors whose names tell a module."""
-    found = []
+    values = []
     for module, update in adapter.updates.items():
         component, path = component_of(module)
         flat = adapter.flattened or "." not in path
@@ -44,12 +44,12 @@ def read_value_modules(adapter: Adapter) -> list[ValueModule]:
             component = component or ("text_encoder" if dotted.startswith("text_model.") else "unet")
             matrix = adapter.updates.get(module[: len(module) - len(path) + len(owner)], update)
             columns = matrix.cls.flat(matrix)[1] if len(matrix.shape) > 1 else None
-            found.append(
+            values.append(
                 ValueModule(
                     SourceModule(module, update, component, dotted), ".bias" if owner != path else "", columns or 0
                 )
             )
-    return found
+    return values
 
 
 def rows_by_module(value: ValueModule, family: str) -> dict[str, list[Span]] | None:
@@ -69,10 +69,10 @@ def rows_by_module(value: ValueModule, family: str) -> dict[str, list[Span]] | N
     columns = value.columns or (rows // ratio if ratio else 0)
     if not columns and any(each for each, _ in located.rows):
         return None
-    found: dict[str, list[Span]] = {}
+    spans_of: dict[str, list[Span]] = {}
     for span in parts_of(located, columns, rows) or ():
-        found.setdefault(span.module, []).append(span)
-    return found or None
+        spans_of.setdefault(span.module, []).append(span)
+    return spans_of or None
 
 
 def made_values(source: Adapter, modules: Mapping[str, tuple[ValueModule, Sequence[Span]]]) -> dict[str, Made]:
@@ -81,7 +81,7 @@ def made_values(source: Adapter, modules: Mapping[str, tuple[ValueModule, Sequen
     Args:
         modules: new name -> what it is of, and its rows there; all without rows.
     """
-    found = {}
+    planned = {}
     for name, (value, spans) in modules.items():
         update = value.source.update
         ((role, key),) = update.tensors.items()
@@ -98,5 +98,5 @@ def made_values(source: Adapter, modules: Mapping[str, tuple[ValueModule, Sequen
             rows = torch.cat([tensor[span.start : span.stop] for span in order]) if order else tensor
             return {role: rows}, NO_LOSS
 
-        found[name] = Made(new, make, (value.source.module,), "split" if order else "exact", numbers=False)
-    return found
+        planned[name] = Made(new, make, (value.source.module,), "split" if order else "exact", numbers=False)
+    return planned
