@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 from click.shell_completion import CompletionItem, shell_complete
 
-from ..durable.interrupts import staying, stop_on_signals
+from ..durable.interrupts import resumable_outputs, stop_on_signals
 from ..errors import is_debugging
 from .help import Command
 
@@ -206,7 +206,7 @@ def _signal_reporter(argv: list[str]) -> Callable[[int, Exception | None], int]:
 def _staying(argv: list[str]) -> str:
     """Return a text on outputs that stay: resumable ones, and those without only their page. Empty if none do."""
     goes_on = "the next run replaces them" if _command_name(argv) == "run" else "the same command with --resume goes on"
-    stay = [f"{' and '.join(staying)} stay: {goes_on}"] if staying else []
+    stay = [f"{' and '.join(resumable_outputs)} stay: {goes_on}"] if resumable_outputs else []
     return "; ".join([*stay, *(f"{out} is written and whole, only its page is not" for out in whole)])
 
 
@@ -231,7 +231,7 @@ def _run(argv: list[str]) -> int:
 def _call(argv: list[str]) -> int:
     from ..errors import LoratoolError, MachineError, UsageError
 
-    staying.clear()
+    resumable_outputs.clear()
     whole.clear()
     if is_debugging():
         _show_log()

@@ -1,1 +1,1 @@
-"""Survive a kill: calls that change files, locks, partial outputs, signals, the journal by which a run goes on."""
+"""What survives a kill: calls that change files, locks, partial outputs, signals, and the journal of a resumed run."""

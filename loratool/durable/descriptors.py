@@ -1,7 +1,7 @@
-"""Keep files open as far as the system's limit of descriptors goes, and open those beyond it for each use.
+"""Open more files than the system's limit of descriptors: those beyond a share of it are reopened for each use.
 
-Three hundred adapters, or a model of as many shards with an output of as many, are more files than `ulimit -n` may
-allow. POSIX gives the lowest free number, so that the number itself tells how many are taken.
+Three hundred adapters, or a model and an output of three hundred shards, are more files than `ulimit -n` may allow.
+POSIX gives a new file the lowest free number, so the number shows how many descriptors are in use.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import BinaryIO, cast
 
 from ..errors import InputError
 
-LIMIT = 512  # of Windows, whose C library has no other way to tell
+LIMIT = 512  # of Windows, whose C library cannot be asked
 
-SHARE = 4  # a fourth of the limit is kept open: libraries, worker processes and short reads take of the rest
+SHARE = 4  # a fourth of the limit is kept open; libraries, worker processes and short reads use the rest
 
-RECENT = 2  # files beyond it that a thread has open: a copy has a source and a target
+RECENT = 2  # reopened files that a thread keeps open: a copy has a source and a target
 
 REPLACED = "was written to or replaced while it was read"
 
@@ -25,7 +25,7 @@ WAIT = "run the command again when nothing writes there"
 
 
 def kept_open(file: BinaryIO, again: Callable[[], BinaryIO]) -> BinaryIO:
-    """Return the open file, or if descriptors are short one that is opened for each use; it has the same numbers.
+    """Return the open file, or one that is opened for each use if descriptors are short; the data are the same.
 
     Args:
         again: opens the same file without emptying it.
@@ -45,7 +45,7 @@ def _limit() -> int:
 
 
 class _Recent(dict["_Reopened", BinaryIO]):
-    """The files that a thread used last, which are closed with it; no other thread closes what it is reading."""
+    """The files that a thread used last. They close when the thread ends; no other thread closes them."""
 
     def __del__(self) -> None:
         for file in self.values():
@@ -61,7 +61,7 @@ _of_thread = _OfThread()
 
 
 class _Reopened:
-    """A file read and written by offset, which has a descriptor only while it is among the last that a thread used."""
+    """A file read and written by offset; it has a descriptor only while it is one of a thread's last files."""
 
     def __init__(self, file: BinaryIO, again: Callable[[], BinaryIO]) -> None:
         self.name, self.closed, self._again, self._found = file.name, False, again, os.fstat(file.fileno())

@@ -1,8 +1,7 @@
-"""Call the operating system for all that changes files: this is the one place that does.
+"""System calls that change files; no other module makes them.
 
-The tests replace these functions by ones that fail, that stop the process, or that lose what was not synced; so a
-caller writes `disk.rename(...)` and takes no name from here. Windows has no `pwrite`, and only Linux has
-`copy_file_range`.
+Tests replace these functions with ones that fail, stop the process, or lose unsynced data. So callers write
+`disk.rename(...)` and import no function from here. Windows has no `pwrite`, and only Linux has `copy_file_range`.
 """
 
 from __future__ import annotations
@@ -18,28 +17,28 @@ from typing import BinaryIO
 
 POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lock it; its renames are journaled
 
-# Of folders that cannot be synced, and need not: those of some network file systems, and those that cannot be listed
+# Errors of folders that cannot be synced and need not be: on some network file systems, and without read permission
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
-seek_lock = threading.Lock()  # without pwrite or preadv a call moves the file position, which threads share
+seek_lock = threading.Lock()  # without pwrite and preadv a call moves the file position, which threads share
 
 
 def open_file(path: Path, mode: str) -> BinaryIO:
     """Open a file for writing, unbuffered.
 
     Args:
-        mode: w+b makes it or empties it, r+b needs it, ab makes it and leaves what it holds.
+        mode: w+b creates or empties the file, r+b requires it, ab creates it and keeps its content.
     """
-    return open(path, mode, buffering=0)  # type: ignore[return-value]  # the caller has it closed
+    return open(path, mode, buffering=0)  # type: ignore[return-value]  # the caller closes it
 
 
 def open_nameless(folder: Path) -> BinaryIO:
-    """Open a file in `folder` that is gone when it is closed."""
+    """Open a file in `folder` that is removed when it is closed."""
     return tempfile.TemporaryFile(dir=folder, buffering=0)
 
 
 def write_some(file: BinaryIO, data: memoryview, offset: int) -> int:
-    """Write bytes at an offset and return how many were written, which may be fewer."""
+    """Write bytes at an offset and return how many were written; it may be fewer than given."""
     if hasattr(os, "pwrite"):
         return os.pwrite(file.fileno(), data, offset)
     with seek_lock:
@@ -48,14 +47,14 @@ def write_some(file: BinaryIO, data: memoryview, offset: int) -> int:
 
 
 def copy_some(source: BinaryIO, source_offset: int, target: BinaryIO, target_offset: int, nbytes: int) -> int:
-    """Copy bytes inside the kernel and return how many were copied; an OSError or 0 says that it cannot."""
+    """Copy bytes inside the kernel and return how many were copied; it fails with an OSError or 0."""
     if not hasattr(os, "copy_file_range"):
         return 0
     return os.copy_file_range(source.fileno(), target.fileno(), nbytes, source_offset, target_offset)
 
 
 def truncate(file: BinaryIO, nbytes: int) -> None:
-    """Give a file a size; what it gets beyond its old one are zeros."""
+    """Truncate a file, or extend it with zeros."""
     file.truncate(nbytes)
 
 
@@ -67,7 +66,7 @@ def sync(file: BinaryIO) -> None:
 def sync_early(file: BinaryIO) -> None:
     """Wait until the bytes written so far are on the disk, and release them from memory."""
     os.fdatasync(file.fileno()) if hasattr(os, "fdatasync") else os.fsync(file.fileno())
-    with suppress(OSError, AttributeError):  # advice only, which not every system takes
+    with suppress(OSError, AttributeError):  # only advice; not every system takes it
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -87,22 +86,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def rename(path: Path, new: Path) -> None:
-    """Give a file another name, in place of the file of that name; a folder, in place of an empty one."""
+    """Rename a file, replacing the file at the new name; or a folder, replacing an empty one."""
     os.replace(path, new)
 
 
 def link(path: Path, new: Path) -> None:
-    """Give a file a second name."""
+    """Create a hard link to a file."""
     os.link(path, new)
 
 
 def unlink(path: Path) -> None:
-    """Remove a file's name if it is there."""
+    """Remove a file if it exists."""
     path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, unless it is there."""
+    """Create a folder and its parents unless they exist."""
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -111,5 +110,5 @@ def remove_empty_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with all that is in it."""
+    """Remove a folder and its content."""
     shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Read, write, copy and hash bytes at offsets of files, with a plain fallback for what a system lacks."""
+"""Read, write, copy and hash bytes at offsets of files, with a fallback where a system call is missing."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .interrupts import held_back, unless_done
 
 COPY_CHUNK = 1 << 23  # bytes of a fallback copy buffer: large enough to stream, small enough for one per worker
 
-CHECKED_CHUNK = 1 << 20  # bytes of a buffer whose CRC is computed while it is in the processor's cache
+CHECKED_CHUNK = 1 << 20  # bytes of a buffer that stays in the processor's cache while its CRC is computed
 
-PAGE = 4096  # bytes that a disk writes at once, at least
+PAGE = 4096  # bytes: the least that a disk writes at once
 
-SAMPLES = 16  # pages by which one file is told from another of its size
+SAMPLES = 16  # pages that are compared to tell files of one size apart
 
 WRITE_BACK = 0.3  # seconds between two syncs of files that are being filled
 
 
 def size(nbytes: float) -> str:
-    """Write a number of bytes with 3 digits in decimal units: 32.8 kB, 2.92 MB; MB is 10**6."""
+    """Format a number of bytes with 3 digits in decimal units: 32.8 kB, 2.92 MB; MB is 10**6."""
     if nbytes < 999.5:
         return f"{nbytes:.0f} B"
     for unit in ("kB", "MB", "GB", "TB"):
@@ -60,15 +60,15 @@ def write_at(file: BinaryIO, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         n = disk.write_some(file, data[done:], offset + done)
-        if not n:  # else it might be asked forever
+        if not n:  # a loop without end otherwise
             raise OSError(errno.EIO, "the system wrote nothing and told no error")
         done += n
 
 
 def copy_range(source: BinaryIO, source_offset: int, target: BinaryIO, target_offset: int, nbytes: int) -> None:
-    """Copy `nbytes` unchanged, inside the kernel if it can, else through a buffer."""
+    """Copy `nbytes` unchanged, inside the kernel if possible, else through a buffer."""
     done = 0
-    with suppress(OSError):  # other file systems, old kernels: the buffer below works everywhere, or names the error
+    with suppress(OSError):  # some file systems, old kernels: the buffer below works everywhere, or raises the error
         while done < nbytes:
             n = disk.copy_some(source, source_offset + done, target, target_offset + done, nbytes - done)
             if not n:
@@ -94,7 +94,7 @@ def copy_checked(source: BinaryIO, source_offset: int, target: BinaryIO, target_
 
 
 def has_bytes(file: BinaryIO, offset: int, nbytes: int, read: Callable[[int, memoryview], None]) -> bool:
-    """Return whether a file has bytes at a place that `read` yields: it fills a buffer from its byte on."""
+    """Return whether `nbytes` of a file from `offset` on equal those of `read(first, buffer)`, which fills a buffer."""
     buffers = [memoryview(bytearray(min(CHECKED_CHUNK, nbytes))) for _ in range(2)]
     for done in range(0, nbytes, CHECKED_CHUNK):
         first, second = (buffer[: nbytes - done] for buffer in buffers)
@@ -107,11 +107,11 @@ def has_bytes(file: BinaryIO, offset: int, nbytes: int, read: Callable[[int, mem
 
 @contextmanager
 def write_back_early(files: Collection[BinaryIO]) -> Iterator[None]:
-    """Sync the files again and again while the block fills them, so that little is left to sync at its end.
+    """Sync the files repeatedly while the block fills them, so that little is left to sync at its end.
 
-    The system would start late, with gigabytes in memory. It reports a failure only once, so that is raised here.
-    Written pages are released: a model's worth would push other programs' pages out of the cache, and a page that was
-    just freed is cheaper to fill than one that a virtual machine must ask its host for.
+    The system would start late, with gigabytes in memory. It reports a write error only once, so this raises it.
+    Written pages are released. A model's worth of them would push other programs' pages out of the cache, and a page
+    that was just freed is cheaper to fill than one that a virtual machine must request from its host.
     """
     leave = threading.Event()
     failed: list[Exception] = []
@@ -121,7 +121,7 @@ def write_back_early(files: Collection[BinaryIO]) -> Iterator[None]:
             while not leave.wait(WRITE_BACK):
                 for file in files:
                     disk.sync_early(file)
-        except (OSError, InputError) as error:  # the latter of a file that was replaced: see `descriptors`
+        except (OSError, InputError) as error:  # InputError: the file was replaced, see `descriptors`
             failed.append(error)
 
     thread = threading.Thread(target=write_back, daemon=True)
@@ -136,7 +136,7 @@ def write_back_early(files: Collection[BinaryIO]) -> Iterator[None]:
 
 
 def is_beside(name: str) -> bool:
-    """Return whether a name that a file gives is that of an entry of its own folder."""
+    """Return whether a name from a file's content is a plain file name, so that it stays in the file's folder."""
     return name == Path(name).name and not any(mark in name for mark in "\\:\0") and name not in ("", ".", "..")
 
 
@@ -149,7 +149,7 @@ def open_for_reading(path: Path) -> BinaryIO:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an OSError into an InputError that names `path`, or a MachineError if the machine ran out of something."""
+    """Convert an OSError into an InputError that names `path`, or a MachineError if the machine failed."""
     try:
         yield
     except OSError as error:
@@ -158,9 +158,9 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def open_scratch(folder: Path) -> BinaryIO:
-    """Open a nameless file in `folder` that is gone when it is closed; an OSError names the folder."""
+    """Open a temporary file in `folder` that is removed when it is closed; an OSError names the folder."""
     try:
-        with held_back():  # where it has a name for a moment
+        with held_back():  # on some systems it has a name for a moment
             return disk.open_nameless(folder)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder.absolute())) from error
@@ -171,13 +171,13 @@ def free_bytes(folder: Path) -> int:
 
 
 def lacking_space(folder: Path, nbytes: int) -> str:
-    """Return, in words, that the disk of `folder` has less than `nbytes` free; empty if it has them."""
+    """Return a message if the disk of `folder` has less than `nbytes` free, else an empty string."""
     free = free_bytes(folder)
     return f"{size(nbytes)} are needed and {size(free)} are free" if free < nbytes else ""
 
 
 def occupied(path: Path) -> int:
-    """Return the bytes that a file, or the files of a folder, take on the disk; 0 if there is none."""
+    """Return the bytes that a file, or the files in a folder, use on the disk; 0 if it is missing."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(getattr(file.stat(), "st_blocks", 0) * 512 for file in files if file.is_file())
 
@@ -190,10 +190,10 @@ def require_free_space(folder: Path, nbytes: int) -> None:
 
 @contextmanager
 def open_new(path: Path, mode: str = "w+b") -> Iterator[BinaryIO]:
-    """Open a file to be written; a stop closes it, since Windows and NFS remove no folder with open files.
+    """Open a file for writing. A stop closes it, since Windows and NFS cannot remove a folder with open files.
 
     Args:
-        mode: of `disk.open_file`; by default the file is made, or emptied.
+        mode: of `disk.open_file`; by default the file is created or emptied.
     """
     with disk.open_file(path, mode) as file, unless_done(file.close):
         yield file
@@ -224,9 +224,9 @@ def sha256_range(file: BinaryIO, offset: int, nbytes: int) -> str:
 
 
 def sampled(file: BinaryIO) -> str:
-    """Return the sha256 of the size of a file and of SAMPLES pages that are spread over it.
+    """Return the sha256 of a file's size and of SAMPLES pages spread over it.
 
-    It tells weights of another training from these, which differ everywhere, and not an edit in one place.
+    It detects the weights of another training, which differ everywhere, but not an edit in one place.
     """
     size = os.fstat(file.fileno()).st_size
     digest, page = hashlib.sha256(str(size).encode()), memoryview(bytearray(min(PAGE, size)))
@@ -237,7 +237,7 @@ def sampled(file: BinaryIO) -> str:
 
 
 def sum_range(file: BinaryIO, offset: int, nbytes: int) -> int:
-    """Return the `word_sum` of some bytes of a file."""
+    """Return the `word_sum` of a range of a file."""
     total, buffer = 0, memoryview(bytearray(min(1 << 20, nbytes)))
     for start in range(0, nbytes, 1 << 20):
         part = buffer[: nbytes - start]
@@ -247,9 +247,9 @@ def sum_range(file: BinaryIO, offset: int, nbytes: int) -> int:
 
 
 def word_sum(data: memoryview) -> int:
-    """Return the sum of bytes as little-endian 64-bit words, zeros appended, modulo 2**64.
+    """Return the sum of bytes as little-endian 64-bit words, padded with zeros, modulo 2**64.
 
-    It tells one file from another at a twentieth of the cost of a hash, if nobody means to deceive.
+    It distinguishes files at a twentieth of the cost of a hash, but not against an attacker.
     """
     import numpy as np
 
@@ -259,9 +259,9 @@ def word_sum(data: memoryview) -> int:
 
 
 def page_sums(data: memoryview) -> bytes:
-    """Return the sum of each PAGE of bytes as little-endian 32-bit words, zeros appended, 8 bytes each.
+    """Return the sum of each PAGE of bytes as little-endian 32-bit words, padded with zeros, 8 bytes each.
 
-    A hash of them tells what a machine can lose: no sum wraps, so it is 0 of zeros alone.
+    A hash of the sums detects pages that a crash lost: no sum wraps, so only a page of zeros has the sum 0.
     """
     import numpy as np
 

@@ -1,12 +1,14 @@
-"""Let a signal end the process at any moment: undo what is unfinished, or leave it to a run that goes on, and say so.
+"""Handlers that let a signal end the process at any moment.
 
-For `stop_on_signals`, which the command line calls, an exception would not do: where a signal comes, a finalizer or an
-import may swallow it, a thread's long step may keep it waiting, and a block that it should leave may not have been
-entered yet. So its handler itself does what an error would (`unless_done`), and ends the process. A program that uses
-the library keeps its own handlers, which may raise: that is an error then.
+Unfinished work is undone, or it stays for a run with `--resume`; the message says which.
 
-Inside `held_back` a signal is only noted, and comes when the block ends, so that none comes between two steps that
-belong together; `let_in` is for the long work between two such steps.
+`stop_on_signals`, which the command line calls, does not raise an exception. A finalizer or an import could swallow
+one, a thread's long step could delay it, and it could come before the block that it should leave is entered. So the
+handler itself undoes what an error would (`unless_done`), and ends the process. A program that uses the library keeps
+its own handlers. If they raise, that is treated as an error.
+
+Inside `held_back` a signal is only noted. It is delivered when the block ends, so no signal comes between two steps
+that belong together. `let_in` is for long work between two such steps.
 """
 
 from __future__ import annotations
@@ -22,52 +24,52 @@ from ..errors import MachineError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: two
 
-# Errors of a run that died, by no fault of its inputs; RuntimeError is torch's, of full memory and of a lost GPU
+# Errors that end a run through no fault of its inputs; torch raises RuntimeError for full memory and a failed GPU
 DEATHS = (OSError, MemoryError, MachineError, RuntimeError)
 
-PATIENCE = 0.5  # seconds in which a stopped process may tell of it: nobody may read its output
+PATIENCE = 0.5  # seconds for a stopped process to write its message: nobody may read it
 
-# What a stop does, the last first: `undo`, but after a death only if `stays` says nothing
+# (undo, stays) of each open `unless_done`; a stop runs them last to first
 at_stop: list[tuple[Callable[[], object], Callable[[], str]]] = []
 
-staying: list[str] = []  # what is left of runs that died, which another run can go on with
+resumable_outputs: list[str] = []  # partial outputs of runs that died, as messages name them
 
-_handlers: dict[int, Any] = {}  # those that wait while signals are held back
-_came: list[int] = []
-_others = threading.RLock()  # for the blocks of other threads than the main one
+_handlers: dict[int, Any] = {}  # the handlers that `_note` replaces while signals are held back
+_arrived: list[int] = []
+_others = threading.RLock()  # held in the blocks of threads other than the main one
 
 
 @contextmanager
 def unless_done(undo: Callable[[], object], stays: Callable[[], str] = str) -> Iterator[None]:
-    """Call `undo` if the block raises, or if a signal stops the process before its end; what it cannot do stays.
+    """Call `undo` if the block raises, or if a signal stops the process before its end; its OSErrors are ignored.
 
     Args:
-        stays: says what is there that another run can go on with. That is noted in `staying` and not undone if the run
-            died: the machine failed, or a signal came that is not the user's ^C, as when a batch system takes the
-            machine back.
+        stays: names the partial output that another run can resume, or returns "". If there is one and the run died,
+            it is added to `resumable_outputs` and not undone. A run died if the machine failed, or if a signal came
+            that is not the user's ^C, as when a batch system takes the machine back.
     """
     entry = undo, stays
     at_stop.append(entry)
     try:
         yield
     except BaseException as error:
-        if not (isinstance(error, DEATHS) and _note_staying(stays)):
-            with suppress(OSError):  # the error to tell is the first one
+        if not (isinstance(error, DEATHS) and _note_resumable(stays)):
+            with suppress(OSError):  # the first error is the one to report
                 undo()
         raise
     finally:
         at_stop.remove(entry)
 
 
-def _note_staying(stays: Callable[[], str]) -> bool:
-    what = stays()
-    staying.extend([what] if what else [])
-    return bool(what)
+def _note_resumable(stays: Callable[[], str]) -> bool:
+    output = stays()
+    resumable_outputs.extend([output] if output else [])
+    return bool(output)
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold signals back during the block; in another thread than the main one, where none come, a stop waits for it."""
+    """Delay signals until the block ends. Threads other than the main one get none; a stop waits for their blocks."""
     if not _in_main_thread():
         with _others:
             yield
@@ -83,7 +85,7 @@ def held_back() -> Iterator[None]:
 
 @contextmanager
 def let_in() -> Iterator[None]:
-    """Let signals come during the block, which is inside one of `held_back`."""
+    """Deliver signals during the block, which is inside a block of `held_back`."""
     out, back = (_release, hold) if _in_main_thread() else (_others.release, _others.acquire)
     out()
     try:
@@ -97,8 +99,8 @@ def _in_main_thread() -> bool:
 
 
 def hold() -> None:
-    """Hold signals back from now on. One that is ignored, as in the background or under nohup, remains so."""
-    _came.clear()
+    """Delay signals from now on. Signals that are ignored, as in the background or under nohup, stay ignored."""
+    _arrived.clear()
     for number in SIGNALS:
         handler = signal.getsignal(number)
         if handler not in (None, signal.SIG_IGN):  # None: one that Python did not set
@@ -107,10 +109,10 @@ def hold() -> None:
 
 
 def stop_on_signals(tell: Callable[[int, Exception | None], int]) -> None:
-    """From now on let the first signal end this process, those too that were held back so far.
+    """End this process at the first signal from now on, including those delayed so far.
 
     Args:
-        tell: says which signal it was, and what kept something from being undone, and returns the exit code.
+        tell: reports the signal, and the error that prevented an undo, if any. It returns the exit code.
     """
     stopped: list[int] = []
     order = _arrivals()
@@ -119,8 +121,8 @@ def stop_on_signals(tell: Callable[[int, Exception | None], int]) -> None:
         stopped.append(number)
         if len(stopped) > 1:
             return
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
+        for ignored in SIGNALS:
+            signal.signal(ignored, signal.SIG_IGN)
         _others.acquire()
         threading.excepthook = lambda _: None  # threads lose their files now
         left: Exception | None = None
@@ -128,7 +130,7 @@ def stop_on_signals(tell: Callable[[int, Exception | None], int]) -> None:
         while at_stop:
             undo, stays = at_stop.pop()
             try:
-                if first == signal.SIGINT or not _note_staying(stays):
+                if first == signal.SIGINT or not _note_resumable(stays):
                     undo()
             except Exception as error:
                 left = left or error
@@ -142,34 +144,34 @@ def stop_on_signals(tell: Callable[[int, Exception | None], int]) -> None:
 
 
 def _arrivals() -> int | None:
-    """Return a pipe in which the numbers of signals arrive in their order, in which Python does not call handlers."""
+    """Return a pipe that receives the signals' numbers in order of arrival; Python calls handlers in another order."""
     if os.name != "posix":
         return None
-    order, told = os.pipe()
-    os.set_blocking(told, False)
-    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    order, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     return order
 
 
 def _exit_soon(code: int) -> None:
-    """End the process after a while, even if it then waits for the reader of a pipe."""
+    """End the process after PATIENCE, even if it waits for the reader of a pipe."""
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGALRM, lambda *_: os._exit(code))
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
 
 def _note(number: int, _: Any) -> None:
-    _came.append(number)
+    _arrived.append(number)
 
 
 def _release() -> None:
     if not _handlers:
         return
     try:
-        with ExitStack() as stack:  # a handler that raises in between keeps none from its place
+        with ExitStack() as stack:  # all are restored even if a handler raises meanwhile
             while _handlers:
                 stack.callback(signal.signal, *_handlers.popitem())
     finally:
-        with ExitStack() as stack:  # nor another signal from its handler
-            for number in reversed(dict.fromkeys(_came)):
+        with ExitStack() as stack:  # all are delivered even if a handler raises
+            for number in reversed(dict.fromkeys(_arrived)):
                 stack.callback(signal.raise_signal, number)

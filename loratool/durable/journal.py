@@ -1,18 +1,18 @@
-"""Keep a journal beside a partial output, by which a run that died is continued.
+"""The journal beside a partial output, from which `--resume` continues a run that died.
 
-    head.json      what is made of what, by name: `--resume` with anything else is refused by it
+    head.json      inputs, options and output by name: `--resume` with any others is refused
     0, 1, ...      the records of each rank
 
-A record says of one item of the plan that it is finished: its number, where it wrote, the digest of what it wrote
-(`fileio.page_sums`), and its results, whose bytes (undo records, say) stand behind its text. So the journal is also
-where such bytes wait until an undo file is made of them, and how a rank hands its results to rank 0.
+A record marks one item of the plan as finished. It has the item's number, where it wrote, the digest of the bytes it
+wrote (`fileio.page_sums`), and its results. Bytes among the results, such as undo records, follow the record's text:
+they stay in the journal until the undo file is written, and rank 0 reads the results of the other ranks here.
 
     20 bytes       `lora`, bytes of the text (u32), bytes of data (u64), CRC-32 of both (u32), little-endian
     text           JSON
     data
 
-A kill tears the last record; what a record does not say is done again. An item's results are a function of the inputs,
-so whichever run has written a record, it is right; the bytes on the disk may be lost, and are verified by the digest.
+A kill may truncate the last record; an item without a record is done again. An item's results depend on the inputs
+alone, so a record is valid whichever run wrote it. The bytes it wrote may be lost, so the digest verifies them.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ ANEW = "leave out --resume to begin anew"
 
 SCALARS = (type(None), bool, int, float, str)
 
-Place = tuple[str, int, int]  # what an item writes: the file's name, the first byte there, how many bytes
+Place = tuple[str, int, int]  # what an item writes: the file's name, the first byte there, the number of bytes
 
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """Bytes that stand in a journal."""
+    """Bytes in a journal."""
 
     file: BinaryIO
     offset: int
@@ -76,7 +76,7 @@ class FinishedItem:
 
 
 class Journal:
-    """The journal of an output, of which this process writes the records of one rank.
+    """The journal of an output. This process writes the records of one rank.
 
     Args:
         path: the output's.
@@ -88,20 +88,20 @@ class Journal:
         self._opened = ExitStack()
         self._file: BinaryIO | None = None
         self._end = 0
-        self.finished: dict[int, FinishedItem] = {}  # of runs that died, and what `read_all` found
+        self.finished: dict[int, FinishedItem] = {}  # by item: those of runs that died, and those read by `read_all`
 
     def begin(self, head: Mapping[str, Any] | None) -> None:
-        """Make a new journal, unless this run goes on by one; without a head, no other run can go on by it."""
+        """Create a journal unless this run resumes one. A journal without a head cannot be resumed."""
         if journal_head(self._path).exists():
             return
         disk.make_folder(self._folder)
         if head is not None:
-            new = self._folder / "head"  # so that one that is torn has no name
+            new = self._folder / "head"  # renamed when it is complete
             write_file(new, json.dumps({"version": VERSION, **head}, sort_keys=True).encode())
             disk.rename(new, journal_head(self._path))
 
     def open(self) -> None:
-        """Read what runs that died have finished, and open the file of this rank, to which records are added."""
+        """Read the records of runs that died, and open this rank's file to add records."""
         own = self._folder / str(self._rank)
         for path in sorted(self._folder.iterdir()):
             if path.name.isdecimal():
@@ -111,20 +111,20 @@ class Journal:
         disk.truncate(self._file, self._end)
 
     def open_nameless(self) -> None:
-        """Keep the records in a file beside the output that is gone when it is closed, by which no run can go on."""
+        """Open a temporary file beside the output for the records; no run can resume from it."""
         self._file = self._opened.enter_context(open_scratch(self._folder.parent))
 
     def read_all(self, ranks: int) -> None:
-        """Read the records of so many ranks, which have opened it and synced."""
-        for rank in range(ranks):  # by name: another machine may yet see an older list of them
+        """Read the records of `ranks` ranks, which have opened the journal and synced it."""
+        for rank in range(ranks):  # by name: another machine may still see an older listing of the folder
             self._read(self._folder / str(rank), is_checked=True)
 
     def _read(self, path: Path, is_checked: bool) -> int:
-        """Read the records of a file, the last of an item, and return where they end."""
+        """Read the records of a file and return where they end. The last record of an item counts."""
         opened = self._opened.enter_context(open_for_reading(path))
         file = kept_open(opened, partial(open_for_reading, path))
         at, size = 0, os.fstat(file.fileno()).st_size
-        with suppress(InputError):  # another rank cuts the torn end off its own file meanwhile
+        with suppress(InputError):  # another rank may be truncating its own file
             while at + HEAD.size <= size:
                 head = memoryview(bytearray(HEAD.size))
                 read_into(file, head, at)
@@ -141,7 +141,7 @@ class Journal:
 
     @staticmethod
     def _text(file: BinaryIO, offset: int, length: int) -> Any:
-        """Return the text of a record, None if it is none of ours."""
+        """Return the parsed text of a record; None if it is not a record."""
         text = memoryview(bytearray(length))
         read_into(file, text, offset)
         with suppress(ValueError, KeyError, TypeError, RecursionError):
@@ -153,7 +153,7 @@ class Journal:
         return None
 
     def add(self, item: int, place: Place, digest: str, results: Any) -> Any:
-        """Add the record of a finished item, and return its results as `results` would."""
+        """Add the record of a finished item, and return its results as `results` does."""
         assert self._file, "it is open"
         data: list[bytes | memoryview] = []
         found = {"item": item, "place": place, "digest": digest, "results": self._encode(results, data)}
@@ -186,7 +186,7 @@ class Journal:
         self._opened.close()
 
     def _encode(self, value: Any, data: list[bytes | memoryview]) -> Any:
-        """Return what JSON takes of a result; bytes are appended to `data`."""
+        """Return a result as JSON values; its bytes are appended to `data`."""
         kind, values = value.__class__, value
         if kind in SCALARS:
             return value
@@ -202,7 +202,7 @@ class Journal:
         return {kind.__name__: [each if each.__class__ in SCALARS else self._encode(each, data) for each in values]}
 
     def _decode(self, value: Any, data: _Data) -> Any:
-        """Return a result of what `_encode` made of it."""
+        """Return the result that `_encode` encoded."""
         if value.__class__ in SCALARS:
             return value
         ((name, content),) = value.items()
@@ -218,7 +218,7 @@ class Journal:
 
 @dataclass
 class _Data:
-    """The data of a record, of which each result takes its bytes in their order."""
+    """The data of a record; results take their bytes from it in order."""
 
     file: BinaryIO
     at: int
@@ -238,7 +238,7 @@ def _crc(file: BinaryIO, start: int, end: int) -> int:
 
 
 def read_head(path: Path) -> dict[str, Any] | None:
-    """Return the head of the journal of an output, None if there is none.
+    """Return the head of an output's journal; None without one.
 
     Raises:
         UsageError: it cannot be read.
@@ -254,13 +254,13 @@ def read_head(path: Path) -> dict[str, Any] | None:
 
 
 def require_same(path: Path, head: Mapping[str, Any]) -> bool:
-    """Return whether there is a journal of an output to go on with.
+    """Return whether an output has a journal to resume from.
 
     Args:
-        head: of this run; a mapping of mappings with names and JSON values.
+        head: of this run: kind -> name -> JSON value.
 
     Raises:
-        UsageError: it cannot be read, or is that of other inputs or options, which are named.
+        UsageError: the journal cannot be read, or is of other inputs or options; the message names them.
     """
     found = read_head(path)
     if found is None:

@@ -1,7 +1,7 @@
-"""Lock an output for one process, so that two commands with one output cannot mix their bytes.
+"""Lock an output for one process, so that two commands cannot mix their bytes in it.
 
-The lock is on the file or folder in which the output is built, and the system takes it from a process that ends. One
-that was killed may hold it for a moment longer, so a run waits a little.
+The lock is on the file or folder in which the output is built. The system releases it when the process ends. A killed
+process may hold it a moment longer, so a run waits a little.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _held: set[int] = set()  # descriptors
 
 @contextmanager
 def locked(place: Path, path: Path, make: Callable[[], object]) -> Iterator[None]:
-    """Lock the file or folder `place`, which becomes `path`, during the block. Where there are no locks, only make it.
+    """Lock the file or folder `place`, which becomes `path`, during the block. Without locks, only create it.
 
     Args:
-        make: makes it unless it is there.
+        make: creates it unless it exists.
 
     Raises:
         MachineError: another process holds it.
@@ -36,7 +36,7 @@ def locked(place: Path, path: Path, make: Callable[[], object]) -> Iterator[None
         make()
         try:
             descriptor = _open(place)
-        except FileNotFoundError:  # another process has just given it its name
+        except FileNotFoundError:  # another process has just renamed it to `path`
             continue
         try:
             if descriptor is None or (_lock(descriptor) and _is_at(place, descriptor)):
@@ -55,10 +55,10 @@ def locked(place: Path, path: Path, make: Callable[[], object]) -> Iterator[None
 
 
 def _open(place: Path) -> int | None:
-    """Open a file or folder to lock it, if this system has such locks."""
+    """Open a file or folder to lock it; return None if this system has no such locks."""
     try:
         import fcntl  # noqa: F401
-    except ImportError:  # Windows, which renames nothing that is open
+    except ImportError:  # Windows, where no open file can be renamed
         return None
     descriptor = os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR)  # NFS locks no file that is read only
     _held.add(descriptor)
@@ -72,7 +72,7 @@ def _close(descriptor: int | None) -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Return whether this process has the lock; without locks, as on some network file systems, it has."""
+    """Return whether this process has the lock: true too where there are no locks, as on some network file systems."""
     import fcntl
 
     try:
@@ -83,14 +83,14 @@ def _lock(descriptor: int) -> bool:
 
 
 def _is_at(place: Path, descriptor: int) -> bool:
-    """Return whether a file or folder has still its name: who held the lock has given it another, or removed it."""
+    """Return whether a file or folder is still at its path: the former holder of the lock may have moved it."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.stat(place), os.fstat(descriptor))
     return False
 
 
 def _holder(descriptor: int) -> str:
-    """Return which process holds the lock, if the system tells; one in another container has no number here."""
+    """Return the id of the process that holds the lock, as text; empty if unknown, as in another container."""
     about = os.fstat(descriptor)
     key = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
     with suppress(OSError), open("/proc/locks") as locks:
@@ -102,7 +102,7 @@ def _holder(descriptor: int) -> str:
 
 
 def _let_go() -> None:
-    """Close the locks in a forked process, which would hold them on when its parent is gone."""
+    """Close the locks in a forked process, which would hold them after its parent has ended."""
     for descriptor in list(_held):
         _close(descriptor)
 

@@ -1,6 +1,6 @@
-"""Make files and folders appear whole or not at all: they are built under another name and get theirs at the end.
+"""Outputs that appear complete or not at all: they are built under another name and renamed at the end.
 
-Signals are held back while names change, and come while the caller fills the file or folder.
+Signals are delayed during renames, and delivered while the caller fills the file or folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .locks import locked
 
 
 def partial_path(path: Path) -> Path:
-    """Return the path at which an output is built. A file found there comes from a run that was killed."""
+    """Return the path at which an output is built. A file there is from a run that was killed."""
     return path.with_name(path.name + ".loratool-partial")
 
 
@@ -29,64 +29,64 @@ def former_path(path: Path) -> Path:
 
 
 def journal_path(path: Path) -> Path:
-    """Return the path of the folder with the journal of an output while it is built."""
+    """Return the folder with the journal of an output that is being built."""
     return path.with_name(path.name + ".loratool-journal")
 
 
 def scratch_path(path: Path) -> Path:
-    """Return the path of the scratch folder that an output needs until it is whole."""
+    """Return the scratch folder that an output needs until it is complete."""
     return path.with_name(path.name + ".loratool-scratch")
 
 
 def journal_head(path: Path) -> Path:
-    """Return the file without which the rest of an output's journal is nothing."""
+    """Return the head of an output's journal, without which no run can resume."""
     return journal_path(path) / "head.json"
 
 
 def what_stays(path: Path) -> str:
-    """Return what of an output another run can go on with, as a message calls it; empty if with nothing."""
+    """Return, for a message, the names of the partial output and journal that a run can resume; empty without them."""
     partial, journal = partial_path(path), journal_path(path)
     return f"{partial} and {journal.name}" if partial.exists() and journal_head(path).is_file() else ""
 
 
 def void_journal(path: Path) -> None:
-    """Let no run go on with what is left of an output."""
+    """Remove the head of an output's journal, so that no run resumes it."""
     disk.unlink(journal_head(path))
 
 
 def nothing_left() -> Collection[Path]:
-    """Return the files of a run that died with which this one goes on: none, as it begins anew."""
+    """Return no files: this run starts again and resumes nothing."""
     return ()
 
 
 @contextmanager
 def partial_file(
     path: Path,
-    kept: AbstractContextManager[object] | None = None,
+    around: AbstractContextManager[object] | None = None,
     left: Callable[[], Collection[Path]] = nothing_left,
 ) -> Iterator[BinaryIO]:
-    """Open a file at `partial_path` that becomes `path` if the block ends well, and is removed if it does not.
+    """Open a file at `partial_path`. It becomes `path` if the block succeeds, else it is removed.
 
-    A journal that the block makes goes with it; both stay if the run dies (`interrupts.unless_done`).
+    The block's journal is removed with it; both stay if the run dies (`interrupts.unless_done`).
 
     Args:
-        kept: is entered when the file is locked, and left when it has its name or is removed.
-        left: is called when the file is locked, and returns it if a run that died has left it to this one.
+        around: is entered when the file is locked, and exited when it is renamed or removed.
+        left: is called when the file is locked. It returns the file if this run resumes it.
 
     Raises:
         MachineError: another process is writing it.
         NeedsFlag: another process has written it while this one waited.
     """
-    partial, there = partial_path(path), os.path.lexists(path)
+    partial, existed = partial_path(path), os.path.lexists(path)
     if partial.is_symlink() or partial.is_dir():
         raise UsageError("is in the way", culprit=str(partial))
     with held_back(), _locked_file(partial, path):
         mode = "r+b" if left() else "w+b"
         with _left_to_another(path, lambda: disk.unlink(partial)):
-            _require_absent(path, there)
+            _require_absent(path, existed)
             if mode == "w+b":
                 _remove_journal(path)
-            with kept or nullcontext():
+            with around or nullcontext():
                 with open_new(partial, mode) as file, let_in():
                     yield file
                     disk.sync(file)
@@ -98,7 +98,7 @@ def partial_file(
 
 @contextmanager
 def _left_to_another(path: Path, undo: Callable[[], object]) -> Iterator[None]:
-    """Undo what is unfinished of an output, with its journal, unless the run dies and another can go on with both."""
+    """Undo an unfinished output and remove its journal, unless the run dies and another can resume it."""
 
     def give_up() -> None:
         try:
@@ -111,7 +111,7 @@ def _left_to_another(path: Path, undo: Callable[[], object]) -> Iterator[None]:
 
 
 def _remove_journal(path: Path) -> None:
-    """Remove the journal of an output, first that without which the rest is nothing."""
+    """Remove the journal of an output, its head first."""
     if journal_path(path).exists():
         void_journal(path)
         disk.remove_folder(journal_path(path))
@@ -123,29 +123,29 @@ def _locked_file(partial: Path, path: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def partial_folder(path: Path, left: Callable[[], Collection[Path]] = nothing_left) -> Iterator[Path]:
-    """Make a folder at `partial_path` that takes the place of `path` if the block ends well.
+    """Create a folder at `partial_path` that replaces `path` if the block succeeds.
 
-    A former `path` is set aside and removed after the rename, so that a kill never leaves a mixture. If a kill has
-    left a folder set aside and nothing in its place, it is put back first. If the new name cannot be made safe, the
-    former folder stays set aside. A journal that the block makes goes with the folder; both stay if the run dies
+    A former `path` is set aside and removed after the rename, so a kill never leaves a mixture. If a kill has left a
+    folder set aside and nothing in its place, it is put back first. If the rename cannot be synced, the former folder
+    stays set aside. The block's journal is removed with the folder; both stay if the run dies
     (`interrupts.unless_done`).
 
     Args:
-        left: is called when the folder is locked, and returns the files in it that a run that died has left to this
-            one; what else is there is removed.
+        left: is called when the folder is locked. It returns the files in it that this run resumes; other files are
+            removed.
 
     Raises:
         MachineError: another process is writing it.
         NeedsFlag: another process has written it while this one waited.
     """
-    partial, former, there = partial_path(path), former_path(path), os.path.lexists(path)
+    partial, former, existed = partial_path(path), former_path(path), os.path.lexists(path)
     if former.is_symlink() or former.is_file():
         raise UsageError("is in the way", culprit=str(former))
     with held_back():
         with _locked_folder(partial, path):
             stay = left()
             with _left_to_another(path, lambda: disk.remove_folder(partial)), unless_done(lambda: _put_back(path)):
-                _require_absent(path, there)
+                _require_absent(path, existed)
                 if not stay:
                     _remove_journal(path)
                 _clear(partial, stay)
@@ -153,7 +153,7 @@ def partial_folder(path: Path, left: Callable[[], Collection[Path]] = nothing_le
                     if path.exists():
                         disk.remove_empty_folder(path)
                     disk.rename(former, path)
-                elif former.exists():  # of a run that was killed when it had replaced it
+                elif former.exists():  # from a run that was killed after it replaced `path`
                     disk.sync_folder(path.parent)
                     _remove(former)
                 with let_in():
@@ -172,18 +172,18 @@ def partial_folder(path: Path, left: Callable[[], Collection[Path]] = nothing_le
 def partial_place(
     path: Path, is_file: bool, left: Callable[[], Collection[Path]] = nothing_left
 ) -> AbstractContextManager[Path | BinaryIO]:
-    """Open what becomes `path`: a file as `partial_file` does, or make a folder as `partial_folder` does."""
+    """Open a file as `partial_file` does, or create a folder as `partial_folder` does."""
     return partial_file(path, left=left) if is_file else partial_folder(path, left)
 
 
 def _put_back(path: Path) -> None:
-    """Put back the folder that was set aside, if nothing has taken its place."""
+    """Put back the folder that was set aside, if nothing is in its place."""
     if former_path(path).exists() and not path.exists():
         disk.rename(former_path(path), path)
 
 
 def _clear(folder: Path, stay: Collection[Path] = ()) -> None:
-    """Remove what is in a folder, but for some files and the folders around them."""
+    """Remove the content of a folder except for the files `stay` and the folders around them."""
     around = {parent for path in stay for parent in path.parents}
     for path in folder.iterdir():
         if path.is_symlink() or not path.is_dir():
@@ -195,21 +195,21 @@ def _clear(folder: Path, stay: Collection[Path] = ()) -> None:
             disk.remove_folder(path)
 
 
-def _require_absent(path: Path, there: bool) -> None:
-    """Refuse an output that was not there before, and is there when it is locked."""
-    if not there and os.path.lexists(path):
+def _require_absent(path: Path, existed: bool) -> None:
+    """Raise NeedsFlag for an output that another process has written before this one got the lock."""
+    if not existed and os.path.lexists(path):
         remedy = "add --force to replace it, or name another with -o"
         raise NeedsFlag("exists already: another loratool has just written it", culprit=str(path), remedy=remedy)
 
 
 def _remove(folder: Path) -> None:
-    """Remove what is left of a folder; what cannot be removed now, the next run removes."""
+    """Remove a folder; the next run removes what this one cannot."""
     with suppress(OSError):
         disk.remove_folder(folder)
 
 
 def set_aside(path: Path) -> Path | None:
-    """Return the path at which a kill between two renames left the folder `path`, None if there is none."""
+    """Return where a kill between two renames left the folder `path`; None if it did not."""
     former = former_path(path)
     if not former.is_dir() or former.is_symlink() or not any(former.iterdir()):
         return None
@@ -219,7 +219,7 @@ def set_aside(path: Path) -> Path | None:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """Make a folder beside the output `path` that is removed when the block ends."""
+    """Create a folder beside the output `path` that is removed when the block ends."""
     scratch = scratch_path(path)
     with held_back(), _locked_folder(scratch, path), unless_done(lambda: disk.remove_folder(scratch)):
         _clear(scratch)
@@ -229,7 +229,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def _locked_folder(place: Path, path: Path) -> AbstractContextManager[None]:
-    """Make and lock a folder for what becomes `path`."""
+    """Create and lock a folder for the output `path`."""
     if place.is_symlink() or place.is_file():
         raise UsageError("is in the way", culprit=str(place))
     return locked(place, path, lambda: disk.make_folder(place))
