@@ -13,7 +13,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..binding.merge.choices import TOKENIZERS
-from ..files.hub.names import told_name
+from ..files.hub.names import named_repo
 from ..files.output.model_card import ModelCard, code, read_licence, shown_name
 from ..views.parts.numbers import kept_share, number_ranges, rank, share, spread
 from .arguments import option_word
@@ -155,7 +155,7 @@ def adapter_card(
         library: what loads it, as the hub calls it.
         left_out: the names of what the output is without.
     """
-    bases = [told_name(each.config.base_model) for each in sources]
+    bases = [named_repo(each.config.base_model) for each in sources]
     licences = [read_licence(folder_of(each.name, each.file.path)) for each in sources]
     return encode_card(title, library, bases, licences, facts, commands, left_out)
 

@@ -1,1 +1,1 @@
-"""Read and write weights and the files around them on disk; nothing here knows what an adapter is."""
+"""Weights and the files around them on disk. Nothing here depends on adapters."""

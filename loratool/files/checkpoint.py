@@ -1,7 +1,7 @@
 """Open a file, a folder of shards or a pipeline as one lazy mapping name -> tensor.
 
 Opening reads headers only, and checks the index against the shards: a name that is missing or misplaced in the index
-is an error here, not a missing tensor in the output. A GGUF file is a model under its own names, whose config.json is
+is an error here, not a missing tensor in the output. A GGUF file is a model under its own names; its config.json is
 rebuilt from its fields.
 A diffusers pipeline is a folder of such folders. Its tensors are named `unet/conv_in.weight`: component, slash, name.
 """
@@ -64,12 +64,12 @@ from .weights_file import WeightsFile
 if TYPE_CHECKING:
     import torch
 
-# of the layers of GPT-2: their weights are (in, out), but the layers that quantizers put in their place are not
+# of the layers of GPT-2: their weights are (in, out), but the layers that quantizers replace them with are not
 TURNED = "it is of a layer that stores (in, out), and nothing tells how its codes lie"
 
 
 class Headers(Protocol):
-    """Names, shapes and config.json of a model: of a checkpoint, or of a config.json alone."""
+    """Names, shapes and config.json of a model, from a checkpoint or from a config.json alone."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]: ...
@@ -83,9 +83,9 @@ class Headers(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint(Mapping[str, "torch.Tensor"]):
-    """A model's weights by name, read when they are asked for."""
+    """A model's weights by name, read on access."""
 
-    path: Path  # as the user named it, or found in the cache
+    path: Path  # as the user gave it, or in the cache
     folder: Path  # of the weights and the side files
     given_as_file: bool  # the user named a file, not a folder
     shards: tuple[WeightsFile, ...]
@@ -119,7 +119,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     _parts: dict[str, Parts] = None  # type: ignore[assignment]  # those that were asked for
 
     def with_decoded(self, names: Collection[str]) -> dict[str, TensorSpec]:
-        """Return the stored tensors in their order, but these of `weights` under their own names, as numbers."""
+        """Return the specs of all stored tensors in order, with the weights `names` in place of their tensors."""
         if not names:
             return dict(self.stored)
         weights = {self.weights[name].tensors[0]: (name, self.weights[name].spec) for name in names}
@@ -127,7 +127,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return dict(weights.get(name, (name, spec)) for name, spec in self.stored.items() if name not in parts)
 
     def ref(self, name: str) -> TensorRef:
-        """Return where a weight is read from."""
+        """Return a reference from which a weight is read."""
         weight = self.weights.get(name)
         if weight is None:
             return self.stored_ref(name)
@@ -135,7 +135,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return TensorRef(parts["codes"].file, parts["codes"].name, parts)
 
     def parts_of(self, name: str) -> Parts:
-        """Return the stored tensors of one of `weights`, which remember what was found of them."""
+        """Return the stored tensors of one of `weights`; later calls return the same object."""
         if name not in self._parts:
             weight = self.weights[name]
             tensors = [StoredTensor(self.shard_of[tensor], tensor) for tensor in weight.tensors]
@@ -143,12 +143,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return self._parts[name]
 
     def nbytes_of(self, name: str) -> int:
-        """Return the bytes in which a weight is stored, those of its companions too."""
+        """Return the size of a stored weight with its companions, in bytes."""
         weight = self.weights.get(name)
         return sum(self.stored[tensor].nbytes for tensor in (weight.tensors if weight else (name,)))
 
     def stored_ref(self, name: str) -> TensorRef:
-        """Return a stored tensor as it is, also if it is a part of a weight."""
+        """Return a stored tensor unchanged, even if it is a part of a weight."""
         return TensorRef(self.shard_of[name], name)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -162,10 +162,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Return the metadata of the index or else of the single file; of a pipeline, only our provenance.
+        """Return the metadata of the index or else of the single file; for a pipeline, only our provenance.
 
         A component has the record of the last edit that changed it. Each record contains the former ones, so the
-        longest is the pipeline's last.
+        longest record is the pipeline's last.
         """
         if self.parts:
             records = [str(part.metadata["loratool"]) for part in self.parts if "loratool" in part.metadata]
@@ -175,7 +175,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def has_side_files(self) -> bool:
-        """Return whether what is in the folder is the model's: not if a file was named, without a config beside it."""
+        """Return whether the folder's files are the model's: not if a file was named and no config is beside it."""
         return not self.given_as_file or (bool(self.config) and not self.is_gguf)
 
     @cached_property
@@ -184,24 +184,24 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def container(self) -> str:
-        """Return the format in which the model's weights are written by default, a key of `output.CONTAINERS`."""
+        """Return the container in which the model is written by default, a key of `output.CONTAINERS`."""
         return GGUF if self.is_gguf else "safetensors"
 
     @property
     def architecture(self) -> str | None:
-        """Return llama.cpp's name for the architecture of a GGUF model, None of any other."""
+        """Return llama.cpp's name for the architecture of a GGUF model; None for other models."""
         first = self.shards[0] if self.shards else None
         return first.architecture if isinstance(first, GgufFile) else None
 
     @cached_property
     def outer(self) -> Path | None:
-        """Return the folder of sentence-transformers around a transformer in one of its own; None if there is none."""
+        """Return the sentence-transformers folder around the transformer's own folder; None if there is none."""
         inner = transformer_folder(self.path) if self.path != self.folder and self.path.is_dir() else None
         return self.path if inner and self.folder == self.path / inner else None
 
     @property
     def root(self) -> Path:
-        """Return the folder of the whole model, which has its card."""
+        """Return the folder of the complete model, with its card."""
         return self.outer or self.folder
 
     @property
@@ -211,16 +211,16 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def quantized(self) -> str | None:
-        """Return the quantization method of the model or a component: the config's name for it, else our format's."""
+        """Return the quantization method of the model or a component: the config's name, else our format's name."""
         methods = (declared_method(part.declared) for part in self.models)
         formats = [c.format for c in self.coded.values()] or [w.codec.key for w in self.weights.values()]
         return next(filter(None, methods), None) or next(iter(formats), None)
 
     @cached_property
     def declared(self) -> Mapping[str, Any]:
-        """Return the quantization config, from config.json or a file beside it; empty if there is none."""
+        """Return the quantization config from config.json or a file beside it; empty if there is none."""
         declared = find_declared(self.config)
-        if self.is_gguf:  # whose tensors' types say all
+        if self.is_gguf:  # the tensors' types tell everything
             return {}
         for name, method in CONFIG_FILES.items():
             if not declared and (self.folder / name).is_file():
@@ -230,7 +230,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @cached_property
     def coded(self) -> Mapping[str, Coded]:
-        """Return the quantized weights that no codec reads, by their names in a model that is not quantized."""
+        """Return the quantized weights that no codec reads, by their names in an unquantized model."""
         if self.parts:
             return {name: coded for part in self.parts for name, coded in part.coded.items()}
         layers, plain = (listed_layers(shard.metadata or {}) for shard in self.shards), self._plain
@@ -249,7 +249,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @property
     def _plain(self) -> Mapping[str, TensorSpec]:
-        """Return the stored tensors that are in no weight of several."""
+        """Return the stored tensors that are not part of a weight of several tensors."""
         parts = {tensor for weight in self.weights.values() for tensor in weight.tensors}
         return {name: spec for name, spec in self.stored.items() if name not in parts} if parts else self.stored
 
@@ -258,12 +258,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     @cached_property
     def formats(self) -> Mapping[str, str]:
-        """Return the quantized format of each tensor that belongs to a quantized weight: codes, scales and others."""
+        """Return the quantized format of each tensor of a quantized weight: codes, scales and other companions."""
         return {tensor: coded.format for coded in self.coded.values() for tensor in coded.tensors}
 
     @property
     def weight_files(self) -> set[str]:
-        """Return the names of the files in the folder that were read: shards and index."""
+        """Return the names of the shards and the index in the folder."""
         read = {os.path.relpath(member.path, self.folder) for shard in self.shards for member in shard.members}
         return read | ({self.index[0]} if self.index else set())
 
@@ -288,9 +288,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
 
 def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the config of a model that is given as any of what `open_checkpoint` takes, or as its config.json.
+    """Read the config of a model, given in any form that `open_checkpoint` takes or as its config.json.
 
-    Empty if there is none.
+    The result is empty if there is no config.
     """
     path = resolve(name, config_alone=True)
     if path.name == "config.json":
@@ -308,7 +308,7 @@ def read_folder_config(folder: Path) -> dict[str, Any]:
 
 
 def is_config_alone(name: str | os.PathLike[str]) -> bool:
-    """Return whether what names a model is no more than its config.json, which is enough for names."""
+    """Return whether a model is given as its config.json alone, which is enough for tensor names."""
     path = resolve(name, config_alone=True)
     if not path.is_dir() or is_pipeline(path):
         return path.name == "config.json"
@@ -316,13 +316,14 @@ def is_config_alone(name: str | os.PathLike[str]) -> bool:
     with suppress(InputError):
         find_weights(path)
         return False
-    return (path / "config.json").is_file() and os.path.exists(name)  # the hub's weights come when they are opened
+    return (path / "config.json").is_file() and os.path.exists(name)  # weights on the hub are downloaded on opening
 
 
 def find_weights(path: Path) -> Path:
-    """Find the index or the single weights file of a path: itself if it is no folder.
+    """Find the index or the single weights file in a folder; return any other path unchanged.
 
-    Raises InputError for a folder with no weights, with several checkpoints or with a change of weights.
+    Raises:
+        InputError: the folder has no weights, several checkpoints, or a change of weights.
     """
     if not path.is_dir():
         return path
@@ -366,20 +367,20 @@ def find_weights(path: Path) -> Path:
 
 
 def _gguf_models(folder: Path) -> list[Path]:
-    """Return a folder's GGUF files, of a split the first."""
+    """Return a folder's GGUF files; of a split, only the first part."""
     found = (each for each in sorted(folder.glob("*.gguf")) if not each.is_dir())
     return [each for each in found if split_number(each) in (None, 1)]
 
 
 def open_weights(path: Path) -> WeightsFile:
-    """Open a weights file by its first bytes, whatever its name, or by that a sharded state, which is several files."""
+    """Open a weights file by its first bytes, or a sharded state (several files) by its name."""
     refuse_rank_file(path)
     if sharded := opener(path):
         return sharded(path)
     first = first_bytes(path)
     container = container_of(first)
     if container is None:
-        refuse_change_folder(path.parent)  # what is in it may be compressed
+        refuse_change_folder(path.parent)  # the files in it may be compressed
         raise not_weights(path, first)
     file = {GGUF: GgufFile, "torch": TorchFile}.get(container, TensorFile)(path)
     if isinstance(file, TensorFile):
@@ -406,7 +407,7 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
 
 
 def require_one_model(checkpoint: Checkpoint) -> None:
-    """Raise InputError for a pipeline, which a command for one model cannot take."""
+    """Raise InputError for a pipeline, which has several models."""
     if checkpoint.parts:
         first = next(part for part in checkpoint.parts if part.shards)
         raise InputError(
@@ -432,7 +433,7 @@ def _open_pipeline(path: Path) -> Checkpoint:
 
 
 def _open_component(pipeline: Path, name: str) -> Checkpoint:
-    """Open a pipeline's component, whose weights may be missing only if it has no model's config.json."""
+    """Open a pipeline's component. Its weights may be missing only if its config.json is not a model's."""
     folder = pipeline / name
     if not folder.is_dir():
         raise InputError(
@@ -503,7 +504,7 @@ def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
 
 
 def _require_present(path: Path, files: list[str]) -> None:
-    """Raise InputError unless the files that an index names are beside it."""
+    """Raise InputError if a file that an index names is not beside it."""
     for file in files:
         if not is_beside(file):
             raise InputError(f"names {file!r}, which is not a file beside it", culprit=str(path))
@@ -534,7 +535,7 @@ def _check_index(path: Path, weight_map: Mapping[str, str], shards: list[Weights
 
 
 def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[LeftBehind]]:
-    """Return the paths that travel and what does not, of a model's folder or of a pipeline's folders."""
+    """Return the side files of a model or pipeline that are copied, and those that are not."""
     if not base.parts:
         return classify_side_files(base.folder, base.weight_files)
     travels, left = classify_side_files(base.folder, (), [part.folder.name for part in base.parts])
@@ -546,7 +547,7 @@ def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[LeftBehind]]:
 
 
 def split_into_shards(specs: Mapping[str, TensorSpec], max_bytes: int | None) -> list[list[str]]:
-    """Split the names, in order, into shards of at most `max_bytes`; one larger tensor is alone in its shard."""
+    """Split the names, in order, into shards of at most `max_bytes`; a larger tensor is alone in its shard."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
@@ -559,9 +560,9 @@ def split_into_shards(specs: Mapping[str, TensorSpec], max_bytes: int | None) ->
 
 
 def plain_dtype(base: Checkpoint) -> str:
-    """Return the safetensors name of the type that most plain numbers of a model have, else its config's, else bf16.
+    """Return the safetensors name of the type of most plain numbers in a model, else its config's type, else bf16.
 
-    Of a GGUF model, matrices count alone, as vectors are float32 whatever they are; else it is F16, as llama.cpp's
+    In a GGUF model only matrices count, since vectors are always float32; without any it is F16, which llama.cpp's
     export-lora writes.
     """
     sizes: Counter[str] = Counter()

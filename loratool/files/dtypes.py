@@ -1,4 +1,4 @@
-"""Keep every table of dtypes (safetensors, torch, pickle, ggml, options, config), and `TensorSpec(dtype, shape)`."""
+"""All tables of dtypes (safetensors, torch, pickle, ggml, options, config), and `TensorSpec(dtype, shape)`."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ MERGE_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor's dtype and shape, as a file's header gives them."""
+    """A tensor's dtype and shape, from a file's header."""
 
     dtype: str  # a key of DTYPES or BLOCK_TYPES
     shape: tuple[int, ...]
@@ -112,15 +112,15 @@ class TensorSpec:
 
 
 def with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
-    """Return the spec with `dtype`, if one is given and the tensor is a float of 16 bits or more."""
+    """Return the spec with `dtype`; unchanged if `dtype` is None or the tensor is not a float of 16 bits or more."""
     return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
 
 
 def safetensors_name(dtype: object) -> str:
-    """Return safetensors' name of one of torch's types, a float of 16 bits or more."""
+    """Return safetensors' name of a torch dtype that is a float of 16 bits or more."""
     return SAFETENSORS[str(dtype).removeprefix("torch.")]
 
 
 def dtypes_of(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
-    """Return the types of tensors, scalars left out, the commonest first."""
+    """Return the dtypes of tensors that are not scalars, the commonest first."""
     return tuple(dtype for dtype, _ in Counter(spec.dtype for spec in specs if spec.shape).most_common())

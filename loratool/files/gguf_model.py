@@ -1,7 +1,7 @@
-"""See a GGUF model as transformers has it: the names, the places of the rows, single experts, and config.json.
+"""View of a GGUF model with the names, row order, separate experts and config.json of transformers.
 
-Nothing is written or read for it: its one file gives each tensor's numbers when they are asked for. What a GGUF file
-has beside the weights, factors of rotary frequencies, is in the config.
+Nothing is written, and numbers are read on access. Factors of rotary frequencies, which a GGUF file has as tensors,
+are in the config.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 
 ENDS = (".weight", ".bias")
 
-ADDED = {"plus one": -1.0}  # key of CHANGES -> what undoes it; others cannot be undone exactly
+ADDED = {"plus one": -1.0}  # key of CHANGES -> the number that undoes it; others cannot be undone exactly
 
 
 @dataclass(frozen=True)
 class TransformersView:
     """A GGUF model as one of transformers."""
 
-    checkpoint: Checkpoint  # of one file that is nowhere
-    left_out: tuple[str, ...]  # tensors of the GGUF file that are told by its config
+    checkpoint: Checkpoint  # of one virtual file
+    left_out: tuple[str, ...]  # tensors of the GGUF file whose values are in the config
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of the file with its row in the table."""
+    """A tensor of the file and its row in the table."""
 
     weight: Weight
     name: str
@@ -72,12 +72,12 @@ class _Part:
 
 
 def with_names_of_one(sides: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Return models that can be compared by name: GGUF's under the names of transformers.
+    """Return the models with comparable names: GGUF models under the names of transformers.
 
-    GGUF models alone keep their own names if no table has those of transformers.
+    If all are GGUF models, they keep their own names where no table has those of transformers.
 
     Raises:
-        InputError: as `as_transformers`.
+        InputError: as in `as_transformers`.
     """
     unknown = any(side.is_gguf and not side.config for side in sides)
     if unknown and all(side.is_gguf for side in sides):
@@ -89,7 +89,7 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     """Return a GGUF model under the names of transformers.
 
     Raises:
-        InputError: its architecture is in no table, a tensor is not, or one is missing or of another shape.
+        InputError: the architecture or a tensor is in no table, or a tensor is missing or of another shape.
     """
     files = [shard for shard in base.shards if isinstance(shard, GgufFile)]
     key = files[0].architecture or ""
@@ -116,16 +116,16 @@ def as_transformers(base: Checkpoint) -> TransformersView:
 
 
 def _other_names(key: str, config: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return the names in the table for which this model has others."""
+    """Return the table's names that differ in this model, mapped to this model's."""
     (field, value), names = INSTEAD.get(key, (("", None), {}))
     return names if field and config.get(field) == value else {}
 
 
 def _group(base: Checkpoint, architecture: Architecture, others: Mapping[str, str]) -> dict[str, list[_Part]]:
-    """Return the tensors by the names in transformers that they are parts of.
+    """Return the tensors of the file, grouped by the name in transformers that they are parts of.
 
     Raises:
-        InputError: one is in no table.
+        InputError: a tensor is in no table.
     """
     found: dict[str, list[_Part]] = {}
     companions = {
@@ -149,7 +149,7 @@ def _group(base: Checkpoint, architecture: Architecture, others: Mapping[str, st
 
 
 def _place(architecture: Architecture, name: str, others: Mapping[str, str]) -> tuple[Weight, str] | None:
-    """Return a tensor's row in the table and its name in transformers; None if there is none."""
+    """Return a tensor's row in the table and its name in transformers; None if the table does not have it."""
     for end in ("", *ENDS):
         found = architecture.find(name.removesuffix(end)) if name.endswith(end) else None
         if found and found[0].bare is not bool(end):
@@ -159,10 +159,10 @@ def _place(architecture: Architecture, name: str, others: Mapping[str, str]) -> 
 
 
 def _ref(base: Checkpoint, name: str, companions: Set[str]) -> TensorRef:
-    """Return where a tensor is read: its codes with those companions that are no tensors of their own.
+    """Return a reference to a tensor: its codes with the companions that are not tensors of the model.
 
     Raises:
-        InputError: it has codes that are not read.
+        InputError: no codec reads its codes.
     """
     weight, stored = base.weights.get(name), base.stored_ref(name)
     if weight is None and stored.spec.dtype not in TORCH_FLOATS:
@@ -178,10 +178,10 @@ def _ref(base: Checkpoint, name: str, companions: Set[str]) -> TensorRef:
 
 
 def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str, RelaidTensor]]:
-    """Yield the tensors of transformers that some of GGUF make: one, or one for each expert.
+    """Yield the tensors of transformers that consist of these parts: one, or one for each expert.
 
     Raises:
-        InputError: a shape is not that of the model's other sizes.
+        InputError: a shape contradicts the model's other sizes.
     """
     for part in parts:
         dimensions = len(part.ref.spec.shape)
@@ -196,20 +196,20 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
     for part in others:
         if (part.matrices[0], part.matrices[2]) != (stack, columns):
             raise InputError(f"is {part.ref.spec}, and {first.name} {first.ref.spec}", culprit=part.name)
-    rows, turned = sum(part.matrices[1] for part in parts), weight.turned and columns > 1
+    rows, transposed = sum(part.matrices[1] for part in parts), weight.turned and columns > 1
     is_vector = len(first.ref.spec.shape) - first.is_stack == 1
-    shape = (rows,) if is_vector else (columns, rows) if turned else (rows, columns)
+    shape = (rows,) if is_vector else (columns, rows) if transposed else (rows, columns)
     pieces, order = tuple(part.piece for part in parts), _order(hf, parts, facts, rows)
     added = 0.0 if hf.endswith(".bias") else ADDED.get(weight.change, 0.0)
     if "{e}" not in hf:
-        yield hf, RelaidTensor((stack, *shape) if first.is_stack else shape, pieces, order, turned, added)
+        yield hf, RelaidTensor((stack, *shape) if first.is_stack else shape, pieces, order, transposed, added)
         return
     for expert in range(stack):
-        yield hf.replace("{e}", str(expert)), RelaidTensor(shape, pieces, order, turned, added, expert)
+        yield hf.replace("{e}", str(expert)), RelaidTensor(shape, pieces, order, transposed, added, expert)
 
 
 def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int] | None:
-    """Return for each row of a matrix of transformers its number among those of the parts; None if it is the same.
+    """Return the index among the parts' rows of each row of a transformers matrix; None if the order is the same.
 
     Raises:
         InputError: the parts do not make up the rows.
@@ -234,20 +234,20 @@ def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int
 
 
 def _number(file: GgufFile, key: str) -> int:
-    """Return a field of the file's architecture; 0 without it."""
+    """Return an integer field of the file's architecture; 0 if it is missing."""
     value = file.fields.get(f"{file.architecture}.{key}", 0)
     return value if type(value) is int else 0
 
 
 def _kinds_of_layers(file: GgufFile, config: Mapping[str, Any]) -> list[tuple[object, ...]]:
-    """Return for each layer what decides which tensors it has, and their shapes."""
+    """Return a key for each layer that determines its tensors and their shapes."""
     layers, kinds = _number(file, "block_count"), config.get("layer_types", ())
     dense, shared = _number(file, "leading_dense_block_count"), _number(file, "attention.shared_kv_layers")
     return [(i < dense, i >= layers - shared, *kinds[i : i + 1]) for i in range(layers)]
 
 
 def _require_widths(found: Mapping[str, Sequence[_Part]], width: int) -> None:
-    """Raise InputError for a tensor that does not read or write states of the width that the fields say."""
+    """Raise InputError for a tensor whose input or output width differs from the fields."""
     for part in (part for parts in found.values() for part in parts):
         path, _, end = part.name.rpartition(".")
         last, shape = path.rpartition(".")[2], part.ref.spec.shape
@@ -259,7 +259,7 @@ def _require_widths(found: Mapping[str, Sequence[_Part]], width: int) -> None:
 def _require_layers(
     tensors: Mapping[str, RelaidTensor], kind_of: Sequence[tuple[object, ...]], base: Checkpoint
 ) -> None:
-    """Raise InputError if a layer is not as others of its kind: lacks a tensor, has another shape, is one too many."""
+    """Raise InputError for an extra layer, or one with missing tensors or other shapes than others of its kind."""
     own: list[dict[str, tuple[int, ...]]] = [{} for _ in kind_of]
     for name, tensor in tensors.items():
         if found := LAYER.match(name):
@@ -283,7 +283,7 @@ def _require_layers(
 
 
 def _require_fused_rows(found: Mapping[str, Sequence[_Part]], facts: Facts, size: int, width: int) -> None:
-    """Raise InputError for fused queries, keys and values of another size than the heads say."""
+    """Raise InputError for fused queries, keys and values whose size contradicts the heads."""
     size = size or width // max(1, facts.heads)
     rows = (facts.heads + 2 * facts.kv_heads) * size
     for part in (part for parts in found.values() for part in parts if part.weight.gguf.endswith(".attn_qkv")):
@@ -293,7 +293,7 @@ def _require_fused_rows(found: Mapping[str, Sequence[_Part]], facts: Facts, size
 
 
 def _require_shapes(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], architecture: Architecture) -> None:
-    """Raise InputError for a tensor that is missing or of another shape than the config says, where a table tells."""
+    """Raise InputError for a tensor that is missing, or whose shape contradicts the config, where a table has it."""
     for weight in architecture.weights:
         if "{n}" not in weight.hf and weight.gguf in NEEDED and not any(n.startswith(weight.hf + ".") for n in tensors):
             raise InputError("is missing", culprit=weight.gguf)

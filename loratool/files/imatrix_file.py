@@ -1,8 +1,8 @@
-"""Read the second moments of a model's inputs from a file of llama.cpp's llama-imatrix: GGUF, or the older form.
+"""Read the second moments of a model's inputs from a file of llama.cpp's llama-imatrix, GGUF or the older format.
 
-A GGUF file has for each tensor NAME of the model NAME.in_sum2, the sums of the squares of its inputs, (matrices, in),
-and NAME.counts, over how many inputs. The older form has for each the sums, and by what number of calls they are to be
-divided; since April 2024 the chunks and the name of their text end it. Other tensors (NAME.in_sum) are of no use here.
+For each tensor NAME of the model a GGUF file has NAME.in_sum2, the sums of the squares of its inputs, (matrices, in),
+and NAME.counts, the numbers of inputs. Other tensors (NAME.in_sum) are not used. The older format has for each tensor
+the sums and the number of calls to divide by. Since April 2024 the number of chunks and the name of their text follow.
 Defined by llama.cpp: tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp.
 """
 
@@ -46,14 +46,14 @@ class ImatrixFile:
     """The second moments of the inputs of a model's matrices, by the names of its GGUF tensors.
 
     Attributes:
-        sizes: name -> how many numbers it has, those of a stack's matrices in all.
+        sizes: name -> how many numbers it has, in all matrices of a stack.
     """
 
     def __init__(self, name: str | os.PathLike[str]) -> None:
-        """Read the list of what is in a file.
+        """Open a file and read its list of tensors.
 
         Raises:
-            InputError: there is no such file, or it is none of llama-imatrix's; it is cut off or damaged.
+            InputError: the file is missing, is not from llama-imatrix, or is truncated or damaged.
         """
         self.path = resolve(name)
         self._sums: dict[str, _Floats] = {}
@@ -78,15 +78,15 @@ class ImatrixFile:
 
     @property
     def layers(self) -> int:
-        """Return how many layers the names count."""
+        """Return the number of layers in the names."""
         numbers = [int(found[1]) for name in self.sizes if (found := re.match(r"blk\.(\d{1,6})\.", name))]
         return max(numbers, default=-1) + 1
 
     def matrices(self, name: str, inputs: int) -> int:
-        """Return how many matrices of so many inputs a tensor is.
+        """Return how many matrices with `inputs` inputs a tensor has.
 
         Raises:
-            InputError: it is of another number of inputs.
+            InputError: it has another number of inputs.
         """
         count, rest = divmod(self.sizes[name], inputs) if inputs else (0, 0)
         if rest or not count:
@@ -95,11 +95,11 @@ class ImatrixFile:
         return count
 
     def moments(self, name: str, inputs: int, first: int, count: int) -> Tensor:
-        """Return the mean squares of the inputs of some of a tensor's matrices; nan for one without any.
+        """Return the mean squares of the inputs of `count` matrices of a tensor; nan for a matrix without inputs.
 
         Args:
-            inputs: of each matrix, as `matrices` takes it.
-            first, count: of the matrices that are read.
+            inputs: of each matrix, as in `matrices`.
+            first, count: the first matrix, and how many.
 
         Returns:
             (count, inputs) in float64.
@@ -173,7 +173,7 @@ class ImatrixFile:
 
 
 def _require_binary(path: Path, first: bytes) -> None:
-    """Raise InputError, which says what the file is, unless its first bytes can be those of the older form."""
+    """Raise InputError unless the first bytes can be those of the older format; the error names the file's kind."""
     entries, length = struct.unpack("<ii", first[:8]) if len(first) >= 8 else (0, 0)
     if 0 < entries <= MAX_TENSORS and 0 < length <= MAX_NAME:
         return
@@ -183,7 +183,7 @@ def _require_binary(path: Path, first: bytes) -> None:
 
 
 class _Numbers:
-    """Reads the older form from front to back."""
+    """Reads the older format from front to back."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path, self.at = file, path, 0
@@ -194,7 +194,7 @@ class _Numbers:
         return self._end - self.at
 
     def skip(self, nbytes: int) -> int:
-        """Pass over bytes and return where they begin; InputError if the file has not so many."""
+        """Skip bytes and return where they begin; raise InputError if the file ends before."""
         if nbytes > self.left:
             message = f"is cut off or damaged: {nbytes} bytes should follow byte {self.at}, and {self.left} do"
             raise InputError(message, culprit=str(self._path), remedy=HOW)
@@ -207,7 +207,7 @@ class _Numbers:
         return number
 
     def text(self) -> str:
-        """Read the length of a name and the name, which is UTF-8."""
+        """Read the length of a name, and the name in UTF-8."""
         length = self.next()
         data = self._bytes(length) if 0 < length <= MAX_NAME else b""
         try:

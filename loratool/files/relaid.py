@@ -1,7 +1,7 @@
-"""Stand in for a weights file whose tensors have the numbers of another's in other places: rows moved, matrices turned.
+"""Lazy view of a weights file with rows moved or matrices transposed.
 
-A tensor is made of matrices, and each of these of rows of the other file's tensors, which may be stored as codes.
-Blocks of rows are read when they are asked for; of matrices that are turned each thread keeps one.
+A tensor consists of matrices, and a matrix of rows of the file's tensors, which may be stored as codes. Blocks of rows
+are read on access. Each thread caches one transposed matrix.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 
     Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-GAP = 8  # rows that are read and dropped rather than begin to read anew
+GAP = 8  # unneeded rows up to which one read continues
 
 
 @dataclass(frozen=True)
 class StoredStack:
-    """A stored tensor as a stack of matrices, of each of which all rows are used."""
+    """A stored tensor as a stack of matrices; all rows of each matrix are used."""
 
     ref: TensorRef
     rows: int  # of each matrix
     columns: int
-    crossed: int = 0  # its matrices are these many rows each, and every one is used turned
+    transposed_rows: int = 0  # rows of each stored matrix, if all are used transposed; else 0
 
     def read(self, matrix: int, rows: Rows) -> torch.Tensor:
         """Return rows of a matrix, in any order: (rows, columns)."""
         import torch
 
-        if self.crossed:
-            return self._read_crossed(matrix, rows)
+        if self.transposed_rows:
+            return self._read_transposed(matrix, rows)
         out = torch.empty(len(rows), self.columns, dtype=self.ref.dtype)
         order = rows.argsort(kind="stable")
         ordered = rows[order]
@@ -54,33 +54,34 @@ class StoredStack:
             out[torch.from_numpy(order[start:stop])] = run[torch.from_numpy(ordered[start:stop] - first)]
         return out
 
-    def _read_crossed(self, matrix: int, rows: Rows) -> torch.Tensor:
-        """Return rows of matrices that are stored as (columns, rows of each)."""
+    def _read_transposed(self, matrix: int, rows: Rows) -> torch.Tensor:
+        """Return rows of matrices that are stored transposed, (columns, rows of each)."""
         import torch
 
         out = torch.empty(len(rows), self.columns, dtype=self.ref.dtype)
-        each, whole = rows // self.crossed, torch.empty(self.columns, self.crossed, dtype=self.ref.dtype)
-        for number in sorted(set(each.tolist())):
-            here = torch.from_numpy((each == number).nonzero()[0])
-            self.ref.read_rows((matrix * (self.rows // self.crossed) + number) * self.columns, whole)
-            out[here] = whole.T[torch.from_numpy(rows % self.crossed)[here]]
+        numbers = rows // self.transposed_rows
+        stored = torch.empty(self.columns, self.transposed_rows, dtype=self.ref.dtype)
+        for number in sorted(set(numbers.tolist())):
+            here = torch.from_numpy((numbers == number).nonzero()[0])
+            self.ref.read_rows((matrix * (self.rows // self.transposed_rows) + number) * self.columns, stored)
+            out[here] = stored.T[torch.from_numpy(rows % self.transposed_rows)[here]]
         return out
 
 
 @dataclass(frozen=True)
 class RelaidTensor:
-    """A tensor that is made of pieces: of each of its matrices the rows of all, one below the other, put in order."""
+    """A tensor made of pieces: each of its matrices has the rows of all pieces, concatenated and then reordered."""
 
     shape: tuple[int, ...]
     pieces: tuple[StoredStack, ...]
-    order: Sequence[int] | None = None  # of each row of a matrix, its number among the pieces'; None if it is the same
-    turned: bool = False  # the matrices are stored as (columns, rows)
+    order: Sequence[int] | None = None  # row of a matrix -> row of the concatenated pieces; None if it is the same
+    transposed: bool = False  # the tensor has the matrices as (columns, rows)
     added: float = 0.0  # to every number, in the tensor's type
-    first: int = 0  # the first matrix of the pieces that it has
+    first: int = 0  # the pieces' matrix that is this tensor's first
 
     @property
     def rows(self) -> int:
-        """Rows of each matrix, before it is turned."""
+        """Rows of each matrix before it is transposed."""
         return sum(piece.rows for piece in self.pieces)
 
     @property
@@ -100,9 +101,9 @@ class RelaidTensor:
 
     @property
     def is_plain(self) -> bool:
-        """Return whether its bytes are those of some rows of one tensor."""
+        """Return whether its bytes are a run of rows of one stored tensor."""
         piece = self.pieces[0]
-        moved = len(self.pieces) > 1 or self.order is not None or self.turned or self.added or piece.crossed
+        moved = len(self.pieces) > 1 or self.order is not None or self.transposed or self.added or piece.transposed_rows
         return not moved and not piece.ref.weight and piece.ref.spec.dtype in TORCH_FLOATS
 
     @cached_property
@@ -112,7 +113,7 @@ class RelaidTensor:
         return np.arange(self.rows) if self.order is None else np.asarray(self.order, np.int64)
 
     def matrix_rows(self, matrix: int, start: int, stop: int) -> torch.Tensor:
-        """Return rows start:stop of a matrix, before it is turned."""
+        """Return rows start:stop of a matrix before it is transposed."""
         import torch
 
         rows, out, base = self._rows[start:stop], torch.empty(stop - start, self.columns, dtype=self.dtype), 0
@@ -129,7 +130,7 @@ class RelaidFile(WeightsFile):
 
     Args:
         like: the file that lends its stamp; its owner closes it.
-        path: where it would be, by the names of its tensors.
+        path: a path for errors that fits the names of its tensors.
     """
 
     def __init__(
@@ -170,8 +171,8 @@ class RelaidFile(WeightsFile):
         while done < len(flat):
             matrix, start = divmod(first + done, size)
             stop = min(size, start + len(flat) - done)
-            if tensor.turned:
-                flat[done : done + stop - start] = self._turned(name, matrix)[start:stop]
+            if tensor.transposed:
+                flat[done : done + stop - start] = self._transposed(name, matrix)[start:stop]
             else:
                 row, end = start // tensor.columns, -(-stop // tensor.columns)
                 found = tensor.matrix_rows(matrix, row, end).view(-1)
@@ -179,8 +180,8 @@ class RelaidFile(WeightsFile):
                 flat[done : done + stop - start] = found[skipped : skipped + stop - start]
             done += stop - start
 
-    def _turned(self, name: str, matrix: int) -> torch.Tensor:
-        """Return the numbers of a turned matrix, of which each thread keeps the last: its blocks are read in a row."""
+    def _transposed(self, name: str, matrix: int) -> torch.Tensor:
+        """Return a transposed matrix; each thread caches the last one, since its blocks are read in sequence."""
         if getattr(self._kept, "key", None) != (name, matrix):
             self._kept.key = self._kept.numbers = None  # before the next takes memory
             whole = self.tensors[name].matrix_rows(matrix, 0, self.tensors[name].rows)
@@ -190,7 +191,7 @@ class RelaidFile(WeightsFile):
 
 
 def _name_of(tensor: RelaidTensor) -> str:
-    """Return the safetensors name of a tensor's type."""
+    """Return the safetensors name of a tensor's dtype."""
     plain = {piece.ref.spec.dtype for piece in tensor.pieces if not piece.ref.weight}
     if len(tensor.pieces) == 1 and plain:
         return plain.pop()

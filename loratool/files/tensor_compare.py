@@ -1,4 +1,4 @@
-"""Compare two stored tensors by blocks: equal, how far apart, their difference."""
+"""Compare two stored tensors by blocks: whether they are equal, their distance, their difference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def same_values(one: TensorRef, two: TensorRef) -> bool:
-    """Return whether the values of two tensors are equal, the first rounded to the dtype of the second."""
+    """Return whether two tensors have equal values after the first is rounded to the dtype of the second."""
     import torch
 
     if one.spec.shape != two.spec.shape:
@@ -30,7 +30,7 @@ def same_values(one: TensorRef, two: TensorRef) -> bool:
 
 
 def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return RN(x), also of the float64 numbers of codes, which torch would round twice."""
+    """Return RN(x), rounded once even for float64 numbers of codes, which torch would round twice."""
     import torch
 
     if x.dtype != torch.float64:
@@ -70,11 +70,11 @@ class Difference:
 def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Difference:
     """Compute the delta of a weight, reading both tensors by blocks of rows.
 
-    No side's rounding is in D with more energy than D has: the codes of a base count for little where the tuned model
-    was made from the numbers that these mean.
+    The energy of either side's rounding noise is at most that of D. So the codes of a base count for little if the
+    tuned model was trained from the dequantized numbers.
 
     Raises:
-        InputError: one has nan or inf, or their shapes differ.
+        InputError: a tensor has nan or inf, or the shapes differ.
     """
     import torch
 
@@ -108,10 +108,10 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
 
 
 def matrix_difference(base: Sequence[TensorRef], tuned: Sequence[TensorRef], device: torch.device) -> Difference:
-    """Compute the delta of a matrix whose rows are those of several weights, one after the other.
+    """Compute the delta of a matrix whose rows are those of several weights, concatenated.
 
     Raises:
-        InputError: as `difference`.
+        InputError: as in `difference`.
     """
     import torch
 
@@ -133,9 +133,9 @@ def _sum_of_squares(x: torch.Tensor) -> float:
 
 
 def _code_steps(weight: TensorRef, start: int, stop: int) -> torch.Tensor:
-    """Return how far numbers of rows start:stop are from those of a neighboring code, in float32.
+    """Return the distances of the numbers of rows start:stop to those of a neighboring code, in float32.
 
-    It is the neighbor towards the middle of their codes.
+    The neighbor is the one towards the middle of the codes.
     """
     import numpy as np
     import torch

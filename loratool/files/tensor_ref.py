@@ -1,4 +1,4 @@
-"""Read one weight, `TensorRef(file, name)`, by blocks of rows through its codec: its norm, finiteness, float32 copy."""
+"""Read one weight, `TensorRef(file, name)`, by blocks of rows through its codec; its norm, finiteness, float32 copy."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20  # numbers read at a time
 
-SHORT = 1 << 20  # up to so many, float64 costs nothing
+SHORT = 1 << 20  # numbers up to which float64 costs nothing
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A weight in weights files, of which nothing is read until it is asked for."""
+    """A reference to a weight in a weights file; numbers are read on access."""
 
     file: WeightsFile  # that has it, or its codes
     name: str  # of the tensor there
-    parts: Parts | None = None  # of a weight of several tensors; None where the tensor's type alone tells the codec
+    parts: Parts | None = None  # of a weight of several tensors; None if the tensor's type determines the codec
     undecoded: bool = False  # rows have the stored type, of 8 bits too
     span: tuple[int, int] | None = None  # only these rows, start:stop, as `part` sees them
 
@@ -38,7 +38,7 @@ class TensorRef:
 
     @property
     def whole(self) -> TensorSpec:
-        """Return the spec of the weight, of which `span` may be some rows."""
+        """Return the spec of the complete weight, without `span`."""
         return self.weight.spec if self.weight else self.file.specs[self.name]
 
     @property
@@ -48,13 +48,13 @@ class TensorRef:
 
     @property
     def start(self) -> int:
-        """Return the first row, as `part` sees them."""
+        """Return the number of the first row, as `part` counts rows."""
         return self.span[0] if self.span else 0
 
     def part(self, start: int, stop: int) -> TensorRef:
-        """Return rows start:stop of the weight, seen as a matrix of as many columns as its last dimension has.
+        """Return a reference to rows start:stop of the weight, viewed as a matrix with its last dimension as columns.
 
-        Of a vector, these are single numbers.
+        A row of a vector is one number.
         """
         return replace(self, span=(self.start + start, self.start + stop))
 
@@ -75,12 +75,12 @@ class TensorRef:
         return found
 
     def as_stored(self, dtype: torch.dtype) -> TensorRef:
-        """Return the tensor as one whose rows are read in its stored type, if that is `dtype`, otherwise as it is."""
+        """Return a reference whose rows are read in the stored type if that is `dtype`, else `self`."""
         own = DTYPE_NAMES.get(self.spec.dtype)
         return replace(self, undecoded=True) if not self.weight and str(dtype) == f"torch.{own}" else self
 
     def read_rows(self, start: int, out: torch.Tensor) -> None:
-        """Read rows from `start` on into `out`, the weight seen as a matrix of as many columns as `out` has.
+        """Read rows from `start` on into `out`, viewing the weight as a matrix with the columns of `out`.
 
         Args:
             out: (rows, columns), contiguous, on the CPU, of type `dtype`.
@@ -105,7 +105,8 @@ class TensorRef:
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows start:stop of the first dimension, the others flattened: (at most stop - start, columns).
 
-        InputError for a dtype that is no float.
+        Raises:
+            InputError: the dtype is not a float.
         """
         import torch
 
@@ -116,15 +117,15 @@ class TensorRef:
         return out
 
     def tensor(self) -> torch.Tensor:
-        """Return the whole weight, of a floating-point type of 16 bits or more; InputError for the others."""
+        """Return the complete weight; raise InputError unless its type is a float of 16 bits or more."""
         if self.weight is None and self.span is None:
             return self.file.tensor(self.name)
         return self.rows(0, self.spec.shape[0]).view(self.spec.shape)
 
     def blocks(self, most: int) -> Iterator[torch.Tensor]:
-        """Yield the tensor, which must be of a float type and not empty, as (rows, columns) of about `most` numbers.
+        """Yield a nonempty float tensor in blocks (rows, columns) of about `most` numbers.
 
-        A row is what is in the first dimension, or of matrices larger than that a row of theirs.
+        A row is an item of the first dimension. If an item is a matrix of more than `most` numbers, its rows are.
         """
         spec = self.spec
         if not spec.shape:
@@ -137,7 +138,7 @@ class TensorRef:
             yield self.matrix_rows(rows, start, start + step)
 
     def matrix_rows(self, rows: int, start: int, stop: int) -> torch.Tensor:
-        """Return rows start:stop of the tensor viewed as (rows, columns), also if it is a stack of matrices."""
+        """Return rows start:stop of the tensor viewed as (rows, columns), even if it is a stack of matrices."""
         import torch
 
         out = torch.empty(min(stop, rows) - start, self.spec.size // rows, dtype=self.dtype)
@@ -146,13 +147,13 @@ class TensorRef:
 
 
 def _alone(file: WeightsFile, name: str) -> Parts:
-    """Return a weight of one tensor."""
+    """Return the parts of a weight that is one tensor."""
     spec = file.specs[name]
     return Parts(StoredWeight(codec_of(spec), spec, (name,)), {"codes": StoredTensor(file, name)}, spec)
 
 
 def squared_norm(source: TensorRef) -> float:
-    """Return ||W||^2 in float64; 0 if the dtype is no float."""
+    """Return ||W||^2 in float64; 0 if the dtype is not a float."""
     if source.spec.dtype not in FLOATS or not source.spec.size or not source.spec.shape:
         return 0.0
     return math.fsum(float(block.double().square().sum()) for block in source.blocks(BLOCK))
@@ -161,8 +162,8 @@ def squared_norm(source: TensorRef) -> float:
 def norm(x: torch.Tensor) -> float:
     """Return ||x|| over the finite numbers of x.
 
-    A short x is summed in float64, a long one in float32 (float64 if it is); if the squares overflow or underflow,
-    x / max|x| is summed instead.
+    A short x is summed in float64, a long one in float32, or in float64 if it has that type. If the squares overflow
+    or underflow, x / max|x| is summed instead.
     """
     wide = (x.double() if x.numel() < SHORT else x.float() if x.element_size() < 4 else x).flatten()
     squared = float(wide.dot(wide))
@@ -176,7 +177,7 @@ def norm(x: torch.Tensor) -> float:
 def is_finite(x: torch.Tensor) -> bool:
     """Return whether x has no nan and no infinity.
 
-    A nan is both the least and the largest number of `aminmax`, which takes a tenth of the time of `isfinite`.
+    `aminmax` takes a tenth of the time of `isfinite`. If x has a nan, it returns nan as both least and largest number.
     """
     if not x.numel():
         return True
@@ -202,18 +203,18 @@ def known_finite(
     names: Iterable[str],
     mapped: Callable[[Callable[[Run], bool], Iterable[Run]], Iterable[bool]] = map,
 ) -> set[str]:
-    """Return the names of the small tensors that have no nan and no infinity, reading neighbours at once.
+    """Return the names of small tensors that have no nan and no infinity, reading adjoining tensors together.
 
-    A name that is not in the result has to be checked by itself with `require_finite`.
+    Check a name that is not in the result with `require_finite`.
 
     Args:
-        mapped: what reads the runs, in order, as `map` does; of `streaming` for several threads.
+        mapped: a function like `map` that reads the runs in order; `streaming` has one with several threads.
     """
     import torch
 
     def is_sound(run: Run) -> bool:
         dtype, begin, end, _ = run
-        data = torch.empty(end - begin, dtype=torch.uint8)  # not filled with zeros first
+        data = torch.empty(end - begin, dtype=torch.uint8)  # not zeroed first
         read_into(file.file, data.numpy().data, begin)
         return is_finite(data.view(getattr(torch, TORCH_FLOATS[dtype])))
 
@@ -222,10 +223,10 @@ def known_finite(
 
 
 def _runs(file: WeightsFile, names: Iterable[str]) -> Iterator[Run]:
-    """Yield adjoining small tensors, about BLOCK bytes at a time."""
+    """Yield runs of adjoining small tensors, each of about BLOCK bytes."""
     run: list[str] = []
     dtype, begin, end = "", 0, 0
-    # what a reader computes, a `VirtualFile`, has no bytes
+    # a `VirtualFile` has no bytes
     for start, name in sorted((file.begin[name], name) for name in names if name in file.begin):
         spec = file.specs[name]
         nbytes = spec.nbytes
@@ -246,7 +247,7 @@ READ_NUMBERS = 1 << 22  # numbers read at a time
 
 
 def read_float32(source: TensorRef, device: torch.device) -> torch.Tensor:
-    """Read a tensor as float32; InputError if it has nan, inf, or a number beyond float32."""
+    """Read a tensor as float32; raise InputError if it has nan, inf, or a number beyond float32."""
     import torch
 
     shape, size = source.spec.shape, source.spec.size

@@ -1,4 +1,4 @@
-"""Define `WeightsFile`, the interface of every container of tensors (specs, read, read_numbers, scalar)."""
+"""`WeightsFile`, the interface of every container of tensors (specs, read, read_numbers, scalar)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class WeightsFile:
-    """An open weights file, of which only the header is read; a subclass's constructor sets the fields."""
+    """An open weights file with only its header read. A subclass's constructor sets the fields."""
 
     path: Path
     file: BinaryIO
@@ -45,56 +45,56 @@ class WeightsFile:
 
     @property
     def header(self) -> bytes | None:
-        """Return what tells the place of each tensor, as `layouts.read_layout` takes it; None of a torch file."""
+        """Return the header, from which `layouts.read_layout` gets each tensor's place; None for a torch file."""
         return None
 
     @property
     def place(self) -> str:
-        """Return its path in the checkpoint's folder."""
+        """Return the file's path relative to the checkpoint's folder."""
         return self.prefix + self.path.name
 
     def put_under(self, prefix: str) -> None:
-        """Put a component's prefix before the tensors' names; call it once."""
+        """Add a component's prefix to the tensors' names. Call it once."""
         self.prefix = prefix
         self.specs = {prefix + name: spec for name, spec in self.specs.items()}
         self.begin = {prefix + name: begin for name, begin in self.begin.items()}
 
     def hide(self, names: Collection[str]) -> None:
-        """Take tensors from `specs` and `begin`, as if the file did not have them; its header still says them."""
+        """Remove tensors from `specs` and `begin`, as if the file did not have them. Its header still lists them."""
         self.specs = {name: spec for name, spec in self.specs.items() if name not in names}
         self.begin = {name: begin for name, begin in self.begin.items() if name not in names}
 
     @property
     def members(self) -> Sequence[WeightsFile]:
-        """Return the files on disk that it consists of."""
+        """Return the files on disk that this file consists of."""
         return (self,)
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Return the folders in which the configs of what is in it may stand, the nearest first."""
+        """Return the folders that may have the configs of its content, the nearest first."""
         return (self.path.parent,)
 
     def storage(self, name: str) -> Hashable:
-        """Return what is the same of tensors that share their bytes, and of no others of the same spec."""
+        """Return a key that is equal for tensors that share their bytes, and for no others of the same spec."""
         return self.begin[name]
 
     def close(self) -> None:
         self.file.close()
 
     def stored_type(self, name: str) -> str:
-        """Return the dtype of a tensor as it is stored: of one that is computed, that of what it is made of."""
+        """Return the stored dtype of a tensor; for a computed tensor, the dtype of its source."""
         return self.specs[name].dtype
 
     def is_computed(self, name: str) -> bool:
-        """Return whether a tensor has no bytes of its own to copy, and only `read_numbers` gives it."""
+        """Return whether a tensor has no stored bytes to copy, and only `read_numbers` returns it."""
         return False
 
     def extents(self, name: str) -> Iterator[tuple[BinaryIO, int, int]]:
-        """Yield where the bytes of a tensor are, in order: the file, the first byte and how many."""
+        """Yield the places of a tensor's bytes in order: (file, first byte, length)."""
         yield self.file, self.begin[name], self.specs[name].nbytes
 
     def read_bytes(self, name: str, first: int, out: memoryview) -> None:
-        """Fill `out` with bytes of a tensor, from its byte `first` on."""
+        """Fill `out` with a tensor's bytes from `first` on."""
         read_into(self.file, out, self.begin[name] + first)
 
     def read(self, name: str) -> memoryview:
@@ -104,7 +104,7 @@ class WeightsFile:
         return buffer
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor of a dtype in `TORCH_FLOATS`; InputError for the others."""
+        """Read a tensor; raise InputError unless its dtype is in `TORCH_FLOATS`."""
         import torch
 
         spec = self.specs[name]
@@ -116,13 +116,13 @@ class WeightsFile:
         return torch.frombuffer(self.read(name), dtype=dtype).reshape(spec.shape)
 
     def read_numbers(self, name: str, first: int, out: torch.Tensor) -> None:
-        """Read numbers into `out`, which is contiguous and of the stored type, from the number `first` on."""
+        """Read a tensor's numbers from `first` on into `out`, which is contiguous and of the stored type."""
         import torch
 
         self.read_bytes(name, first * out.itemsize, out.view(torch.uint8).numpy().data.cast("B"))
 
     def scalar(self, name: str) -> float:
-        """Read the value of a tensor with one element, without torch; InputError for more elements."""
+        """Read the value of a tensor with one element, without torch; raise InputError for more elements."""
         spec = self.specs[name]
         formats = {"F16": "<e", "F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
         if spec.size != 1 or (spec.dtype not in formats and spec.dtype != "BF16"):
@@ -136,7 +136,7 @@ class WeightsFile:
 
 
 def copy_bytes(file: WeightsFile, name: str, first: int, nbytes: int, target: BinaryIO, offset: int) -> int:
-    """Write bytes of a tensor at a place in a file, through a buffer, and return their CRC-32."""
+    """Copy `nbytes` of a tensor to an offset in a file, through a buffer, and return their CRC-32."""
     buffer, crc = memoryview(bytearray(min(CHECKED_CHUNK, nbytes))), 0
     for done in range(0, nbytes, CHECKED_CHUNK):
         part = buffer[: nbytes - done]
@@ -147,7 +147,7 @@ def copy_bytes(file: WeightsFile, name: str, first: int, nbytes: int, target: Bi
 
 
 def sha256_bytes(file: WeightsFile, name: str, first: int, nbytes: int) -> str:
-    """Return the sha256 of bytes of a tensor."""
+    """Return the sha256 of `nbytes` of a tensor from `first` on."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(1 << 20, nbytes)))
     for done in range(0, nbytes, 1 << 20):
         part = buffer[: nbytes - done]
@@ -161,14 +161,14 @@ def _stamp(found: os.stat_result) -> tuple[int, ...]:
 
 
 def paths_of(files: Iterable[WeightsFile]) -> list[Path]:
-    """Return the paths of all files on disk that are read."""
+    """Return the paths of all files on disk that weights files consist of."""
     return [member.path for file in files for member in file.members]
 
 
 def require_unchanged(files: Iterable[WeightsFile]) -> None:
     """Raise InputError for a file that was written to or replaced since it was opened.
 
-    A file that was removed can still be read whole through its descriptor.
+    A removed file can still be read completely through its descriptor.
     """
     for each in (member for file in files for member in file.members):
         found = [os.fstat(each.file.fileno())]
@@ -181,15 +181,15 @@ def require_unchanged(files: Iterable[WeightsFile]) -> None:
 def described_inputs(
     files: Iterable[WeightsFile], configs: Iterable[object], beside: Iterable[Path] = ()
 ) -> dict[str, list[Any]]:
-    """Return what a head has as `inputs`: of each file its time, size and sample, and a hash of the configs.
+    """Return `inputs` of a journal's head: time, size and sample of each file, and a hash of the configs.
 
-    Time and size alone would believe a file that an archive gave the time of the former one, and torchrun's ranks,
-    whose copies may differ in time, another training step's of the same size. A change between the pages of the sample
-    that keeps both is not seen. ctime would show it, but chmod, chown and links change that too, and Kubernetes does so
-    at each start of a pod: no run could go on.
+    Time and size alone would miss a file from an archive that restores times. They would also miss, among torchrun's
+    ranks, whose copies may differ in time, a file of another training step with the same size. An edit between the
+    sampled pages that keeps time and size is not detected. ctime would show it, but chmod, chown and links change
+    ctime too, and Kubernetes does so at each start of a pod: no run could resume.
 
     Args:
-        beside: paths of files that are no weights.
+        beside: paths of files that are not weights.
     """
     found = {
         os.path.abspath(each.path): [*each.stamp[2:], sampled(each.file)] for file in files for each in file.members

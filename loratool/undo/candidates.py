@@ -1,12 +1,12 @@
 """Find the weights that a merge can have started from: {W : RN(a W + D) = W'}, a run of numbers of W's format.
 
-D and a are the merge's own reals, so the set is the same for every writer and reader. Its ends are worked out in
-floating point with a bound, (midpoint - D) / a; where no number of the format lies within the bound, its first number
-and their count follow from the bits. A run in doubt is worked out again from `near`, and what that leaves is searched
-by halves with the merge's own `decide`: there is no second arithmetic that could be wrong.
+D and a are the merge's exact reals, so the set is the same for every writer and reader. Its ends, (midpoint - D) / a,
+are computed in floating point with an error bound. If no number of the format is within the bound of an end, the
+run's first number and count follow from the bits. A run in doubt is computed again from `near`. If that does not
+decide, it is bisected with the merge's own `decide`: no second arithmetic could be wrong.
 
-Numbers are counted by their places (`numerics.forms.place`), -0.0 and +0.0 being two. A run that holds 0.0, and one
-where a is 0, counts as `every` number, inf and nan included, because the numbers near zero are as many.
+Numbers are counted by their places (`numerics.forms.place`); -0.0 and +0.0 are two. A run that contains 0.0, and one
+where a is 0, counts as `every` number including inf and nan, because so many numbers are near zero.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..numerics.forms import Codes, Form, Positions, Wide, number, place
 
 @dataclass(frozen=True)
 class Runs:
-    """A run of numbers for each of some weights.
+    """The runs of some weights.
 
     Attributes:
-        start: the place of the first.
-        count: how many they are; `every(form)` for a run that counts as all numbers.
+        start: the place of each run's first number.
+        count: how many numbers each has; `every(form)` for a run that counts as all numbers.
     """
 
     start: Codes
@@ -54,9 +54,9 @@ def find_runs(
 
     Args:
         result: the bit patterns of W', finite.
-        at: their flat positions in a block of so many columns, whose first row is row `first` of `x`.
-        change: D, float32 or float64, off by `reach` at most; nan where nothing is known.
-        reach: of all, 0 if D is exact, or of each, in the type of D.
+        at: flat positions of the weights in a block of `columns` columns. Its first row is row `first` of `x`.
+        change: D, float32 or float64, with an error of at most `reach`; nan if unknown.
+        reach: one bound, 0 if D is exact; or one for each weight, in the type of D.
     """
 
     def places(some: Positions) -> tuple[Positions, Positions]:
@@ -88,12 +88,12 @@ def _by_bits(
     error: Wide | None = None,
     low: npt.NDArray[Any] | None = None,
 ) -> tuple[Codes, Codes, npt.NDArray[np.bool_]]:
-    """Return the start and count of each run, and whether both are sure.
+    """Return the start and count of each run, and whether both are certain.
 
     Args:
         a, error: a and a bound on its error; None for a = 1.
-        low: change + low is off by `reach`; an end that is a number of the format then counts by the side on which it
-            lies. Only for a = 1.
+        low: a lower part of D: change + low has an error of `reach`. It tells on which side an end is that is a number
+            of the format. Only for a = 1.
     """
     kind, bits, bias = (np.int32, 24, 127) if change.dtype == np.float32 else (np.int64, 53, 1023)
     # of a normal number x: x's bits >> shift = zero + ordinal; below the second binade: x = ordinal * step
@@ -168,7 +168,7 @@ def _by_bits(
 
 
 def _less(x: Wide, d: Wide, low: Wide) -> tuple[Wide, Wide, Wide]:
-    """Return x - d - low as a number, the rest, which is at most half its last bit, and a bound on what is lost."""
+    """Return x - d - low as a number, a rest of at most half its last bit, and a bound on the rounding error."""
     s, e = two_sum(x, -d)
     e, lost = two_sum(e, -low)
     s, e = two_sum(s, e)
@@ -176,7 +176,7 @@ def _less(x: Wide, d: Wide, low: Wide) -> tuple[Wide, Wide, Wide]:
 
 
 def _closer(x: Reals, result: Codes, i: Positions, j: Positions, form: Form) -> tuple[Codes, Codes]:
-    """Return start and count of each run from `near`, and by halves where that does not tell."""
+    """Return the start and count of each run from `near`, or by bisection if that does not decide."""
     high, low, bound = x.delta.near(i, j)
     off = (bound + np.abs(low) + np.abs(high) * (16 * U)) * SLACK + LEAST
     if x.factor:
@@ -198,7 +198,7 @@ def _closer(x: Reals, result: Codes, i: Positions, j: Positions, form: Form) -> 
 def _by_halves(
     x: Reals, result: Codes, i: Positions, j: Positions, form: Form, guess: tuple[Codes, Codes]
 ) -> tuple[Codes, Codes]:
-    """Return the same from the merge's own decisions alone. guess: what may be start and count."""
+    """Return the start and count of each run by bisection with `decide`. guess: probable starts and counts."""
     start = np.zeros(len(result), np.int64)
     count = np.full(len(result), every(form))
     falls, stands = np.zeros((2, len(result)), np.bool_)
@@ -213,7 +213,7 @@ def _by_halves(
     i, j, target, falls = i[some], j[some], place(result[some], form).astype(np.int64), falls[some]
 
     def is_past(at: Codes, which: Positions, after: int) -> npt.NDArray[np.bool_]:
-        """Return whether RN(X) of the numbers at these places is W' + `after` or more, or less where a < 0."""
+        """Return whether RN(X) of the numbers at these places is W' + `after` or more; or less, where a < 0."""
         made = place(decide(x, number(at, form), form, i[which], j[which], form), form).astype(np.int64)
         goal = target[which]
         return np.where(falls[which], made <= goal - after, made >= goal + after)

@@ -1,4 +1,4 @@
-"""Check that a merge can have written each part of an undo file's index; a ValueError names the fault."""
+"""Checks that a merge can have written each part of an undo file's index; a ValueError names the fault."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS, TORCH_FLOATS, TensorSpec
 
 ROWS = 5  # the index of `rows` in a placement
-RECORD = 1 << 22  # weights of a record, one row at least
-SHARED = 8  # rows of codes that can share bytes, at most (AWQ)
+RECORD = 1 << 22  # weights of a record; at least one row
+SHARED = 8  # the most rows of codes that can share bytes (AWQ)
 
 
 def record_rows(columns: int, coded: bool = False) -> int:
-    """Return the rows of a record; of a weight that is stored as codes (`coded`) no two records share bytes of it."""
+    """Return the rows of a record. If the weight is stored as codes (`coded`), records do not share bytes of it."""
     rows = max(1, RECORD // max(1, columns))
     return max(SHARED, rows // SHARED * SHARED) if coded else rows
 
@@ -29,7 +29,7 @@ def spec_of(entry: Iterable[Any]) -> TensorSpec:
 
 
 def prefix_of(file: str) -> str:
-    """Return the folder and slash that the names of a pipeline's component begin with; empty if it is no pipeline."""
+    """Return a pipeline component's folder and a slash, the prefix of its names; empty without a pipeline."""
     folder, slash, _ = file.rpartition("/")
     return folder + slash
 
@@ -60,7 +60,7 @@ def strange(name: str) -> str:
 
 
 def is_place(name: str) -> bool:
-    """Return whether a text names, on every system, a file in the output folder or in a component's folder there."""
+    """Return whether a text is, on every system, the name of a file in the output or a component's folder."""
     parts = name.split("/")
     plain = all(part not in ("", ".", "..") and not set(part) & set("\\:\0") for part in parts)
     is_text = not any("\ud800" <= letter <= "\udfff" for letter in name)
@@ -99,9 +99,9 @@ def check_placement(name: str, placement: Sequence[Any], adapters: int) -> None:
 def tiling(
     name: str, spec: TensorSpec, was: TensorSpec, placements: Sequence[Sequence[Any]]
 ) -> tuple[list[tuple[int, int]], int | None]:
-    """Return the runs of rows that the records of a changed tensor tile, and the first row that is copied.
+    """Return the runs of rows that a changed tensor's records tile, and the first row that is copied.
 
-    No record crosses the edge of a run. The copied row is None if no rows are copied.
+    No record crosses the end of a run. The copied row is None if no rows are copied.
 
     Args:
         spec: the merged tensor's.
@@ -123,9 +123,9 @@ def tiling(
 def coded_tiling(
     name: str, spec: TensorSpec, was: TensorSpec, codes: TensorSpec, placements: Sequence[Sequence[Any]]
 ) -> list[tuple[int, int]]:
-    """Return the runs of rows that the records of a weight that was stored as codes tile: all, split at each edge.
+    """Return the runs of rows that the records tile of a weight stored as codes: all rows, split at each edge.
 
-    Without placements it was only decoded.
+    Without placements the weight was dequantized without an update.
 
     Args:
         spec: the merged tensor's.
@@ -150,7 +150,7 @@ def _check_rows(name: str, was: TensorSpec, placements: Sequence[Sequence[Any]])
 
 
 def _covered(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the union of runs of rows, split at each of their ends."""
+    """Return the union of runs of rows, split at every start and end."""
     rising = sorted(places)
     edges = sorted({edge for place in rising for edge in place})
     found, reach, at = [], 0, 0
@@ -162,19 +162,19 @@ def _covered(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def recoded_shape(entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Return rows and columns of a weight that was rounded to codes."""
+    """Return the rows and columns of a weight that was rounded to codes."""
     size = prod(entry["recoded"]["shape"])
     return counted_rows(entry), size // max(1, counted_rows(entry))
 
 
 def recoded_tiling(entry: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return the runs of rows that its records must tile: all, split at each edge."""
+    """Return the runs of rows that the records of recoded weights tile: all rows, split at each edge."""
     edges = {0, counted_rows(entry), *(edge for *_, start, stop, _, _ in entry["placements"] for edge in (start, stop))}
     return list(pairwise(sorted(edges)))
 
 
 def counted_rows(entry: Mapping[str, Any]) -> int:
-    """Return the number of rows that the records of a changed tensor count."""
+    """Return the number of rows of a changed tensor, as its records count them."""
     rows: int = entry["placements"][0][ROWS] if entry["placements"] else (*entry["spec"][1], 1)[0]
     return rows
 
@@ -184,8 +184,8 @@ class Tiles:
     """The rows of a changed tensor that are in the undo file.
 
     Attributes:
-        runs: rows that have records: each from its first row on, of `height` rows, and what is left of it is one more.
-        copied: the first row of those that stand there as they are; None if there are none.
+        runs: rows with records. Each run is divided into records of `height` rows; the last may be shorter.
+        copied: the first of the rows that are stored unchanged; None without any.
     """
 
     runs: list[tuple[int, int]]
@@ -203,14 +203,14 @@ class Tiles:
 
 
 def tiles_of(name: str, entry: Mapping[str, Any], was: TensorSpec | None, codes: TensorSpec | None) -> Tiles:
-    """Return what an undo file has of a changed tensor.
+    """Return the rows of a changed tensor that are in the undo file.
 
     Args:
         was: the base's tensor or weight; None if it has none of this name.
-        codes: of the stored tensor, if a weight was stored as codes.
+        codes: of the stored tensor, if the weight was stored as codes.
 
     Raises:
-        ValueError: no merge makes this of that.
+        ValueError: no merge writes this entry for this tensor.
     """
     if "recoded" in entry:
         return Tiles(recoded_tiling(entry), record_rows(recoded_shape(entry)[1], True))
@@ -225,12 +225,12 @@ def tiles_of(name: str, entry: Mapping[str, Any], was: TensorSpec | None, codes:
 
 
 def is_replaced(entry: Mapping[str, Any]) -> bool:
-    """Return whether another tensor took the place of the base's."""
+    """Return whether an update replaced the base's tensor."""
     return bool(entry.get("replaced"))
 
 
 def kept_names(entry: Mapping[str, Any]) -> list[str]:
-    """Return the stored tensors of a coded weight that an undo file has unchanged: all, or all but the codes."""
+    """Return the stored tensors of a coded weight that an undo file has unchanged: all, or all except the codes."""
     tensors: list[str] = entry["coded"]["tensors"] if "coded" in entry else []
     return tensors if is_replaced(entry) else tensors[1:]
 
@@ -240,7 +240,7 @@ def bytes_before(spec: TensorSpec, row: int) -> int:
 
 
 def check_extents(extents: Iterable[tuple[int, int]], start: int, end: int) -> None:
-    """Require that parts of a file, as (first byte, length), tile the bytes start:end."""
+    """Raise ValueError unless parts of a file, as (first byte, length), tile the bytes start:end."""
     done = start
     for at, length in sorted(extents):
         require(at == done, f"nothing, or two records, lie at byte {done}")

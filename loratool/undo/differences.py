@@ -1,6 +1,6 @@
 """Write differences of places in few bits, and read a record's bytes from front to back.
 
-A difference is near zero on either side, so it is folded to a number without a sign, and many are of one small width.
+Differences are near zero on either side. They are folded to unsigned numbers, and many share one small width.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import numpy.typing as npt
 from ..numerics.forms import Codes
 
 UNIT = 1 << 12  # differences of one width
-RARE = 32  # fewer than one in so many take less with their places
-WIDEST = 9  # bits of the difference of two codes of 8 bits, folded; none of these is the largest number of so many
-IN_FULL = 20  # bits of a difference that follows in full, about
-SPARSE = 255  # in the place of a width
+RARE = 32  # if fewer than one in RARE differ from 0, listing them with their gaps is shorter
+WIDEST = 9  # bits of the folded difference of two 8-bit codes; it is never the largest number of 9 bits
+IN_FULL = 20  # about the bits of a difference that is stored in full
+SPARSE = 255  # marks a sparse list, where else a width is
 
 
 def pack_differences(difference: Codes) -> bytes:
-    """Pack signed integers in units of UNIT numbers: a byte with a width, then the numbers in so many bits each.
+    """Pack signed integers in units of UNIT numbers: a byte with a width, then each number in that many bits.
 
-    A difference d of n bits, taken modulo 2**n, is stored as 2 d for d >= 0 and as -2 d - 1 for d < 0.
+    A difference d of n bits, modulo 2**n, is stored as 2 d for d >= 0 and as -2 d - 1 for d < 0.
     """
     folded, parts = _folded(difference), []
     for start in range(0, len(folded), UNIT):
@@ -37,23 +37,23 @@ def _folded(difference: Codes) -> Codes:
 
 
 def _unfolded(numbers: Codes) -> Codes:
-    """Return what `_folded` folded."""
+    """Return the signed integers that `_folded` folded."""
     signed = f"i{numbers.itemsize}"
     found: Codes = (numbers >> 1).view(signed) ^ -(numbers & 1).astype(signed)
     return found
 
 
 def _in_bits(numbers: Codes, width: int) -> bytes:
-    """Return unsigned integers in so many bits each; zeros fill the last byte."""
+    """Return unsigned integers in `width` bits each; zeros pad the last byte."""
     flags = (numbers[:, None] >> np.arange(width, dtype=numbers.dtype)) & 1 == 1
     return np.packbits(flags, bitorder="little").tobytes()
 
 
 def pack_code_differences(difference: Codes) -> bytes:
-    """Pack int16 of which most are 0 or near it: a byte that says how, then the numbers.
+    """Pack int16 numbers, most of them 0 or near it: a byte that tells the layout, then the numbers.
 
-    SPARSE: those that are not 0, and the gaps before them. Otherwise the width of all, folded as `pack_differences`
-    does, the largest number of this width standing for one that follows in full.
+    SPARSE: the numbers that are not 0, and the gaps before them. Any other byte is the width of all numbers, folded as
+    in `pack_differences`. The largest number of this width marks one that is stored in full at the end.
     """
     at = np.flatnonzero(difference)
     if len(at) * RARE <= len(difference):
@@ -86,12 +86,12 @@ class Reader:
         return len(self._data) - self._at
 
     def bits(self) -> npt.NDArray[np.bool_]:
-        """Return the bits of all bytes that are left."""
+        """Return the bits of all remaining bytes."""
         found = np.frombuffer(self.take(self.rest), np.uint8)
         return np.unpackbits(found, bitorder="little").astype(np.bool_)
 
     def differences(self, count: int, code: type) -> Codes:
-        """Read what `pack_differences` packed of so many numbers of a signed integer type."""
+        """Read `count` numbers of a signed integer type that `pack_differences` packed."""
         kind = np.dtype(code)
         found = np.empty(count, f"u{kind.itemsize}")
         for start in range(0, count, UNIT):
@@ -103,10 +103,10 @@ class Reader:
         return _unfolded(found)
 
     def _from_bits(self, width: int, out: Codes) -> None:
-        """Read unsigned integers of so many bits each into `out`.
+        """Read unsigned integers of `width` bits each into `out`.
 
         Raises:
-            ValueError: the bits are too few, or the last byte is filled with more than zeros.
+            ValueError: the bits are too few, or the padding of the last byte is not zero.
         """
         data = np.frombuffer(self.take((len(out) * width + 7) // 8), np.uint8)
         numbers, padding = np.split(np.unpackbits(data, bitorder="little"), [len(out) * width])
@@ -116,7 +116,7 @@ class Reader:
         out[...] = (rows << np.arange(width, dtype=out.dtype)).sum(1, dtype=out.dtype)
 
     def code_differences(self, count: int) -> Codes:
-        """Read what `pack_code_differences` packed of so many numbers."""
+        """Read `count` numbers that `pack_code_differences` packed."""
         width, found = self.take(1)[0], np.zeros(count, np.int16)
         if width == SPARSE:
             some = int.from_bytes(self.take(4), "little")

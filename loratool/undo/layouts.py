@@ -1,4 +1,4 @@
-"""Read a file's layout from its header alone, as an undo file has it, whatever its format."""
+"""Read a file's layout from the header that an undo file has, whatever the format."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_layout(header: bytes, path: Path) -> FileLayout:
     """Read `WeightsFile.header`.
 
     Args:
-        path: the culprit of an error.
+        path: the file that an error names.
 
     Raises:
         InputError: it breaks the format.

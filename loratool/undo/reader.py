@@ -1,8 +1,8 @@
-"""Read an undo file without trusting it: anybody can have written it, so all that is used later is checked first.
+"""Read an undo file without trusting it: anybody can have written it, so everything is checked before it is used.
 
-Refused is all that a merge cannot have written: records that do not tile their tensor or the file, a tensor without
-an entry, sizes beyond the file's own, names of files that no merge edits. The hashes protect the rest. The layout is
-described in `undo.writer`, which writes it.
+The reader rejects what no merge writes: records that do not tile their tensor or the file, a tensor without an entry,
+sizes larger than the file, names of files that no merge edits. The hashes protect the rest. `undo.writer` writes and
+describes the layout.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ VERSION = 3
 
 MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
 
-MOST_INDEX = 1_000_000_000  # bytes of memory, about, that an index may take: one of 300,000 changed tensors
+MOST_INDEX = 1_000_000_000  # bytes of memory, about, that an index may take: enough for 300,000 changed tensors
 
-MOST_BLOBS = 1 << 28  # bytes of headers, side files and the table together: a trillion weights take a fifth
+MOST_BLOBS = 1 << 28  # bytes of headers, side files and the table in all; a trillion weights need a fifth of it
 
-SMALL = 1 << 22  # bytes of an index that are parsed whatever they are
+SMALL = 1 << 22  # bytes of an index that is parsed without a check of its memory
 
 TRAILER = struct.Struct("<QQ32s8s")  # the index's offset, length and sha256, END
 
@@ -85,7 +85,7 @@ class UnrecordedBytes:
 
 @dataclass(frozen=True)
 class Record(Stretch):
-    """The record of rows start:stop of a tensor; its hash is of the rows of W."""
+    """The record of rows start:stop of a tensor; the hash is of these rows of W."""
 
     start: int
     stop: int
@@ -113,7 +113,7 @@ def _written(entry: Mapping[str, Any]) -> Any:
 
 
 def is_readable(text: bytes, blobs: int) -> bool:
-    """Return whether a reader takes an undo file with this index, and so many bytes of headers and side files."""
+    """Return whether a reader accepts an undo file with this index and `blobs` bytes of headers and side files."""
     return memory_of(text) <= MOST_INDEX and blobs <= MOST_BLOBS
 
 
@@ -125,7 +125,7 @@ class _Kept(WeightsFile):
 
 
 def card_packer() -> ModuleType:
-    """Return the module by which a model card is compressed.
+    """Return the module that compresses model cards.
 
     Raises:
         MachineError: this Python was built without it.
@@ -139,7 +139,7 @@ def card_packer() -> ModuleType:
 
 
 def belongs(undo: Path, model: Path) -> bool:
-    """Return whether an undo file belongs to the weights of a file; false if either cannot be read."""
+    """Return whether an undo file belongs to a weights file; False if either cannot be read."""
     try:
         weights = open_weights(model)
     except InputError:
@@ -163,7 +163,7 @@ class UndoFile:
         specs: the base's stored tensors.
         weights: the changed weights that it stores as codes.
         layouts: that of each of the base's shards; None for a torch file.
-        side: the content of the base's side files by name.
+        side: name of a side file of the base -> its content.
 
     Raises:
         InputError: the file is damaged, forged or of another version.
@@ -239,7 +239,7 @@ class UndoFile:
         self._check_side()
 
     def _find_weights(self) -> dict[str, StoredWeight]:
-        """Return the weights that the index says were stored as codes, found anew by the base's tensors."""
+        """Return the weights that were stored as codes, as the codecs find them among the base's tensors."""
         entries = {name: entry for name, entry in self.index["tensors"].items() if "coded" in entry}
         found: dict[str, StoredWeight] = {}
         for prefix in {prefix_of(shard["name"]) for shard in self.index["shards"]} if entries else ():
@@ -257,7 +257,7 @@ class UndoFile:
         return {name: found[name] for name in entries}
 
     def _kept_rows(self, prefix: str) -> dict[str, int]:
-        """Return the first row of the table of each stored tensor that is here unchanged, of a component's weights."""
+        """Return the first table row of each stored tensor of a component's weights that is here unchanged."""
         found = {}
         for name, entry in self.index["tensors"].items():
             tensors, row = kept_names(entry) if name.startswith(prefix) else [], entry["row"]
@@ -280,7 +280,7 @@ class UndoFile:
         require(fits, "no place of a header or a side file")
         require(at + length <= os.fstat(self.file.fileno()).st_size, "a header or a side file ends behind the file")
         self._blobs.append((at, length))
-        self._held += length  # before they are read: a thousand names could share one place
+        self._held += length  # counted before it is read: a thousand names could share one place
         require(self._held <= MOST_BLOBS, "its headers and side files are larger than any")
         data = self.bytes(at, length)
         require(hashlib.sha256(data).hexdigest() == digest, "a header or a side file is another")
@@ -316,7 +316,7 @@ class UndoFile:
         self._holder |= dict.fromkeys(own, name)
 
     def _check_entries(self) -> None:
-        """Check the entries of changed tensors, whose rows of the table follow each other by their names."""
+        """Check the entries of changed tensors; their rows in the table follow each other in the order of names."""
         done = 0
         for name, entry in sorted(self.index["tensors"].items()):
             require(is_count(entry["row"]) and entry["row"] == done, f"{name}: its rows of the table")
@@ -330,7 +330,7 @@ class UndoFile:
         require(done == len(self._table), "its table has more rows than its tensors")
 
     def _check_entry(self, name: str, entry: Mapping[str, Any]) -> Tiles:
-        """Check the entry of a changed tensor, and return what is here of it."""
+        """Check the entry of a changed tensor, and return its rows that are in this file."""
         weight = self.weights.get(name)
         spec, was = checked_spec(entry["spec"]), weight.spec if weight else self.specs.get(name)
         for placement in entry["placements"]:
@@ -355,7 +355,7 @@ class UndoFile:
         return tiles_of(name, self.index["tensors"][name], weight.spec if weight else self.specs.get(name), codes)
 
     def _copied_sizes(self, name: str, tiles: Tiles) -> list[tuple[str, int]]:
-        """Return the base's tensors that are here unchanged, in place of a changed one, with their bytes."""
+        """Return the base's tensors that are here unchanged for a changed one, each with its bytes."""
         if name in self.weights:
             return [(tensor, self.specs[tensor].nbytes) for tensor in kept_names(self.index["tensors"][name])]
         if tiles.copied is None:
@@ -363,7 +363,7 @@ class UndoFile:
         return [(name, self.specs[name].nbytes - bytes_before(self.specs[name], tiles.copied))]
 
     def _check_recoded(self, name: str, entry: Mapping[str, Any], spec: TensorSpec) -> None:
-        """Check the entry of codes that were written anew."""
+        """Check the entry of codes that were rewritten."""
         recoded = entry["recoded"]
         shape = checked_spec(["F64", recoded["shape"]]).shape
         fits = isinstance(recoded["weight"], str) and isinstance(recoded["codec"], str) and len(shape) > 1
@@ -373,7 +373,7 @@ class UndoFile:
         require(all(each[ROWS] == rows for each in entry["placements"]), f"{name}: its rows")
 
     def _check_side(self) -> None:
-        """Check that a merge edits each of the side files, since they are written into the output."""
+        """Check that all side files are ones that a merge edits, since they are written into the output."""
         index, new = self.index, self.index["new_side"]
         shards = [shard["name"] for shard in index["shards"]]
         require(isinstance(new, list) and all(isinstance(name, str) for name in new), "its new files")
@@ -424,7 +424,7 @@ class UndoFile:
         return [Record(**vars(stretch), start=start, stop=stop) for (start, stop), stretch in both]
 
     def written(self) -> list[tuple[UnrecordedBytes, str]]:
-        """Return the bytes of the changed tensors that are in no record, each with its hash."""
+        """Return the byte ranges of changed tensors that are in no record, each with its hash."""
         return [
             found
             for name, entry in self.index["tensors"].items()
@@ -432,7 +432,7 @@ class UndoFile:
         ]
 
     def _copies(self, name: str) -> Iterator[tuple[str, list[Stretch]]]:
-        """Yield what is here of a changed tensor as it was: the base's tensor, and the stretches with it."""
+        """Yield the base's tensors that are here unchanged for a changed one, each with its stretches."""
         row = self.index["tensors"][name]["row"]
         for tensor, nbytes in self._copied_sizes(name, self._tiles(name)):
             count = len(hashed_parts(nbytes))
@@ -440,17 +440,17 @@ class UndoFile:
             row += count
 
     def copied(self) -> list[tuple[str, Stretch]]:
-        """Return the parts of all that no record can restore, each with the base's tensor."""
+        """Return all stretches that are stored unchanged, each with the base's tensor."""
         copies = (copy for name in self.index["tensors"] for copy in self._copies(name))
         return [(tensor, stretch) for tensor, stretches in copies for stretch in stretches]
 
     def copied_rows(self, name: str) -> tuple[int, int] | None:
-        """Return the first row of a tensor that is here as it was, with its first byte here; None without any."""
+        """Return the first row of a tensor that is here unchanged, and its first byte here; None without any."""
         first = None if name in self.weights else self._tiles(name).copied
         return None if first is None else (first, self._table.at(self.index["tensors"][name]["row"]))
 
     def kept(self, name: str) -> tuple[StoredTensor, ...]:
-        """Return the stored tensors of a coded weight that are here unchanged: its companions, or all of them."""
+        """Return the stored tensors of a coded weight that are here unchanged: the companions, or all."""
         places = {tensor: stretches[0].at if stretches else 0 for tensor, stretches in self._copies(name)}
         file = _Kept(self, {tensor: self.specs[tensor] for tensor in places}, places)
         return tuple(StoredTensor(file, tensor) for tensor in places)
@@ -469,7 +469,7 @@ class UndoFile:
         return {name: spec for name, spec in {**self.specs, **changed}.items() if name in changed or name not in codes}
 
     def belongs_to(self, model: WeightsFile) -> bool:
-        """Return whether the weights are those that the merge wrote, by the sums and hashes of all their bytes."""
+        """Return whether the weights are those that the merge wrote, comparing sums and hashes of all bytes."""
         changed = {name: spec_of(entry["spec"]) for name, entry in self.index["tensors"].items()}
         if model.specs != self.merged_specs:
             return False

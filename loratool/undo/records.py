@@ -1,15 +1,19 @@
 """Write the undo record of some rows, and restore the rows from it.
 
-A record is one string of bits for a fixed span of whole rows, the lowest bit of each byte first; the padding that fills
-the last byte is zero. Its weights go row by row. What is stored of a weight follows from its run (`undo.candidates`):
-nothing for one number; for a run that counts as every number, a bit that says whether W is +0.0, and its bit pattern if
-it is not; else W's place in the run in ceil(log2(count)) bits. All the bits about +0.0 come first, then the places by
-planes: the lowest bit of each, the next bit of each whose run has more than two numbers, and so on, which is as short
-as one after the other, and four times as fast to write.
+A record is one string of bits for a fixed span of complete rows, the lowest bit of each byte first. Zeros pad the last
+byte. The weights follow each other row by row. The run of a weight (`undo.candidates`) decides what is stored of it:
 
-For float64, and for tensors that were replaced, a record is the difference of W's place to one that the reader knows
-too (`undo.differences`). So it is for a weight that is stored as codes (`CodedRows`). DoRA's
-norms, float64, and scales that stand among codes precede what they are needed for.
+- a run of one number: nothing;
+- a run that counts as every number: a bit that is set if W is +0.0, and else W's bit pattern;
+- any other run: W's place in the run, in ceil(log2(count)) bits.
+
+All bits about +0.0 come first. Then the places follow as bit planes: the lowest bit of each, the next bit of those in
+runs of more than two numbers, and so on. This is as short as one place after the other, and four times as fast to
+write.
+
+For float64, and for tensors that were replaced, a record is the difference between W's place and one that the reader
+computes too (`undo.differences`). Weights that are stored as codes have differences too (`CodedRows`). DoRA's norms (in
+float64) and scales among the codes come before the data that depend on them.
 """
 
 from __future__ import annotations
@@ -40,21 +44,21 @@ from ..numerics.workspace import Workspace
 from .candidates import Runs, every, find_runs
 from .differences import Reader, pack_code_differences, pack_differences
 
-ASKED = 1 << 19  # runs found at a time, which bounds the memory
+ASKED = 1 << 19  # runs that are computed at a time, which bounds the memory
 
 _NO_BITS = np.zeros(0, np.bool_)
 
 
 @dataclass(frozen=True)
 class RecordedBlock:
-    """The result of a block that is a record.
+    """The record of a block.
 
     Attributes:
         change: the merge's sums.
-        payload: the record, once the journal has it as `StoredBytes`.
-        sha256: of the bytes of W as it is stored.
-        sum: `durable.fileio.word_sum` of the bytes of W', or of the codes that W became; against intent there is the
-            hash, as W' is a function of W.
+        payload: the record; `StoredBytes` once it is in the journal.
+        sha256: of the stored bytes of W.
+        sum: `durable.fileio.word_sum` of the bytes of W', or of the codes that W became. A sum is enough, since the
+            hash protects W, and W' is a function of W.
     """
 
     change: RoundingStats
@@ -71,14 +75,14 @@ def bytes_of(x: Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class _Asked:
-    """Some weights of a block whose runs may have several numbers, and what is known of their D."""
+    """Weights of a block whose runs may have several numbers, and approximations of their D."""
 
     at: Positions | None  # flat positions, rising; None for all
     change: npt.NDArray[Any]  # D in the GEMM's type, nan where nothing is known
     reach: float | Wide  # of each matrix, or of all
 
     def parts(self) -> Iterator[tuple[Positions, npt.NDArray[Any]]]:
-        """Yield positions and D of so many weights that memory is bounded."""
+        """Yield positions and D of at most ASKED weights at a time, which bounds the memory."""
         for start in range(0, len(self.change), ASKED):
             some = self.change[start : start + ASKED]
             yield np.arange(start, start + len(some)) if self.at is None else self.at[start : start + ASKED], some
@@ -86,13 +90,13 @@ class _Asked:
 
 @dataclass(frozen=True)
 class CodedRows:
-    """The grid of some rows of a weight that is stored as codes, from row `start` on (`numerics.code_grid.CodeGrid`).
+    """Rows of a weight that is stored as codes, from row `start` on, as a `numerics.code_grid.CodeGrid`.
 
-    A code's number lies far from its neighbors', so that the code nearest to W' - D is nearly always W's.
+    Neighboring codes mean numbers far apart, so the code nearest to W' - D is nearly always W's.
 
     Attributes:
-        parts: the weight; its own codes count only for `read`.
-        start: counted in rows of so many `columns`, of which each is one or more rows of the codec's.
+        parts: the weight; only `read` uses its codes.
+        start: a row of `columns` numbers, which is one or more rows of the codec.
     """
 
     parts: Parts
@@ -105,7 +109,7 @@ class CodedRows:
 
     @property
     def fold(self) -> int:
-        """The codec's rows in a row."""
+        """The number of the codec's rows in a row."""
         return self.columns // self.parts.weight.spec.shape[-1]
 
     def nearest(self, row: int, numbers: Wide) -> Codes:
@@ -123,26 +127,26 @@ class CodedRows:
         return self.format.from_ordinals(self.parts, ordinals)
 
     def read(self, count: int) -> Codes:
-        """Return the codes of so many rows, as the codec has them: (rows * fold, width)."""
+        """Return the codes of `count` rows in the codec's shape, (count * fold, width)."""
         return self.format.codes(self.parts, self.start * self.fold, (self.start + count) * self.fold)
 
     def without_padding(self, codes: Codes) -> Codes:
-        """Return what `read` returned as (rows, columns)."""
+        """Return codes in the shape of `read` as (rows, columns), without padding."""
         columns = self.parts.weight.spec.shape[-1]
         return np.ascontiguousarray(codes[:, :columns]).reshape(-1, self.columns)
 
     def with_padding(self, padding: Codes) -> CodedRows:
-        """Return rows whose scales are made of this padding, if any are."""
+        """Return the rows with their scales taken from this padding, if the format has scales there."""
         return replace(self, parts=self.format.with_padding(self.parts, self.start * self.fold, padding))
 
     def padding(self, codes: Codes) -> Codes:
         return codes[:, self.columns // self.fold :]
 
     def pack(self, codes: Codes, guess: Codes) -> bytes:
-        """Return in bytes what codes, as `read` returns them, are beside a guess, (rows, columns).
+        """Return the differences between codes, in the shape of `read`, and a guess, (rows, columns), as bytes.
 
-        Where the guess is the code of 0, they have a list of their own: there a code is +0 or -0, and elsewhere nearly
-        always the guess. Padding that has scales, without which there is no guess, is not among them.
+        Codes whose guess is the code of 0 are in a separate list: they are +0 or -0, while other codes nearly always
+        equal the guess. Padding with scales is not included, since the guess depends on it.
         """
         own, near = self.without_padding(codes).reshape(-1), guess.reshape(-1)
         apart, at = np.zeros(len(own), np.int16), np.flatnonzero(own != near)
@@ -157,10 +161,10 @@ class CodedRows:
         """Return the codes that `pack` packed, (rows * fold, width).
 
         Args:
-            padding: as it was, if it has scales.
+            padding: the original one, if it has scales.
 
         Raises:
-            ValueError, IndexError: the record is damaged, or of another guess.
+            ValueError, IndexError: the record is damaged, or was packed with another guess.
         """
         zero = guess.reshape(-1) == self.format.zero(self.parts)
         apart = np.empty(guess.size, np.int16)
@@ -174,7 +178,7 @@ class CodedRows:
         return np.concatenate((codes, padding.astype(codes.dtype).reshape(len(codes), -1)), axis=1)
 
     def read_scales(self, reader: Reader, count: int) -> Codes | None:
-        """Read the padding of so many rows as it stands before what `pack` packed, None if it has no scales."""
+        """Read the padding of `count` rows, which precedes the bytes of `pack`; return None if it has no scales."""
         if not self.format.padding_has_scales:
             return None
         size = self.format.width(self.parts) - self.columns // self.fold
@@ -182,14 +186,14 @@ class CodedRows:
 
 
 class Recorder:
-    """Writes the record of one block, as a `numerics.merge.Watcher` of its merge.
+    """Writes the records of one block, as a `numerics.merge.Watcher` of its merge.
 
     Args:
         dtype: of W.
-        rows: how W is stored as codes; None if it is stored as it is.
-        work: for those.
-        matrices: that the block has one below the other, each with a record of its own; several are no codes, and have
-            no norms.
+        rows: W's rows if it is stored as codes, else None.
+        work: a workspace, needed with `rows`.
+        matrices: how many matrices the block has, one below the other, each with its own record. A block of several
+            has neither codes nor norms.
     """
 
     def __init__(
@@ -201,7 +205,7 @@ class Recorder:
         self._payloads = [b""] * matrices
 
     def head(self, norms: Wide) -> None:
-        """Begin the record with norms."""
+        """Write norms at the start of the record."""
         self._payloads[0] += norms.astype("<f8").tobytes()
 
     def tile(self, tile: Tile, dense: DenseRows) -> None:
@@ -232,7 +236,7 @@ class Recorder:
             self._record_runs(base, out, x, first, asked)
 
     def _record_runs(self, base: Tensor, out: Tensor, x: Reals, first: int, asked: _Asked) -> None:
-        """Record W's places in their runs: those of all matrices at once, cut where each of them ends."""
+        """Record W's places in their runs, of all matrices at once, split at the end of each matrix."""
         size = base.numel() // len(self._payloads)
         edges = np.arange(len(self._payloads) + 1) * size  # flat positions in the block
         flags, index, count = [], [], []  # flags: bits, and how many of them are before each edge
@@ -258,7 +262,7 @@ class Recorder:
             self._payloads[k] += np.packbits(np.concatenate([*own, _NO_BITS]), bitorder="little").tobytes()
 
     def difference(self, base: Tensor, out: Tensor) -> None:
-        """Record a block whose values were replaced, or of codes that were only decoded."""
+        """Record a block whose values were replaced, or of codes that were dequantized without an update."""
         if self._rows:
             self._record_codes(out, None, 0)
         else:
@@ -273,11 +277,11 @@ class Recorder:
         self._payloads[0] += rows.pack(self._codes, guess_codes(out, x, first, rows, self._work))
 
     def result(self, change: RoundingStats, base: Tensor, out: Tensor) -> RecordedBlock:
-        """Return what was recorded of a block of one matrix, W in `base` and W' in `out`."""
+        """Return the record of a block of one matrix, W in `base` and W' in `out`."""
         return self.results([change], base, out)[0]
 
     def results(self, changes: Sequence[RoundingStats], base: Tensor, out: Tensor) -> list[RecordedBlock]:
-        """Return what was recorded of each matrix of a block, W in `base` and W' in `out`."""
+        """Return the record of each matrix of a block, W in `base` and W' in `out`."""
         stored = bytes_of(base) if self._codes is None else np.ascontiguousarray(self._codes).data.cast("B")
         both = (_cut(data, len(changes)) for data in (stored, bytes_of(out)))
         return [
@@ -287,26 +291,26 @@ class Recorder:
 
 
 def _cut(data: memoryview, parts: int) -> list[memoryview]:
-    """Cut bytes into so many parts of one length."""
+    """Split bytes into `parts` parts of equal length."""
     length = len(data) // parts
     return [data[k * length : (k + 1) * length] for k in range(parts)]
 
 
-def record_recoded(rows: CodedRows, former: Codes, made: Codes, change: RoundingStats) -> RecordedBlock:
-    """Return the record of rows that were rounded to codes: what the former ones are beside the new.
+def record_recoded(rows: CodedRows, former: Codes, written: Codes, change: RoundingStats) -> RecordedBlock:
+    """Return the record of rows that were rounded to codes: the differences of the former codes to the new ones.
 
     Args:
-        former, made: as `CodedRows.read` returns them.
+        former, written: in the shape of `CodedRows.read`.
     """
-    payload = rows.pack(former, rows.without_padding(made))
+    payload = rows.pack(former, rows.without_padding(written))
     digest = hashlib.sha256(np.ascontiguousarray(former).data).hexdigest()
-    return RecordedBlock(change, payload, digest, word_sum(bytes_of(torch.from_numpy(made))))
+    return RecordedBlock(change, payload, digest, word_sum(bytes_of(torch.from_numpy(written))))
 
 
 def take_all(x: Tensor) -> Codes:
     """Return all bit patterns of a tensor, flat."""
-    found: Codes = bits(x.contiguous()).cpu().numpy().reshape(-1)
-    return found
+    patterns: Codes = bits(x.contiguous()).cpu().numpy().reshape(-1)
+    return patterns
 
 
 def _together(parts: Sequence[Codes]) -> Codes:
@@ -322,38 +326,38 @@ def _joined(found: list[tuple[Positions | None, npt.NDArray[Any]]]) -> tuple[Pos
 
 @np.errstate(all="ignore")
 def _taken(hit: Tensor | None, change: Tensor, shift: float, start: int) -> tuple[Positions | None, npt.NDArray[Any]]:
-    """Return the positions of a tile's mask in the block, None for all, and D there. start: the tile's position."""
+    """Return the block positions where a tile's mask is set, None for all, and D there. start: of the tile."""
     at = None if hit is None else positions(hit)
     if at is None:
-        found: npt.NDArray[Any] = change.cpu().numpy().copy()
+        D: npt.NDArray[Any] = change.cpu().numpy().copy()
     else:
-        found = change.numpy().take(at) if not change.is_cuda else change[torch.from_numpy(at).cuda()].cpu().numpy()
+        D = change.numpy().take(at) if not change.is_cuda else change[torch.from_numpy(at).cuda()].cpu().numpy()
         at += start
     if math.isfinite(shift):
-        found -= found.dtype.type(shift)
+        D -= D.dtype.type(shift)
     else:
-        found.fill(np.nan)
-    return at, found
+        D.fill(np.nan)
+    return at, D
 
 
 def may_have_several(result: Tensor, like: Tensor, near: Tensor) -> Tensor:
-    """Return where a run may have several numbers: `near`, and where |W'|'s power of two is at least |W|.
+    """Return a mask of weights whose runs may have several numbers: `near`, or |W| <= the power of two of |W'|.
 
-    Where |W| is above that power of two, both grids have steps of one size, so that a second number needs both ends of
-    the cell on the grid: a tie, which no step with a bound above 0 decides.
+    Where |W| is above that power of two, the steps of both grids are equal. A second number then needs both ends of
+    the cell to be on the grid. That is a tie, and no step with an error bound above 0 decides a tie.
     """
     form = FORMS[result.dtype]
     exponent = form.size & -(1 << (form.bits - 1))
     if result.is_cuda:
         return near | ((bits(result) & exponent) >= (bits(like) & form.size))
     hit = near.numpy()
-    one, two = bits(result).numpy() & form.code(exponent), bits(like).numpy() & form.code(form.size)
-    hit |= one >= two
+    power, size = bits(result).numpy() & form.code(exponent), bits(like).numpy() & form.code(form.size)
+    hit |= power >= size
     return near
 
 
 def reach_of(dense: DenseRows, bounds: Bounds, first: int, rows: int) -> float | Wide:
-    """Return a bound on the error of D as a block's tiles have it, the shift taken off again; one for each matrix."""
+    """Return a bound on the error of a block's D after the shift is subtracted, one for each matrix."""
     if bounds.apart:
         return 0.0
     here, matrices = slice(first, first + rows), dense.matrices
@@ -373,10 +377,10 @@ def _runs_of(
     form: Form,
     size: int = 0,
 ) -> tuple[Positions, Positions, Runs]:
-    """Return the positions of weights with a finite W', those of the others, and the runs of the first.
+    """Return the positions of weights with a finite W', the positions of the others, and the runs of the finite ones.
 
     Args:
-        size: of each matrix, if each has a reach of its own.
+        size: weights of a matrix, if each matrix has its own reach.
     """
     result, odd = take(out, at), at[:0]
     infinite = (result & form.size) >= form.inf
@@ -389,10 +393,10 @@ def _runs_of(
 
 
 def _planes(index: Codes, count: Codes, ends: Positions) -> Iterator[tuple[npt.NDArray[np.bool_], Positions]]:
-    """Yield the lowest bits of all places, the next ones of those in runs of more than two numbers, and so on.
+    """Yield bit planes: the lowest bits of all places, the next bits of those in runs of more than two numbers, ...
 
     Args:
-        ends: numbers of places, in rising order. How many of these have a bit in a plane comes with it.
+        ends: indices into the places, in rising order. With each plane comes how many bits precede each end in it.
     """
     bit = 0
     while len(some := np.flatnonzero(count > 1 << bit)):
@@ -403,7 +407,7 @@ def _planes(index: Codes, count: Codes, ends: Positions) -> Iterator[tuple[npt.N
 
 
 def guess_double(merged: Tensor, x: Reals, first: int) -> Codes:
-    """Return a float64 W that writer and reader both know, near the one before: RN(W' - D), and W' where a is not 1."""
+    """Return a guess of a float64 W that writer and reader both compute: RN(W' - D), or W' if a is not 1."""
     form, code = FORMS[merged.dtype], take_all(merged)
     guess: Codes = wide(code, form).view(np.int64).copy()
     if not x.factor:
@@ -422,12 +426,12 @@ def _without_delta(merged: Tensor, at: Positions, x: Reals, first: int, to: Form
 
 @dataclass(frozen=True)
 class Doubted:
-    """The result of a block from which an update was subtracted without a record.
+    """The result of subtracting an update from a block without a record.
 
     Attributes:
-        change: what overflowed.
-        doubtful: weights that can be wrong.
-        farthest: by at most so many steps.
+        change: with the weights that overflowed.
+        doubtful: how many weights can be wrong.
+        farthest: by how many ulps at most.
     """
 
     change: RoundingStats
@@ -451,9 +455,9 @@ def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
             put(out, at, _without_delta(merged, at, x, 0, form))
             doubtful += int((runs.count > 1).sum())
             farthest = max(farthest, int(runs.count[runs.count < every(form)].max(initial=1)))
-    lost = ~finite(out) & finite(merged)
-    largest = float(merged[lost].double().abs().max()) if bool(lost.any()) else 0.0
-    return Doubted(RoundingStats(overflowed=int(lost.sum()), largest=2 * largest), doubtful, farthest - 1)
+    overflowed = ~finite(out) & finite(merged)
+    largest = float(merged[overflowed].double().abs().max()) if bool(overflowed.any()) else 0.0
+    return Doubted(RoundingStats(overflowed=int(overflowed.sum()), largest=2 * largest), doubtful, farthest - 1)
 
 
 class Restorer:
@@ -461,7 +465,7 @@ class Restorer:
 
     Args:
         dtype: of W.
-        rows: how W is stored, as codes that are to be restored; None if it is stored as it is.
+        rows: W's rows if codes are to be restored, else None.
     """
 
     def __init__(
@@ -473,7 +477,7 @@ class Restorer:
 
     @contextmanager
     def damage(self) -> Iterator[None]:
-        """Raise an InputError for any error of reading: the record is damaged, or belongs to other files."""
+        """Convert errors of the block into an InputError: the record is damaged, or belongs to other files."""
         try:
             yield
         except (ValueError, IndexError) as error:
@@ -483,14 +487,14 @@ class Restorer:
             ) from error
 
     def norms(self, count: int) -> Wide:
-        """Read the norms with which the record begins."""
-        found = np.frombuffer(self._reader.take(8 * count), "<f8").astype(np.float64)
-        if not np.isfinite(found).all():
+        """Read the norms at the start of the record."""
+        norms = np.frombuffer(self._reader.take(8 * count), "<f8").astype(np.float64)
+        if not np.isfinite(norms).all():
             raise ValueError("has norms that are none")
-        return found
+        return norms
 
     def replaced(self, merged: Tensor, out: Tensor, work: Workspace) -> None:
-        """Write W into `out`, for a block whose values were replaced, or of codes that were only decoded."""
+        """Write W into `out`, for a block that `Recorder.difference` recorded."""
         if self._rows:
             self._to_codes(self._rows, merged, None, out, work)
         else:
@@ -507,7 +511,7 @@ class Restorer:
         bits(out).copy_(torch.from_numpy(restored).view(bits(out).shape))
 
     def block(self, merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> None:
-        """Write W into `out` from W', `merged`; both (rows, n), of one type, the rows of `x`."""
+        """Write W into `out` from W', `merged`; both (rows, n), of one type, with the rows of `x`."""
         if self._rows:
             return self._to_codes(self._rows, merged, x, out, work)
         if self._form.bits == 53:
@@ -533,14 +537,14 @@ class Restorer:
         raw: Codes = index.astype(f"u{np.dtype(self._form.code).itemsize}").view(self._form.code)
         put(out, at, np.where(count == all_numbers, raw, number(start + index, self._form)))
 
-    def recoded(self, made: Codes, out: Tensor) -> None:
-        """Write the former codes into `out` from those that a merge wrote, as `CodedRows.read` returns them."""
+    def recoded(self, written: Codes, out: Tensor) -> None:
+        """Write the former codes into `out` from those that a merge wrote, both in the shape of `CodedRows.read`."""
         assert self._rows
-        padding = self._rows.padding(made) if self._rows.format.padding_has_scales else None
-        _put_codes(self._rows.unpack(self._reader, self._rows.without_padding(made), padding), out)
+        padding = self._rows.padding(written) if self._rows.format.padding_has_scales else None
+        _put_codes(self._rows.unpack(self._reader, self._rows.without_padding(written), padding), out)
 
     def check(self, restored: Tensor, merged: Tensor) -> None:
-        """Raise InputError if the rows are not those of the merge."""
+        """Raise InputError unless both are the rows that the merge read and wrote."""
         if word_sum(bytes_of(merged)) != self._sum:
             raise InputError("is not what the merge wrote: the merged file was edited since", culprit=self._name)
         if self._reader.rest or hashlib.sha256(bytes_of(restored)).hexdigest() != self._sha256:
@@ -558,21 +562,21 @@ def _from_planes(data: npt.NDArray[np.bool_], count: Codes) -> Codes:
     """Return the places that `_planes` yielded.
 
     Raises:
-        ValueError: the bits are too few, or more than fill a byte.
+        ValueError: the bits are too few, or a byte or more is left over.
     """
-    found, at, bit = np.zeros(len(count), np.int64), 0, 0
+    places, read, bit = np.zeros(len(count), np.int64), 0, 0
     while len(some := np.flatnonzero(count > 1 << bit)):
-        if at + len(some) > len(data):
+        if read + len(some) > len(data):
             raise ValueError("ends too early")
-        found[some] |= data[at : at + len(some)].astype(np.int64) << bit
-        at, bit = at + len(some), bit + 1
-    if len(data) - at >= 8 or data[at:].any():
+        places[some] |= data[read : read + len(some)].astype(np.int64) << bit
+        read, bit = read + len(some), bit + 1
+    if len(data) - read >= 8 or data[read:].any():
         raise ValueError("is longer than it should be")
-    return found
+    return places
 
 
 def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
-    """Write RN(W' - D) into `out` where that is sure to be W, and return all other weights."""
+    """Write RN(W' - D) into `out` where it is certainly W, and return all other weights."""
     dense = DenseRows(x, merged.dtype, merged.dtype, merged.device)
     bounds = dense.bounds(merged, 0, backward=True)
     both = bounds.shift + bounds.span

@@ -1,8 +1,8 @@
-"""Read the table of an undo file, which has a row for each stretch of its payload, in the payload's order.
+"""Read the table of an undo file. It has a row for each stretch of the payload, in the payload's order.
 
-A stretch is the record of some rows of W, or bytes of the base as they are, at most 64 MiB of these. A row is of 48
-bytes: the stretch's length (u64), the sha256 of what it restores, and of a record the sum of the rows of W' (u64, else
-0), little-endian. So nothing says where a stretch begins: it begins where the one before it ends.
+A stretch is a record of some rows of W, or at most 64 MiB of unchanged bytes of the base. A row has 48 bytes,
+little-endian: the stretch's length (u64), the sha256 of the bytes it restores, and the sum of the rows of W' (u64; 0
+if the stretch is not a record). A stretch begins where the one before it ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HASH_PART = 1 << 26  # bytes per hash, fixed by the layout
 
 
 def hashed_parts(nbytes: int) -> range:
-    """Return where each part of so many bytes begins that has a hash of its own."""
+    """Return the starts of the parts of HASH_PART bytes that are hashed separately."""
     return range(0, nbytes, HASH_PART)
 
 
@@ -36,7 +36,7 @@ class Stretch:
         at: its first byte in the undo file.
         length: in bytes.
         sha256: of the bytes that it restores.
-        sum: of the bytes of W' (`fileio.word_sum`); 0 if it is no record.
+        sum: `fileio.word_sum` of the bytes of W'; 0 if it is not a record.
     """
 
     at: int
@@ -58,10 +58,10 @@ class UndoTable:
 
     @classmethod
     def one_after_another(cls, rows: bytes, start: int) -> tuple[UndoTable, int]:
-        """Return the table of stretches from a byte on, and the byte behind the last one.
+        """Return a table whose first stretch begins at `start`, and the byte after its last stretch.
 
         Raises:
-            ValueError: its size is no table's, or lengths are beyond any file's.
+            ValueError: the size is not that of a table, or a length is impossible.
         """
         import numpy as np
 
@@ -83,7 +83,7 @@ class UndoTable:
         return len(self._at)
 
     def rows(self, first: int, count: int) -> Iterator[Stretch]:
-        """Yield so many stretches from a number on."""
+        """Yield `count` stretches from the number `first` on."""
         part = memoryview(self._rows)[first * ROW.size : (first + count) * ROW.size]
         for number, (length, sha256, total) in enumerate(ROW.iter_unpack(part), first):
             yield Stretch(self.at(number), length, sha256.hex(), total)

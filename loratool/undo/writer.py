@@ -8,18 +8,19 @@
     index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
     last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
 
-The entry of a tensor in the index has the number of its first row in the table; how many it has, and of which rows of W
-each is, follows from its placements and shape (`undo.checks.Tiles`). `untouched` in the index has the hashes of
-tensors that were copied, one per 64 MiB. `written` of a changed tensor has those of its rows that are in no record, as
-the merge wrote them. A blob's hash stands beside its place. The index has every placement, by the number
-of its adapter, so that nothing has to be resolved again; and the adapters' hashes and weights. Nothing is deflated, as
-libraries differ in that; bzip2, by which a card is compressed, has one library, whose bytes its versions share.
+The entry of a tensor in the index has the number of its first row in the table. The number of rows, and the rows of W
+of each, follow from its placements and shape (`undo.checks.Tiles`). `untouched` in the index has the hashes of copied
+tensors, one per 64 MiB. `written` of a changed tensor has the hashes of its bytes that are in no record, as the merge
+wrote them. A blob's hash is beside its place. The index has every placement, with the number of its adapter, so that
+nothing has to be resolved again; and the adapters' hashes and weights. Nothing is deflated, since the output of
+deflate differs between libraries. Cards are compressed by bzip2: it has one library, and all its versions write the
+same bytes.
 
-A weight that was stored as codes may become numbers. `coded` of its entry has the codec's name, then, and its stored
-tensors, of which the companions are unchanged in the payload, or all if its values were replaced. Its records have the
-differences of the codes, as the codec orders them, to those nearest to W' - D. `declared`, the
-quantization config of each component, is there if anything was coded: the codec finds its weights anew by it. A weight
-that stays codes has an entry under their name, with `recoded`; its records have the same differences to its new codes.
+A weight that was stored as codes may become numbers. Then `coded` of its entry has the codec's name and its stored
+tensors. The companions are unchanged in the payload; if its values were replaced, the codes are too. Its records have
+the differences between its codes and those nearest to W' - D, in the codec's order. `declared`, the quantization
+config of each component, is present if anything was coded: the codec finds the weights again with it. A weight that
+stays codes has an entry under their name, with `recoded`; its records have the differences to its new codes.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ from .differences import UNIT, WIDEST
 from .reader import END, MAGIC, TRAILER, VERSION, UnrecordedBytes, card_packer, is_readable, unrecorded
 from .table import HASH_PART, ROW, hashed_parts
 
-PENDING = struct.Struct("<QIQQ32sQ")  # of a record: its first row, its journal, where it is there, bytes, hash and sum
+PENDING = struct.Struct("<QIQQ32sQ")  # of a record: first row, number of its journal, offset there, bytes, hash, sum
 
 
 class UndoWriter:
-    """Takes records in any order and writes them in that of the tensors' names; until then they stand in journals."""
+    """Takes records in any order, and writes them in the order of the tensors' names. They wait in the journals."""
 
     def __init__(self) -> None:
         self._records: dict[str, bytearray] = {}  # as PENDING, since they are many
@@ -65,7 +66,7 @@ class UndoWriter:
         self._written: dict[str, list[str]] = {}
 
     def add(self, tensor: str, start: int, record: StoredBytes, sha256: str, sum: int) -> None:
-        """Add the record of rows from `start` on of a tensor, with the hash of W and the sum of W'."""
+        """Add the record of a tensor's rows from `start` on, with the hash of W and the sum of W'."""
         journal, digest = self._journals.setdefault(record.file, len(self._journals)), bytes.fromhex(sha256)
         packed = PENDING.pack(start, journal, record.offset, record.nbytes, digest, sum)
         self._records.setdefault(tensor, bytearray()).extend(packed)
@@ -75,12 +76,12 @@ class UndoWriter:
         self._untouched.setdefault(tensor, {})[part] = sha256
 
     def unrecorded(self, plan: MergePlan, output: Output) -> list[UnrecordedBytes]:
-        """Return the byte ranges of changed tensors that are in no record, to be hashed once all is written."""
+        """Return the byte ranges of changed tensors that are in no record; the caller hashes them at the end."""
         entries = make_entries(plan, output).items()
         return [each for name, entry in entries for each in unrecorded(name, entry, _tiles(plan, name, entry).runs)]
 
     def add_written(self, part: UnrecordedBytes, sha256: str) -> None:
-        """Add the hash of one of the ranges of `unrecorded`, in their order."""
+        """Add the hash of the next range of `unrecorded`."""
         self._written.setdefault(part.tensor, []).append(sha256)
 
     def finish(self, target: BinaryIO, plan: MergePlan, output: Output) -> int:
@@ -116,16 +117,16 @@ class UndoWriter:
         return at + len(data) + len(end)
 
 
-FAR, HASH = 1 << 48, "f" * 64  # in the index of `largest_undo`: nothing takes more digits
+FAR, HASH = 1 << 48, "f" * 64  # placeholders in the index of `largest_undo`, at least as long as any value
 
 
 def largest_undo(plan: MergePlan, output: Output) -> int:
-    """Return the most bytes that the undo file of a merge can have: no number but the longest is stored of any weight.
+    """Return the largest size that the undo file of a merge can have.
 
-    A merge that keeps most of the base's digits stores a hundredth of that, but only the weights tell.
+    A merge that keeps most of the base's digits stores a hundredth of that, but it depends on the weights.
 
     Raises:
-        NeedsFlag: its index would be larger than any that is read.
+        NeedsFlag: its index would be too large for the reader.
     """
     index, size, rows = make_index(plan, output), len(MAGIC) + TRAILER.size, 0
 
@@ -164,14 +165,14 @@ def _tiles(plan: MergePlan, name: str, entry: Mapping[str, Any]) -> Tiles:
 
 
 def _unchanged(plan: MergePlan, name: str, entry: Mapping[str, Any], tiles: Tiles) -> list[tuple[str, int]]:
-    """Return what of a changed tensor no record can restore: stored tensors, each with the row from which on."""
+    """Return the stored tensors that no record of a changed tensor restores, each with its first such row."""
     if "coded" in entry:
         return [(tensor, 0) for tensor in kept_names(entry)]
     return [] if tiles.copied is None else [(name, tiles.copied)]
 
 
 def _largest_records(plan: MergePlan, name: str, entry: Mapping[str, Any], tiles: Tiles) -> int:
-    """Return the most bytes of a tensor's records: a number of the stored type for each weight, and what is beside."""
+    """Return the most bytes of a tensor's records: a number of the stored type and a bit per weight, and overhead."""
     base, rows, records = plan.base, sum(last - first for first, last in tiles.runs), tiles.count()
     if not rows:
         return 0
@@ -186,18 +187,18 @@ def _largest_records(plan: MergePlan, name: str, entry: Mapping[str, Any], tiles
         return norms + _largest_codes(base, name, count, records)
     if is_replaced(entry) or was.dtype == "F64":
         return norms + count * DTYPES[was.dtype] // 8 + count // UNIT + records
-    return norms + count * (DTYPES[was.dtype] + 1) // 8 + records  # a bit tells of each that it is not 0.0
+    return norms + count * (DTYPES[was.dtype] + 1) // 8 + records  # one more bit for each: it is not 0.0
 
 
 def _largest_codes(base: Checkpoint, name: str, count: int, records: int) -> int:
-    """Return the most bytes of records of so many weights of a coded one: WIDEST bits a code, padding included."""
+    """Return the most bytes of records of `count` numbers of a coded weight: WIDEST bits a code, with padding."""
     parts = base.parts_of(name)
     codes = count // parts.weight.spec.shape[-1] * parts.weight.format.width(parts)
-    return codes * WIDEST // 8 + (1 + 3 * 16) * records  # what begins and ends the three lists
+    return codes * WIDEST // 8 + (1 + 3 * 16) * records  # heads and ends of the three lists
 
 
 def _blobs(index: dict[str, Any]) -> list[tuple[Any, str]]:
-    """Return where the index of `make_index` has the table, headers, side files and the card, as (owner, key)."""
+    """Return the places in the index of `make_index` of table, headers, side files and card, as (mapping, key)."""
     blobs: list[tuple[Any, str]] = [(index, "table")]
     blobs += [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
     blobs += [(index["side"], name) for name in sorted(index["side"])]
@@ -209,18 +210,18 @@ def _encoded(index: Mapping[str, Any]) -> bytes:
 
 
 def sort_adapters(adapters: Iterable[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
-    """Sort adapters and weights by their hashes, so that the order does not depend on the command line."""
+    """Sort adapters and their weights by hash, so that the order does not depend on the command line."""
     return sorted(adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], p[0].module_weights))
 
 
 def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
-    """Return the index's entry of an adapter, with weights of its modules only if some have their own."""
+    """Return an adapter's entry in the index, with weights by module only if some modules have their own."""
     entry = {"scales_sha256": adapter.scales_sha256, "sha256": adapter.sha256, "weight": weight}
     return {**entry, **record_weights(adapter.module_weights)}
 
 
 def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
-    """Return the index without its records, and with the headers and side files themselves in place of their places."""
+    """Return the index without records, with the content of headers and side files where their places will be."""
     base = plan.base
     adapters = sort_adapters(plan.adapters)
     inner = f"{base.folder.name}/" if base.outer else ""
@@ -249,9 +250,9 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
 def _shard(shard: WeightsFile) -> dict[str, Any]:
     header = shard.header
     specs = {name: [spec.dtype, list(spec.shape)] for name, spec in shard.specs.items()}
-    name = (
-        f"{shard.prefix}pytorch_model.bin" if shard.scattered else shard.place
-    )  # which unmerge makes of several files
+    name = shard.place
+    if shard.scattered:  # unmerge writes one file for several
+        name = f"{shard.prefix}pytorch_model.bin"
     return {"name": name, "header": header, "specs": specs if header is None else None}
 
 
@@ -261,7 +262,7 @@ def _bytes_from(base: Checkpoint, name: str, row: int) -> int:
 
 
 def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, at: int, rows: bytearray) -> int:
-    """Copy a stored tensor from a row on, add the rows of the table, and return the byte after the last."""
+    """Copy a stored tensor from a row on, add its rows to the table, and return the byte after the copy."""
     source, nbytes = base.shard_of[name], _bytes_from(base, name, row)
     first = bytes_before(base.stored[name], row)
     copy_bytes(source, name, first, nbytes, target, at)
@@ -277,7 +278,7 @@ def _read(path: Path) -> bytes:
 
 
 def make_entries(plan: MergePlan, output: Output) -> dict[str, dict[str, Any]]:
-    """Return the index's entries of changed tensors, without their rows of the table."""
+    """Return the index's entries of changed tensors, without their rows in the table."""
     numbers = {id(adapter): number for number, (adapter, _) in enumerate(sort_adapters(plan.adapters))}
     return {name: _entry(plan, output, name, numbers) for name in output.specs if name in plan.written}
 
@@ -302,7 +303,7 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
 
 def _placement(p: Placement, numbers: Mapping[int, int]) -> list[Any]:
     value = p.update.tensors["value"] if p.update.cls is ReplaceTensor else None
-    # the first files of version 2 took norms of columns for norms of the transpose's rows
+    # the first files of version 2 treated norms of columns as norms of the transpose's rows
     place = [p.transposed is not p.update.along_inputs, p.rows, p.start, p.stop, p.skip, p.expert]
     return [numbers[id(p.adapter)], p.update.module, value, p.weight, *place]
 
@@ -313,10 +314,10 @@ def read_placements(
     """Read the placements of a tensor.
 
     Args:
-        adapters: in the order of the index
+        adapters: in the order of the index.
 
     Raises:
-        InputError: an adapter is of another model.
+        InputError: an adapter belongs to another model.
     """
     found = []
     for number, module, value, weight, *place in index["tensors"][tensor]["placements"]:
@@ -336,7 +337,7 @@ def read_placements(
 
 
 def _fits(placement: Placement, spec: TensorSpec) -> bool:
-    """Return whether an update has the rows and columns that its placement takes."""
+    """Return whether an update has the shape that its placement needs."""
     update, shape = placement.update, placement.update.shape
     if update.cls.stack is not (placement.expert is not None):
         return False

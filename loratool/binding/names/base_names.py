@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from ...adapters.adapter import Adapter
 from ...adapters.config import named_base
 from ...files.checkpoint import Checkpoint
-from ...files.hub.names import cached_name, told_name
+from ...files.hub.names import cached_name, named_repo
 
 # Words of a model's name that say how its weights are stored, and those that say which training came last
 STORAGE = frozenset(
@@ -40,7 +40,7 @@ def _given_name(base: Checkpoint) -> str:
 
 def _absent_name(said: object) -> str:
     """Return the name on the hub that a config says, empty for what is none or is a path here."""
-    name = told_name(named_base(said))
+    name = named_repo(named_base(said))
     return "" if os.path.lexists(name) else name
 
 

@@ -1,1 +1,1 @@
-"""Know the files of a model's folder that are no weights."""
+"""Files of a model's folder that are not weights."""

@@ -1,4 +1,4 @@
-"""Name the files of a model's folder: its weights, those of a pipeline's components, and torch's files without any."""
+"""File names in a model's folder: its weights, a pipeline's components, and torch files without weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...durable.fileio import is_beside, open_for_reading, size
 from ...errors import InputError
 from ..containers.safetensors_file import parse_json
 
-# The file names that loaders look for in a folder. The first match wins, and an index wins over a single file.
+# The file names that loaders look for in a folder. The first match wins; an index wins over a single file.
 INDEX_NAMES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 
 SINGLE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
@@ -23,13 +23,13 @@ TORCH_NAMES = (
     "diffusion_pytorch_model.bin",
 )
 
-MAX_JSON = 100_000_000  # bytes of a JSON file, as of a safetensors header; the index of 100,000 tensors has a tenth
+MAX_JSON = 100_000_000  # bytes of a JSON file, the limit of a safetensors header; 100,000 tensors need a tenth of it
 
 PIPELINE = "model_index.json"  # names the components of a diffusers pipeline, each in its own folder
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-# Torch files with a training run's state or arguments, without weights; the number is a process's.
+# Torch files with a training run's state or arguments and no weights; the number is that of a process.
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)(_\d+)?\.\w+")
 
 
@@ -41,7 +41,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
 
 
 def is_torch_weights(path: Path) -> bool:
-    """Return whether a file's name is that of torch weights."""
+    """Return whether a file has a name of torch weights."""
     return path.suffix in PICKLES and not NO_WEIGHTS.fullmatch(path.name)
 
 
@@ -50,7 +50,7 @@ def is_pipeline(path: Path) -> bool:
 
 
 def component_names(folder: Path) -> list[str]:
-    """Return the components that a pipeline's model_index.json names as `[library, class]`; missing ones have nulls."""
+    """Return the components that a pipeline's model_index.json names as `[library, class]`, without those of nulls."""
     index = read_json_file(folder / PIPELINE)
     names = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None and k[:1] != "_"]
     for name in names:

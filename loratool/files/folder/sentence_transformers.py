@@ -1,7 +1,7 @@
-"""Read modules.json, by which sentence-transformers finds the modules of a model.
+"""Read modules.json, the file in which sentence-transformers lists the modules of a model.
 
-The transformer lies in the model's folder or, as older versions saved it, in one of its own like `0_Transformer`;
-pooling and dense layers lie in folders beside it.
+The transformer is in the model's folder. Older versions saved it in a subfolder like `0_Transformer`. Pooling and dense
+layers are in subfolders.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from ...errors import InputError
 
 MODULES = "modules.json"
 
-DENSE = ("[0-9]_*/model.safetensors",)  # weights of modules that a merge can take from beside an adapter
+DENSE = ("[0-9]_*/model.safetensors",)  # weights of dense layers, which a merge can take from an adapter's folder
 
-MOST = 1 << 20  # bytes of a modules.json that is read
+MOST = 1 << 20  # bytes of a modules.json
 
 
 def module_folders(folder: Path) -> list[str]:
-    """Return the folders below a model's own in which it has modules, as its modules.json says; [] if it has none.
+    """Return the subfolders that a model's modules.json lists; [] without the file.
 
     Raises:
-        InputError: one lies elsewhere.
+        InputError: a module is outside the model's folder.
     """
     path = folder / MODULES
     if not path.is_file():
@@ -43,7 +43,7 @@ def module_folders(folder: Path) -> list[str]:
 
 
 def transformer_folder(folder: Path) -> str | None:
-    """Return the folder below a model's own in which its transformer lies; None if it lies in that itself."""
+    """Return the subfolder with a model's transformer; None if the transformer is in the model's folder."""
     if not (folder / MODULES).is_file() or _is_transformer(folder):
         return None
     models = (name for name in module_folders(folder) if "/" not in name and _is_transformer(folder / name))
@@ -51,7 +51,7 @@ def transformer_folder(folder: Path) -> str | None:
 
 
 def _is_transformer(folder: Path) -> bool:
-    """Return whether a folder has the config of a transformer, which those of pooling and dense layers are not."""
+    """Return whether the config in a folder is a transformer's, not that of a pooling or dense layer."""
     path = folder / "config.json"
     if not path.is_file():
         return False

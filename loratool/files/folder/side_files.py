@@ -1,8 +1,8 @@
-"""Choose the files beside the weights that travel with a model, and edit those that must follow the output.
+"""Choose the files beside the weights that are copied with a model, and edit those that depend on the output.
 
-SIDE_FILES is the one table: its first row that matches a name decides. A stray weights file, an optimizer state or a
-`.git` beside a checkpoint must never end up in an output by accident, so what no row lets travel is left behind, and
-reported with its size and the reason.
+SIDE_FILES is the only table; the first row that matches a name decides. A stray weights file, an optimizer state or a
+`.git` beside a checkpoint must never get into an output by accident. So files that match no row are not copied, and
+the report has their size and the reason.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ...errors import InputError
 from .model_folder import PIPELINE
 from .sentence_transformers import DENSE, MODULES, module_folders
 
-MODELFILE = "Modelfile"  # that Ollama reads, beside an adapter
+MODELFILE = "Modelfile"  # Ollama reads it, beside an adapter
 
 UNDO_MARK = b"loratool undo "  # the first bytes of an undo file of any version
 
-INITIAL = "initial_adapter"  # the folder in a residual base with the factors that were subtracted from it
+INITIAL = "initial_adapter"  # the subfolder of a residual base with the factors that were subtracted from it
 
 TEMPLATES, GENERATION = "additional_chat_templates", "generation_config.json"
 
-CARD = "README.md"  # the model card: each output has its own, and an undo file the base's
+CARD = "README.md"  # the model card: each output gets its own, and the undo file has the base's
 
-CODE = "code"  # of a model's own class; a user's scripts have such names too
+CODE = "code"  # of a model's own class; a user's scripts can have the same names
 
 SMALL_TEXT = 10_000_000  # bytes
 
@@ -45,12 +45,12 @@ AN_ADAPTER = "an adapter, which is no part of the model"
 
 @dataclass(frozen=True)
 class SideFiles:
-    """One kind of files beside a model's weights.
+    """A kind of files beside a model's weights.
 
     Attributes:
-        names: patterns of names in the model's folder, with spaces between; of a folder they end in a slash.
-        left: why it is left behind; None if it travels.
-        limit: the most bytes with which it travels; None for any size.
+        names: patterns of names in the model's folder, separated by spaces; those of folders end in a slash.
+        left: the reason not to copy it; None if it is copied.
+        limit: the most bytes that are copied; None for any size.
     """
 
     kind: str
@@ -64,7 +64,7 @@ class SideFiles:
 
     @property
     def always(self) -> bool:
-        """Return whether it travels whatever its size."""
+        """Return whether it is copied whatever its size."""
         return not self.left and self.limit is None
 
 
@@ -77,7 +77,7 @@ SIDE_FILES = (
         "zero_to_fp32.py events.out.tfevents.* optimizer*/ checkpoint-*/ global_step*/ runs/ logs/ wandb/",
         "the state of a training run",
     ),
-    SideFiles("voices", "spk_dict.pt"),  # without which Qwen2.5-Omni does not load
+    SideFiles("voices", "spk_dict.pt"),  # Qwen2.5-Omni does not load without it
     SideFiles(
         "other weights",
         "*.safetensors *.bin *.pt *.pth *.ckpt *.gguf *.h5 *.msgpack *.ot *.npz *.onnx *.onnx_data *.onnx.data "
@@ -105,20 +105,20 @@ SIDE_FILES = (
     SideFiles("other text", "*.json *.txt *.md", limit=SMALL_TEXT),
 )
 
-TEXT = ("tokenizer", "chat template")  # kinds that an adapter can bring in the place of the base's
+TEXT = ("tokenizer", "chat template")  # kinds that an adapter can replace
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # of a tokenizer: no vocabulary
 
-MOST_COUNTED = 10_000  # files of a folder that is left behind
+MOST_COUNTED = 10_000  # files of a folder that is not copied
 
 
 @dataclass(frozen=True)
 class LeftBehind:
-    """A file or, with a slash, a folder beside the weights that is not in the output.
+    """A file, or with a slash a folder, beside the weights that is not copied.
 
     Attributes:
-        nbytes: of a folder all its files; None if they cannot be counted, or are too many.
-        reason: why it is left behind.
+        nbytes: of the file, or of all files in the folder; None if they cannot be counted or are too many.
+        reason: why it is not copied.
     """
 
     name: str
@@ -127,12 +127,12 @@ class LeftBehind:
 
 
 def side_row(name: str) -> SideFiles | None:
-    """Return the row of SIDE_FILES that a name in a model's folder has; None for an unknown kind."""
+    """Return the row of SIDE_FILES that matches a name in a model's folder; None for an unknown kind."""
     return next((row for row in SIDE_FILES if matches(name, row.patterns)), None)
 
 
 def is_of_whole(name: str) -> bool:
-    """Return whether a file that a merge edits is of the whole model, not of a transformer in a folder of its own."""
+    """Return whether a file that a merge edits belongs to the complete model, not to a transformer in a subfolder."""
     return name == CARD or matches(name, DENSE)
 
 
@@ -142,10 +142,10 @@ def side_kind(name: str) -> str | None:
 
 
 def why_left(name: str, nbytes: int | None) -> str | None:
-    """Return why a file beside the weights is left behind, by its name and size; None if it travels.
+    """Return why a file beside the weights is not copied, from its name and size; None if it is copied.
 
     Args:
-        nbytes: None if it cannot be read, which excuses it only if it travels for its size alone.
+        nbytes: None if it cannot be read. Then a file with a limit is not copied.
     """
     row = side_row(name)
     if row is None or row.left or row.limit is None:
@@ -156,14 +156,14 @@ def why_left(name: str, nbytes: int | None) -> str | None:
 def classify_side_files(
     folder: Path, read: Collection[str], models: Collection[str] = ()
 ) -> tuple[list[str], list[LeftBehind]]:
-    """Return the relative paths in `folder` that travel, and what does not.
+    """Return the relative paths in `folder` that are copied, and the files and folders that are not.
 
     Args:
-        read: weights files, which are neither.
-        models: folders of models, which are neither.
+        read: weights files, which are in neither result.
+        models: folders of models, which are in neither result.
 
     Raises:
-        InputError: one that travels cannot be read, or a module of sentence-transformers lies elsewhere.
+        InputError: a file to copy cannot be read, or a module of sentence-transformers is outside the folder.
     """
     travels: list[str] = []
     left: list[LeftBehind] = []
@@ -187,7 +187,7 @@ def _require_file(path: Path) -> None:
 
 
 def _names_of(folder: Path, entry: Path, modules: Collection[str]) -> list[str]:
-    """Return the relative paths that stand for an entry: what is in a folder, of a module all, else one level."""
+    """Return the relative paths of an entry: itself, or a folder's content, one level deep unless it is a module."""
     if not entry.is_dir():
         return [entry.name]
     if not os.access(entry, os.R_OK | os.X_OK):
@@ -198,7 +198,7 @@ def _names_of(folder: Path, entry: Path, modules: Collection[str]) -> list[str]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield all that is in a folder and its folders and is no folder, in order."""
+    """Yield all files in a folder and its subfolders, in order."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.is_symlink():
             yield from _walk(entry)
@@ -207,7 +207,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _why_left(folder: Path, name: str, modules: Collection[str]) -> str | None:
-    """Return why a file or folder is left behind; what is in a module's folder travels unless it is hidden."""
+    """Return why a file or folder is not copied, or None; files in a module's folder are copied unless hidden."""
     module = next((each for each in modules if _is_in(name, each)), None)
     if module is None or f"/{name.removeprefix(module)}".count("/."):
         return why_left(name, _file_size(folder / name))
@@ -219,7 +219,7 @@ def _is_in(name: str, folder: str) -> bool:
 
 
 def _why_folder(folder: Path) -> str:
-    """Return why a folder beside the weights is left behind as a whole."""
+    """Return why a folder beside the weights is not copied."""
     if not os.access(folder, os.R_OK | os.X_OK):
         return UNREADABLE
     if (folder / "adapter_config.json").is_file():
@@ -230,12 +230,12 @@ def _why_folder(folder: Path) -> str:
 
 
 def _file_size(path: Path) -> int | None:
-    """Return the bytes of a file; None if it is no file that can be read."""
+    """Return the bytes of a file; None if it cannot be read or is not a file."""
     return path.stat().st_size if path.is_file() and os.access(path, os.R_OK) else None
 
 
 def _nbytes(path: Path) -> int | None:
-    """Return the bytes of a file, or of all files in a folder; None if they cannot be counted, or are too many."""
+    """Return the bytes of a file, or of all files in a folder; None if they cannot be counted or are too many."""
     total = 0
     with suppress(OSError):
         if not path.is_dir():
@@ -265,28 +265,28 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
 
 
 def is_of_tokenizer(name: str) -> bool:
-    """Return whether a file is of a tokenizer, or a chat template."""
+    """Return whether a file belongs to a tokenizer, or is a chat template."""
     return side_kind(name) in TEXT
 
 
 def is_vocabulary(name: str) -> bool:
-    """Return whether a file has a tokenizer's tokens themselves, or what splits text into them."""
+    """Return whether a file has a tokenizer's tokens or the rules that split text into them."""
     return side_kind(name) == "tokenizer" and name not in SETTINGS
 
 
 def find_tokenizer(folder: Path) -> dict[str, Path]:
-    """Return what a folder has for text on its way to a model and back, by name: also how it generates."""
+    """Return a folder's tokenizer files, chat templates and generation config by name."""
     found, generation = tokenizer_files(folder), folder / GENERATION
     return {**found, GENERATION: generation} if found and generation.is_file() else found
 
 
 def undo_path(model: Path, is_file: bool) -> Path:
-    """Return the path of a merged model's undo file: in its folder, or beside the file."""
+    """Return the path of a merged model's undo file: in the folder, or beside the file."""
     return model.with_suffix(".undo") if is_file else model / "loratool.undo"
 
 
 def undo_files(path: Path) -> list[Path]:
-    """Return an undo file and those of earlier merges, the last merge's first: `x.undo`, `x.undo.1`, ..."""
+    """Return an undo file and those of earlier merges, the last merge first: `x.undo`, `x.undo.1`, ..."""
     found = [path] if is_undo_file(path) else []
     while found and is_undo_file(following := path.with_name(f"{path.name}.{len(found)}")):
         found.append(following)
@@ -300,7 +300,7 @@ def has_card(folder: Path) -> bool:
 
 
 def is_undo_file(path: Path) -> bool:
-    """Return whether `path` is a file, and no link, that begins with `UNDO_MARK`."""
+    """Return whether `path` is a file, not a link, that begins with `UNDO_MARK`."""
     if path.is_symlink() or not path.is_file():
         return False
     with open_for_reading(path) as file:
@@ -314,7 +314,7 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 def edited_config(config: Mapping[str, Any], fields: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     """Return a config with `fields` set, in its `text_config` too, and with `dtype` in every config that has one.
 
-    In a config with a `text_config`, a field is set at the top only if it is there already, or if it ties the head.
+    If there is a `text_config`, a field is set at the top only if it is there already or ties the head.
     """
     changed: dict[str, Any] = {}
     for key, value in config.items():
@@ -330,14 +330,14 @@ def edited_config(config: Mapping[str, Any], fields: Mapping[str, Any], dtype: s
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
-    """Encode JSON as transformers writes its files."""
+    """Encode JSON in the style of transformers' files."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def provenance(command: str, facts: Mapping[str, Any], former: object) -> str:
-    """Return the value of the metadata key `loratool`: the edit, but neither its time nor place nor our version.
+    """Return the value of the metadata key `loratool`: the edit, without time, place or loratool's version.
 
-    `former` is the base's value, kept so that stacked edits can be read back; InputError if it is broken.
+    `former` is the base's value, included so that stacked edits can be read back. Raise InputError if it is damaged.
     """
     value = {"verb": command, **facts}
     if former is not None:

@@ -1,8 +1,7 @@
-"""Refuse by name what is a change of a model's weights, as trainers send it to servers, where a model is asked for.
+"""Reject weight updates that trainers send to servers, where a model is needed; the error names the format.
 
-Most of these files are valid checkpoints of compressed bytes or of positions and values, under the names of the model's
-tensors. Nothing but their own marks tells them from a model, so each dialect is a row with the mark that its program
-writes.
+Most of these files are valid checkpoints of compressed bytes, or of positions and values, under the names of the
+model's tensors. Only their marks distinguish them from a model, so each dialect is a row with its program's mark.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .model_folder import read_json_file
 
 APPLY = "apply it to the model it was made from, with the program that wrote it, and name the result"
 
-ZSTD = b"\x28\xb5\x2f\xfd"  # how a frame of Zstandard begins
+ZSTD = b"\x28\xb5\x2f\xfd"  # the first bytes of a Zstandard frame
 ARC3 = b"ARC3_ENVELOPE\0"
 DIGEST = re.compile(r"[0-9a-f]{8}|[0-9a-f]{32}|[0-9a-f]{64}")  # adler32, xxh3-128, blake3
 DECIMAL = re.compile(r"0|[1-9][0-9]{0,9}")  # adler32
@@ -33,12 +32,12 @@ ROLES = set[str]().union(*PAIRS)
 
 
 def _are_compressed(file: WeightsFile) -> bool:
-    """Return whether all tensors are runs of bytes, as compressed tensors are stored."""
+    """Return whether all tensors are runs of bytes, the way compressed tensors are stored."""
     return bool(file.specs) and all(each.dtype == "U8" and len(each.shape) == 1 for each in file.specs.values())
 
 
 def _any_begins(file: WeightsFile, mark: bytes) -> bool:
-    """Return whether all tensors are runs of bytes, and one begins with a mark."""
+    """Return whether all tensors are runs of bytes, and a tensor begins with a mark."""
     if not _are_compressed(file):
         return False
     begin = memoryview(bytearray(len(mark)))
@@ -57,7 +56,7 @@ def _have_checksums(file: WeightsFile, form: re.Pattern[str]) -> bool:
 
 
 def _are_pairs(file: WeightsFile) -> bool:
-    """Return whether all tensors are flat lists, one of positions and one of values for each name."""
+    """Return whether all tensors are flat lists: positions and values for each name."""
     roles: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in file.specs.items():
         path, _, role = name.rpartition(".")
@@ -94,13 +93,13 @@ def _has_payloads(content: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Dialect:
-    """A way to write a change of a model's weights.
+    """A format of weight updates.
 
     Attributes:
-        name: what its programs call it, and the programs.
-        is_file: whether a safetensors file is of it.
-        manifest: the name of the JSON file in a folder of it; None if it is the index.
-        is_described: whether the content of an index or a manifest is of it.
+        name: its programs' name for it, and the programs.
+        is_file: returns whether a safetensors file is in this format.
+        manifest: the name of the JSON file in a folder of this format; None if it is the index.
+        is_described: returns whether an index or a manifest describes this format.
     """
 
     name: str
@@ -109,7 +108,7 @@ class Dialect:
     is_described: Callable[[Mapping[str, Any]], bool] = lambda _: False
 
 
-# The first row that knows a file tells its dialect
+# The first row that matches a file is its dialect
 DIALECTS = (
     # PyPI fireworks-delta-compression: compression.py, backends/arc2.py, backends/arc3.py
     Dialect("of Fireworks, arc_v1 to arc_v3", lambda file: _have_checksums(file, DECIMAL) or _any_begins(file, ARC3)),
@@ -134,17 +133,17 @@ DIALECTS = (
 
 
 def refuse_change(file: WeightsFile) -> None:
-    """Raise InputError for a file of compressed or sparse changes."""
+    """Raise InputError for a file of compressed or sparse updates."""
     for dialect in DIALECTS:
         if dialect.is_file(file):
             _refuse(file.path, dialect, {})
 
 
 def refuse_described_change(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise InputError for an index or a manifest that says it is of a change.
+    """Raise InputError for an index or a manifest of a weight update.
 
     Args:
-        path: what the error names.
+        path: the path that the error names.
     """
     for dialect in DIALECTS:
         if dialect.is_described(content):
@@ -152,11 +151,11 @@ def refuse_described_change(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def refuse_change_folder(folder: Path) -> None:
-    """Raise InputError for a folder with the manifest of a change; an index is read by who opens it."""
+    """Raise InputError for a folder with the manifest of a weight update. The caller checks an index."""
     for dialect in DIALECTS:
         if dialect.manifest and (folder / dialect.manifest).is_file():
             content: Mapping[str, Any] = {}
-            with suppress(InputError):  # a file of this name that is no JSON is not of the dialect
+            with suppress(InputError):  # a file of this name that is not JSON is not of the dialect
                 content = read_json_file(folder / dialect.manifest)
             refuse_described_change(folder, content)
 

@@ -1,1 +1,1 @@
-"""Resolve what a user names: a path, or a model on the hub, in the local cache or downloaded."""
+"""Resolve a user's name for a model: a path, or a repo id on the hub, cached or downloaded."""

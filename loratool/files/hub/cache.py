@@ -1,7 +1,7 @@
-"""Resolve what a user names: a path, or a model on the hub in the local Hugging Face cache, where it is downloaded to.
+"""Resolve a user's name for a model: a path, or a repo id on the hub, cached or downloaded into the cache.
 
-A path that is there always wins, and what looks like a mistyped path is not downloaded. What is in the cache is used as
-it is: nobody asks the hub whether there is a newer one.
+An existing path always wins, and a name that looks like a mistyped path is not downloaded. Cached files are used
+without asking the hub for newer ones.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ NO_SUCH = "no such file or folder"
 
 
 def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
-    """Return the path that `name` means: itself if it exists, else that of the hub's model in the local cache.
+    """Return the path for `name`: `name` itself if it exists, else the hub model's path in the local cache.
 
-    What is not in the cache is downloaded there, if the extra `hub` is installed. A folder that a killed run has set
-    aside is found by its former name.
+    Files that are not in the cache are downloaded if the extra `hub` is installed. A folder that a killed run has set
+    aside is found under its former name.
 
     Args:
-        config_alone: of a model on the hub, the weights are needed only if there is no config.json.
+        config_alone: weights of a hub model are needed only if it has no config.json.
 
     Raises:
-        InputError: there is no such path and no such model, or it may not be downloaded; the remedy says how.
-        MachineError: the download failed, or what it needs is not installed.
+        InputError: there is no such path or model, or it may not be downloaded; the remedy tells how to allow it.
+        MachineError: the download failed, or its requirements are not installed.
     """
     path, text = Path(name), os.fspath(name)
     if not text:
@@ -53,8 +53,8 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
     if is_offline():
         raise _not_in_cache(hub_name, cached)
     try:
-        from .download import download  # most runs download nothing
-    except ImportError as error:  # there is no huggingface_hub, or one that is too old
+        from .download import download  # imported late: most runs download nothing
+    except ImportError as error:  # huggingface_hub is missing or too old
         what = f"{_describe_missing(cached)}; to download it, install the extra `hub`"
         raise MachineError(what, culprit=text, remedy="pip install 'loratool[hub]'") from error
     except ValueError as error:  # huggingface_hub reads its variables when it is imported
@@ -64,18 +64,18 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
 
 
 def _is_local(name: HubName) -> bool:
-    """Return whether a name is meant as a path: its first folder is here, so that it is a typo and no download."""
+    """Return whether a name is a mistyped path: its first folder exists here."""
     return not name.is_link and "/" in name.repo and Path(name.repo).parent.is_dir()
 
 
 def _as_link(name: HubName | None) -> str | None:
-    """Return a remedy for what is no path, and could be a model's name."""
+    """Return a remedy for a name that is not a path and could be a model's."""
     link = f"hf://{str(name).removeprefix('hf://')}"
     return f"for the hub's model of this name: {shell_word(link)}" if name and not name.path else None
 
 
 def _similar_names(path: Path) -> str | None:
-    """Return a remedy that names a file or folder beside it with a similar name, None if there is none."""
+    """Return a remedy that names a sibling file or folder with a similar name; None if there is none."""
     try:
         there = sorted(entry.name for entry in path.parent.iterdir())
     except OSError:
@@ -85,7 +85,7 @@ def _similar_names(path: Path) -> str | None:
 
 
 def _describe_missing(cached: Cached) -> str:
-    """Return what is wrong with a model in the cache, as a clause without its name."""
+    """Return the problem with a model in the cache, as a clause without the model's name."""
     if cached.snapshot is None:
         return f"{NO_SUCH}, nor in the Hugging Face cache"
     is_cut = any((cached.snapshot.parent.parent / "blobs").glob("*.incomplete"))
@@ -99,7 +99,7 @@ def _describe_missing(cached: Cached) -> str:
 
 
 def _not_in_cache(name: HubName, cached: Cached) -> InputError:
-    """Return the error for a name that may not be downloaded."""
+    """Return the error for an uncached name that may not be downloaded."""
     if cached.fault and cached.fault.remedy:
         return InputError(_describe_missing(cached), culprit=str(name), remedy=cached.fault.remedy)
     flag = f" --revision {shell_word(name.revision)}" if name.revision else ""

@@ -1,7 +1,7 @@
-"""Download what is needed of a model on the hub into the local Hugging Face cache, by huggingface_hub.
+"""Download the needed files of a hub model into the local Hugging Face cache, using huggingface_hub.
 
-Of all rooms this one alone touches the network, and only for what a user names: the names that files give never come
-here. Locks, resuming, progress bars, the token and HF_ENDPOINT are huggingface_hub's, which the extra `hub` installs.
+This is the only module that uses the network, and only for names that the user gives, never for names in files. Locks,
+resuming, progress bars, the token and HF_ENDPOINT are huggingface_hub's, which the extra `hub` installs.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .snapshots import SHORT_HASH, cache_folder, missing_files, repository_folde
 
 COMMIT = re.compile("[0-9a-f]{40}")
 
-HASHED_AT_ONCE = 4  # files: reading them is what takes the time
+HASHED_AT_ONCE = 4  # files; reading takes most of the time
 
 AGAIN = "check the connection and run the command again: what is whole is not downloaded twice"
 
 
 def download(name: HubName, config_alone: bool = False) -> Path:
-    """Download the files that a name stands for, and return the path of its folder or file in the cache.
+    """Download the files for a hub name, and return the path of its folder or file in the cache.
 
     Args:
-        config_alone: as of `cache.resolve`.
+        config_alone: as in `cache.resolve`.
 
     Raises:
-        InputError: the hub has no such model, revision, folder or file, or does not show it without a login.
-        MachineError: the disk is too small, the hub was not reached, or a file came broken.
+        InputError: the hub has no such model, revision, folder or file, or requires a login for it.
+        MachineError: the disk is too small, the hub was not reached, or a downloaded file is damaged.
     """
     with _explained(name):
         info = _find_revision(name)
@@ -66,7 +66,7 @@ def download(name: HubName, config_alone: bool = False) -> Path:
 
 
 def _find_revision(name: HubName) -> ModelInfo:
-    """Ask the hub for a revision's commit and files; by a short hash it is found among the commits."""
+    """Get a revision's commit and files from the hub. A short hash is searched for among the commits."""
     api = HfApi(library_name="loratool")
     try:
         return api.model_info(name.repo, revision=name.revision, files_metadata=True)
@@ -83,7 +83,7 @@ def _find_revision(name: HubName) -> ModelInfo:
 def _fetch(repo: str, revision: str | None, files: list[str]) -> None:
     """Download files into the cache, in a thread of its own.
 
-    huggingface_hub's threads end when all files that are under way are whole, and it waits for them on Ctrl-C too.
+    huggingface_hub's threads end only when their files are complete, and it waits for them even on Ctrl-C.
     """
     fetcher = ThreadPoolExecutor(1)
     patterns = [escape(file) for file in files]
@@ -100,15 +100,15 @@ def _fetch(repo: str, revision: str | None, files: list[str]) -> None:
 
 
 def _require_there(files: list[str], listed: Mapping[str, object], name: HubName) -> None:
-    """Raise InputError for a file that an index names and the repository does not have."""
+    """Raise InputError for a file that an index names and that is missing in the repository."""
     if absent := [file for file in files if file not in listed]:
         raise InputError(f"is incomplete on the hub: {absent[0]} is missing", culprit=str(name))
 
 
 def _require_whole(files: list[str], folder: Path, listed: Mapping[str, RepoSibling], name: HubName) -> None:
-    """Raise MachineError for files that have not the size and the sha256 that the hub lists, after removing them.
+    """Remove files whose size or sha256 differs from the hub's list, and raise MachineError for them.
 
-    huggingface_hub does not compare them all, and the next run would take such a file for whole.
+    huggingface_hub does not compare them all, and the next run would treat such a file as complete.
     """
     with ThreadPoolExecutor(HASHED_AT_ONCE) as hashers:
         whole = list(hashers.map(lambda file: _is_as_listed(folder / file, listed[file]), files))
@@ -116,7 +116,7 @@ def _require_whole(files: list[str], folder: Path, listed: Mapping[str, RepoSibl
         return
     broken = [file for file, is_whole in zip(files, whole, strict=True) if not is_whole]
     for file in broken:
-        if (folder / file).is_symlink():  # one that leads elsewhere than to a blob is a user's own
+        if (folder / file).is_symlink():  # a link to anything other than a blob is the user's
             disk.unlink(folder.parent.parent / "blobs" / Path(os.readlink(folder / file)).name)
         disk.unlink(folder / file)
     raise MachineError(f"{broken[0]} did not come as the hub lists it", culprit=str(name), remedy=AGAIN)
@@ -142,7 +142,7 @@ def _require_space(nbytes: int, name: HubName) -> None:
 
 @contextmanager
 def _explained(name: HubName) -> Iterator[None]:
-    """Turn the errors of huggingface_hub into ours."""
+    """Convert the errors of huggingface_hub into ours."""
     page, log_in = f"{constants.ENDPOINT}/{name.repo}", "log in with `hf auth login`, or set HF_TOKEN"
     try:
         yield
@@ -161,7 +161,7 @@ def _explained(name: HubName) -> Iterator[None]:
 
 
 def _from_network(name: HubName, error: Exception, remedy: str) -> LoratoolError:
-    """Return the error for an answer of the hub or of the network that says nothing of the name."""
+    """Return the error for a failure of the hub or the network that does not concern the name."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if status in (401, 403):

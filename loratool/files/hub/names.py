@@ -1,8 +1,8 @@
-"""Parse the names of models and adapters on the hub: `org/name@revision/path`, `hf://` and links of the hub's pages.
+"""Parse names of models and adapters on the hub: `org/name@revision/path`, `hf://` and links to the hub's pages.
 
-The grammar is that of huggingface_hub's URIs: a revision ends at the next slash, unless it is a pull request's
-`refs/pr/1`; in any other a slash is written %2F. What a name says becomes paths in the cache, so that each part is
-checked here: nothing leads out of a folder.
+The grammar is that of huggingface_hub's URIs. A revision ends at the next slash, except a pull request's `refs/pr/1`;
+in other revisions a slash is written %2F. The parts of a name become paths in the cache, so each part is checked here
+and none leads out of its folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCHEME = re.compile(r"(hf|https?):/{1,2}(?=[^/])")  # a Path of a link has one s
 
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
-ROUTES = ("tree", "blob", "resolve", "raw", "blame")  # of pages that show a folder or a file of a revision
+ROUTES = ("tree", "blob", "resolve", "raw", "blame")  # of the hub's pages for a folder or a file of a revision
 
 OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 
@@ -31,24 +31,24 @@ _PART = re.compile(r"\w[\w.-]{0,95}", re.ASCII)
 
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f\\:*?"<>|\ud800-\udfff]')  # in a file's name, on some system
 
-# Ends of the names of files that loratool reads or writes: what ends so is a mistyped path, and no name of a model
+# Suffixes of files that loratool reads or writes: a name with one is a mistyped path, not a model's name
 FILE_ENDS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json", ".undo", ".onnx", ".h5", ".zip")
 
 
 @dataclass(frozen=True)
 class HubName:
-    """A folder or a file of a model's repository on the hub."""
+    """A folder or a file in a model's repository on the hub."""
 
     repo: str  # org/name, or name alone
     revision: str | None  # a branch, a tag or a commit; None for the main branch
     path: str  # in the repository; empty for its root
-    is_link: bool  # given as hf:// or as a link, so that it is no path
+    is_link: bool  # given as hf:// or as a link, so it cannot be a path
 
     def __str__(self) -> str:
         return self.within(self.path)
 
     def within(self, path: str) -> str:
-        """Return the name of another path in the same repository, so that it is parsed as such."""
+        """Return the name of another path in the same repository, in a form that `parse_hub_name` accepts."""
         revision = self.revision or ""
         if not SPECIAL_REVISION.fullmatch(revision):
             revision = quote(revision, safe="")
@@ -57,12 +57,12 @@ class HubName:
 
     @property
     def is_bare(self) -> bool:
-        """Return whether it is one word, as a mistyped file name is."""
+        """Return whether it is a single word, like a mistyped file name."""
         return "/" not in self.repo and not self.is_link
 
 
 def parse_hub_name(text: str) -> HubName | None:
-    """Parse what may be a name of the hub; None for what can only be a path.
+    """Parse a name of the hub; return None if the text can only be a path.
 
     Raises:
         InputError: it is a link, but not to a model on the hub.
@@ -80,7 +80,7 @@ def parse_hub_name(text: str) -> HubName | None:
 
 
 def cached_name(path: Path) -> HubName | None:
-    """Return the name of a path in the hub's cache, without its revision; None for any other path."""
+    """Return the hub name of a path in the hub's cache, without its revision; None for any other path."""
     parts = path.absolute().parts
     for at, part in enumerate(parts[:-2]):
         if (found := _CACHED.fullmatch(part)) and parts[at + 1] == "snapshots":
@@ -88,25 +88,25 @@ def cached_name(path: Path) -> HubName | None:
     return None
 
 
-def told_name(text: object) -> str:
-    """Return the `org/name` by which a file calls a model, empty if what it says is no such name."""
+def named_repo(text: object) -> str:
+    """Return the repo id `org/name` that a file gives for a model; empty if its text is not one."""
     found = parse_hub_name(text) if isinstance(text, str) and ":" not in text else None  # a link could be refused
     return found.repo if found and "/" in found.repo and not (found.revision or found.path) else ""
 
 
 def shareable(given: str) -> str:
-    """Return a link to the hub as its name, since a link's query may hold a token; any other text as it is."""
+    """Return a link to the hub as a hub name, since its query may have a token; any other text unchanged."""
     if not SCHEME.match(given) or os.path.lexists(given):
         return given
     try:
         name = parse_hub_name(given)
-    except InputError:  # it is told where the link would be opened
+    except InputError:  # reported where the link is opened
         return given
     return f"hf://{str(name).removeprefix('hf://')}"
 
 
 def base_fields(given: str) -> dict[str, str]:
-    """Return the fields by which PEFT's config names a base: a path as it is, a name of the hub as PEFT loads it."""
+    """Return the fields that name a base in PEFT's config: a path unchanged, a hub name in the form that PEFT loads."""
     name = None if os.path.lexists(given) else parse_hub_name(given)
     if name is None or name.path:  # PEFT has no word for a folder in a repository
         return {"base_model_name_or_path": str(name or given)}
@@ -114,10 +114,10 @@ def base_fields(given: str) -> dict[str, str]:
 
 
 def _of_page(location: str, link: str) -> str:
-    """Return what stands after hf:// for a link of the hub's pages, without its scheme.
+    """Return the part after hf:// that corresponds to a link to the hub's pages, given without its scheme.
 
     Raises:
-        InputError: it is another host's, or no page of a model, a folder or a file.
+        InputError: the link is to another host, or not to a page of a model, a folder or a file.
     """
     parsed, own = _split_link(f"//{location}"), _split_link(os.environ.get("HF_ENDPOINT", ""))
     if parsed.netloc not in (*HOSTS, own.netloc):
@@ -134,7 +134,7 @@ def _of_page(location: str, link: str) -> str:
 
 
 def _split_link(link: str) -> SplitResult:
-    """Return the parts of a link, all empty if it is none, as with half an address in brackets."""
+    """Return the parts of a link; all are empty if it is malformed, such as half an address in brackets."""
     try:
         return urlsplit(link)
     except ValueError:
@@ -142,12 +142,12 @@ def _split_link(link: str) -> SplitResult:
 
 
 def _decoded(part: str) -> str:
-    """Decode a part of a link but for a slash, as in the name of a branch."""
+    """Decode a part of a link except for slashes, which a branch's name may have."""
     return unquote(part).replace("/", "%2F")
 
 
 def _parse(location: str, is_link: bool) -> HubName | None:
-    """Parse `org/name[@revision][/path]` or `name[@revision]`; None for anything else, and what leads elsewhere.
+    """Parse `org/name[@revision][/path]` or `name[@revision]`; return None for other text and for unsafe paths.
 
     Raises:
         InputError: it is a link to a dataset or the like.
@@ -170,7 +170,7 @@ def _parse(location: str, is_link: bool) -> HubName | None:
 
 
 def _is_repo(repo: str) -> bool:
-    """Return whether huggingface_hub takes a repository's name (its `validate_repo_id`)."""
+    """Return whether huggingface_hub accepts a repo id (its `validate_repo_id`)."""
     parts = repo.split("/")
     if len(parts) > 2 or "--" in repo or ".." in repo or repo.endswith(".git"):
         return False
@@ -178,5 +178,5 @@ def _is_repo(repo: str) -> bool:
 
 
 def is_inside(path: str) -> bool:
-    """Return whether a relative path of the hub is one on any system, and stays in its folder."""
+    """Return whether a relative path from the hub is valid on any system and stays in its folder."""
     return not _UNSAFE.search(path) and all(part.strip(" .") for part in path.split("/"))

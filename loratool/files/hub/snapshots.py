@@ -1,7 +1,7 @@
-"""Find a model's files in the local Hugging Face cache, and tell what is missing of them.
+"""Find a model's files in the local Hugging Face cache, and list the missing ones.
 
-The layout is huggingface_hub's: `models--org--name/refs/<revision>` has the commit, `snapshots/<commit>/` the files as
-links into `blobs/`, and `trees/<commit>.json`, which newer versions write, the list of all files of the repository.
+The layout is huggingface_hub's: `models--org--name/refs/<revision>` has the commit, and `snapshots/<commit>/` the files
+as links into `blobs/`. Newer versions write `trees/<commit>.json`, the list of all files of the repository.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ..containers.safetensors_file import parse_json
 from .choice import needed_files
 from .names import HubName
 
-SHORT_HASH = re.compile(r"[0-9a-f]{7,40}")  # of a commit, or all of its hash
+SHORT_HASH = re.compile(r"[0-9a-f]{7,40}")  # a commit's hash, full or abbreviated
 
 
 @dataclass(frozen=True)
 class Cached:
-    """A model of the cache, whole or in part."""
+    """A model in the cache, complete or partial."""
 
     snapshot: Path | None  # the folder of the revision's files; None if there is none
-    missing: tuple[str, ...] = ()  # files that are needed and not there, or not whole
-    fault: LoratoolError | None = None  # why nobody can tell what is missing
+    missing: tuple[str, ...] = ()  # needed files that are missing or incomplete
+    fault: LoratoolError | None = None  # why the missing files are unknown
 
     @property
     def is_complete(self) -> bool:
@@ -47,7 +47,7 @@ def _expanded(path: str) -> str:
 
 
 def is_offline() -> bool:
-    """Return whether the network is not to be touched, by the rules of `huggingface_hub.constants`."""
+    """Return whether the network must not be used, by the rules of `huggingface_hub.constants`."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")
 
@@ -57,7 +57,7 @@ def repository_folder(name: HubName) -> Path:
 
 
 def look_up(name: HubName, config_alone: bool = False) -> Cached:
-    """Look for a model in the cache.
+    """Find a model in the cache.
 
     Raises:
         InputError: the repository has no such folder or file, or no weights, or several hashes begin with its revision.
@@ -82,7 +82,7 @@ def look_up(name: HubName, config_alone: bool = False) -> Cached:
 
 
 def find_snapshot(name: HubName) -> Path | None:
-    """Return the cached folder of a repository's revision, None if there is none."""
+    """Return the cached folder of a repository's revision; None if it is not cached."""
     folder, revision = repository_folder(name), name.revision or "main"
     ref = folder / "refs" / revision
     if ref.is_file():
@@ -101,7 +101,7 @@ def find_snapshot(name: HubName) -> Path | None:
 
 
 def _listed_files(snapshot: Path) -> Mapping[str, int] | None:
-    """Return the sizes of all files of a commit, None if the cache has no list of them in the form known here."""
+    """Return the sizes of all files of a commit; None if the cache has no list of them in a known form."""
     path = snapshot.parent.parent / "trees" / f"{snapshot.name}.json"
     if not path.is_file():
         return None
@@ -123,13 +123,13 @@ def _listed_size(entry: Any) -> int | None:
 
 
 def _files_in(snapshot: Path) -> list[str]:
-    """Return the files in a snapshot, links to nothing too."""
+    """Return the files in a snapshot, including broken links."""
     found = [Path(folder, file) for folder, _, files in os.walk(snapshot) for file in files]
     return sorted(each.relative_to(snapshot).as_posix() for each in found)
 
 
 def missing_files(names: Iterable[str], snapshot: Path, sizes: Mapping[str, int]) -> list[str]:
-    """Return which files are not in a snapshot, or have another size than is known of them."""
+    """Return the files that are missing in a snapshot or differ from their known size."""
     return [name for name in names if not _is_whole(snapshot / name, sizes.get(name))]
 
 

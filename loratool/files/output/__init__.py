@@ -1,1 +1,1 @@
-"""Plan an output, check its place, and make it appear whole or not at all."""
+"""Plan an output, check its path, and make it appear complete or not at all."""

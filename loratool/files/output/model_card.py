@@ -1,8 +1,8 @@
-"""Write a model card: the README.md of a folder, with the metadata by which the Hugging Face hub files it.
+"""Write a model card: the README.md of a folder, with metadata for the Hugging Face hub.
 
-Names and licences come from files and command lines that anybody can have written. So they stand in code spans and in
-quoted scalars alone, and a licence is taken over only if it looks like one. The keys of the metadata are those of
-huggingface_hub's `ModelCardData` and of the hub's page on model cards.
+Names and licences come from files and command lines that anybody can have written. So they are only in code spans and
+quoted scalars, and a licence is copied only if it looks like one. The metadata keys are those of huggingface_hub's
+`ModelCardData` and of the hub's page on model cards.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ...errors import InputError
 from ..folder.side_files import CARD
 from ..hub.names import cached_name, parse_hub_name
 
-READ = 1 << 16  # bytes of a card in which its metadata is looked for
+READ = 1 << 16  # bytes of a card that are searched for its metadata
 
-# What a licence's fields look like: an identifier, a name, a link or a file's name
+# Patterns of a licence's fields: an identifier, a name, a link or a file's name
 LICENCE = {
     "license": re.compile(r"(?!(?:null|true|false|yes|no|\d+)$)[A-Za-z0-9][\w.+-]{0,63}", re.ASCII | re.IGNORECASE),
     "license_name": re.compile(r"[A-Za-z0-9][\w .+()-]{0,99}", re.ASCII),
@@ -55,12 +55,12 @@ class ModelCard:
 
 
 def _mark(data: bytes) -> bytes:
-    """Return a card's last line, which no reader shows."""
+    """Return a card's last line, which readers do not show."""
     return f"<!-- loratool {hashlib.sha256(data).hexdigest()[:16]} -->\n".encode()
 
 
 def is_unedited(data: bytes) -> bool:
-    """Return whether a card is as a command wrote it, so that no word of a user's is lost with it."""
+    """Return whether a card is unchanged since a command wrote it, so that it can be replaced."""
     at = data.rfind(b"<!-- ")
     return at > 0 and data[at:] == _mark(data[:at])
 
@@ -71,7 +71,7 @@ def _scalar(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """Return any text as a code span of Markdown, in which nothing is markup; what does not print is escaped."""
+    """Return a text as a Markdown code span, without markup and with unprintable characters escaped."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text) or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     padding = " " if shown.startswith("`") or shown.endswith("`") else ""
@@ -79,22 +79,22 @@ def code(text: str) -> str:
 
 
 def name_on_hub(given: str | os.PathLike[str]) -> str:
-    """Return `owner/name`, or a name of the hub without an owner, that an input was given by; empty if it was no such.
+    """Return the repo id by which an input was given, `owner/name` or `name`; empty for a path.
 
-    A path into the hub's cache counts, since it has the name.
+    A path into the hub's cache counts as its repo id.
     """
     return _split(given)[0]
 
 
 def shown_name(given: str | os.PathLike[str]) -> str:
-    """Return the name by which a card calls an input: the hub's, else the last part of its path, as a text."""
+    """Return an input's name for a card: its repo id, else the last part of its path, as text."""
     name, rest = _split(given)
     own = name + rest if name else (Path(given).name or Path(given).resolve().name)
     return os.fsencode(own).decode(errors="backslashreplace")  # a file's name may be any bytes
 
 
 def _split(given: str | os.PathLike[str]) -> tuple[str, str]:
-    """Return the hub's name of an input, and what follows it; both empty if it is a path."""
+    """Return the repo id of an input and the path in the repository; both are empty for a path."""
     text = os.fspath(given)
     is_here = os.path.lexists(text) or set_aside(Path(text))
     name = cached_name(Path(text)) if is_here else parse_hub_name(text)
@@ -102,9 +102,9 @@ def _split(given: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def read_licence(folder: Path | None) -> dict[str, str]:
-    """Return the fields of the licence in the metadata of a folder's card; empty if there is none that is read.
+    """Return the licence fields in the metadata of a folder's card; empty without a readable licence.
 
-    Only lines `license: NAME` are read, and the other two fields only with it.
+    Only lines `license: NAME` are read; the other two fields count only with such a line.
     """
     if folder is None or not (folder / CARD).is_file():
         return {}
@@ -112,7 +112,7 @@ def read_licence(folder: Path | None) -> dict[str, str]:
         with open_for_reading(folder / CARD) as file:
             text = file.read(READ).decode("utf-8", "replace")
     except (OSError, InputError):
-        return {}  # no reason to refuse the model
+        return {}  # an unreadable card is not a reason to reject the model
     lines = text.removeprefix("\ufeff").splitlines()
     if lines[:1] != ["---"] or "---" not in lines[1:]:
         return {}

@@ -1,7 +1,7 @@
-"""Describe an output checkpoint, and make it appear in its place whole or not at all.
+"""Describe an output checkpoint, and make it appear complete or not at all.
 
-`output_paths` says first what it may replace; `output_plan` decides the content of its files before the first byte;
-`streaming.rewrite` fills them.
+`output.paths` checks what it may replace, `output.plan` decides the layout of its files before the first byte is
+written, and `streaming.rewrite` fills them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .undo_places import Belongs, cleared_undo, kept_undo
 # The formats of a checkpoint's weights files -> the suffixes of a single file
 CONTAINERS = {"safetensors": (".safetensors",), "torch": PICKLES, GGUF: (".gguf",)}
 
-# Suffixes of the files beside which undo files are
+# Suffixes of files that have undo files beside them
 UNDONE = (*CONTAINERS["safetensors"], *CONTAINERS[GGUF])
 
 
@@ -56,7 +56,7 @@ class OutputFile:
     header: bytes  # all bytes before the first tensor
     begin: Mapping[str, int]  # tensor -> its first byte, in file order
     nbytes: int
-    archive: Archive | None = None  # of a torch file, whose end is written after the tensors
+    archive: Archive | None = None  # of a torch file; its end is written after the tensors
 
 
 @dataclass(frozen=True)
@@ -65,28 +65,28 @@ class Output:
 
     path: Path
     is_file: bool
-    specs: Mapping[str, TensorSpec]  # of the tensors that its files store
+    specs: Mapping[str, TensorSpec]  # of the stored tensors
     files: tuple[OutputFile, ...]
     extras: Mapping[str, bytes]  # name of a small file -> its content
     travels: Mapping[str, Path]  # name of a side file -> the file to copy
-    left_behind: tuple[LeftBehind, ...]  # what beside the base does not travel
+    left_behind: tuple[LeftBehind, ...]  # the base's side files that are not copied
     provenance: str = ""  # the value of the metadata key `loratool`
     undo: Path | None = None  # the new undo file
     carried: Mapping[Path, Path] = field(default_factory=dict)  # path of an earlier merge's undo file -> file to copy
-    inputs: tuple[WeightsFile, ...] = ()  # must not change until the output is whole
-    configs: tuple[Any, ...] = ()  # that tell what the inputs mean
+    inputs: tuple[WeightsFile, ...] = ()  # must not change until the output is complete
+    configs: tuple[Any, ...] = ()  # of the inputs
     call: Mapping[str, str] = field(default_factory=dict)  # what decides about its bytes: option -> value; empty if a
     # run cannot be resumed
-    resume: bool = False  # go on with what a run that died has left
+    resume: bool = False  # resume a run that died
 
     @property
     def not_copied(self) -> tuple[str, ...]:
-        """Return the names of what does not travel."""
+        """Return the names of the side files that are not copied."""
         return tuple(each.name for each in self.left_behind)
 
     @property
     def has_undo_beside(self) -> bool:
-        """Return whether undo files beside the output are its own: those beside a torch file are not."""
+        """Return whether undo files beside the output belong to it; those beside a torch file do not."""
         return self.is_file and self.path.suffix in UNDONE
 
     @property
@@ -100,8 +100,8 @@ class Output:
         return sum(file.nbytes for file in self.files)
 
     def head(self) -> dict[str, dict[str, Any]]:
-        """Return what the journal says of the run: whatever decides about the output's bytes, by name."""
-        places = sorted(place.name for place in self.undo_places)  # the folder is the output's, however it is called
+        """Return the head of the run's journal: everything that determines the output's bytes, by name."""
+        places = sorted(place.name for place in self.undo_places)  # names only: the folder may be given in many ways
         layout = hashlib.sha256(repr((self.is_file, bool(self.undo), places, sorted(self.travels))).encode())
         for file in self.files:
             layout.update(repr((file.name, file.nbytes, hashlib.sha256(file.header).hexdigest())).encode())
@@ -112,7 +112,7 @@ class Output:
 
     @property
     def needed_bytes(self) -> int:
-        """Return the bytes that the disk must have free for all that will be written, but the new undo file's."""
+        """Return the free bytes that the output needs on the disk, without the new undo file."""
         beside = sum(origin.stat().st_size for origin in (*self.travels.values(), *self.carried.values()))
         beside += sum(len(data) for data in self.extras.values())
         held = occupied(partial_path(self.path))  # of a run that died, which is replaced or gone on with
@@ -120,57 +120,57 @@ class Output:
 
     @property
     def parent(self) -> Path:
-        """Return the folder that it will be in."""
+        """Return the folder of the output."""
         return self.path.absolute().parent
 
     def require_space(self) -> None:
-        """Raise MachineError if the disk is too small for all that will be written."""
+        """Raise MachineError if the disk is too small for the output."""
         require_free_space(self.parent, self.needed_bytes)
 
     def require_own_journal(self) -> None:
-        """Raise UsageError, in a dry run, if the journal that the run would go on by is of another one."""
+        """Raise UsageError, in a dry run, if the journal to resume from is of another run."""
         if self.resume:
             require_same(self.path, self.head())
 
     def space_warning(self) -> tuple[str, ...]:
-        """Return what a dry run says where `require_space` would raise."""
+        """Return the warning of a dry run if `require_space` would raise."""
         lack = lacking_space(self.parent, self.needed_bytes)
         return (f"{self.parent}: {lack}",) if lack else ()
 
 
 @dataclass(frozen=True)
 class OutputEdits:
-    """The differences of an output from its base, besides the tensors' values."""
+    """The differences between an output and its base other than tensors' values."""
 
-    specs: Mapping[str, TensorSpec] = field(default_factory=dict)  # of reshaped, decoded and new tensors
+    specs: Mapping[str, TensorSpec] = field(default_factory=dict)  # of reshaped, dequantized and new tensors
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json, and of a language model's in it
     top: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json alone: its class and labels
     files: Mapping[str, Path] = field(default_factory=dict)  # name of a side file -> the file to copy
     shared: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose bytes it shares
-    left_out: Collection[str] = ()  # of `shared`, those that a safetensors file does not store (a torch file: none)
+    left_out: Collection[str] = ()  # tensors in `shared` that a safetensors file does not store (a torch file: none)
     removed: Collection[str] = ()  # tensors of the base that no container stores
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # component's prefix -> config.json
     extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name of a JSON side file -> its content
-    dropped: Mapping[str, str] = field(default_factory=dict)  # side file that does not travel -> the reason
-    beside: Mapping[str, str] = field(default_factory=dict)  # new tensor -> the base's, in whose file it is
+    dropped: Mapping[str, str] = field(default_factory=dict)  # side file that is not copied -> the reason
+    beside: Mapping[str, str] = field(default_factory=dict)  # new tensor -> the base's tensor in the same file
     metadata: Mapping[str, str] = field(default_factory=dict)  # of all files, before the base's
     decoded_modules: Collection[str] = ()  # modules whose weights are codes in the base, and numbers here
 
 
 @contextmanager
 def open_output(
-    output: Output, told: Mapping[str, bytes], belongs: Belongs, goes_on: Callable[[], bool] = bool
+    output: Output, late: Mapping[str, bytes], belongs: Belongs, goes_on: Callable[[], bool] = bool
 ) -> Iterator[dict[str, BinaryIO]]:
-    """Open the output's files by name: weights files sized and with their headers, and the undo file, empty.
+    """Open the output's files by name: weights files sized and with their headers, and an empty undo file.
 
-    The block fills them by offset in any order. If it ends well, all is synced, the side files and the index follow,
-    and the output gets its name; if not, nothing stays but what a run that died has journaled. An OSError names the
-    output.
+    The block fills them by offset in any order. If it succeeds, everything is synced, the side files and the index are
+    written, and the output is renamed to its path. If not, only the journaled work of a run that died stays. An OSError
+    names the output.
 
     Args:
-        told: small files whose content the block only tells, instead of that in its extras
-        goes_on: is called when the output is locked, and returns whether the weights that a run that died has written
-            are left in the files
+        late: small files whose content the block determines, replacing that in the output's extras
+        goes_on: is called when the output is locked. It returns whether the run resumes, so that the weights in the
+            files are kept
     """
     built = partial_path(output.path)
 
@@ -182,18 +182,18 @@ def open_output(
         targets: dict[str, BinaryIO] = {}
         if output.is_file:
             beside = (output.path, output.undo_places) if output.has_undo_beside else None
-            kept = kept_undo(*beside, belongs) if beside else None
-            targets[output.files[0].name] = stack.enter_context(partial_file(output.path, kept, left))
+            undo_files = kept_undo(*beside, belongs) if beside else None
+            targets[output.files[0].name] = stack.enter_context(partial_file(output.path, undo_files, left))
             if beside:
                 stack.enter_context(cleared_undo(*beside))
-            if output.undo:  # entered later, so it has its name before the weights have theirs
+            if output.undo:  # entered later, so it is renamed before the weights
                 targets[output.undo.name] = stack.enter_context(partial_file(output.undo))
             for place, origin in output.carried.items():
                 _copy_into(stack.enter_context(partial_file(place)), origin)
         else:
             folder = stack.enter_context(partial_folder(output.path, left))
-            if not any(folder.iterdir()):  # else none were refused before
-                _refuse_twins(folder, output, told)
+            if not any(folder.iterdir()):  # else a run that died has checked it
+                _refuse_twins(folder, output, late)
             for file in output.files:
                 place = folder / file.name
                 disk.make_folder(place.parent)
@@ -209,19 +209,19 @@ def open_output(
             write_at(targets[file.name], memoryview(file.header), 0)
         yield targets
         require_unchanged(output.inputs)
-        for target in targets.values():  # all, before the first has its name
+        for target in targets.values():  # all, before the first rename
             disk.sync(target)
         if not output.is_file:
             for target in targets.values():
-                target.close()  # Windows renames no folder with open files
-            _write_side_files(output, folder, told)
+                target.close()  # Windows cannot rename a folder with open files
+            _write_side_files(output, folder, late)
 
 
 @contextmanager
 def join_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
-    """Open the weights files of an output that another process has opened by `open_output`, and sync them at the end.
+    """Open the weights files of an output that another process opened with `open_output`, and sync them at the end.
 
-    They are filled by offset, and get their names by the other process.
+    They are filled by offset. The other process renames them.
     """
     built = partial_path(output.path)
     with naming_output(output.path), ExitStack() as stack:
@@ -235,13 +235,12 @@ def join_output(output: Output) -> Iterator[dict[str, BinaryIO]]:
             disk.sync(target)
 
 
-def _refuse_twins(folder: Path, output: Output, told: Mapping[str, bytes]) -> None:
-    """Refuse files of which one would replace the other, where the file system tells their names not apart.
+def _refuse_twins(folder: Path, output: Output, late: Mapping[str, bytes]) -> None:
+    """Raise MachineError for files whose names the file system treats as equal, so that one would replace the other.
 
-    Raises:
-        MachineError: the names of two differ only in case, or in how Unicode composes a letter.
+    Their names differ only in case, or in how Unicode composes a letter.
     """
-    names = {*(file.name for file in output.files), *output.travels, *output.extras, *told}
+    names = {*(file.name for file in output.files), *output.travels, *output.extras, *late}
     alike: dict[str, list[str]] = {}
     for name in sorted(names):
         alike.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
@@ -262,7 +261,7 @@ def _copy_into(target: BinaryIO, origin: Path) -> None:
 
 @contextmanager
 def naming_output(path: Path) -> Iterator[None]:
-    """Give `path` to an OSError of the block that names no file, or the file that was copied onto a full disk."""
+    """Set an OSError's path to `path` if it has none, or if it names the source of a copy to a full disk."""
     try:
         yield
     except OSError as error:
@@ -271,10 +270,10 @@ def naming_output(path: Path) -> Iterator[None]:
         raise
 
 
-def _write_side_files(output: Output, folder: Path, told: Mapping[str, bytes]) -> None:
+def _write_side_files(output: Output, folder: Path, late: Mapping[str, bytes]) -> None:
     for name in (*output.travels, *output.extras):
         disk.make_folder((folder / name).parent)
     for name, origin in output.travels.items():
         copy_file(origin, folder / name)
-    for name, data in {**output.extras, **told}.items():
+    for name, data in {**output.extras, **late}.items():
         write_file(folder / name, data)

@@ -1,7 +1,7 @@
-"""Check where an output may be written, before anything is: what it replaces, and what it must not.
+"""Check where an output may be written: what it may replace, and what it must not.
 
-An output is renamed to its place, so what is there, of whatever kind, would be gone, and what only leads there (a link
-of that name, a mount point) would be replaced itself or refuse the rename. A link or a mount above it leads on.
+An output is renamed to its path, so anything at that path would be gone. A link there would be replaced, not its
+target, and a mount point there would make the rename fail. Links and mounts above the path are followed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ FOREIGN_WEIGHTS = (
 
 
 def find_foreign_file(folder: Path, origins: Collection[Path], contents: Mapping[str, bytes]) -> str | None:
-    """Return a name in an output folder that loratool does not write, and that --force must not remove.
+    """Return the name of a file in an output folder that loratool does not write, and that --force must not remove.
 
-    A text of any name may be one that travelled, or the user's own: it is ours if it is in no other words elsewhere.
+    A text file of any name may be a copy or the user's own. It may be removed if its bytes are elsewhere too.
 
     Args:
-        origins: folders that are read: their files stay.
-        contents: of side files that will be written again, by name.
+        origins: folders with inputs: their files stay.
+        contents: name of a side file that will be written again -> its content.
     """
     inner = component_names(folder) if is_pipeline(folder) else [transformer_folder(folder)]
     prefixes = tuple(f"{name}/" for name in inner if name)
@@ -58,7 +58,7 @@ def find_foreign_file(folder: Path, origins: Collection[Path], contents: Mapping
 
 
 def _is_by_name(name: str) -> bool:
-    """Return whether a file's name alone tells that it is one of those that loratool writes; a script's does not."""
+    """Return whether a file's name alone identifies it as one that loratool writes; a script's name does not."""
     row = side_row(name)
     return matches(name, (*FOREIGN_WEIGHTS, MODELFILE, "adapter_config.json")) or bool(
         row and row.always and row.kind != CODE
@@ -66,7 +66,7 @@ def _is_by_name(name: str) -> bool:
 
 
 def _is_kept(folder: Path, name: str, origins: Collection[Path], contents: Mapping[str, bytes]) -> bool:
-    """Return whether a file's bytes are elsewhere too, under its name, or those of a card that nobody has edited."""
+    """Return whether a file's bytes are elsewhere under the same name, or are those of an unedited model card."""
     if not (folder / name).is_file() or (folder / name).is_symlink():
         return False
     if name == CARD and is_unedited((folder / name).read_bytes()):
@@ -78,7 +78,7 @@ def _is_kept(folder: Path, name: str, origins: Collection[Path], contents: Mappi
 
 
 def _names_in(folder: Path) -> Iterator[str]:
-    """Yield files, links and, with a slash, empty folders: one by one, because a home directory has millions."""
+    """Yield files, links and, with a slash, empty folders. Lazily, because a home directory has millions."""
     for entry in sorted(folder.iterdir()):
         if entry.is_symlink() or not entry.is_dir():
             yield entry.name
@@ -89,13 +89,13 @@ def _names_in(folder: Path) -> Iterator[str]:
             yield from (inner.relative_to(folder).as_posix() for inner in found)
 
 
-# Suffixes of files that no container writes, and that hardly anyone gives to a folder
+# Suffixes of files that no container writes, and that are unlikely for a folder
 OTHER_FILES = (".txt", ".json", ".yaml", ".gz", ".zip", ".tar", ".safetensor", ".npz", ".onnx")
 
-# Suffixes of the single files that some container writes
+# Suffixes of the single files that containers write
 WEIGHTS = {suffix for suffixes in CONTAINERS.values() for suffix in suffixes}
 
-# What is at a path, by the type of stat.S_IFMT -> its name
+# stat.S_IFMT type of a path -> its name
 KINDS = {
     stat.S_IFREG: "a file",
     stat.S_IFDIR: "a folder",
@@ -114,10 +114,10 @@ OTHER = "name another output with -o"
 def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, command: str) -> tuple[Path, bool]:
     """Return the output's path and whether it is a single file.
 
-    Without `out` the path is the command's name, and a file if the base was given as a file.
+    Without `out` the path is the command's name; it is a file if the base was given as a file.
 
     Raises:
-        UsageError: the suffix is that of another container than the base's.
+        UsageError: the suffix is not that of the base's container.
     """
     if out is None:
         ending = CONTAINERS[base.container][0]
@@ -126,10 +126,10 @@ def output_path(out: str | os.PathLike[str] | None, base: Checkpoint, command: s
 
 
 def check_output_name(out: str | os.PathLike[str], container: str = "safetensors") -> tuple[Path, bool]:
-    """Return a given output's path and whether it is a single file, by its suffix.
+    """Return the path of an output that the user named, and whether its suffix makes it a single file.
 
     Raises:
-        UsageError: the suffix is that of another container, a key of CONTAINERS, or of no file that is written.
+        UsageError: the suffix is not one of `container`, a key of CONTAINERS.
     """
     path, suffixes = Path(out), CONTAINERS[container]
     if os.fspath(out) == "-":
@@ -153,14 +153,13 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
 
 
 def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str = OTHER) -> None:
-    """Refuse a place that cannot become a file or folder, whatever may be replaced.
+    """Raise UsageError for a path that cannot become a file or folder, even with --force.
+
+    The parent folder is missing or not writable, the name is too long, or something of another kind is at the path or
+    where the output is built.
 
     Args:
-        inside: a name for the output in a folder that a link leads to, or that is mounted.
-
-    Raises:
-        UsageError: there is no folder around it that takes files, its name is too long, or what is there, or where
-            the output is built, is of another kind.
+        inside: a name to suggest for the output in a folder, if the path is a link to one or is mounted.
     """
     _require_name(os.fspath(path), remedy)
     parent = path.absolute().parent
@@ -196,15 +195,15 @@ def check_output_path(
     contents: Mapping[str, bytes] | None = None,
     dry_run: bool = False,
 ) -> bool:
-    """Refuse an output path before anything is written; return whether a dry run found what --force would replace.
+    """Check an output path before anything is written; return whether a dry run found an output to replace.
 
     Args:
-        inputs: the files that are read, which the output must not replace.
-        force: whether an existing output may be replaced. A folder with other files than a model's never is.
-        is_model: whether the output is a model and not an adapter. Only a model may replace a merged model that has
-            an undo file (see `check_undo_files`).
-        contents: of side files that will be written, by name, as far as they are known.
-        dry_run: pass where the output exists, and say so.
+        inputs: files that the output must not replace.
+        force: whether an existing output may be replaced. A folder with files that are not a model's never is.
+        is_model: whether the output is a model, not an adapter. Only a model may replace a merged model that has an
+            undo file (see `check_undo_files`).
+        contents: name of a side file that will be written -> its content, as far as known.
+        dry_run: return True where the output exists instead of raising NeedsFlag.
 
     Raises:
         UsageError: the path cannot be the output.
@@ -242,12 +241,12 @@ def check_output_path(
 
 
 def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> None:
-    """Refuse an output whose undo files would replace an input, a foreign file, or without --force any file.
+    """Check that an output's undo files replace neither an input nor a foreign file, nor any file without --force.
 
     Raises:
-        UsageError: they would replace an input or a file that is no undo file.
-        NeedsFlag: there are undo files beside the output, and `force` is false. Those that a run which died has
-            renamed before its weights are no obstacle to the run that goes on.
+        UsageError: they would replace an input or a file that is not an undo file.
+        NeedsFlag: there are undo files beside the output, and `force` is False. Undo files that a run renamed before
+            it died are allowed when it is resumed.
     """
     if not output.has_undo_beside:
         return
@@ -270,14 +269,14 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
 
 
 def require_outside(page: Path, output: Path) -> None:
-    """Refuse a page at the place of an output, or in it, by UsageError: the output is replaced as a whole."""
+    """Raise UsageError for a page at the path of an output or in its folder, which will be replaced."""
     if _find_reached((output, *_beside(output), journal_path(output)), [page]):
         message = f"is in the output {output}, which is replaced whole"
         raise UsageError(message, culprit=str(page), remedy="name a file elsewhere with --html")
 
 
 def check_scratch(path: Path, inputs: Collection[Path]) -> None:
-    """Refuse an output at whose scratch folder's place is an input, or what is no folder, by UsageError."""
+    """Raise UsageError if an input, or anything that is not a folder, is at the path of an output's scratch folder."""
     place = scratch_path(path)
     if _find_reached((place,), inputs):
         raise UsageError("holds an input, and would be emptied", culprit=str(place), remedy=OTHER)
@@ -285,32 +284,32 @@ def check_scratch(path: Path, inputs: Collection[Path]) -> None:
 
 
 def _beside(path: Path) -> tuple[Path, ...]:
-    """Return the places where an output is built, and where the former one waits."""
+    """Return the paths where an output is built, and where the former one is set aside."""
     return partial_path(path), former_path(path)
 
 
 def _kind(path: Path) -> str | None:
-    """Return what is at a path itself, not where a link leads: a name of KINDS, None for nothing."""
+    """Return the kind of a path without following links, a name in KINDS; None if nothing is there."""
     if not os.path.lexists(path):
         return None
     return KINDS.get(stat.S_IFMT(path.lstat().st_mode), "of no kind that is known")
 
 
 def _require_free(place: Path, wanted: str) -> None:
-    """Refuse what is in the way of a file or folder that is of another kind; one of its kind a killed run has left."""
+    """Raise UsageError if something of another kind is at `place`. One of its kind is from a killed run."""
     kind = _kind(place)
     if kind not in (None, wanted):
         raise UsageError(f"is in the way: it is {kind}", culprit=str(place), remedy="move it away")
 
 
 def _require_name(path: str, remedy: str) -> None:
-    """Refuse a path that ends in no name, which nothing could be renamed to."""
+    """Raise UsageError for a path without a last name: nothing could be renamed to it."""
     if Path(path).name in ("", ".."):
         raise UsageError(f"{path!r} names no file or folder of its own", remedy=remedy)
 
 
 def _require_short(path: Path, remedy: str) -> None:
-    """Refuse a name that the file system does not take, or not with what is added to it while the file is written."""
+    """Raise UsageError for a name that is too long for the file system with the suffixes of partial outputs."""
     for place in (partial_path(path), former_path(path)):
         try:
             os.lstat(place)
@@ -322,14 +321,14 @@ def _require_short(path: Path, remedy: str) -> None:
 
 
 def _find_reached(places: Iterable[Path], sources: Iterable[Path]) -> Path | None:
-    """Return the place that a source is, or is in, under whatever name: through links, hard links or another case."""
+    """Return the first of the places that a source is or is in, also through links, hard links or another case."""
     ways = {step for source in sources for step in _steps_to(source)}
     names, identities = {_own_name(step) for step in ways}, {identity(step) for step in ways} - {None}
     return next((place for place in places if _own_name(place) in names or identity(place) in identities), None)
 
 
 def _steps_to(path: Path) -> Iterable[Path]:
-    """Yield a file and the folders and links around it, by its name and by where that leads."""
+    """Yield a file and the folders and links above it, both as named and as resolved."""
     for whole in (path.absolute(), Path(os.path.realpath(path))):
         yield whole
         yield from (
@@ -338,5 +337,5 @@ def _steps_to(path: Path) -> Iterable[Path]:
 
 
 def _own_name(path: Path) -> Path:
-    """Return a path with the links above it followed, but not itself."""
+    """Return a path with its parent resolved, but not itself."""
     return Path(os.path.realpath(path.parent), path.name)

@@ -1,6 +1,6 @@
 """Plan an output's files: each tensor's file and first byte, before the first byte is written.
 
-By default the layout is the input's: the same files with the same tensors and, if nothing in a file changes, the same
+By default the output has the input's layout: the same files with the same tensors. A file without changes has the same
 header bytes.
 """
 
@@ -27,14 +27,14 @@ from .undo_places import Belongs, undo_chain
 
 @dataclass(frozen=True)
 class _OutputRequest:
-    """The arguments of `plan_output` that hold for every file of the output."""
+    """The arguments of `plan_output` that apply to every file of the output."""
 
     is_file: bool
     container: str  # a key of CONTAINERS
     provenance: str  # the value of the metadata key `loratool`
     changed: Collection[str]  # tensors whose values change
     max_shard_bytes: int | None  # None keeps the base's shards
-    absent: Collection[str]  # shared tensors that this container does not store by themselves
+    absent: Collection[str]  # shared tensors that this container does not store separately
     edits: OutputEdits
 
     @property
@@ -52,7 +52,7 @@ class _ShardPlan:
 
     name: str  # without the component's folder
     members: list[str]  # names of its tensors
-    kept: WeightsFile | None  # the base's shard whose layout it keeps; None for a new shard
+    kept: WeightsFile | None  # the base's shard with the same layout; None for a new shard
 
 
 def plan_output(
@@ -67,12 +67,12 @@ def plan_output(
     undo: Belongs | None = None,
     container: str = "safetensors",
 ) -> Output:
-    """Plan the output at `path` that has the tensors of `base`, with other values in those of `changed`.
+    """Plan the output at `path` with the tensors of `base`, of which those in `changed` get other values.
 
     Args:
-        dtype: the safetensors name of the dtype for every float tensor of 16 bits or more that is no part of a
-            quantized weight; a weight that a codec reads stays stored as it is, unless `edits` has a spec for it.
-        undo: if an undo file is written, what knows those of earlier merges, which get the next numbers.
+        dtype: the safetensors name of the dtype for every float tensor of 16 bits or more that is not part of a
+            quantized weight. A quantized weight keeps its format unless `edits` has a spec for it.
+        undo: given if an undo file is written; it recognizes those of earlier merges, which get the next numbers.
         container: a key of CONTAINERS.
 
     Raises:
@@ -137,9 +137,9 @@ def plan_output(
 
 
 def put_inside(output: Output, model: Checkpoint) -> Output:
-    """Return an output laid out as a model of sentence-transformers, if its transformer has a folder of its own.
+    """Return an output in the layout of sentence-transformers, if the transformer has a subfolder.
 
-    All that belongs to the transformer lies in that folder, its undo files too, but the model card and dense layers.
+    The transformer's files are in the subfolder, with its undo files. The model card and dense layers are not.
     """
     if output.is_file or not model.outer:
         return output
@@ -167,9 +167,9 @@ def put_inside(output: Output, model: Checkpoint) -> Output:
 def _plan_files(
     base: Checkpoint, request: _OutputRequest, specs: Mapping[str, TensorSpec]
 ) -> tuple[tuple[OutputFile, ...], dict[str, bytes]]:
-    """Return the files of one model with the tensors `specs`, and its index by name, if it has one.
+    """Return the files of one model with the tensors `specs`, and its index by name if it has one.
 
-    A pipeline's component that does not change keeps the bytes of its headers and index.
+    An unchanged component of a pipeline keeps the bytes of its headers and index.
     """
     if base.prefix and not base.shards:
         return (), {}
@@ -179,7 +179,7 @@ def _plan_files(
     if not is_resharded:
         placed = {name for shard in shards for name in shard.members}
         shards[-1].members.extend(name for name in own if name not in placed)
-        # a shard whose tensors all stood beside codes that are numbers now would be in no index
+        # a shard that had only companions of weights that are dequantized now would be in no index
         shards = [shard for shard in shards if shard.members or not shard.kept or not shard.kept.specs] or shards
     indexed = not request.is_file and (len(shards) > 1 or (base.index is not None and not is_resharded))
     is_kept = (
@@ -204,7 +204,7 @@ def _plan_files(
 
 
 def _side_files(base: Checkpoint, is_file: bool, edits: OutputEdits) -> tuple[dict[str, Path], list[LeftBehind]]:
-    """Return the side files to copy by name, and what is left behind."""
+    """Return the side files to copy by name, and those that are not copied."""
     if is_file or not base.has_side_files:
         return {}, []
     names, left = classify_checkpoint(base)
@@ -212,7 +212,7 @@ def _side_files(base: Checkpoint, is_file: bool, edits: OutputEdits) -> tuple[di
 
 
 def _file_stem(base: Checkpoint, request: _OutputRequest) -> str:
-    """Return the first part of loaders' file names: `model`, `pytorch_model` or `diffusion_pytorch_model`."""
+    """Return the stem of the file names that loaders expect: `model`, `pytorch_model` or `diffusion_pytorch_model`."""
     model, diffusers = (name.removesuffix(".safetensors") for name in SINGLE_NAMES)
     if base.shards[0].path.name.startswith(diffusers):
         return diffusers
@@ -222,7 +222,7 @@ def _file_stem(base: Checkpoint, request: _OutputRequest) -> str:
 def _numbered(
     base: Checkpoint, groups: list[list[str]], kept: Collection[WeightsFile | None], request: _OutputRequest
 ) -> list[_ShardPlan]:
-    """Name the files as transformers does."""
+    """Plan shards with the file names of transformers, one for each group."""
     stem, count = _file_stem(base, request), len(groups)
     names = [f"{stem}-{i:05d}-of-{count:05d}{request.ending}" for i in range(1, count + 1)]
     names = names if count > 1 else [f"{stem}{request.ending}"]
@@ -230,7 +230,7 @@ def _numbered(
 
 
 def _keep_base_shards(base: Checkpoint, specs: Mapping[str, TensorSpec], request: _OutputRequest) -> list[_ShardPlan]:
-    """Plan the base's files again, under loaders' names if the container changes or the base is a single file."""
+    """Plan the base's shards, renamed for loaders if the container changes or the base is a single file."""
     names = {weight.tensors[0]: name for name, weight in base.weights.items() if name in specs}
     following: dict[str, list[str]] = {}
     for name, first in request.edits.beside.items():
@@ -263,7 +263,7 @@ def _tensor_file(
     """Plan a safetensors file.
 
     Args:
-        modules: of `decoded_modules`, those of its component, without its prefix.
+        modules: the component's `decoded_modules`, without its prefix.
     """
     members = {name: specs[name] for name in shard.members}
     same = isinstance(shard.kept, TensorFile) and shard.kept.specs == members
@@ -301,9 +301,9 @@ def _component_name(base: Checkpoint, name: str) -> str:
 
 
 def _metadata(base: Checkpoint, shard: _ShardPlan) -> dict[str, str]:
-    """Return the metadata of the shards that a file is made of, without aliases of tensors that it does not have.
+    """Return the metadata of the shards that a file comes from, without aliases of tensors that are not in it.
 
-    safetensors.torch stores a shared tensor as a metadata key with the name of the stored one.
+    safetensors.torch stores a shared tensor as a metadata key, with the name of the stored tensor as the value.
     """
     sources = (shard.kept,) if shard.kept else base.shards
     found = {key: value for source in sources for key, value in (source.metadata or {"format": "pt"}).items()}
@@ -318,7 +318,7 @@ def _metadata(base: Checkpoint, shard: _ShardPlan) -> dict[str, str]:
 def _gguf_files(
     base: Checkpoint, shards: list[_ShardPlan], specs: Mapping[str, TensorSpec], request: _OutputRequest
 ) -> tuple[OutputFile, ...]:
-    """Plan GGUF files, of which the first has the fields of the base's first, and others those of their shard."""
+    """Plan GGUF files. The first has the fields of the base's first file, the others those of their shard."""
     first, files = base.shards[0], []
     for number, shard in enumerate(shards):
         source = shard.kept or first
@@ -341,7 +341,7 @@ def _torch_file(
     base: Checkpoint, shard: _ShardPlan, specs: Mapping[str, TensorSpec], shared: Mapping[str, str]
 ) -> OutputFile:
     """Plan a torch file in which tensors with shared bytes have one storage."""
-    sharing: dict[str, list[str]] = {}  # the tensor that is stored -> those that share its storage
+    sharing: dict[str, list[str]] = {}  # stored tensor -> the tensors that share its storage
     for name, to in shared.items():
         sharing.setdefault(to, []).append(name)
     names = {name: to for to in shard.members for name in (to, *sharing.get(to, ()))}
@@ -362,7 +362,7 @@ def _index(
     shards: list[_ShardPlan],
     specs: Mapping[str, TensorSpec],
 ) -> bytes:
-    """Encode the index JSON: the former one's fields and order, with the output's map, size and provenance."""
+    """Encode the index JSON: the base's fields and order, with the output's map, size and provenance."""
     metadata = old_index.get("metadata")
     metadata = {**(metadata if isinstance(metadata, dict) else {}), "loratool": request.provenance}
     metadata["total_size"] = sum(spec.nbytes for spec in specs.values())

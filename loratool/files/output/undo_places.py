@@ -1,10 +1,10 @@
-"""Keep beside every weights file its own undo files, whenever a run is killed.
+"""Replace the undo files beside a weights file, so that the right ones are there even if a run is killed.
 
 `x.undo`, `x.undo.1`, ... belong to `x.safetensors`, but several files cannot be replaced at once. So the former ones
-are set aside under `former_path` before the first new one is written, `x.undo` last, and dropped after the weights are
-replaced, `x.undo` first: while `x.undo` is set aside, all are, and so they are after the power failed, since the folder
-is synced between these steps. Its hashes tell whether it belongs to the weights, or the one in its place does. A folder
-contains its undo files and is replaced at once.
+are set aside under `former_path` before the first new one is written, `x.undo` last. They are removed after the weights
+are replaced, `x.undo` first. So while `x.undo` is set aside, all are, even after a power failure, since the folder is
+synced between these steps. Hashes tell whether the `x.undo` set aside belongs to the weights, or the one in its place.
+A folder contains its undo files and is replaced at once.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ...durable.interrupts import unless_done
 from ...durable.partial import former_path, partial_path
 from ..folder.side_files import is_undo_file, undo_files, undo_path
 
-Belongs = Callable[[Path, Path], bool]  # whether an undo file belongs to a model's weights file: `reader.belongs`
+Belongs = Callable[[Path, Path], bool]  # returns whether an undo file belongs to a weights file: `reader.belongs`
 
 
 def undo_chain(model: Path, is_file: bool, belongs: Belongs) -> list[Path]:
-    """Return the undo files of a merged model, the last merge's first; after a kill they may be those set aside."""
+    """Return the undo files of a merged model, the last merge first; after a kill, those set aside if they belong."""
     place = undo_path(model, is_file)
     formers = formers_of(place) if is_file else {}
     return list(formers.values()) if formers and belongs(formers[place], model) else undo_files(place)
 
 
 def formers_of(first: Path) -> dict[Path, Path]:
-    """Return the undo files that were set aside, place -> former path; empty if the first is not among them."""
+    """Return the undo files that were set aside, path -> former path; empty unless the first is among them."""
     waiting = takewhile(lambda place: is_undo_file(former_path(place)), (_numbered(first, n) for n in count()))
     return {place: former_path(place) for place in waiting}
 
 
 def numbered_undo_files(first: Path) -> list[Path]:
-    """Return the undo files that are in their places, whether the first is or not."""
+    """Return the existing undo files, even if the first is missing."""
     following = takewhile(is_undo_file, (_numbered(first, n) for n in count(1)))
     return [*([first] if is_undo_file(first) else []), *following]
 
@@ -49,12 +49,12 @@ def _numbered(first: Path, number: int) -> Path:
 
 @contextmanager
 def kept_undo(weights: Path, mine: Collection[Path], belongs: Belongs) -> Iterator[None]:
-    """Keep the undo files beside a weights file while that is replaced: they stay if it stays, else they are removed.
+    """Set the undo files of a weights file aside while it is replaced: put them back if it stays, else remove them.
 
-    It is for the weights' `partial_file`, which enters it. Enter `cleared_undo` before the new undo files' own.
+    The weights' `partial_file` enters it. Enter `cleared_undo` before the `partial_file` of the new undo files.
 
     Args:
-        mine: the places of the new undo files.
+        mine: the paths of the new undo files.
     """
     first = undo_path(weights, True)
     formers = formers_of(first)
@@ -70,7 +70,7 @@ def kept_undo(weights: Path, mine: Collection[Path], belongs: Belongs) -> Iterat
             _set_aside(saved)
 
     def put_back() -> None:
-        if identity(weights) == before[weights]:  # else its new name may not be safe, and all stay set aside
+        if identity(weights) == before[weights]:  # else the rename may not be synced, and all stay set aside
             changed = [place for place in saved if identity(place) != before[place]]
             _put_back(saved, changed, [place for place in mine if place not in saved])
 
@@ -82,7 +82,7 @@ def kept_undo(weights: Path, mine: Collection[Path], belongs: Belongs) -> Iterat
 
 @contextmanager
 def cleared_undo(weights: Path, mine: Collection[Path]) -> Iterator[None]:
-    """Remove the undo files that no new one replaces if the block ends well, just before the weights are replaced."""
+    """Remove the undo files that no new one replaces if the block succeeds, just before the weights are replaced."""
     yield
     first = undo_path(weights, True)
     if gone := [place for place in numbered_undo_files(first) if place not in mine]:
@@ -91,7 +91,7 @@ def cleared_undo(weights: Path, mine: Collection[Path]) -> Iterator[None]:
 
 
 def _set_aside(formers: Mapping[Path, Path]) -> None:
-    """Give every undo file its former path too; the first's name is made safe last, since it stands for all."""
+    """Link every undo file to its former path; the first is synced last, since it marks all as set aside."""
     first, *others = formers
     for places in filter(None, (others, [first])):
         for place in places:
@@ -100,13 +100,13 @@ def _set_aside(formers: Mapping[Path, Path]) -> None:
 
 
 def _left(first: Path) -> list[Path]:
-    """Return the files that killed runs have set aside, whatever their content."""
+    """Return all files that killed runs have set aside, whatever their content."""
     ours = re.escape(first.name) + r"(\.\d+)?" + re.escape(former_path(first).name.removeprefix(first.name))
     return [path for path in first.parent.iterdir() if re.fullmatch(ours, path.name)]
 
 
 def _put_back(formers: Mapping[Path, Path], changed: Iterable[Path], besides: Iterable[Path]) -> None:
-    """Put former undo files back in the places that are changed, and remove the files `besides`."""
+    """Put former undo files back at the changed paths, and remove the files `besides`."""
     for place in changed:
         partial = partial_path(place)
         _copy(formers[place], partial)
@@ -126,7 +126,7 @@ def _drop(places: Iterable[Path]) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Link a file to a second name, or copy it if the file system has no links."""
+    """Create a hard link to a file, or copy it if the file system has no links."""
     disk.unlink(target)
     try:
         disk.link(source, target)
@@ -135,7 +135,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Return what all names of a file share, and no other file has; of a link its own, None for nothing."""
+    """Return the device and inode of a file, or of a link itself; None if nothing is there."""
     with suppress(OSError):
         found = path.lstat()
         return found.st_dev, found.st_ino

@@ -1,1 +1,1 @@
-"""Read the sharded states of training runs as one weights file."""
+"""Sharded states of training runs, read as one weights file."""

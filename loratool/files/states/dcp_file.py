@@ -1,9 +1,9 @@
-"""Read a checkpoint of torch.distributed.checkpoint (DCP), as FSDP, accelerate and torchtitan save it, without torch.
+"""Read a checkpoint of torch.distributed.checkpoint (DCP), saved by FSDP, accelerate or torchtitan, without torch.
 
-The folder has `.metadata`, a pickle that says of each tensor its chunks and of each chunk a run of bytes in a `.distcp`
-file, which torch.save wrote. The state is nested dicts, flattened: the pickle keeps the path of each key, so that a
-model's state under `model` is told from an optimizer's. Defined by torch/distributed/checkpoint: `metadata.py`,
-`filesystem.py` and `default_planner.py`.
+The folder has `.metadata`, a pickle with the chunks of each tensor, and for each chunk a run of bytes in a `.distcp`
+file that torch.save wrote. The state is nested dicts, flattened. The pickle has the path of each key, which
+distinguishes a model's state under `model` from an optimizer's. Defined by torch/distributed/checkpoint:
+`metadata.py`, `filesystem.py` and `default_planner.py`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _RECORDS = frozenset(
 class DcpFile(ShardedFile):
     """A folder of DCP, opened by its `.metadata`.
 
-    The weights are the tensors at the top of the state, or those of the dict in it under a name in `STATE_DICT_KEYS`,
-    the first that has some; `ignored` names all else.
+    The weights are the tensors at the top of the state, else those of the first dict in it that has some, under a name
+    in `STATE_DICT_KEYS`. `ignored` names everything else.
 
     Raises:
         InputError: the metadata does more than describe tensors, or does not fit the files.
@@ -65,7 +65,7 @@ class DcpFile(ShardedFile):
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Return its folder, and the one that it is in: accelerate's `pytorch_model_fsdp_0` is in the trainer's."""
+        """Return its folder and the parent: accelerate's `pytorch_model_fsdp_0` is in the trainer's folder."""
         return self.path.parent, self.path.parent.parent
 
     def _refuse(self, why: str, remedy: str | None = None) -> InputError:
@@ -83,11 +83,11 @@ class DcpFile(ShardedFile):
         return found
 
     def _places(self, stored: Any) -> dict[tuple[str, tuple[int, ...]], SavedObject]:
-        """Return where each chunk lies, by the tensor's key and the chunk's offsets."""
+        """Return the place of each chunk by the tensor's key and the chunk's offsets."""
         found: dict[tuple[str, tuple[int, ...]], SavedObject] = {}
         for index, place in stored.items():
             offsets = index.field("offset")
-            if offsets is None:  # of an object that is no tensor
+            if offsets is None:  # of an object that is not a tensor
                 continue
             key = _text(index.field("fqn")), _sizes(offsets)
             if key in found:
@@ -98,7 +98,7 @@ class DcpFile(ShardedFile):
         return found
 
     def _choose(self, entries: Any, paths: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
-        """Return the keys of the weights with the names that they have in their dict, and the names of all else."""
+        """Return the keys of the weights -> their names in their dict, and the names of everything else."""
         groups: dict[tuple[str, ...], dict[str, str]] = {}
         for key, entry in entries.items():
             path = paths.get(key, (_text(key),))
@@ -142,7 +142,7 @@ class DcpFile(ShardedFile):
         return TensorSpec(dtype, shape), Boxes(shape, DTYPES[dtype] // 8, found)
 
     def _open_chunk(self, key: str, spec: TensorSpec, place: SavedObject | None) -> tuple[WeightsFile, int]:
-        """Return a chunk's file and first byte there, from what torch.save wrote at its place."""
+        """Return a chunk's file and first byte, read from the torch archive at its place."""
         if place is None:
             raise InputError("has no place for one of its chunks", culprit=key)
         name, offset, length = _text(place.field("relative_path")), place.field("offset"), place.field("length")
@@ -175,13 +175,13 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 
 def _is_weight(entry: SavedObject) -> bool:
-    """Return whether a tensor may be a weight, rather than a generator's state or a counter."""
+    """Return whether a tensor may be a weight, not a generator's state or a counter."""
     dtype = entry.field("properties").state[0].name.removeprefix("torch.")
     return TORCH_DTYPES.get(dtype) in TORCH_FLOATS and bool(entry.field("size"))
 
 
 def _beside(key: str, path: Any, chosen: tuple[str, ...]) -> str:
-    """Return what a key that is no weight belongs to: the first name in its path, or all of it beside the weights."""
+    """Return the owner of a key that is not a weight: the first name in its path, or the path beside the weights."""
     if type(path) is not tuple or not path or type(path[0]) is not str:
         return key
     return key if path[: len(chosen)] == chosen and chosen else path[0]

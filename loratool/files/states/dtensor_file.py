@@ -1,9 +1,9 @@
-"""Read the states that the ranks of a run saved each for itself, with DTensors in them, as verl does, without torch.
+"""Read states with DTensors that each rank of a run saved separately, the format of verl, without torch.
 
-The files are `model_world_size_W_rank_R.pt`. A DTensor is a rank's box of a tensor, with the mesh of ranks and how each
-dimension of the mesh is used: `Shard(d)` cuts dimension d as torch.chunk does, `Replicate()` repeats it. A plain tensor
-is the same in all files. Defined by torch/distributed/tensor: `placement_types.py`, `_dtensor_spec.py`, `_utils.py`;
-the files' names by volcengine/verl: `verl/utils/checkpoint/fsdp_checkpoint_manager.py`.
+The files are `model_world_size_W_rank_R.pt`. A DTensor has a rank's box of a tensor, the mesh of ranks, and a placement
+for each dimension of the mesh: `Shard(d)` cuts dimension d as torch.chunk does, `Replicate()` repeats it. A plain
+tensor is the same in all files. Defined by torch/distributed/tensor: `placement_types.py`, `_dtensor_spec.py`,
+`_utils.py`; the files' names by volcengine/verl: `verl/utils/checkpoint/fsdp_checkpoint_manager.py`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _RECORDS = frozenset(
 
 @dataclass(frozen=True)
 class _Share:
-    """A rank's share of a tensor: all of a plain one, else a box whose place follows from the mesh."""
+    """A rank's share of a tensor: all of a plain tensor, else a box at a place that follows from the mesh."""
 
     file: WeightsFile
     spec: TensorSpec
@@ -62,9 +62,9 @@ class _Share:
 
 
 class _Copies(Boxes):
-    """A tensor that several groups of ranks have, as bytes; what is read of it is compared.
+    """The bytes of a tensor that several groups of ranks have; reading compares the copies.
 
-    To compare all when the state is opened would read it whole.
+    A comparison on opening would read the complete state.
     """
 
     def __init__(self, name: str, one: Boxes, others: Sequence[Boxes]) -> None:
@@ -90,14 +90,14 @@ class DTensorFile(ShardedFile):
     """The states of all ranks of a run, opened by one rank's file.
 
     Raises:
-        InputError: a rank's file is missing, or the ranks do not have one state.
+        InputError: a rank's file is missing, or the ranks' states contradict each other.
     """
 
     file_format = "dtensor"
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Return its folder, and the one in which verl puts the model's config and tokenizer."""
+        """Return its folder, and the folder in which verl puts the model's config and tokenizer."""
         return self.path.parent, self.path.parent / "huggingface"
 
     def _find(self) -> dict[str, tuple[TensorSpec, Boxes]]:
@@ -171,10 +171,10 @@ def _placement(name: str, placement: Any) -> tuple[str, int]:
 
 
 def _join(name: str, shares: Sequence[_Share]) -> tuple[TensorSpec, Boxes]:
-    """Return a tensor of the ranks' shares, one of each box that they have.
+    """Return a tensor that consists of the ranks' shares, using one copy of each box.
 
     Raises:
-        InputError: the ranks say different things of it, or plain tensors differ.
+        InputError: the ranks describe it differently, or plain tensors differ.
     """
     first = shares[0]
     if any(
@@ -183,7 +183,7 @@ def _join(name: str, shares: Sequence[_Share]) -> tuple[TensorSpec, Boxes]:
     ):
         raise InputError("has another type, shape or placement on one rank than on another", culprit=name)
     mesh = [1 + max(each.coordinate[d] for each in shares) for d in range(len(first.placements))]
-    copies: dict[tuple[int, ...], list[Chunk]] = {}  # of each box, which a mesh may repeat
+    copies: dict[tuple[int, ...], list[Chunk]] = {}  # offsets of a box -> its copies: a mesh may repeat it
     for each in shares:
         offsets, sizes = _box(each, mesh)
         if sizes != each.spec.shape:
@@ -203,7 +203,7 @@ def _join(name: str, shares: Sequence[_Share]) -> tuple[TensorSpec, Boxes]:
 
 
 def _box(share: _Share, mesh: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the offsets and sizes of a rank's box: each dimension of the mesh in turn cuts what is left."""
+    """Return the offsets and sizes of a rank's box: each dimension of the mesh cuts what the ones before left."""
     offsets, sizes = [0] * len(share.whole), list(share.whole)
     for (kind, dim), count, index in zip(share.placements, mesh, share.coordinate, strict=True):
         if kind == "Shard":

@@ -1,7 +1,7 @@
-"""Stand in for one weights file where the ranks of a training run left each tensor in chunks, in files of their own.
+"""Lazy view of a training run's sharded state, in which each rank's file has chunks of tensors, as one weights file.
 
-A chunk is a box of the tensor, row by row at one place of a file. Reading puts together the rows that are asked for, so
-memory is that of the block that is read, whatever the tensor's size.
+A chunk is a box of the tensor, stored row by row at one place of a file. Reading assembles only the requested rows, so
+the memory is that of the block that is read, whatever the tensor's size.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ..containers.torch_archive import damage_named
 from ..dtypes import TensorSpec
 from ..weights_file import WeightsFile
 
-MAX_CUT = 4  # dimensions along which a tensor may be cut; two meshes of ranks cut two
+MAX_CUT = 4  # the most dimensions along which a tensor is cut; two meshes of ranks cut two
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes, along each dimension of a tensor
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes along each dimension of a tensor
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, whose numbers lie row by row in a file.
+    """A box of a tensor, stored row by row in a file.
 
-    offsets, sizes: along each dimension of the tensor, or of it seen as a vector.
+    offsets, sizes: along each dimension of the tensor, or of the tensor viewed as a vector.
     """
 
     file: WeightsFile
@@ -41,10 +41,10 @@ class Chunk:
 
 
 class Boxes:
-    """A tensor that consists of chunks, which tile it, as bytes.
+    """The bytes of a tensor that chunks tile.
 
     Args:
-        shape: the dimensions that the chunks' offsets and sizes are of.
+        shape: the dimensions to which the chunks' offsets and sizes refer.
         width: bytes of a number.
     """
 
@@ -56,7 +56,7 @@ class Boxes:
 
     @property
     def first(self) -> tuple[int, int] | None:
-        """Return where its first bytes are: the file and the place there. None if it has no bytes."""
+        """Return the file and offset of its first bytes; None if it has no bytes."""
         return self._runs[0].origin if self._runs else None
 
     def read(self, first: int, out: memoryview) -> None:
@@ -67,12 +67,12 @@ class Boxes:
 
 
 class _Runs:
-    """The runs of bytes of a chunk that adjoin in the tensor too, in order, all of one length."""
+    """The runs of bytes of a chunk that are contiguous in the tensor too, in order, all of one length."""
 
     def __init__(self, chunk: Chunk, shape: tuple[int, ...], width: int) -> None:
         self._chunk = chunk
         strides = [width * math.prod(shape[d + 1 :]) for d in range(len(shape))]
-        inner = len(shape)  # dimensions from here on are whole in the chunk, and so is their run
+        inner = len(shape)  # dimensions from here on are complete in the chunk, so they are one run
         while inner and chunk.sizes[inner - 1] == shape[inner - 1]:
             inner -= 1
         outer = max(0, inner - 1)
@@ -95,7 +95,7 @@ class _Runs:
         return at
 
     def read(self, first: int, stop: int, out: memoryview) -> None:
-        """Put what the chunk has of the tensor's bytes first:stop into `out`, by one read of the file."""
+        """Write the chunk's part of the tensor's bytes first:stop into `out`, reading the file once."""
         low = bisect_right(range(self._count), first - self.length, key=self._place)
         high = bisect_left(range(self._count), stop, key=self._place)
         if low >= high:
@@ -118,10 +118,10 @@ class _Runs:
 
 
 def require_tiling(name: str, shape: tuple[int, ...], boxes: Iterable[Box]) -> None:
-    """Raise InputError unless every number of the tensor is in exactly one box: they overlap, or leave holes.
+    """Raise InputError if boxes overlap or leave holes: every number of the tensor must be in exactly one box.
 
-    A sum of boxes is known by its corners, counted with alternating signs: it is the box `shape` if they cancel all
-    but that one's. It takes time in proportion to the number of chunks.
+    The corners of the boxes, with alternating signs, determine their sum: it is the box `shape` if all corners but
+    those of `shape` cancel. The time is proportional to the number of chunks.
     """
     boxes = [box for box in boxes if math.prod(box[1])]
     cut = [d for d in range(len(shape)) if any(offsets[d] or sizes[d] != shape[d] for offsets, sizes in boxes)]
@@ -142,13 +142,13 @@ def require_tiling(name: str, shape: tuple[int, ...], boxes: Iterable[Box]) -> N
 
 
 class ShardedFile(WeightsFile, ABC):
-    """A weights file whose tensors consist of chunks in other files; a subclass finds them.
+    """A weights file whose tensors consist of chunks in other files, which a subclass finds.
 
-    Two names have the same `storage` if they begin with the same chunk.
+    Two names have the same `storage` if their first chunk is the same.
     """
 
     scattered = True
-    frozen: frozenset[str] = frozenset()  # tensors that the state says were not trained; empty if it says nothing
+    frozen: frozenset[str] = frozenset()  # tensors that were not trained; empty if the state does not tell
 
     def __init__(self, path: Path) -> None:
         self.path, self.metadata, self.begin = path, None, {}
@@ -171,10 +171,10 @@ class ShardedFile(WeightsFile, ABC):
         return self._parts[path]
 
     def _join(self, tensors: Mapping[str, tuple[TensorSpec, Boxes]]) -> None:
-        """Take the tensors under the names that they have without the wrappers of a training run.
+        """Add the tensors under their names without the wrappers of a training run.
 
         Raises:
-            InputError: two names become one.
+            InputError: two names become equal.
         """
         found = {name: plain_name(name) for name in tensors}
         if twice := [name for name, count in Counter(found.values()).items() if count > 1]:
@@ -206,7 +206,7 @@ class ShardedFile(WeightsFile, ABC):
 
 
 class _Part(WeightsFile):
-    """A file of a sharded state, of which the state tells what lies where."""
+    """A file of a sharded state; the state has the places of its chunks."""
 
     def __init__(self, path: Path) -> None:
         self._open(path)
@@ -214,6 +214,6 @@ class _Part(WeightsFile):
 
 
 def plain_name(name: str) -> str:
-    """Return a tensor's name without what a training run's wrappers put there; `module` is one where it is first."""
+    """Return a tensor's name without the parts that wrappers add; `module` is a wrapper only at the start."""
     path = name.removeprefix("module.").split(".")
     return ".".join(part for part in path if part not in WRAPPERS or part == "module")

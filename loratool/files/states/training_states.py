@@ -1,4 +1,4 @@
-"""Find the weights in a folder in which a training run left its state in shards, and open them by a file's name."""
+"""Find the weights in a folder with a training run's sharded state, and open them by a file's name."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from .dtensor_file import RANK_FILE, DTensorFile
 from .sharded_file import ShardedFile
 from .zero_file import EARLIER, OPTIMIZER, ZeroFile
 
-# The names of the files by which a state is opened -> what opens it
+# Names of the files by which a state is opened -> its class
 STATES: dict[re.Pattern[str], type[ShardedFile]] = {
     re.compile(re.escape(METADATA)): DcpFile,
     OPTIMIZER: ZeroFile,
     RANK_FILE: DTensorFile,
 }
 
-LATEST = ("latest", "latest_universal")  # files of DeepSpeed's that name the folder of the last step
+LATEST = ("latest", "latest_universal")  # DeepSpeed's files that name the folder of the last step
 
-# A rank's file of DCP's in safetensors: nothing tells how large a tensor is of which all ranks have parts
+# A rank's DCP file in safetensors: it does not have the full shape of a tensor that is cut over the ranks
 RANK_SAFETENSORS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 
 def refuse_rank_file(path: Path) -> None:
-    """Raise InputError for a rank's part of a model in safetensors, in which tensors may be cut."""
+    """Raise InputError for a rank's part of a model in safetensors, where tensors may be cut."""
     if RANK_SAFETENSORS.fullmatch(path.name):
         raise InputError(
             "is one rank's part of a sharded state (DCP in safetensors), which does not tell how large the whole is",
@@ -36,15 +36,15 @@ def refuse_rank_file(path: Path) -> None:
 
 
 def opener(path: Path) -> type[ShardedFile] | None:
-    """Return what opens a file of a sharded state, by its name; None for any other file."""
+    """Return the class that opens a file of a sharded state, by its name; None for any other file."""
     return next((each for pattern, each in STATES.items() if pattern.fullmatch(path.name)), None)
 
 
 def find_state(folder: Path) -> Path | None:
-    """Return the file by which the weights of a training run in a folder are opened, None if there is no such run.
+    """Return the file by which a training run's weights in a folder are opened; None if there is no such state.
 
     Raises:
-        InputError: there are several, or only what holds no weights or is not read.
+        InputError: there are several, or only states without weights or in unsupported formats.
     """
     return _find_dcp(folder) or _find_zero(folder) or _find_ranks(folder)
 
@@ -97,7 +97,7 @@ def _find_ranks(folder: Path) -> Path | None:
 
 
 def _only(folder: Path, found: list[Path]) -> Path | None:
-    """Return the only one of the states found, None if there is none."""
+    """Return the only state found; None if there is none."""
     if len(found) > 1:
         names = ", ".join(str(path.relative_to(folder)) for path in found[:4])
         raise InputError(

@@ -1,10 +1,10 @@
-"""Read the weights in a training state of DeepSpeed's ZeRO, of stages 1 to 3, without torch or DeepSpeed.
+"""Read the weights in a training state of DeepSpeed's ZeRO, stages 1 to 3, without torch or DeepSpeed.
 
-The optimizer's files have the trained parameters in float32, as flat vectors. Of stages 1 and 2 a group of parameters
-is one vector, which the ranks' parts in a row make up; of stage 3 each parameter is cut into as many equal parts as
-there are ranks, and each rank has its parts of all. The model's files have the shapes, the buffers, and the parameters
-that were not trained, in the type that they have. Defined by microsoft/DeepSpeed: `deepspeed/utils/zero_to_fp32.py`,
-and what `save_checkpoint` of `deepspeed/runtime/engine.py` writes.
+The optimizer's files have the trained parameters in float32, as flat vectors. In stages 1 and 2 a group of parameters
+is one vector, the concatenation of the ranks' parts. In stage 3 each parameter is cut into one equal part per rank,
+and a rank's vector has its parts of all parameters. The model's files have the shapes, the buffers, and the parameters
+that were not trained, in their own types. Defined by microsoft/DeepSpeed: `deepspeed/utils/zero_to_fp32.py`, and
+`save_checkpoint` of `deepspeed/runtime/engine.py`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Vector:
 
 
 class _Row:
-    """Vectors in a row, as one."""
+    """Vectors, concatenated."""
 
     def __init__(self, vectors: Sequence[_Vector]) -> None:
         dtypes = {vector.dtype for vector in vectors}
@@ -70,7 +70,7 @@ class _Row:
         self.size = self._stops[-1]
 
     def cut(self, first: int, count: int, offset: int = 0) -> list[Chunk]:
-        """Return `count` numbers from `first` on, as chunks of a tensor from `offset` on; fewer at the end."""
+        """Return `count` numbers from `first` on, or fewer at the end, as chunks of a tensor from `offset` on."""
         chunks = []
         for index in range(bisect_right(self._stops, first), len(self._stops)):
             vector, start = self._vectors[index], self._stops[index] - self._vectors[index].size
@@ -83,17 +83,17 @@ class _Row:
 
 
 class ZeroFile(ShardedFile):
-    """A step's folder of ZeRO, opened by one of its optimizer's files.
+    """ZeRO's folder of a step, opened by one of its optimizer's files.
 
     Raises:
-        InputError: a file is missing, or does not fit the others; or the run had other parallelism than ZeRO's.
+        InputError: a file is missing or contradicts the others, or the run had parallelism other than ZeRO's.
     """
 
     file_format = "zero"
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Return the step's folder, and the one that it is in, which a trainer's configs are in."""
+        """Return the step's folder, and its parent, which has a trainer's configs."""
         return self.path.parent, self.path.parent.parent
 
     def _find(self) -> dict[str, tuple[TensorSpec, Boxes]]:
@@ -133,7 +133,7 @@ class ZeroFile(ShardedFile):
         return InputError(why, culprit=str(self.path.parent), remedy=remedy)
 
     def _optimizer_files(self, step: Path) -> list[Path]:
-        """Return the optimizer's files by rank; there may be holes, which the count tells."""
+        """Return the optimizer's files by rank. Ranks may be missing; the caller compares the count."""
         found = {path: OPTIMIZER.fullmatch(path.name) for path in step.iterdir()}
         ranks = sorted((int(match[2]), int(match[1]), path) for path, match in found.items() if match)
         if ranks[-1][0]:
@@ -156,7 +156,7 @@ class ZeroFile(ShardedFile):
         return _Vector(self._part(archive.path), spec.dtype, begin, spec.size)
 
     def _frozen(self, models: Sequence[TorchArchive]) -> dict[str, tuple[TensorSpec, Boxes]]:
-        """Return the parameters that were not trained: of stage 3 cut over the ranks, else whole."""
+        """Return the parameters that were not trained: cut over the ranks in stage 3, else complete."""
         found = {}
         for name, shape in (models[0].top.get("frozen_param_shapes") or {}).items():
             parts = [
@@ -169,7 +169,7 @@ class ZeroFile(ShardedFile):
     def _others(
         self, model: TorchArchive, found: dict[str, tuple[TensorSpec, Boxes]]
     ) -> dict[str, tuple[TensorSpec, Boxes]]:
-        """Return what was found and the rest of the model's state: shared parameters, buffers, what no rank trained."""
+        """Return `found` with the rest of the model's state: shared parameters, buffers, untrained parameters."""
         shared, buffers = model.top.get("shared_params") or {}, frozenset(_texts(model.top.get("buffer_names") or []))
         _texts(shared.values())
         trained = {*(found.keys() - self.frozen)}
@@ -193,14 +193,14 @@ class ZeroFile(ShardedFile):
 
 
 def _stage(state: Mapping[str, Any]) -> int:
-    """Return ZeRO's stage, which newer versions save as a member of an enumeration."""
+    """Return ZeRO's stage; newer versions save it as an enum member."""
     stage = state["zero_stage"]
     value = stage.args[0] if type(stage) is SavedObject else stage
     return value if type(value) is int else 0
 
 
 def _texts(values: Collection[Any]) -> Collection[str]:
-    """Return the values; raise ValueError unless all are text: a tuple of tuples can take for ever to hash."""
+    """Return the values; raise ValueError unless all are text, since nested tuples can take forever to hash."""
     if not all(type(value) is str for value in values):
         raise ValueError("a name that is no text")
     return values
@@ -221,7 +221,7 @@ def _tensor(name: str, shape: tuple[int, ...], chunks: Sequence[Chunk], dtype: s
 def _join_by_group(
     groups: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[_Vector]], paddings: Sequence[Sequence[int]] | None
 ) -> Iterator[tuple[str, tuple[TensorSpec, Boxes]]]:
-    """Yield the parameters of stages 1 and 2. Newer versions pad each; all pad a group to twice the number of ranks."""
+    """Yield the parameters of stages 1 and 2. Groups are padded to 2 x ranks; newer versions pad parameters too."""
     if uneven := next((len(vectors) for vectors in parts if len(vectors) != len(groups)), None):
         raise ValueError(f"a rank has {uneven} vectors, for {len(groups)} groups of parameters")
     for index, shapes in enumerate(groups):
@@ -240,7 +240,7 @@ def _join_by_group(
 def _join_by_parameter(
     groups: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[_Vector]]
 ) -> Iterator[tuple[str, tuple[TensorSpec, Boxes]]]:
-    """Yield the parameters of stage 3, whose parts are at the same place in every rank's vectors, put in a row."""
+    """Yield the parameters of stage 3: their parts are at the same place in every rank's vectors, concatenated."""
     rows, at = [_Row(vectors) for vectors in parts], 0
     if len({row.dtype for row in rows}) > 1:
         raise ValueError("the ranks have vectors of several types")

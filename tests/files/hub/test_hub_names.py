@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.errors import InputError
-from loratool.files.hub.names import HubName, base_fields, cached_name, parse_hub_name, shareable, told_name
+from loratool.files.hub.names import HubName, base_fields, cached_name, parse_hub_name, shareable, named_repo
 
 NAMES = {
     "org/name": ("org/name", None, ""),
@@ -128,14 +128,14 @@ def test_a_path_in_the_cache_tells_its_name() -> None:
 
 @pytest.mark.parametrize(("said", "name"), [("org/name", "org/name"), ("gpt2", ""), ("./a/b", ""), (None, "")])
 def test_the_name_that_a_file_tells(said: object, name: str) -> None:
-    assert told_name(said) == name
+    assert named_repo(said) == name
 
 
 @pytest.mark.parametrize(
     "said", ["https://x/a/b", "hf://datasets/a/b", "/home/me/model", "C:\\a\\b", "a/b@main", "a/b/c"]
 )
 def test_what_is_no_name_in_a_file_is_no_error(said: str) -> None:
-    assert told_name(said) == ""
+    assert named_repo(said) == ""
 
 
 def test_a_link_is_told_without_its_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
