@@ -1,4 +1,4 @@
-"""List the codecs: how files store weights, as tensors of floats or as codes with companions.
+"""The table of codecs: how files store weights, as tensors of floats or as codes with companions.
 
 A new codec is one file here and one row of the table.
 """
@@ -23,7 +23,7 @@ from .torchao import TorchaoFloat8, TorchaoInt8
 
 RAW = Raw()
 
-# The first that claims a tensor has it; `Raw` has what no other claims.
+# The first codec that claims a tensor gets it; `Raw` gets the rest.
 CODECS: dict[str, Codec] = {
     codec.key: codec
     for codec in (
@@ -55,9 +55,9 @@ CODECS: dict[str, Codec] = {
 
 
 def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
-    """Return the weights of several tensors by their logical names, and what is wrong with others, by their codes.
+    """Return the weights of several tensors by logical name, and the faults of others by the name of their codes.
 
-    The type alone tells all weights that are of one tensor.
+    Weights of one tensor are not included: the type determines their codec.
     """
     formats = [codec for codec in CODECS.values() if isinstance(codec, CodeFormat)]
     of_dtype = {dtype: [f for f in formats if dtype in f.code_dtypes] for f in formats for dtype in f.code_dtypes}
@@ -82,5 +82,5 @@ def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
 
 
 def codec_of(spec: TensorSpec) -> Codec:
-    """Return the codec of a tensor that is a weight by itself."""
+    """Return the codec of a weight that is one tensor."""
     return next((codec for codec in CODECS.values() if spec.dtype in codec.dtypes), RAW)

@@ -1,4 +1,4 @@
-"""Read and write AWQ as AutoAWQ's GEMM kernels have it: matrices (in, out) of nibbles, eight columns turned a word."""
+"""Read and write AWQ in the layout of AutoAWQ's GEMM kernels: (in, out) matrices of nibbles, eight columns per word."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Awq(ScaledCodes):
-    """A number is its code less its group's zero point, times its group's scale.
+    """A number is (code - zero point) * scale, with the zero point and scale of its group.
 
     Other versions (gemv, gemv_fast, llm-awq, marlin) have other layouts and are not read.
     Source: AutoAWQ 0.2.9, utils/packing_utils.py (dequantize_gemm).

@@ -1,4 +1,4 @@
-"""Read and write what bitsandbytes stores: 4-bit codes of a table with scales of flat blocks, and int8 rows.
+"""Read and write bitsandbytes' formats: 4-bit codes of a table with scales of flat blocks, and int8 rows.
 
 Source: bitsandbytes, functional.py (class QuantState), nn/modules.py (class Linear8bitLt).
 """
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
 TYPES = ("nf4", "fp4")
 
-STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in TYPES)  # ends of the names of descriptions
+STATES = tuple(f".quant_state.bitsandbytes__{kind}" for kind in TYPES)  # suffixes of the names of descriptions
 
-LARGEST = 4096  # block of bitsandbytes
+LARGEST = 4096  # bitsandbytes' largest block
 
 BEYOND = 2.0**128  # float32; a JSON's integer may be beyond any float
 
 LONGEST = 24  # characters of a float in JSON
 
-STEPS = 65536  # from -1 to 1, to which absmax are rounded before their codes are looked up
+STEPS = 65536  # from -1 to 1; absmax are rounded to them before their codes are looked up
 
 
 class Bitsandbytes4(ScaledCodes):
-    """nf4 and fp4: `table[code] * absmax`, one absmax for each block of the flat weight, whose rows a block may cross.
+    """nf4 and fp4: `table[code] * absmax`, with one absmax for each block of the flat weight. Blocks may cross rows.
 
-    Nested scales are codes too: `absmax = float32(nested_table[code] * nested_absmax) + offset` in float32, which is
-    how bitsandbytes itself has them.
+    Nested scales are codes too: `absmax = float32(nested_table[code] * nested_absmax) + offset`, in float32 as in
+    bitsandbytes.
     """
 
     key = "bitsandbytes-4bit"
-    ends = ("",)  # the codes have the weight's own name
-    code_dtypes = frozenset(("U8", "I8", "BF16", "F16", "F32"))  # FSDP shards codes that are called floats
+    ends = ("",)  # the codes have the weight's name
+    code_dtypes = frozenset(("U8", "I8", "BF16", "F16", "F32"))  # floats: FSDP shards codes under these types
 
     def weight_name(self, path: str, end: str) -> str:
         return path
@@ -116,7 +116,7 @@ class Bitsandbytes4(ScaledCodes):
 
 
 class BitsandbytesInt8(ScaledCodes):
-    """LLM.int8() (Dettmers et al. 2022): `(code * SCB) / 127`, one SCB a row."""
+    """LLM.int8() (Dettmers et al. 2022): `(code * SCB) / 127`, with one SCB per row."""
 
     key = "bitsandbytes-int8"
     ends = (".weight",)
@@ -154,7 +154,7 @@ class BitsandbytesInt8(ScaledCodes):
 
 
 class Bitsandbytes4Quantizer(Quantizer):
-    """Encode as bitsandbytes does, in float32 (backends/default/ops.py, quantize_4bit)."""
+    """Encodes like bitsandbytes, in float32 (backends/default/ops.py, quantize_4bit)."""
 
     def __init__(self, parts: Parts) -> None:
         columns, self.block = parts.shape[2], parts.detail("block")
@@ -177,7 +177,7 @@ class Bitsandbytes4Quantizer(Quantizer):
         blocks, rest, least = flat[:whole].reshape(-1, self.block), flat[whole:], np.float32(1e-38)
         absmax = np.abs(blocks).max(axis=1)
         scaled = (blocks * (1 / np.maximum(absmax, least))[:, None]).reshape(-1)
-        if len(rest):  # the last block is divided, and no absmax of it is 0
+        if len(rest):  # the last block is divided by its absmax, which is not 0
             last = np.maximum(np.abs(rest).max(), least)
             absmax, scaled = np.append(absmax, last), np.append(scaled, rest / last)
         place = np.zeros(len(scaled), np.uint8)
@@ -187,15 +187,15 @@ class Bitsandbytes4Quantizer(Quantizer):
         return codes.reshape(rows.shape), absmax
 
     def same(self, *roles: str, start: int = 0) -> list[Piece]:
-        """Return tensors that are as the other model has them, with the first rows."""
+        """Return tensors that are copied from the other model, with the first rows."""
         return [] if start else [(role, 0, self.parts[role].integers().tobytes()) for role in roles]
 
 
 class NestedQuantizer(Bitsandbytes4Quantizer):
-    """Encode absmax too, less their mean, as bitsandbytes does on the CPU (csrc/cpu_ops.cpp, quantize_cpu).
+    """Encodes absmax too, minus their mean, like bitsandbytes on the CPU (csrc/cpu_ops.cpp, quantize_cpu).
 
-    The mean is that of the exact sum. bitsandbytes reads the state from its JSON, which is padded with blanks, so that
-    its length is known before the mean is.
+    The mean is computed from the exact sum. The state's JSON is padded with blanks, so that its length is known before
+    the mean is; bitsandbytes accepts them.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -231,7 +231,7 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
         ]
 
     def encoded_absmax(self, absmax: Codes) -> tuple[Codes, Codes]:
-        """Return the codes of absmax less their mean, and the absmax of their blocks, all in float32."""
+        """Return the codes of absmax minus their mean, and the absmax of their blocks, all in float32."""
         import numpy as np
 
         each = self.parts.detail("nested")
@@ -253,7 +253,7 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
 
 
 class CrossingQuantizer(NestedQuantizer):
-    """Encode blocks that cross rows so. They are shown first for their order alone: then calls begin with a block."""
+    """Encodes blocks that cross rows. All rows are shown first, so that calls come in order and begin with a block."""
 
     sees_all = True
 
@@ -262,7 +262,7 @@ class CrossingQuantizer(NestedQuantizer):
 
 
 class Int8Quantizer(Quantizer):
-    """Encode as bitsandbytes does: the weights in float16, then in float32 (int8_vectorwise_quant)."""
+    """Encodes like bitsandbytes: the weights in float16, then in float32 (int8_vectorwise_quant)."""
 
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
         import numpy as np

@@ -1,7 +1,7 @@
-"""Tell which numbers of a weight share a scale, from the shape of the scales.
+"""Determine which numbers of a weight share a scale from the shape of the scales.
 
-A config's block size, if it fits, tells how a last block is cut off. Without one, blocks are squares or groups of
-columns whose side is a power of two, as all writers make them.
+If a config's block size fits, it determines how the last block is truncated. Without one, blocks are squares or groups
+of columns whose side is a power of two, like those of all writers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from .codec import Wide
     from .packing import Packing
 
-# A weight's columns have scales of their own, which its inputs are to be multiplied by, or an order of their own.
+# A weight's columns have their own scales, by which its inputs must be multiplied, or their own order.
 COLUMN_SCALES = (".pre_quant_scale", ".weight_g_idx")
 
-LONGEST = 1 << 16  # side of a block that a config may name
+LONGEST = 1 << 16  # the longest side of a block that a config may name
 
-POWERS = (16, 32, 64, 128, 256, 512)  # sides of blocks, where no config names them
+POWERS = (16, 32, 64, 128, 256, 512)  # sides of blocks if no config names them
 
 
 class BlockCodes(ScaledCodes):
-    """A format with a byte a code, float8 or integers, and one scale for each block that the detail names."""
+    """A format with one byte per code, float8 or integer, and one scale for each block; the detail has their size."""
 
     def packing(self, parts: Parts) -> Packing:
         from .packing import Plain
@@ -53,34 +53,34 @@ class BlockCodes(ScaledCodes):
 
 
 def refuse_column_scales(path: str, found: Found) -> None:
-    """Raise Fault if a weight's columns have scales or an order of their own."""
+    """Raise Fault if a weight's columns have their own scales or order."""
     for end in found.there(COLUMN_SCALES):
         if path + end in found.specs:
             raise Fault(f"{path + end} is beside it, and weights with one are not read")
 
 
 def block_of(
-    shape: tuple[int, ...], scale: TensorSpec, name: str, stated: Blocks = (), is_turned: bool = False
+    shape: tuple[int, ...], scale: TensorSpec, name: str, stated: Blocks = (), is_transposed: bool = False
 ) -> tuple[int, int]:
-    """Return the rows and columns that have one scale, 0 for all of them.
+    """Return the rows and columns of a block that has one scale, 0 for all of them.
 
     Args:
         name: of the scales.
-        stated: the blocks that a config names; the tensors decide.
-        is_turned: whether square experts, stored (in, out), have a scale for each column (fbgemm, Llama-4).
+        stated: the blocks that a config names; the tensors' shapes take precedence.
+        is_transposed: whether square experts, stored (in, out), have a scale for each column (fbgemm, Llama-4).
 
     Raises:
-        Fault: the scales are of no blocks of the weight.
+        Fault: the scales fit no blocks of the weight.
     """
     try:
-        return _block_of(shape, scale, stated, is_turned)
+        return _block_of(shape, scale, stated, is_transposed)
     except Fault as fault:
         raise Fault(f"{name} {fault}") from None
 
 
 @lru_cache(maxsize=1024)
-def _block_of(shape: tuple[int, ...], scale: TensorSpec, stated: Blocks, is_turned: bool) -> tuple[int, int]:
-    """Return the same, once for all weights of these shapes; the name of the scales is missing in the message."""
+def _block_of(shape: tuple[int, ...], scale: TensorSpec, stated: Blocks, is_transposed: bool) -> tuple[int, int]:
+    """Return the block of `block_of`, cached for all weights of these shapes; errors do not name the scales."""
     *stack, rows, columns = shape
     grid = scale.shape
     squares = [(-(-rows // high), -(-columns // wide)) for high, wide in stated if min(high, wide) > 1]
@@ -96,7 +96,7 @@ def _block_of(shape: tuple[int, ...], scale: TensorSpec, stated: Blocks, is_turn
         grid = (*grid, 1, 1)[: len(shape)]
     if len(grid) != len(stack) + 2 or grid[:-2] != tuple(stack):
         raise Fault(f"has the shape {scale.shape}, for a weight of {shape}")
-    if stack and grid[-2:] == (columns, 1) and (is_turned or rows != columns):
+    if stack and grid[-2:] == (columns, 1) and (is_transposed or rows != columns):
         return 0, 1
     named = [block for block in stated if max(block) <= LONGEST]
     for high, wide in chain(named, _usual_blocks(rows, columns, bool(stack))):
@@ -106,7 +106,7 @@ def _block_of(shape: tuple[int, ...], scale: TensorSpec, stated: Blocks, is_turn
 
 
 def _usual_blocks(rows: int, columns: int, is_stack: bool) -> Iterator[tuple[int, int]]:
-    """Yield the blocks that writers make; two of them have one grid only in a stack of columns fewer than a block's."""
+    """Yield the blocks that writers use. Two have the same grid only in a stack with fewer columns than a block."""
     yield from ((0, 0), (1, 0))
     if is_stack:
         yield 0, 1  # fbgemm
@@ -117,7 +117,7 @@ def _usual_blocks(rows: int, columns: int, is_stack: bool) -> Iterator[tuple[int
 
 
 def contradiction(block: tuple[int, int], stated: Blocks) -> str:
-    """Return what to say of a config that names other blocks than the tensors have; empty if it names these or none."""
+    """Return a note if a config names blocks other than the tensors'; empty if it names the same or none."""
     if not stated or block in stated:
         return ""
     found, said = (f"{high or 'all'} x {wide or 'all'}" for high, wide in (block, stated[0]))

@@ -1,8 +1,8 @@
-"""Define the seam of a codec: how the tensors that a file stores make up one weight, a matrix of numbers.
+"""The interface of a codec: how the stored tensors of a file make up one weight, a matrix of numbers.
 
-`Codec` reads rows as numbers, which is all that a plain type has. `CodeFormat` is a codec of codes: one small integer
-for each number, the same code for the same number wherever scale and offset are the same. From it follow reading,
-merging back into codes, and undo; their places in the file are the packing's matter, their numbers the format's.
+`Codec` reads rows as numbers, which is enough for plain types. `CodeFormat` is a codec of codes: one small integer for
+each number, the same code for the same number wherever scale and offset are the same. Reading, merging back into codes,
+and undo use it. The packing determines the codes' places in the file, and the format determines their numbers.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    Codes = npt.NDArray[Any]  # unsigned or signed integers, one code a number
+    Codes = npt.NDArray[Any]  # unsigned or signed integers, one code per number
     Wide = npt.NDArray[np.float64]
 
 
-LONG_ROW, STRIP = 1 << 16, 1 << 20  # bytes: a row of which single columns are read, and of rows read at a time
+LONG_ROW, STRIP = 1 << 16, 1 << 20  # bytes: of longer rows only columns are read; rows that are read at a time
 
-SMALL = 1 << 16  # bytes: of a description or a shape beside codes, at most
+SMALL = 1 << 16  # the most bytes of a description or a shape beside codes
 
 
 class Fault(ValueError):
-    """A fault of the tensors of a coded weight; it counts only if the weight is touched."""
+    """A fault in the tensors of a coded weight; it is reported only if the weight is used."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as its file has it: the bytes of its type."""
+    """A stored tensor: the bytes of its type."""
 
     file: WeightsFile
     name: str
@@ -50,11 +50,11 @@ class StoredTensor:
         return self.file.specs[self.name]
 
     def read(self, first: int, out: torch.Tensor) -> None:
-        """Read numbers of the stored type into `out`, which is contiguous, from the number `first` on."""
+        """Read numbers of the stored type from `first` on into `out`, which is contiguous."""
         self.file.read_numbers(self.name, first, out)
 
     def numbers(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Return numbers of the stored type, flat, from the number `first` on; by default all that follow."""
+        """Return numbers of the stored type, flat, from `first` on; by default all that follow."""
         import torch
 
         kind = getattr(torch, DTYPE_NAMES[self.spec.dtype])
@@ -65,13 +65,13 @@ class StoredTensor:
 
     @property
     def count(self) -> int:
-        """How many `integers` there are."""
+        """The number of `integers`."""
         return self.spec.nbytes if self.spec.dtype in BLOCK_TYPES else self.spec.size
 
     def integers(self, first: int = 0, count: int | None = None) -> Codes:
-        """Return the same of an integer type, or the bit patterns of another type, as unsigned integers.
+        """Return numbers of an integer type, or the bit patterns of another type as unsigned integers; flat.
 
-        Also of a type that an older torch does not have, as E8M0; of a type of blocks, all bytes.
+        This includes types that an older torch does not have, such as E8M0. For types of blocks it returns all bytes.
         """
         import torch
 
@@ -83,7 +83,7 @@ class StoredTensor:
         return out.numpy().view(f"u{itemsize}")
 
     def floats(self, first: int = 0, count: int | None = None) -> Wide:
-        """Return the same as float64, flat. E8M0 and bytes that mean it are the format's matter."""
+        """Return numbers as float64, flat. E8M0, and bytes that mean E8M0, are left to the format."""
         import numpy as np
         import torch
 
@@ -91,15 +91,15 @@ class StoredTensor:
 
         found = self.numbers(first, count)
         form = FORMS.get(found.dtype)
-        if form and found.itemsize == 1:  # of which `wide` knows no nan
+        if form and found.itemsize == 1:  # `wide` knows no nan of these
             return widen(found, torch.empty(found.shape, dtype=torch.float64)).numpy()
         with np.errstate(invalid="ignore"):  # a damaged tensor may have signaling nan
             return wide(codes(found), form).copy() if form else found.numpy().astype(np.float64)
 
     def box(self, rows: int, width: int, start: int, stop: int, first: int = 0) -> Codes:
-        """Return columns start:stop of `rows` rows of so many columns, from the number `first` on, as `integers`.
+        """Return columns start:stop of `rows` rows of `width` numbers from `first` on, as `integers`.
 
-        Some rows are read at a time, and of long ones only the columns, so that little more than the box is in memory.
+        Rows are read in strips, and only the columns of long rows, so memory is little more than the box.
         """
         import numpy as np
 
@@ -117,7 +117,7 @@ class StoredTensor:
         return out
 
     def float_box(self, rows: int, width: int, start: int, stop: int) -> Wide:
-        """Return the same of a float type as float64."""
+        """Return the `box` of a float type as float64, from the first number on."""
         import torch
 
         from ...numerics.forms import FORMS, wide
@@ -128,9 +128,9 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Found:
-    """All that a codec looks at to tell the weights of a checkpoint."""
+    """Everything from which a codec recognizes the weights of a checkpoint."""
 
-    specs: Mapping[str, TensorSpec]  # the stored tensors that no weight has yet
+    specs: Mapping[str, TensorSpec]  # the stored tensors that no weight has claimed yet
     declared: Mapping[str, Any] = field(default_factory=dict)  # the quantization config
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the files
     read: Callable[[str], bytes] = lambda name: b""  # the bytes of a small tensor
@@ -150,9 +150,9 @@ class Found:
         return {}
 
     def there(self, ends: tuple[str, ...]) -> tuple[str, ...]:
-        """Return those of the ends that any name may have, by the last parts of all names.
+        """Return the suffixes that some name may have, comparing the last parts of all names.
 
-        Most are nowhere, and a mixture of experts has tens of thousands of weights beside which each would be sought.
+        Most are absent, and a mixture of experts has tens of thousands of weights to search for each of them.
         """
         if ends not in self._there:
             last = {end: end.rpartition(".")[2] for end in ends}
@@ -160,17 +160,17 @@ class Found:
         return self._there[ends]
 
     def one_of(self, *names: str) -> str | None:
-        """Return the first of these tensors that is there."""
-        for name in names:  # no generator: some codecs ask for every tensor of a model
+        """Return the first of these names that is a tensor; None if none is."""
+        for name in names:  # no generator, for speed: some codecs ask for every tensor of a model
             if name in self.specs:
                 return name
         return None
 
     def need(self, name: str, *dtypes: str) -> TensorSpec:
-        """Return the spec of a tensor that a weight cannot do without.
+        """Return the spec of a tensor that a weight requires.
 
         Raises:
-            Fault: it is missing, or of none of these types.
+            Fault: it is missing, or has none of these types.
         """
         spec = self.specs.get(name)
         if spec is None:
@@ -180,14 +180,14 @@ class Found:
         return spec
 
     def need_small(self, name: str, *dtypes: str) -> TensorSpec:
-        """Return the same of a tensor that is read when the checkpoint is opened; Fault if it is large."""
+        """Return the `need` of a tensor that is read when the checkpoint is opened; raise Fault if it is large."""
         spec = self.need(name, *dtypes)
         if spec.nbytes > SMALL:
             raise Fault(f"{name} has {spec.nbytes} bytes, where a few hundred belong")
         return spec
 
     def shaped(self, name: str, shape: tuple[int, ...], *dtypes: str) -> TensorSpec:
-        """Return the same of a tensor that must have a shape; one number has any shape of size 1."""
+        """Return the `need` of a tensor that must have a shape; one number has any shape of size 1."""
         spec = self.need(name, *dtypes)
         if spec.shape != shape and not (spec.size == 1 and set(shape) <= {1}):
             raise Fault(f"{name} has the shape {spec.shape}, not {shape}")
@@ -197,7 +197,7 @@ class Found:
         """Read a tensor whose bytes are a JSON object.
 
         Raises:
-            Fault: they are not.
+            Fault: they are not an object.
         """
         self.need_small(name, "U8", "I8")
         try:
@@ -220,9 +220,9 @@ class StoredWeight:
     """The stored tensors that make up one weight."""
 
     codec: Codec
-    spec: TensorSpec  # of the weight: its shape, and "F64", or a narrower type that holds all its numbers
+    spec: TensorSpec  # of the weight: its shape, and "F64" or a narrower type that holds all its numbers
     tensors: tuple[str, ...]  # names, the codes first
-    roles: tuple[str, ...] = ("codes",)  # what each of them is to the codec
+    roles: tuple[str, ...] = ("codes",)  # the codec's role of each tensor
     detail: Mapping[str, Any] = field(default_factory=dict, hash=False)  # what its layout is, as the codec needs it
     note: str = ""  # what the user should know: that the config says otherwise
 
@@ -233,23 +233,23 @@ class StoredWeight:
 
     @property
     def kind(self) -> str:
-        """The way in which it is stored, as reports call it: the codec's key, or one of the codec's types."""
+        """The format's name in reports: the codec's key, or one of the codec's types."""
         return str(self.detail.get("type", self.codec.key))
 
     @property
     def format(self) -> CodeFormat:
-        """The codec of a weight that is stored as codes, as all weights of several tensors are."""
+        """The codec of the weight; all weights of several tensors are codes."""
         assert isinstance(self.codec, CodeFormat)
         return self.codec
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A coded weight with its stored tensors, to be read."""
+    """A coded weight with its stored tensors, for reading."""
 
     weight: StoredWeight
     tensors: Mapping[str, StoredTensor] = field(hash=False)  # by role
-    codes_spec: TensorSpec  # of the codes, which are not among the tensors on the way back: only `codes` reads them
+    codes_spec: TensorSpec  # of the codes; an undo does not have them among the tensors, since only `codes` reads them
 
     def __getitem__(self, role: str) -> StoredTensor:
         return self.tensors[role]
@@ -267,7 +267,7 @@ class Parts:
         return math.prod(stack), rows, columns
 
     def require_sound(self) -> None:
-        """Read the companions once, as `CodeFormat.check` does; raise InputError if they are damaged."""
+        """Run `CodeFormat.check` once; raise InputError if companions are damaged."""
         _ = self._is_sound
 
     @cached_property
@@ -276,28 +276,28 @@ class Parts:
         return True
 
     def damaged(self, role: str, what: str) -> InputError:
-        """Return the error for a companion that no writer of the format writes."""
+        """Return the error for a companion with content that no writer of the format writes."""
         return InputError(what, culprit=self.tensors[role].name, remedy="download the checkpoint anew")
 
 
 class Codec(ABC):
-    """Stored tensors <-> one weight, whose numbers are those that the format's formula gives in float64.
+    """Stored tensors <-> one weight, with the numbers that the format's formula gives in float64.
 
-    A weight's numbers are counted as they lie in its shape, the last dimension fastest. `columns` of them are a row,
-    the least that is decoded.
+    A weight's numbers are in the order of its shape, the last dimension fastest. `columns` of them are a row, the least
+    that is dequantized.
     """
 
     key: ClassVar[str]  # the name in CODECS, in undo files, messages and reports
-    dtypes: ClassVar[frozenset[str]] = frozenset()  # types whose tensors are weights of this codec by themselves
-    numbers: ClassVar[str] = "float64"  # torch's name of the type that rows are decoded to
+    dtypes: ClassVar[frozenset[str]] = frozenset()  # types of tensors that are complete weights of this codec
+    numbers: ClassVar[str] = "float64"  # torch's name of the type of dequantized rows
 
     def columns(self, spec: TensorSpec) -> int:
-        """Return the numbers of a row of a weight: of its last dimension, unless a codec decodes more or fewer."""
+        """Return how many numbers a row has: the last dimension, unless the codec dequantizes more or fewer."""
         return spec.shape[-1]
 
     @abstractmethod
     def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:
-        """Decode rows from `start` on into `out`, the same bits on every machine.
+        """Dequantize rows from `start` on into `out`, with the same bits on every machine.
 
         Args:
             out: (rows, columns), contiguous, on the CPU, of the type `numbers`.
@@ -308,14 +308,14 @@ Piece = tuple[str, int, bytes]  # of a stored tensor: its role, the first byte, 
 
 
 class Quantizer(ABC):
-    """Writes a weight in a format anew, with scales of its own, as the format's own software does.
+    """Encodes a weight with new scales, like the format's own software.
 
     Args:
-        parts: the weight as another model has it in this format, of which only layout, types and shapes count.
+        parts: the weight of another model in this format; only layout, types and shapes are used.
 
     Attributes:
-        sees_all: whether all rows must be shown before the first is written.
-        together: rows that share a scale: calls begin at their multiples. 0 for all rows of the weight in one order.
+        sees_all: whether `see` must get all rows before the first is encoded.
+        together: rows that share a scale; calls begin at multiples of it. 0: calls get all rows of the weight in order.
     """
 
     sees_all: ClassVar[bool] = False
@@ -324,19 +324,19 @@ class Quantizer(ABC):
         self.parts, self.together = parts, together
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Return the stored tensors that are written, by role."""
+        """Return the specs of the stored tensors that are written, by role."""
         return {role: tensor.spec for role, tensor in self.parts.tensors.items()}
 
     def see(self, rows: torch.Tensor) -> None:
-        """Look at rows, of a float type of 16 bits or more, in rising order; only if `sees_all`."""
+        """Inspect rows, of a float type of 16 bits or more, in rising order; only called if `sees_all`."""
         raise TypeError("it does not look first")
 
     @abstractmethod
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
-        """Return the codes of rows from `start` on, (rows, width), and what they are in the other tensors."""
+        """Return the codes of rows from `start` on, (rows, width), and the pieces of the other tensors for them."""
 
     def rounded(self, rows: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-        """Return rows rounded to a type, as float32, for software that encodes weights of this type.
+        """Return rows rounded to a type, as float32, for formats whose software encodes weights of this type.
 
         Raises:
             InputError: a number is too large for the type.
@@ -353,49 +353,49 @@ class Quantizer(ABC):
         return found
 
     def rest(self) -> list[Piece]:
-        """Return what is known once all rows were written; only if `together` is 0."""
+        """Return the pieces that depend on all rows; only called if `together` is 0."""
         return []
 
 
 class CodeFormat(Codec):
     """A codec of codes, with scales beside them.
 
-    Rows are those of all matrices of a stack, one after the other. Codes are integers of the type `code`; a row of
-    them may be wider than the weight's (`width`), by the padding of its last word.
+    The rows of all matrices of a stack follow each other. Codes are integers of the type `code`. A row of codes may be
+    wider than the weight's (`width`) by the padding of its last word.
     """
 
-    ends: ClassVar[tuple[str, ...]]  # of the names of codes
+    ends: ClassVar[tuple[str, ...]]  # suffixes of the names of codes
     code_dtypes: ClassVar[frozenset[str]]  # of the tensors that hold codes
     code: ClassVar[str] = "uint8"  # numpy's name of the type of one code
-    bits: ClassVar[int] = 4  # of a code, at most: fewer than 8 are too coarse for a LoRA's change
-    padding_has_scales: ClassVar[bool] = False  # a row's padding is what its scales are made of
+    bits: ClassVar[int] = 4  # the most bits of a code; fewer than 8 are too coarse for a LoRA's change
+    padding_has_scales: ClassVar[bool] = False  # a row's scales are in its padding
 
     @abstractmethod
     def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        """Return the weight whose codes are the tensor `name`, None if they are another format's.
+        """Return the weight whose codes are the tensor `name`; None if they are in another format.
 
         Args:
-            path: the name without its end.
+            path: the name without its suffix.
 
         Raises:
             Fault: they are of this format, but a companion is missing or of another shape.
         """
 
     def weight_name(self, path: str, end: str) -> str:
-        """Return the name that a weight has in a model that is not quantized. end: of the codes' name."""
+        """Return the name of a weight in an unquantized model. end: the suffix of the codes' name."""
         return f"{path}.weight"
 
     @abstractmethod
     def width(self, parts: Parts) -> int:
-        """Return the codes of a row, padding included."""
+        """Return the number of codes in a row, with padding."""
 
     def with_padding(self, parts: Parts, start: int, padding: Codes) -> Parts:
-        """Return a weight whose scales are made of the padding of rows from `start` on, if padding has any."""
+        """Return the weight with its scales taken from the padding of rows from `start` on, if they are there."""
         return parts
 
     @abstractmethod
     def row_multiple(self, parts: Parts) -> int:
-        """Return the number of rows whose codes share bytes: rows are written by so many at a time."""
+        """Return the number of rows whose codes share bytes; rows are written in multiples of it."""
 
     @abstractmethod
     def codes(self, parts: Parts, start: int, stop: int) -> Codes:
@@ -403,24 +403,24 @@ class CodeFormat(Codec):
 
     @abstractmethod
     def places(self, parts: Parts, start: int, codes: Codes) -> Iterator[tuple[int, bytes]]:
-        """Yield what codes of rows from `start` on are in the tensor of codes: (first byte, bytes).
+        """Yield the bytes in the tensor of codes for codes of rows from `start` on: (first byte, bytes).
 
         Args:
-            start: and the number of rows, multiples of `row_multiple`.
+            start: like the number of rows, a multiple of `row_multiple`.
             codes: (rows, width).
         """
 
     @abstractmethod
     def values(self, parts: Parts, start: int, codes: Codes) -> Wide:
-        """Return the numbers that codes of rows from `start` on mean: (rows, columns); padding is left out."""
+        """Return the numbers of codes of rows from `start` on, (rows, columns), without padding."""
 
     @abstractmethod
     def nearest(self, parts: Parts, start: int, numbers: Wide) -> Codes:
         """Return the codes nearest to numbers of rows from `start` on; 0.0 is +0. Undo files depend on each choice.
 
-        Ties go to even codes, or to the lower number in a format that says so (bitsandbytes).
+        Ties go to even codes, or to the lower number in a format with that rule (bitsandbytes).
 
-        Of numbers beyond the range it is the last code, of nan that of 0. Where a rounding of float64 decides between
+        Numbers beyond the range get the last code, and nan gets the code of 0. Where float64's rounding decides between
         two neighbors, it may be either, but the same on every machine.
 
         Args:
@@ -432,28 +432,28 @@ class CodeFormat(Codec):
 
     @abstractmethod
     def ordinals(self, parts: Parts, codes: Codes) -> Codes:
-        """Return int16 that order codes as their numbers before scale and zero point.
+        """Return int16 ordinals in the order of the codes' numbers before scale and zero point.
 
-        -0 stands just below +0, of equal numbers the highest code first, and nan last, negative ones first.
+        -0 is just below +0. Of equal numbers, the highest code is first. nan is last, negative ones first.
         """
 
     @abstractmethod
     def zero(self, parts: Parts) -> int:
-        """Return the code of +0, or of 0 with a zero point of 0: where it is the nearest, a code may be -0 instead."""
+        """Return the code of +0, or of 0 with a zero point of 0; where it is nearest, the code may be -0 instead."""
 
     @abstractmethod
     def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
-        """Return the codes of ordinals; IndexError if one is no code's."""
+        """Return the codes of ordinals; raise IndexError for an ordinal without a code."""
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
-        """Return what writes a weight anew as `parts` is stored, None if that takes more than its numbers."""
+        """Return a quantizer to the format of `parts`; None if it needs more than the weight's numbers."""
         return None
 
     def check(self, parts: Parts) -> None:
-        """Read the companions of a weight that is to be read or changed.
+        """Check the companions of a weight before it is read or changed.
 
         Raises:
-            InputError: a number among them is one that no writer of the format writes, nan for one.
+            InputError: a companion has a number that no writer of the format writes, such as nan.
         """
 
     def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:

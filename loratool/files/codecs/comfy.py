@@ -1,7 +1,7 @@
-"""Read and write the quantized layers of ComfyUI's files, which say what they are: in a tensor or in the metadata.
+"""Read and write the quantized layers of ComfyUI's files, which a tensor or the metadata describe.
 
-Its float8 with one scale is `Fp8`. Layers whose columns are rotated ("convrot") or whose codes are laid out for one
-kernel are not read: their codes are not of W.
+ComfyUI's float8 with one scale is `Fp8`. Layers with rotated columns ("convrot"), or with codes in the layout of one
+kernel, are not read: their codes are not those of W.
 
 Sources: ComfyUI, comfy/ops.py and comfy/quant_ops.py; comfy-kitchen, backends/eager/quantization.py.
 """
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from .codec import Codes, Wide
     from .packing import Packing
 
-LISTING = "_quantization_metadata"  # the key of a file's metadata that lists its layers
+LISTING = "_quantization_metadata"  # the key of a file's metadata with the list of its layers
 
-MARKER = ".comfy_quant"  # the end of a tensor whose bytes are a layer's description
+MARKER = ".comfy_quant"  # the suffix of a tensor whose bytes are a layer's description
 
 HIGH, WIDE = 128, 4  # rows and columns of a tile of scales
 
 
 def layer_config(path: str, found: Found) -> Mapping[str, Any] | None:
-    """Return ComfyUI's description of a layer, from the metadata or else from the tensor beside it; None without one.
+    """Return ComfyUI's description of a layer from the metadata, else from the tensor beside it; None without one.
 
     Raises:
-        Fault: the tensor holds no JSON.
+        Fault: the tensor is not JSON.
     """
     listed = _listed(found.metadata.get(LISTING, "{}")).get(path.removeprefix(found.prefix))
     if listed is not None:
@@ -89,7 +89,7 @@ class ComfyLayer(ScaledCodes):
 
 
 class ComfyInt8(ComfyLayer, BlockCodes):
-    """Integers times one scale, or one for each row."""
+    """Integers times one scale, or one scale for each row."""
 
     key = "comfy-int8"
     format = "int8_tensorwise"
@@ -106,9 +106,9 @@ class ComfyInt8(ComfyLayer, BlockCodes):
 
 
 class ComfyTiled(ComfyLayer):
-    """A layer with one scale for each `group` columns of a row, stored in tiles as cuBLAS reads them.
+    """A layer with one scale for each `group` columns of a row, stored in cuBLAS tiles.
 
-    ComfyUI pads weights to whole groups and tiles; the shape is the padded one, as the file has no other.
+    ComfyUI pads weights to complete groups and tiles. The shape is the padded one, since the file has no other.
     """
 
     group: ClassVar[int]

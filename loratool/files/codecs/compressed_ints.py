@@ -1,4 +1,4 @@
-"""Read and write integers of compressed-tensors: packed in words, or a byte each; modelopt's int8 is the same.
+"""Read and write compressed-tensors' integers, packed in words or one byte each; modelopt's int8 is the same.
 
 Scales and zero points are of groups of columns, rows, blocks or the whole tensor. Sources: compressed-tensors 0.20,
 compressors/pack_quantized, compressors/naive_quantized, quantization/lifecycle/forward_helpers.py.
@@ -30,7 +30,7 @@ KEPT = (".input_scale", ".input_zero_point", ".input_global_scale", ".output_sca
 
 
 class CompressedInts(ScaledCodes):
-    """A number is its code less a zero point, times a scale, in both layouts."""
+    """A number is (code - zero point) * scale, in both layouts."""
 
     def packing(self, parts: Parts) -> Packing:
         from .packing import Plain, Words
@@ -51,9 +51,9 @@ class CompressedInts(ScaledCodes):
         return Scales(scale.take(index, axis=1), 0, None if zero is None else zero.take(index, axis=1))
 
     def zeros(self, parts: Parts, block: tuple[int, int], start: int, stop: int) -> Wide | None:
-        """Return the zero points of rows start:stop, (rows, groups) or (1, groups), None if all are 0.
+        """Return the zero points of rows start:stop, (rows, groups) or (1, groups); None if all are 0.
 
-        Words of them go down the rows of each matrix.
+        They are packed in words down the rows of each matrix.
         """
         import numpy as np
 
@@ -88,7 +88,7 @@ class CompressedInts(ScaledCodes):
 
 
 class PackedInts(CompressedInts):
-    """`pack-quantized`: codes of 1 to 8 bits are streams of bits in words, and hold numbers plus 2**(bits - 1)."""
+    """`pack-quantized`: codes of 1 to 8 bits are bit streams in words; a code is its number plus 2**(bits - 1)."""
 
     key = "pack-quantized"
     ends = (".weight_packed",)
@@ -117,7 +117,7 @@ class PackedInts(CompressedInts):
 
 
 class PlainInts(CompressedInts):
-    """`int-quantized` and `naive-quantized`: signed integers of 8 bits, or of fewer in a byte each."""
+    """`int-quantized` and `naive-quantized`: signed integers of 8 bits or fewer, one byte each."""
 
     key = "int-quantized"
     ends = (".weight",)
@@ -148,7 +148,7 @@ def stored(
     """Return the weight with the companions that both layouts may have.
 
     Raises:
-        Fault: one of them is missing or of another shape.
+        Fault: a companion is missing or of another shape.
     """
     if found.declared.get("transform_config"):
         raise Fault("the config's transform_config says that it is rotated, which is not undone")
@@ -181,7 +181,7 @@ def stored(
 
 
 def weights_of(declared: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
-    """Yield the bits of integers that the config has as weights, and their format, group by group."""
+    """Yield the bits of the config's integer weights, and their format, group by group."""
     groups = declared.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None

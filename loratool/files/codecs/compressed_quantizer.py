@@ -1,7 +1,8 @@
-"""Write weights as integers of compressed-tensors anew, with the scales and zero points that its own rule gives.
+"""Encode weights as compressed-tensors' integers, with new scales and zero points by its rule.
 
-All is computed in the type of the scales, which the package has the weights in. Source: compressed-tensors 0.20,
-quantization/utils/helpers.py (calculate_qparams), quantization/lifecycle/forward_helpers.py (_quantize).
+Everything is computed in the type of the scales, which is the type of weights in the package. Source:
+compressed-tensors 0.20, quantization/utils/helpers.py (calculate_qparams), quantization/lifecycle/forward_helpers.py
+(_quantize).
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from .packing import Words, matrices
 if TYPE_CHECKING:
     from .codec import CodeFormat, Codes
 
-KEPT = ("codes", "scales", "zeros")  # what is computed; other companions are the imitated model's
+KEPT = ("codes", "scales", "zeros")  # the computed tensors; other companions are copied from the imitated model
 
 
 class IntQuantizer(Quantizer):
-    """Scales of groups of columns, of rows, or of blocks.
+    """Encodes with scales of groups of columns, of rows, or of blocks.
 
     Args:
-        codec: of the layout, which says how wide rows of codes are, and of which type.
+        codec: of the layout; it determines the width and type of rows of codes.
     """
 
     def __init__(self, codec: CodeFormat, parts: Parts) -> None:
@@ -100,13 +101,13 @@ class IntQuantizer(Quantizer):
         return [*pieces, ("zeros", above * groups * 4, np.ascontiguousarray(words).tobytes())]
 
     def kept(self) -> list[Piece]:
-        """Return the other companions, as the imitated model has them."""
+        """Return the other companions, copied from the imitated model."""
         others = {role: tensor for role, tensor in self.parts.tensors.items() if role not in KEPT}
         return [(role, 0, tensor.numbers().view(torch.uint8).numpy().tobytes()) for role, tensor in others.items()]
 
 
 class OneScaleQuantizer(IntQuantizer):
-    """One scale of a whole matrix."""
+    """Encodes with one scale for a matrix."""
 
     sees_all = True
 
@@ -125,10 +126,10 @@ class OneScaleQuantizer(IntQuantizer):
 
 
 def qparams(least: Tensor, most: Tensor, bits: int, is_symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the scales of blocks with these bounds, of the same type, and zero points as int8, None for none.
+    """Return the scales of blocks with these bounds, in their type, and zero points as int8, or None.
 
-    A block of zeros has the type's epsilon as its scale, and 0 as its zero point. Of bounds without dimensions the zero
-    point comes by float32, to which torch widens them, as in the package.
+    A block of zeros has the type's epsilon as its scale, and 0 as its zero point. For bounds without dimensions the
+    zero point is computed in float32, to which torch widens them, as in the package.
     """
     least, most, low = least.clamp(max=0), most.clamp(min=0), torch.tensor(-(1 << (bits - 1)), dtype=torch.float32)
     range_ = torch.tensor(2**bits - 1, dtype=least.dtype)

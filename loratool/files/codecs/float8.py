@@ -1,4 +1,4 @@
-"""Read 8-bit floats beside which no scale is, as ComfyUI stores them: each code is its own value."""
+"""Read 8-bit floats without scales, like ComfyUI's: each code is its own value."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class Float8(Codec):
-    """A float8 tensor, which a merge that keeps its type reads as it is stored (`TensorRef.as_stored`)."""
+    """A float8 tensor; a merge that keeps the type reads the stored bits (`TensorRef.as_stored`)."""
 
     key = "float8"
     dtypes = frozenset(FLOAT8)
-    numbers = "float32"  # which holds them all; torch has few operations on 8 bits
+    numbers = "float32"  # holds them all; torch has few operations on 8 bits
 
     def columns(self, spec: TensorSpec) -> int:
         return 1

@@ -1,4 +1,4 @@
-"""Read and write float8 with scales: of blocks (DeepSeek-V3), groups, rows, a whole tensor, of stacked experts.
+"""Read and write float8 with scales of blocks (DeepSeek-V3), groups, rows, a complete tensor, or stacked experts.
 
 Files of one format differ in the names of the tensors beside the codes.
 """
@@ -15,14 +15,14 @@ from .comfy import layer_config
 if TYPE_CHECKING:
     pass
 
-# The ends of the scales' name behind the weight's path: DeepSeek-V3 and transformers; compressed-tensors, modelopt,
+# Suffixes of the scales' name after the weight's path: DeepSeek-V3 and transformers; compressed-tensors, modelopt,
 # fbgemm and ComfyUI; Mistral; DeepSeek-V4; ComfyUI's old files
 SCALES = (".weight_scale_inv", ".weight_scale", ".qscale_weight", ".scale", ".scale_weight")
 
-# Behind the name of a parameter that is no module, such as gate_up_proj of experts
+# After the name of a parameter that is not a module, such as gate_up_proj of experts
 STACKED = ("_scale_inv", "_scale", "_weight_scale")
 
-# Ends of what else goes with the codes and is kept: scales of inputs, ComfyUI's description
+# Suffixes of other companions, which are copied: scales of inputs, ComfyUI's description
 KEPT = ("input_scale", "input_scale_inv", "activation_scale", "qscale_act", "scale_input", "comfy_quant")
 
 E8M0 = ("F8_E8M0", "U8")
@@ -33,7 +33,7 @@ COMFY_TYPES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # ComfyUI'
 
 
 class Fp8(BlockCodes):
-    """Codes of e4m3 or e5m2; a number is its code's, less the zero point if there is one, times the scale.
+    """Codes of e4m3 or e5m2; a number is (value of the code - zero point) * scale; few have a zero point.
 
     Sources: transformers, integrations/finegrained_fp8.py and fbgemm_fp8.py; compressed-tensors,
     compressors/naive_quantized; ComfyUI, comfy/ops.py and `convert_old_quants` of comfy/utils.py.
@@ -62,8 +62,8 @@ class Fp8(BlockCodes):
             raise Fault(f"{scales[0]} and {scales[1]} are both beside it")
         refuse_column_scales(path, found)
         scale = found.need(scales[0], *SCALE_TYPES)
-        is_turned = found.declared.get("quant_method") == "fbgemm_fp8"
-        block = block_of(spec.shape, scale, scales[0], found.blocks, is_turned)
+        is_transposed = found.declared.get("quant_method") == "fbgemm_fp8"
+        block = block_of(spec.shape, scale, scales[0], found.blocks, is_transposed)
         tensors = {"codes": name, "scales": scales[0]}
         if path + ".weight_zero_point" in found.specs:
             found.shaped(path + ".weight_zero_point", scale.shape)
@@ -79,7 +79,7 @@ class Fp8(BlockCodes):
         )
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
-        """Write anew what has no zero points; scales of powers of two only as transformers rounds them."""
+        """Return a quantizer if there are no zero points; power-of-two scales only in the rule of transformers."""
         from .fp8_fresh import INVERSE, Fp8Quantizer, Fp8Whole
 
         is_rounded = parts.detail("power_of_two") and not parts["scales"].name.endswith(INVERSE)

@@ -1,6 +1,6 @@
-"""Write float8 anew, with scales from the largest number of each block, as the formats' own software does.
+"""Encode float8 with new scales from the largest number of each block, like the formats' own software.
 
-Every operation is one of torch on single elements, or a maximum: the bytes are the same on every machine.
+All operations are torch's elementwise operations and maxima, so the bytes are the same on every machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LARGEST = 448.0  # of e4m3
 
 E8M0 = ("F8_E8M0", "U8")
 
-INVERSE = ("_scale_inv", ".scale")  # ends of scales of DeepSeek's models, which transformers writes
+INVERSE = ("_scale_inv", ".scale")  # suffixes of scales of DeepSeek's models, which transformers writes
 
 
 class Fp8Quantizer(Quantizer):
@@ -64,7 +64,7 @@ class Fp8Quantizer(Quantizer):
         return codes, [*self.kept(start), ("scales", place, scale.view(torch.uint8).numpy().tobytes())]
 
     def kept(self, start: int) -> list[Piece]:
-        """Return, with the first row, what is taken over: scales of inputs, ComfyUI's description."""
+        """Return the companions to copy, with the first row: scales of inputs, ComfyUI's description."""
         others = [role for role in self.parts.tensors if role not in ("codes", "scales")] if start == 0 else []
         return [(role, 0, self.parts[role].integers().tobytes()) for role in others]
 
@@ -89,7 +89,7 @@ class Fp8Quantizer(Quantizer):
 
 
 class Fp8Whole(Fp8Quantizer):
-    """e4m3 with scales that all rows of a matrix share, which are seen first."""
+    """e4m3 with scales that all rows of a matrix share; `see` gets the rows first."""
 
     sees_all = True
 
@@ -115,7 +115,7 @@ class Fp8Whole(Fp8Quantizer):
 def _by_quotient(
     rows: torch.Tensor, largest: torch.Tensor, spread: Spread, dtype: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales, amax / 448, and x / scale, in the type of rows and scales; for zeros the type's epsilon.
+    """Return scales, amax / 448, and x / scale, in the type of rows and scales; the scale of zeros is its epsilon.
 
     Source: compressed-tensors, `calculate_qparams` in quantization/utils/helpers.py and `_quantize` in
     quantization/lifecycle/forward_helpers.py.
@@ -126,16 +126,15 @@ def _by_quotient(
     kind = torch.promote_types(rows.dtype, stored)
     scale = (largest.to(kind) / LARGEST).to(stored)
     scale[scale == 0] = torch.finfo(stored).eps
-    return scale, rows.to(kind) / spread(scale.to(kind)) + 0  # the zero point, which makes +0 of -0
+    return scale, rows.to(kind) / spread(scale.to(kind)) + 0  # adding the zero point turns -0 into +0
 
 
 def _by_inverse(
     rows: torch.Tensor, largest: torch.Tensor, spread: Spread, dtype: str, power_of_two: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales, 1 / (448 / amax), and x * (448 / amax), in float32; for zeros 1.
+    """Return scales, 1 / (448 / amax), and x * (448 / amax), in float32; the scale of zeros is 1.
 
-    A scale that is stored as a power of two, the least that is not below, or in another type, is the one that x is
-    divided by.
+    If scales are stored as powers of two (rounded up) or in another type, x is divided by the stored scale.
     Source: transformers, `Fp8Quantize` in integrations/finegrained_fp8.py.
     """
     import torch

@@ -1,8 +1,8 @@
-"""Read and write the block-quantized tensors of GGUF files, whose scales lie among the codes (`gguf_blocks`).
+"""Read and write the block-quantized tensors of GGUF files; their scales are among the codes (`gguf_blocks`).
 
-A row of codes is followed by its scales: those are the row's padding, so that what is read can be written again by
-itself. The numbers are those of the format's formula in float64, of which llama.cpp computes float32: rounded, they are
-its numbers. A tensor `*.scale` beside `*.weight` is one more factor, one number or one for each expert.
+A row of codes is followed by its scales as padding, so that a row can be written back from the codes alone. The
+numbers are those of the format's formula in float64. llama.cpp computes it in float32; rounded, they are its numbers. A
+tensor `*.scale` beside `*.weight` is one more factor: one number, or one for each expert.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .codec import Codes, Wide
     from .gguf_blocks import BlockLayout, Blocks
 
-# The types that are read -> the bits of a code. Of the others, IQ1 to IQ3 have codebooks that were found by search,
-# and Q8_1 and Q8_K are of what is computed on the way and never stored.
+# Supported types -> the bits of a code. Of the others, IQ1 to IQ3 have codebooks that were found by search, and Q8_1
+# and Q8_K are for intermediate results and never stored.
 BITS = {
     "Q8_0": 8, "Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6,
     "IQ4_NL": 4, "IQ4_XS": 4, "MXFP4": 4, "NVFP4": 4, "TQ1_0": 2, "TQ2_0": 2, "Q1_0": 1, "Q2_0": 2,
@@ -28,7 +28,7 @@ BITS = {
 
 
 class GgmlBlocks(ScaledCodes):
-    """A tensor of one of ggml's block types."""
+    """A tensor in one of ggml's block types."""
 
     key = "ggml"
     ends = ("",)
@@ -101,7 +101,7 @@ class GgmlBlocks(ScaledCodes):
         return BlockQuantizer(parts) if known else None
 
     def check(self, parts: Parts) -> None:
-        """Raise InputError for a scale that is nan or infinite, or bytes that do not come back from their codes."""
+        """Raise InputError for a nan or infinite scale, or for bytes that their codes do not reproduce."""
         import numpy as np
 
         columns, packing = parts.weight.spec.shape[-1], self.packing(parts)

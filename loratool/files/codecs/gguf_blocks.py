@@ -1,7 +1,7 @@
-"""Say how ggml's blocks are made: where the codes of their numbers lie, and what their scales are, type by type.
+"""The layout of ggml's blocks: the places of codes and the formulas of scales, type by type.
 
-A row of a matrix is blocks, one after the other. A block is codes, planes of one or more bits each, and a head, which
-is all its other bytes: the scales. Sources: ggml/src/ggml-common.h (the structs) and ggml/src/ggml-quants.c
+A row of a matrix is a sequence of blocks. A block has codes, as planes of one or more bits each, and a head: all its
+other bytes, which are the scales. Sources: ggml/src/ggml-common.h (the structs) and ggml/src/ggml-quants.c
 (dequantize_row_*) of llama.cpp.
 """
 
@@ -23,17 +23,17 @@ Head = Callable[[Codes], tuple[Wide, Wide | None]]  # heads (n, bytes) -> scales
 
 
 class Plane(NamedTuple):
-    """Bits of the codes. Of each `run` bytes, the first numbers are in the lowest bits, `run` of them, and so on up."""
+    """A plane of bits of the codes. The lowest bits of each `run` bytes are the first `run` numbers', and so on up."""
 
     first: int  # byte of the block
     bits: int  # of a number
     run: int
-    to: int = 0  # the bit of the code that the lowest of them is
+    to: int = 0  # the position in the code of the lowest of these bits
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The codes of rows of blocks, each row followed by its heads as its padding."""
+    """The codes of rows of blocks; each row is followed by its heads as padding."""
 
     columns: int
     layout: BlockLayout
@@ -65,7 +65,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """A type's blocks. A number is `level * scale + offset`, of the code's level and its group's scale and offset."""
+    """A type's blocks. A number is `level * scale + offset`: its code's level, its group's scale and offset."""
 
     kind: str  # a key of BLOCK_TYPES
     levels: Levels
@@ -83,7 +83,7 @@ class BlockLayout:
 
     @cached_property
     def head(self) -> Codes:
-        """The places of the bytes that are no codes."""
+        """The places of the bytes that are not codes."""
         taken = np.zeros(self.nbytes, np.bool_)
         for plane in self.planes:
             taken[plane.first : plane.first + self.numbers * plane.bits // 8] = True
@@ -111,7 +111,7 @@ class BlockLayout:
 
 
 class Ternary(BlockLayout):
-    """TQ1_0: five numbers of -1, 0 or 1 a byte, as the digits of a fraction in base 3; in the last four bytes, four."""
+    """TQ1_0: a byte has five numbers -1, 0 or 1 as digits of a fraction in base 3; the last four bytes have four."""
 
     runs = ((0, 32, 5), (32, 16, 5), (48, 4, 4))  # first byte, bytes, digits of each
 
@@ -167,7 +167,7 @@ def _q3_k(head: Codes) -> tuple[Wide, None]:
 
 
 def _q45_k(head: Codes) -> tuple[Wide, Wide]:
-    """8 scales and 8 mins of 6 bits: of 0..3 whole, whose two spare bits are the high bits of 4..7."""
+    """8 scales and 8 mins of 6 bits: 0..3 in a byte each; the two spare bits of these are the high bits of 4..7."""
     both, scale, least, low = _halves(head[:, :4]), head[:, 4:8], head[:, 8:12], head[:, 12:]
     scales = np.concatenate((scale & 63, (low & 15) | (scale >> 6) << 4), axis=1)
     mins = np.concatenate((least & 63, low >> 4 | (least >> 6) << 4), axis=1)
@@ -187,12 +187,12 @@ def _iq4_xs(head: Codes) -> tuple[Wide, None]:
 
 
 def _e8m0(head: Codes) -> tuple[Wide, None]:
-    """A power of two, and no nan."""
+    """A power of two; no pattern is nan."""
     return np.ldexp(1.0, head.astype(np.intc) - 127), None
 
 
 def _ue4m3(head: Codes) -> tuple[Wide, None]:
-    """Floats of 4 and 3 bits without a sign, of which the largest pattern is 0."""
+    """Floats of 4 and 3 bits without a sign; the largest pattern means 0."""
     exponent, fraction = (head >> 3 & 15).astype(np.intc), (head & 7).astype(np.float64)
     found = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(1 + fraction / 8, exponent - 7))
     return np.where(head == 0x7F, 0.0, found), None

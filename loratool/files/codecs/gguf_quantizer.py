@@ -1,4 +1,4 @@
-"""Write rows as ggml's blocks of Q8_0, Q4_0 and Q4_1, as llama.cpp's reference functions do, in float32.
+"""Encode rows as ggml's blocks of Q8_0, Q4_0 and Q4_1 like llama.cpp's reference functions, in float32.
 
 Source: quantize_row_q8_0_ref, quantize_row_q4_0_ref and quantize_row_q4_1_ref in ggml/src/ggml-quants.c. Other types
 search for their scales, or weigh their errors by data.
@@ -29,13 +29,13 @@ def _first(numbers: Single, at: npt.NDArray[np.intp]) -> Single:
 
 
 def _inverse(scale: Single) -> Single:
-    """Return 1 / scale, and 0 where this is infinite: as float16 the scale is 0 there."""
+    """Return 1 / scale, or 0 where it is infinite: the scale is 0 in float16 there."""
     found = np.float32(1) / scale
     return np.where(np.isfinite(found), found, np.float32(0))
 
 
 def _q8_0(numbers: Single) -> tuple[Codes, Single]:
-    """Halves go away from 0."""
+    """Encode Q8_0; halves round away from 0."""
     scale = np.abs(numbers).max(axis=1, keepdims=True) / np.float32(127)
     found = numbers * _inverse(scale)
     whole = np.trunc(found)
@@ -44,7 +44,7 @@ def _q8_0(numbers: Single) -> tuple[Codes, Single]:
 
 
 def _q4_0(numbers: Single) -> tuple[Codes, Single]:
-    """The number of largest size, the first of several, is -8 scales; of a -0 it is +0."""
+    """Encode Q4_0: the first number of largest size is -8 times the scale; the scale for -0 is +0."""
     scale = (_first(numbers, np.abs(numbers).argmax(axis=1)) + np.float32(0)) / np.float32(-8)
     return (numbers * _inverse(scale) + np.float32(8.5)).clip(0, 15).astype(np.uint8), scale
 
@@ -60,7 +60,7 @@ ENCODERS: dict[str, Encoder] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}
 
 
 class BlockQuantizer(Quantizer):
-    """Encode a tensor of a type of ENCODERS; the scales follow a row's codes, as its padding."""
+    """Encodes a tensor of a type in ENCODERS; the scales follow a row's codes as padding."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)

@@ -1,8 +1,8 @@
 """Read and write GPTQ: matrices (in, out) of codes and zero points in words, and a scale for each group of columns.
 
-The group of each column stands in `g_idx`, in any order (act-order); without it, groups follow each other. Zero points
-are stored less 1 where the config's `checkpoint_format` is "gptq" or none, and as they are where it is "gptq_v2".
-No tensor tells the two apart.
+`g_idx` has the group of each column, in any order (act-order); without it, groups follow each other. Zero points are
+stored minus 1 if the config's `checkpoint_format` is "gptq" or missing, and unchanged if it is "gptq_v2". No tensor
+distinguishes the two.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLOATS = ("F16", "BF16", "F32")  # of scales
 
 
 class Gptq(ScaledCodes):
-    """A number is its code less its group's zero point, times its group's scale.
+    """A number is (code - zero point) * scale, with the zero point and scale of its group.
 
     Sources: AutoGPTQ 0.7.1, nn_modules/qlinear/qlinear_cuda.py; GPTQModel 7.7, utils/model.py (v1 and v2).
     """
@@ -80,7 +80,7 @@ class Gptq(ScaledCodes):
         """Return the zero points of rows start:stop, (rows, groups).
 
         Raises:
-            InputError: one is stored less 1 and below 0, which some readers take as 0 and others as 2**bits.
+            InputError: one is stored minus 1 and is below 0; some readers treat it as 0, others as 2**bits.
         """
         from .packing import cut, span
 
@@ -105,10 +105,10 @@ class Gptq(ScaledCodes):
 
 
 def matrix(name: str, spec: TensorSpec) -> tuple[int, int]:
-    """Return the rows and columns of a tensor that must have both.
+    """Return the rows and columns of a tensor.
 
     Raises:
-        Fault: it has not.
+        Fault: it does not have two dimensions.
     """
     if len(spec.shape) != 2 or not spec.size:
         raise Fault(f"{name} has the shape {spec.shape}, which is no matrix")
@@ -116,10 +116,10 @@ def matrix(name: str, spec: TensorSpec) -> tuple[int, int]:
 
 
 def stored_less(declared: Any) -> int:
-    """Return what zero points are stored less: 1 in GPTQ's first format, 0 in its second.
+    """Return the number that stored zero points lack: 1 in GPTQ's first format, 0 in its second.
 
     Raises:
-        Fault: the config does not say which it is, or another.
+        Fault: the config names neither format.
     """
     if declared.get("quant_method") != "gptq":
         raise Fault("no quantization config says whether its zero points are those of gptq or of gptq_v2")
@@ -130,10 +130,10 @@ def stored_less(declared: Any) -> int:
 
 
 def group_size(name: str, columns: int, groups: int, declared: Any) -> int:
-    """Return the columns that share a scale, where groups follow each other; the config's, if the scales fit it.
+    """Return the columns of a group if groups follow each other; the config's number if the scales fit it.
 
     Raises:
-        Fault: so many columns make no such groups.
+        Fault: the columns cannot be divided into so many groups.
     """
     stated = declared.get("group_size", declared.get("q_group_size"))
     if type(stated) is int and stated > 0 and -(-columns // stated) == groups:
@@ -144,10 +144,10 @@ def group_size(name: str, columns: int, groups: int, declared: Any) -> int:
 
 
 def column_groups(parts: Parts, groups: int) -> tuple[Codes, int]:
-    """Return the group of each column, and the size of groups that follow each other, 0 if they do not.
+    """Return the group of each column, and the size of the groups, or 0 if they do not follow each other.
 
     Raises:
-        InputError: a column has a group that there is not.
+        InputError: a column's group does not exist.
     """
     import numpy as np
 
@@ -159,7 +159,7 @@ def column_groups(parts: Parts, groups: int) -> tuple[Codes, int]:
 
 
 def disagreement(declared: Any, bits: int) -> str:
-    """Return what to tell of a config that has another number of bits for all modules."""
+    """Return a note if the config has another number of bits for all modules."""
     stated = declared.get("bits")
     is_other = type(stated) is int and stated != bits and not declared.get("dynamic")
     return f"the config says {stated} bits, the tensors have {bits}" if is_other else ""

@@ -1,7 +1,7 @@
 """Read and write MLX's quantized weights: affine ones of 1 to 8 bits, and its float modes mxfp4, nvfp4 and mxfp8.
 
-The words of a row are one stream of bits. Shapes tell only the product of bits and group, so that the config decides:
-`quantization` with `group_size`, `bits` and `mode`, and for single modules a config of their own, or false.
+The words of a row are one stream of bits. Shapes determine only the product of bits and group size, so the config
+decides: `quantization` with `group_size`, `bits` and `mode`, and for single modules their own config, or false.
 
 Source: mlx, mlx/ops.cpp (quantize); mlx-lm, utils.py (load_model).
 """
@@ -28,9 +28,9 @@ WIDTHS, GROUPS = (1, 2, 3, 4, 5, 6, 8), (32, 64, 128)  # bits and group sizes of
 
 MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # of floats -> bits, group size
 
-E4M3_SCALES = "e4m3 scales"  # the role of bytes that mean e4m3, where others mean powers of two
+E4M3_SCALES = "e4m3 scales"  # the role of scale bytes that mean e4m3; others mean powers of two
 
-PER_GLOBAL = 448.0 * 6.0  # nvfp4's global scale is the largest number, that of e4m3 times that of e2m1
+PER_GLOBAL = 448.0 * 6.0  # the largest e4m3 times the largest e2m1; nvfp4's global scale is the largest number
 
 
 class MlxAffine(ScaledCodes):
@@ -55,7 +55,7 @@ class MlxAffine(ScaledCodes):
         return StoredWeight(self, TensorSpec("F64", shape), (name, scale, bias), roles, detail, note)
 
     def layout(self, path: str, groups: int, words: int, found: Found) -> tuple[int, int, str]:
-        """Return the bits, the group size, and where the config contradicts them."""
+        """Return the bits, the group size, and a note if the config contradicts them."""
         fits = [(width, size) for width in WIDTHS for size in GROUPS if width * size * groups == 32 * words]
         stated = _stated(path, found)
         says = (stated.get("bits", 4), stated.get("group_size", 64)) if stated else None  # MLX's own defaults
@@ -88,9 +88,9 @@ class MlxAffine(ScaledCodes):
 
 
 class MlxQuantizer(Quantizer):
-    """Encode as mlx does on the CPU: in float32, of weights in the type of the scales.
+    """Encodes like mlx on the CPU: in float32, from weights in the type of the scales.
 
-    The number of largest magnitude and zero are codes' numbers, if that leaves a scale; with one bit the extremes are.
+    The number of largest magnitude and zero are exact unless the scale would be 0; with one bit the extremes are exact.
     """
 
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
@@ -200,7 +200,7 @@ def _bytes(numbers: npt.NDArray[np.float32], kind: torch.dtype) -> bytes:
 
 
 def _groups(spec: TensorSpec, found: Found, scale: str) -> int:
-    """Return the scales of a row."""
+    """Return the number of scales in a row."""
     shape = found.specs[scale].shape
     if shape[:-1] != spec.shape[:-1]:
         raise Fault(f"{scale} has the shape {shape}, for words of {spec.shape}")
@@ -212,6 +212,6 @@ def _product(width: Any, size: Any) -> int:
 
 
 def _stated(path: str, found: Found) -> Mapping[str, Any]:
-    """Return what the config says of a module."""
+    """Return the config of a module."""
     each = found.declared.get(path.removeprefix(found.prefix))
     return each if isinstance(each, Mapping) else found.declared

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 GROUP = 32  # columns that have one scale
 
-KEPT = (".input_global_scale", ".input_scale")  # of activations, which go with the codes
+KEPT = (".input_global_scale", ".input_scale")  # of activations; copied with the codes
 
 
 class Fp4(ScaledCodes):
@@ -34,7 +34,7 @@ class Fp4(ScaledCodes):
         return E2M1
 
     def coded(self, name: str, companions: dict[str, str], found: Found, group: int) -> StoredWeight:
-        """Return the weight of these codes and companions, role -> name, of which "scales" has one for each group.
+        """Return the weight of these codes and companions, role -> name; "scales" must have one for each group.
 
         Raises:
             Fault: the scales are of another shape.
@@ -51,7 +51,7 @@ class Fp4(ScaledCodes):
 
 
 class RowMxfp4(Fp4):
-    """Scales that lie as the groups of a row do."""
+    """Scales in the order of a row's groups."""
 
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
         return Scales(self.grid(parts, "scales", (1, GROUP), start, stop), GROUP)
@@ -77,7 +77,7 @@ class PackedMxfp4(RowMxfp4):
 
 
 class DeepSeekFp4(RowMxfp4):
-    """The experts of DeepSeek-V4: bytes that are called I8 (transformers, integrations/finegrained_fp8.py)."""
+    """The experts of DeepSeek-V4: bytes with the dtype I8 (transformers, integrations/finegrained_fp8.py)."""
 
     key = "deepseek-fp4"
     ends = (".weight",)
@@ -93,8 +93,8 @@ class DeepSeekFp4(RowMxfp4):
 class Mxfp4(Fp4):
     """The experts of gpt-oss (transformers, integrations/mxfp4.py).
 
-    Codes are (experts, out, in / 32, 16) bytes and scales (experts, out, in / 32), but the weight is (experts, in,
-    out), as the model has it: 32 of its rows share the scales.
+    Codes are (experts, out, in / 32, 16) bytes and scales (experts, out, in / 32), but the model's weight is (experts,
+    in, out): 32 of its rows share the scales.
     """
 
     key = "mxfp4"
@@ -114,9 +114,9 @@ class Mxfp4(Fp4):
         return StoredWeight(self, spec, (name, f"{path}_scales"), ("codes", "scales"))
 
     def packing(self, parts: Parts) -> Packing:
-        from .packing import TurnedNibbles
+        from .packing import TransposedNibbles
 
-        return TurnedNibbles(*parts.weight.spec.shape[1:])
+        return TransposedNibbles(*parts.weight.spec.shape[1:])
 
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
         import numpy as np
@@ -137,7 +137,7 @@ class Mxfp4(Fp4):
 
 
 class PackedMxfp4Quantizer(Quantizer):
-    """Encode as compressed-tensors does."""
+    """Encodes like compressed-tensors."""
 
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
         codes, scales = encoded(rows.double().numpy().reshape(len(rows), -1, GROUP), 2)
@@ -145,7 +145,7 @@ class PackedMxfp4Quantizer(Quantizer):
 
 
 class Mxfp4Quantizer(Quantizer):
-    """Encode as compressed-tensors does, along the model's input, which is down the rows."""
+    """Encodes like compressed-tensors, along the model's input, which is down the rows."""
 
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
         from .packing import matrices
@@ -163,9 +163,9 @@ class Mxfp4Quantizer(Quantizer):
 
 
 def encoded(numbers: Wide, axis: int) -> tuple[Codes, Codes]:
-    """Return the codes of numbers in their shape, and the E8M0 scales of the groups along an axis, without it.
+    """Return the codes of numbers in their shape, and the E8M0 scales of the groups along an axis, without that axis.
 
-    A scale takes the largest number to between 3.5 and 7, where 6 is the last code (compressed-tensors,
+    A scale brings the largest number to between 3.5 and 7; the last code is 6 (compressed-tensors,
     quantization/utils/mxfp_utils.py). Negative numbers that round to zero are -0.
     """
     import numpy as np
@@ -181,6 +181,6 @@ def encoded(numbers: Wide, axis: int) -> tuple[Codes, Codes]:
 
 
 def kept(path: str, found: Found) -> dict[str, str]:
-    """Return the companions of activations that are there, role -> name."""
+    """Return the companions of activations that exist, role -> name."""
     names = [path + end for end in KEPT if path + end in found.specs]
     return {f"input {at}": name for at, name in enumerate(names)}

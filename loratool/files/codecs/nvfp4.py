@@ -1,6 +1,6 @@
-"""Read and write nvfp4: e2m1 with an e4m3 scale for each 16 columns and one float32 scale of them all.
+"""Read and write nvfp4: e2m1 with an e4m3 scale for each 16 columns and one float32 global scale.
 
-compressed-tensors divides by that one, modelopt multiplies with it.
+compressed-tensors divides by the global scale, modelopt multiplies by it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ModeloptNvfp4(Fp4):
         if second not in found.specs or len(found.specs[name].shape) < 2:
             return None
         if f"{path}.comfy_quant" in found.specs or path.removeprefix(found.prefix) in listed_layers(found.metadata):
-            return None  # ComfyUI has another order of nibbles and scales
+            return None  # ComfyUI's order of nibbles and scales differs
         rotated = found.one_of(*(path + end for end in ROTATED))
         if rotated:
             raise Fault(f"{rotated} stands beside it, which loratool does not apply")

@@ -1,6 +1,6 @@
-"""Say where the codes of a weight lie in the bytes of a tensor: plain, in nibbles, in words, and turned.
+"""The places of a weight's codes in the bytes of a tensor: plain, in nibbles, in words, or transposed.
 
-A packing knows nothing of numbers. Rows are those of a stack of matrices, one after the other; a row may be padded.
+A packing does not depend on the codes' numbers. The rows of a stack's matrices follow each other; a row may be padded.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 Place = tuple[int, bytes]  # the first byte in the tensor, and the bytes from there on
 
-OCTET = (0, 4, 1, 5, 2, 6, 3, 7)  # AWQ: the nibble of a word that has column k of eight (AutoAWQ, packing_utils.py)
+OCTET = (0, 4, 1, 5, 2, 6, 3, 7)  # AWQ: column k of eight -> its nibble in a word (AutoAWQ, packing_utils.py)
 
 
 class Packing(Protocol):
-    """The codes of matrices of so many rows and columns, (matrices * rows, width)."""
+    """The codes of matrices of one shape, (matrices * rows, width)."""
 
     @property
     def width(self) -> int:
-        """The codes of a row, padding included."""
+        """The number of codes in a row, with padding."""
 
     @property
     def row_multiple(self) -> int:
-        """The rows that share bytes."""
+        """The number of rows that share bytes."""
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
         """Return the codes of rows start:stop, (rows, width)."""
@@ -40,7 +40,7 @@ class Packing(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """One byte a code, row after row. kind: numpy's name of the type."""
+    """One byte per code, row after row. kind: numpy's name of the type."""
 
     columns: int
     kind: str = "uint8"
@@ -60,15 +60,15 @@ class Plain:
 
 @dataclass(frozen=True)
 class Words:
-    """A row's codes as a stream of bits in words of 32, the lowest bit first; a last word is padded.
+    """A row's codes as a stream of bits in 32-bit words, the lowest bit first; the last word is padded.
 
-    Bits that are left of it are one more code, so that they come back too. Nibbles with the low one first are such a
-    stream, whatever their tensor's type.
+    The padding's remaining bits are one more code, so that they are restored too. Nibbles with the low one first are
+    such a stream, whatever their tensor's type.
     """
 
     columns: int
     bits: int
-    unit: int = 32  # bits to whose multiple a row is padded
+    unit: int = 32  # a row is padded to a multiple of so many bits
     row_multiple = 1
 
     @property
@@ -127,7 +127,7 @@ class Words:
 
 @dataclass(frozen=True)
 class HighNibbles:
-    """Two codes a byte, the first in the high nibble, in one run: where the columns are odd, two rows share a byte."""
+    """Two codes per byte, the first in the high nibble, in one run: with odd columns, two rows share a byte."""
 
     columns: int
 
@@ -154,7 +154,7 @@ class HighNibbles:
 
 
 @dataclass(frozen=True)
-class TurnedNibbles:
+class TransposedNibbles:
     """Matrices that are stored transposed, (columns, rows / 2) bytes each, the first code in the low nibble."""
 
     rows: int
@@ -187,7 +187,7 @@ class TurnedNibbles:
 
 @dataclass(frozen=True)
 class Down:
-    """GPTQ's matrix, stored transposed: the words of a row's stream one below the other, (words, rows)."""
+    """GPTQ's matrix, stored transposed: the words of a row's stream are one below the other, (words, rows)."""
 
     rows: int
     columns: int
@@ -242,18 +242,18 @@ class Octets:
 
 
 def span(start: int, stop: int, bits: int) -> tuple[int, int]:
-    """Return the words, first and behind the last, that hold codes start:stop of a stream and begin with a code."""
+    """Return the words with codes start:stop of a stream, as (first, after the last); the first begins with a code."""
     return start // 32 * bits, -(-stop * bits // 32)
 
 
 def cut(words: Codes, start: int, stop: int, bits: int) -> Codes:
-    """Return codes start:stop of streams, (streams, codes), of the words of their `span`, (streams, words)."""
+    """Return codes start:stop of streams, (streams, codes), from the words of their `span`, (streams, words)."""
     data = np.ascontiguousarray(words).view(np.uint8)
     return Words(words.shape[1] * 32 // bits, bits).unpack(data)[:, start % 32 : start % 32 + stop - start]
 
 
 def matrices(start: int, stop: int, rows: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the parts of a run of rows by matrices: (matrix, first row in it, row after the last)."""
+    """Split a run of rows by matrices: yield (matrix, first row in it, row after the last)."""
     edges = [start, *range((start // rows + 1) * rows, stop, rows), stop]
     for first, last in pairwise(edges):
         yield first // rows, first % rows, first % rows + last - first

@@ -1,7 +1,7 @@
-"""Find the tensors of a checkpoint that are the codes of a quantized weight, by the tensors beside each of them.
+"""Find the tensors of a checkpoint that are codes of a quantized weight, by the tensors beside them.
 
-Quantization belongs to a tensor and not to a checkpoint: gpt-oss quantizes only its experts, and a config may announce
-what is not in the file. A float8 weight with no scale beside it is a plain cast: its codes are its values.
+Quantization is decided per tensor, not per checkpoint: gpt-oss quantizes only its experts, and a config may describe
+weights that are not in the file. A float8 weight without a scale beside it is a plain cast: its codes are its values.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ CODES = FP8_CODES | BYTES | WORDS
 
 @dataclass(frozen=True)
 class Coding:
-    """The tensors in which a format stores a weight, by the ends of their names behind the path without `.weight`."""
+    """The tensors of a weight in a format, as suffixes of their names after the path without `.weight`."""
 
     format: str
-    codes: str  # the end of the codes' name
-    marks: str  # ends, separated by blanks: one of them must be there, if any are named
-    others: str  # ends, separated by blanks, that may be there
+    codes: str  # the suffix of the codes' name
+    marks: str  # suffixes, separated by blanks; if there are any, one of them must exist
+    others: str  # suffixes, separated by blanks, that may exist
     dtypes: frozenset[str]  # the dtypes that the codes may have
     bits: int | None  # per weight; 0: the config has the number; None: the headers cannot tell
 
     def weight(self, path: str) -> str:
-        """Return the weight's name in a model that is not quantized."""
+        """Return the weight's name in an unquantized model."""
         return f"{path}.weight" if self.codes.startswith(".") else path
 
 
@@ -43,7 +43,7 @@ _NF4 += ".weight.quant_state.bitsandbytes__fp4"
 
 _PACKED = ".weight_shape .weight_global_scale .input_global_scale .weight_zero_point .weight_g_idx .input_scale"
 
-# The first row that fits counts.
+# The first row that matches is used.
 CODINGS = (
     Coding("bitsandbytes 4-bit", ".weight", ".weight.absmax .weight.quant_map", _NF4, BYTES, 4),
     Coding("bitsandbytes int8", ".weight", ".SCB", ".weight_format", INT8, 8),
@@ -82,7 +82,7 @@ CODINGS = (
 
 _OF_DTYPE = {dtype: tuple(c for c in CODINGS if dtype in c.dtypes) for dtype in CODES | {"I16"}}
 
-# A float8 tensor beside a scale, and one in a list of quantized layers, for which CODINGS has no row.
+# A float8 tensor beside a scale, and one in a list of quantized layers, without a row in CODINGS
 UNKNOWN = Coding("an fp8 format that is not known", ".weight", "", "", FP8_CODES, 8)
 
 LISTED = Coding("ComfyUI", ".weight", "", "", CODES, None)
@@ -106,7 +106,7 @@ CODED_METADATA = (LISTING, "tensor_names")
 # Files of tools that do not write their quantization into config.json -> the method
 CONFIG_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 
-# Files that mean nothing beside a model without codes
+# Files that are obsolete beside a model without codes
 QUANTIZERS = (*CONFIG_FILES, "recipe.yaml")
 
 CONFIG_FIELDS = ("quantization_config", "compression_config", "quantization")
@@ -123,20 +123,20 @@ class Coded:
     """A weight that is stored as codes."""
 
     format: str  # the `format` of a row of CODINGS
-    tensors: tuple[str, ...]  # names of all tensors that it is stored in, the codes first
+    tensors: tuple[str, ...]  # names of all its stored tensors, the codes first
     spec: TensorSpec  # of the codes
     size: int | None  # the weight's number of elements; None: the headers cannot tell
-    fault: str = ""  # why a codec of the format could not read it
+    fault: str = ""  # why the format's codec cannot read it
 
 
 def find_coded(
     specs: Mapping[str, TensorSpec], declared: Mapping[str, Any], listed: Collection[str] = ()
 ) -> dict[str, Coded]:
-    """Find the quantized weights of a checkpoint, by the names that they have in a model that is not quantized.
+    """Find the quantized weights of a checkpoint, by their names in an unquantized model.
 
     Args:
         declared: the quantization config, from `find_declared`.
-        listed: the layers that the files' metadata name, from `listed_layers`.
+        listed: the layers in the files' metadata, from `listed_layers`.
     """
     found: dict[str, Coded] = {}
     beside = _companions(specs) if any(spec.dtype in FP8_CODES for spec in specs.values()) else {}
@@ -159,14 +159,14 @@ def find_coded(
 
 
 def is_marker(name: str) -> bool:
-    """Return whether a tensor that belongs to no quantized weight is no parameter, but speaks of quantization."""
+    """Return whether a tensor outside all quantized weights is a mark of quantization, not a parameter."""
     return name.rpartition(".")[2] == SCALED_FILE or name.endswith((DUMMY_SCALE, *CACHE_SCALES))
 
 
 def _companions(specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
-    """Return what stands beside a weight and is no bias, by the weight's path: in its module, or named after it.
+    """Return the tensors beside each weight except biases, by the weight's path: in its module, or named after it.
 
-    Plain weights have nothing of the kind, so that whatever a tool calls its scales, they are seen.
+    Plain weights have no such tensors, so scales are found whatever a tool calls them.
     """
     found: dict[str, list[str]] = {}
     for name in specs:
@@ -180,7 +180,7 @@ def _companions(specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
 
 
 def with_coded(specs: Mapping[str, TensorSpec], coded: Mapping[str, Coded]) -> dict[str, TensorSpec]:
-    """Add a base's quantized weights to its tensors, under the names that updates have for them."""
+    """Add a base's quantized weights to its tensors, under the names that updates use."""
     return {**specs, **{name: each.spec for name, each in coded.items()}}
 
 
@@ -196,7 +196,7 @@ def coded_as(
 
 
 def _fit(coding: Coding, name: str, specs: Mapping[str, TensorSpec]) -> tuple[str, Coding] | None:
-    """Return the weight's path and the format, if the tensor `name` is codes of this format; else None."""
+    """Return the weight's path and the format if the tensor `name` is codes in this format, else None."""
     if not name.endswith(coding.codes):
         return None
     path = name.removesuffix(coding.codes)
@@ -205,7 +205,7 @@ def _fit(coding: Coding, name: str, specs: Mapping[str, TensorSpec]) -> tuple[st
 
 
 def listed_layers(metadata: Mapping[str, str]) -> frozenset[str]:
-    """Read the modules that a file's `_quantization_metadata` lists, as ComfyUI's comfy/utils.py reads it."""
+    """Read the modules that a file's `_quantization_metadata` lists, like ComfyUI's comfy/utils.py."""
     try:
         layers = json.loads(metadata.get(LISTING, "{}"))["layers"]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -224,7 +224,7 @@ def find_declared(config: Mapping[str, Any], depth: int = DEPTH) -> Mapping[str,
 
 
 def declared_method(declared: Mapping[str, Any]) -> str | None:
-    """Return a quantization config's name for its method, None if the config is empty."""
+    """Return a quantization config's name for its method; None if the config is empty."""
     if not declared:
         return None
     for field in ("quant_method", "quant_algo", "quant_type"):
@@ -236,9 +236,9 @@ def declared_method(declared: Mapping[str, Any]) -> str | None:
 
 
 def _declared_bits(declared: Mapping[str, Any], path: str) -> int | None:
-    """Read the bits per weight from the config of GPTQ, AWQ, MLX (which has them by module too) or compressed-tensors.
+    """Read the bits per weight from the config of GPTQ, AWQ, MLX (by module too) or compressed-tensors.
 
-    None if the config has none, or several that differ.
+    Return None if the config has none, or several that differ.
     """
     groups = declared.get("config_groups")
     weights = (

@@ -1,4 +1,4 @@
-"""Read a float tensor as it is stored, which no codec has to decode."""
+"""Read a float tensor, which needs no dequantization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Raw(Codec):
-    """Every tensor that no other codec claims; the only codec whose bytes are its numbers, and may be copied."""
+    """Every tensor that no other codec claims. Only this codec's bytes are its numbers, so they can be copied."""
 
     key = "raw"
 

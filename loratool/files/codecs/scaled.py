@@ -1,6 +1,6 @@
-"""Decode and encode what most formats have: levels of codes, times a scale for each group of columns of a row.
+"""Dequantize and encode the scheme of most formats: levels of codes, times a scale for each group of a row's columns.
 
-A format's file says which tensors these are and how they lie; the numbers are worked out here.
+A format's module determines the tensors and their layout; this module computes the numbers.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class ScaledCodes(CodeFormat):
 
     @abstractmethod
     def packing(self, parts: Parts) -> Packing:
-        """Return where the codes lie."""
+        """Return the packing of the codes."""
 
     @abstractmethod
     def levels(self, parts: Parts) -> Levels:
-        """Return the numbers of codes."""
+        """Return the levels of codes, their numbers before scaling."""
 
     @abstractmethod
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
@@ -91,7 +91,7 @@ class ScaledCodes(CodeFormat):
                 found *= scales.divisor
             _each(found, scales.scale, scales.group, "divide")
             if scales.zero is not None:
-                found[np.isnan(found)] = 0.0  # whose code is the zero point
+                found[np.isnan(found)] = 0.0  # the code of 0 is the zero point
                 _each(found, scales.zero, scales.group, "add")
             return self.levels(parts).nearest(found)
 
@@ -107,14 +107,14 @@ class ScaledCodes(CodeFormat):
         return self.levels(parts).from_ordinals(ordinals)
 
     def check(self, parts: Parts) -> None:
-        """Raise InputError for a scale, zero point or bias that is nan or infinite."""
+        """Raise InputError if a scale, zero point or bias is nan or infinite."""
         for role in ("scales", "zeros", "biases", "scale_of_scales"):
             tensor = parts.get(role)
             if tensor is not None:
                 self.require_finite(parts, role, tensor)
 
     def require_finite(self, parts: Parts, role: str, tensor: StoredTensor) -> None:
-        """Raise InputError if a companion has numbers that are nan or infinite, in a type that can have them."""
+        """Raise InputError if a companion of a type with nan and infinity has any."""
         import numpy as np
 
         size, step = 0 if tensor.name in tensor.file.finite else tensor.spec.size, 1 << 20
@@ -123,17 +123,17 @@ class ScaledCodes(CodeFormat):
                 raise parts.damaged(role, "holds nan or inf, so that its weight has no numbers")
 
     def decoded(self, role: str, tensor: StoredTensor, first: int, count: int) -> Wide:
-        """Return numbers of a companion; E8M0, which the floats do not have, is 2**(code - 127)."""
+        """Return numbers of a companion; E8M0, which `floats` does not read, is 2**(code - 127)."""
         from ...numerics.code_levels import e8m0
 
         is_e8m0 = role == "scales" and tensor.spec.dtype in ("U8", "F8_E8M0")
         return e8m0(tensor.integers(first, count)) if is_e8m0 else tensor.floats(first, count)
 
     def grid(self, parts: Parts, role: str, block: tuple[int, int], start: int, stop: int) -> Wide:
-        """Return a companion's numbers for rows start:stop, one for each block of so many rows and columns.
+        """Return a companion's numbers for rows start:stop, one for each block of `block` rows and columns.
 
-        The companion has one number for each block of a matrix, (matrices, ceil(rows / block), ceil(columns / block)),
-        where a size of 0 stands for one block in that direction; or one number for all matrices.
+        The companion has one number for each block of a matrix, (matrices, ceil(rows / block), ceil(columns / block)).
+        A size of 0 means one block in that direction. Or it has one number for all matrices.
 
         Returns:
             (rows, groups), or (1, groups) where all rows have the same.

@@ -1,15 +1,15 @@
-"""Edit what configs and metadata say of quantized weights, for an output where some of them are plain numbers again.
+"""Edit the description of quantized weights in configs and metadata, for an output where some are plain again.
 
-A runtime that is not told takes plain numbers for codes, or waits for scales that are not in the file. Each
-quantization method has a list of the modules that it leaves alone, under a name of its own and with its own rule of
-matching. One spelling satisfies them all: the module's full path, as it stands on disk without `.weight`, and beside it
+With an old description a runtime treats plain numbers as codes, or waits for scales that are not in the file. Each
+quantization method has a list of modules to skip, with its own name and its own rule of matching. These entries satisfy
+all methods: the module's full path on disk without `.weight`, and in addition
 
-- the name that transformers gives the module, where that is another (`model.language_model.` of multimodal models);
-- the name of the fused matrix, for the runtimes that ask for it and not for its members (SGLang for AWQ, bitsandbytes
-  and GPTQ). It never stands alone;
-- for experts, the path of the module that holds all experts of a layer, instead of a line for each matrix.
+- transformers' name for the module, if it differs (`model.language_model.` of multimodal models);
+- the name of the fused matrix, for runtimes that look it up instead of its members (SGLang for AWQ, bitsandbytes and
+  GPTQ). It is never the only entry;
+- for experts, the path of the module with all experts of a layer, instead of an entry for each matrix.
 
-An entry that matches nothing does no harm. Which modules belong together, `close_under_fusion` says.
+An entry that matches nothing does no harm. `close_under_fusion` determines which modules belong together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...architectures.ties import DECODER_HEADS, MASKED_HEAD_OF
 from ...errors import InputError
 from .quantized import CONFIG_FIELDS, LISTING, find_declared
 
-# Edits what a quantization config says of single modules: (the config, the modules' names) -> the config.
+# Edits a quantization config's entries of single modules: (the config, the modules' names) -> the config
 Edit = Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]]
 
 _Kind = TypeVar("_Kind", list[Any], dict[str, Any])
@@ -36,17 +36,18 @@ _BLOCKS = "modules_in_block_to_quantize"
 
 @dataclass(frozen=True)
 class SkipList:
-    """Name the place in a method's config that says which modules have plain weights."""
+    """The fields of a method's config that list modules with plain weights."""
 
-    fields: str  # names of the list, separated by blanks: those that are there grow, else the first is made; or none
-    regexes: bool = False  # an entry may be a regular expression behind `re:`
-    edit: Edit | None = None  # what else the config says, module by module
+    fields: str  # names of the list, separated by blanks: existing ones are extended, else the first is added; or none
+    regexes: bool = False  # an entry may be a regular expression after `re:`
+    edit: Edit | None = None  # edits entries for single modules elsewhere in the config
 
 
 def _exclude_dynamically(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Exclude modules in GPTQModel's `dynamic`: regular expressions, of which the first that matches counts.
+    """Exclude modules in GPTQModel's `dynamic`: regular expressions, of which the first match counts.
 
-    `modules_in_block_to_quantize` loses full paths of these modules; kinds of modules in it (self_attn.q_proj) stay.
+    Full paths of these modules are removed from `modules_in_block_to_quantize`; kinds of modules (self_attn.q_proj)
+    stay.
     """
     patterns: dict[str, Any] = {rf"-:{re.escape(name)}(?:\.|$)": {} for name in names}
     changed = {**declared, "dynamic": patterns | _entry(declared, "dynamic", dict)}
@@ -63,19 +64,19 @@ def _set_16_bits(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str,
 
 
 def _drop_entries(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Remove the modules' own entries, and those within the experts' modules that are among them."""
+    """Remove the entries of modules, and entries inside experts' modules that are among them."""
     gone = set(names)
     return {key: value for key, value in declared.items() if key not in gone and experts_module(key) not in gone}
 
 
 def _drop_layers(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Remove modules from modelopt's `quantized_layers`, which has one entry a module in its mixed precision."""
+    """Remove modules from modelopt's `quantized_layers`, which has an entry per module in mixed precision."""
     layers = _entry(declared, "quantized_layers", dict)
     return {**declared, "quantized_layers": _drop_entries(layers, names)} if layers else dict(declared)
 
 
 def _set_no_config(declared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Set torchao's config of these modules to null, where its configs are by module."""
+    """Set torchao's config of these modules to null, if it has configs by module."""
     changed: dict[str, Any] = {}
     for key, value in declared.items():
         if key in ("module_fqn_to_config", "fqn_to_config") and isinstance(value, Mapping):
@@ -86,7 +87,7 @@ def _set_no_config(declared: Mapping[str, Any], names: Sequence[str]) -> dict[st
 
 
 def _entry(declared: Mapping[str, Any], field: str, kind: type[_Kind]) -> _Kind:
-    """Return a field's value, empty if it is missing or null; InputError if it is of another kind."""
+    """Return a field's value, empty if it is missing or null; raise InputError if it is of another type."""
     value = declared.get(field)
     if value is not None and not isinstance(value, kind):
         raise InputError(f"is no {kind.__name__}", culprit=f"quantization config: {field}")
@@ -108,7 +109,7 @@ SKIP_LISTS: dict[str, SkipList] = {
     "torchao": SkipList("modules_to_not_convert", edit=_set_no_config),
     "auto-round": SkipList("", edit=_set_16_bits),
     "quark": SkipList("exclude"),
-    "MLX": SkipList("", edit=_drop_entries),  # the tensors tell; an entry without them is an error
+    "MLX": SkipList("", edit=_drop_entries),  # the tensors decide; an entry without tensors is an error
     "quanto": _BY_FIELD,
     "eetq": _BY_FIELD,
     "bitnet": _BY_FIELD,
@@ -127,7 +128,7 @@ METHOD_NAMES = {
     "intel/auto-round": "auto-round",
     "bitsandbytes_4bit": "bitsandbytes",
     "bitsandbytes_8bit": "bitsandbytes",
-    # modelopt's `quant_algo`, which hf_quant_config.json has instead of a method
+    # modelopt's `quant_algo`, which hf_quant_config.json has in place of a method
     **dict.fromkeys(
         """modelopt_fp4 modelopt_mixed FP8 FP8_PER_CHANNEL_PER_TOKEN FP8_PB_WO NVFP4 W4A16_NVFP4 MXFP8
         MIXED_PRECISION""".split(),
@@ -137,7 +138,7 @@ METHOD_NAMES = {
 
 
 def find_skip_list(method: str) -> SkipList | None:
-    """Return where configs of a quantization method list modules with plain weights; None if that is not known."""
+    """Return the fields in which a quantization method's config lists plain modules; None if unknown."""
     return SKIP_LISTS.get(METHOD_NAMES.get(method, method))
 
 
@@ -149,25 +150,25 @@ def extend_skip_lists(
     coded: Collection[str],
     model_types: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Return a config that says that some modules have plain weights; nothing else in it changes.
+    """Return a config that lists some modules as plain; nothing else in it changes.
 
-    Existing entries keep their order, new ones follow sorted, and nothing stands there twice. A missing, null or empty
-    list means the runtime's own default, which a list replaces: it then gets all modules with plain weights, and the
-    head, which the default has and a file with tied weights has not.
+    Existing entries keep their order, new ones follow sorted, without duplicates. A missing, null or empty list means
+    the runtime's default, which a list replaces. So a new list gets all modules with plain weights, and the head, which
+    is in the default but not in a file with tied weights.
 
-    All paths are full, as on disk, without `.weight`, and in a pipeline without the component's folder.
+    All paths are full paths on disk, without `.weight`, and in a pipeline without the component's folder.
 
     Args:
-        config: config.json's content, in which every quantization config is extended; or, if it declares none, a
+        config: config.json's content, in which every quantization config is extended; or, if it has none, a
             quantization config itself, like that in quantize_config.json.
-        method: the quantization method, as `declared_method` or `CONFIG_FILES` tell.
-        modules: those whose weights were codes and are plain now; closed under `close_under_fusion`.
-        plain: all others with plain weights of two dimensions or more: head, routers, vision tower, ...
-        coded: those whose weights stay codes. If there are none, the config must go: `without_quantization`.
+        method: the quantization method, from `declared_method` or `CONFIG_FILES`.
+        modules: modules whose weights were codes and are plain now; closed under `close_under_fusion`.
+        plain: all other modules with plain weights of two dimensions or more: head, routers, vision tower, ...
+        coded: modules whose weights stay codes. If there are none, use `without_quantization` instead.
         model_types: those of config.json, for transformers' names.
 
     Raises:
-        InputError: no list is known for the method, or the list is none.
+        InputError: no list is known for the method, or its value is not a list.
     """
     skip_list = find_skip_list(method)
     if skip_list is None:
@@ -175,13 +176,13 @@ def extend_skip_lists(
         raise InputError(message, culprit="quantization_config", remedy="dequantize the whole model instead")
     heads = {DECODER_HEADS.get(each, MASKED_HEAD_OF.get(each, "lm_head")) for each in model_types or ("",)}
     heads = {head for head in heads if not any(f".{module}".endswith(f".{head}") for module in coded)}
-    experts = {experts_module(module) for module in coded} - {None}  # their biases are plain, and change nothing
+    experts = {experts_module(module) for module in coded} - {None}  # their plain biases do not matter
     others = heads.union(module for module in plain if experts_module(module) not in experts)
     return _extend(config, skip_list, skip_names(modules, model_types), skip_names(others, model_types))
 
 
 def skip_names(modules: Collection[str], model_types: Collection[str] = ()) -> list[str]:
-    """Return all names, sorted, under which runtimes look for modules in a skip list: see the module's docstring."""
+    """Return all names, sorted, by which runtimes look up modules in a skip list; see the module's docstring."""
     paths = {experts_module(module) or module for module in modules}
     spelled = (each for path in paths for each in _spellings(path, model_types))
     names = {experts_module(name) or name for name in spelled}
@@ -189,26 +190,26 @@ def skip_names(modules: Collection[str], model_types: Collection[str] = ()) -> l
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config without quantization configs, in the configs nested in it too."""
+    """Return a config without quantization configs, including those of nested configs."""
     kept = {k: v for k, v in config.items() if k not in CONFIG_FIELDS or not (v is None or isinstance(v, Mapping))}
     return {key: without_quantization(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def quantizes_kv_cache(declared: Mapping[str, Any]) -> bool:
-    """Return whether a quantization config quantizes keys and values too: scales for them mean nothing without it."""
+    """Return whether a quantization config quantizes keys and values too; their scales are useless without it."""
     inner = declared.get("quantization")
     places = (declared, inner) if isinstance(inner, Mapping) else (declared,)
     return any(place.get(field) for place in places for field in ("kv_cache_scheme", "kv_cache_quant_algo"))
 
 
 def plain_metadata(metadata: Mapping[str, str], modules: Collection[str]) -> dict[str, str]:
-    """Return a safetensors file's metadata that says that some modules have plain weights.
+    """Return a safetensors file's metadata that describes some modules as plain.
 
-    ComfyUI's `_quantization_metadata` loses their layers, and goes with the last one. torchao has an entry a tensor,
-    which stays and says what it is: torchao leaves out tensors that it has no entry for.
+    Their layers are removed from ComfyUI's `_quantization_metadata`, and the key with the last one. torchao's metadata
+    keep an entry for each tensor, which then describes the plain tensor: torchao ignores tensors without an entry.
 
     Raises:
-        InputError: ComfyUI's entry is no JSON with layers.
+        InputError: ComfyUI's entry is not JSON with layers.
     """
     changed = dict(metadata)
     if LISTING in metadata:
@@ -225,7 +226,7 @@ def plain_metadata(metadata: Mapping[str, str], modules: Collection[str]) -> dic
     return changed
 
 
-_DENOISER = "model.diffusion_model."  # which ComfyUI's list may leave out
+_DENOISER = "model.diffusion_model."  # a prefix that ComfyUI's list may omit
 
 
 def _is_listed(layer: str, modules: Collection[str]) -> bool:
@@ -236,14 +237,14 @@ _TREE, _MAPPED = "model.language_model.", "language_model.model."
 
 
 def _spellings(path: str, model_types: Collection[str]) -> tuple[str, ...]:
-    """Return a path as it is on disk, in transformers 5, and in multimodal models of vLLM and of transformers 4."""
+    """Return a path on disk, in transformers 5, and in multimodal models of vLLM and of transformers 4."""
     tree = canonical(path, model_types)
     mapped = _MAPPED + tree.removeprefix(_TREE) if tree.startswith(_TREE) else tree
     return path, tree, mapped
 
 
 def _extend(config: Mapping[str, Any], skip_list: SkipList, names: list[str], others: list[str]) -> dict[str, Any]:
-    """Extend every quantization config in a config: each is a mapping that holds no other."""
+    """Extend every quantization config in a config."""
     if not find_declared(config):
         return _extend_list(config, skip_list, names, others)
     return {
@@ -264,7 +265,7 @@ def _extend_list(
         lists = {field: listed for field, listed in lists.items() if listed}
     elif fields:
         names = sorted({*names, *others})
-        # hf_quant_config.json does not name its method, and has modelopt's second field
+        # hf_quant_config.json has no method, but modelopt's second field
         lists = lists or {fields[0 if "quant_method" in declared else -1]: []}
     if skip_list.regexes:
         names = names + [rf"re:{re.escape(name)}\..*" for name in names if name == experts_module(name)]
@@ -276,7 +277,7 @@ def _extend_list(
 
 @dataclass(frozen=True)
 class Note:
-    """A runtime's trouble with an output in which some modules of a method are plain."""
+    """A runtime's problem with an output in which some modules of a method are plain."""
 
     method: str
     text: str
@@ -319,7 +320,7 @@ NOTES = (
 
 
 def mixed_notes(method: str, modules: Collection[str]) -> tuple[str, ...]:
-    """Return what a report must say of an output in which these modules, codes before, are plain."""
+    """Return the notes of a report on an output in which these modules were codes and are plain now."""
     method = METHOD_NAMES.get(method, method)
     parts = {part for module in modules for part in module.split(".")}
     notes = (note for note in NOTES if note.method == method)

@@ -1,7 +1,7 @@
-"""Read and write the int8 and float8 weights of torchao's safetensors files, which its metadata describe.
+"""Read and write the int8 and float8 weights of torchao's safetensors files, which the metadata describe.
 
-The codes of X.weight are X._weight_qdata, its other tensors begin like them; the metadata have its class and block
-size, by its name. The other classes of torchao lie as one kernel needs them, or have codes of fewer bits: not read.
+The codes of X.weight are X._weight_qdata; its other tensors have the same prefix. The metadata have its class and block
+size by its name. Other classes of torchao are not read: they have the layout of one kernel, or fewer bits.
 
 Source: torchao, prototype/safetensors/safetensors_support.py; quantization/quantize_/workflows/int8 and float8.
 """
@@ -16,13 +16,13 @@ from .blocks import BlockCodes, block_of
 from .codec import Fault, Found, StoredWeight
 from .quantized import Blocks
 
-OTHERS = ("_act_quant_scale", "_act_quant_zero_point")  # of inputs, which go with the codes
+OTHERS = ("_act_quant_scale", "_act_quant_zero_point")  # of inputs; copied with the codes
 
-COLUMN_SCALE = "_act_pre_scale"  # which inputs are multiplied by, a part of what the weight means
+COLUMN_SCALE = "_act_pre_scale"  # a factor of the inputs, so it belongs to the weight's meaning
 
 
 class TorchaoInt8(BlockCodes):
-    """Integers, less a zero point, times the scale of their block."""
+    """A number is (integer - zero point) * scale, with the scale of its block."""
 
     key = "torchao-int8"
     kind: ClassVar[str] = "Int8Tensor"  # torchao's class
@@ -65,7 +65,7 @@ class TorchaoFloat8(TorchaoInt8):
 
 
 def _described(weight: str, found: Found) -> dict[str, Any]:
-    """Return the class and fields of a weight, by its name, from the metadata.
+    """Return the class and fields of a weight from the metadata, by its name.
 
     Raises:
         Fault: the metadata do not have them; torchao could not read the file either.
@@ -78,7 +78,7 @@ def _described(weight: str, found: Found) -> dict[str, Any]:
 
 
 def _stated(described: dict[str, Any], shape: tuple[int, ...]) -> Blocks:
-    """Return the block that the metadata name, none if they name none of a matrix."""
+    """Return the block in the metadata; none if they have no block of a matrix."""
     data = described.get("_data")
     block = data.get("block_size") if isinstance(data, dict) else None
     if not isinstance(block, list) or len(block) != len(shape) or not all(type(x) is int and x > 0 for x in block):

@@ -1,1 +1,1 @@
-"""Read and write the containers of tensors: safetensors, GGUF, torch's files, and those that are never written."""
+"""Containers of tensors: safetensors, GGUF, torch files, and virtual files."""

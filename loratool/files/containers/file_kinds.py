@@ -1,7 +1,7 @@
-"""Tell by a file's first bytes or its name what it is, if it is no weights file that can be read.
+"""Identify files that are not readable weights by their first bytes or names.
 
-The table holds what people have in the place of weights: what a download or a checkout left there, the weights of
-other frameworks, archives. Nothing of such a file is read but its beginning.
+The table has what people mistake for weights: remains of a download or a checkout, weights of other frameworks,
+archives. Only the beginning of such a file is read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...durable.fileio import open_for_reading, reading
 from ...errors import InputError, shell_word
 from .gguf_file import GGUF, MAGIC
 
-FIRST = 512  # bytes that tell, the marks of a tar file at 257 among them
+FIRST = 512  # bytes that identify a file, including the mark of a tar file at 257
 
 DOWNLOAD = "download the file anew: hf download ORG/MODEL; the link of a file has /resolve/, that of its page /blob/"
 PYTORCH = "take the same model's weights for PyTorch: *.safetensors or *.bin"
@@ -29,9 +29,9 @@ class Kind:
     """A file that is not read as weights, and what to do instead.
 
     Attributes:
-        what: as it stands behind "is".
-        first: a pattern that its first bytes match from the start; None if they do not tell.
-        name: a pattern of its whole name, which counts where first bytes tell nothing; None if it does not tell.
+        what: its description, for a message after "is".
+        first: a pattern for its first bytes; None if they do not identify it.
+        name: a pattern for its complete name, used if the first bytes match nothing; None if names do not identify it.
     """
 
     what: str
@@ -102,15 +102,15 @@ KINDS = (
     Kind("zeros alone where it begins: its download did not finish", DOWNLOAD, rb"\x00{16}"),
 )
 
-# A pattern of an entry's name -> what a zip archive is that torch.save did not write; the first that matches counts
+# A pattern of an entry's name -> the kind of a zip archive not written by torch.save; the first match counts
 ZIPS = {r".*\.npy": NPZ, r"model\.weights\.h5": KERAS}
 # fmt: on
 
-# names of files that are read as weights, and where in a folder without any they are looked for
+# names of weights files, and where to look for them in a folder without any
 WEIGHTS = re.compile(r".*\.(?:safetensors|gguf)|.*(?:model|consolidated).*\.(?:bin|pth?)")
 WITHIN = ("*/*", "snapshots/*/*")  # the second of a hub's cache
 
-# how a file of torch.save begins: as a zip archive, or in the legacy layout with the magic number, in protocol 1 to 5
+# first bytes of torch.save's files: a zip archive, or the legacy layout with the magic number in protocol 1 to 5
 SAVED = re.compile(
     rb"PK\x03\x04|(?:\x80[\x02\x03]|\x80[\x04\x05]\x95.{8})\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19\.|"
     rb"L119547037146038801333356L\n\.M",
@@ -121,9 +121,9 @@ ANSWER = re.compile(rb'"(?:error|message|detail)"\s*:\s*"([^"]{1,99})')  # of a 
 
 
 def container_of(first: bytes) -> str | None:
-    """Return the container that a weights file is by its first bytes, a key of `output.CONTAINERS`; None for others.
+    """Return the container of a weights file by its first bytes, a key of `output.CONTAINERS`; None if unknown.
 
-    A safetensors file may begin like any other by its header's length, but has the header's brace at byte 8.
+    A safetensors file begins with its header's length, which may be any bytes, but it has the header's brace at byte 8.
     """
     if first[4:9] == b"\0\0\0\0{":
         return "safetensors"
@@ -133,23 +133,23 @@ def container_of(first: bytes) -> str | None:
 
 
 def found_by_content(folder: Path) -> list[Path]:
-    """Return the files in a folder that begin as weights do, whatever their names."""
+    """Return the files in a folder whose first bytes are those of weights, whatever their names."""
     found = []
     for each in sorted(folder.iterdir()):
         if each.is_file() and not next(_by_name(each.name), None):
-            with suppress(InputError):  # a file that may not be read is not looked into
+            with suppress(InputError):  # skip unreadable files
                 found += [each] if container_of(first_bytes(each)) else []
     return found
 
 
 def first_bytes(path: Path) -> bytes:
-    """Return the bytes of a file that tell what it is, or fewer if it has no more."""
+    """Return the first FIRST bytes of a file, or all if it has fewer."""
     with open_for_reading(path) as file, reading(path):
         return file.read(FIRST)
 
 
 def kind_of(first: bytes, name: str = "") -> Kind | None:
-    """Return the kind of a file by its first bytes, else by its name; None if neither tells.
+    """Return the kind of a file by its first bytes, else by its name; None if neither identifies it.
 
     Args:
         first: up to FIRST bytes.
@@ -168,7 +168,7 @@ def kind_of_zip(entries: Collection[str]) -> Kind:
 
 
 def not_weights(path: Path, first: bytes) -> InputError:
-    """Return the error for a file that is in no container of weights: it says what it is, if that is known.
+    """Return the error for a file that is not weights, naming its kind if known.
 
     Args:
         first: its first bytes, up to FIRST.
@@ -189,20 +189,20 @@ def not_weights(path: Path, first: bytes) -> InputError:
 
 
 def is_text(data: bytes) -> bool:
-    """Return whether bytes, which may end within a character, are of a text."""
+    """Return whether bytes are text; they may end inside a character."""
     text = data.decode(errors="ignore")
     return len(text.encode()) > len(data) - 4 and all(c.isprintable() or c in "\r\n\t" for c in text)
 
 
 def shown(data: bytes) -> str:
-    """Return bytes of a text between quotes, as plain letters and escapes."""
+    """Return bytes of a text in quotes, as ASCII and escapes."""
     return ascii(data.decode(errors="replace"))
 
 
 def no_weights(folder: Path, several: Sequence[Path] = ()) -> InputError:
-    """Return the error for a folder without weights that can be read, or in which they could be any of `several` files.
+    """Return the error for a folder without readable weights, or with `several` files that could be the weights.
 
-    It names the folder inside that has some, else weights of other kinds.
+    It names a subfolder with weights, else files of other kinds.
     """
     if several:
         shown = ", ".join(each.name for each in several[:4])

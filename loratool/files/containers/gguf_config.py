@@ -1,4 +1,4 @@
-"""Give a GGUF model a config.json, rebuilt from the fields of its file by the tables of `architectures.gguf`."""
+"""Rebuild a GGUF model's config.json from the fields of its file, using the tables of `architectures.gguf`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...architectures.gguf.config import GgufFields, rebuild_config
 from ...errors import InputError
 from .gguf_file import GgufFile
 
-SHORT = 1 << 16  # numbers in a tensor of rotary factors, at most
+SHORT = 1 << 16  # the most numbers in a tensor of rotary factors
 
 
 def gguf_config(parts: Sequence[GgufFile]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def gguf_config(parts: Sequence[GgufFile]) -> dict[str, Any]:
         parts: its files, the one with the fields first.
 
     Raises:
-        InputError: the fields do not say what a config.json has to.
+        InputError: a field that config.json needs is missing.
     """
     holder = {name: part for part in parts for name in part.specs}
 

@@ -1,7 +1,7 @@
 """Read a GGUF file's header: typed fields, and each tensor's type, shape and place; tensors by offset.
 
-The format is in ggml/src/gguf.cpp and gguf-py/gguf/gguf_reader.py of llama.cpp. A file's list of tokens is most of its
-header, so that arrays are passed over when the file is opened, and read when they are asked for.
+The format is in ggml/src/gguf.cpp and gguf-py/gguf/gguf_reader.py of llama.cpp. Most of a header is the list of tokens,
+so arrays are skipped when the file is opened, and read on access.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GGUF = "gguf"  # a key of `output.CONTAINERS`
 
 VERSIONS = (2, 3)  # 1 had lengths of 32 bits
 
-# A field's type -> struct's letter; the two others have values of any length.
+# A field's type -> struct's letter; the other two types have values of any length.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 STRING, ARRAY = 8, 9
@@ -34,7 +34,7 @@ ALIGNMENT, DEFAULT_ALIGNMENT = "general.alignment", 32
 
 DIMENSIONS = 4  # GGML_MAX_DIMS
 
-# No model has more; they bound what a damaged header can take.
+# No model has more; they bound the memory that a damaged header can take.
 MAX_TENSORS, MAX_FIELDS, MAX_NAME, MAX_TEXT, MAX_ITEMS = 1 << 18, 1 << 16, 1 << 16, 1 << 24, 1 << 22
 
 SHORT_ARRAY, SHORT_TEXT = 6, 80  # elements and characters that `told` tells in full
@@ -47,13 +47,13 @@ _length = struct.Struct("<Q").unpack_from
 
 
 class GgufFile(WeightsFile):
-    """A GGUF file of version 2 or 3, little-endian, of which opening reads only the header.
+    """A GGUF file of version 2 or 3, little-endian; opening reads only the header.
 
     Attributes:
         version: of the format.
         fields: key -> number, bool, string, or `GgufArray`.
         places: key -> the first byte of its entry in the file, and the byte after it.
-        alignment: that of each tensor's first byte in the data section.
+        alignment: of each tensor's first byte in the data section.
         data_start: the first byte of the data section.
 
     Raises:
@@ -87,9 +87,9 @@ class GgufFile(WeightsFile):
         return bytes(data)
 
     def is_plain(self) -> bool:
-        """Return whether the file follows from its header and the bytes of its tensors, as llama.cpp writes it.
+        """Return whether the file has only its header, its tensors and zero padding, as llama.cpp writes it.
 
-        Between tensors, and behind the last, are zeros up to the next multiple of the alignment.
+        Zeros pad every tensor, including the last, to the next multiple of the alignment.
         """
         end = self.data_start
         for name in (*self.specs, None):
@@ -103,7 +103,7 @@ class GgufFile(WeightsFile):
 
     @property
     def architecture(self) -> str | None:
-        """Return the name of the model's architecture, the first part of the keys of its fields."""
+        """Return the name of the model's architecture, the prefix of its fields' keys."""
         value = self.fields.get("general.architecture")
         return value if isinstance(value, str) else None
 
@@ -145,7 +145,7 @@ def _read_head(cursor: _Cursor, file_size: int) -> _Head:
 def read_gguf_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int]:
     """Return the specs, each tensor's first byte, and the length of the file that begins with this header.
 
-    `path` names the culprit of an error.
+    Errors name `path`.
     """
     head = _read_head(_Cursor(None, path, len(header), window=header), 1 << 63)
     if head.data_start != len(header):
@@ -155,7 +155,7 @@ def read_gguf_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], 
 
 
 class GgufArray(Sequence[Any]):
-    """A field's array of numbers or strings, which is read when its first element is asked for."""
+    """A field's array of numbers or strings, read when an element is first accessed."""
 
     def __init__(self, path: Path, file: BinaryIO | None, kind: int, count: int, start: int, stop: int) -> None:
         self._path, self._file, self._start, self._stop = path, file, start, stop
@@ -163,7 +163,7 @@ class GgufArray(Sequence[Any]):
 
     @cached_property
     def items(self) -> tuple[Any, ...]:
-        """The elements; a string that is not UTF-8 has escapes.
+        """The elements; bytes of a string that are not UTF-8 are escaped.
 
         Raises:
             InputError: there are more than any field has.
@@ -205,10 +205,10 @@ def _told(value: Any) -> str:
 
 
 class _Cursor:
-    """Reads a header from front to back, of which one window is in memory.
+    """Reads a header from front to back, with one window of it in memory.
 
     Raises:
-        InputError: what is asked for would end behind the file.
+        InputError: the requested bytes would end after the end of the file.
     """
 
     def __init__(self, file: BinaryIO | None, path: Path, end: int, start: int = 0, window: bytes = b"") -> None:
@@ -220,7 +220,7 @@ class _Cursor:
         return self.first + self.at
 
     def require(self, nbytes: int, what: str) -> None:
-        """Raise InputError unless so many bytes follow."""
+        """Raise InputError unless `nbytes` bytes follow."""
         if nbytes > self.end - self.place:
             raise InputError(
                 f"is cut off or damaged: {what} at byte {self.place} should take {nbytes} bytes, "
@@ -234,7 +234,7 @@ class _Cursor:
         if self.at + nbytes > len(self.window):
             self.first, self.at = self.place, 0
             data = memoryview(bytearray(min(max(nbytes, WINDOW), self.end - self.first)))
-            assert self.file  # without one, all is in the window
+            assert self.file  # without a file, the window has everything
             read_into(self.file, data, self.first)
             self.window = bytes(data)
         self.at += nbytes
@@ -245,7 +245,7 @@ class _Cursor:
         self.at += nbytes
 
     def skip_strings(self, count: int) -> None:
-        """Pass over strings, which takes a fraction of a second for a million."""
+        """Skip strings; a million take a fraction of a second."""
         self.require(8 * count, f"an array of {count} strings")
         while count:
             window, at, last = self.window, self.at, len(self.window) - 8
@@ -261,7 +261,7 @@ class _Cursor:
         return struct.unpack(f"<{letter}", self.take(struct.calcsize(f"<{letter}")))[0]
 
     def text(self, most: int, what: str = "a string", is_name: bool = False) -> str:
-        """Read a string; bytes that are no UTF-8 become escapes, or are an error in a name."""
+        """Read a string. Bytes that are not UTF-8 are escaped, or are an error in a name."""
         length = self.number("Q")
         self.require(length, what)
         if length > most:
@@ -274,7 +274,7 @@ class _Cursor:
 
 
 def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:
-    """Return the version, and how many tensors and fields follow."""
+    """Return the version and the numbers of tensors and fields."""
     path = str(cursor.path)
     if cursor.end < 8 or cursor.take(4) != MAGIC:
         raise InputError("does not begin with GGUF: it is of another format, or cut off", culprit=path)
@@ -365,7 +365,7 @@ def _read_tensors(cursor: _Cursor, count: int) -> dict[str, tuple[int, TensorSpe
 def _locate(
     found: dict[str, tuple[int, TensorSpec]], path: Path, data_start: int, alignment: int, file_size: int
 ) -> tuple[dict[str, TensorSpec], dict[str, int]]:
-    """Return the specs and first bytes in file order; InputError unless all are in the file, and apart."""
+    """Return the specs and first bytes in file order; raise InputError for tensors outside the file or overlapping."""
     specs: dict[str, TensorSpec] = {}
     begin: dict[str, int] = {}
     end = 0

@@ -1,6 +1,6 @@
-"""Open the parts of a GGUF model that is split into files, as llama.cpp's gguf-split names and numbers them.
+"""Open the parts of a GGUF model that is split into files, named and numbered by llama.cpp's gguf-split.
 
-The first part has all fields of the model; the others have those of the split alone, and their own tensors.
+The first part has all fields of the model. The others have only the fields of the split, and their own tensors.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from .gguf_file import GgufFile
 
 NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
-NUMBER, COUNT = "split.no", "split.count"  # fields of each part; it counts from 0, and the name from 1
+NUMBER, COUNT = "split.no", "split.count"  # fields of each part; the number counts from 0, file names from 1
 
 
 def split_number(path: Path) -> int | None:
-    """Return which part of a split a file is by its name, from 1 on; None if it is whole."""
+    """Return the number of a split's part by its file name, from 1 on; None if the file is not a part."""
     found = NAME.fullmatch(path.name)
     return int(found["number"]) if found else None
 
 
 def open_parts(first: GgufFile) -> tuple[GgufFile, ...]:
-    """Return a GGUF file, and the other parts if it is the first of a split. On an error all are closed.
+    """Return a GGUF file, with the other parts if it is the first of a split. On an error all are closed.
 
     Raises:
-        InputError: it is another part, or one is missing or of another model.
+        InputError: it is not the first part, or a part is missing or of another model.
     """
     parts = [first]
     try:
@@ -57,7 +57,7 @@ def _others(first: GgufFile) -> list[Path]:
 
 
 def _whole(file: GgufFile, key: str, default: int) -> int:
-    """Return a field that counts; InputError if it is no whole number."""
+    """Return a field that is a count; raise InputError if it is not an integer."""
     value = file.fields.get(key, default)
     if type(value) is not int:
         raise InputError(f"has {value!r} as {key}", culprit=str(file.path), remedy="download the file anew")
@@ -65,7 +65,7 @@ def _whole(file: GgufFile, key: str, default: int) -> int:
 
 
 def _check(parts: list[GgufFile]) -> None:
-    """Raise InputError for parts that are not numbered as they are named, or have a tensor in common."""
+    """Raise InputError if parts' numbers contradict their names, or if two parts have a tensor in common."""
     holders: dict[str, str] = {}
     for number, part in enumerate(parts):
         own, count = _whole(part, NUMBER, 0), _whole(part, COUNT, 1)

@@ -1,7 +1,7 @@
-"""Plan a GGUF file that is written from another: its header, and where each tensor goes, before the first byte.
+"""Plan a GGUF file that is written from another: its header and each tensor's place, before the first byte.
 
-All fields keep their bytes and their order, but those that would be wrong of the output. Layout as in
-ggml/src/gguf.cpp of llama.cpp, gguf_write_to_buf: tensors follow each other, each padded to the alignment.
+Fields keep their bytes and their order, except those that would be wrong in the output. The layout is that of
+gguf_write_to_buf in ggml/src/gguf.cpp of llama.cpp: tensors follow each other, each padded to the alignment.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ FILE_TYPE, PROVENANCE = "general.file_type", "loratool"
 
 SPLIT = {"split.no": "H", "split.count": "H", "split.tensors.count": "i"}  # of a part, and struct's letters
 
-# The file type of a model whose matrices are nearly all of a type that a merge writes (llama.h, llama_ftype)
+# ggml type -> file type of a model with nearly all matrices in it (llama.h, llama_ftype), for types that a merge writes
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
 
 CODED_VERSION = {"general.quantization_version": 2}  # a field of each model with block types (GGML_QNT_VERSION)
 
-VALUE_TYPES = "?IiQqfd"  # of a number whose field says no type, the first that holds it
+VALUE_TYPES = "?IiQqfd"  # candidates for a number without a given type; the first that holds it is used
 
 KINDS = {letter: kind for kind, letter in NUMBERS.items()}
 
@@ -41,7 +41,7 @@ def value_field(key: str, value: Any) -> bytes:
     """Return the entry of a text, a bool, a number or a sequence of one of these, in the first type that holds it.
 
     Raises:
-        InputError: none does.
+        InputError: no type holds it.
     """
     is_array = not isinstance(value, bool | int | float | str)
     items = [*value] if is_array else [value]
@@ -56,18 +56,18 @@ def value_field(key: str, value: Any) -> bytes:
 
 
 def _holds(letter: str, value: Any) -> bool:
-    """Return whether a type of struct's holds a value exactly."""
+    """Return whether a type of `struct` holds a value exactly."""
     if type(value) is not {"?": bool, "f": float, "d": float}.get(letter, int):
         return False
     try:
         (found,) = struct.unpack(f"<{letter}", struct.pack(f"<{letter}", value))
     except (struct.error, OverflowError):
         return False
-    return found == value or value != value  # nan is
+    return found == value or value != value  # true for nan
 
 
 def split_fields(number: int, count: int, tensors: int) -> dict[str, bytes]:
-    """Return the entries of a part of a split, counted from 0; none if it is the only one."""
+    """Return the split's entries for part `number`, counted from 0; none if there is only one part."""
     values = zip(SPLIT.items(), (number, count, tensors), strict=True)
     return {key: number_field(key, letter, value) for (key, letter), value in values} if count > 1 else {}
 
@@ -78,11 +78,11 @@ def _text(value: str) -> bytes:
 
 
 def kept_fields(source: GgufFile, changed: Mapping[str, bytes], without: Iterable[str] = ()) -> list[bytes]:
-    """Return the entries of a file's fields in their order, some with other bytes.
+    """Return the entries of a file's fields in their order, with some replaced, added or removed.
 
     Args:
-        changed: key -> its new entry; a key that the file does not have comes last.
-        without: keys that are left out.
+        changed: key -> its new entry; new keys come last.
+        without: keys to remove.
     """
     gone = frozenset(without)
     kept = [changed.get(key) or source.entry(key) for key in source.places if key not in gone]
@@ -92,7 +92,7 @@ def kept_fields(source: GgufFile, changed: Mapping[str, bytes], without: Iterabl
 def type_fields(
     source: GgufFile, before: Mapping[str, TensorSpec], after: Mapping[str, TensorSpec]
 ) -> dict[str, bytes]:
-    """Return new entries of the fields that speak of types, if most numbers of the matrices are of another type now."""
+    """Return new entries of the fields that describe types, if the type of most numbers in matrices has changed."""
     most, found = _most(after), dict[str, int]()
     if FILE_TYPE in source.fields and most in FILE_TYPES and most != _most(before):
         found[FILE_TYPE] = FILE_TYPES[most]
@@ -118,7 +118,7 @@ def build_gguf(
         specs: in the order of the output.
 
     Raises:
-        InputError: a tensor is of a type that ggml does not have.
+        InputError: ggml does not have a tensor's type.
     """
     infos, offsets, end = [], {}, 0
     for name, spec in specs.items():

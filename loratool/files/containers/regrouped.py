@@ -1,6 +1,6 @@
-"""Stand in for a weights file whose tensors consist of rows of the tensors of others: renamed, cut, put together.
+"""Lazy view of weights files with tensors renamed, split into rows, or concatenated.
 
-Nothing of it is ever stored: a copy takes the bytes from where they are (`extents`), and a cast reads the numbers.
+Nothing is stored: a copy takes the bytes from their files (`extents`), and a cast reads the numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..weights_file import WeightsFile
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows [start, stop) of a stored tensor, whose first dimension they are of."""
+    """Rows [start, stop) of a stored tensor, along its first dimension."""
 
     file: WeightsFile
     tensor: str
@@ -25,7 +25,7 @@ class StoredRows:
 
     @property
     def first(self) -> int:
-        """Return their first byte in the tensor."""
+        """Return the rows' first byte in the tensor."""
         return self.start * self._width
 
     @property
@@ -39,11 +39,11 @@ class StoredRows:
 
 
 class RegroupedFile(WeightsFile):
-    """A weights file whose tensors are rows of others, in order, all of the tensor's own dtype.
+    """A weights file whose tensors are rows of other files' tensors, concatenated, all of one dtype per tensor.
 
     Args:
         like: the file that lends its stamp; its owner closes it.
-        path: where it would be, by the names of its tensors.
+        path: a path for errors that fits the names of its tensors.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Read and write the safetensors header; tensors by offset.
 
-The official library does not give three things: blocks of rows read into our own buffer, a header known before the
+The official library lacks three things: reading blocks of rows into a given buffer, a header that is known before the
 first data byte, and bytes that do not depend on the order of a hash map. The format is in huggingface/safetensors,
-README.md and safetensors/src/tensor.rs; this reader is stricter in one point: a duplicate name is an error.
+README.md and safetensors/src/tensor.rs. This reader is stricter in one point: a duplicate name is an error.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ LEGACY_HASH = "sshs_legacy_hash"  # of 64 KiB of a file whose header has the key
 
 MAX_HEADER = 100_000_000  # bytes, the official reader's limit
 
-MAX_PARSED = 180_000_000  # bytes of memory, about, that a JSON text may take: a header of 150,000 tensors of LoRA
+MAX_PARSED = 180_000_000  # bytes of memory, about, for parsed JSON: enough for a header of 150,000 LoRA tensors
 
 
 class TensorFile(WeightsFile):
-    """A safetensors file, of which opening reads only the header.
+    """A safetensors file; opening reads only the header.
 
     Raises:
         InputError: the file breaks the format.
@@ -58,7 +58,7 @@ class TensorFile(WeightsFile):
 
 
 def file_metadata(paths: Iterable[Path]) -> dict[str, str]:
-    """Return the metadata of those files that are of safetensors, the later ones' where they differ."""
+    """Return the metadata of the safetensors files among `paths`; later files win."""
     found: dict[str, str] = {}
     for path in paths:
         if path.suffix == ".safetensors":
@@ -71,7 +71,7 @@ def file_metadata(paths: Iterable[Path]) -> dict[str, str]:
 def _read_layout(
     header: bytes, path: Path, file_size: int
 ) -> tuple[dict[str, TensorSpec], dict[str, int], dict[str, str] | None]:
-    """Return specs, first bytes and metadata; the last are kept, since telling what a file is opens it once more."""
+    """Return specs, first bytes and metadata. The last results are cached, since identifying a file opens it again."""
     entries, metadata = _parse_header(header, path)
     return *_locate(entries, path, 8 + len(header), file_size), metadata
 
@@ -79,7 +79,7 @@ def _read_layout(
 def read_tensor_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int, dict[str, str]]:
     """Return the specs, each tensor's first byte, the length of the file that begins with this header, its metadata.
 
-    `header` is the JSON without its eight length bytes; `path` names the culprit of an error.
+    `header` is the JSON without its eight length bytes; errors name `path`.
     """
     entries, metadata = _parse_header(header, path)
     start = 8 + len(header)
@@ -119,7 +119,7 @@ def _finite(text: str) -> float:
 
 
 def memory_of(data: bytes) -> int:
-    """Return about how many bytes parsed JSON takes: a member of an object, an item, a list or object, and the text."""
+    """Return about how much memory parsed JSON takes, from its numbers of members, items, lists and objects."""
     inner = data.count(b"[") + data.count(b"{")
     return 100 * (data.count(b":") + inner) + 40 * data.count(b",") + 2 * (1 if data.isascii() else 4) * len(data)
 
@@ -127,12 +127,12 @@ def memory_of(data: bytes) -> int:
 def parse_json(
     data: bytes, path: Path, finite: bool = False, most: int = MAX_PARSED, halves: bool = False
 ) -> dict[str, Any]:
-    """Parse a JSON object with unique keys; InputError names the file `path`.
+    """Parse a JSON object with unique keys; errors name the file `path`.
 
     Args:
-        finite: refuse NaN, Infinity and what overflows to it, which Python writes into configs, and no standard has.
-        most: bytes of memory, by `memory_of`.
-        halves: take half of a surrogate pair, by which Python writes a byte of a path that is no UTF-8.
+        finite: reject NaN, Infinity and numbers that overflow. Python writes them into configs, but JSON has none.
+        most: bytes of memory, as `memory_of` counts.
+        halves: accept half of a surrogate pair, which Python writes for a byte of a path that is not UTF-8.
     """
     if memory_of(data) > most:
         raise InputError(f"is JSON that would take more than {size(most)} of memory", culprit=str(path))
@@ -146,7 +146,7 @@ def parse_json(
         raise InputError(f"is not valid JSON: {error}", culprit=str(path)) from error
     if not isinstance(value, dict):
         raise InputError(f"holds a JSON {type(value).__name__}, not an object", culprit=str(path))
-    if not halves and (b"\\ud" in data or b"\\uD" in data):  # which JSON allows, and UTF-8 cannot encode
+    if not halves and (b"\\ud" in data or b"\\uD" in data):  # JSON allows it, but UTF-8 cannot encode it
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -182,14 +182,14 @@ def _spec(name: str, entry: Any, path: Path) -> tuple[TensorSpec, int, int]:
 
 @lru_cache(maxsize=1024)
 def _shared_spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-    """Share equal specs, of which a mixture of experts has tens of thousands."""
+    """Return one object for equal specs: a mixture of experts has tens of thousands of them."""
     return TensorSpec(dtype, shape)
 
 
 def _locate(
     entries: dict[str, Any], path: Path, data_start: int, file_size: int
 ) -> tuple[dict[str, TensorSpec], dict[str, int]]:
-    """Return the specs and first bytes in file order; InputError unless they tile the data section."""
+    """Return the specs and first bytes in file order; raise InputError unless they tile the data section."""
     found = sorted(((*_spec(name, entry, path), name) for name, entry in entries.items()), key=itemgetter(1, 2))
     specs, begin, end = {}, {}, 0
     for spec, start, stop, name in found:
@@ -213,7 +213,7 @@ def _locate(
 
 
 def data_order(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Sort the names as the official writer does, so that all is aligned: widest dtype first, then by name."""
+    """Sort the names in the official writer's order, which aligns all tensors: widest dtype first, then by name."""
     return sorted(specs, key=lambda name: (DATA_ORDER[specs[name].dtype], name))
 
 
@@ -222,8 +222,8 @@ def build_header(
 ) -> tuple[bytes, dict[str, int]]:
     """Return the header of a file with `names` in this order, and each tensor's first byte in that file.
 
-    The eight length bytes are included. With at most one metadata key these are the official writer's bytes; with
-    more, ours are sorted, and the official ones are in the order of a hash map.
+    The eight length bytes are included. With at most one metadata key these are the official writer's bytes. More keys
+    are sorted here, while the official writer has them in the order of a hash map.
     """
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata is not None else {}
     offset, offsets = 0, {}
@@ -237,17 +237,17 @@ def build_header(
 
 
 def is_hash(key: str) -> bool:
-    """Return whether a metadata key has a hash of the tensors, which is another once one of them changes.
+    """Return whether a metadata key has a hash of the tensors, which is wrong after a tensor changes.
 
-    sd-scripts has two (`precalculate_safetensors_hashes`), and Stability's ModelSpec one for each algorithm.
+    sd-scripts has two (`precalculate_safetensors_hashes`), and Stability's ModelSpec has one for each algorithm.
     """
     return key in ("sshs_model_hash", LEGACY_HASH) or key.startswith("modelspec.hash_")
 
 
 def edited_header(header: bytes, drop: Iterable[str], add: Mapping[str, str]) -> bytes:
-    """Drop and set metadata keys of a header, given without its length bytes and returned with them.
+    """Remove and set metadata keys of a header, given without its length bytes and returned with them.
 
-    All else and its order are kept; if nothing changes, the bytes are the same.
+    Everything else keeps its order; if nothing changes, the bytes are the same.
     """
     entries = json.loads(header)
     metadata = entries.pop("__metadata__", None) or {}
@@ -259,7 +259,7 @@ def edited_header(header: bytes, drop: Iterable[str], add: Mapping[str, str]) ->
 
 def _encode_header(entries: dict[str, Any]) -> bytes:
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # readers map the data section, so it starts at a multiple of 8
+    text += b" " * (-len(text) % 8)  # readers map the data section, so it must start at a multiple of 8
     split = "split the checkpoint with --max-shard-size"
     if len(text) > MAX_HEADER:
         why = f"the header would be {len(text)} bytes, above the format's limit of {MAX_HEADER}"
@@ -275,7 +275,7 @@ def with_length(header: bytes) -> bytes:
 
 
 def tensor_bytes(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
-    """Return a tensor's bytes as a file stores them; its dtype and shape must be those of `spec`."""
+    """Return a tensor's bytes for a file. Its dtype and shape must be those of `spec`."""
     import torch
 
     assert tuple(tensor.shape) == spec.shape

@@ -1,7 +1,7 @@
-"""Open what torch.save wrote, a whole file or a run of bytes in one, and tell where the tensors lie in it.
+"""Open the output of torch.save, a file or a run of bytes in a file, and locate its tensors.
 
-`torch_pickle` reads the pickle; the two layouts around it are read here. They are in torch/serialization.py: `_save`
-for the zip layout and `_legacy_save` for the one before torch 1.6.
+`torch_pickle` reads the pickle; this module reads the two layouts around it. They are in torch/serialization.py:
+`_save` for the zip layout and `_legacy_save` for the one before torch 1.6.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .torch_pickle import MAX_PICKLE, REMEDY, Machine, SavedTensor, Storage
 
 MAGIC_NUMBER, PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the legacy layout
 
-MAX_PART = 1 << 24  # bytes of a header read at once: a zip's list of 150,000 entries, which takes 20 times the memory
+MAX_PART = 1 << 24  # bytes of a header read at once: a zip's list of 150,000 entries; it takes 20 times the memory
 
-CODED = 1 | 32 | 64  # flags of a zip's entry that is encrypted, a patch of other data, or strongly encrypted
+CODED = 1 | 32 | 64  # flags of a zip's entry: encrypted, a patch of other data, strongly encrypted
 
 _Locate = Callable[[Storage], tuple[int, int]]  # a storage's first byte in the run, and its length
 
 
 class _Run(io.RawIOBase):
-    """Some bytes of a file as a stream."""
+    """A range of a file as a stream."""
 
     def __init__(self, file: BinaryIO, begin: int, nbytes: int) -> None:
         self._source, self._begin, self._nbytes, self._at = file, begin, nbytes, 0
@@ -55,12 +55,12 @@ class _Run(io.RawIOBase):
 
 
 class _Bounded(io.BufferedReader):
-    """A stream whose reads never allocate more than a header needs, whatever length the file claims."""
+    """A stream whose reads never allocate more than a header needs, even if the file claims a larger length."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > MAX_PART:
             raise ValueError(f"a header with one part of {size} bytes")
-        return super().read(1 << 17 if size is None or size < 0 else size)  # zipfile reads the archive's end so
+        return super().read(1 << 17 if size is None or size < 0 else size)  # zipfile reads the end without a size
 
     def readline(self, size: int | None = -1) -> bytes:
         return super().readline(MAX_PICKLE)
@@ -68,7 +68,7 @@ class _Bounded(io.BufferedReader):
 
 @contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turn every error of the block into an InputError that names the file: a damaged file can fail in any way."""
+    """Convert every error of the block into an InputError that names the file: damage can cause any error."""
     try:
         yield
     except (LoratoolError, OSError):
@@ -79,12 +79,12 @@ def damage_named(path: Path) -> Iterator[None]:
 
 
 class TorchArchive:
-    """An object that torch.save wrote, of which opening reads only the pickle.
+    """An object that torch.save wrote; opening reads only the pickle.
 
     Args:
         path: of the file, for messages.
-        begin, nbytes: the run of bytes in the file.
-        records: as `Machine`'s.
+        begin, nbytes: the range of bytes in the file.
+        records: as in `Machine`.
 
     Raises:
         InputError: it is damaged, or its pickle does more than describe data.
@@ -104,7 +104,7 @@ class TorchArchive:
         """Return a tensor's spec and its first byte in the file.
 
         Raises:
-            InputError: its numbers do not lie in a row there, or safetensors has no such type.
+            InputError: its numbers are not contiguous in the file, or safetensors has no such type.
         """
         dtype = TORCH_DTYPES[tensor.dtype]
         if dtype is None:
@@ -145,7 +145,7 @@ class TorchArchive:
             raise self._refuse("is a TorchScript archive, which holds a program beside its weights", REMEDY)
 
         def locate(name: str) -> tuple[int, int]:
-            """Return an entry's first byte and length, from its local header, whose extra field may differ."""
+            """Return an entry's first byte and length, from the local header, whose extra field may differ."""
             entry = entries[roots[0] + name]
             if entry.compress_type or entry.flag_bits & CODED:
                 raise self._refuse(f"holds {name} compressed or encrypted, which torch.save never does", REMEDY)
@@ -169,7 +169,7 @@ class TorchArchive:
         return top, lambda storage: locate(f"data/{storage.key}")
 
     def _open_legacy(self, stream: io.BufferedReader) -> tuple[Any, _Locate]:
-        """Read the legacy layout: preamble of three pickles, object, storages' keys, each storage's count and bytes."""
+        """Read the legacy layout: three pickles, the object, the storages' keys, each storage's count and bytes."""
         machine = Machine(self.path, self._records)
         if machine.run(stream) != MAGIC_NUMBER or machine.run(stream) != PROTOCOL_VERSION:
             raise ValueError("another magic number or version")

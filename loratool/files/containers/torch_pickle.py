@@ -1,10 +1,10 @@
-"""Read the tensors that a torch pickle describes, without running it: a pickle is a program.
+"""Read the tensors that a torch pickle describes without running it, since a pickle is a program.
 
-`pickletools` decodes its opcodes, and a small stack machine carries out the few that build dicts, lists and tensors.
-It imports nothing, and calls only the functions in `_CALLS`, which return descriptions. A reader of a format with
-classes of its own names them, and gets a `SavedObject` for each object. An opcode costs time and memory in proportion
-to its own bytes; `pickle.Unpickler` has no such bound even with `find_class` closed (the hash of a tuple of tuples, a
-large memo index). The formats are in torch/serialization.py, and in torch/_utils.py for `_rebuild_*`.
+`pickletools` decodes its opcodes, and a small stack machine executes the few that build dicts, lists and tensors. It
+imports nothing, and calls only the functions in `_CALLS`, which return descriptions. A reader of a format with its own
+classes names them, and gets a `SavedObject` for each object. The time and memory of an opcode are proportional to its
+bytes. `pickle.Unpickler` has no such bound even with `find_class` closed (the hash of a tuple of tuples, a large memo
+index). The formats are in torch/serialization.py, and in torch/_utils.py for `_rebuild_*`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_PICKLE = 1 << 25  # bytes, some 200,000 tensors; also the limit of one read 
 
 MAX_OPCODES = 4_800_000  # 150,000 tensors of 32 each
 
-LARGE = ("MARK", "EMPTY_LIST", "EMPTY_DICT")  # a byte of a pickle, and 80 of memory; a tensor has two or three of 32
+LARGE = ("MARK", "EMPTY_LIST", "EMPTY_DICT")  # 1 byte of a pickle, 80 of memory; 2 or 3 of a tensor's 32 opcodes
 
 MAX_RANK = 64  # dimensions of a tensor, torch's limit
 
@@ -40,24 +40,24 @@ STORAGES = {
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A name that the pickle imports: only the name is on the stack, never the object."""
+    """A name that the pickle imports; the object is never imported."""
 
     name: str
 
 
 @dataclass(eq=False, slots=True)
 class SavedObject:
-    """An object of a class that the reader of a format knows by name: what it was made with, and nothing of its code.
+    """The arguments and state of an object whose class a format's reader knows by name; its code is never run.
 
-    It is equal to itself alone, so that it can be a key of a dict at no cost.
+    Instances compare by identity, so that they can be dict keys at no cost.
     """
 
     name: str
     args: tuple[Any, ...]
-    state: Any = None  # a dict of its attributes, or what the class made of them
+    state: Any = None  # a dict of its attributes, or the class's own form of them
 
     def field(self, name: str) -> Any:
-        """Return an attribute; None if it has none of this name."""
+        """Return an attribute; None if it is missing."""
         return self.state.get(name) if type(self.state) is dict else None
 
 
@@ -96,20 +96,20 @@ class SavedTensor:
 
 
 def is_whole(*values: Any) -> bool:
-    """Return whether all values are integers that can be a size or a place."""
+    """Return whether all values are integers that can be sizes or offsets."""
     return all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
 def _put(target: dict[Any, Any], key: Any, value: Any) -> None:
-    """Set an item, hashing only text and small numbers: nested tuples, or numbers chosen to collide, take for ever."""
+    """Set an item, hashing only text and small numbers: nested tuples, or colliding numbers, can take forever."""
     plain = type(key) in (str, SavedObject) or (type(key) is int and key.bit_length() < 60)
     target[key if plain else object()] = value
 
 
 def _ordered_dict(pairs: Any = None) -> dict[Any, Any]:
-    """Build an OrderedDict's items from Python 2's list of pairs, if there is one.
+    """Build an OrderedDict's items from Python 2's list of pairs, if given.
 
-    The list is emptied: a pickle could pass it again and again, and each call's copy would fill the memory.
+    The list is emptied: a pickle could pass it repeatedly, and the copies would fill the memory.
     """
     made: dict[Any, Any] = {}
     if pairs is not None:
@@ -120,7 +120,7 @@ def _ordered_dict(pairs: Any = None) -> dict[Any, Any]:
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: str = "") -> SavedTensor:
-    """Describe the tensor of `_rebuild_tensor` and `_v2`; `rest` is requires_grad, hooks, and maybe metadata."""
+    """Describe the tensor of `_rebuild_tensor` or its `_v2`; `rest` is requires_grad, hooks, and perhaps metadata."""
     ranks = type(shape) is tuple and type(stride) is tuple and len(shape) == len(stride) <= MAX_RANK
     if not (type(storage) is Storage and ranks and is_whole(offset, *shape, *stride)):
         raise ValueError("a tensor without a storage, a shape or strides")
@@ -128,7 +128,7 @@ def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dty
 
 
 def _rebuild_v3(*args: Any) -> SavedTensor:
-    """Describe the tensor of `_rebuild_tensor_v3`: a dtype with no storage type is before the metadata of `_v2`."""
+    """Describe the tensor of `_rebuild_tensor_v3`: a dtype without a storage type precedes the metadata of `_v2`."""
     dtype = args[6].name.removeprefix("torch.")
     if dtype not in TORCH_DTYPES:
         raise ValueError("a tensor without a dtype")
@@ -136,7 +136,7 @@ def _rebuild_v3(*args: Any) -> SavedTensor:
 
 
 def rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    """Describe a tensor that has attributes of its own, which are dropped."""
+    """Describe a tensor with its own attributes, which are ignored."""
     if type(kind) is not _Global or kind.name not in _TENSORS or type(args) is not tuple:
         raise ValueError("a tensor of another class")
     return _CALLS[function.name](*args)
@@ -160,7 +160,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     ),
 }
 
-# Classes that keys of dicts beside the weights are: Lightning 1.0 to 1.5 wrote its callbacks so, as in sd-v1-4.ckpt
+# Classes that are dict keys beside the weights: Lightning 1.0 to 1.5 wrote callbacks this way, as in sd-v1-4.ckpt
 _KEYS = {"pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"}
 
 _TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter")
@@ -169,13 +169,13 @@ _KNOWN = {*_CALLS, *STORAGES, *(f"torch.{name}" for name in TORCH_DTYPES), *_KEY
 
 
 class Machine:
-    """Pickle's stack machine, with the opcodes of `_OPS` and no more. A mark pushes the stack onto `below`.
+    """Pickle's stack machine with only the opcodes of `_OPS`. A mark pushes the stack onto `below`.
 
     Args:
-        records: the names of classes and functions that the reader knows; what they make is a `SavedObject`.
+        records: names of classes and functions that the reader knows; their results are `SavedObject`.
         most: bytes of a pickle.
-        opcodes: of all pickles; a third of them may put something into the memo, and a tensor's put 8 of 32; an
-            eighth may be of LARGE.
+        opcodes: the limit for all pickles. A third of them may write to the memo (8 of a tensor's 32 do), and an eighth
+            may be in LARGE.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class Machine:
         self.storages: dict[str, Storage] = {}
 
     def run(self, stream: Any) -> Any:
-        """Return the object that the pickle at the stream's position describes, and leave the stream behind it."""
+        """Return the object that the pickle at the stream's position describes, and move the stream to its end."""
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -255,13 +255,13 @@ class Machine:
         self.push(SavedObject(name, args) if name in self.records else _CALLS[name](*args))
 
     def make(self, kind: Any, args: Any) -> None:
-        """Push an object that is made without a call of its class."""
+        """Push an object that is created without calling its class."""
         if type(kind) is not _Global or kind.name not in self.records or type(args) is not tuple:
             raise ValueError("an object of something that is no class")
         self.push(SavedObject(kind.name, args))
 
     def build(self, state: Any) -> None:
-        """Give a record its state. The only other state is torch's `_metadata` of a dict, which is dropped."""
+        """Set the state of a record. The only other state is torch's `_metadata` of a dict, which is ignored."""
         if type(self.stack[-1]) is SavedObject:
             self.stack[-1].state = state
         else:
@@ -270,7 +270,7 @@ class Machine:
     def load(self, identity: Any) -> None:
         """Push the storage of a persistent id: ("storage", type, key, location, numel).
 
-        The legacy layout adds a view of another storage, which torch has not written for years: only None is read.
+        The legacy layout adds a view of another storage. torch has not written views for years, so only None is read.
         """
         if type(identity) is not tuple or not (len(identity) == 5 or (len(identity) == 6 and identity[5] is None)):
             raise ValueError("a persistent id of unknown form, or a view of another storage")
@@ -283,7 +283,7 @@ class Machine:
         self.push(found)
 
 
-# The opcodes of protocols 1 to 5 that containers need; torch itself cannot read what it writes in protocol 0.
+# The opcodes of protocols 1 to 5 that containers need; torch itself cannot read its files in protocol 0.
 _LITERALS = frozenset(
     """INT BININT BININT1 BININT2 LONG LONG1 LONG4 BINFLOAT BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES
     BINBYTES BINBYTES8 BYTEARRAY8""".split()

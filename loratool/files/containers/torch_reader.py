@@ -1,4 +1,4 @@
-"""Read a torch file (`.bin`, `.pt`, `.pth`, `.ckpt`) behind the interface of `WeightsFile`, without torch."""
+"""Read a torch file (`.bin`, `.pt`, `.pth`, `.ckpt`) as a `WeightsFile`, without torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from ..weights_file import WeightsFile
 from .torch_archive import TorchArchive
 from .torch_pickle import REMEDY, SavedTensor
 
-# Where training tools save the weights in a larger dict; the first that has tensors counts.
+# Keys under which training tools save the weights in a larger dict; the first with tensors counts.
 STATE_DICT_KEYS = ("state_dict", "model", "module", "model_state_dict", "params", "params_ema", "ema")
 
 
 class TorchFile(WeightsFile):
-    """A torch file, of which opening reads only the pickle.
+    """A torch file; opening reads only the pickle.
 
-    The weights are the dict that was saved or, if it has no tensors itself, the first value in it under one of
-    `STATE_DICT_KEYS` that has. Tied weights are under each of their names, with equal `begin` and spec. `ignored`
-    names all else.
+    The weights are the saved dict. If it has no tensors itself, they are its first value under a key of
+    `STATE_DICT_KEYS` that has some. Tied weights are under each of their names, with equal `begin` and spec. `ignored`
+    names everything else.
 
     Raises:
-        InputError: the file has something else than plain weights.
+        InputError: the file has something other than plain weights.
     """
 
     file_format = "torch"
@@ -45,7 +45,7 @@ class TorchFile(WeightsFile):
         return InputError(why, culprit=str(self.path), remedy=remedy)
 
     def _choose(self, top: Any) -> tuple[dict[str, SavedTensor], tuple[str, ...]]:
-        """Return the dict of weights in the saved object, and the names of all else."""
+        """Return the dict of weights in the saved object, and the names of everything else."""
 
         def tensors(value: Any) -> dict[Any, SavedTensor]:
             return {k: v for k, v in value.items() if type(v) is SavedTensor} if type(value) is dict else {}
@@ -69,5 +69,5 @@ class TorchFile(WeightsFile):
 
 
 def is_name(name: object) -> bool:
-    """Return whether a key of a saved dict can be a tensor's name in a safetensors file."""
+    """Return whether a key of a saved dict is a valid tensor name in a safetensors file."""
     return type(name) is str and name != "__metadata__" and not any("\ud800" <= c <= "\udfff" for c in name)

@@ -1,9 +1,9 @@
-"""Plan the zip that `torch.save` writes to its last byte, before the first is written.
+"""Plan every byte of the zip archive that `torch.save` writes, before the first is written.
 
-The small entries come first, complete; then each storage at a known byte; then the list of entries. Only the CRC-32 of
-the storages is missing until they are written, and is given to `Archive.rest`: torch.load does not check it, but every
-other reader of zip files does. The format is in torch/serialization.py (`_save`) and PKWARE's APPNOTE.TXT. All lengths
-are in zip64 fields, so that there is one layout and not two. The bytes do not depend on torch's version.
+The small entries come first, complete; then each storage at a known byte; then the list of entries. Only the CRC-32s of
+the storages are unknown until they are written; they are passed to `Archive.rest`. torch.load does not check them, but
+all other readers of zip files do. The format is in torch/serialization.py (`_save`) and PKWARE's APPNOTE.TXT. All
+lengths are in zip64 fields, so that there is only one layout. The bytes do not depend on torch's version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...errors import InputError
 from ..dtypes import DTYPE_NAMES, TensorSpec
 from .torch_pickle import MAX_PICKLE, STORAGES
 
-ALIGNMENT = 64  # bytes, of a storage, as torch.save has it, so that torch.load(mmap=True) can use it in place
+ALIGNMENT = 64  # bytes; torch.save's alignment of storages, with which torch.load(mmap=True) uses them in place
 
 _STORAGE_OF = {dtype: storage for storage, (dtype, _) in STORAGES.items() if storage != "torch.storage.UntypedStorage"}
 
@@ -64,7 +64,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Archive:
-    """A torch file that will be written."""
+    """The plan of a torch file."""
 
     header: bytes  # all bytes before the first storage
     small: tuple[tuple[Entry, int], ...]  # the entries in `header`, with their CRC-32
@@ -87,7 +87,7 @@ class Archive:
         return self._entries[-1].end
 
     def rest(self, parts: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, bytes]]:
-        """Yield (offset, bytes) of all that is still to be written, once the storages are.
+        """Yield (offset, bytes) of everything that follows once the storages are written.
 
         Args:
             parts: (offset, length, CRC-32) of the ranges that were written, in any order.
@@ -134,7 +134,7 @@ def _end(count: int, length: int, at: int) -> bytes:
 
 
 def _pickle(tensors: Mapping[str, tuple[str, TensorSpec]], keys: Mapping[str, str]) -> bytes:
-    """Encode the dict of tensors in pickle's protocol 2, with the calls that torch.save makes of a tensor."""
+    """Encode the dict of tensors in pickle protocol 2, with the calls that torch.save writes for tensors."""
     memo: dict[str, bytes] = {}
 
     def known(name: str) -> bytes:
@@ -193,7 +193,7 @@ def _stride(spec: TensorSpec) -> list[int]:
 
 
 def joined_crc(parts: Sequence[tuple[int, int]]) -> int:
-    """Combine the (length, CRC-32) of consecutive parts to the CRC-32 of all, as zlib's crc32_combine does."""
+    """Combine the (length, CRC-32) of consecutive parts into the CRC-32 of all, like zlib's crc32_combine."""
     crc = 0
     for length, following in parts:
         crc = _times(_shift(length), crc) ^ following

@@ -1,6 +1,6 @@
-"""Stand in for a weights file that is never written: its tensors are computed when asked for.
+"""Virtual weights file, which is never written: its tensors are computed on access.
 
-A command's result can so be opened as an adapter, and be the input of another command.
+A command's result can be opened as an adapter this way, and be the input of another command.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class VirtualFile(WeightsFile):
     """A weights file whose tensors `load` computes.
 
     Args:
-        like: the file that it is made of, which lends its path and stamp; its owner closes it.
-        stored: as `stored_type`, where it is another type than the tensor's.
+        like: the source file, which lends its path and stamp; its owner closes it.
+        stored: tensor -> its `stored_type`, where that differs from the tensor's type.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ class Output:
         """Return the free bytes that the output needs on the disk, without the new undo file."""
         beside = sum(origin.stat().st_size for origin in (*self.travels.values(), *self.carried.values()))
         beside += sum(len(data) for data in self.extras.values())
-        held = occupied(partial_path(self.path))  # of a run that died, which is replaced or gone on with
+        held = occupied(partial_path(self.path))  # bytes of a run that died; they are replaced or resumed
         return max(0, self.nbytes + beside - held)
 
     @property

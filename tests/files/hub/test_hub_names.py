@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratool.errors import InputError
-from loratool.files.hub.names import HubName, base_fields, cached_name, parse_hub_name, shareable, named_repo
+from loratool.files.hub.names import HubName, base_fields, cached_name, named_repo, parse_hub_name, shareable
 
 NAMES = {
     "org/name": ("org/name", None, ""),
