@@ -1,1 +1,1 @@
-"""What survives a kill: calls that change files, locks, partial outputs, signals, and the journal of a resumed run."""
+"""Calls that change files, locks, partial outputs, signals, and the journal of a resumed run: what survives a kill."""
