@@ -1,7 +1,7 @@
-"""Represent an adapter of any format as a lazy mapping from module path to update.
+"""An adapter of any format, as a lazy mapping from module path to update.
 
-All of it comes from headers, the config and scalar alphas, so that plans, binding and `inspect` need no
-torch; `Adapter.load` reads the tensors of one update.
+It is made from headers, the config and scalar alphas, so that plans, binding and `inspect` need no torch.
+`Adapter.load` reads the tensors of one update.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .config import AdapterConfig, is_in_listed_module
 from .updates.replace import ReplaceTensor
 from .updates.update import Update, UpdateSpec
 
-# (key of WEIGHED, or pattern; weight): the last that matches a module wins (`module_weights.weight_of`)
+# (key of WEIGHED, or pattern; weight): the last row that matches a module counts (`module_weights.weight_of`)
 ModuleWeights = tuple[tuple[str, float], ...]
 
-UNREAD = "0" * 64  # for the hash of a file where only its length counts
+UNREAD = "0" * 64  # placeholder for the hash of a file, where only its length matters
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,22 @@ class Adapter:
     updates: Mapping[str, UpdateSpec]  # module path -> update
     flattened: bool = False  # the paths are kohya's, with `_` for dots
     notes: tuple[str, ...] = ()  # sentences for the user
-    missing: tuple[str, ...] = ()  # sentences on what the config announces and the file does not have
-    module_weights: ModuleWeights = ()  # where they are not the adapter's
-    extras: tuple[str, ...] = ()  # tensors that no weight could hold, which stand in the file and not in its specs
-    own_names: tuple[str, ...] = ()  # modules under names that the format alone has, since no base told others
-    only_for: str = ""  # the runtime in whose order its rows are; empty for the order of the model
-    left_out: tuple[str, ...] = ()  # modules and extras that --drop has left out
-    known_sha256: str = ""  # of the weights file, where it need not be read for that
+    missing: tuple[str, ...] = ()  # sentences on what the config lists and the file lacks
+    module_weights: ModuleWeights = ()  # weights that replace the adapter's, by module
+    extras: tuple[str, ...] = ()  # tensors in the file that no weight could hold; they are not in its specs
+    own_names: tuple[str, ...] = ()  # modules still under the format's own names; only a base could resolve them
+    only_for: str = ""  # the runtime whose row order it has; empty for the order of the model
+    left_out: tuple[str, ...] = ()  # modules and extras excluded by --drop
+    known_sha256: str = ""  # hash of the weights file, if known without reading it
 
     @property
     def base_hint(self) -> str:
-        """A sentence on the base that it was trained on, for a remedy; empty if the config does not name one."""
+        """A sentence for remedies that names the base it was trained on; empty if the config names none."""
         base = self.config.base_model
         return f"{self.name} says it was trained on {shell_word(base)}" if base else ""
 
     def only(self, modules: Iterable[str]) -> Adapter:
-        """Return the adapter with these of its modules alone."""
+        """Return the adapter restricted to these modules."""
         wanted = frozenset(modules)
         return replace(self, updates={module: update for module, update in self.updates.items() if module in wanted})
 
@@ -70,9 +70,9 @@ class Adapter:
         return any(isinstance(entry, str) and is_in_listed_module(entry, module) for entry in listed)
 
     def is_duplicate_bias(self, module: str, others: Container[str]) -> bool:
-        """Return whether `module` is a head's bias that is in `others` under the owner's name, with the same values.
+        """Return whether `module` is a head's bias that `others` has under the owner's name with the same values.
 
-        `cls.predictions.decoder.bias` is `cls.predictions.bias` in transformers, and PEFT saves both.
+        In transformers, `cls.predictions.decoder.bias` is `cls.predictions.bias`; PEFT saves both.
         """
         owner, _, last = module.rpartition(".")
         other = f"{owner.rpartition('.')[0]}.{last}"
@@ -83,7 +83,7 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of the weights file, as `sha256sum` prints it; of several files that of their hashes in a row."""
+        """The hash of the weights file, as `sha256sum` prints it; for several files, the hash of their hashes."""
         if self.known_sha256:
             return self.known_sha256
         hashes = [sha256_file(path) for path in paths_of([self.file])]
@@ -91,7 +91,7 @@ class Adapter:
 
     @cached_property
     def scales_sha256(self) -> str:
-        """The hash of what the weights file does not determine: each module's scale and the indices of its rows."""
+        """The hash of what is not in the weights file: each module's scale and the indices of its rows."""
         lines = [
             " ".join([module, spec.scale.hex(), *map(str, spec.detail.hashed if spec.detail else ())])
             for module, spec in sorted(self.updates.items())

@@ -1,4 +1,4 @@
-"""Hold the fields of an adapter's config that decide rank and scale, whatever the format they come from."""
+"""The fields of an adapter's config that decide rank and scale, in any format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .patterns import Patterns, Targets
 
 
 def named_base(value: object) -> str | None:
-    """Return the base that a config's field names; None if it is no name that can be shown."""
+    """Return the base that a config names; None if the value is not a printable name."""
     return value if isinstance(value, str) and value and value.isprintable() else None
 
 
@@ -28,14 +28,14 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)  # pattern -> alpha
     fan_in_fan_out: bool | None = None
     base_model: str | None = None
-    peft: Mapping[str, Any] = field(default_factory=dict)  # all fields of PEFT's config; empty if it is not PEFT's
-    own: Mapping[str, Any] = field(default_factory=dict)  # the same of another format, which mean nothing to PEFT
+    peft: Mapping[str, Any] = field(default_factory=dict)  # all fields of PEFT's config; empty for other formats
+    own: Mapping[str, Any] = field(default_factory=dict)  # all fields of another format's config, unknown to PEFT
     rank_is_alpha: bool = False  # a missing alpha means the rank
     base_mutating_inits: Mapping[str, str] = field(default_factory=dict)  # component of a diffusers file -> init
 
     @property
     def extra(self) -> dict[str, Any]:
-        """Return all fields, whoever's they are."""
+        """Return all fields, PEFT's and the other format's."""
         return {**self.own, **self.peft}
 
     @cached_property
@@ -64,7 +64,7 @@ class AdapterConfig:
         return rank
 
     def for_module(self, parameter: str) -> AdapterConfig:
-        """Return the config of one bare parameter: patterns are matched with its own path, not with its module's."""
+        """Return the config of one bare parameter: patterns are matched with its path, not its module's."""
         alpha = self._alphas.value(parameter, self.alpha)
         return replace(self, rank=self.rank_of(parameter), alpha=alpha, rank_pattern={}, alpha_pattern={})
 
@@ -88,9 +88,9 @@ class AdapterConfig:
 
 
 def is_in_listed_module(entry: str, module: str) -> bool:
-    """Return whether `module` is, or is inside, a module whose path ends in `entry`: PEFT's rule.
+    """Return whether `module` is, or is inside, a module whose path ends in `entry`, as PEFT decides it.
 
-    `entry` is one of modules_to_save.
+    `entry` is an item of modules_to_save.
     """
     parts = module.split(".")
     return any(".".join(parts[:stop]).endswith(entry) for stop in range(1, len(parts) + 1))

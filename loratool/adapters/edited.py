@@ -1,7 +1,7 @@
-"""Write an edited adapter: new factors under the names of an existing one, with its other tensors kept along.
+"""Write an edited adapter: new factors under the names of an existing one; other tensors are copied unchanged.
 
-Scales are folded into the factors and alpha is each module's rank, so that every runtime agrees on them (some do not
-know rsLoRA, some no patterns). Factors are computed for one module at a time, to bound memory.
+Scales are folded into the factors and alpha is each module's rank, so that every runtime computes the same (some do
+not support rsLoRA, some no patterns). Factors are computed for one module at a time, to bound memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .updates.replace import ReplaceTensor
 from .updates.rows import ReplaceRows
 from .updates.update import UpdateSpec
 
-# kinds without factors whose one tensor can be carried along
+# kinds without factors, whose one tensor can be copied or summed
 CARRIED = (AddDelta, Diff, ReplaceTensor, ReplaceRows)
 
 
@@ -78,14 +78,14 @@ class EditedAdapter:
     """An adapter to be written, with the format, names and config of an existing one."""
 
     template: Adapter  # the adapter whose format and config the output has
-    updates: Mapping[str, UpdateSpec]  # module -> the update whose names and shapes (but for the rank) it has
+    updates: Mapping[str, UpdateSpec]  # module -> the update that gives names and shapes (except the rank)
     ranks: Mapping[str, int]  # module -> rank
-    factors: Callable[[str], tuple[Tensor, Tensor]]  # module -> (B (E, out, r), A (E, r, in)), with the scale in them
+    factors: Callable[[str], tuple[Tensor, Tensor]]  # module -> (B (E, out, r), A (E, r, in)), with the scale folded in
     carried: Mapping[str, CarriedTensor]  # name -> a tensor beside the factors
     dtype: torch.dtype = torch.float32  # of the factors
-    fields: Mapping[str, object] = field(default_factory=dict)  # of PEFT's config, that replace the template's
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file, that replaces the template's
-    differing: Collection[str] = ()  # keys of the template's metadata that are not true of the output
+    fields: Mapping[str, object] = field(default_factory=dict)  # fields of PEFT's config that replace the template's
+    metadata: Mapping[str, str] = field(default_factory=dict)  # entries of the file that replace the template's
+    differing: Collection[str] = ()  # keys of the template's metadata that do not apply to the output
 
     @property
     def format(self) -> Format:
@@ -105,7 +105,7 @@ class EditedAdapter:
 
     @cached_property
     def _named(self) -> set[str]:
-        """Adapter names that keys can contain; they are removed, because PEFT would not find such keys."""
+        """Adapter names that keys may contain; they are removed, because PEFT would not find such keys."""
         files = [self.template.file, *(each.terms[0][0].file for each in self.carried.values())]
         return set().union(*(adapter_names(file.specs) for file in {id(file): file for file in files}.values()))
 
@@ -144,7 +144,7 @@ class EditedAdapter:
     def loader(self) -> Callable[[str], Tensor]:
         """Return a function from an output tensor's name to the tensor.
 
-        A module's factors are computed once if they are asked for one after the other.
+        A module's factors are computed once if they are requested one after the other.
         """
         module_of = {key: module for module in self.updates for key in self.names(module)}
         carried = {self._saved(name): each for name, each in self.carried.items()}
@@ -171,7 +171,7 @@ class EditedAdapter:
 
 
 def require_writable(template: Adapter) -> None:
-    """Raise NeedsFlag for a format that is not written, or whose files cannot say the new ranks and scales."""
+    """Raise NeedsFlag for a format that is read-only, or that cannot store the new ranks and scales."""
     can = FORMATS[template.format].can
     if can.alpha == "none" or not can.writes:
         many, reason = can.components == "many", "whose files cannot say the new ranks and scales"
@@ -187,8 +187,8 @@ def edited_output(
 ) -> tuple[Path, bool]:
     """Return the output's path, and whether it is a file, in the template's format or in `to`.
 
-    Without `out` it is the command's name, and a folder where the format has them and the template is in one, or `to`
-    is given.
+    Without `out` the path is the command's name. It is a folder if the format has folders and the template is in one or
+    `to` is given.
     """
     in_folder = to is not None or template.file.path.name in WEIGHTS_NAMES
     return FORMATS[to or template.format].output(out, command, in_folder)
@@ -197,7 +197,7 @@ def edited_output(
 def require_same_init(template: Adapter, ranks: Mapping[str, int]) -> None:
     """Raise InputError if PEFT would not subtract the same init from the base as when training began.
 
-    PEFT repeats a base-mutating init at each load; what it subtracts depends on the rank, with OLoRA on the scale too.
+    PEFT repeats a base-mutating init at each load. What it subtracts depends on the rank, with OLoRA also on the scale.
     """
     for module, rank in ranks.items():
         init, update, reason = base_mutating_init_of(template.config, module), template.updates.get(module), None
@@ -224,7 +224,7 @@ def write_edited(
     """Write the adapter.
 
     Args:
-        inputs: the files that it is made of, which must not change meanwhile.
+        inputs: the files that it is made of, which must not change during the write.
         card: as in `AdapterContent`.
     """
     template = edited.template
@@ -243,7 +243,7 @@ def write_edited(
     edited.format.write(path, is_file, content, inputs)
 
 
-# How PEFT's names of tensors end -> the field without which it does not read them, where the template has no config
+# How PEFT's names of tensors end -> the config field without which PEFT ignores them
 SAID_BY_FIELDS = {".lora_magnitude_vector": "use_dora", ".lora_B.bias": "lora_bias"}
 
 

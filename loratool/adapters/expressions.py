@@ -1,9 +1,9 @@
-"""Match untrusted regular expressions in a time that is bounded by the lengths of expression and text.
+"""Match untrusted regular expressions in time bounded by the lengths of expression and text.
 
 `re` backtracks, which takes exponential time for an expression like `(?:[a-z]+)+!`. Here a nondeterministic automaton
 is simulated on all its paths at once (Thompson 1968), with the transitions between sets of states cached. `re` itself
 parses the expression and decides each single character and anchor, so that the meaning is Python's. Back-references
-and atomic groups, which depend on the path taken, are refused.
+and atomic groups depend on the path taken and are refused.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _compiler: Any = import_module(f"{_WITHIN}compile{'r' if sys.version_info >= (3,
 
 MAX_LENGTH = 2000  # characters of an expression; unsloth's have 400
 
-MAX_PARTS, MAX_STATES = 5000, 100_000  # of one expression with its repeats written out, and states of one automaton
+MAX_PARTS, MAX_STATES = 5000, 100_000  # parts of an expression with repeats unrolled; states of one automaton
 
-MAX_WORK, WORK_A_TEXT = 20_000_000, 5000  # states visited: in total, and what each text adds to that
+MAX_WORK, WORK_A_TEXT = 20_000_000, 5000  # states visited: in total, and the allowance that each text adds
 
 MAX_KNOWN = 50_000  # transitions cached
 
@@ -35,13 +35,13 @@ REMEDY = "write the modules' names, or a simpler expression, into adapter_config
 
 Parsed = Any  # an expression as `re` parses it: a list of (operation, argument)
 
-# A state: its kind, its argument, and the states that it leads to. Kinds: `take` consumes a character that the pattern
-# matches, `ask` goes on if the predicate holds, `split` always goes on, `end` accepts the expression of this number.
+# A state: its kind, its argument, and the next states. Kinds: `take` consumes a character that the pattern matches,
+# `ask` continues if the predicate holds, `split` always continues, `end` accepts the expression of this number.
 State = tuple[str, Any, tuple[int, ...]]
 
 
 def parse(pattern: str, name: str) -> Parsed:
-    """Parse a regular expression, which errors call `name`.
+    """Parse a regular expression; `name` is its name in errors.
 
     Raises:
         InputError: it is not a regular expression, or it is too long.
@@ -55,12 +55,12 @@ def parse(pattern: str, name: str) -> Parsed:
 
 
 class Expressions:
-    """Several expressions, matched from a text's start on by one automaton.
+    """Several expressions, matched from the start of a text by one automaton.
 
     Args:
         names: the expressions' names in errors.
         whole: a match must reach the text's end.
-        before: an expression to be matched before each of them.
+        before: an expression that must match before each of them.
 
     Raises:
         InputError: an expression cannot be matched in bounded time.
@@ -83,7 +83,7 @@ class Expressions:
         self._start = frozenset([self._sequence(prefix, prefix.state.flags, self._add("split", None, *starts))])
 
     def matching(self, text: str) -> frozenset[int]:
-        """Return the numbers of the expressions that match."""
+        """Return the indices of the expressions that match."""
         answers: dict[tuple[int, int], bool] = {}
         self._left += WORK_A_TEXT
         return self._run(self._start, text, 0, answers, self._whole)
@@ -112,7 +112,7 @@ class Expressions:
         """Follow all transitions that consume nothing.
 
         Returns:
-            The states that wait for a character, and the expressions that end here.
+            The states that wait for a character, and the indices of the expressions that end here.
         """
         if states not in self._asks:
             everything = self._reach(states, lambda _: True)
@@ -129,7 +129,7 @@ class Expressions:
         return self._closed[key]
 
     def _reach(self, states: Iterable[int], holds: Callable[[int], bool]) -> set[int]:
-        """Return all states that can be reached without a character; `holds` decides those of kind `ask`."""
+        """Return all states reachable without consuming a character; `holds` decides states of kind `ask`."""
         reached: set[int] = set()
         waiting = list(states)
         while waiting:
@@ -170,7 +170,7 @@ class Expressions:
         return InputError(why, culprit=self._name, remedy=REMEDY)
 
     def _sequence(self, parsed: Parsed, flags: int, after: int) -> int:
-        """Add the states of `parsed`, and return the one from which it leads to `after`."""
+        """Add the states of `parsed`, followed by `after`, and return its first state."""
         for operation, argument in reversed(list(parsed)):
             self._parts += 1
             if self._parts > MAX_PARTS:
@@ -217,11 +217,11 @@ class Expressions:
         return end
 
     def _counted(self, inner: Parsed, flags: int, after: int) -> int:
-        self._parts += 1  # a repeat of nothing is work too
+        self._parts += 1  # repeating nothing also costs work
         return self._sequence(inner, flags, after)
 
     def _look(self, direction: int, inner: Parsed, wanted: bool, flags: int, after: int) -> int:
-        """Add a look-ahead, or a look-behind (direction < 0), whose expression must have one width."""
+        """Add a look-ahead, or a look-behind (direction < 0) of fixed width."""
         least, most = inner.getwidth() if direction < 0 else (0, 0)
         if least != most:
             raise re.error("look-behind requires fixed-width pattern")
@@ -237,7 +237,7 @@ class Expressions:
 
 @lru_cache(maxsize=4096)
 def _alone(operation: Any, argument: Any, flags: int) -> re.Pattern[str]:
-    """Compile one character class or anchor with `re`, so that `re` decides it."""
+    """Compile one character class or anchor, so that `re` decides whether it matches."""
     state = _parser.State()
     state.flags = flags
     compiled: re.Pattern[str] = _compiler.compile(_parser.SubPattern(state, [(operation, argument)]))

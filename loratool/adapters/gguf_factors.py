@@ -1,7 +1,6 @@
-"""Make the factors of GGUF's tensors of those of transformers' modules, and the other way.
+"""Convert factors of transformers' modules to those of GGUF's tensors, and back.
 
-Nothing is computed until a factor is asked for, and then whole rows of B and columns of A are moved, so that every
-number stays as it is.
+Factors are computed when they are loaded. Only rows of B and columns of A are moved; no number changes.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MadeUpdate:
-    """An update under its new name, and what makes its factors."""
+    """An update under its new name, with the function that computes its factors."""
 
     module: str
-    source: UpdateSpec  # lends the scale and, as one of others, the types
+    source: UpdateSpec  # gives the scale and, with others, the types
     shape: tuple[int, int, int, int]  # experts, out, rank, in
     dtype: str
     load: Callable[[], Pair]
     detail: Stack | None
     transposed: bool | None
     magnitude: Callable[[], Tensor] | None = None  # of DoRA: one number for each row
-    rows: Sequence[int] = ()  # of each matrix of `source`, if it is some of them
+    rows: Sequence[int] = ()  # rows of each matrix of `source`, if not all
 
     def spec(self) -> UpdateSpec:
         key = f"{self.module}.weight"
@@ -58,7 +57,7 @@ class MadeUpdate:
 
 
 def _pair(adapter: Adapter, update: UpdateSpec) -> Pair:
-    """Load factors as stacks of matrices, of one for a linear layer, in their stored types."""
+    """Load factors in their stored types as stacks of matrices; a linear layer is a stack of one."""
     loaded = adapter.load(update.cls.without_norm(update))
     assert isinstance(loaded, LowRank | Experts)
     E, rank = update.experts, update.rank
@@ -66,7 +65,7 @@ def _pair(adapter: Adapter, update: UpdateSpec) -> Pair:
 
 
 def _dtype(updates: Sequence[UpdateSpec]) -> str:
-    """Return the type that holds the factors of all."""
+    """Return the type that can hold the factors of all updates."""
     import torch
 
     from .stacked import factor_dtypes
@@ -76,7 +75,7 @@ def _dtype(updates: Sequence[UpdateSpec]) -> str:
 
 
 def _typed(pair: Pair, dtype: str) -> Pair:
-    """Return factors in one type that holds both: this one, or that of numbers that no file has yet."""
+    """Return factors in one type that holds both: `dtype`, or the type of computed numbers."""
     import torch
 
     wanted = functools.reduce(torch.promote_types, [side.dtype for side in pair], getattr(torch, TORCH_FLOATS[dtype]))
@@ -84,7 +83,7 @@ def _typed(pair: Pair, dtype: str) -> Pair:
 
 
 def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) -> MadeUpdate:
-    """Return the rows of a module that are a GGUF tensor."""
+    """Return the update of a GGUF tensor that has some rows of a module."""
     E, out, width = (update.experts, *update.shape[-2:])
     turned = _labels_are_swapped(adapter, update, part, model)
     out, width = (width, out) if turned else (out, width)
@@ -117,8 +116,8 @@ def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) 
 def _labels_are_swapped(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) -> bool:
     """Return whether A and B are those of the transposed matrix.
 
-    PEFT up to 0.18 took every stack of experts as (experts, in, out), and takes Llama 4's so still (PR 3083). The width
-    of the model tells which side is which; of an embedding, too, where a format has it as a linear layer.
+    PEFT up to 0.18 took every stack of experts for (experts, in, out), and still does so for Llama 4's (PR 3083). The
+    model's width shows which side is which, also for an embedding that a format stores as a linear layer.
     """
     out, width = update.shape[-2:]
     ends_in_model = part.module == EMBEDDING or part.module.endswith(f"down{STACK}")
@@ -141,7 +140,7 @@ def _labels_are_swapped(adapter: Adapter, update: UpdateSpec, part: Part, model:
 
 
 def stack_of_singles(adapter: Adapter, single: Mapping[int, tuple[Part, UpdateSpec]], experts: int) -> MadeUpdate:
-    """Return the stack of single experts; those that the adapter lacks are zero, and so are ranks that others have."""
+    """Return the stack of single experts; missing experts and ranks are zero."""
     (part, first), *_ = single.values()
     updates = [update for _, update in single.values()]
     for update in updates:
@@ -165,9 +164,9 @@ def stack_of_singles(adapter: Adapter, single: Mapping[int, tuple[Part, UpdateSp
 def joined_parts(
     adapter: Adapter, path: str, own: Sequence[tuple[Part, UpdateSpec]], parts: Sequence[Part], model: GgufModel
 ) -> MadeUpdate:
-    """Return the module of transformers that some GGUF tensors are the rows of; those that are not there are zero.
+    """Return the module of transformers that GGUF tensors have the rows of; missing rows are zero.
 
-    Tensors with one A, as gate and up of one matrix have, give that A; else the ranks stand side by side.
+    If the tensors share one A, as gate and up of one matrix do, the result has that A; else the ranks are concatenated.
     """
     (_, first), updates = own[0], [update for _, update in own]
     E, (out, width) = first.experts, first.shape[-2:]
@@ -201,7 +200,7 @@ def joined_parts(
             A[:, :, columns] = ours
         return (B.mT, A.mT) if swapped else (A, B)
 
-    # a layer of transformers may store (in, out) whatever GGUF does; PEFT takes Llama 4's for (out, in) all the same
+    # a layer of transformers may store (in, out) although GGUF does not; PEFT takes Llama 4's for (out, in) anyway
     turned = own[0][0].weight.turned
     swapped = first.cls.stack and turned and bool(PEFT_TAKES_AS_PLAIN.intersection(model.model_types))
     detail = Stack(E, turned=turned and not swapped) if first.cls.stack else None

@@ -1,6 +1,6 @@
-"""Give an adapter the names and rows of a GGUF file's tensors, or those of transformers' modules.
+"""Convert an adapter to the names and rows of a GGUF file's tensors, or of transformers' modules.
 
-Nothing is written: the result's file computes its tensors when they are asked for.
+Nothing is written: the resulting adapter computes its tensors when they are loaded.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def has_own_names(adapter: Adapter) -> bool:
 
 
 def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapter:
-    """Return an adapter of any names under those of a model in a GGUF file; what has no place there stays as it is.
+    """Return an adapter of any names under the names of a GGUF file; modules without a place in it are unchanged.
 
     Args:
-        has_head: the file has a head of its own, or its embedding is one, which a merge can untie.
+        has_head: the file has a separate head, or its embedding is one, which a merge can untie.
 
     Raises:
-        InputError: the adapter is for another architecture, or the names of the file's are in no table.
+        InputError: the adapter is for another architecture, or no table has the names of the file's architecture.
     """
     if has_own_names(adapter):
         key = adapter.config.own[ARCHITECTURE]
@@ -58,10 +58,10 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
 
 
 def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str, tuple[str, ...]]]:
-    """Return an adapter with the names of transformers under those of the model's GGUF file.
+    """Return an adapter of transformers' names under the names of the model's GGUF file.
 
     Returns:
-        The adapter, and for each of its new modules those that it is made of; `unfit_modules` stay as they are.
+        The adapter, and each new module with the modules that it is made of; `unfit_modules` are unchanged.
 
     Raises:
         InputError: as `gguf_updates`.
@@ -73,10 +73,10 @@ def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str
 
 
 def gguf_updates(adapter: Adapter, model: GgufModel) -> tuple[list[MadeUpdate], dict[str, tuple[str, ...]]]:
-    """Return the modules of a GGUF adapter, and for each those that it is made of; `unfit_modules` are in none.
+    """Return the updates of a GGUF adapter, and each new module with the modules it is made of, except `unfit_modules`.
 
     Raises:
-        InputError: a module has the rows of another model, or is there twice.
+        InputError: a module has the rows of another model, or occurs twice.
     """
     made: list[MadeUpdate] = []
     single: dict[str, dict[int, tuple[Part, UpdateSpec]]] = {}
@@ -100,7 +100,7 @@ def gguf_updates(adapter: Adapter, model: GgufModel) -> tuple[list[MadeUpdate], 
 
 
 def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
-    """Return the modules that a GGUF adapter for the model cannot have, by what they are."""
+    """Return the modules that a GGUF adapter for the model cannot have, by reason."""
     found: dict[str, list[str]] = {}
     for module, update in adapter.updates.items():
         expert, parts = model.locate(module)
@@ -115,7 +115,7 @@ def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
 
 
 def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied: bool) -> str | None:
-    """Return why an update of these tensors, or of one expert's matrix in them, has no place in GGUF, or None."""
+    """Return why an update of these tensors, or of one expert in them, has no place in GGUF; None if it has one."""
     inner = update.cls.without_norm(update)
     if inner.cls not in (LowRank, Experts) or len(inner.shape) != 2 + inner.cls.stack or update.along_inputs:
         return f"{update.kind} is no LoRA of a matrix"
@@ -135,7 +135,7 @@ def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied:
 
 
 def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
-    """Return an adapter with the names of a GGUF file under those of transformers' modules.
+    """Return an adapter of a GGUF file's names under the names of transformers' modules.
 
     Raises:
         InputError: a tensor is not in the table, or has the rows of another model.
@@ -157,14 +157,14 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
 
 
 def _renamed(adapter: Adapter, made: Sequence[MadeUpdate], kept: Mapping[str, UpdateSpec]) -> Adapter:
-    """Return the adapter with these updates in the place of its own, but for those that are kept."""
+    """Return the adapter with its updates replaced by `made`, except those in `kept`."""
     updates = {each.module: each.spec() for each in made}
     specs = {name: u.specs[role] for u in updates.values() for role, name in u.tensors.items()}
     by_name = {name: each for each in made for name in updates[each.module].tensors.values()}
     own = {name for update in kept.values() for name in update.stored}
     own |= {update.base for update in updates.values() if update.base}
     specs |= {name: adapter.file.specs[name] for name in own}
-    last: list[dict[str, Tensor]] = [{}]  # one module's, put there at once: a merge loads in several threads
+    last: list[dict[str, Tensor]] = [{}]  # one module's, assigned at once: a merge loads in several threads
 
     def load(name: str) -> Tensor:
         if name in own:

@@ -20,31 +20,31 @@ from ..architectures.prefixes import CONTAINER_PREFIXES, module_path
 from ..architectures.renames import canonical
 from ..errors import InputError
 
-ARCHITECTURE = "general.architecture"  # the field of a GGUF file that says it
-EMBEDDING = "token_embd"  # the one weight that GGUF's adapters have transposed
+ARCHITECTURE = "general.architecture"  # the field of a GGUF file that names it
+EMBEDDING = "token_embd"  # the only weight that GGUF's adapters store transposed
 HEAD = "output"
-STACK = "_exps"  # how the names of stacks of experts end
+STACK = "_exps"  # suffix of the names of stacks of experts
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """Hold what of a model decides the names and rows of its GGUF file."""
+    """The properties of a model that decide the names and rows of its GGUF file."""
 
     architecture: Architecture
     facts: Facts
     model_types: tuple[str, ...]  # of config.json and the configs nested in it
-    width: int = 0  # of its hidden states; 0 if it is not known
-    inside: str = "model."  # what the language model's paths begin with in the class
+    width: int = 0  # of its hidden states; 0 if unknown
+    inside: str = "model."  # prefix of the language model's paths in the class
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], name: str) -> GgufModel:
-        """Return it by a config.json.
+        """Return the model of a config.json.
 
         Args:
-            name: of the model, for messages.
+            name: the model's name, for messages.
 
         Raises:
-            InputError: no table has the architecture, or the config does not tell what it needs.
+            InputError: no table has the architecture, or the config lacks a field that the table needs.
         """
         architecture = architecture_of(config)
         if architecture is None:
@@ -63,7 +63,7 @@ class GgufModel:
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any], modules: Collection[str]) -> GgufModel | None:
-        """Return it by the fields of a GGUF file, or None if they do not tell what the rows of its modules need."""
+        """Return the model of a GGUF file's fields; None if they lack a number that the rows of its modules need."""
         architecture = ARCHITECTURES.get(str(fields.get(ARCHITECTURE)))
         if architecture is None:
             return None
@@ -76,7 +76,7 @@ class GgufModel:
 
     @property
     def is_head_tied(self) -> bool:
-        """Return whether llama.cpp computes a head by the embedding; of an encoder it computes none."""
+        """Return whether llama.cpp computes the head with the embedding; for an encoder it computes no head."""
         return self.facts.tied and self.architecture.key != "bert"
 
     @functools.cached_property
@@ -84,26 +84,26 @@ class GgufModel:
         return {}
 
     def _parts_of(self, path: str) -> list[Part]:
-        """Return the GGUF tensors that have the rows of a module of transformers, in any of its names; or none."""
+        """Return the GGUF tensors that have the rows of a module of transformers, under any of its names."""
         number = re.search(r"\.(\d{1,6})(?:\.|$)", path)
         layer = int(number[1]) if number else None
         if layer not in self._layers:
             self._layers[layer] = self._index(layer)
         found, plain = self._layers[layer], self._in_class(path)
         prefixes = [prefix + "." for prefix in CONTAINER_PREFIXES]
-        text = re.sub(r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model.", plain)  # of one with a tower
+        text = re.sub(r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model.", plain)  # of a model with a tower
         ways = [plain, text, *(p + plain for p in prefixes), *(plain.removeprefix(p) for p in prefixes)]
         return next((found[way] for way in ways if way in found), [])
 
     def locate(self, module: str) -> tuple[int | None, list[Part]]:
-        """Return the GGUF tensors that have the rows of a module, and which expert's it is of a stack there."""
+        """Return the GGUF tensors that have the rows of a module, and its expert's number if they are stacks."""
         expert = expert_part(canonical(module, self.model_types), self.model_types)
         if expert is None:
             return None, self._parts_of(module)
         return expert.expert, [part for part in self._parts_of(expert.fused) if part.slot == expert.part]
 
     def parts_with(self, tensor: str) -> tuple[str, list[Part]] | None:
-        """Return the module of transformers that a GGUF tensor's path is of, and all of its parts."""
+        """Return the module of transformers that a GGUF tensor belongs to, and all parts of the module."""
         known = self.architecture.find(tensor) or self.architecture.find(f"{tensor}.weight")
         if known is None:
             return None
@@ -113,13 +113,13 @@ class GgufModel:
         return next(((path, parts) for path, parts in found if any(part.module == tensor for part in parts)), None)
 
     def _in_class(self, path: str) -> str:
-        """Return a path as transformers' class has it, of which a language model may be a part."""
+        """Return a path as transformers' class has it; the language model may be a part of the class."""
         found = canonical(path, self.model_types)
         is_plain = found.startswith("model.") and not found.startswith(self.inside)
         return self.inside + found.removeprefix("model.") if is_plain else found
 
     def _index(self, layer: int | None) -> dict[str, list[Part]]:
-        """Return the parts of each module of a layer, or of those beside the layers, by its name in the class."""
+        """Return the parts of each module of a layer (None: outside the layers), by its name in the class."""
         index: dict[str, list[Part]] = {}
         for weight in self.architecture.weights:
             if ("{n}" in weight.hf) != (layer is not None) or weight.gguf.endswith(".bias"):
@@ -129,7 +129,7 @@ class GgufModel:
             if "{e}" in path:
                 expert = expert_part(path.replace("{e}", "0"), self.model_types)
                 if expert is None:
-                    continue  # of another model of the architecture
+                    continue  # a tensor of another model of the architecture
                 path, slot, slots = self._in_class(expert.fused), expert.part, expert.parts
             else:
                 path = module_path(self._in_class(path if weight.bare else f"{path}.weight"))
@@ -143,16 +143,16 @@ class Part:
 
     weight: Weight
     module: str  # its path in GGUF
-    slot: int = 0  # which of the equal slices of the rows it has, where single experts are stacked
+    slot: int = 0  # the number of its slice of the rows, where single experts are stacked
     slots: int = 1
 
     @property
     def count(self) -> int:
-        """How many tensors of its size the module's rows make."""
+        """The number of tensors of its size that make up the module's rows."""
         return ROW_ORDERS[self.weight.rows].parts if self.weight.rows else self.slots
 
     def numbers(self, facts: Facts, rows: int, culprit: str) -> list[int]:
-        """Return which of the module's rows it has; InputError if there cannot be so many."""
+        """Return the numbers of the module's rows that it has; raise InputError if `rows` is impossible."""
         try:
             if self.weight.rows:
                 return ROW_ORDERS[self.weight.rows].numbers(facts, rows)
@@ -164,7 +164,7 @@ class Part:
         return list(range(self.slot * size, (self.slot + 1) * size))
 
     def columns(self, facts: Facts, columns: int, culprit: str) -> list[int] | None:
-        """Return which of the module's columns each of its own is; None if they are the same."""
+        """Return the number of the module's column for each of its columns; None if the order is the same."""
         if not self.weight.columns:
             return None
         try:

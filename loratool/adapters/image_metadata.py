@@ -1,7 +1,7 @@
-"""Read what the metadata of an image adapter's file says of its training: text that anybody can have written.
+"""Read facts on training from the metadata of an image adapter's file: untrusted text that anybody can have written.
 
-`ss_*` are the keys of sd-scripts (`library/train_util.py`, `networks/`), which most trainers write too; `modelspec.*`
-those of Stability's ModelSpec 1.0. A value that is not as these define it is passed over, and stays as it is.
+`ss_*` are the keys of sd-scripts (`library/train_util.py`, `networks/`), which most trainers use; `modelspec.*` are
+those of Stability's ModelSpec 1.0. A value of another form than these define is ignored and copied unchanged.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from typing import Any
 
 from ..files.containers.safetensors_file import is_hash
 
-MOST_JSON = 1 << 22  # characters of a value that are parsed: a training on 100,000 captioned images has a quarter
+MOST_JSON = 1 << 22  # longest value that is parsed, in characters; 100,000 captioned images need a quarter of it
 
-WORDS, TAGS = 5, 5  # that are listed
+WORDS, TAGS = 5, 5  # most words and tags that are listed
 
 PREFIXES = ("ss_", "modelspec.")  # of the keys of image adapters
 
-# Metadata on a file's factors, their ranks and scales, which a file that is made of it says anew
+# Metadata on ranks and scales of a file's factors, which a derived file replaces
 OF_FACTORS = ("ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")
 
 SD_SCRIPTS = "networks."  # begins the modules of sd-scripts itself, all of LoRA
 
-TRAINED_BY = ("ss_network_module", "ss_network_args")  # sd-scripts' module of a network, and what it was given
+TRAINED_BY = ("ss_network_module", "ss_network_args")  # sd-scripts' module of a network, and its arguments
 
 _REPEATS = re.compile(r"\d+_")  # sd-scripts repeats the images of the folder `10_name` ten times
 
 
 @dataclass(frozen=True)
 class Training:
-    """Hold what a file says of how its adapter was trained; None, or empty, where it does not.
+    """A file's facts on how its adapter was trained; None or empty if missing.
 
     Attributes:
         base_model: the file or the name of the model that it was trained on, else the name of its architecture.
-        images, epochs, steps: of this file's state of the training, where it says that.
+        images, epochs, steps: the counts up to this file, if stored.
         tags: the most frequent tags of the captions, with the number of images that have them.
-        thumbnail_nbytes: of the picture that stands in the metadata.
+        thumbnail_nbytes: the size of the picture in the metadata.
     """
 
     base_model: str | None = None
@@ -56,7 +56,7 @@ class Training:
 
 
 def read_training(metadata: Mapping[str, str]) -> Training | None:
-    """Return what metadata says of a training; None if nothing."""
+    """Return the facts on training in metadata; None if there are none."""
     found = Training(
         base_model=_text(metadata, "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),
         images=_count(metadata, "ss_num_train_images"),
@@ -72,7 +72,7 @@ def read_training(metadata: Mapping[str, str]) -> Training | None:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the phrase that a file gives, else the names of its folders of images; empty if it has neither."""
+    """Return the trigger phrase of a file, else the names of its folders of images; empty if it has neither."""
     if phrase := _text(metadata, "modelspec.trigger_phrase"):
         return (phrase,)
     folders = (_REPEATS.sub("", name, count=1).strip() for name in _object(metadata, "ss_tag_frequency"))
@@ -80,7 +80,7 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _text(metadata: Mapping[str, str], *keys: str) -> str | None:
-    """Return the first value that says something: sd-scripts writes None for what was not given."""
+    """Return the first value that is not empty or "None", which sd-scripts writes for a missing argument."""
     values = (metadata.get(key, "").strip() for key in keys)
     return next((value for value in values if value not in ("", "None", "null")), None)
 
@@ -99,7 +99,7 @@ def _number(metadata: Mapping[str, str], *keys: str) -> float | None:
 
 
 def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """Return the JSON object that a value is; empty if it is none, or too long to be one of a trainer."""
+    """Return a value parsed as a JSON object; empty if it is not an object, or too long for a trainer's."""
     text = metadata.get(key, "")
     if len(text) > MOST_JSON or text.count("[") + text.count("{") > 1 << 16:
         return {}
@@ -111,7 +111,7 @@ def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 
 
 def _resolution(metadata: Mapping[str, str]) -> str | None:
-    """Return `1024x1024`, of this and of sd-scripts' `(1024, 1024)`, or of one number."""
+    """Return `1024x1024` for this text, for sd-scripts' `(1024, 1024)`, and for one number."""
     sides = re.fullmatch(
         r"\(?(\d{1,6})(?:\s*[x,]\s*(\d{1,6}))?\)?", _text(metadata, "modelspec.resolution", "ss_resolution") or ""
     )
@@ -119,13 +119,13 @@ def _resolution(metadata: Mapping[str, str]) -> str | None:
 
 
 def _optimizer(metadata: Mapping[str, str]) -> str | None:
-    """Return the name of the class, of `bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)`."""
+    """Return the name of the class in text like `bitsandbytes.optim.adamw.AdamW8bit(weight_decay=0.1)`."""
     text = _text(metadata, "ss_optimizer")
     return text.partition("(")[0].rpartition(".")[2] or None if text else None
 
 
 def _frequent_tags(metadata: Mapping[str, str]) -> tuple[tuple[str, int], ...]:
-    """Return the most frequent tags of all folders; of equally frequent ones the first by name."""
+    """Return the most frequent tags of all folders; equally frequent tags are ordered by name."""
     counts: Counter[str] = Counter()
     for tags in _object(metadata, "ss_tag_frequency").values():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
@@ -145,10 +145,10 @@ def _thumbnail(metadata: Mapping[str, str]) -> int | None:
 
 
 def former_metadata(metadata: Mapping[str, str], new_ranks: bool) -> dict[str, str]:
-    """Return what a file's metadata says that stays true of another file made of it, whose factors are LoRA's.
+    """Return a file's metadata that still applies to a file derived from it with factors of LoRA.
 
     Args:
-        new_ranks: whether the modules have other ranks, so that those that the network was given are others too.
+        new_ranks: the modules have new ranks, so that the network's arguments no longer apply.
     """
     other_kind = not metadata.get("ss_network_module", SD_SCRIPTS).startswith(SD_SCRIPTS)
     gone = {*OF_FACTORS, *(TRAINED_BY if other_kind else TRAINED_BY[1:] if new_ranks else ())}
@@ -156,14 +156,14 @@ def former_metadata(metadata: Mapping[str, str], new_ranks: bool) -> dict[str, s
 
 
 def about_training(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the part of a file's metadata that image adapters of every format have."""
+    """Return the part of a file's metadata that applies to image adapters of every format."""
     return {key: value for key, value in metadata.items() if key.startswith(PREFIXES)}
 
 
 def common_metadata(each: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return what the metadata of several adapters says of their combination, and the keys on which they differ.
+    """Return metadata for the combination of several adapters, and the keys on which they differ.
 
-    Trigger words and tags are those of all; anything else is kept if those that say it agree.
+    Trigger words and tags are the union; any other key is kept if all adapters that have it agree.
     """
     values: dict[str, list[str]] = {}
     for metadata in each:
@@ -179,7 +179,7 @@ def common_metadata(each: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], 
 
 
 def _joined(frequencies: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Return the sum of the counts of all tags, by folder."""
+    """Return the summed counts of all tags, by folder."""
     counts: dict[str, Counter[str]] = {}
     for folders in frequencies:
         for folder, tags in folders.items():

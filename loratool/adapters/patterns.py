@@ -1,7 +1,7 @@
-"""Match a config's patterns with module paths, as PEFT does, in a time that is bounded by their lengths.
+"""Match a config's patterns with module paths, as PEFT does, in time bounded by their lengths.
 
 PEFT's rule is `re.match(rf"(.*\\.)?({pattern})$", module)` (`peft/utils/other.py:get_pattern_key`). Nearly all patterns
-are paths or suffixes of paths: these are looked up, with a dot matching any character, as in PEFT. Any other pattern is
+are paths or suffixes of paths. These are looked up, with a dot matching any character, as in PEFT. Any other pattern is
 matched as an expression.
 """
 
@@ -22,7 +22,7 @@ _PATH = re.compile(r"(\^?)((?:[\w/.-]|\\[.-])*)\$?")
 
 _DOT = re.compile(r"(?<!\\)\.")
 
-Spans = tuple[tuple[int, int], ...]  # where a pattern's literal texts are, between the dots that match any character
+Spans = tuple[tuple[int, int], ...]  # (start, stop) of a pattern's literal texts, between the dots
 
 Cut = Callable[[str], Any]  # a path -> its texts at some spans
 
@@ -33,8 +33,8 @@ class Patterns:
     """Patterns that map module paths to values.
 
     Raises:
-        InputError: a pattern is not an expression or cannot be matched, or a module's path is not one. It can be
-            raised as late as the first match.
+        InputError: a pattern is not an expression or cannot be matched, or a module's path is too long. The error can
+            come as late as the first match.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -84,7 +84,7 @@ class Patterns:
     @cached_property
     def _expressions(self) -> Expressions:
         for each in self._others:
-            parse(each, each)  # first alone, because the brackets below could balance one of its own
+            parse(each, each)  # parsed alone first, because the brackets below could balance one of the pattern's
         return Expressions([parse(f"()({each})$", each) for each in self._others], self._others, before=r"(.*\.)?")
 
 

@@ -1,7 +1,7 @@
-"""Put the factors of shares of a matrix, or of a stack of matrices, where they are in those of the whole.
+"""Place the factors of shares of a matrix, or of a stack of matrices, in the factors of all of it.
 
-A share is some rows, or one expert, or both. Each has ranks of its own, or all have one A; what none has is zero, and
-every number stays as it is. A is (E, r, in) and B (E, out, r); without E of one matrix.
+A share is some rows, or one expert, or both. Shares have separate ranks, or one common A. Numbers are only moved, and
+places that no share fills are zero. A is (E, r, in) and B is (E, out, r); without E for a single matrix.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a share in the whole."""
+    """The place of a share in the full factors."""
 
-    start: int = 0  # the first of its ranks
+    start: int = 0  # its first rank
     rows: slice | list[int] = field(default_factory=lambda: slice(None))
-    expert: int | EllipsisType = ...  # one, or all
+    expert: int | EllipsisType = ...  # one expert, or all
 
     def put_A(self, A: Tensor, whole: Tensor) -> None:
         whole[self.expert, self.start : self.start + A.shape[-2], :] = A
@@ -36,7 +36,7 @@ class Place:
 
 
 def starts(ranks: Sequence[int], shared: bool = False) -> list[int]:
-    """Return the first rank of each share, whose ranks stand one after another; 0 of those with a shared A."""
+    """Return the first rank of each share: ranks are concatenated, or all start at 0 with a shared A."""
     return [0] * len(ranks) if shared else [0, *accumulate(ranks)][:-1]
 
 
@@ -47,7 +47,7 @@ def have_one_A(file: WeightsFile, names: Sequence[str]) -> bool:
 
 
 def place_A(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tensor:
-    """Return A of the whole, of this shape, by those of one or more shares in one type."""
+    """Return the full A of this shape, from those of one or more shares in one type."""
     whole = None
     for A, place in sides:
         whole = A.new_zeros(shape) if whole is None else whole
@@ -57,7 +57,7 @@ def place_A(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tens
 
 
 def place_B(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tensor:
-    """Return B of the whole, of this shape, by those of one or more shares in one type."""
+    """Return the full B of this shape, from those of one or more shares in one type."""
     whole = None
     for B, place in sides:
         whole = B.new_zeros(shape) if whole is None else whole
@@ -67,7 +67,7 @@ def place_B(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tens
 
 
 def place_pairs(pairs: Iterable[tuple[Pair, Place]], shape: tuple[int, int, int, int]) -> Pair:
-    """Return A and B of the whole, of this shape (E, out, r, in), in one pass over those of one or more shares."""
+    """Return the full A and B of this shape (E, out, r, in), in one pass over those of one or more shares."""
     E, out, rank, width = shape
     whole = None
     for (A, B), place in pairs:
@@ -79,10 +79,10 @@ def place_pairs(pairs: Iterable[tuple[Pair, Place]], shape: tuple[int, int, int,
 
 
 def lay_A(A: Tensor) -> Tensor:
-    """Return A (E, r, in) as PEFT has it, (E * r, in), expert by expert."""
+    """Return A (E, r, in) in PEFT's layout, (E * r, in), expert by expert."""
     return A.flatten(0, 1).contiguous()
 
 
 def lay_B(B: Tensor) -> Tensor:
-    """Return B (E, out, r) as PEFT has it, (out, r * E), for each rank the experts."""
+    """Return B (E, out, r) in PEFT's layout, (out, r * E), for each rank the experts."""
     return B.permute(1, 2, 0).flatten(1).contiguous()

@@ -15,18 +15,18 @@ from .updates.update import Update, UpdateSpec
 
 FACTOR_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for name, full in FACTOR_DTYPES.items()}
 
-LARGEST = 1e150  # bound on a delta's norm, whose square float64 must hold
+LARGEST = 1e150  # bound on a delta's norm, so that float64 holds its square
 
 
 def stack_factors(update: Update) -> tuple[Tensor, Tensor]:
-    """Return the factors of an update that has a rank, (B (E, out, r), A (E, r, in)), float64, with the scale in B."""
+    """Return the factors of an update that has a rank, (B (E, out, r), A (E, r, in)), in float64, the scale in B."""
     found = update.factors()
     assert found is not None, "an update with a rank has factors"
     return found
 
 
 def factor_dtypes(spec: UpdateSpec) -> tuple[torch.dtype, torch.dtype]:
-    """Return the stored types of A and B; float64, which holds them, for a type that is no float of 16 bits or more."""
+    """Return the stored types of A and B; float64 for a type that is not a float of 16 bits or more."""
     A, B = (getattr(torch, TORCH_FLOATS.get(spec.specs[role].dtype, "float64")) for role in "AB")
     return A, B
 
@@ -35,7 +35,7 @@ def load_stacked_factors(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Te
     """Load the factors of one update as `stack_factors` returns them.
 
     Raises:
-        InputError: a factor is empty, holds nan or inf, or the squares of the delta could overflow float64.
+        InputError: a factor is empty or holds nan or inf, or the squares of the delta could overflow float64.
     """
     B, A = stack_factors(adapter.load(spec))
     _check(adapter, spec, B, A)
@@ -79,11 +79,11 @@ def round_factors(module: str, factors: tuple[Tensor, Tensor], dtype: torch.dtyp
 
 
 def stack_sizes(update: UpdateSpec) -> tuple[int, int, int]:
-    """Return (E, out, in) of the stack that the factors multiply out to; E is 1 but for experts."""
+    """Return (E, out, in) of the factors' product as a stack; E is 1 except for experts."""
     return update.experts, update.specs["B"].shape[0], math.prod(update.specs["A"].shape[1:])
 
 
 def parameters_per_rank(update: UpdateSpec) -> int:
-    """Return how many parameters one more rank adds to the factors."""
+    """Return the number of parameters that one more rank adds to the factors."""
     E, out, inputs = stack_sizes(update)
     return E * (out + inputs)

@@ -1,6 +1,6 @@
-"""Truncate a change D to a rank, round its factors to their type, and measure what both lose.
+"""Truncate a change D to a rank, round its factors to their type, and measure the loss.
 
-With the weights W of the inputs what is cut is what matters least for D W, and A is divided by W again.
+With weights W of the inputs, D W is truncated instead, and A is divided by W afterwards.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .stacked import round_factors
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures that are measured of a module."""
+    """The figures measured for a module."""
 
     norm: float  # ||D||
     energy: float  # ||D||^2, or with the weights W of the inputs ||D W||^2
-    kept: float  # the share of the energy in the rank
-    error: float  # ||D' - D|| / ||D|| of what is written
-    weighted_error: float | None  # the same of D' W and D W; None without W
-    spectrum: SpectrumPoints | None = None  # of D, or with W of D W; None of several modules
+    kept: float  # the share of the energy within the rank
+    error: float  # ||D' - D|| / ||D||, with D' as written
+    weighted_error: float | None  # the same for D' W and D W; None without W
+    spectrum: SpectrumPoints | None = None  # of D, or of D W; None for several modules
 
 
 class Weighted(NamedTuple):
-    """A change by what it does to the outputs."""
+    """A change weighted by its effect on the outputs."""
 
     svd: FactoredSVD  # of D W
     inputs: Tensor  # the diagonal of W, (E, 1, in), float64
@@ -45,12 +45,12 @@ def truncated_factors(
     weighted: Weighted | None = None,
     own: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Figures]:
-    """Return the best factors of a rank of a stack D, B (E, out, rank) and A (E, rank, in), in a type.
+    """Return the best factors of a given rank and type for a stack D: B (E, out, rank) and A (E, rank, in).
 
     Args:
-        module: its name, for messages.
-        weighted: of D, to keep what is best for the outputs.
-        own: factors of D, which stay as they are if they have the rank and nothing is weighted.
+        module: the module's name, for messages.
+        weighted: D weighted, to keep what is best for the outputs.
+        own: factors of D, returned unchanged if they have the rank and nothing is weighted.
 
     Raises:
         NeedsFlag, InputError: as `round_factors`.
@@ -74,7 +74,7 @@ def truncated_factors(
 
 
 def in_all(figures: Sequence[Figures]) -> Figures:
-    """Return the figures of all modules together; the weighted error is over those that have one."""
+    """Return the figures over all modules; the weighted error is over the modules that have one."""
     energy = math.fsum(each.energy for each in figures)
     weighted = [(each.weighted_error, math.sqrt(each.energy)) for each in figures if each.weighted_error is not None]
     return Figures(
@@ -87,11 +87,11 @@ def in_all(figures: Sequence[Figures]) -> Figures:
 
 
 def _error_in_all(errors: Sequence[tuple[float, float]]) -> float:
-    """Return the error over several modules, from that of each relative to a norm, and the norm."""
+    """Return the error over several modules, from pairs of (relative error, norm)."""
     norm = math.hypot(*(norm for _, norm in errors))
     return math.hypot(*(error * norm for error, norm in errors)) / norm if norm else 0.0
 
 
 def share_of(part: float, whole: float) -> float:
-    """Return part / whole, at most 1, and 1 of nothing."""
+    """Return part / whole, at most 1; 1 if the whole is 0."""
     return min(1.0, part / whole) if whole else 1.0

@@ -1,6 +1,6 @@
-"""Map each kind of weight that PEFT can adapt to the names and shapes of its factors in an adapter.
+"""Kinds of weights that PEFT can adapt, with the names and shapes of their factors in an adapter.
 
-WEIGHT_KINDS says how a weight is a stack of matrices (out, in), and how the adapter's tensors are named and shaped
+WEIGHT_KINDS converts a weight to a stack of matrices (out, in), and gives names and shapes of the adapter's tensors
 (huggingface/peft: peft/tuners/lora/layer.py). Callers handle every kind as a stack.
 """
 
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 class WeightKind:
     """The shapes and names of one kind of weight and of its factors."""
 
-    stack: Callable[[Tensor], Tensor]  # the weight -> the same as (E, out, in)
+    stack: Callable[[Tensor], Tensor]  # the weight -> the weight as (E, out, in)
     keys: tuple[str, str]  # the suffixes of the names of A and B
     lay: Callable[[Tensor, Tensor, Shape], tuple[Tensor, Tensor]]  # A (r, E, in), B (r, E, out), shape -> as saved
 
@@ -51,7 +51,7 @@ WEIGHT_KINDS: dict[str, WeightKind] = {
     "embedding": WeightKind(lambda D: D.T.unsqueeze(0), ("lora_embedding_A", "lora_embedding_B"), _linear),
     "head": WeightKind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
     "experts": WeightKind(lambda D: D, _WEIGHTS, _experts),
-    "experts-turned": WeightKind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out), which PEFT is told
+    "experts-turned": WeightKind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out), with PEFT's knowledge
 }
 
 
@@ -79,10 +79,10 @@ def factor_shapes(kind: str, shape: Shape, rank: int) -> tuple[Shape, Shape]:
 
 @dataclass(frozen=True)
 class FactorLayout:
-    """The modules of an adapter that hold the factors."""
+    """The modules and parameters of an adapter that have factors."""
 
     modules: dict[str, int]  # module -> rank
-    parameters: dict[str, int]  # parameter that PEFT is told of by its own name (experts) -> rank
+    parameters: dict[str, int]  # parameter that PEFT's config lists by name (experts) -> rank
     wrappers: dict[str, tuple[str, bool]]  # PEFT's wrapper -> (weight, transposed: as head of an embedding)
 
 
@@ -97,9 +97,8 @@ def locate_factors(
     Args:
         kinds: weight -> key of WEIGHT_KINDS.
         ranks: weight -> rank; a weight of rank 0 gets no factors.
-        uses: weight -> the names under which it gets its factors, its own among them or not, each with whether they
-            are transposed there.
-        bare: the weights that PEFT is told of as parameters.
+        uses: weight -> the names under which it gets factors -> whether the factors are transposed there.
+        bare: the weights that PEFT's config lists as parameters.
     """
     layout = FactorLayout({}, {}, {})
     stacks: dict[str, dict[str, str]] = {}  # module -> its parameter -> the weight

@@ -1,7 +1,7 @@
-"""Recognize and open adapters in every known format on disk, each a module and a row of `FORMATS`.
+"""Recognize and open adapters in every known format; each format is a module and a row of `FORMATS`.
 
-`open_adapter` asks the rows in the table's order whether a file's tensor names are of their format, and the first that
-claims them reads the file.
+`open_adapter` asks the rows in order whether a file's tensor names are of their format. The first that claims them
+reads the file.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from .peft import Peft
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
 from .torchtune import Torchtune
 
-# key -> format; of several that claim a file the first one reads it
+# key -> format; if several claim a file, the first reads it
 FORMATS: dict[str, Format] = {
     each.key: each
     for each in (
@@ -70,33 +70,33 @@ FORMATS: dict[str, Format] = {
 
 
 class ModelGiven(InputError):
-    """A model stands in an adapter's place."""
+    """A model was given where an adapter is expected."""
 
 
 def written_formats() -> dict[str, Format]:
-    """Return the formats that can be written by key, those that are the usual one of a base first, as in BASES."""
+    """Return the writable formats by key; the usual formats of bases come first, in the order of BASES."""
     order = {each: i for i, each in enumerate(BASES)}
     found = sorted(FORMATS.values(), key=lambda each: order.get(each.can.usual_for or "", len(order)))
     return {each.key: each for each in found if each.can.writes}
 
 
 def loaded_by(runtime: str) -> Format:
-    """Return the format that a runtime reads, a key of RUNTIMES: the usual one of a model, if it is in no row."""
+    """Return the format that a runtime (a key of RUNTIMES) reads; by default the usual format of a model."""
     return next((each for each in FORMATS.values() if runtime in each.loaded_by), usual_format("model"))
 
 
 def usual_format(base: str) -> Format:
-    """Return the format of an adapter for a base, one of BASES, if no other is asked for."""
+    """Return the default format of an adapter for a base, one of BASES."""
     return next(each for each in FORMATS.values() if each.can.usual_for == base)
 
 
 def capabilities(adapter: Adapter) -> Capabilities:
-    """Return what files of an adapter's format hold."""
+    """Return what files of an adapter's format can store."""
     return FORMATS[adapter.format].can
 
 
 def is_adapter(names: Iterable[str]) -> bool:
-    """Return whether a format claims the names. None claims biases alone, which can be a shard of a model."""
+    """Return whether a format claims the names. No format claims only biases, which can be a shard of a model."""
     own = _without_extras(names)
     return any(format.claims(own) for format in FORMATS.values())
 
@@ -110,8 +110,8 @@ def _without_extras(names: Iterable[str]) -> list[str]:
 def holds_adapter(name: str | os.PathLike[str]) -> bool:
     """Return whether the files at a path are an adapter rather than a model.
 
-    The names of the tensors tell, and only for a file of an adapter's usual name its config beside it: a training run
-    may leave one in the folder of a whole model.
+    The names of the tensors decide. The config beside a file counts only if the file has an adapter's usual name: a
+    training run may leave a config in the folder of a whole model.
 
     Raises:
         InputError: they are neither.
@@ -126,7 +126,7 @@ def holds_adapter(name: str | os.PathLike[str]) -> bool:
         weights = find_weights(found)
     except InputError:
         if found.is_dir() and not with_config:
-            find_adapter_file(found)  # its error says what is wrong with the folder as an adapter
+            find_adapter_file(found)  # raises the error for a folder without an adapter
         return True
     if weights.suffix == ".json":
         return False
@@ -141,15 +141,15 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
     """Open a file of another method than LoRA.
 
     Returns:
-        The weights, which the caller closes, the config's fields, the method's key and the method. None for any other
-        file, which `open_adapter` opens or refuses.
+        The weights (the caller closes them), the config's fields, the method's key and the method. None for any other
+        file; `open_adapter` opens or refuses that.
     """
     path = resolve(name)
     with reading(path):
         weights = find_adapter_file(path)
     file = open_weights(weights)
     try:
-        # formats of image models have no config beside them
+        # files of image models have no config beside them
         own = _without_extras(file.specs)
         image = any(f.claims(own) for f in FORMATS.values() if f.can.components == "many")
         fields = {} if image else find_config(file)[0]
@@ -169,13 +169,13 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
 
 
 def _has_ends_of_model(specs: Mapping[str, TensorSpec]) -> bool:
-    """Return whether there are weights of an embedding or a head."""
+    """Return whether the weight of an embedding or a head is among the tensors."""
     roles = (weight_role(module_path(key), len(spec.shape), True) for key, spec in specs.items())
     return any(role in ("embedding", "head") for role in roles)
 
 
 def _is_complete(weights: Path) -> bool:
-    """Return whether a file has PEFT's name and config, so that its tensors' names need not tell."""
+    """Return whether a file has PEFT's name and config, so that its tensors' names need no check."""
     return weights.name in WEIGHTS_NAMES and (weights.parent / CONFIG_NAME).is_file()
 
 
@@ -188,33 +188,33 @@ def open_adapter(
     model: Mapping[str, Any] | None = None,
     runtime: str = "",
 ) -> Adapter:
-    """Open an adapter in any known format: a folder, a file, or a name of the hub.
+    """Open an adapter in any known format: a folder, a file, or a repo id.
 
     The caller closes the adapter's file.
 
     Args:
-        alpha: for files that do not say it; it must not contradict one that does.
+        alpha: for files without an alpha; it must not contradict a stored one.
         lenient: record a module's missing factor, rank or alpha in `UpdateSpec.fault` instead of raising an error.
-        format: a key of FORMATS, instead of the first that claims the names.
+        format: a key of FORMATS, instead of the first format that claims the names.
         enabled: as `ReadOptions.enabled_slices`.
-        model: the base's config.json, for formats whose rows only it can tell.
-        runtime: a key of RUNTIMES, as which it is read: an adapter for it alone is no error.
+        model: the base's config.json, for formats whose row order depends on it.
+        runtime: a key of RUNTIMES that the adapter is read for; adapters for that runtime alone are accepted.
 
     Raises:
-        InputError: no format claims the file, or its format cannot read it, or it is for one runtime alone.
-        NeedsFlag: the file does not say what an option could.
-        UsageError: `alpha` contradicts the file, or `enabled` is not for this format.
+        InputError: no format claims the file, its format cannot read it, or it is for one runtime alone.
+        NeedsFlag: the file lacks something that an option could give.
+        UsageError: `alpha` contradicts the file, or this format has no `enabled`.
     """
     path = resolve(name)
     with reading(path):
         if is_pipeline(path) or any((path / index).is_file() for index in INDEX_NAMES):
             there = next((each for each in ADAPTER_NAMES if (path / each).is_file()), None)
             if there is None:
-                open_checkpoint(path).close()  # what is no model either is refused by its own name
+                open_checkpoint(path).close()  # raises an error if it is no model either
             raise _model_for_adapter(name, there)
         weights = find_adapter_file(path)
         notes = notes_on_choice(path, weights)
-    # of several checkpoints the one that was chosen, so that all messages and reports name it
+    # messages and reports name the checkpoint that was chosen among several
     called = os.path.join(name, weights.parent.name) if notes and weights.parent != path else os.fspath(name)
     file = open_weights(weights)
     try:
@@ -265,7 +265,7 @@ def open_adapter(
 
 
 def _model_for_adapter(name: str | os.PathLike[str], there: str | None = None) -> InputError:
-    """Return the error for a model; `there` is an adapter's file beside its weights, as torchtune leaves one."""
+    """Return the error for a model; `beside` is an adapter's file beside its weights, as torchtune leaves one."""
     if there:
         remedy = f"name the adapter's file: {shell_word(os.path.join(name, there))}"
         return InputError("holds a model, and an adapter beside it", culprit=os.fspath(name), remedy=remedy)

@@ -1,7 +1,7 @@
 """Read LoRA in AdapterHub's format: `pytorch_adapter.bin` or `adapter.safetensors` beside `adapter_config.json`.
 
-Tensors are `<module>.loras.<adapter's name>.lora_A` (r, in) and `.lora_B` (out, r), the delta is alpha / r * B @ A. A
-layer of q, k and v as one has those of a MergedLinear, whose slices are the config's `attn_matrices`. Defined by
+Tensors are `<module>.loras.<adapter's name>.lora_A` (r, in) and `.lora_B` (out, r); the delta is alpha / r * B @ A. A
+fused qkv layer has the tensors of a MergedLinear, and the config's `attn_matrices` lists its slices. Defined by
 adapters 1.3: `adapters/methods/lora.py`, `adapters/loading.py`, and adapter-transformers before it.
 """
 
@@ -23,10 +23,10 @@ from .peft_config import CONFIG_NAME, find_config
 
 _NAME = re.compile(r"(.+)\.loras\.([^.]+)\.lora_([AB])")
 
-# The last names of layers of q, k and v as one, whose slices are adapted one by one: GPT-2's, DeBERTa's
+# The last names of fused qkv layers, whose slices are adapted one by one: GPT-2's, DeBERTa's
 QKV = ("c_attn", "in_proj")
 
-# Beside the adapter's weights: those of a head, which its config does not speak of.
+# Files beside the adapter's weights that hold a head; the adapter's config does not mention it.
 HEADS = ("pytorch_model_head.bin", "model_head.safetensors")
 
 
@@ -39,14 +39,14 @@ class AdapterHub(Format):
     can = Capabilities(kinds=frozenset({LowRank}), writes=False, components="one", alpha="config", kernels=False)
 
     def claims(self, names: Iterable[str]) -> bool:
-        """Return whether there are LoRA's factors; the config says whether they are used as such."""
+        """Return whether there are factors of LoRA; the config decides whether they are used as LoRA."""
         return any(".loras." in name and _NAME.fullmatch(name) for name in names)
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.
 
         Raises:
-            InputError: the config is missing or of a variant, or a tensor is not of LoRA.
+            InputError: the config is missing or of a variant of LoRA, or a tensor is not of LoRA.
             UsageError: the alpha of `options` contradicts the config.
         """
         fields, _ = find_config(file)

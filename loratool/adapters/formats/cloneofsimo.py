@@ -1,7 +1,7 @@
-"""Read cloneofsimo's format, the first of image models (SD 1, SD 2), which numbers modules: `text_encoder:3:down`.
+"""Read cloneofsimo's format for SD 1 and SD 2, which numbers modules: `text_encoder:3:down`.
 
-up is (out, r), down (r, in), and the delta is up @ down, without alpha. The number counts the linear layers in the
-classes that the metadata lists, in the order in which the model registered them: down blocks, up blocks, middle block.
+up is (out, r), down is (r, in), the delta is up @ down; there is no alpha. The number counts the linear layers of the
+classes listed in the metadata, in the order in which the model registered them: down blocks, up blocks, middle block.
 Defined by cloneofsimo/lora: `lora_diffusion/lora.py` (save_safeloras, _find_modules_v2).
 """
 
@@ -27,11 +27,11 @@ KEY = re.compile(r"(unet|text_encoder):(\d{1,4}):(up|down)")
 
 ROLES = {"down": "A", "up": "B"}
 
-# class -> its linear layers in a transformer block of that time's diffusers, where the feed-forward was registered
-# between the two attentions
+# class -> its linear layers in a transformer block of diffusers at the time, which registered the feed-forward between
+# the two attentions
 PARTS = {"Attention": [layer for layer in ATTENTION if layer.startswith("attn1.")], "GEGLU": ["ff.net.0.proj"]}
 
-# Only SD 1 and SD 2 were adapted with it, whose blocks are alike.
+# The format has only SD 1 and SD 2, which have the same blocks.
 BLOCKS = attention_stems(FAMILIES["sd1"].up_attention)
 
 CLIP = ("k_proj", "v_proj", "q_proj", "out_proj")
@@ -41,7 +41,7 @@ CLASSES = {"unet": {"CrossAttention", "Attention", "GEGLU"}, "text_encoder": {"C
 
 @final
 class Cloneofsimo(Format):
-    """Files of numbered modules, which are read only."""
+    """Files of numbered modules; loratool does not write them."""
 
     key = "cloneofsimo"
     title = "cloneofsimo: numbered modules"
@@ -54,7 +54,7 @@ class Cloneofsimo(Format):
         """Read the adapter in `file`.
 
         Raises:
-            InputError: the order of the modules is not known for these classes and counts.
+            InputError: the order of the modules is unknown for these classes and counts.
             UsageError: an alpha was given.
         """
         if options.alpha is not None:

@@ -1,4 +1,4 @@
-"""Hold what of an adapter is written: the tensors, described before any is made, and what stands beside them."""
+"""The content of an adapter to be written: its tensors, described before any is computed, its config and metadata."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# In a file's metadata: the runtime in whose order its rows are, so that everything else would misread it
+# Key in a file's metadata: the runtime whose row order it has; other programs would misread it
 ONLY_FOR = "loratool_only_for"
 
 
 @dataclass(frozen=True)
 class AdapterContent:
-    """An adapter to be written: everything but its bytes, which `load` makes."""
+    """An adapter to be written: everything but the tensors' data, which `load` computes."""
 
     specs: Mapping[str, TensorSpec]  # name -> type and shape
-    load: Callable[[str], Tensor]  # a key of `specs` -> a tensor of exactly that type and shape
+    load: Callable[[str], Tensor]  # a key of `specs` -> a tensor of that type and shape
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of PEFT's adapter_config.json
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header; of PEFT's ONLY_FOR alone
-    model: Mapping[str, Any] = field(default_factory=dict)  # config.json of the model it is for; empty if not known
-    bare: bool = False  # PEFT's names stay without its prefix, as some tools save them
-    card: Callable[[], bytes] | None = None  # makes the model card of a folder, once all tensors were made
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header; PEFT's writes only ONLY_FOR
+    model: Mapping[str, Any] = field(default_factory=dict)  # config.json of the model it is for; empty if unknown
+    bare: bool = False  # PEFT's names are written without its prefix, as some tools save them
+    card: Callable[[], bytes] | None = None  # makes the model card of a folder, once all tensors are computed
 
 
 @dataclass(frozen=True)
 class NewModule:
-    """Name what a config and metadata say of a module of an image adapter."""
+    """A module of an image adapter, as config and metadata describe it."""
 
     component: str  # `unet`, `text_encoder`, `text_encoder_2`, ...
     rank: int
     alpha: float
     dora: bool
-    along_inputs: bool  # DoRA's magnitudes are of the inputs, not of the outputs
-    init: str | None  # the initialization that changed its base
+    along_inputs: bool  # DoRA's magnitudes are along the inputs, not the outputs
+    init: str | None  # the base-mutating initialization

@@ -63,7 +63,7 @@ class Diffusers(DottedFormat):
         return (*notes, f"diffusers loads no adapter of a {what}: {first}")
 
     def _alpha_notes(self, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
-        """Return the note on scales that only a reader of the metadata applies (`comfy/lora.py` takes 1 without)."""
+        """Return the note on scales that are only in the metadata; `comfy/lora.py` ignores it and takes scale 1."""
         scaled = [module for module in modules.values() if module.alpha != module.rank]
         if not scaled:
             return ()

@@ -1,8 +1,8 @@
 """Read image adapters with dotted names: diffusers' old and current ones, ComfyUI's, ai-toolkit's, XLabs'.
 
-A name is `<component>.<module path>` and one of `suffixes.SUFFIXES`; formats that differ only there are one. The scale
-is alpha / r if there is an alpha, as a tensor, in the metadata's `lora_adapter_metadata` or in an adapter_config.json
-beside the file, as diffusion-pipe has it; otherwise 1.
+A name is `<component>.<module path>` and one of `suffixes.SUFFIXES`; formats that differ only in these share this
+reader. The scale is alpha / r if there is an alpha: a tensor, in the metadata's `lora_adapter_metadata`, or in an
+adapter_config.json beside the file (diffusion-pipe). Otherwise it is 1.
 Defined by diffusers: `loaders/lora_base.py`, `loaders/lora_conversion_utils.py`; ComfyUI: `comfy/lora.py`.
 """
 
@@ -38,19 +38,19 @@ from .peft_config import (
 )
 from .suffixes import FACTORS, NOT_PEFTS, PEFTS, PROCESSOR_SUFFIXES, split_suffix, suffix_of
 
-# Dotted prefixes that tell an image model's component; PEFT's files have a prefix of their own.
+# Dotted prefixes of an image model's components; PEFT's files have another prefix.
 COMPONENTS = tuple(prefix for prefix in ADAPTER_PREFIXES if prefix.endswith("."))
 
-# Prefixes that begin paths of other models, too: GPT-2, MPT, DBRX, XLNet, DistilBERT, OpenELM, ChatGLM, and any `net`
+# Prefixes that also begin paths of other models: GPT-2, MPT, DBRX, XLNet, DistilBERT, OpenELM, ChatGLM, and any `net`
 ANYONES = (
     "net.",
     *(f"transformer.{stem}." for stem in ("h", "blocks", "layer", "layers", "encoder.layers")),
 )
 
-# The fields of PEFT's config that a file's metadata has
+# The fields of PEFT's config that diffusers stores in a file's metadata
 FIELDS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora")
 
-# A path of the old attention processors -> the module's path; XLabs' are of Flux.
+# A path of the old attention processors -> the module's path; XLabs' paths are of Flux.
 PROCESSORS = (
     (re.compile(r"(double_blocks\.\d+)\.processor\.qkv_lora1$"), r"\1.img_attn.qkv"),
     (re.compile(r"(double_blocks\.\d+)\.processor\.qkv_lora2$"), r"\1.txt_attn.qkv"),
@@ -66,13 +66,13 @@ PROCESSORS = (
 
 
 class DottedFormat(Format, ABC):
-    """Files of dotted names; what is written differs."""
+    """Base class of formats with dotted names: they are read alike and written differently."""
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.
 
         Raises:
-            InputError: a tensor is not one of LoRA or DoRA, or the metadata is damaged.
+            InputError: a tensor is not of LoRA or DoRA, or the metadata is damaged.
             UsageError: the alpha of `options` contradicts the file.
         """
         found: dict[str, dict[str, str]] = {}
@@ -100,7 +100,7 @@ class DottedFormat(Format, ABC):
                 updates[whole] = replace(spec, module=whole)
         alphas = {spec.scale * spec.cls.divisor(spec) for spec in updates.values() if spec.cls.divisor(spec)}
         common_alpha = alphas.pop() if len(alphas) == 1 else None
-        # diffusers repeats these on the base when it loads the file
+        # diffusers applies these to the base each time it loads the file
         inits = {component: init for component, config in configs.items() if (init := base_mutating_init(config))}
         if "" in inits:
             inits = dict.fromkeys((module.partition(".")[0] for module in found), inits[""])
@@ -114,7 +114,7 @@ class DottedFormat(Format, ABC):
 
     @final
     def edited_metadata(self, config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str, str]:
-        """Return the metadata if a loader must know of a base-mutating init; else the tensors suffice."""
+        """Return metadata for a base-mutating init, which a loader must know; otherwise nothing."""
         if not base_mutating_init(config):
             return {}
         components: dict[str, dict[str, int]] = {}
@@ -130,8 +130,8 @@ class DottedFormat(Format, ABC):
 
 
 def has_dotted_factors(names: Iterable[str]) -> bool:
-    """Return whether a factor's name has a component's prefix or a processor in it, or all names are bare."""
-    # `.down.weight` is XLabs' after a processor alone: Krea's MLPs have modules of that name.
+    """Return whether a factor's name contains a component's prefix or a processor, or all names are bare."""
+    # `.down.weight` is XLabs' suffix only after a processor: Krea's MLPs have modules of that name.
     names, processors = list(names), (*FACTORS, *PROCESSOR_SUFFIXES)
     named = [
         name
@@ -145,10 +145,10 @@ def has_dotted_factors(names: Iterable[str]) -> bool:
 
 
 def _are_bare(names: Sequence[str]) -> bool:
-    """Return whether all names are paths with suffixes that PEFT's names do not have, a factor's among them.
+    """Return whether all names are paths with suffixes that PEFT does not write, a factor's among them.
 
-    With PEFT's prefix, a suffix must be one that PEFT never writes. Nor does it write an alpha beside its factors, as
-    OneTrainer does.
+    A name with PEFT's prefix needs a suffix that PEFT never writes, or an alpha beside the factors, as OneTrainer
+    writes it.
     """
     there = set(names)
     alphas = any(f"{name.removesuffix('.alpha')}.lora_A.weight" in there for name in names if name.endswith(".alpha"))
@@ -162,15 +162,15 @@ def _are_bare(names: Sequence[str]) -> bool:
 def split_component(module: str) -> tuple[str, str]:
     """Split a module into its component and its path for the metadata.
 
-    The path has no `text_model`, which a CLIPTextModel has in transformers 4 but not in 5; PEFT finds the modules of
-    both by the rest.
+    `text_model` is removed from the path: a CLIPTextModel has it in transformers 4 but not in 5. PEFT finds the modules
+    of both by the rest of the path.
     """
     component, _, path = module.partition(".")
     return component, path.removeprefix("text_model.")
 
 
 def metadata_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return a file's metadata for PEFT configs by component, whose paths are those of `split_component`."""
+    """Return a file's metadata for PEFT configs by component, with paths as `split_component` gives them."""
     entries: dict[str, Any] = {}
     for component, config in configs.items():
         init = config.get("init_lora_weights")
@@ -188,7 +188,7 @@ def metadata_of(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _module_of(module: str) -> str:
-    """Return a module's path without PEFT's prefix, for that of an old processor today's."""
+    """Return a module's path without PEFT's prefix; paths of old processors become today's."""
     module = module.removeprefix(PEFT_PREFIX)
     for pattern, meaning in PROCESSORS:
         module, count = pattern.subn(meaning, module)
@@ -198,10 +198,10 @@ def _module_of(module: str) -> str:
 
 
 def _configs(name: str, file: WeightsFile) -> dict[str, AdapterConfig]:
-    """Return the configs by component, from the metadata or else from the file beside; under "" one for every module.
+    """Return the configs by component, from the metadata or else the file beside it; "" is for every module.
 
     Raises:
-        InputError: one is damaged, not of a method that is read, or scales otherwise than the other.
+        InputError: a config is damaged or of another method, or the two scale differently.
     """
     text = (file.metadata or {}).get("lora_adapter_metadata")
     if text is None:
@@ -232,10 +232,10 @@ def _config_of(
     name: str,
     alpha: float | None,
 ) -> tuple[AdapterConfig, str]:
-    """Return the config that decides a module's rank and scale, and the path to look up in it.
+    """Return the config that decides a module's rank and scale, and the module's path in it.
 
-    A stored alpha comes before the config's, which it must not contradict, and that before --alpha; without any, alpha
-    is the rank.
+    A stored alpha has precedence over the config's, which must agree; the config's has precedence over --alpha. Without
+    any, alpha is the rank.
     """
     stored = file.scalar(roles["alpha"]) if "alpha" in roles else None
     if stored is not None and not math.isfinite(stored):
@@ -257,7 +257,7 @@ def _config_of(
 
 
 def _refuse_contradiction(tensor: str, stored: float, config: AdapterConfig, path: str) -> None:
-    """Raise InputError if a stored alpha is another than the config's, by more than what bf16 makes of that."""
+    """Raise InputError if a stored alpha differs from the config's by more than bf16 rounding."""
     said = config.for_module(path).alpha
     if said is not None and (config.use_rslora or not math.isclose(said, stored, rel_tol=2**-8)):
         scaled = ", divided by the root of the rank (use_rslora)" if config.use_rslora else ""

@@ -1,8 +1,8 @@
-"""Tell the tensors of an adapter's file that no weight could hold: embeddings of tokens, trained beside the factors.
+"""Find the extras of an adapter's file: embeddings of tokens that were trained beside the factors.
 
-Trainers write them into the adapter's file, where loaders look for them before the prompt is encoded. They stand under
-names of their own and beside no module's factors, so that these mean the same without them. Any other tensor that no
-format knows is refused, because it could change what the factors mean.
+No weight of a model can hold them. Trainers write them into the adapter's file, and loaders use them before the prompt
+is encoded. Their names are not those of modules with factors, so the factors mean the same without them. Any other
+unknown tensor is refused, because it could change the meaning of the factors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-# What a name of an extra matches as a whole -> what it is
+# Pattern that matches the full name of an extra -> description
 EXTRAS = {
     # cloneofsimo/lora: `save_safeloras_with_embeds`; diffusers: `examples/textual_inversion`
     r"<[^<>]+>": "a learned token under its own name",
@@ -28,6 +28,6 @@ _EXTRA = re.compile("|".join(EXTRAS))
 
 
 def find_extras(names: Iterable[str], metadata: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """Return those of a file's names that are extras."""
+    """Return the names that are extras."""
     marked = metadata or {}
     return tuple(name for name in names if _EXTRA.fullmatch(name) or marked.get(name) == EMBED_FLAG)

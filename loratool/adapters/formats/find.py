@@ -1,4 +1,4 @@
-"""Find the weights file of an adapter that is given by the path of a file or a folder."""
+"""Find the weights file of an adapter, given the path of a file or a folder."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CHECKPOINT = re.compile(r"(checkpoint-|epoch_|step-)(\d{1,12})")
 
 
 def find_adapter_file(path: Path) -> Path:
-    """Return `path` unless it is a folder, else the weights in the folder or in its only subfolder with an adapter.
+    """Return `path` if it is a file, else the weights in the folder or in its only subfolder with an adapter.
 
-    Of several that are one run's checkpoints, it is that in the newest, with the highest number.
+    Of several checkpoints of one run, the one with the highest number is taken.
 
     Raises:
         InputError: the folder holds no weights, several files of weights, or several adapters; or the newest checkpoint
-            holds none, as a run leaves it that ended while it saved.
+            holds none, because the run ended while it saved.
     """
     if not path.is_dir():
         return path
@@ -60,7 +60,7 @@ def find_adapter_file(path: Path) -> Path:
 
 
 def notes_on_choice(path: Path, weights: Path) -> tuple[str, ...]:
-    """Return what to say of the file that `find_adapter_file` chose in a folder: of the others that it did not."""
+    """Return notes on the files in a folder that `find_adapter_file` did not choose."""
     if not path.is_dir():
         return ()
     notes, folder = [], weights.parent
@@ -73,13 +73,13 @@ def notes_on_choice(path: Path, weights: Path) -> tuple[str, ...]:
 
 
 def _with_adapters(path: Path) -> list[Path]:
-    """Return the subfolders that hold an adapter, by their config or the name of its file."""
+    """Return the subfolders that hold an adapter's config or a file of its usual name."""
     marks = (CONFIG_NAME, *OTHERS_NAMES)
     return [each for each in sorted(path.iterdir()) if any((each / mark).is_file() for mark in marks)]
 
 
 def _newest(folders: list[Path]) -> Path | None:
-    """Return the only folder, or the last of one run's checkpoints; None if there is none, or it cannot be told."""
+    """Return the only folder, or the last of one run's checkpoints; None if there is none or several are unrelated."""
     numbers = {folder: match for folder in folders if (match := CHECKPOINT.fullmatch(folder.name))}
     if len(folders) > 1 and (len(numbers) < len(folders) or len({match[1] for match in numbers.values()}) > 1):
         return None
@@ -87,14 +87,14 @@ def _newest(folders: list[Path]) -> Path | None:
 
 
 def _later(path: Path, newest: Path) -> str | None:
-    """Return the name of a later checkpoint of the same run in the folder, None if there is none."""
+    """Return the name of a later checkpoint of the same run in the folder; None if there is none."""
     chosen = CHECKPOINT.fullmatch(newest.name)
     every = [match for each in path.iterdir() if (match := CHECKPOINT.fullmatch(each.name))]
     return next((m[0] for m in every if chosen and m[1] == chosen[1] and int(m[2]) > int(chosen[2])), None)
 
 
 def _in_folder(path: Path) -> list[Path]:
-    """Return the file with a known name, else all safetensors files, else that of a sharded state, else torch files."""
+    """Return the file with a known name, else safetensors files, else a sharded state, else torch files."""
     for name in ADAPTER_NAMES:
         if (path / name).is_file():
             return [path / name]

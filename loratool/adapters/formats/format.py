@@ -1,8 +1,8 @@
-"""Define what a format of adapters is: it recognizes files, reads them, names tensors, writes, and says what it holds.
+"""Interface of adapter formats: recognize and read files, name tensors, write files, and list what they can store.
 
-A subclass of `Format` is one convention in one file, and an instance of it a row of the table `FORMATS`. Commands and
-their options know formats only through the table, so that a new one is a file and a row. Its container is its own:
-`Format.write` may write any file or folder.
+A subclass of `Format` is one convention in one module; an instance of it is a row of the table `FORMATS`. Commands and
+their options use formats only through the table, so a new format is a module and a row. `Format.write` may write any
+file or folder.
 """
 
 from __future__ import annotations
@@ -29,41 +29,41 @@ from .content import AdapterContent, NewModule
 from .peft_config import config_of_component
 from .single_file import fill_file
 
-# The bases that a format can be the usual one for, in the order in which formats are listed: a model's folder, a single
-# file of an image model under its makers' names, a diffusers pipeline.
+# The bases that have a default format, in the order in which formats are listed: a model's folder, a single file of an
+# image model under its maker's names, a diffusers pipeline.
 BASES = ("model", "single file", "pipeline")
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """List what files of a format hold."""
+    """The features that files of a format can store."""
 
-    kinds: frozenset[type[Update]]  # that are written as they are; what is read goes by the tensors' roles
+    kinds: frozenset[type[Update]]  # kinds that are written unchanged; reading depends on the tensors' roles
     writes: bool  # whether loratool writes them
-    components: Literal["one", "many"]  # models that a file is for: any one, or the parts of an image model
-    # where a module's alpha stands: in a tensor, in a config, in the metadata by component, or nowhere
+    components: Literal["one", "many"]  # models in a file: one, or the components of an image model
+    # where a module's alpha is: in a tensor, in a config, in the metadata by component, or nowhere
     alpha: Literal["tensor", "config", "metadata", "none"]
-    usual_for: str | None = None  # of BASES: it is the format of an adapter made for one, if no other is asked for
-    folder: bool = False  # an output can be a folder; else it is one file
-    starts: bool = False  # they say which initialization changed the base
+    usual_for: str | None = None  # a base of BASES that has this as its default format
+    folder: bool = False  # an output can be a folder; otherwise it is one file
+    starts: bool = False  # files record which initialization changed the base
     kernels: bool = True  # a convolution's factors keep its kernel
-    one_scale: bool = False  # all modules have one scale, and one rank
-    input_norms: bool = False  # they tell DoRA along the inputs from DoRA along the outputs
-    zero_alpha_is_rank: bool = False  # an alpha of 0 stands for the rank
-    told_by_model: bool = False  # config.json of --base tells their names, or the order of their rows
-    named_by_model: bool = False  # and these are those of a file of the base, so that nothing is written without it
-    slices: bool = False  # they do not say which slices of a fused module are adapted, and --enable-lora does
+    one_scale: bool = False  # all modules have one scale and one rank
+    input_norms: bool = False  # files distinguish DoRA along the inputs from DoRA along the outputs
+    zero_alpha_is_rank: bool = False  # an alpha of 0 means the rank
+    told_by_model: bool = False  # names or row order depend on config.json of --base
+    named_by_model: bool = False  # names are those of a file of the base, so that writing needs the base
+    slices: bool = False  # files do not record which slices of a fused module are adapted; --enable-lora gives them
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """Tell a reader what the file may not say."""
+    """Facts for a reader that the file may lack."""
 
-    alpha: float | None = None  # for files that do not say it; it must not contradict one that does
+    alpha: float | None = None  # for files without an alpha; it must not contradict a stored one
     lenient: bool = False  # record a module's missing factor, rank or alpha in `UpdateSpec.fault`, raise no error
     # which slices of its rows a MergedLinear adapts; empty if the option was not given, None if there is no such option
     enabled_slices: tuple[bool, ...] | None = None
-    model: Mapping[str, Any] = field(default_factory=dict)  # the base's config.json; empty if no base is at hand
+    model: Mapping[str, Any] = field(default_factory=dict)  # the base's config.json; empty without a base
 
 
 class Format(ABC):
@@ -72,25 +72,25 @@ class Format(ABC):
     key: ClassVar[str]  # for --from and --to
     title: ClassVar[str]  # for the help of --to
     can: ClassVar[Capabilities]
-    ends: ClassVar[Mapping[str, str]] = {}  # role -> how the names of new tensors end
+    ends: ClassVar[Mapping[str, str]] = {}  # role -> suffix of the names of new tensors
     container: ClassVar[str] = "safetensors"  # a key of CONTAINERS
-    loaded_by: ClassVar[tuple[str, ...]] = ()  # keys of RUNTIMES that read it instead of the usual one of a model
+    loaded_by: ClassVar[tuple[str, ...]] = ()  # keys of RUNTIMES that read it instead of a model's default format
 
     @abstractmethod
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether tensors of these names are of this format."""
 
     def claims_config(self, fields: Mapping[str, Any]) -> bool:
-        """Return whether a config is this format's, so that tensors beside it are whose names do not tell."""
+        """Return whether a config is this format's; it decides where the tensors' names do not."""
         return False
 
     @abstractmethod
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
-        """Read the adapter in `file`, which the user calls `name`.
+        """Read the adapter in `file`; `name` is what the user typed.
 
         Raises:
-            InputError: a tensor is not one that the format can hold.
-            NeedsFlag: the file does not say what an option could.
+            InputError: a tensor is not of this format.
+            NeedsFlag: the file lacks something that an option could give.
             UsageError: the alpha of `options` contradicts the file.
         """
 
@@ -105,10 +105,10 @@ class Format(ABC):
 
     @final
     def require_prefix(self, prefix: str, component: str, path: str, family: str) -> str:
-        """Return what a component's modules begin with in this format's files.
+        """Return the prefix of a component's modules in this format's files.
 
         Raises:
-            InputError: it is empty, as there are no such files of that model.
+            InputError: it is empty, because this format has no files of that model.
         """
         if not prefix:
             part = "the denoiser" if component in DENOISERS else component
@@ -117,7 +117,7 @@ class Format(ABC):
         return prefix
 
     def naming(self, family: str) -> Naming:
-        """Return whose names a denoiser's modules have: its maker's (sgm's, Black Forest Labs'), or another's."""
+        """Return the spelling of a denoiser's modules: its maker's (sgm's, Black Forest Labs'), or another."""
         return Naming.DIFFUSERS
 
     @final
@@ -126,29 +126,29 @@ class Format(ABC):
         return f"{module}.{self.ends[role]}"
 
     def magnitude_shape(self, rows: int, ones: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of DoRA's magnitudes of the rows of a matrix; of a kernel's sizes `ones` are as many 1."""
+        """Return the shape of DoRA's magnitudes along the rows; `ones` has a 1 for each size of a kernel."""
         return (1, rows, *ones) if ones else (rows,)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
-        """Return the names that the tensors of a language model's adapter get, each with its module and role.
+        """Return the output name of each tensor of a language model's adapter -> its module and role.
 
-        The role of a weight under the factors (`UpdateSpec.base`) is `base`; `misfits` refuses those without a name.
+        The role of a weight under the factors (`UpdateSpec.base`) is `base`; `misfits` refuses tensors without a name.
         """
         if self.can.components == "many":
             raise UsageError(f"{self.key} files are for image models")
         return {self.tensor_name(m, role): (m, role) for m, update in kept.items() for role in update.tensors}
 
     def misfits(self, source: Adapter, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any]) -> dict[str, str]:
-        """Return what of a language model's adapter the format cannot hold, each module with what it is.
+        """Return the modules of a language model's adapter that the format cannot store, each with the reason.
 
         Args:
-            model: the base's config.json; empty if it is not known.
+            model: the base's config.json; empty if unknown.
 
         Raises:
-            NeedsFlag: only the base could tell.
+            NeedsFlag: the answer depends on the base.
         """
         columns = (module for module, update in kept.items() if update.along_inputs and not self.can.input_norms)
-        # with the base's file at hand, the new weight is compared with the base's
+        # given the base's file, the new weight is compared with the base's
         based = {module: update for module, update in kept.items() if update.base and not self.can.named_by_model}
         named = {module for module, role in self.names(source, based).values() if role == "base"} if based else set()
         return {
@@ -157,7 +157,7 @@ class Format(ABC):
         }
 
     def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return sentences for the user on what of a language model is not known, given its config.json or none."""
+        """Return sentences for the user on what is unknown of a language model, given its config.json or {}."""
         return ()
 
     def describe(
@@ -166,20 +166,20 @@ class Format(ABC):
         """Return PEFT's config and the metadata for an image model's modules, by name.
 
         Args:
-            former: what the source's metadata says that stays true.
+            former: entries of the source's metadata that still apply.
         """
         return config_of_component(modules), {**former, "format": "pt"}
 
     def notes(self, family: str, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
-        """Return sentences for the user on what loaders do not read of an image adapter."""
+        """Return sentences for the user on parts of an image adapter that loaders ignore."""
         return ()
 
     def edited_name(self, name: str, named: Collection[str]) -> str:
-        """Return the name of a tensor in an edited adapter; `named` are adapters' names that keys may contain."""
+        """Return the name of a tensor in an edited adapter; `named` are adapter names that keys may contain."""
         return name
 
     def edited_alpha(self, module: str) -> str | None:
-        """Return the name of the alpha beside edited factors of scale 1, or None where that needs none."""
+        """Return the name of the alpha beside edited factors of scale 1; None if none is needed."""
         return None
 
     def edited_metadata(self, config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str, str]:
@@ -188,13 +188,13 @@ class Format(ABC):
 
     @final
     def output(self, out: str | os.PathLike[str] | None, name: str, in_folder: bool = True) -> tuple[Path, bool]:
-        """Return the path of an output and whether it is a file; `name` is that of a folder where `out` is not given.
+        """Return the path of an output and whether it is a file; `name` is the default name.
 
         Args:
-            in_folder: without `out`, a folder is preferred to a file.
+            in_folder: without `out`, prefer a folder to a file.
 
         Raises:
-            UsageError: `out` is no name for one, or for a folder where the format has single files.
+            UsageError: `out` is not a valid name, or names a folder and the format has single files.
         """
         ending = CONTAINERS[self.container][0]
         preferred = name if in_folder and self.can.folder else name + ending
@@ -204,28 +204,28 @@ class Format(ABC):
         return path, is_file
 
     def in_other_names(self, adapter: Adapter) -> Adapter:
-        """Return an adapter that `read` made under the names that other formats have for its modules.
+        """Return the adapter with the module names of other formats; `adapter` is one that `read` returned.
 
         Raises:
-            NeedsFlag: only the base tells them.
-            InputError: they are not known.
+            NeedsFlag: the names depend on the base.
+            InputError: the names are unknown.
         """
         return adapter
 
     def spelling(self, tensor: str) -> str:
-        """Return how a factor's name ends, where a format has several spellings of it; else nothing."""
+        """Return the suffix of a factor's name if the format has several spellings of it, else ""."""
         return ""
 
     def as_file(self, content: AdapterContent) -> AdapterContent:
-        """Return the tensors, under the names, and the metadata that a file of them has, for `read`."""
+        """Return the content with the names and metadata of a file, as `read` expects them."""
         return content
 
     @final
     def opened(self, name: str, like: WeightsFile, content: AdapterContent) -> Adapter:
-        """Return the adapter that opening a file of this content would give, without writing it.
+        """Return the adapter that a file of this content would open as, without writing it.
 
         Args:
-            like: an open file that it is made of, as in `VirtualFile`.
+            like: an open file that the content is made of, as in `VirtualFile`.
         """
         stored = self.as_file(content)
         file = VirtualFile(like, stored.specs, stored.load, stored.metadata)
@@ -233,18 +233,18 @@ class Format(ABC):
         return self.read(name, file, ReadOptions(alpha, model=content.model))
 
     def write(self, path: Path, is_file: bool, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
-        """Write an adapter, whole or not at all, as `fill` does."""
+        """Write an adapter with `fill`, completely or not at all."""
         with partial_place(path, is_file) as place:
             self.fill(place, content, inputs)
 
     def fill(self, place: Path | BinaryIO, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
-        """Write an adapter into a folder or a file of `partial_place`.
+        """Write an adapter into a folder or a file that `partial_place` opened.
 
         Args:
             inputs: the files that the tensors are made of.
 
         Raises:
-            InputError: one of `inputs` changed meanwhile.
+            InputError: one of `inputs` changed during the write.
         """
         assert not isinstance(place, Path), "a format with folders fills them itself"
         stored = self.as_file(content)

@@ -1,9 +1,9 @@
 """Read and write llama.cpp's adapters: one GGUF file of `<tensor>.lora_a` and `.lora_b`, with one alpha for all.
 
-A is (r, in), B is (out, r), of a stack of experts (E, r, in) and (E, out, r); of `token_embd` A is stored transposed.
+A is (r, in) and B is (out, r); for a stack of experts (E, r, in) and (E, out, r). A of `token_embd` is transposed.
 The scale is alpha / r with the rank of each pair, and 1 if alpha is 0 or absent. Tensors have the names and the rows of
 the model's GGUF file: `read` keeps them, unless the base's config.json is given; then they become transformers'. A norm
-beside the pairs replaces the base's (mergekit's extraction), and llama.cpp ignores it.
+beside the pairs replaces the base's (mergekit's extraction); llama.cpp ignores it.
 Defined by llama.cpp: `convert_lora_to_gguf.py`, `src/llama-adapter.cpp`.
 """
 
@@ -52,12 +52,12 @@ ALPHA = "adapter.lora.alpha"
 INVOCATION = "adapter.alora.invocation_tokens"
 
 NORM = "_norm.weight"
-EIGHT_BITS = "Q8_0"  # the one block type that is read: float32 holds its numbers
+EIGHT_BITS = "Q8_0"  # the only supported block type: float32 holds its numbers exactly
 
 
 @final
 class LlamaCpp(Format):
-    """Files of one language model, whose architecture they name."""
+    """Files for one language model; a field names its architecture."""
 
     key = "gguf"
     loaded_by = ("llama.cpp", "ollama")
@@ -82,7 +82,7 @@ class LlamaCpp(Format):
         """Read the adapter in `file`.
 
         Raises:
-            InputError: a field or a tensor is not one of llama.cpp's adapters, or the base is of another architecture.
+            InputError: a field or a tensor is not of llama.cpp's adapters, or the base has another architecture.
             UsageError: the alpha of `options` contradicts the file.
         """
         fields = _fields_of(file)
@@ -120,10 +120,10 @@ class LlamaCpp(Format):
             raise
 
     def in_other_names(self, adapter: Adapter) -> Adapter:
-        """Return an adapter that `read` left in the file's names in transformers', if the file's fields suffice.
+        """Return an adapter of the file's names under transformers' names, if the file's fields suffice.
 
         Raises:
-            NeedsFlag: they do not.
+            NeedsFlag: the fields do not suffice.
         """
         if not has_own_names(adapter):
             return adapter
@@ -142,9 +142,9 @@ class LlamaCpp(Format):
         return {ALPHA: str(each.pop()) if len(each) == 1 else "0"}  # with 0 the scale is 1, whatever the rank
 
     def as_file(self, content: AdapterContent) -> AdapterContent:
-        """Return the tensors as the file has them, and the fields as JSON under one key."""
+        """Return the tensors as the file stores them, and the fields as JSON under one key."""
         fields = {key: value for key, value in content.config.items() if "." in key}
-        if ALPHA in content.metadata:  # of new ranks, beside the fields of the file that they had before
+        if ALPHA in content.metadata:  # the alpha of new ranks; the other fields are the former file's
             fields[ALPHA] = float(content.metadata[ALPHA])
         fields |= {TYPE: "adapter", KIND: "lora"}
         count = fields.get(f"{fields[ARCHITECTURE]}.expert_count")
@@ -182,7 +182,7 @@ class LlamaCpp(Format):
         entries = [value_field(key, value) for key, value in json.loads(stored.metadata["gguf"]).items()]
         header, begin, nbytes = build_gguf(entries, stored.specs, DEFAULT_ALIGNMENT, VERSIONS[-1])
         require_free_space(Path(place.name).absolute().parent, nbytes)
-        disk.truncate(place, nbytes)  # the last tensor is padded as the others are
+        disk.truncate(place, nbytes)  # the last tensor is padded like the others
         write_at(place, memoryview(header), 0)
         for name, spec in stored.specs.items():
             write_at(place, tensor_bytes(stored.load(name), spec), begin[name])
@@ -190,7 +190,7 @@ class LlamaCpp(Format):
 
 
 def _fields_of(file: WeightsFile) -> dict[str, Any]:
-    """Return the fields; InputError unless they are those of an adapter."""
+    """Return the fields of an adapter; raise InputError for another file's."""
     said = (file.metadata or {}).get("gguf", "{}")
     fields = file.fields if isinstance(file, GgufFile) else parse_json(said.encode(), file.path)
     for key, wanted in ((TYPE, "adapter"), (KIND, "lora")):
@@ -202,7 +202,7 @@ def _fields_of(file: WeightsFile) -> dict[str, Any]:
 
 
 def _config_of(name: str, fields: Mapping[str, Any], options: ReadOptions) -> AdapterConfig:
-    """Return the config whose alpha is the file's; without one the scale is 1."""
+    """Return the config with the file's alpha; without an alpha the scale is 1."""
     if fields.get(INVOCATION) and not options.lenient:
         message = "is an activated LoRA (aLoRA), which acts on a part of the prompt only, so it can never be merged"
         raise InputError(message, culprit=name)
@@ -219,7 +219,7 @@ def _is_stack(tensor: str) -> bool:
 
 
 def _as_matrices(file: WeightsFile, lenient: bool) -> tuple[VirtualFile, int]:
-    """Return the file with pairs of matrices, as PEFT lays them, and how many experts there are."""
+    """Return the file with factors in PEFT's layout, and the number of experts."""
     specs, counts = {}, {}
     weights, _ = find_stored(Found(file.specs))
     coded = {name: weight for name, weight in weights.items() if file.specs[name].dtype == EIGHT_BITS}
@@ -260,7 +260,7 @@ def _as_matrices(file: WeightsFile, lenient: bool) -> tuple[VirtualFile, int]:
 def _update(
     module: str, roles: Mapping[str, str], file: VirtualFile, experts: int, config: AdapterConfig, lenient: bool
 ) -> UpdateSpec:
-    """Return the update by a pair; GGUF's matrices are never transposed, but for the embedding."""
+    """Return the update of a pair; GGUF stores no matrix transposed except the embedding's."""
     stacked = module.endswith(STACK)
     try:
         if stacked and "B" in roles:

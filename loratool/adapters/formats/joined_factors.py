@@ -1,4 +1,4 @@
-"""Join and stack factors of low rank, for readers of files that keep them apart from each other."""
+"""Fuse and stack low-rank factors, for readers of files that store them separately."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .made_tensors import MadeTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-Today = tuple[dict[str, MadeTensor], dict[str, Any]]  # the tensors and config of a file as PEFT has them today
+Today = tuple[dict[str, MadeTensor], dict[str, Any]]  # tensors and config of a file in PEFT's current form
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Pair:
 
     A: MadeTensor
     B: MadeTensor
-    joined: int = 1  # of how many modules they are, each with ranks of its own
+    joined: int = 1  # number of modules that were fused, each with separate ranks
 
 
 def join(parts: Sequence[tuple[Pair, slice]], rows: int) -> Pair:
-    """Return factors as one matrix of `rows` rows, of which each has some, and ranks of its own."""
+    """Return the factors of one matrix of `rows` rows; each part fills some rows and has separate ranks."""
     ranks = [part.A.spec.shape[0] for part, _ in parts]
     first = parts[0][0]
     places = [(part, Place(start, own)) for (part, own), start in zip(parts, starts(ranks), strict=True)]
@@ -43,9 +43,9 @@ def join(parts: Sequence[tuple[Pair, slice]], rows: int) -> Pair:
 
 
 def stack(module: str, pairs: Mapping[int, Pair], count: int, said: Collection[int | None]) -> Pair:
-    """Return the factors of `count` experts as PEFT stacks them, with zeros for those that are not there.
+    """Return the factors of `count` experts as PEFT stacks them, with zeros for missing experts.
 
-    A is (count * rank, in), expert by expert, and B (out, rank * count), for each rank the experts.
+    A is (count * rank, in), expert by expert. B is (out, rank * count), for each rank the experts.
 
     Args:
         said: the ranks that the config says of the modules; None for none.
@@ -81,10 +81,10 @@ def with_stacks(
     count: int,
     fields: Mapping[str, Any],
 ) -> Today:
-    """Return a file's other tensors with the stacks, and the fields that say what they are.
+    """Return a file's other tensors with the stacks, and config fields that list the stacks.
 
     Raises:
-        InputError: the config scales by the root of the rank, of which gate and up together have twice as many.
+        InputError: the config scales by the root of the rank, and fused gate and up have twice the rank.
     """
     named, ranks, alphas, alpha = dict(tensors), {}, {}, fields.get("lora_alpha")
     for stem, own in stacks.items():
@@ -111,7 +111,7 @@ def with_stacks(
 
 
 def put_tensor(tensors: dict[str, MadeTensor], name: str, tensor: MadeTensor) -> None:
-    """Add a tensor; InputError if the file has two that are called so."""
+    """Add a tensor; raise InputError for a second one of the same name."""
     if name in tensors:
         raise InputError("is there under its trainer's name and under this one", culprit=name)
     tensors[name] = tensor

@@ -3,8 +3,8 @@
 Tensors are `<prefix>_<module path with _ for .>.lora_down.weight` (r, in), `.lora_up.weight` (out, r), `.alpha` ().
 The scale is alpha / r; a missing or zero alpha means r. Defined by kohya-ss/sd-scripts: `networks/lora.py`.
 ComfyUI reads PEFT's `.lora_A.weight` and `.lora_B.weight` with these modules too (`comfy/lora.py`).
-OneTrainer and LyCORIS add `.dora_scale`, DoRA's magnitude: (out, 1[, 1, 1]), or of V's columns (1, in).
-A flattened name cannot be split by rule, so it is matched with the flattened names of the base.
+OneTrainer and LyCORIS add `.dora_scale`, DoRA's magnitude: (out, 1[, 1, 1]), or (1, in) along V's columns.
+No rule splits a flattened name, so it is matched with the flattened names of the base.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .suffixes import ALPHA_ENDS, split_suffix, suffix_of
 
 @final
 class Kohya(Format):
-    """Files of flattened names, whose alphas are tensors."""
+    """Files of flattened names; alphas are tensors."""
 
     key = "kohya"
     title = "kohya: flattened names with lora_down, lora_up and alpha"
@@ -54,7 +54,7 @@ class Kohya(Format):
         """Read the adapter in `file`.
 
         Raises:
-            InputError: a tensor is not one of LoRA or DoRA.
+            InputError: a tensor is not of LoRA or DoRA.
             UsageError: the alpha of `options` contradicts the file.
         """
         found: dict[str, dict[str, str]] = {}
@@ -103,21 +103,21 @@ class Kohya(Format):
         return output_norm_notes(modules)
 
     def edited_alpha(self, module: str) -> str | None:
-        return self.tensor_name(module, "alpha")  # most readers take a missing one for the rank, but not all
+        return self.tensor_name(module, "alpha")  # not all readers take the rank for a missing alpha
 
     def spelling(self, tensor: str) -> str:
         return suffix_of(tensor)
 
 
 def text_model_path(component: str, path: str) -> str:
-    """Return a module's path with the `text_model` of transformers before 5, which readers of text encoders expect."""
+    """Return a module's path with `text_model` (transformers before 5), which readers of text encoders expect."""
     return f"text_model.{path}" if component != "unet" and path.startswith("encoder.layers.") else path
 
 
 def output_norm_notes(modules: Mapping[str, NewModule]) -> tuple[str, ...]:
-    """Return the note on DoRA along the outputs: ComfyUI divides by the norm of W alone, not of W + D.
+    """Return the note on DoRA along the outputs: ComfyUI divides by the norm of W, not of W + D.
 
-    Of August 2026 (`comfy/weight_adapter/base.py:weight_decompose`; its pull request 15458 would change that).
+    As of August 2026 (`comfy/weight_adapter/base.py:weight_decompose`; pull request 15458 would change that).
     """
     count = sum(module.dora and not module.along_inputs for module in modules.values())
     if not count:
@@ -129,7 +129,7 @@ def output_norm_notes(modules: Mapping[str, NewModule]) -> tuple[str, ...]:
 
 
 def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]) -> dict[str, str]:
-    """Return the metadata of sd-scripts, by which web interfaces tell a file's rank, alpha and base."""
+    """Return the metadata of sd-scripts, from which web interfaces read a file's rank, alpha and base."""
     version = former.get("ss_base_model_version", FAMILIES[family].kohya_version or None)
     return {
         **former,
@@ -140,6 +140,6 @@ def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[st
 
 
 def rank_and_alpha(ranks: Iterable[int], alphas: Iterable[float]) -> dict[str, str]:
-    """Return sd-scripts' metadata on a file's factors."""
+    """Return sd-scripts' metadata for the ranks and alphas of a file."""
     found = {"ss_network_dim": {*map(str, ranks)}, "ss_network_alpha": {*map(str, alphas)}}
     return {key: values.pop() if len(values) == 1 else "Dynamic" for key, values in found.items()}

@@ -1,8 +1,8 @@
 """Read litgpt's format: a torch file "lit_model.pth.lora", beside "hyperparameters.yaml" and "model_config.yaml".
 
-Tensors are `transformer.h.0.attn.proj.lora_A` (r, in) and `.lora_B` (out, r). In `transformer.h.0.attn.qkv`, A has the
-ranks of q, k and v, as far as these are adapted, and B their rows, each of its own ranks. The one YAML file says which
-are adapted, the rank and alpha, the other the sizes. Defined by litgpt 0.5.13: `litgpt/lora.py`.
+Tensors are `transformer.h.0.attn.proj.lora_A` (r, in) and `.lora_B` (out, r). In `transformer.h.0.attn.qkv`, A stacks
+the ranks of those of q, k and v that are adapted, and B stacks their rows. hyperparameters.yaml has rank, alpha and
+the adapted projections; model_config.yaml has the sizes. Defined by litgpt 0.5.13: `litgpt/lora.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .plain_yaml import read_plain_yaml
 
 _NAME = re.compile(r"(?:transformer\.h\.(\d+)\.)?(.+)\.lora_([AB])")
 
-# what litgpt says of its LoRA; another field would be of a LoRA that is not this one
+# litgpt's settings of LoRA; another field would mean an unknown variant
 KNOWN = {f"lora_{each}" for each in ("r", "alpha", "dropout", "query", "key", "value", "projection", "mlp", "head")}
 
 HYPERPARAMETERS, MODEL = "hyperparameters.yaml", "model_config.yaml"
@@ -33,14 +33,14 @@ HYPERPARAMETERS, MODEL = "hyperparameters.yaml", "model_config.yaml"
 
 @final
 class Litgpt(Format):
-    """Torch files of factors of one model, in litgpt's names."""
+    """Torch files of one model's factors, under litgpt's names."""
 
     key = "litgpt"
     title = "litgpt: its lit_model.pth.lora, read only"
     can = Capabilities(kinds=frozenset({LowRank}), writes=False, components="one", alpha="config", kernels=False)
 
     def claims(self, names: Iterable[str]) -> bool:
-        """Return whether there are names of litgpt's modules in layers."""
+        """Return whether names of litgpt's modules in layers are among these."""
         found = [_NAME.fullmatch(name) for name in names if name.endswith((".lora_A", ".lora_B"))]
         return any(match and match[1] and match[2] in (FUSED, *IN_LAYERS) for match in found)
 
@@ -48,8 +48,8 @@ class Litgpt(Format):
         """Read the adapter in `file`.
 
         Raises:
-            InputError: a YAML file is missing, does not say what it should, or is of a model of another shape; or a
-                tensor's name or shape is none of such a model's.
+            InputError: a YAML file is missing or incomplete, or is of a model of another shape; or such a model has no
+                tensor of this name or shape.
             UsageError: the alpha of `options` contradicts the file.
         """
         folder = file.path.parent
@@ -93,7 +93,7 @@ class Litgpt(Format):
 
 
 def _parts(file: WeightsFile, tensor: str, side: str, rank: int, enabled: Mapping[str, int]) -> dict[str, MadeTensor]:
-    """Return the rows of a fused factor of each of q, k and v that is enabled: A has `rank` of each, B its size."""
+    """Return the rows of a fused factor for each enabled one of q, k, v: A has `rank` rows of each, B its size."""
     rows = {each: rank if side == "A" else size for each, size in enabled.items()}
     shape = file.specs[tensor].shape
     if len(shape) != 2 or shape[0] != sum(rows.values()):

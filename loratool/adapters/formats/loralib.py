@@ -1,9 +1,9 @@
 """Read loralib's format: the state dict of `loralib.lora_state_dict`, in any container.
 
-Tensors are `<module path>.lora_A` (r, in) and `.lora_B` (out, r), without `.weight`; alpha is not stored, and the rank
-for an image model's, which Genmo's trainer of Mochi writes so (`demos/fine_tuner`). For an
-Embedding, which only the path tells, they are (r, rows) and (width, r), and the delta is transposed. A MergedLinear
-adapts n of the equal slices of its rows, with A (r * n, in) and B (out / slices * n, r); which ones is not stored.
+Tensors are `<module path>.lora_A` (r, in) and `.lora_B` (out, r), without `.weight`. Alpha is not stored; in an image
+model's adapter, as Genmo's trainer of Mochi writes it (`demos/fine_tuner`), it is the rank. For an Embedding, known
+only by its path, they are (r, rows) and (width, r), and the delta is transposed. A MergedLinear adapts n of the equal
+slices of its rows, with A (r * n, in) and B (out / slices * n, r); which slices is not stored.
 Any other tensor replaces the base's. Defined by microsoft/LoRA: `loralib/layers.py`, `loralib/utils.py`.
 """
 
@@ -33,7 +33,7 @@ ROLES = {f".{end}": role for role, end in ENDS.items()}
 
 @final
 class Loralib(Format):
-    """Files of bare factors of one model, without alphas."""
+    """Files of one model's bare factors, without alphas."""
 
     key = "loralib"
     title = "loralib: a file of lora_A and lora_B of one component, without alpha"
@@ -48,7 +48,7 @@ class Loralib(Format):
     ends = ENDS
 
     def claims(self, names: Iterable[str]) -> bool:
-        """Return whether there are bare factors. AdaLoRA has them too, with its own mark beside them."""
+        """Return whether there are bare factors. AdaLoRA also has them, with a mark beside them."""
         names = list(names)
         ends = tuple(ROLES)
         return any(name.endswith(ends) for name in names) and not any(".lora_E" in name for name in names)
@@ -57,9 +57,9 @@ class Loralib(Format):
         """Read the adapter in `file`.
 
         Raises:
-            InputError: a MergedLinear has other slices than the enabled ones, or there is no option for them; or a
-                weight is there beside its factors.
-            NeedsFlag: there is a MergedLinear and its slices were not given, or alpha is missing.
+            InputError: a MergedLinear has another number of slices than are enabled, or the command has no option for
+                them; or a weight is stored beside its factors.
+            NeedsFlag: the slices of a MergedLinear were not given, or alpha is missing.
         """
         found: dict[str, dict[str, str]] = {}
         updates: dict[str, UpdateSpec] = {}
@@ -96,7 +96,7 @@ class Loralib(Format):
 
 
 def _slices(roles: Mapping[str, str], file: WeightsFile) -> int:
-    """Return how many slices a MergedLinear has factors of; 0 for a plain linear layer and if there is no pair."""
+    """Return how many slices of a MergedLinear have factors; 0 for a plain linear layer and without a pair."""
     if set(roles) != {"A", "B"}:
         return 0
     A, B = (file.specs[roles[role]].shape for role in "AB")
@@ -113,7 +113,7 @@ def _merged(
     config: AdapterConfig,
     options: ReadOptions,
 ) -> UpdateSpec:
-    """Return a MergedLinear's factors as one update of all rows: its scale is that of a slice, its rank their sum."""
+    """Return a MergedLinear's factors as one update of all rows: with the scale of a slice and the sum of ranks."""
     specs, n = {role: file.specs[key] for role, key in roles.items()}, _slices(roles, file)
     enabled = options.enabled_slices
     (rows, r), finding = specs["B"].shape, f"holds factors of {n} slices of a MergedLinear"

@@ -1,4 +1,4 @@
-"""Describe tensors that are made of stored ones, for readers of files that do not store factors as they are used."""
+"""Tensors computed from stored ones, for readers of files that store factors in another layout."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MadeTensor:
-    """A tensor that is made of stored ones when it is asked for."""
+    """A tensor computed from stored ones when it is loaded."""
 
     spec: TensorSpec
     load: Callable[[], Tensor]
 
 
 def copied(file: WeightsFile, name: str) -> MadeTensor:
-    """Return a tensor as it is in the file."""
+    """Return a tensor of the file unchanged."""
     return MadeTensor(file.specs[name], lambda: file.tensor(name))
 
 
 def made_of(file: WeightsFile, name: str, shape: Sequence[int], make: Callable[[Tensor], Tensor]) -> MadeTensor:
-    """Return what `make` makes of a stored tensor, of this shape and the stored type."""
+    """Return the result of `make` on a stored tensor; it has this shape and the stored type."""
     return MadeTensor(TensorSpec(file.specs[name].dtype, tuple(shape)), lambda: make(file.tensor(name)).contiguous())
 
 
@@ -39,14 +39,14 @@ def virtual_file(file: WeightsFile, tensors: Mapping[str, MadeTensor], metadata:
 
 
 def whole_B(file: WeightsFile, A_name: str, name: str, rank: int, enabled: Sequence[bool]) -> MadeTensor:
-    """Return the B (out, n r) of a MergedLinear, which adapts n of equal slices of its rows, the `enabled` ones.
+    """Return the full B (out, n r) of a MergedLinear, which adapts the n `enabled` ones of its equal slices of rows.
 
-    Its A is (n r, in), and its B (rows of the n slices, n r / g[, 1]) the weights of a convolution in g groups: the
-    i-th g-th of these rows has the i-th g-th of A, and zeros for the rest of it. (g is n in loralib and AdapterHub, and
-    2 in PEFT before 0.3.)
+    Its A is (n r, in). Its stored B (rows of the n slices, n r / g[, 1]) is the weight of a convolution in g groups:
+    group i of these rows multiplies group i of A, and the rest of the full B is zero. (g is n in loralib and
+    AdapterHub, and 2 in PEFT before 0.3.)
 
     Raises:
-        InputError: the shapes do not divide so.
+        InputError: the shapes do not divide into groups and slices.
     """
     A, B = file.specs[A_name].shape, file.specs[name].shape
     n, slots = sum(enabled), [slot for slot, on in enumerate(enabled) if on]

@@ -1,9 +1,9 @@
 """Read and write MLX's format: `adapters.safetensors` beside `adapter_config.json`, as mlx-lm trains and loads them.
 
-Tensors are `<module>.lora_a` (in, r) and `.lora_b` (r, out), with DoRA `.m`; those of experts are in `mlx_stacks`. The
-config has one `scale`, which the product is multiplied by (PEFT's alpha / r), one `rank`, and in `keys` the modules.
-`fine_tune_type: full` has whole tensors instead. Modules have the names of mlx-lm's classes, as
-`architectures.mlx_names` lists them.
+Tensors are `<module>.lora_a` (in, r) and `.lora_b` (r, out), with DoRA `.m`; `mlx_stacks` describes those of experts.
+The config has one `scale`, a factor of the product (PEFT's alpha / r), one `rank`, and the modules in `keys`.
+`fine_tune_type: full` has full tensors instead. Modules have the names of mlx-lm's classes, listed in
+`architectures.mlx_names`.
 Defined by ml-explore/mlx-lm 0.32: `mlx_lm/tuner/{lora,dora,utils}.py`.
 """
 
@@ -83,12 +83,12 @@ class Mlx(Format):
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.
 
-        The names of stacks of experts become those of transformers' class if `options` tells the model, and stay MLX's
-        otherwise, and for a quantized folder of MLX whose class has them in another order.
+        Stacks of experts get the names of transformers' class if `options` has the model. Otherwise they keep MLX's
+        names, and also for a quantized folder of MLX whose class has them in another order.
 
         Raises:
-            InputError: the config is not MLX's, or a tensor is not one that it announces.
-            NeedsFlag: nothing says the scale.
+            InputError: the config is not MLX's, or lacks the kind or module of a tensor.
+            NeedsFlag: the scale is unknown.
             UsageError: the alpha of `options` contradicts the config.
         """
         fields, _ = find_config(file)
@@ -99,7 +99,7 @@ class Mlx(Format):
         found = _sort(file, said.kind)
         stays = not types or ("quantization" in options.model and not TRANSPOSED_EXPERTS.isdisjoint(types))
         layers: dict[str, Mapping[str, str]] = {}  # path -> its tensors by role
-        stacks: dict[str, tuple[Share, dict[int, str]]] = {}  # the class's parameter -> MLX's modules by their share
+        stacks: dict[str, tuple[Share, dict[int, str]]] = {}  # the class's parameter -> MLX's modules by share
         for module, roles in found.items():
             path = canonical(module, types)
             if all(len(file.specs[key].shape) < 3 for key in roles.values()):
@@ -173,7 +173,7 @@ class Mlx(Format):
 
 @dataclass(frozen=True)
 class _Said:
-    """Hold what a config says."""
+    """The settings in a config."""
 
     kind: str  # one of KINDS
     scale: float | None
@@ -186,7 +186,7 @@ def is_mlx_config(fields: Mapping[str, Any]) -> bool:
 
 
 def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
-    """Check a config; raise an error if it is not MLX's, or does not say the scale and `options` has no alpha."""
+    """Parse a config; raise an error if it is not MLX's, or if neither it nor `options` gives the scale."""
     if len(fields) > 1 and not is_mlx_config(fields):
         raise InputError(
             f"its {CONFIG_NAME} is not MLX's, as its tensors are: it has no lora_parameters",
@@ -195,7 +195,7 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
         )
     kind = fields.get(
         "fine_tune_type", "dora" if fields.get("use_dora") is True else KINDS[0]
-    )  # as mlx-lm once said it
+    )  # as older versions of mlx-lm wrote it
     if kind not in KINDS:
         raise InputError(f"its config's fine_tune_type {brief(kind)} is none of {', '.join(KINDS)}", culprit=name)
     lora = fields.get("lora_parameters", {})
@@ -226,17 +226,17 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
         rank=rank,
         alpha=options.alpha if scale is None else float(scale * (rank or 1)),
         base_model=named_base(fields.get("model")),
-        own={key: value for key, value in fields.items() if key not in PEFT_FIELDS},  # which mlx-lm does not read
+        own={key: value for key, value in fields.items() if key not in PEFT_FIELDS},  # ignored by mlx-lm
     )
     return _Said(kind, None if scale is None else float(scale), config, notes)
 
 
 def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
-    """Return the updates of a full fine-tune, each a tensor as mlx-lm has it.
+    """Return the updates of a full fine-tune, each a tensor as mlx-lm stores it.
 
     Raises:
-        InputError: mlx-lm has other numbers than the model's files, and no shape tells which of them a base has; or
-            there are codes, of a quantized model that was trained.
+        InputError: mlx-lm changes the numbers of the model's files on loading, and no shape shows whether a base has
+            the changed ones; or there are codes of a quantized model that was trained.
     """
     if codes := next((key for key, spec in file.specs.items() if spec.dtype == "U32"), None):
         raise InputError("is of codes: a full fine-tune of a quantized model", culprit=codes, remedy=FUSE)
@@ -265,7 +265,7 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
 
 
 def _sort(file: WeightsFile, kind: str) -> dict[str, dict[str, str]]:
-    """Return the tensors by module and role; raise InputError for one that is not of this kind of adapter."""
+    """Return the tensors by module and role; raise InputError for a tensor of another kind of adapter."""
     found: dict[str, dict[str, str]] = {}
     for key in file.specs:
         module, _, end = key.rpartition(".")
@@ -286,7 +286,7 @@ def _turned(stored: Tensor) -> Tensor:
 def _layer(path: str, roles: Mapping[str, str], file: WeightsFile, said: _Said, options: ReadOptions) -> UpdateSpec:
     """Return the update of a layer of one matrix.
 
-    An embedding's factors are of its rows and its magnitudes of its tokens, and hold where it is a tied head too.
+    An embedding's factors are along its rows, its magnitudes along its tokens. Both also apply to a tied head.
     """
     last = path.rpartition(".")[2]
     is_rows = last in EMBEDDINGS
@@ -308,7 +308,7 @@ def _stack(stack: str, joined: JoinedStack, said: _Said, turned: bool | None) ->
 
 
 def _refuse_scaled(updates: Mapping[str, UpdateSpec], types: tuple[str, ...]) -> None:
-    """Raise InputError for a module whose weight mlx-lm multiplies when it loads it, and so the change as well."""
+    """Raise InputError for a module whose weight mlx-lm scales on loading, which would scale the change too."""
     names = mlx_names(types)
     for module in updates:
         if names and names.scaled and re.search(names.scaled, module):

@@ -1,7 +1,7 @@
-"""Lay the factors of an adapter as MLX's file has them, and make its config; tell what the file cannot hold.
+"""Convert the factors and config of an adapter to MLX's layout; list what a file of MLX cannot store.
 
-mlx-lm wraps exactly the modules in `keys`, which are full paths here, and gives all the one rank and scale. So factors
-of a smaller rank are filled up with zeros. It has no biases, no towers and no whole tensors beside factors.
+mlx-lm wraps exactly the modules in `keys`, which are full paths here, with one rank and one scale for all. So factors
+of a smaller rank are padded with zeros. It has no biases, no towers and no full tensors beside factors.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from .peft_config import lora_config, parse_config
 if TYPE_CHECKING:
     from torch import Tensor
 
-MARKS = ("lora_parameters", "fine_tune_type")  # fields that MLX's config alone has
+MARKS = ("lora_parameters", "fine_tune_type")  # fields that only MLX's config has
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
 PEFT_FIELDS = {*lora_config({}, {"": 1}), "base_model_name_or_path"}
 
 
 @dataclass(frozen=True)
 class _Module:
-    """A module of the output, and what it is made of."""
+    """A module of the output, and the tensors that it is made of."""
 
-    A: str  # tensors of the content
+    A: str  # names of tensors of the content
     B: str
     magnitude: str | None
     experts: int  # 0 for a layer of one matrix
     layout: StackLayout
-    ranks: tuple[int, ...]  # those of the content that it has
+    ranks: tuple[int, ...]  # the content's ranks that it uses
 
 
 def mlx_content(content: AdapterContent) -> AdapterContent:
-    """Return the tensors as MLX has them, and its config.
+    """Return the tensors and config in MLX's layout.
 
     Args:
-        content: tensors of PEFT's shapes under `<module>.lora_a`, `.lora_b` and `.m`, with PEFT's config; its modules
-            have the names of transformers' class if its model is known, else MLX's own.
+        content: tensors of PEFT's shapes under `<module>.lora_a`, `.lora_b` and `.m`, with PEFT's config. Its modules
+            have the names of transformers' class if its model is known, else MLX's.
 
     Raises:
         InputError: the modules have several scales.
@@ -80,7 +80,7 @@ def mlx_content(content: AdapterContent) -> AdapterContent:
 
 
 def _side(content: AdapterContent, module: _Module, end: str) -> Tensor:
-    """Return the factor that MLX calls `end`, at the module's own rank."""
+    """Return the factor that MLX calls `end`, at the module's rank."""
     if not module.experts:
         return content.load(module.A if end == "lora_a" else module.B).T
     A, B = cut_share(content.load(module.A), content.load(module.B), module.experts, module.layout)
@@ -89,7 +89,7 @@ def _side(content: AdapterContent, module: _Module, end: str) -> Tensor:
 
 
 def _specs(content: AdapterContent, module: _Module, rank: int) -> dict[str, TensorSpec]:
-    """Return MLX's tensors of a module, by how their names end."""
+    """Return the specs of MLX's tensors of a module by suffix."""
     A, B = content.specs[module.A], content.specs[module.B]
     if module.experts:
         width, out = share_sides(A.shape, B.shape, module.layout)
@@ -101,7 +101,7 @@ def _specs(content: AdapterContent, module: _Module, rank: int) -> dict[str, Ten
 
 
 def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
-    """Return the modules of the output by MLX's names, and their one scale."""
+    """Return the modules of the output by MLX's names, and their common scale."""
     config = parse_config("", {key: value for key, value in content.config.items() if key not in MARKS}, None)
     types = tuple(nested_configs(content.model))
     names = mlx_names(types) or MlxNames()
@@ -129,7 +129,7 @@ def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
 
 
 def _shares(content: AdapterContent, path: str, whole: _Module, names: MlxNames, turned: bool) -> dict[str, _Module]:
-    """Return MLX's stacks that have the rows of a stack of the class, without those that get nothing."""
+    """Return MLX's stacks that share the rows of a stack of the class, except those without ranks."""
     layouts: dict[str, StackLayout] = {}
     for target in stacks_of(path, names):
         _, part, parts = names.shares[target.rpartition(".")[2]]
@@ -142,9 +142,9 @@ def _shares(content: AdapterContent, path: str, whole: _Module, names: MlxNames,
 
 
 def _is_turned(types: tuple[str, ...], version: str) -> bool:
-    """Return whether PEFT took the class's stacks for (expert, out, in) where they are not, or the other way.
+    """Return whether PEFT mistook the class's stacks for (expert, out, in), or for (expert, in, out).
 
-    Up to 0.18 it took all for (expert, in, out) (peft PR 3083).
+    Up to 0.18 it took all stacks for (expert, in, out) (peft PR 3083).
     """
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and (int(found[1]), int(found[2])) < (0, 19):
@@ -153,7 +153,7 @@ def _is_turned(types: tuple[str, ...], version: str) -> bool:
 
 
 def _config(content: AdapterContent, kind: str, lora: Mapping[str, Any]) -> dict[str, Any]:
-    """Return MLX's config, with the other fields of the one that the adapter had."""
+    """Return MLX's config, with the other fields of the adapter's former config."""
     own = not content.config.keys().isdisjoint(MARKS)
     former = {key: value for key, value in content.config.items() if own and key not in PEFT_FIELDS}
     base = content.config.get("base_model_name_or_path")
@@ -169,15 +169,15 @@ def _config(content: AdapterContent, kind: str, lora: Mapping[str, Any]) -> dict
 
 
 def find_misfits(source: str, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any], own: bool) -> dict[str, str]:
-    """Return the modules that a file of MLX cannot hold, each with the reason.
+    """Return the modules that a file of MLX cannot store, each with the reason.
 
     Args:
         source: the adapter's name.
-        model: the base's config.json; empty if it is not known.
+        model: the base's config.json; empty if unknown.
         own: the adapter is MLX's.
 
     Raises:
-        NeedsFlag: only the base could tell.
+        NeedsFlag: the answer depends on the base.
     """
     types = tuple(nested_configs(model))
     dora = any(update.cls is DoRA for update in kept.values())
@@ -213,7 +213,7 @@ def _of_update(module: str, update: UpdateSpec, dora: bool) -> str | None:
 
 
 def is_tied(model: Mapping[str, Any]) -> bool | None:
-    """Return whether a config.json says that the head is the embedding; None if it leaves that to the class."""
+    """Return whether a config.json ties the head to the embedding; None if it leaves that to the class."""
     inner = model.get("text_config")
     flags = [each.get("tie_word_embeddings") for each in (model, inner if isinstance(inner, dict) else {})]
     by_default = False if model.get("model_type") in UNTIED_BY_DEFAULT else None

@@ -1,8 +1,8 @@
-"""Join MLX's stacks of factors, an expert each, to those of the class's parameter, and cut them out again.
+"""Fuse MLX's stacks of experts' factors into those of the class's parameter, and split them again.
 
-MLX has A as (expert, r, in), in older files as (expert * r, in), and B as (expert, out, r), and gate and up have a pair
-each. A class has one parameter of both. Its A is theirs if they are equal, else one after the other. All of it is a
-move of numbers, and the numbers stay. Defined by mlx-lm: `LoRASwitchLinear` in `mlx_lm/tuner/lora.py`.
+MLX stores A as (expert, r, in), in older files as (expert * r, in), and B as (expert, out, r). Gate and up have a pair
+each, while the class has one parameter for both. The parameter's A is their common A if they are equal, else one after
+the other. Numbers are only moved. Defined by mlx-lm: `LoRASwitchLinear` in `mlx_lm/tuner/lora.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StackLayout:
-    """How one of MLX's stacks lies in the class's parameter."""
+    """The place of one of MLX's stacks in the class's parameter."""
 
     part: int = 0
     parts: int = 1
@@ -46,7 +46,7 @@ class MlxPair:
 
     @staticmethod
     def of(module: str, roles: Mapping[str, str], file: WeightsFile) -> MlxPair:
-        """Return the pair of a module's tensors; raise InputError if they are none."""
+        """Return the pair of a module's tensors; raise InputError if they are not a pair."""
         if roles.keys() != {"A", "B"}:
             raise InputError("is a stack, which has lora_a and lora_b and nothing else", culprit=module)
         A, B = (file.specs[roles[role]].shape for role in "AB")
@@ -59,15 +59,15 @@ class MlxPair:
 
 @dataclass(frozen=True)
 class JoinedStack:
-    """The factors of a parameter, of which MLX has each share as a stack of its own, or not at all."""
+    """The factors of a parameter; MLX stores each share of it as a separate stack, or not at all."""
 
-    pairs: Mapping[int, MlxPair]  # by the number of the share
+    pairs: Mapping[int, MlxPair]  # by number of the share
     layout: StackLayout  # of the first
     shares_A: bool  # all have the same A
 
     @staticmethod
     def of(stack: str, pairs: Mapping[int, MlxPair], layout: StackLayout) -> JoinedStack:
-        """Join the pairs; raise InputError if they are not of one parameter."""
+        """Fuse the pairs; raise InputError if they are not of one parameter."""
         first, *others = pairs.values()
         for other in others:
             if (other.experts, other.rows, other.width) != (first.experts, first.rows, first.width):
@@ -87,7 +87,7 @@ class JoinedStack:
         return next(iter(self.pairs.values())).experts
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Return the type and shape of A (E * r, in) and B (out, r * E), as PEFT lays them."""
+        """Return the type and shape of A (E * r, in) and B (out, r * E) in PEFT's layout."""
         (first, *_) = self.pairs.values()
         count, spec = self.rank * self.experts, first.file.specs[first.A]
         sides = first.rows * self.layout.parts, first.width
@@ -95,12 +95,12 @@ class JoinedStack:
         return {"A": replace(spec, shape=(count, width)), "B": replace(spec, shape=(out, count))}
 
     def made(self, names: Mapping[str, str]) -> dict[str, MadeTensor]:
-        """Return A and B as PEFT lays them, under these names by role."""
+        """Return A and B in PEFT's layout, under these names by role."""
         specs = self.specs()
         return {name: MadeTensor(specs[role], partial(self.load, role)) for role, name in names.items()}
 
     def load(self, role: str) -> Tensor:
-        """Return A or B as PEFT lays them."""
+        """Return A or B in PEFT's layout."""
         (first, *_), E = self.pairs.values(), self.experts
         firsts = starts([pair.rank for pair in self.pairs.values()], self.shares_A)
         places = [
@@ -117,7 +117,7 @@ class JoinedStack:
 
 
 def cut_share(A: Tensor, B: Tensor, experts: int, layout: StackLayout) -> tuple[Tensor, Tensor]:
-    """Return the factors of a share, A (E, r, in) and B (E, out, r), of those of the parameter as PEFT lays them."""
+    """Return a share's factors, A (E, r, in) and B (E, out, r), from those of the parameter in PEFT's layout."""
     rank = len(A) // experts
     one = A.reshape(experts, rank, -1)
     other = B.reshape(len(B), rank, experts).permute(2, 1, 0)  # (E, r, out)
@@ -135,8 +135,8 @@ def share_sides(A: tuple[int, ...], B: tuple[int, ...], layout: StackLayout) -> 
 def share_ranks(A: Tensor, B: Tensor, experts: int, layouts: Sequence[StackLayout]) -> list[list[int]]:
     """Return the ranks that each share needs.
 
-    If none reaches two shares, as in factors that were joined, these are the ranks that reach no other. Else, and in
-    factors that are 0, they are all.
+    If no rank is used by two shares, as in fused factors, each share gets all ranks that no other share uses. Else, and
+    for factors of zeros, each gets all ranks.
     """
     import torch
 

@@ -1,6 +1,6 @@
-"""Make the updates of one module of an image adapter, or of any other with LyCORIS's names, from its tensors by role.
+"""Create the updates of one module from its tensors by role, in image adapters and others with LyCORIS's names.
 
-A module can have one of its weight and one of its bias. Defined by LyCORIS: `lycoris/modules/*.py`; ComfyUI:
+A module can have an update of its weight and one of its bias. Defined by LyCORIS: `lycoris/modules/*.py`; ComfyUI:
 `comfy/weight_adapter/*.py`, `comfy/lora.py`.
 """
 
@@ -20,7 +20,7 @@ from .other_methods import EXTRACT_REMEDY
 
 BIAS_ROLES = ("diff_b", "bias")
 
-# roles -> (the method that has them, why no merge can have it)
+# roles -> (the method that has them, why it cannot be merged)
 REFUSED = {
     ("reshape",): ("ComfyUI's LoRA of a model that has grown", "changes the shape of its weight"),
     ("oft_blocks", "rescale"): ("OFT", "multiplies the weight by a matrix"),
@@ -36,7 +36,7 @@ def module_updates(
 
     Args:
         roles: role -> tensor, without alpha.
-        bias: the module's path with its bias, as the format spells it.
+        bias: the path of the module's bias, in the format's spelling.
         lenient: as `ReadOptions.lenient`.
 
     Raises:
@@ -45,13 +45,13 @@ def module_updates(
     own = {role: name for role, name in roles.items() if role not in BIAS_ROLES}
     if key := roles.get("diff_b"):
         yield UpdateSpec(Diff, bias, {"diff": key}, {"diff": file.specs[key]}, transposed=False)
-    if key := roles.get("bias"):  # PEFT's, of the layer whose weight is B
+    if key := roles.get("bias"):  # PEFT's bias of the layer that has B as weight
         rank = file.specs[roles["A"]].shape[:1] if "A" in roles else ()
         if not lenient and not (rank and rank[0]):
             raise InputError(f"has no partner: the A factor of {module} is missing or empty", culprit=key)
         scale = config.scale_of(module, rank[0]) if rank and rank[0] else 1.0
         yield UpdateSpec(AddDelta, bias, {"value": key}, {"value": file.specs[key]}, scale)
-    if "set" in own:  # ComfyUI's, of a weight that its owner has replaced
+    if "set" in own:  # ComfyUI's full weight, which replaces the base's
         if len(own) > 1:
             raise InputError("is there beside factors, which it would undo", culprit=own["set"])
         yield UpdateSpec(ReplaceTensor, module, {"value": own["set"]}, {"value": file.specs[own["set"]]})

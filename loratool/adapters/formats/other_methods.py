@@ -1,10 +1,10 @@
-"""Recognize files of other methods than LoRA, and tell what can be done with them.
+"""Recognize files of other methods than LoRA, and describe what can be done with them.
 
 A merge refuses such a file with the reason, and `inspect` describes it; both use one table. A method is recognized by
-PEFT's `peft_type`, or by a mark in the names of its tensors. The names are those of peft
+PEFT's `peft_type`, or by a mark in the names of its tensors. Sources of the names: peft
 (`peft/utils/save_and_load.py`), of AdapterHub's adapters (`adapters/loading.py`: `M.adapters.NAME.adapter_down.0`),
-of Lin et al.'s own code (zlinao/VGLM: `adapter_block.mixadapter.0.project_down`), and of the LoRA for Segment Anything
-of Wang, SAMed and those after them (JamesQFreeman/Sam_LoRA: `w_a_000`, or the state of `_LoRA_qkv`).
+the code of Lin et al. (zlinao/VGLM: `adapter_block.mixadapter.0.project_down`), and the LoRA for Segment Anything by
+Wang, SAMed and later ones (JamesQFreeman/Sam_LoRA: `w_a_000`, or the state of `_LoRA_qkv`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .extras import find_extras
 
 EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
 
-# the `peft_type`s that are read
+# the supported values of `peft_type`
 READ = ("LORA", "TRAINABLE_TOKENS", "LN_TUNING", *peft_methods())
 
-# outcome -> its words in a report
+# outcome -> its text in a report
 OUTCOMES = {
     "merged": "can be merged",
     "extracted": "can be extracted, not merged",
@@ -40,8 +40,8 @@ class OtherMethod:
     title: str
     outcome: str  # a key of OUTCOMES
     reason: str  # follows "which" in a message
-    marks: tuple[str, ...] = ()  # how a part of a tensor's name begins, after a dot
-    remedy: str | None = None  # how the outcome is reached
+    marks: tuple[str, ...] = ()  # prefixes of a part of a tensor's name, after a dot
+    remedy: str | None = None  # the way to the outcome
 
 
 _INPUTS = "adds inputs, and no weight could hold them"
@@ -61,7 +61,7 @@ _BY_ADAPTERS = (
     + _EXTRACT
 )
 
-# peft_type, or a key like it for a method that PEFT does not have -> the method. Of several marks the first row wins.
+# peft_type, or a similar key for a method that PEFT lacks -> the method. Of several marks the first row counts.
 OTHER_METHODS = {
     "BOTTLENECK": OtherMethod(
         "a bottleneck adapter (Houlsby, Lin, Pfeiffer, Rücklé)",
@@ -106,14 +106,14 @@ OTHER_METHODS = {
     ),
 }
 
-# A file with only tensors of LoRA that no format claims.
+# A file with only LoRA tensors that no format claims.
 UNKNOWN_LORA = OtherMethod("LoRA in a form that is not known", "neither", _UNSUPPORTED)
 
 _UNKNOWN = OtherMethod(
     "", "neither", "is not supported", (), "if its own library can merge it into a model, `loratool extract` reads that"
 )
 
-# A state dict of trained biases, as BitFit leaves it.
+# A state dict of trained biases, as BitFit saves it.
 BIASES = OtherMethod(
     "biases alone (BitFit)",
     "merged",
@@ -124,19 +124,19 @@ BIASES = OtherMethod(
     "BASE MODEL` keeps the sum exactly",
 )
 
-# A file with extras alone.
+# A file with only extras.
 EMBEDDINGS = OtherMethod("embeddings of tokens alone (textual inversion)", "neither", _INPUTS)
 
-# AdapterHub's `architecture` -> a key of OTHER_METHODS, for a config whose tensors have no mark.
+# AdapterHub's `architecture` -> a key of OTHER_METHODS, for configs of tensors without a mark.
 _ARCHITECTURES = {"": "BOTTLENECK", "lora": "LORAS", "mtl_lora": "LORAS", "reft": "REFT"}
 
-# Fields of AdapterHub's config of LoRA that make it another method. Its DoRA multiplies the bias too, and divides by
-# the norm of another sum than the one that it multiplies (`adapters/methods/lora.py`).
+# Fields of AdapterHub's LoRA config that make it another method. Its DoRA also multiplies the bias, and the sum that it
+# normalizes is not the one that it multiplies (`adapters/methods/lora.py`).
 _VARIANT_FIELDS = ("use_gating", "use_dora", "vera_d", "vera_b")
 
 
 def method_of_peft_type(kind: str) -> OtherMethod:
-    """Return the method of a `peft_type`; for one that is not in the table, a method with that title."""
+    """Return the method of a `peft_type`; if it is not in the table, a method with that title."""
     return OTHER_METHODS.get(kind) or replace(_UNKNOWN, title=kind)
 
 
@@ -153,7 +153,7 @@ def find_marks(names: Iterable[str]) -> dict[str, str]:
 
 
 def refused_tensor(tensor: str, name: str) -> InputError:
-    """Return the error for a tensor of adapter `name` that is not of LoRA, with the method if a mark tells it."""
+    """Return the error for a tensor of adapter `name` that is not of LoRA; a mark names the method."""
     kind = next(iter(find_marks([tensor])), None)
     remedy = EXTRACT_REMEDY
     if kind:
@@ -165,9 +165,9 @@ def refused_tensor(tensor: str, name: str) -> InputError:
 
 
 def peft_type(fields: Mapping[str, Any]) -> Any:
-    """Return the method that a config names, as a `peft_type` or a key of OTHER_METHODS; None if it names none."""
+    """Return the method that a config names: a `peft_type`, a key of OTHER_METHODS, or None."""
     kind = fields.get("peft_type")
-    if kind is None and isinstance(own := fields.get("config"), dict):  # AdapterHub's has one inside
+    if kind is None and isinstance(own := fields.get("config"), dict):  # AdapterHub nests a config
         architecture = str(own.get("architecture") or "")
         if is_adapterhub_lora(fields):
             return "LORA"
@@ -176,7 +176,7 @@ def peft_type(fields: Mapping[str, Any]) -> Any:
 
 
 def is_adapterhub_lora(fields: Mapping[str, Any]) -> bool:
-    """Return whether a config is AdapterHub's of LoRA, and of no variant."""
+    """Return whether a config is AdapterHub's of plain LoRA."""
     own = fields.get("config")
     if not isinstance(own, dict) or any(own.get(field) for field in _VARIANT_FIELDS):
         return False
@@ -184,9 +184,9 @@ def is_adapterhub_lora(fields: Mapping[str, Any]) -> bool:
 
 
 def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, OtherMethod] | None:
-    """Return the key and the method of a file that is not LoRA; None for LoRA, and if neither names nor config tell.
+    """Return the key and the method of a file that is not LoRA; None for LoRA and for unknown files.
 
-    A mark wins over the config, except for prompts and AdapterHub's LoRA, which only the config distinguishes.
+    A mark has precedence over the config, except for prompts and AdapterHub's LoRA, which only the config shows.
     """
     kind, configured = next(iter(find_marks(names)), None), peft_type(fields)
     if kind == "LORAS" and is_adapterhub_lora(fields):
@@ -213,9 +213,10 @@ def is_embeddings(names: Iterable[str]) -> bool:
 
 
 def describe_bottlenecks(names: Iterable[str]) -> str | None:
-    """Describe how many bottlenecks each layer has, which distinguishes Houlsby's method, and the layers without.
+    """Describe how many bottlenecks each layer has (two in Houlsby's method), and the layers without any.
 
-    None if the layers differ in number, or none are found.
+    Returns:
+        None if there are no bottlenecks, or the layers have different numbers.
     """
     ends = (".adapter_down.", ".project_down.")
     modules = {name.partition(end)[0] for name in names for end in ends if end in name}

@@ -1,8 +1,8 @@
 """Read and write PEFT's format: `adapter_model.safetensors` (or `.bin`) beside `adapter_config.json`.
 
 Keys are `base_model.model.<module>.lora_A.weight` (r, in) and `.lora_B.weight` (out, r), and those of the table _ENDS.
-A key without any mark of PEFT's is a tensor that replaces the base's. Rank, alpha and all else that the arithmetic
-depends on are in the config. Defined by huggingface/peft: `peft/utils/save_and_load.py`, `peft/tuners/lora/layer.py`.
+A key without a mark of PEFT's is a tensor that replaces the base's. The config has rank, alpha and every other setting
+of the arithmetic. Defined by huggingface/peft: `peft/utils/save_and_load.py`, `peft/tuners/lora/layer.py`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from .run_states import hide_base
 from .single_file import file_size, fill_file, write_card, write_single_file
 from .suffixes import PLAIN_ENDS
 
-# PEFT's prefix, twice for a model that was wrapped twice, and what training loops wrapped around it
+# PEFT's prefix (twice for a model wrapped twice), and the prefixes of training loops around it
 WRAPPED = re.compile(rf"^(?:(?:{'|'.join(sorted(WRAPPERS))})\.|{re.escape(PEFT_PREFIX)})*{re.escape(PEFT_PREFIX)}")
 
-# An adapter's name, which PEFT drops when it saves and other tools leave in.
+# An adapter's name, which PEFT removes on saving and other tools keep.
 _NAME = r"(?:\.(?!weight$|bias$)[^.]+)?"
 
-# (the end of a key, the role of its tensor); a module's path is before it
+# (the end of a key, after the module's path; the role of its tensor)
 _ENDS = tuple(
     (re.compile(rf"\.{end}\Z"), role)
     for end, role in (
@@ -64,7 +64,7 @@ _ENDS = tuple(
     )
 )
 
-# (the end of a key with an adapter's name, what stays of it)
+# (the end of a key with an adapter's name; the end without it)
 _NAMED_ENDS = (
     (re.compile(rf"(\.lora_[AB]){_NAME}(\.(?:weight|bias))$"), r"\1\2"),
     (re.compile(rf"(\.lora_magnitude_vector){_NAME}(?:\.weight)?$"), r"\1"),
@@ -75,14 +75,14 @@ _ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 
 _ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
 
-# Names that other methods of PEFT's than LoRA have, and only they
+# Names that only PEFT's methods other than LoRA have
 MARKS = tuple(f".{end}" for each in peft_methods().values() for end in each.ends if end not in ("lora_A", "lora_B"))
 OTHER_ROLES = {role for each in peft_methods().values() for role in each.ends.values()} - {"A", "B"}
-# names, at the end of a key, of tensors that all modules share
+# names, at the end of a key, of tensors shared by all modules
 SHARED = {name for each in peft_methods().values() for name in each.shared}
 _SHARED = re.compile(rf"(?:^|\.)({'|'.join(sorted(SHARED))}){_NAME}$")
 
-# The order in which classes declare their expert parameters, which decides how PEFT nests two of them.
+# The order in which classes declare their expert parameters; PEFT nests two of them in this order.
 DECLARED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 
 _OWN = (".lora_A.", ".lora_B.", ".lora_embedding_", ".trainable_tokens_delta", ".ln_tuning_layers.")
@@ -108,7 +108,7 @@ class Peft(Format):
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether there are keys of LoRA or of another method of PEFT's.
 
-        PEFT's prefix alone is no evidence: a base that was saved with it has only plain weights and biases.
+        PEFT's prefix alone is no evidence: a base saved with it has only plain weights and biases.
         """
         names = list(names)
         text = "\n".join(names)  # one search instead of one per name is faster
@@ -130,7 +130,7 @@ class Peft(Format):
         fields, of_training = hide_training(name, file, fields)
         beside = (*hide_base(name, file, fields, MARKS), *of_training)
         marked = find_marks(file.specs)
-        other = other_method(marked.values(), fields)  # these few names have all of the file's marks
+        other = other_method(marked.values(), fields)  # these few names have all marks of the file
         if marked and other:
             _, method = other
             reason = f"of {name} is a tensor of {method.title}, which {method.reason}"
@@ -145,7 +145,7 @@ class Peft(Format):
         of_image = are_of_image_model(match.string[: match.start()] for match, _ in ends if match)
         must_say = len(fields) == 1 and options.alpha is None and not options.lenient and not of_image
         text = "\n".join(file.specs)
-        has_marks = any(mark in text for mark in MARKS)  # whose kinds say what they miss
+        has_marks = any(mark in text for mark in MARKS)  # their kinds report what is missing
         if must_say and not has_marks and ".lora_" in text:
             raise NeedsFlag(
                 f"has no {CONFIG_NAME} beside it, which says the alpha it was trained with",
@@ -209,7 +209,7 @@ class Peft(Format):
                 elif module in wrappers:
                     name = self.tensor_name(wrappers[module], role)
                 elif role in self.ends:
-                    # other formats have transposed factors of embeddings only
+                    # other formats have transposed factors only for embeddings
                     name = f"{module}.lora_embedding_{role}" if update.transposed else self.tensor_name(module, role)
                 elif owner in kept and kept[owner].rank:
                     name = f"{owner}.base_layer.{parameter}"
@@ -256,10 +256,10 @@ def read_as_peft(
     options: ReadOptions,
     notes: tuple[str, ...] = (),
 ) -> Adapter:
-    """Read the adapter of another tool, of format `key`, as the one of PEFT that has its factors.
+    """Read another tool's adapter, of format `key`, as PEFT's adapter with the same factors.
 
     Args:
-        tensors: by PEFT's names, without its prefix.
+        tensors: by PEFT's names, without PEFT's prefix.
         fields: of PEFT's config; without `lora_alpha` the alpha is that of `options`.
 
     Raises:
@@ -277,7 +277,7 @@ def adapter_names(keys: Iterable[str]) -> set[str]:
 
 
 def saved_name(key: str, named: Collection[str]) -> str:
-    """Return the key, without PEFT_PREFIX, that PEFT saves a tensor under: no wrapper, no adapter's name in it."""
+    """Return the key under which PEFT saves a tensor: without PEFT_PREFIX, wrapper and adapter name."""
     path = _without_wrapper(WRAPPED.sub("", key), named)
     for pattern, kept in _NAMED_ENDS:
         path = pattern.sub(kept, path)
@@ -285,7 +285,7 @@ def saved_name(key: str, named: Collection[str]) -> str:
 
 
 def _is_dump(names: Collection[str]) -> bool:
-    """Return whether the base's weight is there for every pair of factors; an adapter has at most its embeddings'."""
+    """Return whether every pair of factors has the base's weight beside it; an adapter saves only embeddings'."""
     modules = {name[: match.start()] for name in names if (match := _ADAPTER.search(name))}
     return bool(modules) and all(f"{m}.base_layer.weight" in names or f"{m}.weight" in names for m in modules)
 
@@ -298,9 +298,9 @@ def _sort_in(
     file: WeightsFile,
     named: Collection[str],
 ) -> None:
-    """Add a key to `found`, by module and depth of PEFT's wrappers there, or to `replaced`, by what it replaces."""
+    """Add a key to `layers`, by module and depth of PEFT's wrappers, or to `replaced`, by the tensor it replaces."""
     path = WRAPPED.sub("", key).removeprefix(f"{component}." if component else "")
-    if _ORIGINAL.search(path):  # a module's untrained copy, which peft saves beside the trained one at times
+    if _ORIGINAL.search(path):  # a module's untrained copy, which peft sometimes saves beside the trained one
         trained = _ORIGINAL.sub("", key)
         if trained not in file.specs and _ORIGINAL.sub(".modules_to_save", key) not in file.specs:
             raise InputError("is the untrained copy of a module whose trained one is missing", culprit=key)
@@ -324,7 +324,7 @@ def _sort_in(
 
 
 def _end_of(path: str) -> tuple[re.Match[str] | None, str]:
-    """Return the match of the first of _ENDS that a key has after a module's path, and its tensor's role."""
+    """Return the match of the first of _ENDS at the end of a key, and the tensor's role."""
     for pattern, role in _ENDS:
         if match := pattern.search(path, 1):
             return match, role
@@ -332,14 +332,14 @@ def _end_of(path: str) -> tuple[re.Match[str] | None, str]:
 
 
 def _without_wrapper(path: str, named: Collection[str]) -> str:
-    """Return a path without `modules_to_save` and an adapter's name after it."""
+    """Return a path without `modules_to_save` and a following adapter name."""
     before, mark, after = path.partition(".modules_to_save.")
     first, dot, rest = after.partition(".")
     return f"{before}.{rest if dot and first in named else after}" if mark else path
 
 
 def _put(place: dict[str, str], role: str, key: str, file: WeightsFile) -> None:
-    """Record a key for a role; two are allowed if they are equal, because PEFT saves an MHA's out_proj twice."""
+    """Record a key for a role; two keys need equal tensors, because PEFT saves an MHA's out_proj twice."""
     former = place.setdefault(role, key)
     if former != key and (file.specs[former] != file.specs[key] or file.read(former) != file.read(key)):
         raise InputError(f"is the same as {former}, but its values differ", culprit=key)
@@ -354,7 +354,7 @@ def _updates(
     places: int,
     lenient: bool,
 ) -> Iterable[UpdateSpec]:
-    """Yield the updates of one of PEFT's wrappers of a module; `place` is its number, from the innermost."""
+    """Yield the updates of one of PEFT's wrappers of a module; `place` counts wrappers from the innermost."""
     fields = config.peft
     found = [role for role in ("tokens", "embedding_A", "embedding_B", "A", "B") if role in roles]
     sorts = {role.rpartition("_")[0] or role.replace("B", "A") for role in found}
@@ -393,7 +393,7 @@ def _updates(
             of_parameter = config.for_module(f"{path}.{parameter}")
             target = path if parameter == "weight" else f"{path}.{parameter}"
             rows = file.specs[roles["A"]].shape[:1] if "A" in roles else ()
-            # jetmoe's experts are the weights of modules: only the rank tells them from a linear layer's
+            # jetmoe's experts are the weights of modules: only the rank distinguishes them from a linear layer
             stacked = parameter != "weight" or (bool(rows) and of_parameter.rank not in (None, *rows))
             update = spec_from_roles(target, factors, file, of_parameter, stacked=stacked, lenient=lenient)
             yield dataclasses.replace(update, parameter=parameter == "weight")
@@ -402,7 +402,7 @@ def _updates(
 
 
 def _check_method(updates: Iterable[UpdateSpec], config: AdapterConfig) -> None:
-    """Raise InputError for an update of another method than the config says."""
+    """Raise InputError for an update of another method than the config's."""
     said = config.peft.get("peft_type", "LORA")
     for update in updates if len(config.peft) > 1 else ():
         inner = update.cls.without_norm(update).cls
@@ -420,7 +420,7 @@ def _single(cls: type[Update], module: str, key: str, file: WeightsFile, scale: 
 
 
 def _checked_dora(update: UpdateSpec, fields: Mapping[str, Any]) -> UpdateSpec:
-    """Return `update` if flag and magnitudes agree; with only one of them, loaders would compute different things."""
+    """Return `update` if flag and magnitudes agree; with only one of them, loaders compute different results."""
     if update.cls is Unpaired:
         return update
     if fields.get("use_dora") and update.cls is not DoRA:
@@ -431,7 +431,7 @@ def _checked_dora(update: UpdateSpec, fields: Mapping[str, Any]) -> UpdateSpec:
 
 
 def _tokens(path: str, roles: Mapping[str, str], file: WeightsFile, fields: Mapping[str, Any]) -> UpdateSpec:
-    """Return the update by trainable tokens.
+    """Return the update of trainable tokens.
 
     `trainable_tokens_delta` holds the rows' new values, despite its name (`peft/tuners/trainable_tokens`).
     """
@@ -462,7 +462,7 @@ def _notes(updates: Mapping[str, UpdateSpec], found: Mapping[tuple[str, int], Ma
 
 
 def wrappers_of(parameters: Iterable[str]) -> dict[str, str]:
-    """Return the path of PEFT's wrapper of each bare parameter."""
+    """Return bare parameter -> path of PEFT's wrapper."""
     owners: dict[str, list[str]] = {}
     for path in parameters:
         owners.setdefault(path.rpartition(".")[0], []).append(path.rpartition(".")[2])
@@ -474,9 +474,9 @@ def wrappers_of(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def nested(module: str, parameters: Sequence[str], declared: Sequence[str]) -> dict[str, str]:
-    """Return bare parameter -> path of its wrapper.
+    """Return bare parameter -> path of its wrapper, for one module.
 
-    PEFT nests the wrappers of a module in the order in which its class declares the parameters, the first innermost.
+    PEFT nests the wrappers in the order in which the module's class declares the parameters, the first innermost.
     """
     order = sorted(parameters, key=declared.index)
     return {parameter: module + ".base_layer" * (len(order) - 1 - place) for place, parameter in enumerate(order)}

@@ -1,7 +1,7 @@
-"""Read and make PEFT's `adapter_config.json`, and refuse fields that make an adapter something other than LoRA.
+"""Read and write PEFT's `adapter_config.json`, and refuse fields that make an adapter something other than LoRA.
 
-A file without a folder can have its config in its metadata: ours as `loratool`, diffusers' as `lora_adapter_metadata`,
-whose fields have the component's name before them. Defined by huggingface/peft: `peft/tuners/lora/config.py`.
+A single file can have its config in its metadata: ours as `loratool`, diffusers' as `lora_adapter_metadata`, with the
+component's name before each field. Defined by huggingface/peft: `peft/tuners/lora/config.py`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from .run_states import verl_fields
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
-# Fields that the scale follows from, given the rank
+# Fields that determine the scale, given the rank
 SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
 
-# Fields of whole numbers, of true or false, and those that hold such fields: MLX's and AdapterHub's too
+# Fields that hold integers, fields that hold booleans, and fields that nest such fields: also MLX's and AdapterHub's
 RANKS = ("r", "rank", "init_r", "target_r")
 FLAGS = ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias")
 NESTED = ("rank_pattern", "lora_parameters", "config")
 
-# Field -> how it changes the arithmetic. A field that is null, false or empty does not count.
+# Field -> its effect on the arithmetic. A field that is null, false or empty does not count.
 REFUSED_FIELDS = {
     "layer_replication": "its layers are replicas that share the base's weights",
     "alora_invocation_tokens": "an activated LoRA (aLoRA) acts on a part of the prompt only, so it can never be merged",
@@ -47,18 +47,18 @@ REFUSED_FIELDS = {
     "kasa_config": "KaSA truncates the base",
 }
 
-# PEFT lists all of these; which of them a classifier has depends on its class.
+# PEFT lists all of these; a classifier has some of them, depending on its class.
 CLASSIFIERS = ("classifier", "score", "qa_outputs")
 
-# Initializations that change the base: on the untouched base the adapter is wrong by the size of its factors.
+# Initializations that change the base: on the original base the adapter is wrong by the size of its factors.
 BASE_MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "milora")
 
 
 def find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
-    """Return the config's fields and the component that prefixes the keys, which is empty outside diffusers' files.
+    """Return the config's fields and the component that prefixes the keys (empty except in diffusers' files).
 
-    The metadata comes before the file beside; without either, the fields are {"peft_type": "LORA"}. Ranks that a tool
-    wrote as floats, and flags as 0 or 1, are what they mean.
+    The metadata has precedence over the file beside it; without either, the fields are {"peft_type": "LORA"}. Ranks
+    written as floats become integers, and flags written as 0 or 1 become booleans.
     """
     fields, component = _find_config(file)
     return {name: _as_meant(name, value) for name, value in fields.items()}, component
@@ -98,17 +98,17 @@ def _find_config(file: WeightsFile) -> tuple[dict[str, Any], str]:
 
 
 def config_beside(file: WeightsFile) -> dict[str, Any]:
-    """Return the fields of the config of a file of image modules; empty without one.
+    """Return the fields of the config beside a file of image modules; empty without a config.
 
-    diffusion-pipe saves one beside its `adapter_model.safetensors` of ComfyUI's names. Beside a file of any other name
-    it is a stranger's, which no loader of such files reads.
+    diffusion-pipe saves a config beside its `adapter_model.safetensors`, which has ComfyUI's names. Beside a file of
+    another name, a config is unrelated: no loader of such files reads it.
     """
     beside = file.path.parent / CONFIG_NAME
     return read_json_file(beside) if file.path.name in WEIGHTS_NAMES and beside.is_file() else {}
 
 
 def refuse_other_config(file: WeightsFile, fields: Mapping[str, Any]) -> None:
-    """Raise InputError if there is a config beside a file that scales otherwise than `fields` of its metadata."""
+    """Raise InputError if a config beside a file scales differently from `fields` of its metadata."""
     beside = config_beside(file)
     for field in SCALING if beside else ():
         one, two = fields.get(field) or None, beside.get(field) or None
@@ -131,11 +131,11 @@ def _parse_metadata(file: WeightsFile, key: str) -> dict[str, Any]:
 
 
 def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> AdapterConfig:
-    """Check a config's fields, and return those that decide rank and scale.
+    """Check a config's fields and return those that decide rank and scale.
 
     Raises:
-        InputError: it is not of LoRA, sets one of REFUSED_FIELDS, or a field has a wrong type.
-        UsageError: `alpha` contradicts it.
+        InputError: the config is not of LoRA, sets one of REFUSED_FIELDS, or a field has a wrong type.
+        UsageError: `alpha` contradicts the config.
     """
     if "lora_parameters" in fields or "fine_tune_type" in fields:
         raise InputError(
@@ -170,7 +170,7 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
     return AdapterConfig(
         rank=None if prunes else _number(name, fields, "r", (int,)),
         alpha=stored if stored is not None else alpha,
-        use_rslora=own is None and bool(_flag(name, fields, "use_rslora")),  # a field of LoRA's config alone
+        use_rslora=own is None and bool(_flag(name, fields, "use_rslora")),  # only LoRA's config has this field
         rank_pattern={} if prunes else _pattern(name, fields, "rank_pattern"),
         alpha_pattern=_pattern(name, fields, "alpha_pattern"),
         fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),
@@ -195,7 +195,7 @@ def _number(name: str, fields: Mapping[str, Any], field: str, types: tuple[type,
 
 
 def _is_number(value: Any, types: tuple[type, ...] = (int, float)) -> bool:
-    """Return whether float64 can hold the value; Python's JSON has NaN, Infinity and integers of any length."""
+    """Return whether float64 can hold the value; Python's JSON also parses NaN, Infinity and integers of any length."""
     return type(value) in types and -1e300 < value < 1e300
 
 
@@ -207,13 +207,13 @@ def _pattern(name: str, fields: Mapping[str, Any], field: str) -> dict[str, Any]
 
 
 def base_mutating_init(config: AdapterConfig) -> str | None:
-    """Return the init that changed the base under the adapter, or under one of its components; None if none did."""
+    """Return the base-mutating init of the adapter or one of its components; None if there is none."""
     init = next(iter(config.base_mutating_inits.values()), config.peft.get("init_lora_weights"))
     return init if isinstance(init, str) and init.lower().startswith(BASE_MUTATING_INITS) else None
 
 
 def base_mutating_init_of(config: AdapterConfig, module: str) -> str | None:
-    """Return the init that changed the base in the component that `module` is in; None if none did."""
+    """Return the base-mutating init of the component that `module` is in; None if there is none."""
     return (
         config.base_mutating_inits.get(module.partition(".")[0])
         if config.base_mutating_inits
@@ -226,16 +226,16 @@ def target_parameter(
 ) -> str | None:
     """Return the bare parameter that factors at `module` belong to; None for the module's weight.
 
-    PEFT wraps a module once for each parameter, in the order in which its class declares them, so that the keys
-    of the first have the most `base_layer` in them (`peft/tuners/lora/model.py:_inject_parameters`).
+    PEFT wraps a module once for each parameter, in the order in which its class declares them. So the keys of the
+    first have the most `base_layer` in them (`peft/tuners/lora/model.py:_inject_parameters`).
 
     Args:
         place: number of the wrapper, from the first.
-        places: how many wrappers the module has in the file.
+        places: number of wrappers that the module has in the file.
         declared: parameters in the order in which classes declare them.
 
     Raises:
-        InputError: the config names another number of parameters than the file has, or their order is not known.
+        InputError: the config names another number of parameters than the file has, or their order is unknown.
     """
     listed = config.peft.get("target_parameters")
     if not listed:
@@ -246,7 +246,7 @@ def target_parameter(
     numbered = sorted(each for end in endings(module) if end for each in of_owners.get(end, ()))
     owned = list(dict.fromkeys(parameter for _, parameter in numbered))
     bare = [parameter for _, parameter in of_owners.get("", ())]
-    # a bare name targets every module that has such a parameter, but not one whose parameters are listed with its path
+    # a bare name targets every module that has such a parameter, except those listed with their path
     names = owned if len(owned) == places else list(dict.fromkeys((*owned, *bare)))
     if not names or config.targets.has(module):
         return None
@@ -270,9 +270,9 @@ def target_parameter(
 
 
 def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec]) -> tuple[str, ...]:
-    """Return a sentence for each thing that the config announces and the file does not have.
+    """Return a sentence for everything that the config lists and the file lacks.
 
-    Missing biases are not among them, because only the base tells which modules have one.
+    Biases are not checked, because only the base shows which modules have one.
     """
     kinds = {cls: [m for m, u in updates.items() if u.cls is cls] for cls in (ReplaceTensor, ReplaceRows, AddDelta)}
     lines = []
@@ -296,15 +296,15 @@ def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec
 
 
 def listed_as_parameters(updates: Iterable[UpdateSpec]) -> set[str]:
-    """Return what of these updates the config lists as parameters: stacks of experts, and weights told of as such."""
+    """Return the targets that the config lists as parameters: stacks of experts, and weights marked as such."""
     return {update.target for update in updates if update.cls.stack or update.parameter}
 
 
 def lora_config(modules: Mapping[str, int], parameters: Mapping[str, int], **fields: Any) -> dict[str, Any]:
     """Return the config of an adapter of modules and bare parameters (experts), given their ranks.
 
-    The commonest rank is `r`, the others are patterns. alpha is the rank everywhere, so that the scale is 1. `fields`
-    replace or add others.
+    The most frequent rank is `r`, the others are patterns. alpha is the rank everywhere, so that the scale is 1.
+    `fields` replace or add others.
     """
     ranks = {**modules, **parameters}
     common = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
@@ -327,7 +327,7 @@ def lora_config(modules: Mapping[str, int], parameters: Mapping[str, int], **fie
         "use_rslora": False,
         **fields,
     }
-    # PEFT before 0.19 ordered the factors of experts differently, which the shapes of a square one do not show
+    # PEFT before 0.19 ordered the factors of experts differently; shapes do not show it if a matrix is square
     return {**config, "target_parameters": sorted(parameters), "peft_version": "0.19.0"} if parameters else config
 
 
@@ -335,7 +335,7 @@ def config_of(modules: Mapping[str, tuple[int, float]], stacks: Collection[str] 
     """Return the config for modules with these (rank, alpha).
 
     Args:
-        stacks: those of them that are parameters (stacks of experts), not modules.
+        stacks: the names among them that are parameters (stacks of experts), not modules.
     """
     ranks = {name: rank for name, (rank, _) in modules.items()}
     config = lora_config({n: r for n, r in ranks.items() if n not in stacks}, {n: ranks[n] for n in sorted(stacks)})
@@ -345,7 +345,7 @@ def config_of(modules: Mapping[str, tuple[int, float]], stacks: Collection[str] 
 
 
 def config_of_component(modules: Mapping[str, NewModule]) -> dict[str, Any]:
-    """Return the config for the modules of one component of an image model, all of them DoRA or none."""
+    """Return the config for the modules of one component of an image model; either all or none are DoRA."""
     init = next((module.init for module in modules.values() if module.init), True)
     both = {name: (module.rank, module.alpha) for name, module in modules.items()}
     dora = any(module.dora for module in modules.values())

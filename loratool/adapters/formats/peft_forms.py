@@ -1,6 +1,6 @@
-"""Bring PEFT's files of older forms, and of trainers that name their tensors otherwise, to the form of today's.
+"""Convert PEFT's files of older versions, and of trainers with other tensor names, to PEFT's current form.
 
-A form is a function in FORMS: it returns the tensors and fields of today's, or None for a file that is not of it.
+Each form is a function in FORMS. It returns the tensors and fields in the current form, or None for another file.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 Fields = Mapping[str, Any]  # of adapter_config.json, or of the base's config.json
 Form = Callable[[WeightsFile, Fields, Fields], tuple[dict[str, MadeTensor], dict[str, Any]] | None]
 
-MOST_BLOCKS = 256  # of a block-diagonal factor, one for each of the GPUs that serve it
+MOST_BLOCKS = 256  # of a block-diagonal factor, one for each GPU that serves it
 FACTOR = re.compile(r"\.lora_([AB])(?:\.[^.]+)?\.weight\Z")
 
-# ends of the tensors of trainable tokens and of tuned norms, where they are all that was trained
+# suffixes of the tensors of trainable tokens and of tuned norms, for files without LoRA factors
 TOKENS = re.compile(r"(?<!\.token_adapter)\.trainable_tokens_delta(?=\.|\Z)")
 NORM = re.compile(r"\.ln_tuning_layers(?:\.[^.]+)?(\.(?:weight|bias))\Z")
 
-MOST_SLICES = 16  # of a MergedLinear, whose whole B has as many times the rows; models have q, k and v
+MOST_SLICES = 16  # of a MergedLinear; its full B has as many times the rows, and models have only q, k and v
 
-# field of the config -> a mark of the tensors that serve its training alone: PEFT merges VeLoRA and MonteCLoRA as LoRA
+# field of the config -> a mark of tensors used only in training: PEFT merges VeLoRA and MonteCLoRA as LoRA
 # (their variants' `merge_safe` in `peft/tuners/lora/variants.py`)
 OF_TRAINING = {"velora_config": ".lora_velora_embed", "monteclora_config": ".lora_monteclora_sampler."}
 
@@ -42,12 +42,12 @@ TORCHTUNES_FIELDS = ("r", "lora_alpha", "target_modules", "peft_type")
 
 
 def merged_linears(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, MadeTensor], dict[str, Any]] | None:
-    """Return PEFT's before 0.3 with `enable_lora`, whose every module adapts n of equal slices of its rows.
+    """Convert adapters of PEFT before 0.3 with `enable_lora`: every module adapts n of the equal slices of its rows.
 
-    Defined by `peft/tuners/lora.py` of PEFT 0.2 (MergedLinear.forward). The rank of today's is n r.
+    Defined by `peft/tuners/lora.py` of PEFT 0.2 (MergedLinear.forward). The rank in the current form is n r.
 
     Raises:
-        InputError: `enable_lora` is no list of booleans, or a pair of factors does not divide by it.
+        InputError: `enable_lora` is not a list of booleans, or a pair of factors does not divide by it.
     """
     if not fields.get("enable_lora"):
         return None
@@ -71,7 +71,7 @@ def merged_linears(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[s
 
 
 def hide_training(name: str, file: WeightsFile, fields: Fields) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Take the tensors that only a variant's training uses from a file; return the other fields, and a note on them."""
+    """Hide a file's tensors that only a variant's training uses; return the other fields and a note on the tensors."""
     hidden = [each for each in file.specs if any(mark in each for mark in OF_TRAINING.values())]
     file.hide(hidden)
     kept = {field: value for field, value in fields.items() if field not in OF_TRAINING or not value}
@@ -82,12 +82,12 @@ def hide_training(name: str, file: WeightsFile, fields: Fields) -> tuple[dict[st
 def block_diagonals(
     file: WeightsFile, fields: Fields, _: Fields
 ) -> tuple[dict[str, MadeTensor], dict[str, Any]] | None:
-    """Return BD-LoRA's factors in full: one of A and B of a module has its diagonal blocks one below the other.
+    """Expand BD-LoRA's factors: either A or B of a module is stored as its diagonal blocks, one below the other.
 
     Defined by `BdLoraLinearVariant` and `BlockDiagonalLinear` of `peft/tuners/lora/variants.py`.
 
     Raises:
-        InputError: `use_bdlora` does not say which factors have how many blocks, or one does not divide by them.
+        InputError: `use_bdlora` does not list factors and blocks, or a factor does not divide into its blocks.
     """
     said = fields.get("use_bdlora")
     if not said:
@@ -123,10 +123,9 @@ def _on_diagonal(stacked: Tensor, blocks: int) -> Tensor:
 
 
 def standalone(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, MadeTensor], dict[str, Any]] | None:
-    """Return trainable tokens, or tuned norms, as the file of LoRA that trained these beside its factors.
+    """Convert trainable tokens, or tuned norms, to a file of LoRA that trained them beside its factors.
 
-    Defined by `peft/tuners/trainable_tokens`, whose `trainable_tokens_delta` are the new rows, and by
-    `peft/tuners/ln_tuning`.
+    Defined by `peft/tuners/trainable_tokens` (`trainable_tokens_delta` has the new rows) and `peft/tuners/ln_tuning`.
     """
     kind = fields.get("peft_type")
     if kind not in ("TRAINABLE_TOKENS", "LN_TUNING"):
@@ -148,13 +147,13 @@ def standalone(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, 
 
 
 def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
-    """Refuse an export by torchtune 0.6 with rows in a wrong order; return None for what is right, and others' files.
+    """Refuse an export by torchtune 0.6 with rows in a wrong order; accept correct exports and other files.
 
-    `tune_to_peft_adapter_weights` turns the rows of B of q and k, those of Qwen too, which need no turn, and not the
-    magnitudes of DoRA. It is known by its config, which has these fields in this order and none of another.
+    `tune_to_peft_adapter_weights` reorders the rows of B of q and k. It also does so for Qwen, where it is wrong, and
+    does not reorder DoRA's magnitudes. The export is recognized by the fields of its config and their order.
 
     Raises:
-        InputError: it is such an export.
+        InputError: the file is an export with a wrong order.
     """
     if tuple(fields)[:4] != TORCHTUNES_FIELDS or fields.keys() - {*TORCHTUNES_FIELDS, "base_model_name_or_path"}:
         return None

@@ -1,8 +1,8 @@
-"""Bring PEFT's files of trainers that name or pack tensors otherwise to the form of today's: of experts above all.
+"""Convert files of trainers that name or pack tensors in other ways, mostly experts, to PEFT's current form.
 
-unsloth trains GPT-OSS as linear layers, one an expert: `mlp.experts.gate_up_projs.3.lora_A.weight`. tinker has stacks
-w1, w2, w3 of (experts, rank, in) and (experts, out, rank), one of which all experts may share, and other names beside
-them. Megatron-Bridge packs stacks in an order of its own. Sources: unsloth_zoo 2026.10 (`saving_utils.py`,
+unsloth trains GPT-OSS as linear layers, one for each expert: `mlp.experts.gate_up_projs.3.lora_A.weight`. tinker has
+stacks w1, w2, w3 of (experts, rank, in) and (experts, out, rank); all experts may share one of the two. Its other names
+differ too. Megatron-Bridge packs stacks in another order. Sources: unsloth_zoo 2026.10 (`saving_utils.py`,
 `_fold_perexpert_lora_into_fused`), tinker_cookbook 0.6 (`weights/_merge_utils.py`, `weights/_merge_gpt_oss.py`,
 `weights/_merge_nemotron.py`).
 """
@@ -25,25 +25,25 @@ _STACKED = re.compile(r"(.+\.experts)\.(w[123])\.lora_([AB])\.weight")
 _OF_QKV = re.compile(r"(.+\.in_proj_)[qkv]\.lora_[AB]\.weight")
 _OF_GPT_OSS = re.compile(r"(\.layers\.\d+)\.attn\.(?=[qkvo]_proj\.)")
 
-# of the config that Megatron-Bridge writes beside stacks of experts, in its order
+# fields of the config that Megatron-Bridge writes beside stacks of experts, in this order
 BRIDGES_FIELDS = tuple(
     """peft_type auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights lora_alpha
     lora_dropout modules_to_save r rank_pattern alpha_pattern target_modules task_type use_dora use_rslora
     target_parameters""".split()
 )
 
-MOST = 1024  # experts of a stack, which is made whole; GPT-OSS has up to 128
+MOST = 1024  # experts of a stack, all of which are allocated; GPT-OSS has up to 128
 
-# tinker's stacks -> an expert's modules in transformers; Nemotron's experts have no gate, and its w3 is empty
+# tinker's stacks -> an expert's modules in transformers; Nemotron's experts have no gate, and w3 is empty
 GATED = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 UNGATED = {"w1": "up_proj", "w2": "down_proj"}
 
 
 def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:
-    """Return unsloth's single experts of GPT-OSS as PEFT's of its stacks; those without factors have zeros.
+    """Convert unsloth's single experts of GPT-OSS to PEFT's stacks, with zeros for experts without factors.
 
     Raises:
-        InputError: experts differ in rank or shape, the model has fewer, or something else than LoRA is there of one.
+        InputError: experts differ in rank or shape, the model has fewer, or an expert has tensors of another method.
     """
     if not any("_projs." in name for name in file.specs):
         return None
@@ -78,7 +78,7 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
 
 
 def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:
-    """Return tinker's under the names of transformers, its stacks as single experts, or of GPT-OSS as PEFT's stacks.
+    """Convert tinker's files to transformers' names, and its stacks to single experts (of GPT-OSS, to PEFT's stacks).
 
     Raises:
         InputError: a stack's factors do not belong together.
@@ -135,13 +135,13 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
 
 
 def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTensor], tuple[str, ...]]:
-    """Fuse q, k and v of Qwen3.5's linear attention, which are one matrix in transformers: rows of q, then k, then v.
+    """Fuse q, k and v of Qwen3.5's linear attention: transformers has one matrix with the rows of q, then k, then v.
 
     Returns:
         The tensors, and the paths of the fused modules.
 
     Raises:
-        InputError: one of the three is missing, or is no low-rank pair of as many inputs and the same type.
+        InputError: one of the three is missing, or they are not low-rank pairs of equal input size and type.
     """
     stems = {match[1]: None for name in tensors if (match := _OF_QKV.fullmatch(name))}
     found = dict(tensors)
@@ -168,11 +168,11 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
 
 
 def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:
-    """Return Megatron-Bridge's stacks of experts in the order of PEFT's.
+    """Convert Megatron-Bridge's stacks of experts to PEFT's order.
 
-    It takes A and B for each other, transposed, and lays the ranks of one expert side by side in both, where PEFT has
-    the experts of one rank (`_pack_target_parameter_adapter_weights` of NVIDIA-NeMo/Megatron-Bridge of August 2026,
-    `models/conversion/peft_bridge.py`). It is known by its config: these fields in this order, `peft_version` not.
+    Megatron-Bridge swaps A and B, transposed. Both are in order of expert, then rank; PEFT's B is by rank, then expert
+    (`_pack_target_parameter_adapter_weights` of NVIDIA-NeMo/Megatron-Bridge of August 2026,
+    `models/conversion/peft_bridge.py`). Its config has these fields in this order, without `peft_version`.
 
     Raises:
         InputError: a stack does not divide into experts, or is of GPT-OSS, whose gates and ups have another order.
@@ -204,7 +204,7 @@ def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
 
 
 def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -> dict[int, Pair]:
-    """Return each expert's factors of a stack of Megatron-Bridge's: A is of its B, B of its A, by experts in both."""
+    """Return each expert's factors of a stack of Megatron-Bridge: A comes from its B, and B from its A."""
     A, B = file.specs[A_name].shape, file.specs[B_name].shape
     fits = len(A) == len(B) == 2 and A[0] == B[1] and 0 not in (*A, *B)
     if type(rank) is not int or rank < 1 or not fits or A[0] % rank:
@@ -218,16 +218,16 @@ def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -
 
 
 def _refuse_alphas(file: WeightsFile, fields: Mapping[str, Any]) -> None:
-    """Raise InputError for a config with alphas of single modules, whose names are about to change."""
+    """Raise InputError for a config with alphas of single modules, because modules are renamed."""
     if fields.get("alpha_pattern"):
         raise InputError("has an alpha_pattern, by names that only its trainer knows", culprit=str(file.path))
 
 
 def _unstacked(file: WeightsFile, roles: Mapping[str, str]) -> dict[int, Pair]:
-    """Return the factors of each expert; a stack of one is shared by all. Empty if the stacks are.
+    """Return the factors of each expert; a stack of one is shared by all. The result is empty for empty stacks.
 
     Raises:
-        InputError: a factor is missing, or they are not of as many experts.
+        InputError: a factor is missing, or A and B have different numbers of experts.
     """
     if set(roles) != {"A", "B"}:
         raise InputError("has no partner", culprit=next(iter(roles.values())))
@@ -235,7 +235,7 @@ def _unstacked(file: WeightsFile, roles: Mapping[str, str]) -> dict[int, Pair]:
     if 0 in A and 0 in B:
         return {}
     count = max(A[0], B[0])
-    if 0 in (*A, *B):  # no byte of the file stands behind the count
+    if 0 in (*A, *B):  # the count of an empty tensor costs no byte, so it could be any number
         raise InputError(f"is {A}, and its B {B}: one of the two is empty", culprit=roles["A"])
     if count == 1 or {A[0], B[0]} - {1, count}:
         raise InputError(f"is of {A[0]} experts, and its B of {B[0]}", culprit=roles["A"])
@@ -248,7 +248,7 @@ def _unstacked(file: WeightsFile, roles: Mapping[str, str]) -> dict[int, Pair]:
 
 
 def _interleaved(stem: str, gate: Pair | None, up: Pair | None) -> Pair:
-    """Return the factors of gate and up as one, whose rows they have in turn; InputError for different shapes."""
+    """Return the fused factors of gate and up with alternating rows; raise InputError for different shapes."""
     halves = {place: half for place, half in ((0, gate), (1, up)) if half}
     if len({(half.A.spec, half.B.spec) for half in halves.values()}) > 1:
         raise InputError("has gates and ups of different shapes", culprit=stem)

@@ -1,6 +1,6 @@
-"""Read the plain lines of a YAML file of settings, as a tool's dump of nested dicts has them.
+"""Read the plain lines of a YAML file of settings, as tools dump nested dicts.
 
-All other lines are passed over, and what is not plain (quoted, a list, an anchor) is as if it were not there.
+All other lines are ignored, and so are values that are not plain (quoted, a list, an anchor).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from ...errors import InputError
 
-LARGEST = 1 << 20  # of a file, in bytes
+LARGEST = 1 << 20  # bytes of a file
 
 
 def read_plain_yaml(path: Path, section: str = "") -> dict[str, Any]:
-    """Return the lines `key: value` at the left edge, or two spaces from it below the line of `section`.
+    """Return the lines `key: value` without indentation, or indented by two spaces below the line of `section`.
 
     The values are integers, booleans and words.
 

@@ -1,7 +1,7 @@
-"""Take the adapter out of the state of a training run, which has the base's tensors too, as PEFT does on saving.
+"""Extract the adapter from the state of a training run, which also has the base's tensors, as PEFT does on saving.
 
-A file that someone saved of a whole PeftModel is refused, as the base in it is lost to other tools; the state of a run
-is all that there is of its adapter.
+A saved file of a full PeftModel is refused, because other tools cannot use the base in it. The state of a run is
+accepted, because no other file has its adapter.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ...files.weights_file import WeightsFile
 
 VERL_CONFIG = "lora_train_meta.json"  # verl's, beside the states of the ranks
 
-# What names of an adapter's tensors have, of LoRA and of every method: peft/utils/save_and_load.py
+# Marks in the names of an adapter's tensors, of LoRA and of every method: peft/utils/save_and_load.py
 _MARKS = (".lora_", ".modules_to_save.", ".trainable_tokens_")
 
 
 def verl_fields(file: WeightsFile) -> dict[str, Any] | None:
-    """Return the fields of a PEFT config that verl keeps of an adapter's, None if there is no such file."""
+    """Return the fields of PEFT's config that verl stores; None without verl's file."""
     path: Path = file.path.parent / VERL_CONFIG
     if not file.scattered or not path.is_file():
         return None
@@ -32,15 +32,15 @@ def verl_fields(file: WeightsFile) -> dict[str, Any] | None:
 
 
 def hide_base(name: str, file: WeightsFile, fields: Mapping[str, Any], marks: Collection[str]) -> tuple[str, ...]:
-    """Take the base's tensors from the file of a run's state, and return a sentence on how many, if any.
+    """Hide the base's tensors in the file of a run's state, and return a sentence with their number, if any.
 
-    The state tells what was not trained, or the config that the base was not.
+    The state shows which tensors were not trained, or the config shows that the base was not.
 
     Args:
-        marks: of names of other methods' tensors.
+        marks: parts of the names of other methods' tensors.
 
     Raises:
-        InputError: neither does: the base's biases may have been trained.
+        InputError: neither shows it, so the base's biases may have been trained.
     """
     if not isinstance(file, ShardedFile):
         return ()

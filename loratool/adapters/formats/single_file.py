@@ -25,7 +25,7 @@ def file_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> i
 
 
 def write_card(folder: Path, content: AdapterContent) -> None:
-    """Write the model card of an adapter's folder, where it is to have one."""
+    """Write the model card of an adapter's folder, if the content has one."""
     if content.card:
         write_file(folder / CARD, content.card())
 
@@ -37,7 +37,7 @@ def write_single_file(
     metadata: Mapping[str, str],
     inputs: Collection[WeightsFile],
 ) -> None:
-    """Write the tensors as one safetensors file, whole or not at all; arguments and errors are those of `fill_file`."""
+    """Write the tensors as one safetensors file, completely or not at all; arguments and errors as in `fill_file`."""
     with partial_file(path) as file:
         fill_file(file, specs, load, metadata, inputs)
 
@@ -49,15 +49,15 @@ def fill_file(
     metadata: Mapping[str, str],
     inputs: Collection[WeightsFile],
 ) -> None:
-    """Write the tensors into a safetensors file of `partial_file`.
+    """Write the tensors into a safetensors file that `partial_file` opened.
 
     Args:
         specs: name -> type and shape.
-        load: name -> a tensor of exactly that type and shape; called in the order of the data.
+        load: name -> a tensor of that type and shape; called in the order of the data.
         inputs: the files that the tensors are made of.
 
     Raises:
-        InputError: one of `inputs` changed meanwhile.
+        InputError: one of `inputs` changed during the write.
     """
     header, begin = build_header(specs, names := data_order(specs), metadata)
     nbytes = len(header) + sum(spec.nbytes for spec in specs.values())

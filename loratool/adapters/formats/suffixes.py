@@ -1,6 +1,6 @@
-"""Split a tensor's name into its module and its role, by one table of suffixes for all formats with such names.
+"""Split a tensor's name into module and role, by one table of suffixes for all formats with such names.
 
-The suffix is read on its own: neither the prefix that names a component nor the path decides which are known.
+All suffixes are known for all names, whatever the component's prefix and the path.
 Defined by kohya-ss/sd-scripts: `networks/lora.py`; diffusers: `loaders/lora_conversion_utils.py`; ComfyUI:
 `comfy/lora.py`; LyCORIS and OneTrainer (`dora_scale`).
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from ..updates import UPDATES, peft_methods
 
-# How a tensor's name ends -> its role
+# suffix of a tensor's name -> its role
 SUFFIXES: Mapping[str, str] = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -45,26 +45,26 @@ SUFFIXES: Mapping[str, str] = {
     ".p_layer.weight": "p_layer",
     ".lambda_layer": "lambda_layer",
 }
-# role -> how the name of a new tensor ends, in formats with an alpha beside the factors, and in those without
+# role -> suffix of a new tensor's name, in formats with an alpha beside the factors, and in those without
 ALPHA_ENDS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale", "alpha": "alpha"}
 PLAIN_ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-# XLabs' names end so, after the path of an attention processor
+# suffixes of XLabs' names, after the path of an attention processor
 PROCESSOR_SUFFIXES: Mapping[str, str] = {".down.weight": "A", ".up.weight": "B"}
 PROCESSOR = re.compile(r".*\.processor\.(?:qkv|proj)_lora[12]?")
-# those that tell an adapter: a weight alone may be a model's
+# suffixes that only adapters have: a weight may be a model's
 FACTORS = tuple(
     suffix for suffix, role in SUFFIXES.items() if role not in ("alpha", "magnitude", "weight", "bias", "reshape")
 )
-# those that PEFT's names have too
+# suffixes that PEFT's names also have
 PEFTS = tuple(suffix for suffix in SUFFIXES if ".lora_A" in suffix or ".lora_B" in suffix or "_magnitude_" in suffix)
-# those that none of PEFT's names has; of some kinds, as LoHa, both have the same
+# suffixes that PEFT's names never have; some kinds, as LoHa, have the same in both
 _ALIKE = {".weight", *(f".{end}" for each in peft_methods().values() for end in each.ends)}
 NOT_PEFTS = tuple(end for end in SUFFIXES if end not in PEFTS and end not in _ALIKE)
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 
 
 def split_suffix(tensor: str) -> tuple[str, str | None]:
-    """Return a tensor's module and its role; the whole name and None if no suffix is known."""
+    """Return a tensor's module and its role; the full name and None if the suffix is unknown."""
     for suffix, role in PROCESSOR_SUFFIXES.items():
         module = tensor.removesuffix(suffix)
         if module != tensor and PROCESSOR.fullmatch(module):
@@ -76,5 +76,5 @@ def split_suffix(tensor: str) -> tuple[str, str | None]:
 
 
 def suffix_of(tensor: str) -> str:
-    """Return the suffix of a factor's name, or the whole name if none is known."""
+    """Return the suffix of a factor's name; the full name if the suffix is unknown."""
     return next((suffix for suffix in _LONGEST_FIRST if tensor.endswith(suffix)), tensor)

@@ -1,9 +1,9 @@
-"""Read torchtune's own format: `adapter_model.pt`, or `adapter_0.pt` of older versions.
+"""Read torchtune's format: `adapter_model.pt`, or `adapter_0.pt` of older versions.
 
 Tensors are `layers.0.attn.q_proj.lora_a.weight` (r, in), `.lora_b.weight` (out, r), and DoRA's `.magnitude` (out). Rows
-of q and k may be in another order than transformers', which the model's config.json tells: the base's, or the copy that
-torchtune puts beside the adapter, as it does an `adapter_config.json` with rank and alpha; without it the run's recipe
-says them. Defined by torchtune 0.6.1: `torchtune/modules/peft/{lora,dora}.py`,
+of q and k may be in another order than transformers'. The order depends on the model's config.json: the base's, or the
+copy that torchtune writes beside the adapter. Rank and alpha are in `adapter_config.json` beside it, else in the run's
+recipe. Defined by torchtune 0.6.1: `torchtune/modules/peft/{lora,dora}.py`,
 `torchtune/training/checkpointing/_checkpointer.py`, `torchtune/training/metric_logging.py`.
 """
 
@@ -39,7 +39,7 @@ _ENDS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "ma
 
 @final
 class Torchtune(Format):
-    """Torch files of factors of one model, in torchtune's names."""
+    """Torch files of one model's factors, under torchtune's names."""
 
     key = "torchtune"
     title = "torchtune: its adapter_model.pt, read only"
@@ -59,9 +59,8 @@ class Torchtune(Format):
         """Read the adapter in `file`.
 
         Raises:
-            InputError: a tensor has a name that no model's has, or the config.json is of no model that is known, or of
-                another.
-            NeedsFlag: the order of rows, or alpha, is not known.
+            InputError: no known model has a tensor of this name, or the config.json is of an unknown or another model.
+            NeedsFlag: the order of rows, or alpha, is unknown.
         """
         model, tensors = _model_of(name, file, options), dict[str, MadeTensor]()
         for tensor in file.specs:
@@ -77,7 +76,7 @@ class Torchtune(Format):
             heads = _interleaved_heads(tensor, module, model, options.lenient) if of_rows else 0
             tensors[f"{path}.{_ENDS[end]}"] = in_halves(file, tensor, heads) if heads else copied(file, tensor)
         fields = {**_recipe_of(file), **find_config(file)[0]}
-        # torchtune's config does not say it
+        # torchtune's config lacks it
         config = {**fields, "use_dora": any(each.endswith(".lora_magnitude_vector") for each in tensors)}
         turned = any(match[2] in ROTATED for match in map(_NAME.fullmatch, file.specs) if match)
         unknown = "its rows of q and k are in torchtune's order, which the model's config.json would tell"
@@ -86,7 +85,7 @@ class Torchtune(Format):
 
 
 def _recipe_of(file: WeightsFile) -> dict[str, Any]:
-    """Return rank and alpha of a run's recipe, which is saved in the folder above its epochs'; else nothing."""
+    """Return rank and alpha of the run's recipe in the folder above those of the epochs; {} without a recipe."""
     folder = file.path.absolute().parent
     recipe = next((each / RECIPE for each in (folder, folder.parent) if (each / RECIPE).is_file()), None)
     said = read_plain_yaml(recipe, "model") if recipe else {}
@@ -98,7 +97,7 @@ def _model_of(name: str, file: WeightsFile, options: ReadOptions) -> Mapping[str
     """Return the config.json beside the adapter, else the base's.
 
     Raises:
-        InputError: by them the rows have different orders.
+        InputError: the two give different orders of rows.
     """
     beside, base = read_folder_config(file.path.parent), options.model
     if beside and base and _order_of(beside) != _order_of(base):
@@ -116,11 +115,11 @@ def _order_of(model: Mapping[str, Any]) -> tuple[bool | None, int, int]:
 
 
 def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenient: bool) -> int:
-    """Return in how many heads a projection's rows are interleaved; 0 if they are as in transformers.
+    """Return the number of heads whose rows a projection interleaves; 0 for transformers' order.
 
     Raises:
-        InputError: the model is none that is known, or its config.json does not count the heads.
-        NeedsFlag: there is no config.json, unless `lenient`: ranks and norms do not depend on the order.
+        InputError: the model is unknown, or its config.json lacks the number of heads.
+        NeedsFlag: there is no config.json. `lenient` allows this: ranks and norms do not depend on the order.
     """
     if not model:
         if lenient:
@@ -144,10 +143,10 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
 
 
 def in_halves(file: WeightsFile, name: str, heads: int) -> MadeTensor:
-    """Return a tensor whose rows are interleaved in each of `heads` heads with those of each in halves.
+    """Return a tensor with the rows of each of `heads` heads reordered from interleaved to halves.
 
     Raises:
-        InputError: the rows do not divide.
+        InputError: the rows do not divide by the heads.
     """
     shape = file.specs[name].shape
     try:

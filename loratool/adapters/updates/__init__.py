@@ -1,4 +1,4 @@
-"""List the kinds of updates that an adapter can apply to one tensor, each a class in a file and a row of `UPDATES`."""
+"""The kinds of updates that an adapter can apply to one tensor; each is a class in a module and a row of `UPDATES`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .tucker import Tucker
 from .update import PeftMethod, Update
 from .vera import VeRA
 
-# the word for it in reports -> its class
+# kind in reports -> class
 UPDATES: dict[str, type[Update]] = {
     each.kind: each
     for each in (
@@ -39,5 +39,5 @@ UPDATES: dict[str, type[Update]] = {
 
 
 def peft_methods() -> dict[str, PeftMethod]:
-    """Return `peft_type` -> how PEFT saves adapters of that kind."""
+    """Return `peft_type` -> PEFT's way to save adapters of that kind."""
     return {cls.peft.type: cls.peft for cls in UPDATES.values() if cls.peft}

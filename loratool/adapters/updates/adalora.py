@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaLoRA(Update):
-    """AdaLoRA, after it pruned singular values or before; all can be gone, so that the rank is 0."""
+    """AdaLoRA before or after pruning; if all singular values are pruned, the rank is 0."""
 
     A: Tensor  # (r, in)
     E: Tensor  # (r, 1)
@@ -46,7 +46,7 @@ class AdaLoRA(Update):
 
     @classmethod
     def divisor(cls, spec: UpdateSpec) -> int:
-        return 0  # it is the rank at the start and a little more, not that of the tensors
+        return 0  # the divisor is init_r + 1e-5, not the rank of the tensors
 
     @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:

@@ -1,4 +1,4 @@
-"""Add a vector: PEFT's `lora_B.bias`, which the scale of its factors multiplies (`peft/tuners/lora/layer.py`)."""
+"""Add a vector: PEFT's `lora_B.bias`, multiplied by the scale of its factors (`peft/tuners/lora/layer.py`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AddDelta(Update):
-    """A scaled difference of a vector, summed exactly as the product of rank 1 that it is."""
+    """A scaled difference of a vector, summed exactly as a product of rank 1."""
 
     value: Tensor
     scale: float  # as LowRank.scale

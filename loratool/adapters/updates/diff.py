@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Diff(Update):
-    """The difference of a weight, or of a vector, as a whole."""
+    """The full difference of a weight or a vector."""
 
     value: Tensor  # (out, in, *kernel), or (n,)
 

@@ -1,7 +1,7 @@
 """Decompose a weight into magnitude and direction, DoRA: W' = m * V / ||V|| (Liu et al., ICML 2024, equation 5).
 
-V = W + D, where D is what an additive update of any kind adds. The norms are of V's rows (the outputs), or of its
-columns (the inputs), as OneTrainer and LyCORIS with wd_on_output=False have them (`lycoris/modules/locon.py`).
+V = W + D, where D is an additive update of any kind. The norms are of V's rows (the outputs) or, with OneTrainer and
+LyCORIS's wd_on_output=False, of its columns (the inputs; `lycoris/modules/locon.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .update import Detail, Update, UpdateSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-# what to say where factors get another rank
+# the note for factors of a new rank
 BEFORE_NORM = (
     "DoRA: the errors are those of B A, before the norm; the magnitudes are carried along, and what the norm makes of "
     "both only a base could tell"
@@ -34,10 +34,10 @@ class Decomposition(Detail):
 
 @dataclass(frozen=True)
 class DoRA(Update):
-    """DoRA, made with an update that is additive by itself."""
+    """DoRA around an additive update."""
 
     inner: Update
-    magnitude: Tensor  # m, one number for each norm, in any shape
+    magnitude: Tensor  # m, one number per norm, in any shape
 
     kind = "dora"
     roles = ("magnitude",)
@@ -45,7 +45,7 @@ class DoRA(Update):
 
     @staticmethod
     def of(inner: UpdateSpec, name: str, file_spec: TensorSpec, along_inputs: bool) -> UpdateSpec:
-        """Return the spec of a DoRA made with `inner`; its magnitude is the tensor `name`."""
+        """Return the spec of a DoRA around `inner`; its magnitude is the tensor `name`."""
         return replace(
             inner,
             cls=DoRA,

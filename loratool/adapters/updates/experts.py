@@ -38,7 +38,7 @@ class Experts(Update):
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
-        total, expected = spec.specs["A"].shape[0], config.rank_of(spec.module)  # the config's rank is of one matrix
+        total, expected = spec.specs["A"].shape[0], config.rank_of(spec.module)  # the config has the rank of one matrix
         experts = total // expected if expected and total % expected == 0 else 1
         if expected is not None and expected * experts != total:
             raise other_rank(spec, expected)

@@ -1,4 +1,4 @@
-"""Make the update of a module from the tensors that a format found for it: their roles decide its kind."""
+"""Create the update of a module from its tensors in a file: their roles decide its kind."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def spec_from_roles(
     along_inputs: bool = False,
     lenient: bool = False,
 ) -> UpdateSpec:
-    """Make the update of a module from the tensors found for it.
+    """Create the update of a module from its tensors.
 
     Args:
         roles: role (A, B, magnitude, base, ...) -> tensor in the file.
         transposed: as `UpdateSpec.transposed`.
-        stacked: a tensor has the factors of several experts; the config's rank is that of one.
-        along_inputs: the magnitudes are of the inputs.
+        stacked: a tensor has the factors of several experts; the config has the rank of one.
+        along_inputs: the magnitudes are along the inputs.
         lenient: record errors in `UpdateSpec.fault` instead of raising them.
 
     Raises:
@@ -58,10 +58,10 @@ def spec_from_roles(
 
 
 def _kind_of(module: str, roles: Mapping[str, str]) -> type[Update]:
-    """Return the kind that has these roles, complete or, to say what is missing, not.
+    """Return the best kind that allows these roles; `Update.require` reports missing ones.
 
     Raises:
-        InputError: no kind has all of them; to leave one out would change what the others mean.
+        InputError: no kind has all of them. Ignoring one would change the meaning of the others.
     """
     there = roles.keys() - {"base"}
     found = _kinds_with(frozenset(there))
@@ -73,12 +73,12 @@ def _kind_of(module: str, roles: Mapping[str, str]) -> type[Update]:
 
 @lru_cache(maxsize=64)
 def _kinds_with(there: frozenset[str]) -> list[type[Update]]:
-    """Return the kinds that have these roles, first those of which they are complete."""
+    """Return the kinds that have these roles; kinds with all required roles come first."""
     found = [cls for cls in UPDATES.values() if there <= {*cls.roles, *cls.optional}]
     return sorted(found, key=lambda cls: not there >= set(cls.roles))
 
 
 def unpaired(module: str, roles: Mapping[str, str], file: WeightsFile, error: InputError) -> UpdateSpec:
-    """Return what `inspect` shows of a module that cannot be read."""
+    """Return the update that `inspect` shows for a module that cannot be read."""
     key, fault = next(iter(roles.values())), f"{error.message}; {error.remedy}" if error.remedy else error.message
     return UpdateSpec(Unpaired, module, {"value": key}, {"value": file.specs[key]}, fault=fault)

@@ -1,6 +1,6 @@
 """Multiply the inputs or the outputs of a layer by a vector, (IA)3 (Liu et al., NeurIPS 2022).
 
-PEFT's vector l is the factor itself, W' = W * l (`peft/tuners/ia3/layer.py`); LyCORIS's is what is added to 1,
+PEFT's vector l is the factor, W' = W * l (`peft/tuners/ia3/layer.py`). LyCORIS's vector v is added to 1:
 W' = W * (1 + v) (`lycoris/modules/ia3.py`).
 """
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side(Detail):
-    """The side that a vector multiplies, and how."""
+    """The side that a vector multiplies, and the vector's form."""
 
     inputs: bool
-    difference: bool  # 1 has to be added to it
+    difference: bool  # the vector is a difference from 1
 
 
 @dataclass(frozen=True)
 class IA3(Update):
-    """(IA)3 of a weight, or of the bias of a layer whose outputs it multiplies."""
+    """(IA)3 of a weight, or of a layer's bias if the outputs are multiplied."""
 
     vector: Tensor  # (n,)
     side: Side
@@ -76,7 +76,7 @@ class IA3(Update):
 
     @classmethod
     def of_bias(cls, spec: UpdateSpec, bias: str) -> UpdateSpec | None:
-        """Return that of the bias: PEFT multiplies what a layer returns, LyCORIS its weight."""
+        """Return the update of the bias: PEFT multiplies a layer's output, LyCORIS only its weight."""
         side = _side_of(spec)
         of_outputs = not side.inputs and not side.difference
         return replace(spec, module=bias, transposed=False, base=None, if_there=True) if of_outputs else None

@@ -1,8 +1,8 @@
 """Add a product of two low-rank products, LoHa: D = scale * (w1_a @ w1_b) * (w2_a @ w2_b), element by element.
 
 Defined by Hyeon-Woo et al., FedPara, ICLR 2022, proposition 1; files by LyCORIS (`lycoris/modules/loha.py`) and PEFT
-(`peft/tuners/loha/layer.py`). With Tucker cores (proposition 3) each side is t contracted with its two factors, whose
-outputs then are the columns of w_a.
+(`peft/tuners/loha/layer.py`). With Tucker cores (proposition 3) each side is t contracted with its two factors; the
+outputs are then the columns of w_a.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2
 
 @dataclass(frozen=True)
 class LoHa(Update):
-    """LoHa of a linear layer, or of a convolution whose kernel lies in w_b or in the Tucker cores."""
+    """LoHa of a linear layer, or of a convolution with the kernel in w_b or in the Tucker cores."""
 
     w1_a: Tensor  # (out, r), with a core (r, out)
     w1_b: Tensor  # (r, in * kernel), with a core (r, in)

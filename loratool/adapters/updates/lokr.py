@@ -1,4 +1,4 @@
-"""Add a Kronecker product, LoKr: D = scale * w1 (x) w2, each whole or a product of two factors (w2 with a Tucker core).
+"""Add a Kronecker product, LoKr: D = scale * w1 (x) w2, each full or a product of factors (w2 with a Tucker core).
 
 Defined by Edalati et al., KronA, 2022; files by LyCORIS (`lycoris/modules/lokr.py`) and PEFT
 (`peft/tuners/lokr/layer.py`). A flattened convolution is a plain Kronecker product with w2 flattened likewise.
@@ -28,7 +28,7 @@ ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b
 
 @dataclass(frozen=True)
 class LoKr(Update):
-    """LoKr of a linear layer or a convolution, with each side given by what it is made of."""
+    """LoKr of a linear layer or a convolution; each side is a matrix or its factors."""
 
     w1: Tensor | None  # (a, c)
     w1_a: Tensor | None  # (a, r)
@@ -37,7 +37,7 @@ class LoKr(Update):
     w2_a: Tensor | None  # (b, r), with a core (r, b)
     w2_b: Tensor | None  # (r, d * kernel), with a core (r, d)
     t2: Tensor | None  # (r, r, *kernel)
-    scale: float  # alpha / r; with both sides whole 1 in LyCORIS
+    scale: float  # alpha / r; 1 in LyCORIS if both sides are full
 
     kind = "lokr"
     roles = ()
@@ -96,14 +96,14 @@ class LoKr(Update):
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
-        # without a rank in a config it is LyCORIS's, which does not scale two whole sides; PEFT does
+        # without a rank in a config the file is LyCORIS's, which does not scale two full sides; PEFT does
         said, own, w2 = config.rank_of(spec.module), cls.divisor(spec), spec.specs.get("lokr_w2")
         if own:
             require_rank(spec, config, own)
         elif not config.rank_is_alpha and (said is None or said < 1):
             raise InputError("the config does not say the rank, which alpha is divided by", culprit=spec.module)
         if said and w2 and len(w2.shape) in (3, 5):
-            # torch.kron there takes w1's inputs for those of another axis (peft/tuners/lokr/layer.py)
+            # PEFT's torch.kron takes w1's inputs for another axis (peft/tuners/lokr/layer.py)
             raise InputError(
                 f"has lokr_w2 of {w2.shape}, of a convolution of one or three axes, which peft computes differently",
                 culprit=spec.module,
@@ -183,18 +183,18 @@ def _delta_of(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Te
 
 
 def _kron(one: Tensor, two: Tensor) -> Tensor:
-    """Return the Kronecker product; torch.kron fails where a side of 1 has the stride of another view."""
+    """Return the Kronecker product; torch.kron fails if a side of size 1 has the stride of another view."""
     return (one[:, None, :, None] * two[None, :, None]).flatten(2).flatten(0, 1)
 
 
 def narrowed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return factors of left @ right of a rank that it can have, multiplied out where theirs is higher."""
+    """Return factors of left @ right with at most its full rank; factors of a higher rank are multiplied out."""
     wide = right.shape[0] > min(left.shape[0], right.shape[1])
     return with_identity(left @ right) if wide else (left, right)
 
 
 def with_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a matrix as the product of itself and an identity of the smaller side."""
+    """Return a matrix as the product of the matrix and an identity of its smaller side."""
     import torch
 
     identity = torch.eye(min(matrix.shape), dtype=matrix.dtype)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergedLinear(Detail):
-    """loralib's layer of equal slices of rows, of which B is stored for those enabled."""
+    """loralib's layer of equal slices of rows; B is stored for the enabled slices."""
 
     enabled: tuple[bool, ...]
 
@@ -79,7 +79,7 @@ class LowRank(Update):
 
 
 def other_rank(spec: UpdateSpec, expected: int) -> InputError:
-    """Return the error for factors of another rank than the config says."""
+    """Return the error for factors of another rank than the config's."""
     return InputError(
         f"the config says rank {expected}, but A is {spec.specs['A'].shape}",
         culprit=spec.module,
@@ -88,7 +88,7 @@ def other_rank(spec: UpdateSpec, expected: int) -> InputError:
 
 
 def _expand_merged_linear(B: Tensor, enabled: Sequence[bool]) -> Tensor:
-    """Expand a MergedLinear's B (rows of the n enabled slices, r) to the B (out, r * n) of LoRA, which is block-sparse.
+    """Expand a MergedLinear's B (rows of the n enabled slices, r) to LoRA's block-sparse B (out, r * n).
 
     The g-th enabled slice uses rows g * r to (g + 1) * r of A: loralib convolves A with B in n groups
     (microsoft/LoRA: loralib/layers.py).

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReplaceTensor(Update):
-    """A new value for a tensor, read by rows as they are needed, since a vocabulary is large."""
+    """A new value for a tensor, read by rows when they are needed, because a vocabulary is large."""
 
-    value: TensorRef  # of the tensor's new shape
+    value: TensorRef  # it has the tensor's new shape
 
     kind = "replace"
     roles = ("value",)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Indices(Detail):
-    """The rows that are replaced, in the order of their values."""
+    """The indices of replaced rows, in the order of their values."""
 
     indices: tuple[int, ...]
 
@@ -71,5 +71,5 @@ class ReplaceRows(Update):
 
 
 def indices_of(spec: UpdateSpec) -> tuple[int, ...]:
-    """Return the rows that an update replaces; none if it is of another kind."""
+    """Return the indices of the rows that an update replaces; empty for another kind."""
     return spec.detail.indices if isinstance(spec.detail, Indices) else ()

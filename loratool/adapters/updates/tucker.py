@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tucker(Update):
-    """A low-rank convolution whose kernel lies between its two factors."""
+    """A low-rank convolution with the kernel between its two factors."""
 
     A: Tensor  # (r, in, 1, ...)
     mid: Tensor  # (r, r, *kernel)
@@ -80,7 +80,7 @@ def tucker_factors(up: Tensor, mid: Tensor, down: Tensor) -> tuple[Tensor, Tenso
 
 
 def turned(terms: Sequence[Term]) -> list[Term]:
-    """Return the terms of the transpose."""
+    """Return the terms of the transposed product."""
     from ...numerics.products import Term
 
     return [Term(term.right.T, term.left.T, term.scale) for term in terms]

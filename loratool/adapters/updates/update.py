@@ -1,7 +1,7 @@
-"""Define an update of one tensor: `UpdateSpec`, known from headers, and `Update`, the class of a kind.
+"""An update of one tensor: `UpdateSpec`, known from headers, and `Update`, the base class of all kinds.
 
-A kind answers what everything else asks of it: what it adds or by what it multiplies as exact reals (`terms`, `delta`,
-`moved`), of which numbers it needs norms, its low-rank factors if it has any, and which shape it has.
+A kind defines its exact arithmetic (`terms`, `delta`, `moved`), the axis of the norms that it needs, its low-rank
+factors if it has any, and its shape.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from ...numerics.products import Term
 
 
-RowsOfDelta = Callable[[int, int], "Delta"]  # gives that of the rows from a start to a stop
+RowsOfDelta = Callable[[int, int], "Delta"]  # (start, stop) -> the delta of these rows
 
 
 @dataclass(frozen=True)
 class Detail:
-    """Hold for one kind of update what its tensors do not say."""
+    """Facts on an update of one kind that its tensors lack."""
 
     @property
     def hashed(self) -> tuple[int, ...]:
-        """The numbers in it that the weights file does not determine."""
+        """The numbers in it that are not in the weights file."""
         return ()
 
 
@@ -43,34 +43,34 @@ class Stack(Detail):
     """Factors of several matrices in one tensor."""
 
     experts: int
-    turned: bool | None = None  # the base has them as (expert, in, out); None if only its family tells
+    turned: bool | None = None  # the base has them as (expert, in, out); None if it depends on the family
 
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """One update before its tensors are read."""
+    """An update before its tensors are read."""
 
     cls: type[Update]  # a class of UPDATES, or Unpaired
-    module: str  # path of the module whose `weight` it changes, or of another parameter
+    module: str  # path of the module with the `weight` that it changes, or of another parameter
     tensors: Mapping[str, str]  # role (A, B, ...) -> tensor in the adapter's file
     specs: Mapping[str, TensorSpec]  # role -> type and shape
     scale: float = 1.0
-    transposed: bool | None = None  # the base stores (in, out); None if the format does not say
+    transposed: bool | None = None  # the base stores (in, out); None if the format leaves it open
     detail: Detail | None = None
     base: str | None = None  # tensor in the adapter's file that replaces the weight under the update
     fault: str | None = None  # why it cannot be merged, if a damaged file is read leniently
-    if_there: bool = False  # it changes a tensor that the base need not have
-    everywhere: bool = False  # it changes a matrix wherever the model uses it: a tied head as well
-    parameter: bool = False  # PEFT is told of its module's weight as a parameter, since it takes the module for another
+    if_there: bool = False  # a base may lack the tensor that it changes
+    everywhere: bool = False  # it changes all uses of a matrix, including a tied head
+    parameter: bool = False  # PEFT's config lists the weight as a parameter, since PEFT mistakes the module's type
 
     @property
     def kind(self) -> str:
-        """The word for it in reports: a key of UPDATES, or that of `Unpaired`."""
+        """Its kind in reports: a key of UPDATES, or the kind of `Unpaired`."""
         return self.cls.kind
 
     @property
     def target(self) -> str:
-        """The name that it has in PEFT's config."""
+        """Its name in PEFT's config."""
         return f"{self.module}.weight" if self.parameter else self.module
 
     @property
@@ -84,7 +84,7 @@ class UpdateSpec:
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """All of its tensors in the adapter's file."""
+        """All names of its tensors in the adapter's file."""
         return (*self.tensors.values(), *((self.base,) if self.base else ()))
 
     @property
@@ -94,28 +94,28 @@ class UpdateSpec:
 
     @property
     def experts(self) -> int:
-        """How many matrices it is a stack of."""
+        """The number of matrices in its stack."""
         return self.detail.experts if isinstance(self.detail, Stack) else 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor that it changes: (out, in) for a linear layer, (experts, out, in) for a stack."""
+        """The shape of the changed tensor: (out, in) for a linear layer, (experts, out, in) for a stack."""
         return self.cls.shape(self)
 
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """The adapters of PEFT that have one kind of update."""
+    """PEFT's adapters of one kind of update."""
 
     type: str  # `peft_type` in their config
-    ends: Mapping[str, str]  # how their tensors' names end -> role
+    ends: Mapping[str, str]  # suffix of a tensor's name -> role
     alpha: str | None = None  # field of the config
-    shared: tuple[str, ...] = ()  # roles, and names, of tensors that all modules have in common
-    prunes: bool = False  # modules have other ranks than the config says
+    shared: tuple[str, ...] = ()  # roles, and names, of tensors shared by all modules
+    prunes: bool = False  # ranks of modules can differ from the config's
 
 
 def require_rank(spec: UpdateSpec, config: AdapterConfig, rank: int) -> None:
-    """Raise InputError if the config says another rank than the tensors have: a scale by either would be a guess."""
+    """Raise InputError if the config and the tensors have different ranks: either scale would be a guess."""
     said = config.rank_of(spec.module)
     if said not in (None, rank):
         raise InputError(
@@ -126,57 +126,57 @@ def require_rank(spec: UpdateSpec, config: AdapterConfig, rank: int) -> None:
 
 
 def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a shape without the axes of a kernel that are 1 at its end: a kernel of 1 leaves a linear layer's."""
+    """Return a shape without a kernel's trailing axes of 1; a kernel of 1 x 1 gives a linear layer's shape."""
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
 
 
 class Update(ABC):
-    """One change of one tensor, with the tensors that make it loaded, in any float dtype."""
+    """A change of one tensor, with its tensors loaded, in any float dtype."""
 
-    kind: ClassVar[str]  # its word in reports
+    kind: ClassVar[str]  # its name in reports
     roles: ClassVar[tuple[str, ...]]  # of its tensors in a file
-    optional: ClassVar[tuple[str, ...]] = ()  # roles that need not be there
-    suffixes: ClassVar[Mapping[str, str]] = {}  # how LyCORIS's names of its tensors end -> role
+    optional: ClassVar[tuple[str, ...]] = ()  # roles that may be missing
+    suffixes: ClassVar[Mapping[str, str]] = {}  # suffix of LyCORIS's name for a tensor -> role
     peft: ClassVar[PeftMethod | None] = None
-    additive: ClassVar[bool] = True  # any number of such updates of a tensor is summed; of the others it takes one
+    additive: ClassVar[bool] = True  # a tensor can have any number of such updates, which are summed; else only one
     stack: ClassVar[bool] = False  # it changes a stack of matrices
-    flattened: ClassVar[bool] = False  # its columns may be a kernel's too, of which its tensors do not tell the size
-    whole: ClassVar[bool] = False  # it changes a tensor as it is stored, not a matrix that may lie transposed in it
+    flattened: ClassVar[bool] = False  # its columns may include a kernel of a size that its tensors do not show
+    whole: ClassVar[bool] = False  # it changes a tensor in the stored layout, whether transposed or not
 
     @classmethod
     @abstractmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
-        """Return the shape of what it changes."""
+        """Return the shape of the tensor that it changes."""
 
     @classmethod
     def rank(cls, spec: UpdateSpec) -> int:
-        """Return the rank of the change of one matrix if factors of that rank make it up, else 0."""
+        """Return the rank of the change of one matrix if it is a product of factors, else 0."""
         return 0
 
     @classmethod
     def divisor(cls, spec: UpdateSpec) -> int:
-        """Return the rank that alpha is divided by; 0 if there is none."""
+        """Return the rank by which alpha is divided; 0 if there is none."""
         return cls.rank(spec)
 
     @classmethod
     def sums(cls, spec: UpdateSpec) -> bool:
-        """Return whether its factors hold sums, which float64 may round, and not products of two numbers alone."""
+        """Return whether its factors hold sums, which float64 may round, and not only products of two numbers."""
         return False
 
     @classmethod
     def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
-        """Return whether it changes a matrix or a convolution of this shape, (out, in, *kernel).
+        """Return whether it can change a matrix or a convolution of this shape, (out, in, *kernel).
 
-        A convolution with a kernel of 1 counts as a linear layer, as which its update may be written.
+        A convolution with a kernel of 1 counts as a linear layer, because its update may be written for one.
         """
         own = without_ones(spec.shape[1:] if cls.stack else spec.shape)
         return own == without_ones(shape) or (cls.flattened and own == (*shape[:1], math.prod(shape[1:])))
 
     @classmethod
     def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
-        """Return the outputs and inputs (times the kernel) of one matrix; None for what only the base tells."""
+        """Return the outputs and inputs (times the kernel) of one matrix; None for a size that only the base has."""
         shape = spec.shape[1:] if cls.stack else spec.shape
         return shape[0], math.prod(shape[1:])
 
@@ -190,12 +190,12 @@ class Update(ABC):
         transposed: bool | None = None,
         lenient: bool = False,
     ) -> UpdateSpec:
-        """Make the spec of an update from the tensors found for its module.
+        """Create the spec of an update from the tensors of its module.
 
         Args:
             roles: role -> tensor in the file, with `base` for a weight that is stored under the update.
             transposed: as `UpdateSpec.transposed`.
-            lenient: record what the config lacks or contradicts in `UpdateSpec.fault` instead of raising an error.
+            lenient: record errors of the config in `UpdateSpec.fault` instead of raising them.
 
         Raises:
             InputError: a tensor is missing, or the shapes contradict each other or the config.
@@ -232,33 +232,33 @@ class Update(ABC):
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
-        """Return the spec with its scale and detail, which may need the config."""
+        """Return the spec with its scale and detail, which may depend on the config."""
         return spec
 
     @classmethod
     def misfit(cls, spec: UpdateSpec, base: TensorSpec, adapter: str) -> str | None:
-        """Return why an update of a whole tensor is not one of this tensor, or None.
+        """Return why an update of a full tensor does not fit this tensor; None if it fits.
 
         Args:
-            adapter: its name for the message.
+            adapter: the adapter's name, for the message.
         """
         return None if spec.shape == base.shape else f"is {base.shape}, but {adapter} has {spec.shape} for it"
 
     @classmethod
     def of_bias(cls, spec: UpdateSpec, bias: str) -> UpdateSpec | None:
-        """Return the update of the module's bias that comes with that of its weight.
+        """Return the update of the module's bias that follows from the weight's.
 
         Args:
-            bias: the bias's path.
+            bias: the path of the bias.
         """
         return None
 
     @classmethod
     def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str) -> Update:
-        """Read its tensors.
+        """Read the tensors of an update.
 
         Args:
-            adapter: its name for messages.
+            adapter: the adapter's name, for messages.
 
         Raises:
             InputError: a tensor holds nan or inf.
@@ -281,7 +281,7 @@ class Update(ABC):
 
     @classmethod
     def without_norm(cls, spec: UpdateSpec) -> UpdateSpec:
-        """Return the additive update that a decomposition is made with; any other spec as it is."""
+        """Return the additive update inside a decomposition; any other spec unchanged."""
         return spec
 
     def matrix(self, expert: int | None) -> Update:
@@ -289,11 +289,11 @@ class Update(ABC):
         return self
 
     def terms(self, weight: float, transposed: bool) -> list[Term]:
-        """Return products whose sum is `weight` times what it adds, as (out, in), or as (in, out) if `transposed`."""
+        """Return products with the sum `weight` times its delta, as (out, in), or as (in, out) if `transposed`."""
         return []
 
     def delta(self, weight: float, transposed: bool) -> RowsOfDelta | None:
-        """Return what it adds beside `terms`, as a function of a range of its rows (columns if `transposed`)."""
+        """Return the rest of its delta, beside `terms`, as a function of a range of rows (columns if `transposed`)."""
         return None
 
     def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[Delta | None, Factor]:
@@ -304,16 +304,16 @@ class Update(ABC):
             columns: of the base.
 
         Raises:
-            TypeError: the kind adds something or needs norms. What it adds is not for this question.
+            TypeError: the kind is additive or needs norms.
         """
         raise TypeError(f"{self.kind} says what it does by terms, a delta or norms")
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return (B (E, out, r), A (E, r, in)) in float64, with the scale in B; None if no factors make it up."""
+        """Return (B (E, out, r), A (E, r, in)) in float64, with the scale in B; None if it is not a product."""
         return None
 
     def singular_values(self) -> Tensor | None:
-        """Return those of the change of each matrix, (E, k), largest first; None if it has no factors."""
+        """Return the singular values of each matrix's change, (E, k), largest first; None without factors."""
         from ...numerics.factored_svd import singular_values
 
         found = self.factors()
@@ -335,7 +335,7 @@ class Update(ABC):
 
 @dataclass(frozen=True)
 class Unpaired(Update):
-    """A tensor of a damaged file, which can be inspected only."""
+    """A tensor of a damaged file, which can only be inspected."""
 
     kind = "unpaired"
     roles = ("value",)

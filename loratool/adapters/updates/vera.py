@@ -1,7 +1,7 @@
 """Add two fixed random matrices, scaled by trained vectors, VeRA: D = diag(b) B diag(d) A (Kopiczko et al., ICLR 2024).
 
-B and A are the leading rows and columns of matrices that all modules share (`peft/tuners/vera/layer.py`). How many
-inputs a module has only its base tells, so that VeRA has no factors by itself.
+B and A are the leading rows and columns of matrices that all modules share (`peft/tuners/vera/layer.py`). Only the base
+shows the number of a module's inputs, so an update of VeRA alone has no factors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VeRA(Update):
-    """VeRA with its projections."""
+    """An update of VeRA, with the shared projections."""
 
     b: Tensor  # (out,)
     d: Tensor  # (r,)
