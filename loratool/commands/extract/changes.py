@@ -287,7 +287,7 @@ class Sorting:
         elif case.place == "exact":
             self._keep_exactly(deltas, name, tuned)
         elif case.place == "bias":
-            deltas.exact[name], deltas.biased = two, True
+            deltas.exact[name], deltas.biased = tuned, True
         else:
             deltas.left_out[name] = math.sqrt(deltas.norms[name][1]) if name in deltas.norms else None
 
