@@ -65,7 +65,7 @@ class StoredBytes:
 
 
 @dataclass(frozen=True)
-class FinishedItem:
+class FinishedRecord:
     """The record of a finished item: what it wrote, and where its results are."""
 
     place: Place
@@ -88,7 +88,7 @@ class Journal:
         self._opened = ExitStack()
         self._file: BinaryIO | None = None
         self._end = 0
-        self.finished: dict[int, FinishedItem] = {}  # by item: those of runs that died, and those read by `read_all`
+        self.finished: dict[int, FinishedRecord] = {}  # by item: those of runs that died, and those read by `read_all`
 
     def begin(self, head: Mapping[str, Any] | None) -> None:
         """Create a journal unless this run resumes one. A journal without a head cannot be resumed."""
@@ -135,7 +135,7 @@ class Journal:
                 found = self._text(file, start, length)
                 if found is None:
                     break
-                self.finished[found["item"]] = FinishedItem(tuple(found["place"]), found["digest"], file, start, length)
+                self.finished[found["item"]] = FinishedRecord(tuple(found["place"]), found["digest"], file, start, length)
                 at = end
         return at
 

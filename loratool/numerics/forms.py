@@ -118,7 +118,7 @@ def exponent(x: Fraction) -> int:
 
 
 def rounded(x: Fraction, form: Form) -> int:
-    """Return the ordinal of |x| rounded to nearest, ties to even; `form.inf` or more if that overflows."""
+    """Return the ordinal of |x| rounded to nearest, ties to even; the form's `inf` or more if that overflows."""
     e = max(exponent(x), form.least) if x else form.least
     return ((e - form.least) << (form.bits - 1)) + round(abs(x) / power(e - form.bits + 1))
 

@@ -109,8 +109,8 @@ def _parse_yaml(text: str) -> Any:
         count = 0
 
         def compose_node(self, parent: Node | None, index: int) -> Node | None:
-            self.made += 1
-            if self.made > MOST_VALUES:
+            self.count += 1
+            if self.count > MOST_VALUES:
                 raise ValueError(TOO_MANY)
             return super().compose_node(parent, index)
 
