@@ -135,7 +135,8 @@ class Journal:
                 found = self._text(file, start, length)
                 if found is None:
                     break
-                self.finished[found["item"]] = FinishedRecord(tuple(found["place"]), found["digest"], file, start, length)
+                place = tuple(found["place"])
+                self.finished[found["item"]] = FinishedRecord(place, found["digest"], file, start, length)
                 at = end
         return at
 
