@@ -230,8 +230,8 @@ def sampled(file: BinaryIO) -> str:
     """
     size = os.fstat(file.fileno()).st_size
     digest, page = hashlib.sha256(str(size).encode()), memoryview(bytearray(min(PAGE, size)))
-    for at in range(SAMPLES):
-        read_into(file, page, (size - len(page)) * at // (SAMPLES - 1))
+    for sample in range(SAMPLES):
+        read_into(file, page, (size - len(page)) * sample // (SAMPLES - 1))
         digest.update(page)
     return digest.hexdigest()
 
@@ -253,9 +253,9 @@ def word_sum(data: memoryview) -> int:
     """
     import numpy as np
 
-    whole = len(data) // 8 * 8
-    words = np.frombuffer(data[:whole], "<u8")
-    return (int(words.sum(dtype=np.uint64)) + int.from_bytes(data[whole:], "little")) % (1 << 64)
+    full = len(data) // 8 * 8
+    words = np.frombuffer(data[:full], "<u8")
+    return (int(words.sum(dtype=np.uint64)) + int.from_bytes(data[full:], "little")) % (1 << 64)
 
 
 def page_sums(data: memoryview) -> bytes:
@@ -265,9 +265,9 @@ def page_sums(data: memoryview) -> bytes:
     """
     import numpy as np
 
-    whole = len(data) // PAGE * PAGE
-    sums = np.frombuffer(data[:whole], "<u4").reshape(-1, PAGE // 4).sum(1, dtype="<u8")
-    rest = np.frombuffer(bytes(data[whole:]).ljust(PAGE, b"\0"), "<u4").sum(dtype="<u8")
+    full = len(data) // PAGE * PAGE
+    sums = np.frombuffer(data[:full], "<u4").reshape(-1, PAGE // 4).sum(1, dtype="<u8")
+    rest = np.frombuffer(bytes(data[full:]).ljust(PAGE, b"\0"), "<u4").sum(dtype="<u8")
     return bytes(sums) + int(rest).to_bytes(8, "little")
 
 

@@ -102,12 +102,12 @@ class Journal:
 
     def open(self) -> None:
         """Read the records of runs that died, and open this rank's file to add records."""
-        own = self._folder / str(self._rank)
+        own_file = self._folder / str(self._rank)
         for path in sorted(self._folder.iterdir()):
             if path.name.isdecimal():
                 end = self._read(path, is_checked=False)
-                self._end = end if path == own else self._end
-        self._file = self._opened.enter_context(disk.open_file(own, "r+b" if own.exists() else "w+b"))
+                self._end = end if path == own_file else self._end
+        self._file = self._opened.enter_context(disk.open_file(own_file, "r+b" if own_file.exists() else "w+b"))
         disk.truncate(self._file, self._end)
 
     def open_nameless(self) -> None:
@@ -123,22 +123,23 @@ class Journal:
         """Read the records of a file and return where they end. The last record of an item counts."""
         opened = self._opened.enter_context(open_for_reading(path))
         file = kept_open(opened, partial(open_for_reading, path))
-        at, size = 0, os.fstat(file.fileno()).st_size
+        place, size = 0, os.fstat(file.fileno()).st_size
         with suppress(InputError):  # another rank may be truncating its own file
-            while at + HEAD.size <= size:
+            while place + HEAD.size <= size:
                 head = memoryview(bytearray(HEAD.size))
-                read_into(file, head, at)
+                read_into(file, head, place)
                 mark, length, data, crc = HEAD.unpack(head)
-                start, end = at + HEAD.size, at + HEAD.size + length + data
+                start, end = place + HEAD.size, place + HEAD.size + length + data
                 if mark != MARK or length > LONGEST or end > size or not (is_checked or _crc(file, start, end) == crc):
                     break
-                found = self._text(file, start, length)
-                if found is None:
+                parsed = self._text(file, start, length)
+                if parsed is None:
                     break
-                place = tuple(found["place"])
-                self.finished[found["item"]] = FinishedRecord(place, found["digest"], file, start, length)
-                at = end
-        return at
+                self.finished[parsed["item"]] = FinishedRecord(
+                    tuple(parsed["place"]), parsed["digest"], file, start, length
+                )
+                place = end
+        return place
 
     @staticmethod
     def _text(file: BinaryIO, offset: int, length: int) -> Any:
@@ -146,34 +147,34 @@ class Journal:
         text = memoryview(bytearray(length))
         read_into(file, text, offset)
         with suppress(ValueError, KeyError, TypeError, RecursionError):
-            found = json.loads(bytes(text))
-            name, first, nbytes = found["place"]
-            types = [(found["item"], int), (found["digest"], str), (name, str), (first, int), (nbytes, int)]
+            record = json.loads(bytes(text))
+            name, first, nbytes = record["place"]
+            types = [(record["item"], int), (record["digest"], str), (name, str), (first, int), (nbytes, int)]
             if all(isinstance(value, kind) for value, kind in types):
-                return found
+                return record
         return None
 
     def add(self, item: int, place: Place, digest: str, results: Any) -> Any:
         """Add the record of a finished item, and return its results as `results` does."""
         assert self._file, "it is open"
         data: list[bytes | memoryview] = []
-        found = {"item": item, "place": place, "digest": digest, "results": self._encode(results, data)}
-        text = json.dumps(found, separators=(",", ":")).encode()
+        record = {"item": item, "place": place, "digest": digest, "results": self._encode(results, data)}
+        text = json.dumps(record, separators=(",", ":")).encode()
         body = b"".join((text, *data))
         start = self._end + HEAD.size
         head = HEAD.pack(MARK, len(text), len(body) - len(text), zlib.crc32(body))
         write_at(self._file, memoryview(head + body), self._end)
         self._end = start + len(body)
-        return self._decode(found["results"], _Data(self._file, start + len(text))) if data else results
+        return self._decode(record["results"], _Data(self._file, start + len(text))) if data else results
 
     def results(self, item: int) -> Any:
         """Return the results of a finished item, with bytes as `StoredBytes`."""
         record = self.finished.get(item)
         if record is None:
             raise MachineError("a rank has ended before its work", culprit=str(self._folder), remedy="add --resume")
-        found = self._text(record.file, record.offset, record.nbytes)
+        parsed = self._text(record.file, record.offset, record.nbytes)
         try:
-            return self._decode(found["results"], _Data(record.file, record.offset + record.nbytes))
+            return self._decode(parsed["results"], _Data(record.file, record.offset + record.nbytes))
         except (AttributeError, TypeError, ValueError, KeyError) as error:
             message = "is damaged, or of another loratool"
             raise InputError(message, culprit=str(self._folder), remedy=ANEW) from error
@@ -211,10 +212,10 @@ class Journal:
             return data.take(content)
         if name == "Counter":
             return Counter(content)
-        found = [each if each.__class__ in SCALARS else self._decode(each, data) for each in content]
+        values = [each if each.__class__ in SCALARS else self._decode(each, data) for each in content]
         if name in ("list", "tuple"):
-            return found if name == "list" else tuple(found)
-        return self._kinds[name](*found)
+            return values if name == "list" else tuple(values)
+        return self._kinds[name](*values)
 
 
 @dataclass
@@ -231,9 +232,9 @@ class _Data:
 
 def _crc(file: BinaryIO, start: int, end: int) -> int:
     crc, buffer = 0, memoryview(bytearray(min(1 << 20, end - start)))
-    for at in range(start, end, 1 << 20):
-        part = buffer[: end - at]
-        read_into(file, part, at)
+    for first in range(start, end, 1 << 20):
+        part = buffer[: end - first]
+        read_into(file, part, first)
         crc = zlib.crc32(part, crc)
     return crc
 
@@ -248,9 +249,9 @@ def read_head(path: Path) -> dict[str, Any] | None:
     if not place.exists():
         return None
     with suppress(OSError, ValueError, RecursionError):
-        found = json.loads(place.read_bytes())
-        if isinstance(found, dict) and found.get("version") == VERSION:
-            return found
+        head = json.loads(place.read_bytes())
+        if isinstance(head, dict) and head.get("version") == VERSION:
+            return head
     raise UsageError("is damaged, or of another loratool", culprit=str(journal_path(path)), remedy=ANEW)
 
 
@@ -263,16 +264,16 @@ def require_same(path: Path, head: Mapping[str, Any]) -> bool:
     Raises:
         UsageError: the journal cannot be read, or is of other inputs or options; the message names them.
     """
-    found = read_head(path)
-    if found is None:
+    former_head = read_head(path)
+    if former_head is None:
         return False
-    for kind, own in json.loads(json.dumps(head)).items():
-        former = found.get(kind)
+    for kind, current in json.loads(json.dumps(head)).items():
+        former = former_head.get(kind)
         former = former if isinstance(former, dict) else {}
-        for name in sorted({**own, **former}):
-            if former.get(name) != own.get(name):
+        for name in sorted({**current, **former}):
+            if former.get(name) != current.get(name):
                 raise UsageError(
-                    f"is of a run with other {kind}: {_difference(name, former.get(name), own.get(name))}",
+                    f"is of a run with other {kind}: {_difference(name, former.get(name), current.get(name))}",
                     culprit=str(journal_path(path)),
                     remedy=f"call it as it was, or {ANEW}",
                 )
@@ -282,8 +283,8 @@ def require_same(path: Path, head: Mapping[str, Any]) -> bool:
 def _difference(name: str, was: Any, now: Any) -> str:
     if isinstance(was, list) or isinstance(now, list):
         return f"{name} {'is new' if was is None else 'is no input now' if now is None else 'has changed since'}"
-    return f"{name} was {_told(was)}, and is {_told(now)}"
+    return f"{name} was {_described(was)}, and is {_described(now)}"
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     return "not given" if value is None else value if isinstance(value, str) else brief(value)

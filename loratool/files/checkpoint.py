@@ -23,7 +23,7 @@ from ..architectures.prefixes import module_path
 from ..durable.fileio import is_beside, reading
 from ..errors import InputError, shell_word
 from .codecs import find_stored
-from .codecs.codec import Found, Parts, StoredTensor, StoredWeight
+from .codecs.codec import Parts, StoredTensor, StoredWeight, Unclaimed
 from .codecs.quantized import (
     CONFIG_FILES,
     DUMMY_SCALE,
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     import torch
 
 # of the layers of GPT-2: their weights are (in, out), but the layers that quantizers replace them with are not
-TURNED = "it is of a layer that stores (in, out), and nothing tells how its codes lie"
+TRANSPOSED = "it is of a layer that stores (in, out), and nothing tells how its codes lie"
 
 
 class Headers(Protocol):
@@ -102,10 +102,12 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             faults = {name: fault for part in self.parts for name, fault in part.faults.items()}
         else:
             metadata = {key: value for shard in self.shards for key, value in (shard.metadata or {}).items()}
-            found = Found(stored, self.declared, metadata, lambda name: bytes(shard_of[name].read(name)), self.prefix)
-            weights, faults = find_stored(found)
+            unclaimed = Unclaimed(
+                stored, self.declared, metadata, lambda name: bytes(shard_of[name].read(name)), self.prefix
+            )
+            weights, faults = find_stored(unclaimed)
             for name in [name for name in weights if stores_transposed(self.model_types, module_path(name))]:
-                faults[weights.pop(name).tensors[0]] = TURNED
+                faults[weights.pop(name).tensors[0]] = TRANSPOSED
         for field, value in (("shard_of", shard_of), ("stored", stored), ("weights", weights), ("faults", faults)):
             object.__setattr__(self, field, value)
         object.__setattr__(self, "specs", self.with_decoded(weights))
@@ -234,18 +236,18 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         if self.parts:
             return {name: coded for part in self.parts for name, coded in part.coded.items()}
         layers, plain = (listed_layers(shard.metadata or {}) for shard in self.shards), self._plain
-        found = find_coded(plain, self.declared, {self.prefix + layer for each in layers for layer in each})
-        holders = {coded.tensors[0]: weight for weight, coded in found.items()}
+        unreadable = find_coded(plain, self.declared, {self.prefix + layer for each in layers for layer in each})
+        holders = {coded.tensors[0]: weight for weight, coded in unreadable.items()}
         for name, fault in self.faults.items():
             weight = holders.get(name, name)
-            known = found.get(weight) or Coded("codes of an unknown kind", (name,), plain[name], None)
-            found[weight] = replace(known, fault=fault)
+            known = unreadable.get(weight) or Coded("codes of an unknown kind", (name,), plain[name], None)
+            unreadable[weight] = replace(known, fault=fault)
         for name in (name for name in plain if name.endswith(DUMMY_SCALE)):
             path = name.removesuffix(DUMMY_SCALE)
             spec = plain.get(f"{path}.weight")
             if spec and spec.dtype in TORCH_FLOATS and not self._is_one(name):
-                found[f"{path}.weight"] = coded_as(SCALED_FLOAT, path, f"{path}.weight", plain, self.declared)
-        return found
+                unreadable[f"{path}.weight"] = coded_as(SCALED_FLOAT, path, f"{path}.weight", plain, self.declared)
+        return unreadable
 
     @property
     def _plain(self) -> Mapping[str, TensorSpec]:
@@ -295,8 +297,8 @@ def read_config(name: str | os.PathLike[str]) -> dict[str, Any]:
     path = resolve(name, config_alone=True)
     if path.name == "config.json":
         return read_folder_config(path.parent)
-    if path.is_dir() and ((found := read_folder_config(path)) or not _gguf_models(path)):
-        return found
+    if path.is_dir() and ((config := read_folder_config(path)) or not _gguf_models(path)):
+        return config
     with closing(open_checkpoint(path)) as model:
         return model.config
 
@@ -368,8 +370,8 @@ def find_weights(path: Path) -> Path:
 
 def _gguf_models(folder: Path) -> list[Path]:
     """Return a folder's GGUF files; of a split, only the first part."""
-    found = (each for each in sorted(folder.glob("*.gguf")) if not each.is_dir())
-    return [each for each in found if split_number(each) in (None, 1)]
+    models = (each for each in sorted(folder.glob("*.gguf")) if not each.is_dir())
+    return [each for each in models if split_number(each) in (None, 1)]
 
 
 def open_weights(path: Path) -> WeightsFile:
@@ -448,18 +450,18 @@ def _open_component(pipeline: Path, name: str) -> Checkpoint:
         if config.keys() & {"_class_name", "architectures"} or any(folder.glob("*.safetensors")):
             raise
         return Checkpoint(folder, folder, False, (), None, config, prefix=f"{name}/")
-    found = _open_model(folder, weights)
-    for shard in found.shards:
+    component = _open_model(folder, weights)
+    for shard in component.shards:
         shard.put_under(f"{name}/")
-    return Checkpoint(folder, folder, False, found.shards, found.index, found.config, prefix=f"{name}/")
+    return Checkpoint(folder, folder, False, component.shards, component.index, component.config, prefix=f"{name}/")
 
 
 def _open_model(path: Path, weights: Path) -> Checkpoint:
     folder = weights.parent
     file = None if weights.suffix == ".json" else open_weights(weights)
     if file and file.scattered:
-        own = (path,) if path.is_dir() else ()
-        folder = next((each for each in file.folders if (each / "config.json").is_file()), (*own, folder)[0])
+        folders = (path,) if path.is_dir() else ()
+        folder = next((each for each in file.folders if (each / "config.json").is_file()), (*folders, folder)[0])
     try:
         config = read_folder_config(folder)
     except InputError:
@@ -527,8 +529,8 @@ def _check_index(path: Path, weight_map: Mapping[str, str], shards: list[Weights
             holders[name] = shard.path.name
     for name, file in weight_map.items():
         if holders.get(name) != file:
-            found = f"it is in {holders[name]}" if name in holders else "no shard has it"
-            raise InputError(f"is stale: it puts {name} in {file}, but {found}", culprit=str(path))
+            fault = f"it is in {holders[name]}" if name in holders else "no shard has it"
+            raise InputError(f"is stale: it puts {name} in {file}, but {fault}", culprit=str(path))
     unlisted = [name for name in holders if name not in weight_map]
     if unlisted:
         raise InputError(f"does not list {unlisted[0]}, which is in {holders[unlisted[0]]}", culprit=str(path))

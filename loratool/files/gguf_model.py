@@ -101,12 +101,12 @@ def as_transformers(base: Checkpoint) -> TransformersView:
             remedy="take the model in transformers' format",
         )
     facts = Facts.of_metadata(key, files[0].fields)
-    found = _group(base, architecture, _other_names(key, config))
+    groups = _group(base, architecture, _other_names(key, config))
     tensors: dict[str, RelaidTensor] = {}
-    for hf, parts in found.items():
+    for hf, parts in groups.items():
         tensors |= _relay(hf, parts, facts)
-    _require_widths(found, _number(files[0], "embedding_length"))
-    _require_fused_rows(found, facts, _number(files[0], "attention.key_length"), _number(files[0], "embedding_length"))
+    _require_widths(groups, _number(files[0], "embedding_length"))
+    _require_fused_rows(groups, facts, _number(files[0], "attention.key_length"), _number(files[0], "embedding_length"))
     _require_layers(tensors, _kinds_of_layers(files[0], config), base)
     _require_shapes(tensors, config, architecture)
     metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
@@ -127,7 +127,7 @@ def _group(base: Checkpoint, architecture: Architecture, others: Mapping[str, st
     Raises:
         InputError: a tensor is in no table.
     """
-    found: dict[str, list[_Part]] = {}
+    groups: dict[str, list[_Part]] = {}
     companions = {
         t for weight in base.weights.values() for t in weight.tensors[1:] if not _place(architecture, t, others)
     }
@@ -144,16 +144,16 @@ def _group(base: Checkpoint, architecture: Architecture, others: Mapping[str, st
         if name.endswith(UNTURNED.get(architecture.key, ())):
             raise InputError("has its rows in an order that is not told", culprit=name)
         weight, hf = place
-        found.setdefault(hf, []).append(_Part(weight, name, _ref(base, name, companions)))
-    return found
+        groups.setdefault(hf, []).append(_Part(weight, name, _ref(base, name, companions)))
+    return groups
 
 
 def _place(architecture: Architecture, name: str, others: Mapping[str, str]) -> tuple[Weight, str] | None:
     """Return a tensor's row in the table and its name in transformers; None if the table does not have it."""
     for end in ("", *ENDS):
-        found = architecture.find(name.removesuffix(end)) if name.endswith(end) else None
-        if found and found[0].bare is not bool(end):
-            weight, layer = found
+        row = architecture.find(name.removesuffix(end)) if name.endswith(end) else None
+        if row and row[0].bare is not bool(end):
+            weight, layer = row
             return weight, others.get(weight.hf, weight.hf).replace("{n}", str(layer)) + end
     return None
 
@@ -219,12 +219,12 @@ def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int
     places: list[int] = []
     for part in parts:
         try:
-            found = ROW_ORDERS[part.weight.rows].numbers(facts, rows) if part.weight.rows else list(range(rows))
+            numbers = ROW_ORDERS[part.weight.rows].numbers(facts, rows) if part.weight.rows else list(range(rows))
         except ValueError as error:
             raise InputError(f"{error}: it is of another model", culprit=part.name) from None
-        if len(found) != part.matrices[1]:
-            raise InputError(f"is {part.ref.spec}, where {len(found)} rows of {hf} belong", culprit=part.name)
-        places += found
+        if len(numbers) != part.matrices[1]:
+            raise InputError(f"is {part.ref.spec}, where {len(numbers)} rows of {hf} belong", culprit=part.name)
+        places += numbers
     if sorted(places) != list(range(rows)):
         raise InputError(f"lacks other parts of {hf}", culprit=parts[0].name)
     order = [0] * rows
@@ -246,9 +246,9 @@ def _kinds_of_layers(file: GgufFile, config: Mapping[str, Any]) -> list[tuple[ob
     return [(i < dense, i >= layers - shared, *kinds[i : i + 1]) for i in range(layers)]
 
 
-def _require_widths(found: Mapping[str, Sequence[_Part]], width: int) -> None:
+def _require_widths(groups: Mapping[str, Sequence[_Part]], width: int) -> None:
     """Raise InputError for a tensor whose input or output width differs from the fields."""
-    for part in (part for parts in found.values() for part in parts):
+    for part in (part for parts in groups.values() for part in parts):
         path, _, end = part.name.rpartition(".")
         last, shape = path.rpartition(".")[2], part.ref.spec.shape
         side = -1 if last in READS else -2 if last in WRITES else 0
@@ -260,16 +260,16 @@ def _require_layers(
     tensors: Mapping[str, RelaidTensor], kind_of: Sequence[tuple[object, ...]], base: Checkpoint
 ) -> None:
     """Raise InputError for an extra layer, or one with missing tensors or other shapes than others of its kind."""
-    own: list[dict[str, tuple[int, ...]]] = [{} for _ in kind_of]
+    layers: list[dict[str, tuple[int, ...]]] = [{} for _ in kind_of]
     for name, tensor in tensors.items():
-        if found := LAYER.match(name):
-            if int(found[2]) >= len(own):
-                raise InputError(f"is of a layer that a model of {len(own)} has not", culprit=name)
-            own[int(found[2])][f"{found[1]}{{}}{found[3]}"] = tensor.shape
+        if match := LAYER.match(name):
+            if int(match[2]) >= len(layers):
+                raise InputError(f"is of a layer that a model of {len(layers)} has not", culprit=name)
+            layers[int(match[2])][f"{match[1]}{{}}{match[3]}"] = tensor.shape
     every: dict[tuple[object, ...], dict[str, tuple[int, ...]]] = {}
-    for kind, shapes in zip(kind_of, own, strict=True):
+    for kind, shapes in zip(kind_of, layers, strict=True):
         every.setdefault(kind, {}).update(shapes)
-    for number, (kind, shapes) in enumerate(zip(kind_of, own, strict=True)):
+    for number, (kind, shapes) in enumerate(zip(kind_of, layers, strict=True)):
         if not shapes:
             raise InputError(f"has no layer {number}", culprit=str(base.path), remedy="download the file anew")
         for name, shape in sorted(every[kind].items()):
@@ -282,11 +282,11 @@ def _require_layers(
                 raise InputError(what, culprit=name.format(number))
 
 
-def _require_fused_rows(found: Mapping[str, Sequence[_Part]], facts: Facts, size: int, width: int) -> None:
+def _require_fused_rows(groups: Mapping[str, Sequence[_Part]], facts: Facts, size: int, width: int) -> None:
     """Raise InputError for fused queries, keys and values whose size contradicts the heads."""
     size = size or width // max(1, facts.heads)
     rows = (facts.heads + 2 * facts.kv_heads) * size
-    for part in (part for parts in found.values() for part in parts if part.weight.gguf.endswith(".attn_qkv")):
+    for part in (part for parts in groups.values() for part in parts if part.weight.gguf.endswith(".attn_qkv")):
         if rows and part.ref.spec.shape[0] != rows:
             says = f"{facts.heads} heads and {facts.kv_heads} of the keys, of {size}"
             raise InputError(f"has {part.ref.spec.shape[0]} rows, and its fields say {says}", culprit=part.name)

@@ -79,7 +79,7 @@ class ImatrixFile:
     @property
     def layers(self) -> int:
         """Return the number of layers in the names."""
-        numbers = [int(found[1]) for name in self.sizes if (found := re.match(r"blk\.(\d{1,6})\.", name))]
+        numbers = [int(match[1]) for name in self.sizes if (match := re.match(r"blk\.(\d{1,6})\.", name))]
         return max(numbers, default=-1) + 1
 
     def matrices(self, name: str, inputs: int) -> int:
@@ -109,13 +109,13 @@ class ImatrixFile:
         """
         import torch
 
-        place, whole = self._counts[name], self.matrices(name, inputs)
+        place, matrices = self._counts[name], self.matrices(name, inputs)
         if isinstance(place, int):
             counts = torch.tensor([float(place)], dtype=torch.float64)
-        elif place.count in (1, whole):
+        elif place.count in (1, matrices):
             counts = self._read(place) if place.count == 1 else self._read(place.part(first, count))
         else:
-            has = f"has {place.count} counts in {self.path.name} for {whole} matrices"
+            has = f"has {place.count} counts in {self.path.name} for {matrices} matrices"
             raise InputError(f"{has}: it is of another model", culprit=name)
         values = self._read(self._sums[name].part(first * inputs, count * inputs))
         for numbers in (values, counts):
@@ -133,8 +133,8 @@ class ImatrixFile:
 
     def _list_gguf(self, file: GgufFile) -> None:
         key, wanted = GGUF_TYPE
-        if (said := file.fields.get(key)) != wanted:
-            what = f"is GGUF of the type {said!r}" if said else "is GGUF without a type"
+        if (value := file.fields.get(key)) != wanted:
+            what = f"is GGUF of the type {value!r}" if value else "is GGUF without a type"
             raise InputError(f"{what}, and llama-imatrix writes {wanted!r}", culprit=str(self.path), remedy=HOW)
         for tensor, spec in file.specs.items():
             name, dot, end = tensor.rpartition(".")

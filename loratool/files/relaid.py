@@ -94,10 +94,10 @@ class RelaidTensor:
         import torch
 
         dtypes = [piece.ref.dtype for piece in self.pieces]
-        found = dtypes[0]
+        common = dtypes[0]
         for dtype in dtypes[1:]:
-            found = torch.promote_types(found, dtype)
-        return found
+            common = torch.promote_types(common, dtype)
+        return common
 
     @property
     def is_plain(self) -> bool:
@@ -175,19 +175,19 @@ class RelaidFile(WeightsFile):
                 flat[done : done + stop - start] = self._transposed(name, matrix)[start:stop]
             else:
                 row, end = start // tensor.columns, -(-stop // tensor.columns)
-                found = tensor.matrix_rows(matrix, row, end).view(-1)
+                rows = tensor.matrix_rows(matrix, row, end).view(-1)
                 skipped = start - row * tensor.columns
-                flat[done : done + stop - start] = found[skipped : skipped + stop - start]
+                flat[done : done + stop - start] = rows[skipped : skipped + stop - start]
             done += stop - start
 
     def _transposed(self, name: str, matrix: int) -> torch.Tensor:
         """Return a transposed matrix; each thread caches the last one, since its blocks are read in sequence."""
         if getattr(self._kept, "key", None) != (name, matrix):
             self._kept.key = self._kept.numbers = None  # before the next takes memory
-            whole = self.tensors[name].matrix_rows(matrix, 0, self.tensors[name].rows)
-            self._kept.numbers, self._kept.key = whole.T.contiguous().view(-1), (name, matrix)
-        found: torch.Tensor = self._kept.numbers
-        return found
+            matrix_numbers = self.tensors[name].matrix_rows(matrix, 0, self.tensors[name].rows)
+            self._kept.numbers, self._kept.key = matrix_numbers.T.contiguous().view(-1), (name, matrix)
+        numbers: torch.Tensor = self._kept.numbers
+        return numbers
 
 
 def _name_of(tensor: RelaidTensor) -> str:

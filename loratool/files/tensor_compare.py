@@ -97,13 +97,13 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
         D = out[start:stop].copy_(two - one)
         squared.append(_sum_of_squares(one))
         energy.append(_sum_of_squares(D))
-        for side, values, found in zip((base, tuned), (one, two), noises, strict=True):
+        for side, values, noise in zip((base, tuned), (one, two), noises, strict=True):
             steps = _code_steps(side, start, stop) if side.parts else float_steps(values, side.spec.dtype)
-            found.append(noise_of_steps(steps.to(device)))
+            noise.append(noise_of_steps(steps.to(device)))
     total = math.fsum(energy)
     if not math.isfinite(total):
         raise InputError("holds nan or inf in one of the models", culprit=base.name)
-    one_noise, two_noise = (below_one_another(found).at_most(total) for found in noises)
+    one_noise, two_noise = (below_one_another(noise).at_most(total) for noise in noises)
     return Difference(out.view(base.spec.shape), math.fsum(squared), one_noise + two_noise)
 
 
@@ -117,19 +117,21 @@ def matrix_difference(base: Sequence[TensorRef], tuned: Sequence[TensorRef], dev
 
     from ..numerics.rounding_noise import below_one_another
 
-    found = [difference(one, two, device) for one, two in zip(base, tuned, strict=True)]
-    if len(found) == 1:
-        return found[0]
-    noise = below_one_another([each.noise for each in found])
-    return Difference(torch.cat([each.D for each in found]), math.fsum(each.base_squared for each in found), noise)
+    differences = [difference(one, two, device) for one, two in zip(base, tuned, strict=True)]
+    if len(differences) == 1:
+        return differences[0]
+    noise = below_one_another([each.noise for each in differences])
+    return Difference(
+        torch.cat([each.D for each in differences]), math.fsum(each.base_squared for each in differences), noise
+    )
 
 
 def _sum_of_squares(x: torch.Tensor) -> float:
     """Return ||x||^2, computed in the dtype of x, or in float64 if that overflows."""
     import torch
 
-    found = float(torch.dot(x.flatten(), x.flatten()))
-    return found if math.isfinite(found) else float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    total = float(torch.dot(x.flatten(), x.flatten()))
+    return total if math.isfinite(total) else float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
 
 def _code_steps(weight: TensorRef, start: int, stop: int) -> torch.Tensor:

@@ -37,13 +37,13 @@ class TensorRef:
         return self.parts.weight if self.parts else None
 
     @property
-    def whole(self) -> TensorSpec:
+    def full_spec(self) -> TensorSpec:
         """Return the spec of the complete weight, without `span`."""
         return self.weight.spec if self.weight else self.file.specs[self.name]
 
     @property
     def spec(self) -> TensorSpec:
-        spec = self.whole
+        spec = self.full_spec
         return TensorSpec(spec.dtype, (self.span[1] - self.span[0], *spec.shape[1:][-1:])) if self.span else spec
 
     @property
@@ -62,7 +62,7 @@ class TensorRef:
     def codec(self) -> Codec:
         if self.undecoded:
             return RAW
-        return self.weight.codec if self.weight else codec_of(self.whole)
+        return self.weight.codec if self.weight else codec_of(self.full_spec)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,13 +71,13 @@ class TensorRef:
 
         codec = self.codec
         name = DTYPE_NAMES.get(self.spec.dtype, "uint8") if codec is RAW else codec.numbers
-        found: torch.dtype = getattr(torch, name)
-        return found
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
 
     def as_stored(self, dtype: torch.dtype) -> TensorRef:
         """Return a reference whose rows are read in the stored type if that is `dtype`, else `self`."""
-        own = DTYPE_NAMES.get(self.spec.dtype)
-        return replace(self, undecoded=True) if not self.weight and str(dtype) == f"torch.{own}" else self
+        stored = DTYPE_NAMES.get(self.spec.dtype)
+        return replace(self, undecoded=True) if not self.weight and str(dtype) == f"torch.{stored}" else self
 
     def read_rows(self, start: int, out: torch.Tensor) -> None:
         """Read rows from `start` on into `out`, viewing the weight as a matrix with the columns of `out`.
@@ -92,15 +92,15 @@ class TensorRef:
         if self.parts:
             self.parts.require_sound()
         codec, parts = self.codec, self.parts or _alone(self.file, self.name)
-        columns, first = codec.columns(self.whole), start * out.shape[1]
-        first += self.start * math.prod(self.whole.shape[1:][-1:])
+        columns, first = codec.columns(self.full_spec), start * out.shape[1]
+        first += self.start * math.prod(self.full_spec.shape[1:][-1:])
         above, count = first % columns, out.numel()
         if not above and not count % columns:
             codec.read_rows(parts, first // columns, out.view(-1, columns))
             return
-        whole = torch.empty(-(-(above + count) // columns), columns, dtype=out.dtype)
-        codec.read_rows(parts, first // columns, whole)
-        out.copy_(whole.view(-1)[above : above + count].view(out.shape))
+        rows = torch.empty(-(-(above + count) // columns), columns, dtype=out.dtype)
+        codec.read_rows(parts, first // columns, rows)
+        out.copy_(rows.view(-1)[above : above + count].view(out.shape))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows start:stop of the first dimension, the others flattened: (at most stop - start, columns).

@@ -39,8 +39,8 @@ class WeightsFile:
 
     def _open(self, path: Path) -> None:
         file = open_for_reading(path)
-        found = os.fstat(file.fileno())
-        self.stamp, self.nbytes = _stamp(found), found.st_size
+        status = os.fstat(file.fileno())
+        self.stamp, self.nbytes = _stamp(status), status.st_size
         self.path, self.file = path, kept_open(file, partial(open_for_reading, path))
 
     @property
@@ -156,8 +156,8 @@ def sha256_bytes(file: WeightsFile, name: str, first: int, nbytes: int) -> str:
     return digest.hexdigest()
 
 
-def _stamp(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def paths_of(files: Iterable[WeightsFile]) -> list[Path]:
@@ -170,12 +170,12 @@ def require_unchanged(files: Iterable[WeightsFile]) -> None:
 
     A removed file can still be read completely through its descriptor.
     """
-    for each in (member for file in files for member in file.members):
-        found = [os.fstat(each.file.fileno())]
+    for opened in (member for file in files for member in file.members):
+        statuses = [os.fstat(opened.file.fileno())]
         with suppress(FileNotFoundError):
-            found.append(os.stat(each.path))
-        if any(_stamp(one) != each.stamp for one in found):
-            raise InputError(REPLACED, culprit=str(each.path), remedy=WAIT)
+            statuses.append(os.stat(opened.path))
+        if any(_stamp(status) != opened.stamp for status in statuses):
+            raise InputError(REPLACED, culprit=str(opened.path), remedy=WAIT)
 
 
 def described_inputs(
@@ -191,11 +191,11 @@ def described_inputs(
     Args:
         beside: paths of files that are not weights.
     """
-    found = {
+    inputs = {
         os.path.abspath(each.path): [*each.stamp[2:], sampled(each.file)] for file in files for each in file.members
     }
     for path in beside:
         with open_for_reading(path) as file:
             status = os.fstat(file.fileno())
-            found[os.path.abspath(path)] = [status.st_mtime_ns, status.st_size, sampled(file)]
-    return {**found, "a config": [hashlib.sha256(repr([*configs]).encode()).hexdigest()]}
+            inputs[os.path.abspath(path)] = [status.st_mtime_ns, status.st_size, sampled(file)]
+    return {**inputs, "a config": [hashlib.sha256(repr([*configs]).encode()).hexdigest()]}

@@ -43,7 +43,7 @@ def every(form: Form) -> int:
 def find_runs(
     x: Reals,
     result: Codes,
-    at: Positions,
+    flat: Positions,
     first: int,
     columns: int,
     change: npt.NDArray[Any],
@@ -54,17 +54,17 @@ def find_runs(
 
     Args:
         result: the bit patterns of W', finite.
-        at: flat positions of the weights in a block of `columns` columns. Its first row is row `first` of `x`.
+        flat: positions of the weights in a block of `columns` columns. Its first row is row `first` of `x`.
         change: D, float32 or float64, with an error of at most `reach`; nan if unknown.
         reach: one bound, 0 if D is exact; or one for each weight, in the type of D.
     """
 
     def places(some: Positions) -> tuple[Positions, Positions]:
-        i = at.take(some) // columns
-        return i + first, at.take(some) - i * columns
+        i = flat.take(some) // columns
+        return i + first, flat.take(some) - i * columns
 
     if x.factor:
-        start, count, known = _by_bits(result, change, reach, form, *x.factor.at(*places(np.arange(len(at)))))
+        start, count, known = _by_bits(result, change, reach, form, *x.factor.at(*places(np.arange(len(flat)))))
     else:
         exact = np.zeros((), change.dtype) if isinstance(reach, float) and reach == 0 else None
         start, count, known = _by_bits(result, change, reach, form, low=exact)
@@ -170,9 +170,9 @@ def _by_bits(
 def _less(x: Wide, d: Wide, low: Wide) -> tuple[Wide, Wide, Wide]:
     """Return x - d - low as a number, a rest of at most half its last bit, and a bound on the rounding error."""
     s, e = two_sum(x, -d)
-    e, lost = two_sum(e, -low)
+    e, rest = two_sum(e, -low)
     s, e = two_sum(s, e)
-    return s, e, np.abs(lost)
+    return s, e, np.abs(rest)
 
 
 def _closer(x: Reals, result: Codes, i: Positions, j: Positions, form: Form) -> tuple[Codes, Codes]:
@@ -189,9 +189,9 @@ def _closer(x: Reals, result: Codes, i: Positions, j: Positions, form: Form) -> 
         start[exact], count[exact], known[exact] = _by_bits(*some, form, low=low.take(exact))
     doubt = np.flatnonzero(~known)
     for k in range(0, len(doubt), CHUNK):
-        at = doubt[k : k + CHUNK]
-        guess = start.take(at), count.take(at)
-        start[at], count[at] = _by_halves(x, result.take(at), i.take(at), j.take(at), form, guess)
+        part = doubt[k : k + CHUNK]
+        guess = start.take(part), count.take(part)
+        start[part], count[part] = _by_halves(x, result.take(part), i.take(part), j.take(part), form, guess)
     return start, count
 
 
@@ -212,11 +212,11 @@ def _by_halves(
     some = np.flatnonzero(~holds_zero)
     i, j, target, falls = i[some], j[some], place(result[some], form).astype(np.int64), falls[some]
 
-    def is_past(at: Codes, which: Positions, after: int) -> npt.NDArray[np.bool_]:
+    def is_past(places: Codes, which: Positions, after: int) -> npt.NDArray[np.bool_]:
         """Return whether RN(X) of the numbers at these places is W' + `after` or more; or less, where a < 0."""
-        made = place(decide(x, number(at, form), form, i[which], j[which], form), form).astype(np.int64)
+        result_places = place(decide(x, number(places, form), form, i[which], j[which], form), form).astype(np.int64)
         goal = target[which]
-        return np.where(falls[which], made <= goal - after, made >= goal + after)
+        return np.where(falls[which], result_places <= goal - after, result_places >= goal + after)
 
     ends, everything = [], np.arange(len(some))
     for after, near in ((0, guess[0][some]), (1, guess[0][some] + guess[1][some])):
@@ -243,5 +243,5 @@ def _is_zero(x: Reals, i: Positions, j: Positions) -> npt.NDArray[np.bool_]:
     if x.factor:
         a, error = x.factor.at(i, j)
         zero &= (a == 1) & (error == 0)
-    found: npt.NDArray[np.bool_] = zero
-    return found
+    unchanged: npt.NDArray[np.bool_] = zero
+    return unchanged

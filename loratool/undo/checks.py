@@ -153,12 +153,12 @@ def _covered(places: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return the union of runs of rows, split at every start and end."""
     rising = sorted(places)
     edges = sorted({edge for place in rising for edge in place})
-    found, reach, at = [], 0, 0
+    runs, reach, index = [], 0, 0
     for first, last in pairwise(edges):
-        while at < len(rising) and rising[at][0] <= first:
-            reach, at = max(reach, rising[at][1]), at + 1
-        found += [(first, last)] if reach >= last else []
-    return found
+        while index < len(rising) and rising[index][0] <= first:
+            reach, index = max(reach, rising[index][1]), index + 1
+        runs += [(first, last)] if reach >= last else []
+    return runs
 
 
 def recoded_shape(entry: Mapping[str, Any]) -> tuple[int, int]:
@@ -242,7 +242,7 @@ def bytes_before(spec: TensorSpec, row: int) -> int:
 def check_extents(extents: Iterable[tuple[int, int]], start: int, end: int) -> None:
     """Raise ValueError unless parts of a file, as (first byte, length), tile the bytes start:end."""
     done = start
-    for at, length in sorted(extents):
-        require(at == done, f"nothing, or two records, lie at byte {done}")
+    for first, length in sorted(extents):
+        require(first == done, f"nothing, or two records, lie at byte {done}")
         done += length
     require(done == end, f"nothing, or two records, lie at byte {done}")

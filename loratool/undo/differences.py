@@ -32,15 +32,15 @@ def pack_differences(difference: Codes) -> bytes:
 
 def _folded(difference: Codes) -> Codes:
     """Return 2 d for d >= 0 and -2 d - 1 for d < 0, unsigned."""
-    found: Codes = ((difference << 1) ^ (difference >> (8 * difference.itemsize - 1))).view(f"u{difference.itemsize}")
-    return found
+    folded: Codes = ((difference << 1) ^ (difference >> (8 * difference.itemsize - 1))).view(f"u{difference.itemsize}")
+    return folded
 
 
 def _unfolded(numbers: Codes) -> Codes:
     """Return the signed integers that `_folded` folded."""
     signed = f"i{numbers.itemsize}"
-    found: Codes = (numbers >> 1).view(signed) ^ -(numbers & 1).astype(signed)
-    return found
+    unfolded: Codes = (numbers >> 1).view(signed) ^ -(numbers & 1).astype(signed)
+    return unfolded
 
 
 def _in_bits(numbers: Codes, width: int) -> bytes:
@@ -55,11 +55,11 @@ def pack_code_differences(difference: Codes) -> bytes:
     SPARSE: the numbers that are not 0, and the gaps before them. Any other byte is the width of all numbers, folded as
     in `pack_differences`. The largest number of this width marks one that is stored in full at the end.
     """
-    at = np.flatnonzero(difference)
-    if len(at) * RARE <= len(difference):
-        gaps = np.diff(at, prepend=-1).astype(np.int32) - 1
-        numbers = pack_differences(gaps) + pack_differences(difference[at])
-        return bytes([SPARSE]) + len(at).to_bytes(4, "little") + numbers
+    nonzero = np.flatnonzero(difference)
+    if len(nonzero) * RARE <= len(difference):
+        gaps = np.diff(nonzero, prepend=-1).astype(np.int32) - 1
+        numbers = pack_differences(gaps) + pack_differences(difference[nonzero])
+        return bytes([SPARSE]) + len(nonzero).to_bytes(4, "little") + numbers
     folded = _folded(difference)
     several = np.cumsum(np.bincount(folded, minlength=1 << WIDEST)[::-1])[::-1]  # how many are so large, or larger
     width = min(range(1, WIDEST + 1), key=lambda w: len(folded) * w + int(several[(1 << w) - 1]) * IN_FULL)
@@ -87,20 +87,20 @@ class Reader:
 
     def bits(self) -> npt.NDArray[np.bool_]:
         """Return the bits of all remaining bytes."""
-        found = np.frombuffer(self.take(self.rest), np.uint8)
-        return np.unpackbits(found, bitorder="little").astype(np.bool_)
+        data = np.frombuffer(self.take(self.rest), np.uint8)
+        return np.unpackbits(data, bitorder="little").astype(np.bool_)
 
     def differences(self, count: int, code: type) -> Codes:
         """Read `count` numbers of a signed integer type that `pack_differences` packed."""
         kind = np.dtype(code)
-        found = np.empty(count, f"u{kind.itemsize}")
+        numbers = np.empty(count, f"u{kind.itemsize}")
         for start in range(0, count, UNIT):
-            unit = found[start : start + UNIT]
+            unit = numbers[start : start + UNIT]
             width = self.take(1)[0]
             if width > 8 * kind.itemsize:
                 raise ValueError(f"has numbers of {width} bits")
             self._from_bits(width, unit)
-        return _unfolded(found)
+        return _unfolded(numbers)
 
     def _from_bits(self, width: int, out: Codes) -> None:
         """Read unsigned integers of `width` bits each into `out`.
@@ -117,21 +117,21 @@ class Reader:
 
     def code_differences(self, count: int) -> Codes:
         """Read `count` numbers that `pack_code_differences` packed."""
-        width, found = self.take(1)[0], np.zeros(count, np.int16)
+        width, differences = self.take(1)[0], np.zeros(count, np.int16)
         if width == SPARSE:
             some = int.from_bytes(self.take(4), "little")
             if some > count:
                 raise ValueError("has more places than numbers")
-            at = np.cumsum(self.differences(some, np.int32).astype(np.int64) + 1) - 1
-            if some and (at[0] < 0 or at[-1] >= count or (np.diff(at) < 1).any()):
+            places = np.cumsum(self.differences(some, np.int32).astype(np.int64) + 1) - 1
+            if some and (places[0] < 0 or places[-1] >= count or (np.diff(places) < 1).any()):
                 raise ValueError("has places that are none")
-            found[at] = self.differences(some, np.int16)
-            return found
+            differences[places] = self.differences(some, np.int16)
+            return differences
         if not 1 <= width <= WIDEST:
             raise ValueError(f"has numbers of {width} bits")
         short = np.empty(count, np.uint16)
         self._from_bits(width, short)
-        found = _unfolded(short)
+        differences = _unfolded(short)
         escaped = np.flatnonzero(short == (1 << width) - 1)
-        found[escaped] = self.differences(len(escaped), np.int16)
-        return found
+        differences[escaped] = self.differences(len(escaped), np.int16)
+        return differences

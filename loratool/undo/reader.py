@@ -25,7 +25,7 @@ from ..durable.fileio import open_for_reading, read_into, sha256_range, sum_rang
 from ..errors import InputError, MachineError
 from ..files.checkpoint import open_weights
 from ..files.codecs import find_stored
-from ..files.codecs.codec import Fault, Found, Parts, StoredTensor, StoredWeight
+from ..files.codecs.codec import Fault, Parts, StoredTensor, StoredWeight, Unclaimed
 from ..files.codecs.quantized import QUANTIZERS
 from ..files.containers.gguf_file import GGUF
 from ..files.containers.safetensors_file import memory_of, parse_json
@@ -191,20 +191,20 @@ class UndoFile:
         version = start[-2:-1].decode(errors="replace")
         if start[-1:] != b"\n" or version != str(VERSION):
             self._refuse_version(version)
-        at, length, digest, end = TRAILER.unpack(self.bytes(size - TRAILER.size, TRAILER.size))
-        if end != END or at < len(MAGIC) or at + length + TRAILER.size != size:
+        first, length, digest, end = TRAILER.unpack(self.bytes(size - TRAILER.size, TRAILER.size))
+        if end != END or first < len(MAGIC) or first + length + TRAILER.size != size:
             raise ValueError("its end is missing")
         require(2 * length <= MOST_INDEX, "its index is larger than any")
-        text = self.bytes(at, length)
+        text = self.bytes(first, length)
         require(hashlib.sha256(text).digest() == digest, "its index is another")
         if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
             raise ValueError("its index is a pile of brackets")  # each of which takes the memory of a hundred
         index = parse_json(text, self.path, most=MOST_INDEX)
         require(index["version"] == VERSION, "its index is of another version")
-        return index, at
+        return index, first
 
-    def _refuse_version(self, found: object) -> None:
-        message = f"is an undo file of version {found}, not {VERSION}"
+    def _refuse_version(self, version: object) -> None:
+        message = f"is an undo file of version {version}, not {VERSION}"
         raise InputError(message, culprit=str(self.path), remedy="use the loratool that merged")
 
     def _check(self, end: int) -> None:
@@ -241,31 +241,31 @@ class UndoFile:
     def _find_weights(self) -> dict[str, StoredWeight]:
         """Return the weights that were stored as codes, as the codecs find them among the base's tensors."""
         entries = {name: entry for name, entry in self.index["tensors"].items() if "coded" in entry}
-        found: dict[str, StoredWeight] = {}
+        weights: dict[str, StoredWeight] = {}
         for prefix in {prefix_of(shard["name"]) for shard in self.index["shards"]} if entries else ():
             specs = {tensor: spec for tensor, spec in self.specs.items() if prefix_of(self._holder[tensor]) == prefix}
             read = partial(self._read_kept, self._kept_rows(prefix))
             metadata = self._metadata.get(prefix, {})
-            found |= find_stored(Found(specs, self.index["declared"][prefix], metadata, read, prefix))[0]
+            weights |= find_stored(Unclaimed(specs, self.index["declared"][prefix], metadata, read, prefix))[0]
         for name, entry in entries.items():
             coded = entry["coded"]
-            fits = name in found and found[name].codec.key == coded["codec"]
-            fits = fits and list(found[name].tensors) == coded["tensors"]
+            fits = name in weights and weights[name].codec.key == coded["codec"]
+            fits = fits and list(weights[name].tensors) == coded["tensors"]
             require(fits, f"{name} was not stored as codes of {coded['codec']}")
-            both = self.index["tensors"].keys() & set(found[name].tensors) - {name}
+            both = self.index["tensors"].keys() & set(weights[name].tensors) - {name}
             require(not both, f"{name}: an entry of its own for a part of it")
-        return {name: found[name] for name in entries}
+        return {name: weights[name] for name in entries}
 
     def _kept_rows(self, prefix: str) -> dict[str, int]:
         """Return the first table row of each stored tensor of a component's weights that is here unchanged."""
-        found = {}
+        first_rows = {}
         for name, entry in self.index["tensors"].items():
             tensors, row = kept_names(entry) if name.startswith(prefix) else [], entry["row"]
             require(is_count(row), f"{name}: its rows of the table")
             for tensor in tensors:
-                found[tensor] = row
+                first_rows[tensor] = row
                 row += len(hashed_parts(self.specs[tensor].nbytes))
-        return found
+        return first_rows
 
     def _read_kept(self, rows: Mapping[str, int], name: str) -> bytes:
         if name not in rows:
@@ -275,14 +275,14 @@ class UndoFile:
 
     def _blob(self, place: Sequence[Any]) -> bytes:
         """Read the bytes of a header or a side file."""
-        at, length, digest = place
-        fits = is_count(at) and is_count(length) and are_hashes([digest], 1)
+        first, length, digest = place
+        fits = is_count(first) and is_count(length) and are_hashes([digest], 1)
         require(fits, "no place of a header or a side file")
-        require(at + length <= os.fstat(self.file.fileno()).st_size, "a header or a side file ends behind the file")
-        self._blobs.append((at, length))
+        require(first + length <= os.fstat(self.file.fileno()).st_size, "a header or a side file ends behind the file")
+        self._blobs.append((first, length))
         self._held += length  # counted before it is read: a thousand names could share one place
         require(self._held <= MOST_BLOBS, "its headers and side files are larger than any")
-        data = self.bytes(at, length)
+        data = self.bytes(first, length)
         require(hashlib.sha256(data).hexdigest() == digest, "a header or a side file is another")
         return data
 
@@ -305,15 +305,15 @@ class UndoFile:
         if header is not None:
             self.layouts.append(layout := read_layout(self._blob(header), self.path))
             self._metadata.setdefault(prefix, {}).update(layout.metadata)
-            own = {prefix + key: spec for key, spec in layout.specs.items()}
+            stored = {prefix + key: spec for key, spec in layout.specs.items()}
         else:
             self.layouts.append(None)
-            own = {key: checked_spec(entry) for key, entry in specs.items()}
-            require(all(key.startswith(prefix) for key in own), f"{name} holds another component's tensors")
-        require(not own.keys() & self.specs.keys(), f"a tensor of {name} twice")
-        require(bool(own) or self._beside[prefix] == 1, f"{name} holds nothing")
-        self.specs |= own
-        self._holder |= dict.fromkeys(own, name)
+            stored = {key: checked_spec(entry) for key, entry in specs.items()}
+            require(all(key.startswith(prefix) for key in stored), f"{name} holds another component's tensors")
+        require(not stored.keys() & self.specs.keys(), f"a tensor of {name} twice")
+        require(bool(stored) or self._beside[prefix] == 1, f"{name} holds nothing")
+        self.specs |= stored
+        self._holder |= dict.fromkeys(stored, name)
 
     def _check_entries(self) -> None:
         """Check the entries of changed tensors; their rows in the table follow each other in the order of names."""
@@ -325,8 +325,8 @@ class UndoFile:
             done += sum(map(len, copies)) + tiles.count()
             require(done <= len(self._table), "its table has fewer rows than its tensors")
             sizes = [min(HASH_PART, parts.stop - at) for parts in copies for at in parts]
-            found = [stretch.length for stretch in self._table.rows(entry["row"], len(sizes))]
-            require(found == sizes, f"{name}: what stands here unchanged is not of its size")
+            lengths = [stretch.length for stretch in self._table.rows(entry["row"], len(sizes))]
+            require(lengths == sizes, f"{name}: what stands here unchanged is not of its size")
         require(done == len(self._table), "its table has more rows than its tensors")
 
     def _check_entry(self, name: str, entry: Mapping[str, Any]) -> Tiles:
@@ -396,8 +396,8 @@ class UndoFile:
         lone = {prefix_of(name) for name in shards if name.endswith((".safetensors", *PICKLES))}
         is_gguf = all(layout and layout.container == GGUF for layout in self.layouts)  # parts find each other
         for prefix, count in self._beside.items():
-            found = is_gguf or prefix in indexed or (count == 1 and (index["file"] or prefix in lone))
-            require(found, "it lacks the index by which the base's files are found")
+            is_findable = is_gguf or prefix in indexed or (count == 1 and (index["file"] or prefix in lone))
+            require(is_findable, "it lacks the index by which the base's files are found")
             require(index["file"] or prefix + "config.json" in {*self.side, *new}, "it lacks a config.json")
         require(not index["file"] or self._beside == {"": 1}, "the base is one file, and several")
 
@@ -405,15 +405,15 @@ class UndoFile:
         """Return whether the side file is the index of the shards that the undo file names."""
         prefix = prefix_of(name)
         held = {key.removeprefix(prefix): file for key, file in self._holder.items() if prefix_of(file) == prefix}
-        own = {key: file.rpartition("/")[2] for key, file in held.items()}
+        listed = {key: file.rpartition("/")[2] for key, file in held.items()}
         if not name.endswith(".json") or name not in self.side:
             return False
-        return bool(own) and parse_json(self.side[name], self.path).get("weight_map") == own
+        return bool(listed) and parse_json(self.side[name], self.path).get("weight_map") == listed
 
-    def bytes(self, at: int, length: int) -> bytes:
-        require(at + length <= os.fstat(self.file.fileno()).st_size, "it ends too early")
+    def bytes(self, first: int, length: int) -> bytes:
+        require(first + length <= os.fstat(self.file.fileno()).st_size, "it ends too early")
         buffer = memoryview(bytearray(length))
-        read_into(self.file, buffer, at)
+        read_into(self.file, buffer, first)
         return bytes(buffer)
 
     def records(self, tensor: str) -> list[Record]:
@@ -426,9 +426,9 @@ class UndoFile:
     def written(self) -> list[tuple[UnrecordedBytes, str]]:
         """Return the byte ranges of changed tensors that are in no record, each with its hash."""
         return [
-            found
+            hashed
             for name, entry in self.index["tensors"].items()
-            for found in zip(unrecorded(name, entry, self._tiles(name).runs), _written(entry), strict=True)
+            for hashed in zip(unrecorded(name, entry, self._tiles(name).runs), _written(entry), strict=True)
         ]
 
     def _copies(self, name: str) -> Iterator[tuple[str, list[Stretch]]]:
@@ -457,8 +457,8 @@ class UndoFile:
 
     def parts_of(self, name: str) -> Parts:
         """Return a coded weight with those of its stored tensors that are here unchanged."""
-        weight, kept = self.weights[name], {tensor.name: tensor for tensor in self.kept(name)}
-        roles = {role: kept[tensor] for role, tensor in weight.names.items() if tensor in kept}
+        weight, unchanged = self.weights[name], {tensor.name: tensor for tensor in self.kept(name)}
+        roles = {role: unchanged[tensor] for role, tensor in weight.names.items() if tensor in unchanged}
         return Parts(weight, roles, self.specs[weight.tensors[0]])
 
     @property
@@ -476,15 +476,15 @@ class UndoFile:
         for name, spec in changed.items():
             width = spec.nbytes // max(1, counted_rows(self.index["tensors"][name]))
             for record in () if "recoded" in self.index["tensors"][name] else self.records(name):
-                at = model.begin[name] + record.start * width
-                if sum_range(model.file, at, (record.stop - record.start) * width) != record.sum:
+                first = model.begin[name] + record.start * width
+                if sum_range(model.file, first, (record.stop - record.start) * width) != record.sum:
                     return False
         hashes = self.written()
         for name, parts in self.index["untouched"].items():
             size, starts = self.specs[name].nbytes, range(0, self.specs[name].nbytes, HASH_PART)
             hashes += [
-                (UnrecordedBytes(name, at, min(HASH_PART, size - at)), one)
-                for at, one in zip(starts, parts, strict=True)
+                (UnrecordedBytes(name, first, min(HASH_PART, size - first)), digest)
+                for first, digest in zip(starts, parts, strict=True)
             ]
         return all(
             sha256_range(model.file, model.begin[part.tensor] + part.start, part.length) == expected

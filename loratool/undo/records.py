@@ -148,9 +148,9 @@ class CodedRows:
         Codes whose guess is the code of 0 are in a separate list: they are +0 or -0, while other codes nearly always
         equal the guess. Padding with scales is not included, since the guess depends on it.
         """
-        own, near = self.without_padding(codes).reshape(-1), guess.reshape(-1)
-        apart, at = np.zeros(len(own), np.int16), np.flatnonzero(own != near)
-        apart[at] = self.ordinals(own.take(at)) - self.ordinals(near.take(at))
+        stored, near = self.without_padding(codes).reshape(-1), guess.reshape(-1)
+        apart, differing = np.zeros(len(stored), np.int16), np.flatnonzero(stored != near)
+        apart[differing] = self.ordinals(stored.take(differing)) - self.ordinals(near.take(differing))
         zero = near == self.format.zero(self.parts)
         lists = [apart[~zero], apart[zero]]
         if not self.format.padding_has_scales:
@@ -170,8 +170,8 @@ class CodedRows:
         apart = np.empty(guess.size, np.int16)
         apart[~zero] = reader.code_differences(int((~zero).sum()))
         apart[zero] = reader.code_differences(int(zero.sum()))
-        flat, at = guess.reshape(-1).copy(), np.flatnonzero(apart)
-        flat[at] = self.from_ordinals(self.ordinals(flat.take(at)) + apart.take(at))
+        flat, differing = guess.reshape(-1).copy(), np.flatnonzero(apart)
+        flat[differing] = self.from_ordinals(self.ordinals(flat.take(differing)) + apart.take(differing))
         codes = flat.reshape(len(guess) * self.fold, -1)
         if padding is None:
             padding = reader.code_differences(len(codes) * (self.format.width(self.parts) - codes.shape[1]))
@@ -244,22 +244,22 @@ class Recorder:
         for part in asked.parts():
             at, _, runs = _runs_of(out, x, first, *part, asked.reach, self._form, size)
             code = take(base, at)
-            whole = np.flatnonzero(runs.count == every(self._form))
-            is_zero, inside = code.take(whole) == 0, np.searchsorted(at, edges)
-            flags.append((is_zero, np.searchsorted(whole, inside)))
-            runs.count[whole[is_zero]] = 1  # which needs no more bits
+            uncounted = np.flatnonzero(runs.count == every(self._form))
+            is_zero, inside = code.take(uncounted) == 0, np.searchsorted(at, edges)
+            flags.append((is_zero, np.searchsorted(uncounted, inside)))
+            runs.count[uncounted[is_zero]] = 1  # which needs no more bits
             many = np.flatnonzero(runs.count > 1)
             code, numbers = code.take(many), runs.count.take(many)
             places = place(code, self._form) - runs.start.take(many)
-            raw = np.flatnonzero(numbers == every(self._form)) if len(whole) else whole
+            raw = np.flatnonzero(numbers == every(self._form)) if len(uncounted) else uncounted
             places[raw] = code.take(raw).view(f"u{code.itemsize}")
             index.append(places)
             count.append(numbers)
             ends += np.searchsorted(many, inside)
         flags += _planes(_together(index), _together(count), ends)
         for k in range(len(self._payloads)):
-            own = [part[cuts[k] : cuts[k + 1]] for part, cuts in flags]
-            self._payloads[k] += np.packbits(np.concatenate([*own, _NO_BITS]), bitorder="little").tobytes()
+            planes = [part[cuts[k] : cuts[k + 1]] for part, cuts in flags]
+            self._payloads[k] += np.packbits(np.concatenate([*planes, _NO_BITS]), bitorder="little").tobytes()
 
     def difference(self, base: Tensor, out: Tensor) -> None:
         """Record a block whose values were replaced, or of codes that were dequantized without an update."""
@@ -285,8 +285,8 @@ class Recorder:
         stored = bytes_of(base) if self._codes is None else np.ascontiguousarray(self._codes).data.cast("B")
         both = (_cut(data, len(changes)) for data in (stored, bytes_of(out)))
         return [
-            RecordedBlock(change, payload, hashlib.sha256(former).hexdigest(), word_sum(made))
-            for change, payload, former, made in zip(changes, self._payloads, *both, strict=True)
+            RecordedBlock(change, payload, hashlib.sha256(former).hexdigest(), word_sum(written))
+            for change, payload, former, written in zip(changes, self._payloads, *both, strict=True)
         ]
 
 
@@ -317,10 +317,10 @@ def _together(parts: Sequence[Codes]) -> Codes:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def _joined(found: list[tuple[Positions | None, npt.NDArray[Any]]]) -> tuple[Positions | None, npt.NDArray[Any]]:
-    positions = [at for at, _ in found if at is not None]
-    change = np.concatenate([change for _, change in found])
-    found.clear()
+def _joined(parts: list[tuple[Positions | None, npt.NDArray[Any]]]) -> tuple[Positions | None, npt.NDArray[Any]]:
+    positions = [at for at, _ in parts if at is not None]
+    change = np.concatenate([change for _, change in parts])
+    parts.clear()
     return np.concatenate(positions) if positions else None, change
 
 
@@ -413,8 +413,8 @@ def guess_double(merged: Tensor, x: Reals, first: int) -> Codes:
     if not x.factor:
         finite = np.flatnonzero((code & form.size) < form.inf)
         for start in range(0, len(finite), TOGETHER):
-            at = finite[start : start + TOGETHER]
-            guess[at] = _without_delta(merged, at, x, first, FORMS[torch.float64])
+            some = finite[start : start + TOGETHER]
+            guess[some] = _without_delta(merged, some, x, first, FORMS[torch.float64])
     return guess
 
 
@@ -518,21 +518,21 @@ class Restorer:
             return self._from_guess(guess_double(merged, x, 0), out)
         asked = go_back(merged, x, out, work)
         data, read, all_numbers = self._reader.bits(), 0, every(self._form)
-        found: list[tuple[Positions, Codes, Codes]] = []
+        longer: list[tuple[Positions, Codes, Codes]] = []
         for part in asked.parts():
             at, odd, runs = _runs_of(merged, x, 0, *part, asked.reach, self._form)
             put(out, odd, take(merged, odd))
             put(out, at, number(runs.start, self._form))
-            whole = np.flatnonzero(runs.count == all_numbers)
-            is_zero = data[read : read + len(whole)]
-            if len(is_zero) < len(whole):
+            uncounted = np.flatnonzero(runs.count == all_numbers)
+            is_zero = data[read : read + len(uncounted)]
+            if len(is_zero) < len(uncounted):
                 raise ValueError("ends too early")
-            read += len(whole)
-            runs.count[whole[is_zero]] = 1
-            put(out, at[whole[is_zero]], np.zeros(int(is_zero.sum()), self._form.code))
+            read += len(uncounted)
+            runs.count[uncounted[is_zero]] = 1
+            put(out, at[uncounted[is_zero]], np.zeros(int(is_zero.sum()), self._form.code))
             many = np.flatnonzero(runs.count > 1)
-            found.append((at.take(many), runs.start.take(many), runs.count.take(many)))
-        at, start, count = (_together(side) for side in zip(*found, strict=True)) if found else ([_together([])] * 3)
+            longer.append((at.take(many), runs.start.take(many), runs.count.take(many)))
+        at, start, count = (_together(side) for side in zip(*longer, strict=True)) if longer else ([_together([])] * 3)
         index = _from_planes(data[read:], count)
         raw: Codes = index.astype(f"u{np.dtype(self._form.code).itemsize}").view(self._form.code)
         put(out, at, np.where(count == all_numbers, raw, number(start + index, self._form)))
@@ -580,7 +580,7 @@ def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
     dense = DenseRows(x, merged.dtype, merged.dtype, merged.device)
     bounds = dense.bounds(merged, 0, backward=True)
     both = bounds.shift + bounds.span
-    found: list[tuple[Positions | None, npt.NDArray[Any]]] = []
+    parts: list[tuple[Positions | None, npt.NDArray[Any]]] = []
     height = dense.height(merged.shape[1], merged.device)
     for row in range(0, len(merged), height):
         here = slice(row, row + height)
@@ -599,5 +599,5 @@ def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
             hit = may_have_several(result, weight, hit)
             if not (math.isfinite(squared[0]) and math.isfinite(float(upper.sum()))):
                 hit |= ~(finite(result) & finite(weight) & upper.isfinite())
-        found.append(_taken(hit, change.view(-1), bounds.shift, row * merged.shape[1]))
-    return _Asked(*_joined(found), reach_of(dense, bounds, 0, len(merged)))
+        parts.append(_taken(hit, change.view(-1), bounds.shift, row * merged.shape[1]))
+    return _Asked(*_joined(parts), reach_of(dense, bounds, 0, len(merged)))

@@ -50,11 +50,11 @@ class UndoTable:
 
     Args:
         rows: as they are in the file.
-        at: the first byte of each stretch.
+        starts: the first byte of each stretch.
     """
 
-    def __init__(self, rows: bytes, at: npt.NDArray[np.int64]) -> None:
-        self._rows, self._at = rows, at
+    def __init__(self, rows: bytes, starts: npt.NDArray[np.int64]) -> None:
+        self._rows, self._at = rows, starts
 
     @classmethod
     def one_after_another(cls, rows: bytes, start: int) -> tuple[UndoTable, int]:

@@ -261,15 +261,15 @@ def _bytes_from(base: Checkpoint, name: str, row: int) -> int:
     return base.stored[name].nbytes - bytes_before(base.stored[name], row)
 
 
-def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, at: int, rows: bytearray) -> int:
+def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, start: int, rows: bytearray) -> int:
     """Copy a stored tensor from a row on, add its rows to the table, and return the byte after the copy."""
     source, nbytes = base.shard_of[name], _bytes_from(base, name, row)
     first = bytes_before(base.stored[name], row)
-    copy_bytes(source, name, first, nbytes, target, at)
+    copy_bytes(source, name, first, nbytes, target, start)
     for part in hashed_parts(nbytes):
         length = min(HASH_PART, nbytes - part)
         rows += ROW.pack(length, bytes.fromhex(sha256_bytes(source, name, first + part, length)), 0)
-    return at + nbytes
+    return start + nbytes
 
 
 def _read(path: Path) -> bytes:
@@ -284,20 +284,20 @@ def make_entries(plan: MergePlan, output: Output) -> dict[str, dict[str, Any]]:
 
 
 def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int]) -> dict[str, Any]:
-    spec, own, base = output.specs[name], plan.written[name], plan.base
+    spec, base_name, base = output.specs[name], plan.written[name], plan.base
     entry: dict[str, Any] = {"spec": [spec.dtype, list(spec.shape)], "placements": []}
-    weight = base.weights.get(own)
-    if weight and own in plan.recoded:
-        entry["recoded"] = {"weight": own, "shape": list(weight.spec.shape), "codec": weight.codec.key}
+    weight = base.weights.get(base_name)
+    if weight and base_name in plan.recoded:
+        entry["recoded"] = {"weight": base_name, "shape": list(weight.spec.shape), "codec": weight.codec.key}
     elif name not in base.specs:
         return entry
     elif weight:
         entry["coded"] = {"codec": weight.codec.key, "tensors": list(weight.tensors)}
-    source, stored = plan.sources[own], weight.tensors[0] if weight else name
+    source, stored = plan.sources[base_name], weight.tensors[0] if weight else name
     if (source.name, source.file) != (stored, base.shard_of[stored]):
         entry["replaced"] = True
     else:
-        entry["placements"] = sorted((_placement(p, numbers) for p in plan.placements.get(own, ())), key=repr)
+        entry["placements"] = sorted((_placement(p, numbers) for p in plan.placements.get(base_name, ())), key=repr)
     return entry
 
 
@@ -319,7 +319,7 @@ def read_placements(
     Raises:
         InputError: an adapter belongs to another model.
     """
-    found = []
+    placements = []
     for number, module, value, weight, *place in index["tensors"][tensor]["placements"]:
         adapter = adapters[number]
         if module not in adapter.updates or (value is not None and value not in adapter.file.specs):
@@ -329,11 +329,11 @@ def read_placements(
             place[0] = bool(place[0]) is not update.along_inputs
         else:
             update = UpdateSpec(ReplaceTensor, module, {"value": value}, {"value": adapter.file.specs[value]})
-        found.append(Placement(adapter, update, weight, *place))
-        if spec.size and not _fits(found[-1], spec):
+        placements.append(Placement(adapter, update, weight, *place))
+        if spec.size and not _fits(placements[-1], spec):
             raise InputError(f"{module} of {adapter.name} is not of the shape that the undo file says", culprit=tensor)
-    refuse_second_nonadditive(tensor, found)
-    return found
+    refuse_second_nonadditive(tensor, placements)
+    return placements
 
 
 def _fits(placement: Placement, spec: TensorSpec) -> bool:

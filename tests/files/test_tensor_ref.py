@@ -47,7 +47,7 @@ def test_a_part_is_rows_of_the_matrix(tmp_path: Path, shape: tuple[int, ...]) ->
     ref, flat = model(tmp_path, {"x": x}).ref("x"), x.view(-1, *shape[1:][-1:])
     part = ref.part(2, 5)
     assert part.spec.shape == tuple(flat[2:5].shape) and torch.equal(part.tensor(), flat[2:5])
-    assert torch.equal(part.part(1, 2).tensor(), flat[3:4]) and part.whole == ref.spec
+    assert torch.equal(part.part(1, 2).tensor(), flat[3:4]) and part.full_spec == ref.spec
     assert ref.rows(1, 1).numel() == 0 and torch.equal(ref.rows(1, 99).view(x[1:].shape), x[1:])
 
 

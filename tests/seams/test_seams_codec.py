@@ -23,7 +23,7 @@ from torch import Tensor
 import loratool
 from loratool.errors import InputError
 from loratool.files import codecs
-from loratool.files.codecs.codec import Found, Parts, StoredWeight
+from loratool.files.codecs.codec import Parts, StoredWeight, Unclaimed
 from loratool.files.codecs.packing import Plain
 from loratool.files.codecs.scaled import ScaledCodes, Scales
 from loratool.files.dtypes import TensorSpec
@@ -38,10 +38,10 @@ ROWS, COLUMNS, RANK, ALPHA, EMPTY = 48, 32, 4, 6, 3
 class Toy(ScaledCodes):
     key, ends, code_dtypes, code, bits = "toy int8", ("", ".toy_codes"), frozenset(["I8"]), "int8", 8
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
         path = name.removesuffix(".toy_codes")
         scale = f"{path}.toy_scale"
-        return StoredWeight(self, TensorSpec("F64", found.specs[name].shape), (name, scale), ("codes", "scales"))
+        return StoredWeight(self, TensorSpec("F64", unclaimed.specs[name].shape), (name, scale), ("codes", "scales"))
 
     def weight_name(self, path: str, end: str) -> str:
         return path.removesuffix(".toy_codes")

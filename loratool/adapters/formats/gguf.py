@@ -21,7 +21,7 @@ from ...durable import disk
 from ...durable.fileio import require_free_space, write_at
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.codecs import find_stored
-from ...files.codecs.codec import Found, Parts, StoredTensor
+from ...files.codecs.codec import Parts, StoredTensor, Unclaimed
 from ...files.containers.gguf_file import DEFAULT_ALIGNMENT, VERSIONS, GgufFile
 from ...files.containers.gguf_writer import FILE_TYPE, FILE_TYPES, build_gguf, value_field
 from ...files.containers.safetensors_file import parse_json, tensor_bytes
@@ -221,7 +221,7 @@ def _is_stack(tensor: str) -> bool:
 def _as_matrices(file: WeightsFile, lenient: bool) -> tuple[VirtualFile, int]:
     """Return the file with factors in PEFT's layout, and the number of experts."""
     specs, counts = {}, {}
-    weights, _ = find_stored(Found(file.specs))
+    weights, _ = find_stored(Unclaimed(file.specs))
     coded = {name: weight for name, weight in weights.items() if file.specs[name].dtype == EIGHT_BITS}
     for name, spec in file.specs.items():
         stack, dimensions = _is_stack(name), 1 if name.endswith(NORM) else 3 if _is_stack(name) else 2

@@ -123,7 +123,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
         quantization=checkpoint.quantized,
         uncounted=uncounted,
         metadata={str(key): str(value) for key, value in checkpoint.metadata.items()},
-        fields=first.told() if isinstance(first, GgufFile) else {},
+        fields=first.described_fields() if isinstance(first, GgufFile) else {},
         notes=tuple(_notes(checkpoint)),
         bits=nbytes * 8 / parameters if parameters and not uncounted else None,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..dtypes import TensorSpec
 from .awq import Awq
 from .bitsandbytes import Bitsandbytes4, BitsandbytesInt8
-from .codec import Codec, CodeFormat, Fault, Found, StoredWeight
+from .codec import Codec, CodeFormat, Fault, StoredWeight, Unclaimed
 from .comfy import ComfyInt8, ComfyMxfp8, ComfyNvfp4
 from .compressed_ints import PackedInts, PlainInts
 from .float8 import Float8
@@ -54,7 +54,7 @@ CODECS: dict[str, Codec] = {
 }
 
 
-def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
+def find_stored(unclaimed: Unclaimed) -> tuple[dict[str, StoredWeight], dict[str, str]]:
     """Return the weights of several tensors by logical name, and the faults of others by the name of their codes.
 
     Weights of one tensor are not included: the type determines their codec.
@@ -63,7 +63,7 @@ def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
     of_dtype = {dtype: [f for f in formats if dtype in f.code_dtypes] for f in formats for dtype in f.code_dtypes}
     weights: dict[str, StoredWeight] = {}
     faults: dict[str, str] = {}
-    for name, spec in found.specs.items():
+    for name, spec in unclaimed.specs.items():
         for codec in of_dtype.get(spec.dtype, ()) if spec.size else ():
             for end in codec.ends:  # no generator: there is one weight for each expert's matrix
                 if name.endswith(end):
@@ -71,7 +71,7 @@ def find_stored(found: Found) -> tuple[dict[str, StoredWeight], dict[str, str]]:
             else:
                 continue
             try:
-                weight = codec.claim(name.removesuffix(end), name, found)
+                weight = codec.claim(name.removesuffix(end), name, unclaimed)
             except Fault as fault:
                 faults[name] = str(fault)
                 break

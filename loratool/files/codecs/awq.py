@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
-from .codec import Found, Parts, StoredWeight
+from .codec import Parts, StoredWeight, Unclaimed
 from .gptq import FLOATS, group_size, matrix
 from .scaled import ScaledCodes, Scales
 
@@ -25,21 +25,21 @@ class Awq(ScaledCodes):
     ends = (".qweight",)
     code_dtypes = frozenset(("I32",))
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
         scale, zero = f"{path}.scales", f"{path}.qzeros"
-        shape, of_scales = found.specs[name].shape, found.specs.get(scale)
-        version = found.declared.get("version") or found.declared.get("format") or "gemm"
-        is_awq = found.declared.get("quant_method") == "awq"
+        shape, of_scales = unclaimed.specs[name].shape, unclaimed.specs.get(scale)
+        version = unclaimed.declared.get("version") or unclaimed.declared.get("format") or "gemm"
+        is_awq = unclaimed.declared.get("quant_method") == "awq"
         if is_awq and str(version).lower() != "gemm":
             return None
         if not is_awq and (of_scales is None or not shape or of_scales.shape[-1:] != (8 * shape[-1],)):
             return None  # GPTQ's
-        columns, words = matrix(name, found.specs[name])
-        groups, _ = matrix(scale, found.need(scale, *FLOATS))
-        found.shaped(scale, (groups, 8 * words))
-        found.shaped(zero, (groups, words), "I32")
-        detail = {"bits": 4, "group": group_size(scale, columns, groups, found.declared)}
-        stated = found.declared.get("quant_method", "awq")
+        columns, words = matrix(name, unclaimed.specs[name])
+        groups, _ = matrix(scale, unclaimed.need(scale, *FLOATS))
+        unclaimed.shaped(scale, (groups, 8 * words))
+        unclaimed.shaped(zero, (groups, words), "I32")
+        detail = {"bits": 4, "group": group_size(scale, columns, groups, unclaimed.declared)}
+        stated = unclaimed.declared.get("quant_method", "awq")
         note = "" if stated == "awq" else f"the config says {stated}, the tensors are AWQ's"
         spec = TensorSpec("F64", (8 * words, columns))
         return StoredWeight(self, spec, (name, scale, zero), ("codes", "scales", "zeros"), detail, note)

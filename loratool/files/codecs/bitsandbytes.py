@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
-from .codec import Fault, Found, Parts, Piece, Quantizer, StoredWeight
+from .codec import Fault, Parts, Piece, Quantizer, StoredWeight, Unclaimed
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
@@ -48,28 +48,30 @@ class Bitsandbytes4(ScaledCodes):
     def weight_name(self, path: str, end: str) -> str:
         return path
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        if not any(name + end in found.specs for end in found.there((*STATES, ".absmax", ".quant_map"))):
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        if not any(name + end in unclaimed.specs for end in unclaimed.present((*STATES, ".absmax", ".quant_map"))):
             return None
-        state_name = found.one_of(*(name + end for end in STATES)) or name + STATES[0]
-        state = found.json(state_name)
+        state_name = unclaimed.one_of(*(name + end for end in STATES)) or name + STATES[0]
+        state = unclaimed.json(state_name)
         shape, block = _shape(state, state_name), _count(state, "blocksize", state_name)
         size = math.prod(shape)
-        if size % 2 or found.specs[name].nbytes * 2 != size:
-            raise Fault(f"{state_name} says the shape {shape}, which is not that of {found.specs[name].nbytes} bytes")
-        found.shaped(f"{name}.quant_map", (16,), "F32")
+        if size % 2 or unclaimed.specs[name].nbytes * 2 != size:
+            raise Fault(
+                f"{state_name} says the shape {shape}, which is not that of {unclaimed.specs[name].nbytes} bytes"
+            )
+        unclaimed.shaped(f"{name}.quant_map", (16,), "F32")
         blocks = -(-size // block)
         names = {"absmax": f"{name}.absmax", "quant_map": f"{name}.quant_map", "quant_state": state_name}
         detail: dict[str, Any] = {"block": block}
-        if "nested_offset" in state or f"{name}.nested_absmax" in found.specs:
+        if "nested_offset" in state or f"{name}.nested_absmax" in unclaimed.specs:
             detail["nested"] = _count(state, "nested_blocksize", state_name)
             detail["offset"] = _offset(state, state_name)
-            found.shaped(f"{name}.absmax", (blocks,), "U8")
-            found.shaped(f"{name}.nested_absmax", (-(-blocks // detail["nested"]),), "F32")
-            found.shaped(f"{name}.nested_quant_map", (256,), "F32")
+            unclaimed.shaped(f"{name}.absmax", (blocks,), "U8")
+            unclaimed.shaped(f"{name}.nested_absmax", (-(-blocks // detail["nested"]),), "F32")
+            unclaimed.shaped(f"{name}.nested_quant_map", (256,), "F32")
             names |= {role: f"{name}.{role}" for role in ("nested_absmax", "nested_quant_map")}
         else:
-            found.shaped(f"{name}.absmax", (blocks,), "F32")
+            unclaimed.shaped(f"{name}.absmax", (blocks,), "F32")
         return StoredWeight(self, TensorSpec("F64", shape), (name, *names.values()), ("codes", *names), detail)
 
     def packing(self, parts: Parts) -> Packing:
@@ -84,10 +86,10 @@ class Bitsandbytes4(ScaledCodes):
         columns, block = parts.shape[2], parts.detail("block")
         first, last = start * columns, stop * columns
         low, high = first // block, -(-last // block)
-        found = self.absmax(parts, low, high)
+        absmax = self.absmax(parts, low, high)
         if columns % block == 0:
-            return Scales(found.reshape(stop - start, -1), block)
-        return Scales(found.repeat(block)[first - low * block : last - low * block].reshape(-1, columns), 0)
+            return Scales(absmax.reshape(stop - start, -1), block)
+        return Scales(absmax.repeat(block)[first - low * block : last - low * block].reshape(-1, columns), 0)
 
     def absmax(self, parts: Parts, start: int, stop: int) -> Wide:
         """Return the scales of blocks start:stop."""
@@ -95,13 +97,13 @@ class Bitsandbytes4(ScaledCodes):
 
         if parts.get("nested_absmax") is None:
             return parts["absmax"].floats(start, stop - start)
-        each, codes = parts.detail("nested"), parts["absmax"].integers(start, stop - start)
-        low, high = start // each, -(-stop // each)
+        block, codes = parts.detail("nested"), parts["absmax"].integers(start, stop - start)
+        low, high = start // block, -(-stop // block)
         table = parts["nested_quant_map"].floats().astype(np.float32)
-        outer = parts["nested_absmax"].floats(low, high - low).astype(np.float32).repeat(each)
-        product = table[codes] * outer[start - low * each : stop - low * each]
-        found: Wide = (product + np.float32(parts.detail("offset"))).astype(np.float64)
-        return found
+        outer = parts["nested_absmax"].floats(low, high - low).astype(np.float32).repeat(block)
+        product = table[codes] * outer[start - low * block : stop - low * block]
+        absmax: Wide = (product + np.float32(parts.detail("offset"))).astype(np.float64)
+        return absmax
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         if parts.get("nested_absmax") is None:
@@ -124,14 +126,14 @@ class BitsandbytesInt8(ScaledCodes):
     code = "int8"
     bits = 8
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        layout, shape = f"{path}.weight_format", found.specs[name].shape
-        if not found.one_of(f"{path}.SCB", layout) or len(shape) != 2:
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        layout, shape = f"{path}.weight_format", unclaimed.specs[name].shape
+        if not unclaimed.one_of(f"{path}.SCB", layout) or len(shape) != 2:
             return None
-        found.shaped(f"{path}.SCB", shape[:1], "F32")
-        if layout not in found.specs:
+        unclaimed.shaped(f"{path}.SCB", shape[:1], "F32")
+        if layout not in unclaimed.specs:
             return StoredWeight(self, TensorSpec("F64", shape), (name, f"{path}.SCB"), ("codes", "scales"))
-        if found.need(layout, "U8").size != 1 or any(found.read(layout)):
+        if unclaimed.need(layout, "U8").size != 1 or any(unclaimed.read(layout)):
             raise Fault(f"{layout} says an order of the codes that is not row by row")
         names = (name, f"{path}.SCB", layout)
         return StoredWeight(self, TensorSpec("F64", shape), names, ("codes", "scales", "weight_format"))
@@ -173,8 +175,8 @@ class Bitsandbytes4Quantizer(Quantizer):
         order = table.argsort(kind="stable")
         middles = (table[order[1:]] + table[order[:-1]]) / 2
         flat = rows.float().numpy().reshape(-1)
-        whole = len(flat) // self.block * self.block
-        blocks, rest, least = flat[:whole].reshape(-1, self.block), flat[whole:], np.float32(1e-38)
+        full = len(flat) // self.block * self.block
+        blocks, rest, least = flat[:full].reshape(-1, self.block), flat[full:], np.float32(1e-38)
         absmax = np.abs(blocks).max(axis=1)
         scaled = (blocks * (1 / np.maximum(absmax, least))[:, None]).reshape(-1)
         if len(rest):  # the last block is divided by its absmax, which is not 0
@@ -209,9 +211,9 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
     def state(self, offset: float) -> bytes:
         import json
 
-        found = json.loads(self.parts["quant_state"].integers().tobytes())
-        blank = len(json.dumps({**found, "nested_offset": ""})) + LONGEST - 2
-        return json.dumps({**found, "nested_offset": offset}).ljust(blank).encode()
+        state = json.loads(self.parts["quant_state"].integers().tobytes())
+        blank = len(json.dumps({**state, "nested_offset": ""})) + LONGEST - 2
+        return json.dumps({**state, "nested_offset": offset}).ljust(blank).encode()
 
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
         codes, absmax = self.encoded(rows)
@@ -234,8 +236,8 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
         """Return the codes of absmax minus their mean, and the absmax of their blocks, all in float32."""
         import numpy as np
 
-        each = self.parts.detail("nested")
-        padded = np.pad(absmax, (0, -len(absmax) % each)).reshape(-1, each)
+        block = self.parts.detail("nested")
+        padded = np.pad(absmax, (0, -len(absmax) % block)).reshape(-1, block)
         outer = np.abs(padded).max(axis=1)
         scaled = (padded * (1 / np.where(outer == 0, 1, outer))[:, None]).clip(-1, 1)
         place = ((scaled + 1) * np.float32(0.5)).astype(np.float64) * (STEPS - 1) + 0.5

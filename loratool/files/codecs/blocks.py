@@ -12,7 +12,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
-from .codec import Fault, Found, Parts
+from .codec import Fault, Parts, Unclaimed
 from .quantized import Blocks
 from .scaled import ScaledCodes, Scales
 
@@ -45,17 +45,17 @@ class BlockCodes(ScaledCodes):
 
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
         high, wide = parts.detail("block")
-        found: dict[str, Wide] = {}
+        grids: dict[str, Wide] = {}
         for role in ("scales", "zeros"):
             if parts.get(role):
-                found[role] = self.grid(parts, role, (high, wide), start, stop)
-        return Scales(found["scales"], 0 if wide == 1 else wide, found.get("zeros"))
+                grids[role] = self.grid(parts, role, (high, wide), start, stop)
+        return Scales(grids["scales"], 0 if wide == 1 else wide, grids.get("zeros"))
 
 
-def refuse_column_scales(path: str, found: Found) -> None:
+def refuse_column_scales(path: str, unclaimed: Unclaimed) -> None:
     """Raise Fault if a weight's columns have their own scales or order."""
-    for end in found.there(COLUMN_SCALES):
-        if path + end in found.specs:
+    for end in unclaimed.present(COLUMN_SCALES):
+        if path + end in unclaimed.specs:
             raise Fault(f"{path + end} is beside it, and weights with one are not read")
 
 
@@ -120,5 +120,5 @@ def contradiction(block: tuple[int, int], stated: Blocks) -> str:
     """Return a note if a config names blocks other than the tensors'; empty if it names the same or none."""
     if not stated or block in stated:
         return ""
-    found, said = (f"{high or 'all'} x {wide or 'all'}" for high, wide in (block, stated[0]))
-    return f"the scales are of blocks of {found} and count; the quantization config says {said}"
+    actual, stated_block = (f"{high or 'all'} x {wide or 'all'}" for high, wide in (block, stated[0]))
+    return f"the scales are of blocks of {actual} and count; the quantization config says {stated_block}"

@@ -89,12 +89,12 @@ class StoredTensor:
 
         from ...numerics.forms import FORMS, codes, wide, widen
 
-        found = self.numbers(first, count)
-        form = FORMS.get(found.dtype)
-        if form and found.itemsize == 1:  # `wide` knows no nan of these
-            return widen(found, torch.empty(found.shape, dtype=torch.float64)).numpy()
+        numbers = self.numbers(first, count)
+        form = FORMS.get(numbers.dtype)
+        if form and numbers.itemsize == 1:  # `wide` knows no nan of these
+            return widen(numbers, torch.empty(numbers.shape, dtype=torch.float64)).numpy()
         with np.errstate(invalid="ignore"):  # a damaged tensor may have signaling nan
-            return wide(codes(found), form).copy() if form else found.numpy().astype(np.float64)
+            return wide(codes(numbers), form).copy() if form else numbers.numpy().astype(np.float64)
 
     def box(self, rows: int, width: int, start: int, stop: int, first: int = 0) -> Codes:
         """Return columns start:stop of `rows` rows of `width` numbers from `first` on, as `integers`.
@@ -127,7 +127,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class Found:
+class Unclaimed:
     """Everything from which a codec recognizes the weights of a checkpoint."""
 
     specs: Mapping[str, TensorSpec]  # the stored tensors that no weight has claimed yet
@@ -146,18 +146,18 @@ class Found:
         return frozenset(name.rpartition(".")[2] for name in self.specs)
 
     @cached_property
-    def _there(self) -> dict[tuple[str, ...], tuple[str, ...]]:
+    def _present(self) -> dict[tuple[str, ...], tuple[str, ...]]:
         return {}
 
-    def there(self, ends: tuple[str, ...]) -> tuple[str, ...]:
+    def present(self, ends: tuple[str, ...]) -> tuple[str, ...]:
         """Return the suffixes that some name may have, comparing the last parts of all names.
 
         Most are absent, and a mixture of experts has tens of thousands of weights to search for each of them.
         """
-        if ends not in self._there:
+        if ends not in self._present:
             last = {end: end.rpartition(".")[2] for end in ends}
-            self._there[ends] = tuple(e for e in ends if any(each.endswith(last[e]) for each in self._last_parts))
-        return self._there[ends]
+            self._present[ends] = tuple(e for e in ends if any(each.endswith(last[e]) for each in self._last_parts))
+        return self._present[ends]
 
     def one_of(self, *names: str) -> str | None:
         """Return the first of these names that is a tensor; None if none is."""
@@ -212,7 +212,9 @@ class Found:
         """Read a small tensor of I32 or I64."""
         spec = self.need_small(name, "I32", "I64")
         data, width = self.read(name) if spec.size else b"", {"I32": 4, "I64": 8}[spec.dtype]
-        return tuple(int.from_bytes(data[at : at + width], "little", signed=True) for at in range(0, len(data), width))
+        return tuple(
+            int.from_bytes(data[start : start + width], "little", signed=True) for start in range(0, len(data), width)
+        )
 
 
 @dataclass(frozen=True)
@@ -343,14 +345,14 @@ class Quantizer(ABC):
         """
         import torch
 
-        found = rows.to(kind).float()
-        if not torch.isfinite(found).all():
+        rounded = rows.to(kind).float()
+        if not torch.isfinite(rounded).all():
             raise InputError(
                 f"has weights too large for {str(kind).removeprefix('torch.')}, in which they are encoded",
                 culprit=self.parts["codes"].name,
                 remedy="take a model in another format with --like",
             )
-        return found
+        return rounded
 
     def rest(self) -> list[Piece]:
         """Return the pieces that depend on all rows; only called if `together` is 0."""
@@ -371,7 +373,7 @@ class CodeFormat(Codec):
     padding_has_scales: ClassVar[bool] = False  # a row's scales are in its padding
 
     @abstractmethod
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
         """Return the weight whose codes are the tensor `name`; None if they are in another format.
 
         Args:
@@ -457,5 +459,5 @@ class CodeFormat(Codec):
         """
 
     def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:
-        found = self.values(parts, start, self.codes(parts, start, start + len(out)))
-        out.numpy()[...] = found
+        numbers = self.values(parts, start, self.codes(parts, start, start + len(out)))
+        out.numpy()[...] = numbers

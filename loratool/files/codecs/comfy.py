@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..dtypes import TensorSpec
 from .blocks import BlockCodes, block_of, refuse_column_scales
-from .codec import Fault, Found, Parts, StoredTensor, StoredWeight
+from .codec import Fault, Parts, StoredTensor, StoredWeight, Unclaimed
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
@@ -31,16 +31,16 @@ MARKER = ".comfy_quant"  # the suffix of a tensor whose bytes are a layer's desc
 HIGH, WIDE = 128, 4  # rows and columns of a tile of scales
 
 
-def layer_config(path: str, found: Found) -> Mapping[str, Any] | None:
+def layer_config(path: str, unclaimed: Unclaimed) -> Mapping[str, Any] | None:
     """Return ComfyUI's description of a layer from the metadata, else from the tensor beside it; None without one.
 
     Raises:
         Fault: the tensor is not JSON.
     """
-    listed = _listed(found.metadata.get(LISTING, "{}")).get(path.removeprefix(found.prefix))
+    listed = _listed(unclaimed.metadata.get(LISTING, "{}")).get(path.removeprefix(unclaimed.prefix))
     if listed is not None:
         return listed if isinstance(listed, Mapping) else {}
-    return found.json(path + MARKER) if path + MARKER in found.specs else None
+    return unclaimed.json(path + MARKER) if path + MARKER in unclaimed.specs else None
 
 
 @lru_cache(maxsize=8)
@@ -58,25 +58,25 @@ class ComfyLayer(ScaledCodes):
     format: ClassVar[str]  # ComfyUI's name
     ends = (".weight",)
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        config = layer_config(path, found)
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        config = layer_config(path, unclaimed)
         if config is None or config.get("format") != self.format:
             return None
         params = config.get("params")
         if config.get("convrot") or (isinstance(params, Mapping) and params.get("convrot")):
             return None
-        if len(found.specs[name].shape) < 2:
+        if len(unclaimed.specs[name].shape) < 2:
             return None
-        refuse_column_scales(path, found)
-        shape, companions, detail = self.layout(path, found.specs[name].shape, found)
+        refuse_column_scales(path, unclaimed)
+        shape, companions, detail = self.layout(path, unclaimed.specs[name].shape, unclaimed)
         ends = {"input": ".input_scale", "marker": MARKER}
-        others = {role: path + end for role, end in ends.items() if path + end in found.specs}
+        others = {role: path + end for role, end in ends.items() if path + end in unclaimed.specs}
         tensors = {"codes": name, **companions, **others}
         return StoredWeight(self, TensorSpec("F64", shape), tuple(tensors.values()), tuple(tensors), detail)
 
     @abstractmethod
     def layout(
-        self, path: str, shape: tuple[int, ...], found: Found
+        self, path: str, shape: tuple[int, ...], unclaimed: Unclaimed
     ) -> tuple[tuple[int, ...], dict[str, str], dict[str, Any]]:
         """Return the weight's shape, its companions by role, and the detail of the weight.
 
@@ -98,10 +98,10 @@ class ComfyInt8(ComfyLayer, BlockCodes):
     bits = 8
 
     def layout(
-        self, path: str, shape: tuple[int, ...], found: Found
+        self, path: str, shape: tuple[int, ...], unclaimed: Unclaimed
     ) -> tuple[tuple[int, ...], dict[str, str], dict[str, Any]]:
         scale = path + ".weight_scale"
-        block = block_of(shape, found.need(scale, "F32", "F16", "BF16"), scale)
+        block = block_of(shape, unclaimed.need(scale, "F32", "F16", "BF16"), scale)
         return shape, {"scales": scale}, {"block": block}
 
 
@@ -114,12 +114,12 @@ class ComfyTiled(ComfyLayer):
     group: ClassVar[int]
     scale_types: ClassVar[tuple[str, ...]]  # "U8" where an old file has their bytes
 
-    def tiles(self, path: str, rows: int, columns: int, found: Found) -> dict[str, str]:
+    def tiles(self, path: str, rows: int, columns: int, unclaimed: Unclaimed) -> dict[str, str]:
         """Return the scales by role."""
         if columns % self.group:
             raise Fault(f"its {columns} columns are no whole groups of {self.group}")
         padded = (-(-rows // HIGH) * HIGH, -(-columns // self.group // WIDE) * WIDE)
-        found.shaped(path + ".weight_scale", padded, *self.scale_types)
+        unclaimed.shaped(path + ".weight_scale", padded, *self.scale_types)
         return {"scales": path + ".weight_scale"}
 
     def scale_codes(self, parts: Parts, start: int, stop: int) -> Codes:
@@ -146,11 +146,11 @@ class ComfyMxfp8(ComfyTiled):
     scale_types = ("F8_E8M0", "U8")
 
     def layout(
-        self, path: str, shape: tuple[int, ...], found: Found
+        self, path: str, shape: tuple[int, ...], unclaimed: Unclaimed
     ) -> tuple[tuple[int, ...], dict[str, str], dict[str, Any]]:
         if len(shape) != 2:
             raise Fault(f"it has the shape {shape}, not that of a matrix")
-        return shape, self.tiles(path, *shape, found), {}
+        return shape, self.tiles(path, *shape, unclaimed), {}
 
     def packing(self, parts: Parts) -> Packing:
         from .packing import Plain
@@ -179,13 +179,13 @@ class ComfyNvfp4(ComfyTiled):
     scale_types = ("F8_E4M3", "U8")
 
     def layout(
-        self, path: str, shape: tuple[int, ...], found: Found
+        self, path: str, shape: tuple[int, ...], unclaimed: Unclaimed
     ) -> tuple[tuple[int, ...], dict[str, str], dict[str, Any]]:
         if len(shape) != 2:
             raise Fault(f"it has the shape {shape}, not that of a matrix")
         rows, columns = shape[0], 2 * shape[1]
-        scales = self.tiles(path, rows, columns, found)
-        found.shaped(path + ".weight_scale_2", (1,), "F32")
+        scales = self.tiles(path, rows, columns, unclaimed)
+        unclaimed.shaped(path + ".weight_scale_2", (1,), "F32")
         return (rows, columns), {**scales, "scale_of_scales": path + ".weight_scale_2"}, {}
 
     def packing(self, parts: Parts) -> Packing:

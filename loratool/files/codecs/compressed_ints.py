@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
 from .blocks import block_of, contradiction
-from .codec import Fault, Found, Parts, Quantizer, StoredWeight
+from .codec import Fault, Parts, Quantizer, StoredWeight, Unclaimed
 from .gptq import column_groups
 from .scaled import ScaledCodes, Scales
 
@@ -64,12 +64,12 @@ class CompressedInts(ScaledCodes):
             return None if zeros is None else self.grid(parts, "zeros", block, start, stop)
         bits, (_, rows, columns) = parts.detail("bits"), parts.shape
         words, groups = -(-rows * bits // 32), -(-columns // (block[1] or columns))
-        found: list[Codes] = []
+        pieces: list[Codes] = []
         for which, first, last in matrices(start, stop, rows):
             low, high = span(first, last, bits)
             data = zeros.integers((which * words + low) * groups, (high - low) * groups).reshape(-1, groups)
-            found.append(cut(data.T, first, last, bits).T)
-        return np.concatenate(found).astype(np.float64) - float(1 << (bits - 1))
+            pieces.append(cut(data.T, first, last, bits).T)
+        return np.concatenate(pieces).astype(np.float64) - float(1 << (bits - 1))
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         from .compressed_quantizer import IntQuantizer, OneScaleQuantizer
@@ -94,20 +94,20 @@ class PackedInts(CompressedInts):
     ends = (".weight_packed",)
     code_dtypes = frozenset(("I32",))
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        if found.one_of(*(path + end for end in OTHERS)):
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        if unclaimed.one_of(*(path + end for end in OTHERS)):
             return None
-        shape = found.integers(f"{path}.weight_shape")
-        packed = found.specs[name].shape
+        shape = unclaimed.integers(f"{path}.weight_shape")
+        packed = unclaimed.specs[name].shape
         if len(shape) != len(packed) or len(shape) < 2 or shape[:-1] != packed[:-1] or min(shape) <= 0:
             raise Fault(f"{path}.weight_shape says {shape}, for {name} of {packed}")
         fitting = [bits for bits in range(1, 9) if -(-shape[-1] * bits // 32) == packed[-1]]
-        stated = [bits for bits, _ in weights_of(found.declared)]
+        stated = [bits for bits, _ in weights_of(unclaimed.declared)]
         bits = fitting[0] if len(fitting) == 1 else next((bits for bits in fitting if bits in stated), None)
         if bits is None:
             raise Fault(f"{path}.weight_shape says {shape}, which codes of no known width are in {name} of {packed}")
         note = f"the config says {stated[0]} bits, the tensors have {bits}" if stated and bits not in stated else ""
-        return stored(self, path, name, found, shape, bits, note)
+        return stored(self, path, name, unclaimed, shape, bits, note)
 
     def levels(self, parts: Parts) -> Levels:
         from ...numerics.code_levels import Integers
@@ -125,15 +125,15 @@ class PlainInts(CompressedInts):
     code = "int8"
     bits = 8
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        shape = found.specs[name].shape
-        others = found.one_of(*(path + end for end in OTHERS)) or "_quantization_metadata" in found.metadata
-        if others or f"{path}.weight_scale" not in found.specs or len(shape) < 2 or 0 in shape:
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        shape = unclaimed.specs[name].shape
+        others = unclaimed.one_of(*(path + end for end in OTHERS)) or "_quantization_metadata" in unclaimed.metadata
+        if others or f"{path}.weight_scale" not in unclaimed.specs or len(shape) < 2 or 0 in shape:
             return None
-        if f"{path}.pre_quant_scale" in found.specs:
+        if f"{path}.pre_quant_scale" in unclaimed.specs:
             raise Fault(f"{path}.pre_quant_scale is a part of it that is not read")
-        bits = max((bits for bits, form in weights_of(found.declared) if form != PackedInts.key), default=8)
-        return stored(self, path, name, found, shape, bits)
+        bits = max((bits for bits, form in weights_of(unclaimed.declared) if form != PackedInts.key), default=8)
+        return stored(self, path, name, unclaimed, shape, bits)
 
     def levels(self, parts: Parts) -> Levels:
         from ...numerics.code_levels import Integers
@@ -143,32 +143,32 @@ class PlainInts(CompressedInts):
 
 
 def stored(
-    codec: CompressedInts, path: str, name: str, found: Found, shape: tuple[int, ...], bits: int, note: str = ""
+    codec: CompressedInts, path: str, name: str, unclaimed: Unclaimed, shape: tuple[int, ...], bits: int, note: str = ""
 ) -> StoredWeight:
     """Return the weight with the companions that both layouts may have.
 
     Raises:
         Fault: a companion is missing or of another shape.
     """
-    if found.declared.get("transform_config"):
+    if unclaimed.declared.get("transform_config"):
         raise Fault("the config's transform_config says that it is rotated, which is not undone")
     scale, zero, index, logical = (f"{path}.weight_{end}" for end in ("scale", "zero_point", "g_idx", "shape"))
-    specs = found.specs
-    block = block_of(shape, found.need(scale, *FLOATS), scale, found.blocks)
+    specs = unclaimed.specs
+    block = block_of(shape, unclaimed.need(scale, *FLOATS), scale, unclaimed.blocks)
     *stack, rows, columns = shape
     roles = {"codes": name, "scales": scale}
     if zero in specs:
         words = (*stack, -(-rows * bits // 32), -(-columns // (block[1] or columns)))
         is_packed = codec.key == PackedInts.key and specs[zero].dtype == "I32" and block[0] == 1
-        found.shaped(zero, words if is_packed else specs[scale].shape, "I32" if is_packed else "I8")
+        unclaimed.shaped(zero, words if is_packed else specs[scale].shape, "I32" if is_packed else "I8")
         roles["zeros"] = zero
     if index in specs:
-        found.shaped(index, shape[-1:], "I32", "I64")
+        unclaimed.shaped(index, shape[-1:], "I32", "I64")
         if block[0] != 1 or len(shape) != 2:
             raise Fault(f"{index} stands beside {scale} of {specs[scale].shape}, which has no groups")
         roles["groups"] = index
     roles |= {"shape": logical} if logical in specs else {}
-    roles |= {f"input {at}": path + end for at, end in enumerate(KEPT) if path + end in specs}
+    roles |= {f"input {number}": path + end for number, end in enumerate(KEPT) if path + end in specs}
     detail = {"bits": bits, "block": block}
     return StoredWeight(
         codec,
@@ -176,7 +176,7 @@ def stored(
         tuple(roles.values()),
         tuple(roles),
         detail,
-        note or contradiction(block, found.blocks),
+        note or contradiction(block, unclaimed.blocks),
     )
 
 

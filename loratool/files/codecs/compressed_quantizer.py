@@ -63,8 +63,8 @@ class IntQuantizer(Quantizer):
         """Return scales and zero points of each block, (blocks down, blocks across)."""
         high, wide = self.block[0], self.block[1] or numbers.shape[1]
         below, beside = -len(numbers) % high, -numbers.shape[1] % wide
-        whole = torch.nn.functional.pad(numbers, (0, beside, 0, below)) if below or beside else numbers
-        tiles = whole.reshape(len(whole) // high, high, -1, wide)
+        padded = torch.nn.functional.pad(numbers, (0, beside, 0, below)) if below or beside else numbers
+        tiles = padded.reshape(len(padded) // high, high, -1, wide)
         return qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), self.bits, self.is_symmetric)
 
     def coded(self, numbers: Tensor, scale: Tensor, zero: Tensor | None) -> Codes:
@@ -75,24 +75,24 @@ class IntQuantizer(Quantizer):
             full = blocks.repeat_interleave(high, 0)[: len(numbers)]
             return full.repeat_interleave(wide, 1)[:, : numbers.shape[1]] if full.shape[1] > 1 else full
 
-        found = numbers / spread(scale)
+        codes = numbers / spread(scale)
         if zero is not None:
-            found += spread(zero.to(self.dtype))
+            codes += spread(zero.to(self.dtype))
         half = 1 << (self.bits - 1)
-        found = found.clamp_(-half, half - 1).round_()
+        codes = codes.clamp_(-half, half - 1).round_()
         offset = half if self.codec.code == "uint8" else 0
-        return (found.to(torch.int16) + offset).numpy().astype(self.codec.code)
+        return (codes.to(torch.int16) + offset).numpy().astype(self.codec.code)
 
     def companions(self, which: int, first: int, scale: Tensor, zero: Tensor | None) -> list[Piece]:
         """Return scales and zero points of rows of the matrix `which`, from `first` on."""
         groups = scale.shape[1]
         high = -(-self.parts.shape[1] // self.block[0])
-        at = (which * high + first // self.block[0]) * groups
-        pieces = [("scales", at * scale.itemsize, scale.contiguous().view(torch.uint8).numpy().tobytes())]
+        place = (which * high + first // self.block[0]) * groups
+        pieces = [("scales", place * scale.itemsize, scale.contiguous().view(torch.uint8).numpy().tobytes())]
         if zero is None:
             return pieces
         if not self.packs_zeros(self.parts):
-            return [*pieces, ("zeros", at, zero.numpy().tobytes())]
+            return [*pieces, ("zeros", place, zero.numpy().tobytes())]
         stream = Words(len(zero), self.bits)
         codes = np.zeros((groups, stream.width), np.uint8)
         codes[:, : len(zero)] = zero.numpy().T + np.int16(1 << (self.bits - 1))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
 from .blocks import BlockCodes, block_of, contradiction, refuse_column_scales
-from .codec import Fault, Found, Parts, Quantizer, StoredWeight
+from .codec import Fault, Parts, Quantizer, StoredWeight, Unclaimed
 from .comfy import layer_config
 
 if TYPE_CHECKING:
@@ -47,35 +47,37 @@ class Fp8(BlockCodes):
     def weight_name(self, path: str, end: str) -> str:
         return path + end
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        spec, dot = found.specs[name], "_" if path == name else "."
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        spec, dot = unclaimed.specs[name], "_" if path == name else "."
         ends = STACKED if path == name else SCALES
-        config = layer_config(path, found)
+        config = layer_config(path, unclaimed)
         if config is not None and COMFY_TYPES.get(str(config.get("format"))) != spec.dtype:
             return None
-        scales = [each for end in found.there(ends) if (each := path + end) in found.specs]
+        scales = [scale_name for end in unclaimed.present(ends) if (scale_name := path + end) in unclaimed.specs]
         if config is not None and not scales:
             raise Fault(f"{path}.weight_scale is missing beside it")
         if not scales or len(spec.shape) < 2:
             return None
         if len(scales) > 1:
             raise Fault(f"{scales[0]} and {scales[1]} are both beside it")
-        refuse_column_scales(path, found)
-        scale = found.need(scales[0], *SCALE_TYPES)
-        is_transposed = found.declared.get("quant_method") == "fbgemm_fp8"
-        block = block_of(spec.shape, scale, scales[0], found.blocks, is_transposed)
+        refuse_column_scales(path, unclaimed)
+        scale = unclaimed.need(scales[0], *SCALE_TYPES)
+        is_transposed = unclaimed.declared.get("quant_method") == "fbgemm_fp8"
+        block = block_of(spec.shape, scale, scales[0], unclaimed.blocks, is_transposed)
         tensors = {"codes": name, "scales": scales[0]}
-        if path + ".weight_zero_point" in found.specs:
-            found.shaped(path + ".weight_zero_point", scale.shape)
+        if path + ".weight_zero_point" in unclaimed.specs:
+            unclaimed.shaped(path + ".weight_zero_point", scale.shape)
             tensors["zeros"] = path + ".weight_zero_point"
-        tensors |= {end: each for end in found.there(KEPT) if (each := path + dot + end) in found.specs}
+        tensors |= {
+            end: scale_name for end in unclaimed.present(KEPT) if (scale_name := path + dot + end) in unclaimed.specs
+        }
         return StoredWeight(
             self,
             TensorSpec("F64", spec.shape),
             tuple(tensors.values()),
             tuple(tensors),
-            {"block": block, "power_of_two": scale.dtype in E8M0 or found.declared.get("scale_fmt") == "ue8m0"},
-            contradiction(block, found.blocks),
+            {"block": block, "power_of_two": scale.dtype in E8M0 or unclaimed.declared.get("scale_fmt") == "ue8m0"},
+            contradiction(block, unclaimed.blocks),
         )
 
     def quantizer(self, parts: Parts) -> Quantizer | None:

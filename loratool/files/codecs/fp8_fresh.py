@@ -45,13 +45,13 @@ class Fp8Quantizer(Quantizer):
     def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
         import torch
 
-        at = self.blocks_of(start, len(rows))
-        first = int(at[0])
+        blocks = self.blocks_of(start, len(rows))
+        first = int(blocks[0])
 
         def spread(numbers: torch.Tensor) -> torch.Tensor:
-            return numbers[torch.from_numpy(at - first)].repeat_interleave(self.wide, 1)[:, : rows.shape[1]]
+            return numbers[torch.from_numpy(blocks - first)].repeat_interleave(self.wide, 1)[:, : rows.shape[1]]
 
-        scales, largest = self.parts["scales"], self.largest(at, rows)
+        scales, largest = self.parts["scales"], self.largest(blocks, rows)
         if scales.name.endswith(INVERSE):
             scale, scaled = _by_inverse(rows, largest, spread, scales.spec.dtype, self.parts.detail("power_of_two"))
         else:
@@ -72,10 +72,10 @@ class Fp8Quantizer(Quantizer):
         """Return the block of each of some rows, counted over all matrices."""
         import numpy as np
 
-        at = np.arange(start, start + count)
-        return at // self.height * self.down + at % self.height // self.high
+        rows = np.arange(start, start + count)
+        return rows // self.height * self.down + rows % self.height // self.high
 
-    def largest(self, at: npt.NDArray[np.intp], rows: torch.Tensor) -> torch.Tensor:
+    def largest(self, blocks: npt.NDArray[np.intp], rows: torch.Tensor) -> torch.Tensor:
         """Return the largest absolute value of each block that these rows are in, (blocks, across)."""
         import numpy as np
         import torch
@@ -84,7 +84,7 @@ class Fp8Quantizer(Quantizer):
         if sizes.shape[1] % self.wide:
             sizes = torch.nn.functional.pad(sizes, (0, -sizes.shape[1] % self.wide))
         sizes = sizes.view(len(rows), self.across, self.wide).amax(2)
-        edges = [0, *(np.flatnonzero(np.diff(at)) + 1).tolist(), len(rows)]
+        edges = [0, *(np.flatnonzero(np.diff(blocks)) + 1).tolist(), len(rows)]
         return torch.stack([sizes[first:last].amax(0) for first, last in pairwise(edges)])
 
 
@@ -101,15 +101,15 @@ class Fp8Whole(Fp8Quantizer):
     def see(self, rows: torch.Tensor) -> None:
         import torch
 
-        at = self.blocks_of(self.seen, len(rows))
-        for block, largest in zip(range(at[0], at[-1] + 1), super().largest(at, rows), strict=True):
+        blocks = self.blocks_of(self.seen, len(rows))
+        for block, largest in zip(range(blocks[0], blocks[-1] + 1), super().largest(blocks, rows), strict=True):
             self.known[block] = torch.maximum(largest, self.known.get(block, largest))
         self.seen += len(rows)
 
-    def largest(self, at: npt.NDArray[np.intp], rows: torch.Tensor) -> torch.Tensor:
+    def largest(self, blocks: npt.NDArray[np.intp], rows: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return torch.stack([self.known[block] for block in range(at[0], at[-1] + 1)])
+        return torch.stack([self.known[block] for block in range(blocks[0], blocks[-1] + 1)])
 
 
 def _by_quotient(

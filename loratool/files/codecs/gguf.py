@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
-from .codec import STRIP, Fault, Found, Parts, Quantizer, StoredWeight
+from .codec import STRIP, Fault, Parts, Quantizer, StoredWeight, Unclaimed
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
@@ -38,15 +38,15 @@ class GgmlBlocks(ScaledCodes):
     def weight_name(self, path: str, end: str) -> str:
         return path
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        spec, scale = found.specs[name], f"{name.removesuffix('.weight')}.scale"
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        spec, scale = unclaimed.specs[name], f"{name.removesuffix('.weight')}.scale"
         if len(spec.shape) < 2:
             raise Fault("has codes, and is a vector")
         names = {"codes": name}
-        if scale in found.specs and name.endswith(".weight"):
+        if scale in unclaimed.specs and name.endswith(".weight"):
             matrices = TensorSpec("F64", spec.shape[:-2]).size
-            if found.need(scale, "F32", "F16", "BF16").size not in (1, matrices):
-                raise Fault(f"{scale} has {found.specs[scale].size} numbers, for {matrices} matrices")
+            if unclaimed.need(scale, "F32", "F16", "BF16").size not in (1, matrices):
+                raise Fault(f"{scale} has {unclaimed.specs[scale].size} numbers, for {matrices} matrices")
             names["scale"] = scale
         detail = {"type": spec.dtype, "bits": BITS[spec.dtype]}
         return StoredWeight(self, TensorSpec("F64", spec.shape), tuple(names.values()), tuple(names), detail)
@@ -88,10 +88,10 @@ class GgmlBlocks(ScaledCodes):
             scale = scale.reshape(stop - start, -1)
             bias = None if offset is None else offset.reshape(stop - start, -1)
             if "scale" in parts.weight.roles:
-                whole = parts["scale"].floats()
-                each = whole if len(whole) == 1 else whole[np.arange(start, stop) // parts.shape[1]]
-                scale = scale * each[:, None]
-                bias = None if bias is None else bias * each[:, None]
+                factors = parts["scale"].floats()
+                factor = factors if len(factors) == 1 else factors[np.arange(start, stop) // parts.shape[1]]
+                scale = scale * factor[:, None]
+                bias = None if bias is None else bias * factor[:, None]
         return Scales(scale, columns // scale.shape[1], bias=bias)
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
@@ -110,8 +110,8 @@ class GgmlBlocks(ScaledCodes):
             self.require_finite(parts, "scale", parts["scale"])
         for start in range(0, rows, step):
             codes = packing.read(parts["codes"], start, min(start + step, rows))
-            found = self.scales(self.with_padding(parts, start, codes[:, columns:]), start, start + len(codes))
-            if not all(np.isfinite(each).all() for each in (found.scale, found.bias) if each is not None):
+            scales = self.scales(self.with_padding(parts, start, codes[:, columns:]), start, start + len(codes))
+            if not all(np.isfinite(each).all() for each in (scales.scale, scales.bias) if each is not None):
                 raise parts.damaged("codes", "holds scales that are nan or infinite, so that it has no numbers")
             if parts.codes_spec.dtype == "TQ1_0":
                 (_, again), *_ = packing.places(start, codes)

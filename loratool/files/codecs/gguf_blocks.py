@@ -58,9 +58,9 @@ class Blocks:
         return tensor.integers(start * row, (stop - start) * row).reshape(-1, self.layout.nbytes)
 
     def places(self, start: int, codes: Codes) -> Iterator[tuple[int, bytes]]:
-        own = np.ascontiguousarray(codes[:, : self.columns]).reshape(-1, self.layout.numbers)
-        heads = codes[:, self.columns :].reshape(len(own), -1)
-        yield start * self._count * self.layout.nbytes, self.layout.pack(own, heads).tobytes()
+        without_padding = np.ascontiguousarray(codes[:, : self.columns]).reshape(-1, self.layout.numbers)
+        heads = codes[:, self.columns :].reshape(len(without_padding), -1)
+        yield start * self._count * self.layout.nbytes, self.layout.pack(without_padding, heads).tobytes()
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,12 @@ class BlockLayout:
 
     def unpack(self, blocks: Codes) -> Codes:
         """Return the codes, (n, numbers), of blocks, (n, nbytes)."""
-        found = np.zeros((len(blocks), self.numbers), np.uint8)
+        codes = np.zeros((len(blocks), self.numbers), np.uint8)
         for first, bits, run, to in self.planes:
             data = blocks[:, first : first + self.numbers * bits // 8].reshape(len(blocks), -1, 1, run)
             part = (data >> np.arange(0, 8, bits, dtype=np.uint8)[:, None]) & np.uint8((1 << bits) - 1)
-            found |= part.reshape(found.shape) << np.uint8(to)
-        return found ^ np.uint8(self.flip)
+            codes |= part.reshape(codes.shape) << np.uint8(to)
+        return codes ^ np.uint8(self.flip)
 
     def pack(self, codes: Codes, heads: Codes) -> Codes:
         """Return the blocks of codes and heads."""
@@ -120,19 +120,19 @@ class Ternary(BlockLayout):
         return np.arange(52, 54)
 
     def unpack(self, blocks: Codes) -> Codes:
-        found = []
+        parts = []
         for first, count, digits in self.runs:
             data = blocks[:, first : first + count].reshape(len(blocks), 1, count)
             shifted = data * (3 ** np.arange(digits)).astype(np.uint8)[:, None]  # modulo 256
-            found.append(((shifted.astype(np.uint16) * 3) >> 8).astype(np.uint8).reshape(len(blocks), -1))
-        return np.concatenate(found, axis=1)
+            parts.append(((shifted.astype(np.uint16) * 3) >> 8).astype(np.uint8).reshape(len(blocks), -1))
+        return np.concatenate(parts, axis=1)
 
     def pack(self, codes: Codes, heads: Codes) -> Codes:
         parts, done = [], 0
         for _, count, digits in self.runs:
             part = codes[:, done : done + count * digits].reshape(len(codes), digits, count).astype(np.uint16)
-            whole = (part * (3 ** np.arange(4, 4 - digits, -1)).astype(np.uint16)[:, None]).sum(1, dtype=np.uint16)
-            parts.append(((whole * 256 + 242) // 243).astype(np.uint8))  # at most 242 * 256 + 242, of 16 bits
+            fraction = (part * (3 ** np.arange(4, 4 - digits, -1)).astype(np.uint16)[:, None]).sum(1, dtype=np.uint16)
+            parts.append(((fraction * 256 + 242) // 243).astype(np.uint8))  # at most 242 * 256 + 242, of 16 bits
             done += count * digits
         return np.concatenate((*parts, heads), axis=1)
 
@@ -180,9 +180,9 @@ def _q6_k(head: Codes) -> tuple[Wide, None]:
 
 def _iq4_xs(head: Codes) -> tuple[Wide, None]:
     """8 scales of 6 bits: the high two in the third and fourth byte, the low four in nibbles."""
-    at = np.arange(8, dtype=np.uint8)
-    high = (head[:, 2 + at // 4] >> (2 * (at % 4)).astype(np.uint8)) & 3
-    low = (head[:, 4 + at // 2] >> (4 * (at % 2)).astype(np.uint8)) & 15
+    index = np.arange(8, dtype=np.uint8)
+    high = (head[:, 2 + index // 4] >> (2 * (index % 4)).astype(np.uint8)) & 3
+    low = (head[:, 4 + index // 2] >> (4 * (index % 2)).astype(np.uint8)) & 15
     return _halves(head[:, :2]) * ((low | high << 4).astype(np.float64) - 32), None
 
 
@@ -194,8 +194,8 @@ def _e8m0(head: Codes) -> tuple[Wide, None]:
 def _ue4m3(head: Codes) -> tuple[Wide, None]:
     """Floats of 4 and 3 bits without a sign; the largest pattern means 0."""
     exponent, fraction = (head >> 3 & 15).astype(np.intc), (head & 7).astype(np.float64)
-    found = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(1 + fraction / 8, exponent - 7))
-    return np.where(head == 0x7F, 0.0, found), None
+    scales = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(1 + fraction / 8, exponent - 7))
+    return np.where(head == 0x7F, 0.0, scales), None
 
 
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -22,25 +22,25 @@ Single = npt.NDArray[np.float32]
 Encoder = Callable[[Single], tuple[Codes, Single]]  # numbers (n, block) -> codes in their shape, scales (n, 1 or 2)
 
 
-def _first(numbers: Single, at: npt.NDArray[np.intp]) -> Single:
+def _first(numbers: Single, place: npt.NDArray[np.intp]) -> Single:
     """Return the number at a place of each row, (n, 1)."""
-    found: Single = np.take_along_axis(numbers, at[:, None], axis=1)
-    return found
+    chosen: Single = np.take_along_axis(numbers, place[:, None], axis=1)
+    return chosen
 
 
 def _inverse(scale: Single) -> Single:
     """Return 1 / scale, or 0 where it is infinite: the scale is 0 in float16 there."""
-    found = np.float32(1) / scale
-    return np.where(np.isfinite(found), found, np.float32(0))
+    inverse = np.float32(1) / scale
+    return np.where(np.isfinite(inverse), inverse, np.float32(0))
 
 
 def _q8_0(numbers: Single) -> tuple[Codes, Single]:
     """Encode Q8_0; halves round away from 0."""
     scale = np.abs(numbers).max(axis=1, keepdims=True) / np.float32(127)
-    found = numbers * _inverse(scale)
-    whole = np.trunc(found)
-    whole += np.sign(found) * (np.abs(found - whole) >= 0.5)
-    return (whole + 128).astype(np.uint8), scale
+    quotients = numbers * _inverse(scale)
+    codes = np.trunc(quotients)
+    codes += np.sign(quotients) * (np.abs(quotients - codes) >= 0.5)
+    return (codes + 128).astype(np.uint8), scale
 
 
 def _q4_0(numbers: Single) -> tuple[Codes, Single]:
@@ -52,8 +52,8 @@ def _q4_0(numbers: Single) -> tuple[Codes, Single]:
 def _q4_1(numbers: Single) -> tuple[Codes, Single]:
     least = _first(numbers, numbers.argmin(axis=1))  # of -0 and +0 the first
     scale = (_first(numbers, numbers.argmax(axis=1)) - least) / np.float32(15)
-    found = (numbers - least) * _inverse(scale) + np.float32(0.5)
-    return found.clip(0, 15).astype(np.uint8), np.concatenate((scale, least), axis=1)
+    quotients = (numbers - least) * _inverse(scale) + np.float32(0.5)
+    return quotients.clip(0, 15).astype(np.uint8), np.concatenate((scale, least), axis=1)
 
 
 ENCODERS: dict[str, Encoder] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}

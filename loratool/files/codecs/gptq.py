@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ..dtypes import TensorSpec
-from .codec import Fault, Found, Parts, StoredWeight
+from .codec import Fault, Parts, StoredWeight, Unclaimed
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
@@ -34,26 +34,28 @@ class Gptq(ScaledCodes):
     ends = (".qweight",)
     code_dtypes = frozenset(("I32",))
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        scale, zero, index = (f"{path}.{each}" for each in ("scales", "qzeros", "g_idx"))
-        if found.one_of(scale, zero, index) is None or found.declared.get("quant_method") == "awq":
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        scale, zero, index = (f"{path}.{tensor}" for tensor in ("scales", "qzeros", "g_idx"))
+        if unclaimed.one_of(scale, zero, index) is None or unclaimed.declared.get("quant_method") == "awq":
             return None
-        rows, out = matrix(name, found.specs[name])
-        groups, _ = matrix(scale, found.need(scale, *FLOATS))
-        _, words = matrix(zero, found.need(zero, "I32"))
+        rows, out = matrix(name, unclaimed.specs[name])
+        groups, _ = matrix(scale, unclaimed.need(scale, *FLOATS))
+        _, words = matrix(zero, unclaimed.need(zero, "I32"))
         bits = next((bits for bits in BITS if words * 32 == out * bits), None)
         if bits is None or rows * 32 % bits:
-            raise Fault(f"{zero} has the shape {found.specs[zero].shape}, for {name} of {found.specs[name].shape}")
-        found.shaped(scale, (groups, out))
-        found.shaped(zero, (groups, words))
+            raise Fault(
+                f"{zero} has the shape {unclaimed.specs[zero].shape}, for {name} of {unclaimed.specs[name].shape}"
+            )
+        unclaimed.shaped(scale, (groups, out))
+        unclaimed.shaped(zero, (groups, words))
         columns = rows * 32 // bits
-        detail = {"bits": bits, "less": stored_less(found.declared), "group": 0}
-        if index in found.specs:
-            found.shaped(index, (columns,), "I32", "I64")
+        detail = {"bits": bits, "less": stored_less(unclaimed.declared), "group": 0}
+        if index in unclaimed.specs:
+            unclaimed.shaped(index, (columns,), "I32", "I64")
         else:
-            detail["group"] = group_size(scale, columns, groups, found.declared)
-        tensors = [each for each in (name, scale, zero, index) if each in found.specs]
-        note = disagreement(found.declared, bits)
+            detail["group"] = group_size(scale, columns, groups, unclaimed.declared)
+        tensors = [tensor for tensor in (name, scale, zero, index) if tensor in unclaimed.specs]
+        note = disagreement(unclaimed.declared, bits)
         roles = ("codes", "scales", "zeros", "groups")[: len(tensors)]
         return StoredWeight(self, TensorSpec("F64", (out, columns)), tuple(tensors), roles, detail, note)
 
@@ -94,8 +96,8 @@ class Gptq(ScaledCodes):
                 culprit=parts["zeros"].name,
                 remedy="save the model as gptq_v2 by the program that made it",
             )
-        found: Wide = stored + float(less)
-        return found
+        zeros: Wide = stored + float(less)
+        return zeros
 
     def check(self, parts: Parts) -> None:
         self.require_finite(parts, "scales", parts["scales"])

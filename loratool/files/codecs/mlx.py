@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..dtypes import DTYPE_NAMES, TensorSpec
-from .codec import Fault, Found, Parts, Piece, Quantizer, StoredTensor, StoredWeight
+from .codec import Fault, Parts, Piece, Quantizer, StoredTensor, StoredWeight, Unclaimed
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
@@ -40,27 +40,27 @@ class MlxAffine(ScaledCodes):
     ends = (".weight",)
     code_dtypes = frozenset(("U32",))
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
         scale, bias = f"{path}.scales", f"{path}.biases"
-        spec = found.specs[name]
-        if not found.one_of(scale, bias) or len(spec.shape) < 2:
+        spec = unclaimed.specs[name]
+        if not unclaimed.one_of(scale, bias) or len(spec.shape) < 2:
             return None
-        if found.need(scale, "F32", "F16", "BF16", "U8").dtype == "U8":
+        if unclaimed.need(scale, "F32", "F16", "BF16", "U8").dtype == "U8":
             return None
-        groups = _groups(spec, found, scale)
-        found.shaped(bias, found.specs[scale].shape, "F32", "F16", "BF16")
-        width, group, note = self.layout(path, groups, spec.shape[-1], found)
+        groups = _groups(spec, unclaimed, scale)
+        unclaimed.shaped(bias, unclaimed.specs[scale].shape, "F32", "F16", "BF16")
+        width, group, note = self.layout(path, groups, spec.shape[-1], unclaimed)
         shape = (*spec.shape[:-1], groups * group)
         roles, detail = ("codes", "scales", "biases"), {"bits": width, "group": group}
         return StoredWeight(self, TensorSpec("F64", shape), (name, scale, bias), roles, detail, note)
 
-    def layout(self, path: str, groups: int, words: int, found: Found) -> tuple[int, int, str]:
+    def layout(self, path: str, groups: int, words: int, unclaimed: Unclaimed) -> tuple[int, int, str]:
         """Return the bits, the group size, and a note if the config contradicts them."""
         fits = [(width, size) for width in WIDTHS for size in GROUPS if width * size * groups == 32 * words]
-        stated = _stated(path, found)
+        stated = _stated(path, unclaimed)
         says = (stated.get("bits", 4), stated.get("group_size", 64)) if stated else None  # MLX's own defaults
         if says in fits:
-            is_off = found.declared.get(path.removeprefix(found.prefix)) is False
+            is_off = unclaimed.declared.get(path.removeprefix(unclaimed.prefix)) is False
             return *says, f"{path} is stored as codes, though the config says that it is not" if is_off else ""
         if len(fits) != 1 or (says and _product(*says) == 32 * words // groups):
             which = " or ".join(f"{width} bits in groups of {size}" for width, size in fits) or "no bits that MLX has"
@@ -124,25 +124,26 @@ class MlxFp4(ScaledCodes):
     code_dtypes = frozenset(("U32",))
     modes: ClassVar[tuple[str, ...]] = ("mxfp4", "nvfp4")
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        scale, whole, spec = f"{path}.scales", f"{path}.global_scale", found.specs[name]
-        if len(spec.shape) < 2 or scale not in found.specs or found.specs[scale].dtype != "U8":
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        scale, global_scale, spec = f"{path}.scales", f"{path}.global_scale", unclaimed.specs[name]
+        if len(spec.shape) < 2 or scale not in unclaimed.specs or unclaimed.specs[scale].dtype != "U8":
             return None
-        groups = _groups(spec, found, scale)
+        groups = _groups(spec, unclaimed, scale)
         mode = next((m for m, (w, g) in MODES.items() if w * g * groups == 32 * spec.shape[-1]), None)
-        if mode is None or f"{path}.biases" in found.specs:
-            raise Fault(f"{scale} has the shape {found.specs[scale].shape}, for which MLX has no mode")
+        if mode is None or f"{path}.biases" in unclaimed.specs:
+            raise Fault(f"{scale} has the shape {unclaimed.specs[scale].shape}, for which MLX has no mode")
         if mode not in self.modes:
             return None
         shape = (*spec.shape[:-1], groups * MODES[mode][1])
-        says = _stated(path, found).get("mode", mode)
+        says = _stated(path, unclaimed).get("mode", mode)
         note = "" if says == mode else f"{path} is stored as {mode}, though the config says {says}"
         names = {"codes": name, E4M3_SCALES if mode == "nvfp4" else "scales": scale}
-        if whole in found.specs:
+        if global_scale in unclaimed.specs:
             matrices = TensorSpec("F64", shape[:-2]).size
-            if found.need(whole, "F32").size != matrices or mode != "nvfp4":
-                raise Fault(f"{whole} has the shape {found.specs[whole].shape}, for {matrices} matrices of {mode}")
-            names["scale_of_scales"] = whole
+            if unclaimed.need(global_scale, "F32").size != matrices or mode != "nvfp4":
+                shape = unclaimed.specs[global_scale].shape
+                raise Fault(f"{global_scale} has the shape {shape}, for {matrices} matrices of {mode}")
+            names["scale_of_scales"] = global_scale
         return StoredWeight(self, TensorSpec("F64", shape), tuple(names.values()), tuple(names), {"mode": mode}, note)
 
     def packing(self, parts: Parts) -> Packing:
@@ -158,13 +159,13 @@ class MlxFp4(ScaledCodes):
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
         import numpy as np
 
-        group, whole = MODES[parts.detail("mode")][1], parts.get("scale_of_scales")
+        group, global_scale = MODES[parts.detail("mode")][1], parts.get("scale_of_scales")
         role = E4M3_SCALES if parts.get(E4M3_SCALES) else "scales"
-        found = self.grid(parts, role, (1, group), start, stop)
-        if whole is None:
-            return Scales(found, group)
-        of_row = whole.floats()[np.arange(start, stop) // parts.shape[1]]
-        return Scales(found * of_row[:, None], group, divisor=PER_GLOBAL)
+        scales = self.grid(parts, role, (1, group), start, stop)
+        if global_scale is None:
+            return Scales(scales, group)
+        of_row = global_scale.floats()[np.arange(start, stop) // parts.shape[1]]
+        return Scales(scales * of_row[:, None], group, divisor=PER_GLOBAL)
 
     def check(self, parts: Parts) -> None:
         super().check(parts)
@@ -195,13 +196,13 @@ class MlxFp8(MlxFp4):
 def _bytes(numbers: npt.NDArray[np.float32], kind: torch.dtype) -> bytes:
     import torch
 
-    found: bytes = torch.from_numpy(numbers).to(kind).view(torch.uint8).numpy().tobytes()
-    return found
+    data: bytes = torch.from_numpy(numbers).to(kind).view(torch.uint8).numpy().tobytes()
+    return data
 
 
-def _groups(spec: TensorSpec, found: Found, scale: str) -> int:
+def _groups(spec: TensorSpec, unclaimed: Unclaimed, scale: str) -> int:
     """Return the number of scales in a row."""
-    shape = found.specs[scale].shape
+    shape = unclaimed.specs[scale].shape
     if shape[:-1] != spec.shape[:-1]:
         raise Fault(f"{scale} has the shape {shape}, for words of {spec.shape}")
     return shape[-1]
@@ -211,7 +212,7 @@ def _product(width: Any, size: Any) -> int:
     return width * size if type(width) is type(size) is int else 0
 
 
-def _stated(path: str, found: Found) -> Mapping[str, Any]:
+def _stated(path: str, unclaimed: Unclaimed) -> Mapping[str, Any]:
     """Return the config of a module."""
-    each = found.declared.get(path.removeprefix(found.prefix))
-    return each if isinstance(each, Mapping) else found.declared
+    stated = unclaimed.declared.get(path.removeprefix(unclaimed.prefix))
+    return stated if isinstance(stated, Mapping) else unclaimed.declared

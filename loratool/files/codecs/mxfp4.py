@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
-from .codec import Fault, Found, Parts, Piece, Quantizer, StoredWeight
+from .codec import Fault, Parts, Piece, Quantizer, StoredWeight, Unclaimed
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
@@ -33,19 +33,19 @@ class Fp4(ScaledCodes):
 
         return E2M1
 
-    def coded(self, name: str, companions: dict[str, str], found: Found, group: int) -> StoredWeight:
+    def coded(self, name: str, companions: dict[str, str], unclaimed: Unclaimed, group: int) -> StoredWeight:
         """Return the weight of these codes and companions, role -> name; "scales" must have one for each group.
 
         Raises:
             Fault: the scales are of another shape.
         """
         for other in (name.replace(".weight_packed", end) for end in (".weight_zero_point", ".weight_g_idx")):
-            if other in found.specs and other != name:
+            if other in unclaimed.specs and other != name:
                 raise Fault(f"{other} stands beside it, which no writer of the format writes")
-        *rows, half = found.specs[name].shape
+        *rows, half = unclaimed.specs[name].shape
         if half * 2 % group:
             raise Fault(f"{companions['scales']} is for groups of {group}, but rows have {half * 2}")
-        found.shaped(companions["scales"], (*rows, half * 2 // group))
+        unclaimed.shaped(companions["scales"], (*rows, half * 2 // group))
         tensors, roles = (name, *companions.values()), ("codes", *companions)
         return StoredWeight(self, TensorSpec("F64", (*rows, half * 2)), tensors, roles)
 
@@ -64,13 +64,13 @@ class PackedMxfp4(RowMxfp4):
     ends = (".weight_packed",)
     code_dtypes = frozenset(("U8",))
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
         scale = f"{path}.weight_scale"
-        if f"{path}.weight_global_scale" in found.specs or len(found.specs[name].shape) < 2:
+        if f"{path}.weight_global_scale" in unclaimed.specs or len(unclaimed.specs[name].shape) < 2:
             return None
-        if found.need(scale).dtype not in ("U8", "F8_E8M0"):
+        if unclaimed.need(scale).dtype not in ("U8", "F8_E8M0"):
             return None
-        return self.coded(name, {"scales": scale, **kept(path, found)}, found, GROUP)
+        return self.coded(name, {"scales": scale, **kept(path, unclaimed)}, unclaimed, GROUP)
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         return None if any(role.startswith("input") for role in parts.tensors) else PackedMxfp4Quantizer(parts)
@@ -83,11 +83,11 @@ class DeepSeekFp4(RowMxfp4):
     ends = (".weight",)
     code_dtypes = frozenset(("I8",))
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        scale = found.specs.get(f"{path}.scale")
-        if scale is None or scale.dtype not in ("U8", "F8_E8M0") or len(found.specs[name].shape) < 2:
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        scale = unclaimed.specs.get(f"{path}.scale")
+        if scale is None or scale.dtype not in ("U8", "F8_E8M0") or len(unclaimed.specs[name].shape) < 2:
             return None
-        return self.coded(name, {"scales": f"{path}.scale"}, found, GROUP)
+        return self.coded(name, {"scales": f"{path}.scale"}, unclaimed, GROUP)
 
 
 class Mxfp4(Fp4):
@@ -104,12 +104,12 @@ class Mxfp4(Fp4):
     def weight_name(self, path: str, end: str) -> str:
         return path
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        shape = found.specs[name].shape
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        shape = unclaimed.specs[name].shape
         if len(shape) != 4 or shape[3] != GROUP // 2:
             return None
         experts, out, groups, _ = shape
-        found.shaped(f"{path}_scales", shape[:3], "U8", "F8_E8M0")
+        unclaimed.shaped(f"{path}_scales", shape[:3], "U8", "F8_E8M0")
         spec = TensorSpec("F64", (experts, groups * GROUP, out))
         return StoredWeight(self, spec, (name, f"{path}_scales"), ("codes", "scales"))
 
@@ -125,12 +125,12 @@ class Mxfp4(Fp4):
         from .packing import matrices
 
         _, rows, columns = parts.shape
-        found, groups = [], rows // GROUP
+        scales, groups = [], rows // GROUP
         for which, first, last in matrices(start, stop, rows):
             low, high = first // GROUP, -(-last // GROUP)
             codes = np.ascontiguousarray(parts["scales"].box(columns, groups, low, high, which * columns * groups).T)
-            found.append(e8m0(codes).repeat(GROUP, axis=0)[first - low * GROUP : last - low * GROUP])
-        return Scales(found[0] if len(found) == 1 else np.concatenate(found), 0)
+            scales.append(e8m0(codes).repeat(GROUP, axis=0)[first - low * GROUP : last - low * GROUP])
+        return Scales(scales[0] if len(scales) == 1 else np.concatenate(scales), 0)
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         return Mxfp4Quantizer(parts, GROUP)
@@ -180,7 +180,7 @@ def encoded(numbers: Wide, axis: int) -> tuple[Codes, Codes]:
     return codes, scales
 
 
-def kept(path: str, found: Found) -> dict[str, str]:
+def kept(path: str, unclaimed: Unclaimed) -> dict[str, str]:
     """Return the companions of activations that exist, role -> name."""
-    names = [path + end for end in KEPT if path + end in found.specs]
-    return {f"input {at}": name for at, name in enumerate(names)}
+    names = [path + end for end in KEPT if path + end in unclaimed.specs]
+    return {f"input {number}": name for number, name in enumerate(names)}

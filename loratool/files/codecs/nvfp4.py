@@ -5,7 +5,7 @@ compressed-tensors divides by the global scale, modelopt multiplies by it.
 
 from __future__ import annotations
 
-from .codec import Fault, Found, Parts, StoredWeight
+from .codec import Fault, Parts, StoredWeight, Unclaimed
 from .mxfp4 import Fp4, kept
 from .quantized import listed_layers
 from .scaled import Scales
@@ -22,13 +22,17 @@ class PackedNvfp4(Fp4):
     ends = (".weight_packed",)
     code_dtypes = frozenset(("U8",))
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        scale, whole = f"{path}.weight_scale", f"{path}.weight_global_scale"
-        if len(found.specs[name].shape) < 2 or (whole not in found.specs and found.need(scale).dtype != "F8_E4M3"):
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        scale, global_scale = f"{path}.weight_scale", f"{path}.weight_global_scale"
+        if len(unclaimed.specs[name].shape) < 2:
             return None
-        found.need(scale, "F8_E4M3")
-        found.shaped(whole, (1,), "F32")
-        return self.coded(name, {"scales": scale, "scale_of_scales": whole, **kept(path, found)}, found, GROUP)
+        if global_scale not in unclaimed.specs and unclaimed.need(scale).dtype != "F8_E4M3":
+            return None
+        unclaimed.need(scale, "F8_E4M3")
+        unclaimed.shaped(global_scale, (1,), "F32")
+        return self.coded(
+            name, {"scales": scale, "scale_of_scales": global_scale, **kept(path, unclaimed)}, unclaimed, GROUP
+        )
 
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
         divisor = float(parts["scale_of_scales"].floats()[0])
@@ -47,19 +51,21 @@ class ModeloptNvfp4(Fp4):
     ends = (".weight",)
     code_dtypes = frozenset(("U8",))
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
         scale, second = f"{path}.weight_scale", f"{path}.weight_scale_2"
-        if second not in found.specs or len(found.specs[name].shape) < 2:
+        if second not in unclaimed.specs or len(unclaimed.specs[name].shape) < 2:
             return None
-        if f"{path}.comfy_quant" in found.specs or path.removeprefix(found.prefix) in listed_layers(found.metadata):
+        if f"{path}.comfy_quant" in unclaimed.specs:
             return None  # ComfyUI's order of nibbles and scales differs
-        rotated = found.one_of(*(path + end for end in ROTATED))
+        if path.removeprefix(unclaimed.prefix) in listed_layers(unclaimed.metadata):
+            return None  # ComfyUI's too
+        rotated = unclaimed.one_of(*(path + end for end in ROTATED))
         if rotated:
             raise Fault(f"{rotated} stands beside it, which loratool does not apply")
-        found.need(scale, "F8_E4M3")
-        found.shaped(second, (1,), "F32")
-        return self.coded(name, {"scales": scale, "scale_of_scales": second, **kept(path, found)}, found, GROUP)
+        unclaimed.need(scale, "F8_E4M3")
+        unclaimed.shaped(second, (1,), "F32")
+        return self.coded(name, {"scales": scale, "scale_of_scales": second, **kept(path, unclaimed)}, unclaimed, GROUP)
 
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
-        whole = parts["scale_of_scales"].floats()[0]
-        return Scales(self.grid(parts, "scales", (1, GROUP), start, stop) * whole, GROUP)
+        global_scale = parts["scale_of_scales"].floats()[0]
+        return Scales(self.grid(parts, "scales", (1, GROUP), start, stop) * global_scale, GROUP)

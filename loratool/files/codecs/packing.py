@@ -51,8 +51,8 @@ class Plain:
         return self.columns
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
-        found = tensor.integers(start * self.columns, (stop - start) * self.columns)
-        return found.view(self.kind).reshape(stop - start, self.columns)
+        codes = tensor.integers(start * self.columns, (stop - start) * self.columns)
+        return codes.view(self.kind).reshape(stop - start, self.columns)
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
         yield start * self.columns, np.ascontiguousarray(codes).tobytes()
@@ -92,18 +92,18 @@ class Words:
             return data
         if self.bits in (1, 2, 4):
             codes = np.empty((*data.shape, 8 // self.bits), np.uint8)
-            for at in range(codes.shape[2]):
-                np.right_shift(data, at * self.bits, out=codes[:, :, at])
+            for place in range(codes.shape[2]):
+                np.right_shift(data, place * self.bits, out=codes[:, :, place])
             codes &= (1 << self.bits) - 1
             return codes.reshape(len(data), -1)
         octets = np.zeros((len(data), -(-data.shape[1] // self.bits), 8), np.uint8)  # eight codes are `bits` bytes
-        for at in range(self.bits):
-            part = data[:, at :: self.bits]
-            octets[:, : part.shape[1], at] = part
+        for place in range(self.bits):
+            part = data[:, place :: self.bits]
+            octets[:, : part.shape[1], place] = part
         words = octets.view("<u8")[:, :, 0]
         codes = np.empty(octets.shape, np.uint8)
-        for at in range(8):
-            codes[:, :, at] = words >> (at * self.bits)
+        for place in range(8):
+            codes[:, :, place] = words >> (place * self.bits)
         codes &= (1 << self.bits) - 1
         return codes.reshape(len(data), -1)[:, : self.width]
 
@@ -112,15 +112,15 @@ class Words:
         if self.bits == 8:
             return np.ascontiguousarray(codes)
         if self.bits in (1, 2, 4):
-            each = 8 // self.bits
-            data: Codes = codes[:, ::each].copy()
-            for at in range(1, each):
-                data |= codes[:, at::each] << (at * self.bits)
+            per_byte = 8 // self.bits
+            data: Codes = codes[:, ::per_byte].copy()
+            for place in range(1, per_byte):
+                data |= codes[:, place::per_byte] << (place * self.bits)
             return data
         octets = np.zeros((len(codes), -(-self.width // 8)), "<u8")
-        for at in range(8):
-            part = codes[:, at::8].astype(np.uint64)
-            octets[:, : part.shape[1]] |= part << (at * self.bits)
+        for place in range(8):
+            part = codes[:, place::8].astype(np.uint64)
+            octets[:, : part.shape[1]] |= part << (place * self.bits)
         data = octets.view(np.uint8).reshape(*octets.shape, 8)[:, :, : self.bits].reshape(len(codes), -1)
         return np.pad(data, ((0, 0), (0, max(0, self.nbytes - data.shape[1]))))[:, : self.nbytes]
 
@@ -145,8 +145,8 @@ class HighNibbles:
         codes = np.empty((len(data), 2), np.uint8)
         np.right_shift(data, 4, out=codes[:, 0])
         np.bitwise_and(data, 15, out=codes[:, 1])
-        found: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first].reshape(stop - start, self.columns)
-        return found
+        rows: Codes = codes.reshape(-1)[first % 2 : first % 2 + last - first].reshape(stop - start, self.columns)
+        return rows
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
         flat = codes.reshape(-1)
@@ -182,7 +182,9 @@ class TransposedNibbles:
             part = codes[done : done + last - first]
             done += last - first
             data = np.ascontiguousarray((part[::2] | (part[1::2] << 4)).T)
-            yield from (((which * self.columns + at) * half + first // 2, row.tobytes()) for at, row in enumerate(data))
+            yield from (
+                ((which * self.columns + column) * half + first // 2, row.tobytes()) for column, row in enumerate(data)
+            )
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ class Down:
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
         words = np.ascontiguousarray(self._words.pack(codes).view(np.uint32).T)
-        yield from (((at * self.rows + start) * 4, row.tobytes()) for at, row in enumerate(words))
+        yield from (((word * self.rows + start) * 4, row.tobytes()) for word, row in enumerate(words))
 
 
 @dataclass(frozen=True)
@@ -227,16 +229,16 @@ class Octets:
         low, high = start // 8, -(-stop // 8)
         words = np.ascontiguousarray(tensor.box(self.columns, self.rows // 8, low, high).T)
         codes = np.empty((high - low, 8, self.columns), np.uint8)
-        for at, place in enumerate(OCTET):
-            codes[:, at] = words >> (4 * place)
+        for column, place in enumerate(OCTET):
+            codes[:, column] = words >> (4 * place)
         codes &= 15
         return codes.reshape(-1, self.columns)[start - 8 * low : stop - 8 * low]
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:
         octets = codes.reshape(-1, 8, self.columns)
         words = np.zeros((self.columns, len(octets)), "<u4")
-        for at, place in enumerate(OCTET):
-            words |= octets[:, at].T.astype(np.uint32) << (4 * place)
+        for number, place in enumerate(OCTET):
+            words |= octets[:, number].T.astype(np.uint32) << (4 * place)
         for column, row in enumerate(words):
             yield (column * (self.rows // 8) + start // 8) * 4, row.tobytes()
 

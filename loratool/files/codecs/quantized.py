@@ -138,11 +138,11 @@ def find_coded(
         declared: the quantization config, from `find_declared`.
         listed: the layers in the files' metadata, from `listed_layers`.
     """
-    found: dict[str, Coded] = {}
+    coded: dict[str, Coded] = {}
     beside = _companions(specs) if any(spec.dtype in FP8_CODES for spec in specs.values()) else {}
     for name, spec in specs.items():
         if spec.dtype in BLOCK_TYPES:
-            found[name] = Coded(f"GGUF {spec.dtype}", (name,), spec, spec.size)
+            coded[name] = Coded(f"GGUF {spec.dtype}", (name,), spec, spec.size)
             continue
         fitting = (_fit(coding, name, specs) for coding in _OF_DTYPE.get(spec.dtype, ()))
         path, coding = next(filter(None, fitting), ("", None))
@@ -154,8 +154,8 @@ def find_coded(
             if ends or declared:
                 path, coding = module, replace(UNKNOWN, codes=name.removeprefix(module), marks=ends)
         if coding is not None:
-            found[coding.weight(path)] = coded_as(coding, path, name, specs, declared)
-    return found
+            coded[coding.weight(path)] = coded_as(coding, path, name, specs, declared)
+    return coded
 
 
 def is_marker(name: str) -> bool:
@@ -168,15 +168,15 @@ def _companions(specs: Mapping[str, TensorSpec]) -> dict[str, list[str]]:
 
     Plain weights have no such tensors, so scales are found whatever a tool calls them.
     """
-    found: dict[str, list[str]] = {}
+    companions: dict[str, list[str]] = {}
     for name in specs:
         parent, _, last = name.rpartition(".")
         if last not in ("weight", "bias"):
-            found.setdefault(parent, []).append(name)
+            companions.setdefault(parent, []).append(name)
         if "scale" in last.lower():
             path = name[: name.lower().rindex("scale")].rstrip("._").removesuffix(".weight")
-            found.setdefault(path, []).extend([name] if path != parent else [])
-    return found
+            companions.setdefault(path, []).extend([name] if path != parent else [])
+    return companions
 
 
 def with_coded(specs: Mapping[str, TensorSpec], coded: Mapping[str, Coded]) -> dict[str, TensorSpec]:
@@ -245,16 +245,16 @@ def _declared_bits(declared: Mapping[str, Any], path: str) -> int | None:
         [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
     )
     places = [declared.get(path), declared, *weights]
-    found = [
+    stated = [
         value
         for place in places
         if isinstance(place, Mapping)
         for field in ("bits", "w_bit", "num_bits")
         if type(value := place.get(field)) is int and 0 < value <= 32
     ]
-    if not isinstance(declared.get(path), Mapping) and len(set(found)) > 1:
+    if not isinstance(declared.get(path), Mapping) and len(set(stated)) > 1:
         return None
-    return found[0] if found else None
+    return stated[0] if stated else None
 
 
 def stated_blocks(declared: Mapping[str, Any]) -> Blocks:
@@ -262,8 +262,12 @@ def stated_blocks(declared: Mapping[str, Any]) -> Blocks:
     groups = declared.get("config_groups")
     schemes = groups.values() if isinstance(groups, Mapping) else ()
     weights = (scheme.get("weights") for scheme in schemes if isinstance(scheme, Mapping))
-    found = [declared.get("weight_block_size")]
-    for each in (weight for weight in weights if isinstance(weight, Mapping)):
-        found += [each.get("block_structure"), [1, each.get("group_size")], STRATEGIES.get(str(each.get("strategy")))]
-    pairs = [pair for pair in found if isinstance(pair, list) and len(pair) == 2]
+    blocks = [declared.get("weight_block_size")]
+    for group in (weight for weight in weights if isinstance(weight, Mapping)):
+        blocks += [
+            group.get("block_structure"),
+            [1, group.get("group_size")],
+            STRATEGIES.get(str(group.get("strategy"))),
+        ]
+    pairs = [pair for pair in blocks if isinstance(pair, list) and len(pair) == 2]
     return tuple((high, wide) for high, wide in pairs if type(high) is type(wide) is int and min(high, wide) >= 0)

@@ -68,32 +68,32 @@ class ScaledCodes(CodeFormat):
 
         columns = parts.weight.spec.shape[-1]
         scales = self.scales(parts, start, start + len(codes))
-        found = self.levels(parts).values(codes[:, :columns])
+        numbers = self.levels(parts).values(codes[:, :columns])
         with np.errstate(all="ignore"):  # of e5m2's infinities
             if scales.zero is not None:
-                _each(found, scales.zero, scales.group, "subtract")
-            _each(found, scales.scale, scales.group, "multiply")
+                _each(numbers, scales.zero, scales.group, "subtract")
+            _each(numbers, scales.scale, scales.group, "multiply")
             if scales.divisor is not None:
-                found /= scales.divisor
+                numbers /= scales.divisor
             if scales.bias is not None:
-                _each(found, scales.bias, scales.group, "add")
-        return found
+                _each(numbers, scales.bias, scales.group, "add")
+        return numbers
 
     def nearest(self, parts: Parts, start: int, numbers: Wide) -> Codes:
         import numpy as np
 
         scales = self.scales(parts, start, start + len(numbers))
         with np.errstate(all="ignore"):
-            found = numbers.copy()
+            levels = numbers.copy()
             if scales.bias is not None:
-                _each(found, scales.bias, scales.group, "subtract")
+                _each(levels, scales.bias, scales.group, "subtract")
             if scales.divisor is not None:
-                found *= scales.divisor
-            _each(found, scales.scale, scales.group, "divide")
+                levels *= scales.divisor
+            _each(levels, scales.scale, scales.group, "divide")
             if scales.zero is not None:
-                found[np.isnan(found)] = 0.0  # the code of 0 is the zero point
-                _each(found, scales.zero, scales.group, "add")
-            return self.levels(parts).nearest(found)
+                levels[np.isnan(levels)] = 0.0  # the code of 0 is the zero point
+                _each(levels, scales.zero, scales.group, "add")
+            return self.levels(parts).nearest(levels)
 
     def ordinals(self, parts: Parts, codes: Codes) -> Codes:
         return self.levels(parts).ordinals(codes)
@@ -144,11 +144,11 @@ class ScaledCodes(CodeFormat):
             return self.decoded(role, parts[role], 0, 1).reshape(1, 1)
         _, rows, columns = parts.shape
         high, groups = (-(-size // each) if each else 1 for size, each in zip((rows, columns), block, strict=True))
-        at = np.arange(start, stop)
-        row = at // rows * high + (at % rows // block[0] if block[0] else 0)
+        rows_read = np.arange(start, stop)
+        row = rows_read // rows * high + (rows_read % rows // block[0] if block[0] else 0)
         first, last = int(row[0]), int(row[-1]) + 1
-        found = self.decoded(role, parts[role], first * groups, (last - first) * groups).reshape(-1, groups)
-        return found if len(found) == 1 else found[row - first]
+        numbers = self.decoded(role, parts[role], first * groups, (last - first) * groups).reshape(-1, groups)
+        return numbers if len(numbers) == 1 else numbers[row - first]
 
 
 def _each(numbers: Wide, by: Wide, group: int, operation: str) -> None:

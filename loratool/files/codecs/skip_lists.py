@@ -53,8 +53,8 @@ def _exclude_dynamically(declared: Mapping[str, Any], names: Sequence[str]) -> d
     changed = {**declared, "dynamic": patterns | _entry(declared, "dynamic", dict)}
     blocks, gone = _entry(declared, _BLOCKS, list), set(names)
     if blocks:
-        kept = [[n for n in each if n not in gone] if isinstance(each, list) else each for each in blocks]
-        changed[_BLOCKS] = [each for each in kept if each and (isinstance(each, list) or each not in gone)]
+        remaining = [[n for n in each if n not in gone] if isinstance(each, list) else each for each in blocks]
+        changed[_BLOCKS] = [each for each in remaining if each and (isinstance(each, list) or each not in gone)]
     return changed
 
 
@@ -191,8 +191,10 @@ def skip_names(modules: Collection[str], model_types: Collection[str] = ()) -> l
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without quantization configs, including those of nested configs."""
-    kept = {k: v for k, v in config.items() if k not in CONFIG_FIELDS or not (v is None or isinstance(v, Mapping))}
-    return {key: without_quantization(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+    remaining = {k: v for k, v in config.items() if k not in CONFIG_FIELDS or not (v is None or isinstance(v, Mapping))}
+    return {
+        key: without_quantization(value) if isinstance(value, Mapping) else value for key, value in remaining.items()
+    }
 
 
 def quantizes_kv_cache(declared: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from ..dtypes import TensorSpec
 from .blocks import BlockCodes, block_of
-from .codec import Fault, Found, StoredWeight
+from .codec import Fault, StoredWeight, Unclaimed
 from .quantized import Blocks
 
 OTHERS = ("_act_quant_scale", "_act_quant_zero_point")  # of inputs; copied with the codes
@@ -35,21 +35,21 @@ class TorchaoInt8(BlockCodes):
         module, _, parameter = path.rpartition("._")
         return f"{module}.{parameter}"
 
-    def claim(self, path: str, name: str, found: Found) -> StoredWeight | None:
-        shape = found.specs[name].shape
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        shape = unclaimed.specs[name].shape
         if "._" not in path or len(shape) < 2:
             return None
-        described = _described(self.weight_name(path, self.ends[0]), found)
+        described = _described(self.weight_name(path, self.ends[0]), unclaimed)
         if described.get("_type") != self.kind:
             return None
-        if path + COLUMN_SCALE in found.specs:
+        if path + COLUMN_SCALE in unclaimed.specs:
             raise Fault(f"{path + COLUMN_SCALE} is beside it, and weights with one are not read")
-        scale = found.need(f"{path}_scale", "F32", "F16", "BF16")
+        scale = unclaimed.need(f"{path}_scale", "F32", "F16", "BF16")
         tensors = {"codes": name, "scales": f"{path}_scale"}
-        if f"{path}_zero_point" in found.specs:
-            found.shaped(f"{path}_zero_point", scale.shape)
+        if f"{path}_zero_point" in unclaimed.specs:
+            unclaimed.shaped(f"{path}_zero_point", scale.shape)
             tensors["zeros"] = f"{path}_zero_point"
-        tensors.update((end[1:], path + end) for end in OTHERS if path + end in found.specs)
+        tensors.update((end[1:], path + end) for end in OTHERS if path + end in unclaimed.specs)
         block = block_of(shape, scale, f"{path}_scale", _stated(described, shape))
         spec = TensorSpec("F64", shape)
         return StoredWeight(self, spec, tuple(tensors.values()), tuple(tensors), {"block": block})
@@ -64,14 +64,14 @@ class TorchaoFloat8(TorchaoInt8):
     code = "uint8"
 
 
-def _described(weight: str, found: Found) -> dict[str, Any]:
+def _described(weight: str, unclaimed: Unclaimed) -> dict[str, Any]:
     """Return the class and fields of a weight from the metadata, by its name.
 
     Raises:
         Fault: the metadata do not have them; torchao could not read the file either.
     """
     try:
-        described = json.loads(found.metadata[weight.removeprefix(found.prefix)])
+        described = json.loads(unclaimed.metadata[weight.removeprefix(unclaimed.prefix)])
     except (KeyError, ValueError, RecursionError) as error:
         raise Fault(f"the file's metadata do not say what {weight} is") from error
     return described if isinstance(described, dict) else {}

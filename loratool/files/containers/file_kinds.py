@@ -134,12 +134,12 @@ def container_of(first: bytes) -> str | None:
 
 def found_by_content(folder: Path) -> list[Path]:
     """Return the files in a folder whose first bytes are those of weights, whatever their names."""
-    found = []
-    for each in sorted(folder.iterdir()):
-        if each.is_file() and not next(_by_name(each.name), None):
+    weights = []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_file() and not next(_by_name(entry.name), None):
             with suppress(InputError):  # skip unreadable files
-                found += [each] if container_of(first_bytes(each)) else []
-    return found
+                weights += [entry] if container_of(first_bytes(entry)) else []
+    return weights
 
 
 def first_bytes(path: Path) -> bytes:
@@ -211,9 +211,9 @@ def no_weights(folder: Path, several: Sequence[Path] = ()) -> InputError:
     if not names:
         return InputError("is an empty folder", culprit=str(folder))
     within = (each for deep in WITHIN for each in sorted(folder.glob(deep)) if WEIGHTS.fullmatch(each.name))
-    if found := next(within, None):
+    if inner := next(within, None):
         return InputError(
-            "holds no weights itself", culprit=str(folder), remedy=f"name the folder {shell_word(found.parent)}"
+            "holds no weights itself", culprit=str(folder), remedy=f"name the folder {shell_word(inner.parent)}"
         )
     for name in names:
         if kind := next(_by_name(name), None):

@@ -37,7 +37,7 @@ DIMENSIONS = 4  # GGML_MAX_DIMS
 # No model has more; they bound the memory that a damaged header can take.
 MAX_TENSORS, MAX_FIELDS, MAX_NAME, MAX_TEXT, MAX_ITEMS = 1 << 18, 1 << 16, 1 << 16, 1 << 24, 1 << 22
 
-SHORT_ARRAY, SHORT_TEXT = 6, 80  # elements and characters that `told` tells in full
+SHORT_ARRAY, SHORT_TEXT = 6, 80  # elements and characters that `described_fields` returns in full
 
 WINDOW = 1 << 20  # bytes of the header in memory
 
@@ -107,9 +107,9 @@ class GgufFile(WeightsFile):
         value = self.fields.get("general.architecture")
         return value if isinstance(value, str) else None
 
-    def told(self) -> dict[str, str]:
+    def described_fields(self) -> dict[str, str]:
         """Return each field in a few words; of a long text and a long array only what it is."""
-        return {key: _told(value) for key, value in self.fields.items()}
+        return {key: _described(value) for key, value in self.fields.items()}
 
     def entry(self, key: str) -> bytes:
         """Read the bytes of a field: key, type and value."""
@@ -136,9 +136,9 @@ def _read_head(cursor: _Cursor, file_size: int) -> _Head:
     version, tensors, count = _read_counts(cursor)
     fields, places = _read_fields(cursor, count)
     alignment = _alignment(fields, cursor.path)
-    found = _read_tensors(cursor, tensors)
+    tensor_places = _read_tensors(cursor, tensors)
     data_start = -(-cursor.place // alignment) * alignment
-    specs, begin = _locate(found, cursor.path, data_start, alignment, file_size)
+    specs, begin = _locate(tensor_places, cursor.path, data_start, alignment, file_size)
     return _Head(version, fields, places, alignment, data_start, specs, begin)
 
 
@@ -181,7 +181,7 @@ class GgufArray(Sequence[Any]):
         return self._count
 
     def __repr__(self) -> str:
-        return _told(self)
+        return _described(self)
 
     @overload
     def __getitem__(self, index: int) -> Any: ...
@@ -196,10 +196,10 @@ class GgufArray(Sequence[Any]):
         return iter(self.items)
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     if isinstance(value, GgufArray):
         kind = "strings" if value.kind == STRING else "numbers"
-        return f"[{', '.join(map(_told, value))}]" if len(value) <= SHORT_ARRAY else f"{len(value)} {kind}"
+        return f"[{', '.join(map(_described, value))}]" if len(value) <= SHORT_ARRAY else f"{len(value)} {kind}"
     text = f"{value:.9g}" if isinstance(value, float) else str(value)
     return text if len(text) <= SHORT_TEXT and text.isprintable() else f"{len(text)} characters"
 
@@ -248,11 +248,11 @@ class _Cursor:
         """Skip strings; a million take a fraction of a second."""
         self.require(8 * count, f"an array of {count} strings")
         while count:
-            window, at, last = self.window, self.at, len(self.window) - 8
-            while count and at <= last:
-                at += 8 + _length(window, at)[0]
+            window, place, last = self.window, self.at, len(self.window) - 8
+            while count and place <= last:
+                place += 8 + _length(window, place)[0]
                 count -= 1
-            self.skip(at - self.at, "a string")
+            self.skip(place - self.at, "a string")
             if count:
                 self.take(8, "a string's length")
                 self.at -= 8
@@ -337,10 +337,10 @@ def _alignment(fields: dict[str, Any], path: Path) -> int:
 
 def _read_tensors(cursor: _Cursor, count: int) -> dict[str, tuple[int, TensorSpec]]:
     """Return each tensor's first byte in the data section and its spec, by name."""
-    found: dict[str, tuple[int, TensorSpec]] = {}
+    places: dict[str, tuple[int, TensorSpec]] = {}
     for _ in range(count):
         name = cursor.text(MAX_NAME, "a tensor's name", is_name=True)
-        if name in found:
+        if name in places:
             raise InputError(f"stands twice in {cursor.path.name}", culprit=name)
         dimensions = cursor.number("I")
         if dimensions > DIMENSIONS:
@@ -358,19 +358,19 @@ def _read_tensors(cursor: _Cursor, count: int) -> dict[str, tuple[int, TensorSpe
                 f"has rows of {row} numbers in {cursor.path.name}, and {kind} has blocks of {BLOCK_TYPES[kind][0]}"
             )
             raise InputError(message, culprit=name)
-        found[name] = start, TensorSpec(kind, shape)
-    return found
+        places[name] = start, TensorSpec(kind, shape)
+    return places
 
 
 def _locate(
-    found: dict[str, tuple[int, TensorSpec]], path: Path, data_start: int, alignment: int, file_size: int
+    places: dict[str, tuple[int, TensorSpec]], path: Path, data_start: int, alignment: int, file_size: int
 ) -> tuple[dict[str, TensorSpec], dict[str, int]]:
     """Return the specs and first bytes in file order; raise InputError for tensors outside the file or overlapping."""
     specs: dict[str, TensorSpec] = {}
     begin: dict[str, int] = {}
     end = 0
-    for start, nbytes, name in sorted(((s, spec.nbytes, n) for n, (s, spec) in found.items()), key=itemgetter(0, 1)):
-        spec = found[name][1]
+    for start, nbytes, name in sorted(((s, spec.nbytes, n) for n, (s, spec) in places.items()), key=itemgetter(0, 1)):
+        spec = places[name][1]
         if start % alignment or start < end:
             problem = f"which is no multiple of {alignment}" if start % alignment else "where another tensor is"
             raise InputError(f"{path.name} puts it at byte {start} of the data, {problem}", culprit=name)

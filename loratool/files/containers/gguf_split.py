@@ -18,8 +18,8 @@ NUMBER, COUNT = "split.no", "split.count"  # fields of each part; the number cou
 
 def split_number(path: Path) -> int | None:
     """Return the number of a split's part by its file name, from 1 on; None if the file is not a part."""
-    found = NAME.fullmatch(path.name)
-    return int(found["number"]) if found else None
+    match = NAME.fullmatch(path.name)
+    return int(match["number"]) if match else None
 
 
 def open_parts(first: GgufFile) -> tuple[GgufFile, ...]:
@@ -43,13 +43,13 @@ def _others(first: GgufFile) -> list[Path]:
     path, count, number = first.path, _whole(first, COUNT, 1), _whole(first, NUMBER, 0)
     if count == 1:
         return []
-    found = NAME.fullmatch(path.name)
-    if found is None or int(found["count"]) != count:
+    match = NAME.fullmatch(path.name)
+    if match is None or int(match["count"]) != count:
         message = f"is a part of {count} files by its field {COUNT}, which its name does not say"
         raise InputError(message, culprit=str(path), remedy="name the parts as llama-gguf-split does, or merge them")
-    if number or int(found["number"]) != 1:
+    if number or int(match["number"]) != 1:
         raise InputError(f"is part {number + 1} of {count}", culprit=str(path), remedy="name the first part")
-    others = [path.with_name(f"{found['stem']}-{n:05d}-of-{count:05d}.gguf") for n in range(2, count + 1)]
+    others = [path.with_name(f"{match['stem']}-{n:05d}-of-{count:05d}.gguf") for n in range(2, count + 1)]
     missing = next((other for other in others if not other.is_file()), None)
     if missing:
         raise InputError(f"is missing, a part of {path.name}", culprit=str(missing), remedy="download it")

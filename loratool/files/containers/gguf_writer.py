@@ -60,10 +60,10 @@ def _holds(letter: str, value: Any) -> bool:
     if type(value) is not {"?": bool, "f": float, "d": float}.get(letter, int):
         return False
     try:
-        (found,) = struct.unpack(f"<{letter}", struct.pack(f"<{letter}", value))
+        (stored,) = struct.unpack(f"<{letter}", struct.pack(f"<{letter}", value))
     except (struct.error, OverflowError):
         return False
-    return found == value or value != value  # true for nan
+    return stored == value or value != value  # true for nan
 
 
 def split_fields(number: int, count: int, tensors: int) -> dict[str, bytes]:
@@ -85,20 +85,20 @@ def kept_fields(source: GgufFile, changed: Mapping[str, bytes], without: Iterabl
         without: keys to remove.
     """
     gone = frozenset(without)
-    kept = [changed.get(key) or source.entry(key) for key in source.places if key not in gone]
-    return kept + [entry for key, entry in changed.items() if key not in source.places]
+    entries = [changed.get(key) or source.entry(key) for key in source.places if key not in gone]
+    return entries + [entry for key, entry in changed.items() if key not in source.places]
 
 
 def type_fields(
     source: GgufFile, before: Mapping[str, TensorSpec], after: Mapping[str, TensorSpec]
 ) -> dict[str, bytes]:
     """Return new entries of the fields that describe types, if the type of most numbers in matrices has changed."""
-    most, found = _most(after), dict[str, int]()
+    most, fields = _most(after), dict[str, int]()
     if FILE_TYPE in source.fields and most in FILE_TYPES and most != _most(before):
-        found[FILE_TYPE] = FILE_TYPES[most]
+        fields[FILE_TYPE] = FILE_TYPES[most]
     if any(spec.dtype in BLOCK_TYPES for spec in after.values()):
-        found |= {key: value for key, value in CODED_VERSION.items() if key not in source.fields}
-    return {key: number_field(key, "I", value) for key, value in found.items()}
+        fields |= {key: value for key, value in CODED_VERSION.items() if key not in source.fields}
+    return {key: number_field(key, "I", value) for key, value in fields.items()}
 
 
 def _most(specs: Mapping[str, TensorSpec]) -> str:

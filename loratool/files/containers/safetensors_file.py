@@ -59,12 +59,12 @@ class TensorFile(WeightsFile):
 
 def file_metadata(paths: Iterable[Path]) -> dict[str, str]:
     """Return the metadata of the safetensors files among `paths`; later files win."""
-    found: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     for path in paths:
         if path.suffix == ".safetensors":
             with closing(TensorFile(path)) as file:
-                found |= file.metadata or {}
-    return found
+                metadata |= file.metadata or {}
+    return metadata
 
 
 @lru_cache(maxsize=1)
@@ -105,11 +105,11 @@ def _read_header(file: BinaryIO, path: Path, file_size: int) -> bytes:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         seen: set[str] = set()
         raise ValueError(f"the name {next(k for k, _ in pairs if k in seen or seen.add(k))!r} stands twice")  # type: ignore[func-returns-value]
-    return found
+    return members
 
 
 def _finite(text: str) -> float:
@@ -190,9 +190,9 @@ def _locate(
     entries: dict[str, Any], path: Path, data_start: int, file_size: int
 ) -> tuple[dict[str, TensorSpec], dict[str, int]]:
     """Return the specs and first bytes in file order; raise InputError unless they tile the data section."""
-    found = sorted(((*_spec(name, entry, path), name) for name, entry in entries.items()), key=itemgetter(1, 2))
+    places = sorted(((*_spec(name, entry, path), name) for name, entry in entries.items()), key=itemgetter(1, 2))
     specs, begin, end = {}, {}, 0
-    for spec, start, stop, name in found:
+    for spec, start, stop, name in places:
         bits = spec.size * DTYPES[spec.dtype]
         if start != end or (stop - start) * 8 != bits:
             length = f"take {bits // 8} bytes" if bits < 1 << 66 else "take more bytes than any file has"

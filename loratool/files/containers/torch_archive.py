@@ -176,11 +176,11 @@ class TorchArchive:
         if machine.run(stream)["little_endian"] is not True:
             raise self._refuse("was saved on a big-endian machine", REMEDY)
         top, keys = machine.run(stream), machine.run(stream)
-        at, places = stream.tell(), {}
+        place, places = stream.tell(), {}
         for key in keys:
             storage = machine.storages[key]
-            if self._bytes(at, 8) != struct.pack("<q", storage.numel):
+            if self._bytes(place, 8) != struct.pack("<q", storage.numel):
                 raise ValueError(f"storage {key} has another length than its tensors say")
-            places[key] = at + 8, storage.nbytes
-            at += 8 + storage.nbytes
+            places[key] = place + 8, storage.nbytes
+            place += 8 + storage.nbytes
         return top, lambda storage: places[storage.key]

@@ -111,12 +111,12 @@ def _ordered_dict(pairs: Any = None) -> dict[Any, Any]:
 
     The list is emptied: a pickle could pass it repeatedly, and the copies would fill the memory.
     """
-    made: dict[Any, Any] = {}
+    items: dict[Any, Any] = {}
     if pairs is not None:
         for key, value in pairs:
-            _put(made, key, value)
+            _put(items, key, value)
         pairs.clear()
-    return made
+    return items
 
 
 def _rebuild(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: str = "") -> SavedTensor:
@@ -222,8 +222,8 @@ class Machine:
         self.stack = []
 
     def items(self) -> list[Any]:
-        found, self.stack = self.stack, self.below.pop()
-        return found
+        items, self.stack = self.stack, self.below.pop()
+        return items
 
     def take(self, count: int) -> tuple[Any, ...]:
         return tuple([self.stack.pop() for _ in range(count)][::-1])
@@ -277,10 +277,10 @@ class Machine:
         tag, kind, key, _, numel = identity[:5]
         if tag != "storage" or type(kind) is not _Global or kind.name not in STORAGES:
             raise ValueError("a storage of unknown type")
-        found = Storage(key, kind.name, numel)
-        if type(key) is not str or not is_whole(numel) or self.storages.setdefault(key, found) != found:
+        storage = Storage(key, kind.name, numel)
+        if type(key) is not str or not is_whole(numel) or self.storages.setdefault(key, storage) != storage:
             raise ValueError("a storage described in two ways, or not at all")
-        self.push(found)
+        self.push(storage)
 
 
 # The opcodes of protocols 1 to 5 that containers need; torch itself cannot read its files in protocol 0.

@@ -33,10 +33,10 @@ class TorchFile(WeightsFile):
         try:
             archive = TorchArchive(path, self.file, 0, self.nbytes)
             tensors, self.ignored = self._choose(archive.top)
-            found = [(archive.place(name, tensor), name) for name, tensor in tensors.items()]
-            found.sort(key=lambda item: (item[0][1], item[1]))
-            self.specs = {name: spec for (spec, _), name in found}
-            self.begin = {name: begin for (_, begin), name in found}
+            places = [(archive.place(name, tensor), name) for name, tensor in tensors.items()]
+            places.sort(key=lambda item: (item[0][1], item[1]))
+            self.specs = {name: spec for (spec, _), name in places}
+            self.begin = {name: begin for (_, begin), name in places}
         except BaseException:
             self.file.close()
             raise
@@ -53,19 +53,19 @@ class TorchFile(WeightsFile):
         if type(top) is not dict:
             raise self._refuse(f"holds a {type(top).__name__.strip('_').lower()}, not a dict of tensors", REMEDY)
         inner = next((key for key in STATE_DICT_KEYS if tensors(top.get(key))), None)
-        found = tensors(top[inner] if inner else top)
+        weights = tensors(top[inner] if inner else top)
         if inner and tensors(top):
             raise self._refuse(f"holds tensors both at its top and in {inner}: which are the weights?", REMEDY)
-        if not found:
+        if not weights:
             raise self._refuse(
                 f"holds no tensors, neither at its top nor in one of {', '.join(STATE_DICT_KEYS)}", REMEDY
             )
-        for name in found:
+        for name in weights:
             if not is_name(name):
                 raise self._refuse("has a tensor whose name is no text, or is reserved", REMEDY)
-        beside = [key for key in top if key != inner and (inner or key not in found)]
-        beside += [f"{inner}.{key}" for key in top[inner] if key not in found] if inner else []
-        return found, tuple(key if type(key) is str else "?" for key in beside)
+        beside = [key for key in top if key != inner and (inner or key not in weights)]
+        beside += [f"{inner}.{key}" for key in top[inner] if key not in weights] if inner else []
+        return weights, tuple(key if type(key) is str else "?" for key in beside)
 
 
 def is_name(name: object) -> bool:

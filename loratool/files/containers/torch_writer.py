@@ -95,10 +95,10 @@ class Archive:
         waiting = deque(sorted(parts))
         checked = list(self.small)
         for entry in self.storages.values():
-            own = []
+            checksums = []
             while waiting and waiting[0][0] < entry.end:
-                own.append(waiting.popleft()[1:])
-            checked.append((entry, joined_crc(own)))
+                checksums.append(waiting.popleft()[1:])
+            checked.append((entry, joined_crc(checksums)))
             yield entry.at, entry.local(checked[-1][1])
         lines = b"".join(entry.listed(crc) for entry, crc in checked)
         yield self._list_at, lines + _end(len(checked), len(lines), self._list_at)
@@ -119,17 +119,17 @@ def plan_archive(tensors: Mapping[str, tuple[str, TensorSpec]]) -> Archive:
         entry, crc = Entry(f"archive/{name}".encode(), len(header), len(data)), zlib.crc32(data)
         header += entry.local(crc) + data
         small.append((entry, crc))
-    at, storages = len(header), {}
+    place, storages = len(header), {}
     for owner, key in keys.items():
-        storages[owner] = Entry(f"archive/data/{key}".encode(), at, tensors[owner][1].nbytes)
-        at = storages[owner].end
+        storages[owner] = Entry(f"archive/data/{key}".encode(), place, tensors[owner][1].nbytes)
+        place = storages[owner].end
     return Archive(bytes(header), tuple(small), storages)
 
 
-def _end(count: int, length: int, at: int) -> bytes:
+def _end(count: int, length: int, begin: int) -> bytes:
     """Encode the end of the archive: the central directory's first byte and length, in zip64 fields."""
-    wide = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, _VERSION, _VERSION, 0, 0, count, count, length, at)
-    locator = struct.pack("<4sIQI", b"PK\6\7", 0, at + length, 1)
+    wide = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, _VERSION, _VERSION, 0, 0, count, count, length, begin)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, begin + length, 1)
     return wide + locator + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, _ZIP64, _ZIP64, 0)
 
 

@@ -35,11 +35,11 @@ def module_folders(folder: Path) -> list[str]:
     except (ValueError, RecursionError):
         return []
     rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
-    found = [row["path"].rstrip("/") for row in rows if isinstance(row.get("path"), str) and row["path"]]
-    for name in found:
+    folders = [row["path"].rstrip("/") for row in rows if isinstance(row.get("path"), str) and row["path"]]
+    for name in folders:
         if not all(map(is_beside, name.split("/"))):
             raise InputError(f"names {name!r}, which is no folder beside it", culprit=str(path))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(folders))
 
 
 def transformer_folder(folder: Path) -> str | None:

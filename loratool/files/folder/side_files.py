@@ -193,8 +193,8 @@ def _names_of(folder: Path, entry: Path, modules: Collection[str]) -> list[str]:
     if not os.access(entry, os.R_OK | os.X_OK):
         return [f"{entry.name}/"]
     has_modules = any(_is_in(f"{module}/", entry.name) for module in modules)
-    found = _walk(entry) if has_modules else sorted(entry.iterdir())
-    return [each.relative_to(folder).as_posix() for each in found]
+    paths = _walk(entry) if has_modules else sorted(entry.iterdir())
+    return [each.relative_to(folder).as_posix() for each in paths]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -258,10 +258,10 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     with reading(folder):
         names = [entry.name for entry in sorted(folder.iterdir()) if not entry.is_dir()]
         names += [f"{TEMPLATES}/{entry.name}" for entry in sorted(templates.iterdir())] if templates.is_dir() else []
-    found = {name: folder / name for name in names if is_of_tokenizer(name)}
-    for path in found.values():
+    files = {name: folder / name for name in names if is_of_tokenizer(name)}
+    for path in files.values():
         _require_file(path)
-    return found
+    return files
 
 
 def is_of_tokenizer(name: str) -> bool:
@@ -276,8 +276,8 @@ def is_vocabulary(name: str) -> bool:
 
 def find_tokenizer(folder: Path) -> dict[str, Path]:
     """Return a folder's tokenizer files, chat templates and generation config by name."""
-    found, generation = tokenizer_files(folder), folder / GENERATION
-    return {**found, GENERATION: generation} if found and generation.is_file() else found
+    files, generation = tokenizer_files(folder), folder / GENERATION
+    return {**files, GENERATION: generation} if files and generation.is_file() else files
 
 
 def undo_path(model: Path, is_file: bool) -> Path:
@@ -287,10 +287,10 @@ def undo_path(model: Path, is_file: bool) -> Path:
 
 def undo_files(path: Path) -> list[Path]:
     """Return an undo file and those of earlier merges, the last merge first: `x.undo`, `x.undo.1`, ..."""
-    found = [path] if is_undo_file(path) else []
-    while found and is_undo_file(following := path.with_name(f"{path.name}.{len(found)}")):
-        found.append(following)
-    return found
+    files = [path] if is_undo_file(path) else []
+    while files and is_undo_file(following := path.with_name(f"{path.name}.{len(files)}")):
+        files.append(following)
+    return files
 
 
 def has_card(folder: Path) -> bool:

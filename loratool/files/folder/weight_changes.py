@@ -63,12 +63,12 @@ def _are_pairs(file: WeightsFile) -> bool:
         if not path or role not in ROLES or len(spec.shape) != 1 or (role in POSITIONS and spec.dtype in FLOATS):
             return False
         roles.setdefault(path, {})[role] = spec
-    return all(found.keys() in PAIRS and _have_one_length(found) for found in roles.values())
+    return all(pair.keys() in PAIRS and _have_one_length(pair) for pair in roles.values())
 
 
-def _have_one_length(found: Mapping[str, TensorSpec]) -> bool:
+def _have_one_length(pair: Mapping[str, TensorSpec]) -> bool:
     """Return whether a pair has as many positions as values; positions called idx may be compressed."""
-    return "idx" in found or found["indices"].size == found["values"].size
+    return "idx" in pair or pair["indices"].size == pair["values"].size
 
 
 def _is_sparse_patch(file: WeightsFile) -> bool:

@@ -77,10 +77,10 @@ def _as_link(name: HubName | None) -> str | None:
 def _similar_names(path: Path) -> str | None:
     """Return a remedy that names a sibling file or folder with a similar name; None if there is none."""
     try:
-        there = sorted(entry.name for entry in path.parent.iterdir())
+        names = sorted(entry.name for entry in path.parent.iterdir())
     except OSError:
         return None
-    similar = get_close_matches(path.name, [name for name in there if name != path.name], 1)
+    similar = get_close_matches(path.name, [name for name in names if name != path.name], 1)
     return f"did you mean {shell_word(path.with_name(similar[0]))}?" if similar else None
 
 

@@ -122,8 +122,8 @@ def _choose(names: Collection[str]) -> Needed:
         return Needed((), tuple(filter(None, usual)))
     files = sorted(name for name in names if "/" not in name)
     for pattern in ("*.safetensors.index*.json", "*.safetensors"):
-        if found := filter_names(files, pattern):
-            return Needed((), tuple(found), False)
+        if weights := filter_names(files, pattern):
+            return Needed((), tuple(weights), False)
     if torch := [name for name in TORCH_NAMES if name in names][:1]:
         return Needed((), tuple(torch))
     pickles = [name for name in files if is_torch_weights(Path(name))]

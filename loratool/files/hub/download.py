@@ -45,8 +45,8 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     with _explained(name):
         info = _find_revision(name)
     listed = {each.rfilename: each for each in info.siblings or () if is_inside(str(each.rfilename))}
-    there = {file: entry.size for file, entry in listed.items()}
-    sizes = {file: nbytes for file, nbytes in there.items() if nbytes is not None}
+    known_sizes = {file: entry.size for file, entry in listed.items()}
+    sizes = {file: nbytes for file, nbytes in known_sizes.items() if nbytes is not None}
     if not SHORT_HASH.fullmatch(str(info.sha)):
         raise MachineError("the hub's answer names no commit", culprit=str(name))
     if COMMIT.fullmatch(name.revision or "") and info.sha != name.revision:  # pinned, so that no other will do
@@ -56,7 +56,7 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     folder = repository_folder(name) / "snapshots" / str(info.sha)
     is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
     with reading(folder):
-        while missing := missing_files(needed_files(name, there, folder, config_alone).files, folder, sizes):
+        while missing := missing_files(needed_files(name, known_sizes, folder, config_alone).files, folder, sizes):
             _require_there(missing, listed, name)
             _require_space(sum(sizes.get(file, 0) for file in missing), name)
             with _explained(name):
@@ -74,10 +74,10 @@ def _find_revision(name: HubName) -> ModelInfo:
         if not (name.revision and SHORT_HASH.fullmatch(name.revision)):
             raise
         commits = [each.commit_id for each in api.list_repo_commits(name.repo)]
-        found = [commit for commit in commits if commit.startswith(name.revision)]
-        if len(found) != 1:
+        matching = [commit for commit in commits if commit.startswith(name.revision)]
+        if len(matching) != 1:
             raise
-        return api.model_info(name.repo, revision=found[0], files_metadata=True)
+        return api.model_info(name.repo, revision=matching[0], files_metadata=True)
 
 
 def _fetch(repo: str, revision: str | None, files: list[str]) -> None:
@@ -111,10 +111,10 @@ def _require_whole(files: list[str], folder: Path, listed: Mapping[str, RepoSibl
     huggingface_hub does not compare them all, and the next run would treat such a file as complete.
     """
     with ThreadPoolExecutor(HASHED_AT_ONCE) as hashers:
-        whole = list(hashers.map(lambda file: _is_as_listed(folder / file, listed[file]), files))
-    if all(whole):
+        checks = list(hashers.map(lambda file: _is_as_listed(folder / file, listed[file]), files))
+    if all(checks):
         return
-    broken = [file for file, is_whole in zip(files, whole, strict=True) if not is_whole]
+    broken = [file for file, is_whole in zip(files, checks, strict=True) if not is_whole]
     for file in broken:
         if (folder / file).is_symlink():  # a link to anything other than a blob is the user's
             disk.unlink(folder.parent.parent / "blobs" / Path(os.readlink(folder / file)).name)
@@ -131,8 +131,8 @@ def _is_as_listed(path: Path, listed: RepoSibling) -> bool:
 def _require_space(nbytes: int, name: HubName) -> None:
     """Raise MachineError unless the cache's disk has `nbytes` free."""
     folder = cache_folder()
-    there = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
-    if (free := shutil.disk_usage(there).free) < nbytes:
+    existing = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
+    if (free := shutil.disk_usage(existing).free) < nbytes:
         raise MachineError(
             f"has {size(nbytes)} to download, and {size(free)} are free in {folder}",
             culprit=str(name),

@@ -67,9 +67,9 @@ def parse_hub_name(text: str) -> HubName | None:
     Raises:
         InputError: it is a link, but not to a model on the hub.
     """
-    if found := SCHEME.match(text):
-        location = text[found.end() :]
-        if found[1] != "hf":
+    if scheme := SCHEME.match(text):
+        location = text[scheme.end() :]
+        if scheme[1] != "hf":
             location = _of_page(location, text)
         name = _parse(location.strip("/"), True)
         if name is None:
@@ -82,16 +82,16 @@ def parse_hub_name(text: str) -> HubName | None:
 def cached_name(path: Path) -> HubName | None:
     """Return the hub name of a path in the hub's cache, without its revision; None for any other path."""
     parts = path.absolute().parts
-    for at, part in enumerate(parts[:-2]):
-        if (found := _CACHED.fullmatch(part)) and parts[at + 1] == "snapshots":
-            return HubName(found[1].replace("--", "/", 1), None, "/".join(parts[at + 3 :]), False)
+    for number, part in enumerate(parts[:-2]):
+        if (match := _CACHED.fullmatch(part)) and parts[number + 1] == "snapshots":
+            return HubName(match[1].replace("--", "/", 1), None, "/".join(parts[number + 3 :]), False)
     return None
 
 
 def named_repo(text: object) -> str:
     """Return the repo id `org/name` that a file gives for a model; empty if its text is not one."""
-    found = parse_hub_name(text) if isinstance(text, str) and ":" not in text else None  # a link could be refused
-    return found.repo if found and "/" in found.repo and not (found.revision or found.path) else ""
+    name = parse_hub_name(text) if isinstance(text, str) and ":" not in text else None  # a link could be refused
+    return name.repo if name and "/" in name.repo and not (name.revision or name.path) else ""
 
 
 def shareable(given: str) -> str:
@@ -119,12 +119,12 @@ def _of_page(location: str, link: str) -> str:
     Raises:
         InputError: the link is to another host, or not to a page of a model, a folder or a file.
     """
-    parsed, own = _split_link(f"//{location}"), _split_link(os.environ.get("HF_ENDPOINT", ""))
-    if parsed.netloc not in (*HOSTS, own.netloc):
+    parsed, endpoint = _split_link(f"//{location}"), _split_link(os.environ.get("HF_ENDPOINT", ""))
+    if parsed.netloc not in (*HOSTS, endpoint.netloc):
         raise InputError(
             "is a link, and only those of the hub's pages are followed", culprit=link, remedy="download it first"
         )
-    path = parsed.path.removeprefix(own.path.rstrip("/")) if parsed.netloc == own.netloc else parsed.path
+    path = parsed.path.removeprefix(endpoint.path.rstrip("/")) if parsed.netloc == endpoint.netloc else parsed.path
     parts = [_decoded(part) for part in path.split("/") if part]
     if len(parts) < 3 or parts[0] in OTHER_KINDS:
         return "/".join(parts)
@@ -153,9 +153,9 @@ def _parse(location: str, is_link: bool) -> HubName | None:
         InputError: it is a link to a dataset or the like.
     """
     repo, revision, path = location, None, ""
-    at = location.find("@")
-    if at >= 0 and location[:at].count("/") < 2:
-        repo, rest = location[:at], location[at + 1 :]
+    position = location.find("@")
+    if position >= 0 and location[:position].count("/") < 2:
+        repo, rest = location[:position], location[position + 1 :]
         special = SPECIAL_REVISION.match(rest)
         end = special.end() if special else (rest + "/").index("/")
         revision, path = unquote(rest[:end]), rest[end + 1 :]

@@ -67,9 +67,9 @@ def look_up(name: HubName, config_alone: bool = False) -> Cached:
         if snapshot is None:
             return Cached(None)
         sizes = _listed_files(snapshot)
-        there: Mapping[str, int | None] = dict.fromkeys(_files_in(snapshot)) if sizes is None else sizes
+        listed: Mapping[str, int | None] = dict.fromkeys(_files_in(snapshot)) if sizes is None else sizes
         try:
-            needed = needed_files(name, there, snapshot, config_alone)
+            needed = needed_files(name, listed, snapshot, config_alone)
         except InputError as error:
             if sizes is not None:
                 raise
@@ -87,16 +87,16 @@ def find_snapshot(name: HubName) -> Path | None:
     ref = folder / "refs" / revision
     if ref.is_file():
         commit = ref.read_text(errors="replace").strip()
-        found = [commit] if is_beside(commit) else []
+        commits = [commit] if is_beside(commit) else []
     elif SHORT_HASH.fullmatch(revision) and (folder / "snapshots").is_dir():
-        found = sorted(each.name for each in (folder / "snapshots").iterdir() if each.name.startswith(revision))
+        commits = sorted(each.name for each in (folder / "snapshots").iterdir() if each.name.startswith(revision))
     else:
-        found = []
-    if len(found) > 1:
+        commits = []
+    if len(commits) > 1:
         raise InputError(
-            f"{len(found)} commits begin with {revision}", culprit=str(name), remedy="give more of the hash"
+            f"{len(commits)} commits begin with {revision}", culprit=str(name), remedy="give more of the hash"
         )
-    snapshots = [folder / "snapshots" / commit for commit in found]
+    snapshots = [folder / "snapshots" / commit for commit in commits]
     return next((each for each in snapshots if each.is_dir()), None)
 
 
@@ -124,8 +124,8 @@ def _listed_size(entry: Any) -> int | None:
 
 def _files_in(snapshot: Path) -> list[str]:
     """Return the files in a snapshot, including broken links."""
-    found = [Path(folder, file) for folder, _, files in os.walk(snapshot) for file in files]
-    return sorted(each.relative_to(snapshot).as_posix() for each in found)
+    paths = [Path(folder, file) for folder, _, files in os.walk(snapshot) for file in files]
+    return sorted(each.relative_to(snapshot).as_posix() for each in paths)
 
 
 def missing_files(names: Iterable[str], snapshot: Path, sizes: Mapping[str, int]) -> list[str]:

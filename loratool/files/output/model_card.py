@@ -61,8 +61,8 @@ def _mark(data: bytes) -> bytes:
 
 def is_unedited(data: bytes) -> bool:
     """Return whether a card is unchanged since a command wrote it, so that it can be replaced."""
-    at = data.rfind(b"<!-- ")
-    return at > 0 and data[at:] == _mark(data[:at])
+    position = data.rfind(b"<!-- ")
+    return position > 0 and data[position:] == _mark(data[:position])
 
 
 def _scalar(text: str) -> str:
@@ -89,8 +89,8 @@ def name_on_hub(given: str | os.PathLike[str]) -> str:
 def shown_name(given: str | os.PathLike[str]) -> str:
     """Return an input's name for a card: its repo id, else the last part of its path, as text."""
     name, rest = _split(given)
-    own = name + rest if name else (Path(given).name or Path(given).resolve().name)
-    return os.fsencode(own).decode(errors="backslashreplace")  # a file's name may be any bytes
+    shown = name + rest if name else (Path(given).name or Path(given).resolve().name)
+    return os.fsencode(shown).decode(errors="backslashreplace")  # a file's name may be any bytes
 
 
 def _split(given: str | os.PathLike[str]) -> tuple[str, str]:
@@ -117,5 +117,5 @@ def read_licence(folder: Path | None) -> dict[str, str]:
     if lines[:1] != ["---"] or "---" not in lines[1:]:
         return {}
     matches = (_FIELD.fullmatch(line) for line in lines[1 : lines.index("---", 1)])
-    found = {match[1]: match[3] for match in matches if match and LICENCE[match[1]].fullmatch(match[3])}
-    return found if "license" in found else {}
+    fields = {match[1]: match[3] for match in matches if match and LICENCE[match[1]].fullmatch(match[3])}
+    return fields if "license" in fields else {}

@@ -197,8 +197,8 @@ def open_output(
             for file in output.files:
                 place = folder / file.name
                 disk.make_folder(place.parent)
-                made = stack.enter_context(open_new(place, "r+b" if place.exists() else "w+b"))
-                targets[file.name] = stack.enter_context(kept_open(made, partial(disk.open_file, place, "r+b")))
+                opened = stack.enter_context(open_new(place, "r+b" if place.exists() else "w+b"))
+                targets[file.name] = stack.enter_context(kept_open(opened, partial(disk.open_file, place, "r+b")))
             if output.undo:
                 place = folder / output.undo.relative_to(output.path)
                 targets[output.undo.name] = stack.enter_context(open_new(place))

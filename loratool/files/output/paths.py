@@ -49,11 +49,11 @@ def find_foreign_file(folder: Path, origins: Collection[Path], contents: Mapping
     prefixes = tuple(f"{name}/" for name in inner if name)
     names, weights = [], False
     for name in _names_in(folder):
-        own = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
-        if not _is_by_name(own) and not _is_kept(folder, name, origins, contents):
+        inner_name = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
+        if not _is_by_name(inner_name) and not _is_kept(folder, name, origins, contents):
             return name
         names.append(name)
-        weights = weights or matches(own, FOREIGN_WEIGHTS)
+        weights = weights or matches(inner_name, FOREIGN_WEIGHTS)
     return names[0] if names and not weights else None  # configs or scripts without weights are no output of ours
 
 
@@ -85,8 +85,8 @@ def _names_in(folder: Path) -> Iterator[str]:
         elif not any(entry.iterdir()):
             yield f"{entry.name}/"
         else:
-            found = (inner for inner in entry.rglob("*") if inner.is_symlink() or not inner.is_dir())
-            yield from (inner.relative_to(folder).as_posix() for inner in found)
+            entries = (inner for inner in entry.rglob("*") if inner.is_symlink() or not inner.is_dir())
+            yield from (inner.relative_to(folder).as_posix() for inner in entries)
 
 
 # Suffixes of files that no container writes, and that are unlikely for a folder
@@ -251,19 +251,19 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
     if not output.has_undo_beside:
         return
     mine, first = output.undo_places, undo_path(output.path, True)
-    found = dict.fromkeys((*numbered_undo_files(first), *formers_of(first).values()))
+    existing = dict.fromkeys((*numbered_undo_files(first), *formers_of(first).values()))
     read = (*inputs, *output.carried.values())
     for place in mine:
         _require_short(place, OTHER)
         if _kind(place) and not is_undo_file(place):
             raise UsageError("is no undo file and in the way of one", culprit=str(place), remedy="move it away")
-    for place in dict.fromkeys((*mine, *found)):
+    for place in dict.fromkeys((*mine, *existing)):
         if reached := _find_reached((place, partial_path(place), former_path(place)), read):
             raise UsageError("the output would replace this input", culprit=str(reached), remedy=OTHER)
         _require_free(partial_path(place), FILE)
         _require_free(former_path(place), FILE)
     goes_on = output.resume and journal_head(output.path).exists() and not os.path.lexists(output.path)
-    for place in (*mine, *found):
+    for place in (*mine, *existing):
         if not (force or goes_on) and os.path.lexists(place):
             raise NeedsFlag("exists already", culprit=str(place), flags="--force", why="to replace it")
 
@@ -329,10 +329,10 @@ def _find_reached(places: Iterable[Path], sources: Iterable[Path]) -> Path | Non
 
 def _steps_to(path: Path) -> Iterable[Path]:
     """Yield a file and the folders and links above it, both as named and as resolved."""
-    for whole in (path.absolute(), Path(os.path.realpath(path))):
-        yield whole
+    for start in (path.absolute(), Path(os.path.realpath(path))):
+        yield start
         yield from (
-            step for step, below in zip(whole.parents, (whole, *whole.parents), strict=False) if below.name != ".."
+            step for step, below in zip(start.parents, (start, *start.parents), strict=False) if below.name != ".."
         )
 
 

@@ -52,7 +52,7 @@ class _ShardPlan:
 
     name: str  # without the component's folder
     members: list[str]  # names of its tensors
-    kept: WeightsFile | None  # the base's shard with the same layout; None for a new shard
+    base_shard: WeightsFile | None  # the base's shard with the same layout; None for a new shard
 
 
 def plan_output(
@@ -98,8 +98,8 @@ def plan_output(
     extras: dict[str, bytes] = {}
     travels, left = _side_files(base, is_file, edits)
     for part in base.models:
-        own = {name: spec for name, spec in specs.items() if name.startswith(part.prefix)}
-        planned, index = _plan_files(part, request, own)
+        component_specs = {name: spec for name, spec in specs.items() if name.startswith(part.prefix)}
+        planned, index = _plan_files(part, request, component_specs)
         files, extras = (*files, *planned), {**extras, **index}
         config = edits.configs.get(part.prefix, part.config)
         config = edited_config({**config, **edits.top}, edits.config, TORCH_FLOATS[dtype] if dtype else None)
@@ -112,9 +112,9 @@ def plan_output(
     for name in sorted(travels.keys() & edits.dropped.keys()):
         left.append(LeftBehind(name, travels.pop(name).stat().st_size, edits.dropped[name]))
     written = {name: spec for name, spec in specs.items() if name not in absent}
-    lost = written.keys() - {name for file in files for name in file.begin}
-    if lost:
-        raise InputError("is in no component of the pipeline, so there is no file for it", culprit=min(lost))
+    unplaced = written.keys() - {name for file in files for name in file.begin}
+    if unplaced:
+        raise InputError("is in no component of the pipeline, so there is no file for it", culprit=min(unplaced))
     place = undo_path(path, is_file) if undo else None
     model, carried = base.path if base.given_as_file else base.folder, list[Path]()
     if undo and (not base.given_as_file or base.path.suffix in UNDONE):  # a torch file has none
@@ -174,32 +174,37 @@ def _plan_files(
     if base.prefix and not base.shards:
         return (), {}
     is_resharded = request.max_shard_bytes is not None or (request.is_file and len(base.shards) > 1)
-    own = {name: spec for name, spec in specs.items() if name not in request.absent}
-    shards = _make_shards(base, own, request) if is_resharded else _keep_base_shards(base, own, request)
+    stored = {name: spec for name, spec in specs.items() if name not in request.absent}
+    shards = _make_shards(base, stored, request) if is_resharded else _keep_base_shards(base, stored, request)
     if not is_resharded:
         placed = {name for shard in shards for name in shard.members}
-        shards[-1].members.extend(name for name in own if name not in placed)
+        shards[-1].members.extend(name for name in stored if name not in placed)
         # a shard that had only companions of weights that are dequantized now would be in no index
-        shards = [shard for shard in shards if shard.members or not shard.kept or not shard.kept.specs] or shards
+        shards = [
+            shard for shard in shards if shard.members or not shard.base_shard or not shard.base_shard.specs
+        ] or shards
     indexed = not request.is_file and (len(shards) > 1 or (base.index is not None and not is_resharded))
     is_kept = (
-        base.prefix and not is_resharded and own == base.stored and not any(name in request.changed for name in own)
+        base.prefix
+        and not is_resharded
+        and stored == base.stored
+        and not any(name in request.changed for name in stored)
     )
     is_kept = is_kept and request.container == "safetensors" and all(isinstance(s, TensorFile) for s in base.shards)
     provenance = {} if indexed or is_kept else {"loratool": request.provenance}
     if request.container == GGUF:
-        return _gguf_files(base, shards, own, request), {}
+        return _gguf_files(base, shards, stored, request), {}
     if request.is_torch:
         files = tuple(_torch_file(base, shard, specs, request.edits.shared) for shard in shards)
     else:
         modules = {path.removeprefix(base.prefix) for path in request.edits.decoded_modules}
-        files = tuple(_tensor_file(base, shard, own, request, provenance, modules) for shard in shards)
+        files = tuple(_tensor_file(base, shard, stored, request, provenance, modules) for shard in shards)
     if not indexed:
         return files, {}
     name, old_index = base.index or ("", {})
     if not (name.endswith(".json") and f"{request.ending}." in name):
         name = f"{_file_stem(base, request)}{request.ending}.index.json"
-    content = (base.folder / name).read_bytes() if is_kept else _index(base, old_index, request, shards, own)
+    content = (base.folder / name).read_bytes() if is_kept else _index(base, old_index, request, shards, stored)
     return files, {base.prefix + name: content}
 
 
@@ -220,13 +225,13 @@ def _file_stem(base: Checkpoint, request: _OutputRequest) -> str:
 
 
 def _numbered(
-    base: Checkpoint, groups: list[list[str]], kept: Collection[WeightsFile | None], request: _OutputRequest
+    base: Checkpoint, groups: list[list[str]], shards: Collection[WeightsFile | None], request: _OutputRequest
 ) -> list[_ShardPlan]:
     """Plan shards with the file names of transformers, one for each group."""
     stem, count = _file_stem(base, request), len(groups)
     names = [f"{stem}-{i:05d}-of-{count:05d}{request.ending}" for i in range(1, count + 1)]
     names = names if count > 1 else [f"{stem}{request.ending}"]
-    return [_ShardPlan(*each) for each in zip(names, groups, kept, strict=True)]
+    return [_ShardPlan(*each) for each in zip(names, groups, shards, strict=True)]
 
 
 def _keep_base_shards(base: Checkpoint, specs: Mapping[str, TensorSpec], request: _OutputRequest) -> list[_ShardPlan]:
@@ -266,29 +271,29 @@ def _tensor_file(
         modules: the component's `decoded_modules`, without its prefix.
     """
     members = {name: specs[name] for name in shard.members}
-    same = isinstance(shard.kept, TensorFile) and shard.kept.specs == members
+    same = isinstance(shard.base_shard, TensorFile) and shard.base_shard.specs == members
     changed = not same or any(name in request.changed for name in members)
     stale = {"loratool", *filter(is_hash, _metadata(base, shard))} if changed else set()
-    if same and isinstance(shard.kept, TensorFile):
-        former = shard.kept.metadata or {}
-        told = plain_metadata(former, modules) if modules else former
-        gone = [key for key in former if key not in told]
+    if same and isinstance(shard.base_shard, TensorFile):
+        former = shard.base_shard.metadata or {}
+        described = plain_metadata(former, modules) if modules else former
+        gone = [key for key in former if key not in described]
         header = edited_header(
-            shard.kept.header, (*stale, *gone), {**told, **provenance} if told != former else provenance
+            shard.base_shard.header, (*stale, *gone), {**described, **provenance} if described != former else provenance
         )
-        shift = len(header) - shard.kept.data_start
-        begin = {name: shard.kept.begin[name] + shift for name in members}
+        shift = len(header) - shard.base_shard.data_start
+        begin = {name: shard.base_shard.begin[name] + shift for name in members}
     else:
-        kept = {key: value for key, value in _metadata(base, shard).items() if key not in stale}
-        metadata = {**kept, **request.edits.metadata}
+        remaining = {key: value for key, value in _metadata(base, shard).items() if key not in stale}
+        metadata = {**remaining, **request.edits.metadata}
         metadata = plain_metadata(metadata, modules) if modules else metadata
         shared = {
             _component_name(base, name): _component_name(base, to)
             for name, to in request.edits.shared.items()
             if to in members
         }
-        own = {_component_name(base, name): spec for name, spec in members.items()}
-        header, placed = build_header(own, data_order(own), {**metadata, **shared, **provenance})
+        stored = {_component_name(base, name): spec for name, spec in members.items()}
+        header, placed = build_header(stored, data_order(stored), {**metadata, **shared, **provenance})
         begin = {base.prefix + name: start for name, start in placed.items()}
     return OutputFile(
         base.prefix + shard.name, header, begin, len(header) + sum(spec.nbytes for spec in members.values())
@@ -305,12 +310,12 @@ def _metadata(base: Checkpoint, shard: _ShardPlan) -> dict[str, str]:
 
     safetensors.torch stores a shared tensor as a metadata key, with the name of the stored tensor as the value.
     """
-    sources = (shard.kept,) if shard.kept else base.shards
-    found = {key: value for source in sources for key, value in (source.metadata or {"format": "pt"}).items()}
+    sources = (shard.base_shard,) if shard.base_shard else base.shards
+    metadata = {key: value for source in sources for key, value in (source.metadata or {"format": "pt"}).items()}
     members = set(shard.members)
     return {
         key: value
-        for key, value in found.items()
+        for key, value in metadata.items()
         if (name := base.prefix + value) not in base.stored or name in members
     }
 
@@ -321,7 +326,7 @@ def _gguf_files(
     """Plan GGUF files. The first has the fields of the base's first file, the others those of their shard."""
     first, files = base.shards[0], []
     for number, shard in enumerate(shards):
-        source = shard.kept or first
+        source = shard.base_shard or first
         assert isinstance(source, GgufFile)
         changed = split_fields(number, len(shards), len(specs))
         gone = [key for key in SPLIT if key not in changed]
@@ -329,7 +334,7 @@ def _gguf_files(
             changed |= type_fields(source, base.stored, specs) | {
                 PROVENANCE: text_field(PROVENANCE, request.provenance)
             }
-        elif not shard.kept:
+        elif not shard.base_shard:
             gone += [key for key in source.places if key != ALIGNMENT]
         members = {name: specs[name] for name in shard.members}
         fields = kept_fields(source, changed, gone)

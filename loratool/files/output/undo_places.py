@@ -137,6 +137,6 @@ def _copy(source: Path, target: Path) -> None:
 def identity(path: Path) -> tuple[int, int] | None:
     """Return the device and inode of a file, or of a link itself; None if nothing is there."""
     with suppress(OSError):
-        found = path.lstat()
-        return found.st_dev, found.st_ino
+        status = path.lstat()
+        return status.st_dev, status.st_ino
     return None

@@ -77,25 +77,25 @@ class DcpFile(ShardedFile):
             raise self._refuse(f"has {file.nbytes} bytes, and at most {MAX_METADATA} are read")
         data = memoryview(bytearray(file.nbytes))
         read_into(file.file, data, 0)
-        found = Machine(self.path, _RECORDS, MAX_METADATA, MAX_METADATA // 4).run(io.BytesIO(data))
-        if type(found) is not SavedObject or found.name != f"{_IN_METADATA}Metadata":
+        metadata = Machine(self.path, _RECORDS, MAX_METADATA, MAX_METADATA // 4).run(io.BytesIO(data))
+        if type(metadata) is not SavedObject or metadata.name != f"{_IN_METADATA}Metadata":
             raise ValueError("no metadata of torch.distributed.checkpoint")
-        return found
+        return metadata
 
     def _places(self, stored: Any) -> dict[tuple[str, tuple[int, ...]], SavedObject]:
         """Return the place of each chunk by the tensor's key and the chunk's offsets."""
-        found: dict[tuple[str, tuple[int, ...]], SavedObject] = {}
+        places: dict[tuple[str, tuple[int, ...]], SavedObject] = {}
         for index, place in stored.items():
             offsets = index.field("offset")
             if offsets is None:  # of an object that is not a tensor
                 continue
             key = _text(index.field("fqn")), _sizes(offsets)
-            if key in found:
+            if key in places:
                 raise ValueError(f"{key[0]} has two chunks at {key[1]}")
             if place.name != _PLACE:
                 raise self._refuse(f"was written by another storage than files ({place.name})")
-            found[key] = place
-        return found
+            places[key] = place
+        return places
 
     def _choose(self, entries: Any, paths: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
         """Return the keys of the weights -> their names in their dict, and the names of everything else."""
@@ -134,12 +134,12 @@ class DcpFile(ShardedFile):
         if any(not len(offsets) == len(sizes) == len(shape) for offsets, sizes in boxes):
             raise ValueError(f"a chunk of {key} has other dimensions than it")
         require_tiling(key, shape, boxes)
-        found = []
+        opened = []
         for offsets, sizes in boxes:
             if math.prod(sizes):
                 file, begin = self._open_chunk(key, TensorSpec(dtype, sizes), places.get((key, offsets)))
-                found.append(Chunk(file, begin, offsets, sizes))
-        return TensorSpec(dtype, shape), Boxes(shape, DTYPES[dtype] // 8, found)
+                opened.append(Chunk(file, begin, offsets, sizes))
+        return TensorSpec(dtype, shape), Boxes(shape, DTYPES[dtype] // 8, opened)
 
     def _open_chunk(self, key: str, spec: TensorSpec, place: SavedObject | None) -> tuple[WeightsFile, int]:
         """Return a chunk's file and first byte, read from the torch archive at its place."""
@@ -156,9 +156,9 @@ class DcpFile(ShardedFile):
         archive = TorchArchive(file.path, file.file, offset, length)
         if type(archive.top) is not SavedTensor:
             raise InputError(f"has no tensor where {key} should be", culprit=str(file.path))
-        found, begin = archive.place(key, archive.top)
-        if found != spec:
-            raise InputError(f"its chunk in {name} is {found}, and {METADATA} says {spec}", culprit=key)
+        stored, begin = archive.place(key, archive.top)
+        if stored != spec:
+            raise InputError(f"its chunk in {name} is {stored}, and {METADATA} says {spec}", culprit=key)
         return file, begin
 
 

@@ -56,7 +56,7 @@ class _Share:
     file: WeightsFile
     spec: TensorSpec
     begin: int
-    whole: tuple[int, ...]  # the tensor's shape
+    tensor_shape: tuple[int, ...]
     placements: tuple[tuple[str, int], ...] = ()  # of each dimension of the mesh: Shard or Replicate, and Shard's dim
     coordinate: tuple[int, ...] = ()  # of the rank in the mesh
 
@@ -67,15 +67,15 @@ class _Copies(Boxes):
     A comparison on opening would read the complete state.
     """
 
-    def __init__(self, name: str, one: Boxes, others: Sequence[Boxes]) -> None:
-        self._name, self._one, self._others = name, one, others
+    def __init__(self, name: str, first: Boxes, others: Sequence[Boxes]) -> None:
+        self._name, self._first, self._others = name, first, others
 
     @property
     def first(self) -> tuple[int, int] | None:
-        return self._one.first
+        return self._first.first
 
     def read(self, first: int, out: memoryview) -> None:
-        self._one.read(first, out)
+        self._first.read(first, out)
         copy = memoryview(bytearray(min(BLOCK, len(out))))
         for other in self._others:
             for done in range(0, len(out), BLOCK):
@@ -105,9 +105,9 @@ class DTensorFile(ShardedFile):
         assert match, "the finder takes no other name"
         world = int(match[1])
         held = {
-            found[2]
+            rank_file[2]
             for path in self.path.parent.iterdir()
-            if (found := RANK_FILE.fullmatch(path.name)) and int(found[1]) == world
+            if (rank_file := RANK_FILE.fullmatch(path.name)) and int(rank_file[1]) == world
         }
         if len(held) != world:
             why = f"has the files of {len(held)} ranks of a run of {world}"
@@ -145,15 +145,15 @@ def _share(name: str, archive: TorchArchive, file: WeightsFile) -> _Share:
     attributes, slots = value.args[3] if type(value.args[3]) is tuple else (value.args[3], None)
     attributes = {**(attributes or {}), **(slots or {})}
     local, meta = attributes["_local_tensor"], attributes["_spec"]
-    whole = meta.field("tensor_meta").args[0]
-    if type(local) is not SavedTensor or type(whole) is not tuple or len(whole) > MAX_RANK or not is_whole(*whole):
+    shape = meta.field("tensor_meta").args[0]
+    if type(local) is not SavedTensor or type(shape) is not tuple or len(shape) > MAX_RANK or not is_whole(*shape):
         raise ValueError(f"{name} has no shape or no part")
     coordinate = meta.field("mesh").field("_coordinate_on_dim")
     placements = tuple(_placement(name, each) for each in meta.field("placements"))
     if type(coordinate) not in (list, tuple) or len(coordinate) != len(placements) or not is_whole(*coordinate):
         raise ValueError(f"{name} has no place in a mesh")
     spec, begin = archive.place(name, local)
-    return _Share(file, spec, begin, whole, placements, tuple(coordinate))
+    return _Share(file, spec, begin, shape, placements, tuple(coordinate))
 
 
 def _kind(value: SavedObject) -> str:
@@ -178,7 +178,8 @@ def _join(name: str, shares: Sequence[_Share]) -> tuple[TensorSpec, Boxes]:
     """
     first = shares[0]
     if any(
-        (each.spec.dtype, each.whole, each.placements) != (first.spec.dtype, first.whole, first.placements)
+        (each.spec.dtype, each.tensor_shape, each.placements)
+        != (first.spec.dtype, first.tensor_shape, first.placements)
         for each in shares
     ):
         raise InputError("has another type, shape or placement on one rank than on another", culprit=name)
@@ -187,24 +188,25 @@ def _join(name: str, shares: Sequence[_Share]) -> tuple[TensorSpec, Boxes]:
     for each in shares:
         offsets, sizes = _box(each, mesh)
         if sizes != each.spec.shape:
-            why = f"{each.file.path.name} has {each.spec.shape} of it, which should be {sizes} of {each.whole}"
+            why = f"{each.file.path.name} has {each.spec.shape} of it, which should be {sizes} of {each.tensor_shape}"
             raise InputError(why, culprit=name)
         if each.spec.size:
             copies.setdefault(offsets, []).append(Chunk(each.file, each.begin, offsets, sizes))
     if not first.placements:
         _require_equal(name, shares)
-    require_tiling(name, first.whole, [(chunk.offsets, chunk.sizes) for chunk, *_ in copies.values()])
+    require_tiling(name, first.tensor_shape, [(chunk.offsets, chunk.sizes) for chunk, *_ in copies.values()])
     if len({len(chunks) for chunks in copies.values()}) > 1:
         raise InputError("is on more ranks with one part than with another", culprit=name)
     dtype = first.spec.dtype
-    wholes = [Boxes(first.whole, DTYPES[dtype] // 8, chunks) for chunks in zip(*copies.values(), strict=True)]
-    one, *others = wholes or [Boxes(first.whole, DTYPES[dtype] // 8, ())]
-    return TensorSpec(dtype, first.whole), _Copies(name, one, others) if others and first.placements else one
+    tilings = [Boxes(first.tensor_shape, DTYPES[dtype] // 8, chunks) for chunks in zip(*copies.values(), strict=True)]
+    first_copy, *others = tilings or [Boxes(first.tensor_shape, DTYPES[dtype] // 8, ())]
+    boxes = _Copies(name, first_copy, others) if others and first.placements else first_copy
+    return TensorSpec(dtype, first.tensor_shape), boxes
 
 
 def _box(share: _Share, mesh: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the offsets and sizes of a rank's box: each dimension of the mesh cuts what the ones before left."""
-    offsets, sizes = [0] * len(share.whole), list(share.whole)
+    offsets, sizes = [0] * len(share.tensor_shape), list(share.tensor_shape)
     for (kind, dim), count, index in zip(share.placements, mesh, share.coordinate, strict=True):
         if kind == "Shard":
             step = -(-sizes[dim] // count)

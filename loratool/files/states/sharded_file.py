@@ -88,11 +88,11 @@ class _Runs:
 
     def _place(self, run: int) -> int:
         """Return a run's first byte in the tensor."""
-        at = self.start
+        place = self.start
         for size, stride in zip(reversed(self._sizes), reversed(self._strides), strict=True):
             run, index = divmod(run, size)
-            at += index * stride
-        return at
+            place += index * stride
+        return place
 
     def read(self, first: int, stop: int, out: memoryview) -> None:
         """Write the chunk's part of the tensor's bytes first:stop into `out`, reading the file once."""
@@ -102,13 +102,13 @@ class _Runs:
             return
         skipped = max(0, first - self._place(low))
         end = min(self.length, stop - self._place(high - 1))
-        at, count = self._chunk.begin + low * self.length + skipped, (high - 1 - low) * self.length + end - skipped
+        place, count = self._chunk.begin + low * self.length + skipped, (high - 1 - low) * self.length + end - skipped
         if low == high - 1:
             done = self._place(low) + skipped - first
-            read_into(self._chunk.file.file, out[done : done + count], at)
+            read_into(self._chunk.file.file, out[done : done + count], place)
             return
         data = memoryview(bytearray(count))
-        read_into(self._chunk.file.file, data, at)
+        read_into(self._chunk.file.file, data, place)
         taken = -skipped
         for run in range(low, high):
             begin, done = max(taken, 0), max(self._place(run) - first, 0)
@@ -128,8 +128,8 @@ def require_tiling(name: str, shape: tuple[int, ...], boxes: Iterable[Box]) -> N
     if len(cut) > MAX_CUT:
         raise InputError(f"is cut along {len(cut)} dimensions, and at most {MAX_CUT} are read", culprit=name)
     corners: Counter[tuple[int, ...]] = Counter()
-    whole = [((0,) * len(shape), shape, -1)] if math.prod(shape) else []
-    for offsets, sizes, sign in (*((*box, 1) for box in boxes), *whole):
+    full = [((0,) * len(shape), shape, -1)] if math.prod(shape) else []
+    for offsets, sizes, sign in (*((*box, 1) for box in boxes), *full):
         for ends in product((0, 1), repeat=len(cut)):
             corner = tuple(offsets[d] + end * sizes[d] for d, end in zip(cut, ends, strict=True))
             corners[corner] += sign * (-1) ** sum(ends)
@@ -176,12 +176,12 @@ class ShardedFile(WeightsFile, ABC):
         Raises:
             InputError: two names become equal.
         """
-        found = {name: plain_name(name) for name in tensors}
-        if twice := [name for name, count in Counter(found.values()).items() if count > 1]:
+        names = {name: plain_name(name) for name in tensors}
+        if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
             raise InputError("is the name of two tensors, but for the wrappers in it", culprit=twice[0])
-        self.frozen = frozenset(found.get(name, name) for name in self.frozen)
-        self.specs = {found[name]: spec for name, (spec, _) in tensors.items()}
-        self._boxes = {found[name]: boxes for name, (_, boxes) in tensors.items()}
+        self.frozen = frozenset(names.get(name, name) for name in self.frozen)
+        self.specs = {names[name]: spec for name, (spec, _) in tensors.items()}
+        self._boxes = {names[name]: boxes for name, (_, boxes) in tensors.items()}
         first = next(iter(self._parts.values()))
         self.file, self.stamp = first.file, first.stamp
         self.nbytes = sum(part.nbytes for part in self._parts.values())

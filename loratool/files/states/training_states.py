@@ -37,7 +37,7 @@ def refuse_rank_file(path: Path) -> None:
 
 def opener(path: Path) -> type[ShardedFile] | None:
     """Return the class that opens a file of a sharded state, by its name; None for any other file."""
-    return next((each for pattern, each in STATES.items() if pattern.fullmatch(path.name)), None)
+    return next((state for pattern, state in STATES.items() if pattern.fullmatch(path.name)), None)
 
 
 def find_state(folder: Path) -> Path | None:
@@ -52,10 +52,10 @@ def find_state(folder: Path) -> Path | None:
 def _find_dcp(folder: Path) -> Path | None:
     if (folder / METADATA).is_file():
         return folder / METADATA
-    found = sorted(folder.glob(f"*/{METADATA}"))
+    states = sorted(folder.glob(f"*/{METADATA}"))
     # accelerate saves the optimizer beside the model, in `optimizer_0`
-    weights = [path for path in found if not path.parent.name.startswith("optimizer")]
-    if found and not weights:
+    weights = [path for path in states if not path.parent.name.startswith("optimizer")]
+    if states and not weights:
         raise InputError("holds an optimizer's state alone, and no weights", culprit=str(folder))
     return _only(folder, weights)
 
@@ -96,13 +96,13 @@ def _find_ranks(folder: Path) -> Path | None:
     return _only(folder, sorted(path for path in here or files if RANK_FILE.fullmatch(path.name)))
 
 
-def _only(folder: Path, found: list[Path]) -> Path | None:
+def _only(folder: Path, states: list[Path]) -> Path | None:
     """Return the only state found; None if there is none."""
-    if len(found) > 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found[:4])
+    if len(states) > 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in states[:4])
         raise InputError(
-            f"holds {len(found)} states of training runs ({names})",
+            f"holds {len(states)} states of training runs ({names})",
             culprit=str(folder),
-            remedy=f"name one of them, like {shell_word(found[0])}",
+            remedy=f"name one of them, like {shell_word(states[0])}",
         )
-    return found[0] if found else None
+    return states[0] if states else None

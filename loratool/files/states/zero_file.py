@@ -77,8 +77,8 @@ class _Row:
             begin, end = max(first, start), min(first + count, self._stops[index])
             if begin >= end:
                 break
-            at = vector.begin + TensorSpec(vector.dtype, (begin - start,)).nbytes
-            chunks.append(Chunk(vector.file, at, (offset + begin - first,), (end - begin,)))
+            begin_byte = vector.begin + TensorSpec(vector.dtype, (begin - start,)).nbytes
+            chunks.append(Chunk(vector.file, begin_byte, (offset + begin - first,), (end - begin,)))
         return chunks
 
 
@@ -106,8 +106,8 @@ class ZeroFile(ShardedFile):
         stage, world = _stage(states[0]), len(states)
         if stage not in (1, 2, 3):
             raise self._refuse(f"is of stage {stage}, and 1, 2 and 3 are read")
-        said = states[0]["partition_count"]  # of each group in stages 1 and 2
-        counts = said if type(said) is list and said else [said]
+        stated = states[0]["partition_count"]  # of each group in stages 1 and 2
+        counts = stated if type(stated) is list and stated else [stated]
         if not is_whole(*counts):
             raise ValueError("a number of ranks that is none")
         if other := next((count for count in counts if count != world), None):
@@ -123,19 +123,19 @@ class ZeroFile(ShardedFile):
         ]
         groups, paddings = models[0].top["param_shapes"], states[0].get("param_alignment_paddings")
         joined = list(_join_by_parameter(groups, parts) if stage == 3 else _join_by_group(groups, parts, paddings))
-        found = dict(joined)
-        if len(found) < len(joined):
+        tensors = dict(joined)
+        if len(tensors) < len(joined):
             raise ValueError("a parameter is in two groups")
-        found |= self._frozen(models)
-        return self._others(models[0], found)
+        tensors |= self._frozen(models)
+        return self._others(models[0], tensors)
 
     def _refuse(self, why: str, remedy: str | None = None) -> InputError:
         return InputError(why, culprit=str(self.path.parent), remedy=remedy)
 
     def _optimizer_files(self, step: Path) -> list[Path]:
         """Return the optimizer's files by rank. Ranks may be missing; the caller compares the count."""
-        found = {path: OPTIMIZER.fullmatch(path.name) for path in step.iterdir()}
-        ranks = sorted((int(match[2]), int(match[1]), path) for path, match in found.items() if match)
+        matches = {path: OPTIMIZER.fullmatch(path.name) for path in step.iterdir()}
+        ranks = sorted((int(match[2]), int(match[1]), path) for path, match in matches.items() if match)
         if ranks[-1][0]:
             raise self._refuse("is of a run with tensor parallelism, which is not read")
         if [rank for _, rank, _ in ranks] != list(range(len(ranks))):
@@ -157,39 +157,39 @@ class ZeroFile(ShardedFile):
 
     def _frozen(self, models: Sequence[TorchArchive]) -> dict[str, tuple[TensorSpec, Boxes]]:
         """Return the parameters that were not trained: cut over the ranks in stage 3, else complete."""
-        found = {}
+        frozen = {}
         for name, shape in (models[0].top.get("frozen_param_shapes") or {}).items():
             parts = [
                 self._vector(model, name, (model.top.get("frozen_param_fragments") or {}).get(name)) for model in models
             ]
-            found[name] = _tensor(name, shape, _Row(parts).cut(0, _numel(shape)), parts[0].dtype)
-        self.frozen = frozenset(found)
-        return found
+            frozen[name] = _tensor(name, shape, _Row(parts).cut(0, _numel(shape)), parts[0].dtype)
+        self.frozen = frozenset(frozen)
+        return frozen
 
     def _others(
-        self, model: TorchArchive, found: dict[str, tuple[TensorSpec, Boxes]]
+        self, model: TorchArchive, tensors: dict[str, tuple[TensorSpec, Boxes]]
     ) -> dict[str, tuple[TensorSpec, Boxes]]:
-        """Return `found` with the rest of the model's state: shared parameters, buffers, untrained parameters."""
+        """Return `tensors` with the rest of the model's state: shared parameters, buffers, untrained parameters."""
         shared, buffers = model.top.get("shared_params") or {}, frozenset(_texts(model.top.get("buffer_names") or []))
         _texts(shared.values())
-        trained = {*(found.keys() - self.frozen)}
+        trained = {*(tensors.keys() - self.frozen)}
         trained |= {name for name, to in shared.items() if to in trained}
         missing = []
         for name, tensor in model.top["module"].items():
-            if type(tensor) is not SavedTensor or name in found or name in shared:
+            if type(tensor) is not SavedTensor or name in tensors or name in shared:
                 continue
             vector = self._vector(model, name, tensor)
             if not vector.size and name not in buffers:  # of stage 3, a second name of a parameter that is not trained
                 missing.append(name)
                 continue
-            found[name] = _tensor(name, tensor.shape, _Row([vector]).cut(0, vector.size), vector.dtype)
-        missing += [name for name, to in shared.items() if to not in found]
-        found |= {name: found[to] for name, to in shared.items() if to in found}
-        if bad := next((name for name in found if not is_name(name)), None):
+            tensors[name] = _tensor(name, tensor.shape, _Row([vector]).cut(0, vector.size), vector.dtype)
+        missing += [name for name, to in shared.items() if to not in tensors]
+        tensors |= {name: tensors[to] for name, to in shared.items() if to in tensors}
+        if bad := next((name for name in tensors if not is_name(name)), None):
             raise ValueError(f"a tensor whose name {bad!a} is reserved or no text")
-        self.frozen |= found.keys() - trained
+        self.frozen |= tensors.keys() - trained
         self.ignored = ("optimizer", *missing)
-        return found
+        return tensors
 
 
 def _stage(state: Mapping[str, Any]) -> int:
@@ -225,32 +225,32 @@ def _join_by_group(
     if uneven := next((len(vectors) for vectors in parts if len(vectors) != len(groups)), None):
         raise ValueError(f"a rank has {uneven} vectors, for {len(groups)} groups of parameters")
     for index, shapes in enumerate(groups):
-        row, at = _Row([part[index] for part in parts]), 0
+        row, place = _Row([part[index] for part in parts]), 0
         gaps = paddings[index] if paddings else [0] * len(shapes)
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
             if not is_whole(gap):
                 raise ValueError(f"a gap behind {name} that is none")
-            yield name, _tensor(name, shape, row.cut(at, _numel(shape)), row.dtype)
-            at += _numel(shape) + gap
+            yield name, _tensor(name, shape, row.cut(place, _numel(shape)), row.dtype)
+            place += _numel(shape) + gap
         align = 2 * len(parts)
-        if -(-at // align) != -(-row.size // align):
-            raise ValueError(f"group {index} has {row.size} numbers, and its parameters {at}")
+        if -(-place // align) != -(-row.size // align):
+            raise ValueError(f"group {index} has {row.size} numbers, and its parameters {place}")
 
 
 def _join_by_parameter(
     groups: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[_Vector]]
 ) -> Iterator[tuple[str, tuple[TensorSpec, Boxes]]]:
     """Yield the parameters of stage 3: their parts are at the same place in every rank's vectors, concatenated."""
-    rows, at = [_Row(vectors) for vectors in parts], 0
+    rows, start = [_Row(vectors) for vectors in parts], 0
     if len({row.dtype for row in rows}) > 1:
         raise ValueError("the ranks have vectors of several types")
     for name, shape in (item for shapes in groups for item in shapes.items()):
         size = _numel(shape)
         share = -(-size // len(rows))
         places = [(row, rank * share) for rank, row in enumerate(rows)]
-        chunks = [chunk for row, place in places for chunk in row.cut(at, min(share, size - place), place)]
+        chunks = [chunk for row, place in places for chunk in row.cut(start, min(share, size - place), place)]
         yield name, _tensor(name, shape, chunks, rows[0].dtype)
-        at += share
+        start += share
     for row in rows:
-        if at != row.size:
-            raise ValueError(f"a rank has {row.size} numbers, and its parameters {at}")
+        if start != row.size:
+            raise ValueError(f"a rank has {row.size} numbers, and its parameters {start}")

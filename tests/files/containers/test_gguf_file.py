@@ -131,12 +131,12 @@ def test_a_split_model_is_planned_in_its_parts(tmp_path: Path) -> None:
         found = GgufFile(tmp_path / "again.gguf")
         assert planned.name == part.path.name and found.specs == part.specs and found.begin == planned.begin
         told = {"loratool": "{}", "general.quantization_version": "2"} if part is model.shards[0] else {}
-        assert isinstance(part, GgufFile) and found.told() == part.told() | told
+        assert isinstance(part, GgufFile) and found.described_fields() == part.described_fields() | told
 
 
 def test_what_is_told_of_fields(tmp_path: Path) -> None:
     file = GgufFile(write(tmp_path / "m.gguf", {**FIELDS, "a.text": "x" * 999}, TENSORS))
-    told = file.told()
+    told = file.described_fields()
     assert told.keys() == file.fields.keys() and told["general.architecture"] == "llama"
     assert told["llama.block_count"] == "2" and all(len(value) < 200 for value in told.values())
 
