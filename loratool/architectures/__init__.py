@@ -1,1 +1,1 @@
-"""Literal tables of facts on model families: which names and layouts they use, never how to compute."""
+"""Literal tables of facts on model families: names and layouts, without computation."""

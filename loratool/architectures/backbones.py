@@ -1,7 +1,7 @@
-"""List the attribute under which each family's task models hold their backbone.
+"""The attribute under which each family's task models have their backbone.
 
-Files of a bare backbone (`h.0.attn` of the hub's gpt2) are loaded into a task model with this prefix before their
-names. Source: `base_model_prefix` of transformers 5.24.
+It is the prefix of names when a file of a bare backbone (`h.0.attn` of the hub's gpt2) is loaded into a task model.
+Source: `base_model_prefix` of transformers 5.24.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TYPES = {
         markuplm mobilebert mpnet mra nomic_bert nystromformer prophetnet reformer rembert roc_bert roformer
         rwkv tapas vit yoso""".split()
     },
-    # in whose task models the backbone's parts are at the top, whatever `base_model_prefix` says
+    # their task models have the backbone's parts at the top, in spite of `base_model_prefix`
     "": "dinov3_convnext dinov3_vit longt5 mt5 sapiens2 switch_transformers t5 umt5",
 }
 
@@ -43,6 +43,6 @@ def is_backbone(class_name: str) -> bool:
 
 
 def in_task_model(module: str, model_type: str | None) -> str:
-    """Return a backbone's module path as a task model has it; unchanged if the family is not known."""
+    """Return a backbone's module path as a task model has it; unchanged if the family is unknown."""
     prefix = BACKBONES.get(model_type or "", "")
     return module if not prefix or module.partition(".")[0] in {prefix, *BESIDE} else f"{prefix}.{module}"

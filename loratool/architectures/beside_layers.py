@@ -1,8 +1,8 @@
-"""Tell a model's layers from what stands beside them, which gets factors only if it is named.
+"""Distinguish a model's layers from modules beside them, which get factors only if the user names them.
 
-That is what few fine-tunes mean to change and no runtime of adapters reads: routers, gates with one output, embeddings
-other than the vocabulary's, and MTP layers, which predict further tokens and of which transformers 5.24 loads none
-(`_keys_to_ignore_on_load_unexpected`). The modules of its classes of language models were gone through for it.
+These are modules that few fine-tunes are meant to change and that runtimes do not apply adapters to: routers, gates
+with one output, embeddings other than the vocabulary's, and MTP layers. MTP layers predict further tokens, and
+transformers 5.24 does not load them (`_keys_to_ignore_on_load_unexpected`). All its language models were checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAYER = re.compile(r"^(?:thinker\.|model\.|language_model\.)*layers\.(\d{1,9})\
 _ROUTER = re.compile(r"(?:^|\.)(?:router|router_gate|modality_router)(?:\.|$)")
 _GATE = re.compile(r"\.gate(?=\.|$)")
 
-# in a language model; those of an encoder of images alone are its own
+# in a language model; an image encoder needs its own embeddings
 _TOWER = re.compile(r"^model\.(?:\w+\.)*?\w*(?:vis|image|video|audio)\w*\.")
 
 # Fields of config.json that hold the language model's own config.
@@ -32,30 +32,30 @@ _TEXT_CONFIGS = ("text_config", "language_config", "llm_config")
 
 @dataclass(frozen=True)
 class Layers:
-    """How many layers a model has, and which of its blocks have experts."""
+    """The number of a model's layers, and its blocks with experts."""
 
-    count: int | None  # those with a higher number are MTP layers; None if it is not known
-    mixtures: frozenset[str]  # paths of the blocks that have experts
+    count: int | None  # layers with a number from this on are MTP layers; None if unknown
+    mixtures: frozenset[str]  # paths of the blocks with experts
 
     @classmethod
     def find(cls, paths: Iterable[str], config: Mapping[str, Any]) -> Layers:
-        """Find them by the names that the model's class has for all tensors of a file, and by config.json."""
+        """Find the layers, from the class's names for all tensors of a file and from config.json."""
         parts = [*(config.get(field) for field in _TEXT_CONFIGS), config]
         counts = (part.get("num_hidden_layers") for part in parts if isinstance(part, Mapping))
         count = next((n for n in counts if type(n) is int and n > 0), None)
         return cls(count, frozenset(path.partition(".experts.")[0] for path in paths if ".experts." in path))
 
     def is_mtp(self, path: str) -> bool:
-        """Return whether a module or tensor is one of an MTP layer or of another draft of further tokens."""
+        """Return whether a module or tensor is in an MTP layer or another part that predicts further tokens."""
         return bool(_MTP.search(path)) or self.is_beyond(path)
 
     def is_beyond(self, path: str) -> bool:
-        """Return whether a module or tensor is of a layer whose number is beyond those that config.json counts."""
+        """Return whether a module or tensor is in a layer with a number beyond config.json's count."""
         layer = _LAYER.match(path)
         return bool(layer and self.count and int(layer[1]) >= self.count)
 
     def group(self, module: str, role: str, shape: Sequence[int]) -> str:
-        """Return which of GROUPS a module's weight is of, by its `weight_role` and shape; empty if of none."""
+        """Return the key of GROUPS for a module's weight, by its `weight_role` and shape; empty if it is in none."""
         if self.is_mtp(module):
             return MTP
         if role == "embedding":

@@ -1,8 +1,8 @@
-"""List the classes that a base can be loaded with, and the module paths that each has.
+"""The classes that a base can be loaded with, and the module paths of each.
 
-PEFT goes by the paths of the class that it wraps. A class for images and text holds a language model that has a class
-of its own (`LlamaForCausalLM` in llava's files); a model, its classifier and its bare backbone differ in what they
-hold the backbone under. Source: `models/auto/modeling_auto.py` and `base_model_prefix` of transformers 5.24.
+PEFT uses the paths of the class that it wraps. A class for images and text contains a language model with a separate
+class (`LlamaForCausalLM` in llava's files). A model, its classifier and its bare backbone have different attributes for
+the backbone. Source: `models/auto/modeling_auto.py` and `base_model_prefix` of transformers 5.24.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from .classifiers import STEMS, TASKS
 from .config_tensors import declared_class
 from .peft import ENCODER_DECODERS
 
-# (start of a path in the whole model, the same in a class or None for what the class does not have); the first counts
+# (prefix in the main class, prefix in another class or None for modules that it lacks); the first match counts
 Moves = tuple[tuple[str, str | None], ...]
 
 
 @dataclass(frozen=True)
 class ModelClass:
-    """A class and its module paths."""
+    """A class of a model, with its module paths."""
 
     name: str
     model_type: str  # of its config
     moves: Moves
 
     def path(self, whole: str) -> str:
-        """Return a module's or a tensor's path, given that in the whole model; empty if this class does not have it."""
-        ended = f"{whole}."  # as `lm_head` has to count as what `lm_head.` starts
+        """Return the class's path for a path in the main class; empty if this class lacks the module or tensor."""
+        ended = f"{whole}."  # so that `lm_head` matches the prefix `lm_head.`
         start, to = next((move for move in self.moves if ended.startswith(move[0])), ("", None))
         return "" if to is None else (to + ended.removeprefix(start)).removesuffix(".")
 
     def whole(self, path: str) -> str:
-        """Return the path in the whole model of one of this class, unchanged if the class has no such path."""
-        dotted = f"{path}."  # a head's module is its whole path
+        """Return the path in the main class for a path in this class; unchanged if this class has no such path."""
+        dotted = f"{path}."  # so that a head's module matches its prefix
         moves = ((start, to) for start, to in self.moves if to is not None and dotted.startswith(to))
         start, to = next(moves, ("", ""))
         return (start + dotted.removeprefix(to))[:-1]
@@ -99,10 +99,10 @@ _TEXT_MODELS = """aria_text:Aria apertus1p5_text:Apertus1p5 cohere_compass_text:
     qwen3_5_text:Qwen3_5 qwen3_omni_moe_text:Qwen3OmniMoeThinker qwen3_vl_moe_text:Qwen3VLMoe qwen3_vl_text:Qwen3VL
     qwen4_exp_text:Qwen4Exp"""
 
-# Types whose classifier is the whole model's, tower and all; `classifiers` has those of text alone.
+# Types whose classifier includes all of the model with its towers; `classifiers` has those of text only.
 _CLASSIFIERS_WITH_TOWERS = {"gemma3": CLASSIFIERS[:1], "qwen3_5": CLASSIFIERS[:2]}
 
-# Types that have no bare class, or one that is no main class without its head, or of another stem
+# Types without a bare class, or with one that is not the main class without its head, or has another stem
 _NO_BARE = frozenset(
     """blip blip-2 diffusion_gemma encoder-decoder evolla flaubert instructblip instructblipvideo kosmos-2 kosmos-2.5
     llama4 minimax_m3_vl nemotron_h_omni perceiver pix2struct pp_chart2table pp_formulanet qwen2_5_omni qwen3_omni_moe
@@ -110,32 +110,32 @@ _NO_BARE = frozenset(
     xlm""".split()
 )
 
-# (type, task) of classifiers that have a part of the backbone alone
+# (type, task) of classifiers with only a part of the backbone
 _PARTIAL = frozenset(
     [("funnel", "SEQ_CLS"), *((kind, "TOKEN_CLS") for kind in ("funnel", "luke", "markuplm", "mt5", "t5", "umt5"))]
 )
 
-# Types whose classifiers hold the backbone under a name that their main class has not: T5's has no backbone.
+# Types whose classifiers have the backbone under a name that their main class lacks: T5's has no backbone.
 _ADD_BODY = {"mt5": "transformer.", "t5": "transformer.", "umt5": "transformer."}
 
-# Encoders of which only the bare class has the pooler, or that and the classifier of sequences
+# Encoders with a pooler in the bare class only, or in the bare class and the classifier of sequences
 _POOLER_IF_BARE = frozenset(
     """camembert data2vec-text esm ibert jina_embeddings_v3 lilt longformer mpnet roberta roberta-prelayernorm
     xlm-roberta xlm-roberta-xl xmod""".split()
 )
 _POOLER_IF_SEQUENCES = frozenset("albert bert ernie gte megatron-bert mobilebert nomic_bert rembert roc_bert".split())
 
-# Heads of a task beside the language model's, and those that only ...ForPreTraining has
+# Heads of a task beside the language model's, and heads that only ...ForPreTraining has
 _TASK_HEADS = "score classifier pre_classifier classification_head qa_outputs".split()
 _PRETRAINING = ("cls.seq_relationship.", "sop_classifier.")
 
-# Type -> where its text model is, and the head; in all others as in _INSIDE
+# Type -> (path of the text model, path of the head); all others are as in _INSIDE
 _INSIDE = ("model.language_model.", "lm_head.")
 _TEXT_MODEL = ("model.text_model.", "lm_head.")
 _WITH_HEAD = ("language_model.model.", "language_model.lm_head.")
 _THINKER = ("thinker.model.language_model.", "thinker.lm_head.")
 _TEXT_AT = {
-    "modernvbert": ("model.text_model.", ""),  # its head is of other layers than the text class's
+    "modernvbert": ("model.text_model.", ""),  # its head has other layers than the text class's
     **dict.fromkeys("emu3 granite_docling idefics2 idefics3 smolvlm".split(), _TEXT_MODEL),
     **dict.fromkeys("blip-2 instructblip instructblipvideo llama4 nemotron_h_omni".split(), _WITH_HEAD),
     **dict.fromkeys("qwen2_5_omni qwen3_omni_moe".split(), _THINKER),
@@ -143,7 +143,7 @@ _TEXT_AT = {
     "shieldgemma2": ("model.model.language_model.", "model.lm_head."),
 }
 
-# Type -> the text model's type, where old config.json files have no text_config, or one without a type
+# Type -> the text model's type, for old config.json files without text_config or without a type in it
 _FLAT = {
     "fuyu": "persimmon",
     "gemma3": "gemma3_text",
@@ -155,7 +155,7 @@ _FLAT = {
     "qwen2_vl": "qwen2_vl_text",
 }
 
-# Type -> (class, type, start of the paths): a part that is a model for images, sound and text of its own
+# Type -> (class, type, prefix of the paths) of a part that is a separate model for images, sound and text
 _PARTS = {
     "qwen2_5_omni": ("Qwen2_5OmniThinkerForConditionalGeneration", "qwen2_5_omni_thinker", "thinker."),
     "qwen3_omni_moe": ("Qwen3OmniMoeThinkerForConditionalGeneration", "qwen3_omni_moe_thinker", "thinker."),
@@ -171,9 +171,9 @@ _TEXT_STEMS = _read(_TEXT_MODELS)
 
 
 def classes_of(config: Mapping[str, Any]) -> dict[str, ModelClass]:
-    """Return the classes with which a model of this config.json can be loaded, by name, the declared one first.
+    """Return the classes that can load a model of this config.json, by name, the declared class first.
 
-    None is known of a model without config.json, of an image model, and of one made of two models.
+    There are none for a model without config.json, an image model, and a model made of two models.
     """
     declared, kind = declared_class(config), config.get("model_type")
     kind = kind if isinstance(kind, str) else ""
@@ -195,7 +195,7 @@ def classes_of(config: Mapping[str, Any]) -> dict[str, ModelClass]:
 
 
 def text_model_at(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return how the paths start of the language model inside a model for images or sound; empty if it is none."""
+    """Return the path prefixes of the language model inside a model for images or sound; empty for other models."""
     kind = config.get("model_type")
     kind = kind if isinstance(kind, str) else ""
     text = _text_type(config, kind)
@@ -206,7 +206,7 @@ def text_model_at(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _text_type(config: Mapping[str, Any], kind: str) -> str:
-    """Return the type of the language model inside a model for images or sound, empty if it is none."""
+    """Return the type of the language model inside a model for images or sound; empty for other models."""
     part = config.get("thinker_config", config)
     text = part.get("text_config") if isinstance(part, Mapping) else None
     named = text.get("model_type") if isinstance(text, Mapping) else None
@@ -214,7 +214,7 @@ def _text_type(config: Mapping[str, Any], kind: str) -> str:
 
 
 def _names(kind: str, declared: str) -> Iterator[str]:
-    """Yield the names of the classes of a type; `declared` tells the stem of one that is in no table."""
+    """Yield the names of the classes of a type; a type in no table has the stem of `declared`."""
     named = [stems[kind] for stems in _LM_STEMS.values() if kind in stems]
     own = [declared.removesuffix(end) for end in (*LM_ENDS, *CLASSIFIERS) if declared.endswith(end)]
     yield from (stems[kind] + end for end, stems in _LM_STEMS.items() if kind in stems)
@@ -229,14 +229,14 @@ def _names(kind: str, declared: str) -> Iterator[str]:
 
 
 def _moves_of_whole(name: str, kind: str, declared: str) -> Moves:
-    """Return the moves from the main class of a type, whose backbone is under `BACKBONES`, to another."""
+    """Return the moves from a type's main class, with its backbone under `BACKBONES`, to another class."""
     prefix = BACKBONES.get(kind, "model")
     body = f"{prefix}." if prefix else ""
-    if is_backbone(name) and name == declared and kind not in BACKBONES:  # whose own files may have its names
+    if is_backbone(name) and name == declared and kind not in BACKBONES:  # its own files may have its names
         return ((body, ""), ("", ""))
     if is_backbone(name):
         plain: Moves = (("lm_head.", None), ("", ""))
-        unknown = name == declared and kind not in BACKBONES  # its files may have no `model.` to take off
+        unknown = name == declared and kind not in BACKBONES  # its files may lack the prefix `model.`
         return ((body, ""), *(plain if unknown else ())) if body else plain
     absent = [f"{body}pooler."] if _lacks_pooler(name, kind) else []
     if name == declared:
@@ -258,7 +258,7 @@ def _lacks_pooler(name: str, kind: str) -> bool:
 
 
 def _moves_of_text(name: str, kind: str, body: str, head: str) -> Moves:
-    """Return the moves from a model for images or sound, with the text's backbone at `body`, to the text's class."""
+    """Return the moves from a model for images or sound, with the text backbone at `body`, to the text class."""
     if is_backbone(name):
         return ((body, ""),)
     own = f"{BACKBONES.get(kind, 'model')}."

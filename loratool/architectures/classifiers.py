@@ -1,8 +1,8 @@
-"""List the classes that each family has for a task, and the heads with which a base becomes one of them.
+"""The classes of each family for a task, and the heads that turn a base into one of them.
 
-A base becomes one when the head in an adapter's modules_to_save is merged into it. Source:
-`models/auto/modeling_auto.py` of transformers 5.24. `STEMS`, by which modules are named, is without the families
-whose config nests the text model's.
+Merging a head in an adapter's modules_to_save turns a base into such a class. Source:
+`models/auto/modeling_auto.py` of transformers 5.24. `STEMS`, which names modules, omits families whose config nests
+the text model's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 # PEFT's task_type -> the suffix of transformers' class names for it.
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
-# The names that the last layer of a head can have, which has one row per label; the first that is there counts
+# Possible names of a head's last layer, which has one row per label; the first one present counts
 HEADS = (
     *("score.weight", "score.out_proj.weight"),
     *("classification_head.out_proj.weight", "classifier.out_proj.weight", "classifier.weight"),
@@ -51,7 +51,7 @@ def _stems(table: str) -> dict[str, str]:
 
 STEMS = {"SEQ_CLS": _stems(f"{_BOTH} {_SEQUENCES}"), "TOKEN_CLS": _stems(f"{_BOTH} {_TOKENS}")}
 
-# Families that `classes` knows no classifiers of
+# Families without classifiers in `classes`
 _MORE_OF_BOTH = """axk1:AXK1 axk2:AXK2 esmc:Esmc gte:Gte jina_embeddings_v3:JinaEmbeddingsV3 ministral3:Ministral3
     mistral4:Mistral4 modernvbert:ModernVBert nomic_bert:NomicBert qwen3_5:Qwen3_5 t5gemma:T5Gemma t5gemma2:T5Gemma2
     ultrabert:Ultrabert ultravbert:UltraVBert"""
@@ -61,13 +61,13 @@ _MORE_TOKENS = "beam:Beam openai_privacy_filter:OpenAIPrivacyFilter qwen3_asr:Qw
 _MORE_QUESTIONS = """jina_embeddings_v3:JinaEmbeddingsV3 led:LED lxmert:Lxmert ministral3:Ministral3 splinter:Splinter
     ultrabert:Ultrabert"""
 
-# Of the families with a class for sequences, those without one for questions
+# Families with a class for sequences but none for questions
 _NO_QUESTIONS = frozenset(
     """biogpt ctrl deepseek_v2 deepseek_v3 doge esm eurobert gemma gemma2 gemma3_text glm glm4 gpt-sw3 gpt_bigcode
     gpt_oss helium hunyuan_v1_dense hunyuan_v1_moe jamba jetmoe layoutlm modernbert-decoder olmo olmo2 olmo3 openai-gpt
     persimmon phi phi3 phimoe plbart stablelm starcoder2 zamba zamba2""".split()
 )
-_SIMPLE = ("flaubert", "xlm", "xlnet")  # whose class for questions with a head like all others' is named so
+_SIMPLE = ("flaubert", "xlm", "xlnet")  # their class for questions with an ordinary head is ...Simple
 
 _CHOICES = """albert bert big_bird camembert canine convbert data2vec-text deberta-v2 distilbert electra ernie flaubert
     fnet funnel ibert longformer luke megatron-bert mobilebert modernbert mpnet mra nystromformer rembert roberta
@@ -92,7 +92,7 @@ def _classes(table: str, end: str) -> dict[str, str]:
 _QUESTIONS = {family: stem for family, stem in STEMS["SEQ_CLS"].items() if family not in _NO_QUESTIONS}
 _MULTIPLE_CHOICE = {family: STEMS["SEQ_CLS"][family] for family in _CHOICES.split()}
 
-# Task -> model type -> the class; the first three are PEFT's task types, of the others PEFT knows nothing
+# Task -> model type -> the class; the first three are PEFT's task types, PEFT does not know the others
 CLASSES = {
     "SEQ_CLS": _classes(f"{_BOTH} {_SEQUENCES} {_MORE_OF_BOTH} {_MORE_SEQUENCES}", TASKS["SEQ_CLS"]),
     "TOKEN_CLS": _classes(f"{_BOTH} {_TOKENS} {_MORE_OF_BOTH} {_MORE_TOKENS}", TASKS["TOKEN_CLS"]),
@@ -109,7 +109,7 @@ CLASSES = {
     "choices": {family: f"{stem}ForMultipleChoice" for family, stem in _MULTIPLE_CHOICE.items()},
 }
 
-# What the names of the classes of a task end in
+# Suffixes of the names of a task's classes
 ENDS = {
     **{task: (end,) for task, end in TASKS.items()},
     "QUESTION_ANS": ("ForQuestionAnswering", "ForQuestionAnsweringSimple"),
@@ -118,11 +118,11 @@ ENDS = {
     "choices": ("ForMultipleChoice",),
 }
 
-# Names that only a head of questions, and only one of sequences has
+# Names that only a head for questions has, and names that only a head for sequences has
 _OF_QUESTIONS = re.compile(r"qa_outputs\.|qa_classifier\.")
 _OF_SEQUENCES = re.compile(r"classification_head\.|pre_classifier\.|classifier\.(out_proj|linear_out)\.|logits_proj\.")
 
-# (Names of tensors that classes of a task have beside the head, the families with such classes)
+# (names of tensors beside the head in classes of a task, the families with such classes)
 _BESIDE = {
     "SEQ_CLS": (
         (
@@ -138,7 +138,7 @@ _BESIDE = {
     "TOKEN_CLS": ((r"head\.", "modernbert modernvbert"),),
     "QUESTION_ANS": (
         (r"head\.", "modernbert"),
-        # which have their backbone under another name than the language model's `model.`
+        # their backbone has another name than the language model's `model.`
         (
             r"(transformer\.)?layers\.",
             """arcee diffllama exaone4 llama ministral nemotron qwen2 qwen3 qwen3_moe
@@ -150,7 +150,7 @@ _BESIDE = {
 
 
 def tasks_of_head(model_type: str | None, names: Collection[str]) -> list[str]:
-    """Return the tasks, keys of CLASSES, of which a family's head can be by the names of the tensors in the model."""
+    """Return the tasks (keys of CLASSES) that a family's head can be for, given the model's tensor names."""
     known = [task for task, classes in CLASSES.items() if model_type in classes and task != "choices"]
     for task, telling in (("QUESTION_ANS", _OF_QUESTIONS), ("SEQ_CLS", _OF_SEQUENCES)):
         if task in known and any(map(telling.match, names)):
@@ -160,7 +160,7 @@ def tasks_of_head(model_type: str | None, names: Collection[str]) -> list[str]:
 
 
 def absent_beside(model_type: str | None, task: str, names: Iterable[str]) -> bool:
-    """Return whether a family's class of a task has layers that are not in `names`, mostly a pooler under the head."""
+    """Return whether a family's class for a task has layers that `names` lacks, mostly a pooler under the head."""
     needed = next((layer for layer, families in _BESIDE.get(task, ()) if model_type in families.split()), None)
     return needed is not None and not any(re.match(needed, name) for name in names)
 
@@ -171,9 +171,9 @@ def classes_of_tasks(model_type: str | None) -> list[str]:
 
 
 def classifier_class(model_type: str | None, declared: str, task: str) -> str | None:
-    """Return the name of a family's class for `task`, a key of CLASSES; None if it is not known.
+    """Return the name of a family's class for `task`, a key of CLASSES; None if it is unknown.
 
-    declared: the class that config.json names, or an empty string. None too if it is of another family.
+    declared: the class that config.json names, or an empty string. If it is of another family, the result is None.
     """
     if declared.endswith(ENDS[task]):
         return declared

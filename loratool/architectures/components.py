@@ -1,4 +1,4 @@
-"""Tell the components of an image model by the prefixes of their tensors and of adapters' modules.
+"""Identify the components of an image model by the prefixes of tensors and of adapters' modules.
 
 A component is `unet` for any denoiser, `text_encoder`, `text_encoder_2`, ...
 """
@@ -12,8 +12,8 @@ from .families.lookup import locate
 from .families.table import Component
 from .prefixes import PEFT_PREFIX
 
-# Prefix of a tensor's name in a single file -> its component and the key of its encoder's table; longest first. Those
-# of ComfyUI's repacks are in the families' tables.
+# Prefix of a tensor's name in a single file -> its component and the key of its encoder's table; longest first. The
+# families' tables have the prefixes of ComfyUI's repacks.
 PREFIXES = {
     "conditioner.embedders.0.transformer.": ("text_encoder", "clip"),
     "conditioner.embedders.1.model.": ("text_encoder_2", "clip"),
@@ -53,7 +53,7 @@ def _adapter_prefixes() -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {
         "lora_unet_": ("unet",),
         "lora_unet__": ("unet",),  # VideoX-Fun's
-        "lora_unet_unet_": ("unet",),  # in published files that were converted wrong: no path begins with unet
+        "lora_unet_unet_": ("unet",),  # in published files that were converted wrongly: no path begins with unet
         "lora_transformer_": ("unet",),
         "lora_te_": ("text_encoder",),
         "lora_te1_": ("text_encoder",),
@@ -81,15 +81,15 @@ def _adapter_prefixes() -> dict[str, tuple[str, ...]]:
     return found
 
 
-# Prefix of an adapter's module -> the components that it can be, the likeliest first. After those that end in `_` the
-# path is flattened. In which naming the path is no prefix tells: it is looked up in all.
+# Prefix of an adapter's module -> the possible components, the likeliest first. The path after a prefix in `_` is
+# flattened. Prefixes do not show the path's naming, so it is looked up in all.
 ADAPTER_PREFIXES = _adapter_prefixes()
 _LONGEST_FIRST = sorted(ADAPTER_PREFIXES, key=len, reverse=True)
 
-# Prefixes that tell no component, before those that do
+# Prefixes without a component, before those with one
 CONTAINERS = (f"unet.{PEFT_PREFIX}", PEFT_PREFIX, "lycoris_")
 
-# A name in `ADAPTER:0.8,te=0.4` -> the components that it weighs; the later, narrower name wins.
+# A name in `ADAPTER:0.8,te=0.4` -> the components that it weights; later, narrower names have precedence.
 WEIGHED = {
     "unet": ("unet",),
     "unet2": ("transformer_2",),
@@ -102,7 +102,7 @@ WEIGHED = {
 
 
 def components_of(module: str) -> tuple[tuple[str, ...], str]:
-    """Split an adapter's module into the components that its prefix can mean, none without one, and its path there."""
+    """Split an adapter's module into the possible components of its prefix (empty without one) and its path."""
     path = next((module.removeprefix(p) for p in CONTAINERS if module.startswith(p)), module)
     for prefix in _LONGEST_FIRST:
         if path.startswith(prefix):
@@ -111,13 +111,13 @@ def components_of(module: str) -> tuple[tuple[str, ...], str]:
 
 
 def component_of(module: str) -> tuple[str | None, str]:
-    """Split an adapter's module into the likeliest component of its prefix, None without one, and its path there."""
+    """Split an adapter's module into the likeliest component of its prefix (None without one) and its path."""
     components, path = components_of(module)
     return next(iter(components), None), path
 
 
 def weighed_component(module: str) -> str | None:
-    """Return the component whose weight applies to a module; None if neither prefix nor path tells it."""
+    """Return the component whose weight applies to a module; None if neither prefix nor path shows it."""
     component, path = component_of(module)
     if component is None and any(locate(family, path) for family in FAMILIES.values()):
         return "unet"

@@ -1,7 +1,7 @@
-"""List a model's tensors and their shapes from its config.json alone, by a literal table for each family.
+"""Derive a model's tensors and shapes from its config.json, with a literal table for each family.
 
-Names, shapes and the defaults of fields that a config leaves out are those of transformers 5.24
-(`named_parameters()` and the config classes). A tied matrix is listed once, under the embedding's name.
+Names, shapes and defaults of missing config fields are those of transformers 5.24 (`named_parameters()` and the config
+classes). A tied matrix is listed once, under the embedding's name.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from ..errors import InputError
 # (name, dimensions as keys of `_sizes`, flags of `_flags` that must all be set for the tensor to exist)
 ShapeRows = tuple[tuple[str, ...], ...]
 
-MAX_LAYERS = 10_000  # a config that says more is damaged
+MAX_LAYERS = 10_000  # a config with more is damaged
 MAX_SIZE = 1 << 40
 
-# Suffixes of classes with a language model's head, which is built alike within a family.
+# Suffixes of classes with a language model's head, which is the same within a family.
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
 
 
@@ -36,7 +36,7 @@ class Family:
     lm_only: ShapeRows  # only in `lm`
     bare_only: ShapeRows = ()  # only in `bare`
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # common name -> this family's; the first set
-    headless: bool = False  # a config that names no class means `bare`
+    headless: bool = False  # a config without a class means `bare`
 
 
 def _layer_norm(name: str, flag: str = "") -> ShapeRows:
@@ -348,10 +348,10 @@ CONFIG_FAMILIES: dict[str, Family] = {
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of every parameter of the class that `model_class` names.
 
-    A class with another head counts as the bare one, because these tables do not have its head.
+    A class with another head counts as the bare class, because the tables lack its head.
 
     Raises:
-        InputError: the family has no table, or a field of the config is not a size.
+        InputError: the family has no table, or a field of the config is not a valid size.
     """
     model_type = config.get("model_type")
     if model_type is None:
@@ -407,7 +407,7 @@ def declared_class(config: Mapping[str, Any]) -> str:
 
 
 def config_field(config: Mapping[str, Any], family: Family, name: str) -> Any:
-    """Return a field's value by its common name; null means the default, as in transformers."""
+    """Return the value of a field by its common name; null means the default, as in transformers."""
     spellings = family.names.get(name, (name,))
     value = next((config[each] for each in spellings if config.get(each) is not None), None)
     return family.defaults.get(name) if value is None else value
@@ -422,7 +422,7 @@ def _size(config: Mapping[str, Any], family: Family, name: str, default: int | N
 
 
 def _sizes(config: Mapping[str, Any], family: Family) -> tuple[dict[str, int], int]:
-    """Return the dimensions by the names that the tables use, and the number of layers."""
+    """Return the dimensions by the tables' names, and the number of layers."""
 
     def size(name: str, default: int | None = None, minimum: int = 1) -> int:
         return _size(config, family, name, default, minimum)
@@ -444,7 +444,7 @@ def _sizes(config: Mapping[str, Any], family: Family) -> tuple[dict[str, int], i
 
 
 def _flags(config: Mapping[str, Any], family: Family, sizes: Mapping[str, int]) -> frozenset[str]:
-    """Return the flags that this config sets, by which the tables tell optional tensors."""
+    """Return the flags that this config sets; the tables use them for optional tensors."""
     kinds = config.get("pos_att_type") or ()
     kinds = kinds if isinstance(kinds, (str, list)) else ()
     norms = config.get("norm_rel_ebd")

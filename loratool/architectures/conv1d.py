@@ -1,8 +1,8 @@
-"""List the families whose linear layers are transformers' `Conv1D`, which stores a weight as (in, out).
+"""Families with linear layers of transformers' `Conv1D`, which stores a weight as (in, out).
 
-The other layers of these models, such as the head, are `nn.Linear`, so the table goes by the last part of a module's
-name. Source: the uses of `pytorch_utils.Conv1D` in transformers 5.24. mlx-lm turns GPT-2's when it loads them, and
-saves a folder of its own with them as (out, in), under a prefix that no other file of the family has.
+Other layers of these models, such as the head, are `nn.Linear`, so the table has the last parts of module names.
+Source: the uses of `pytorch_utils.Conv1D` in transformers 5.24. mlx-lm transposes GPT-2's on loading and saves them as
+(out, in), under a prefix that no other file of the family has.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ CONV1D_MODULES = {
 
 MLX_PREFIXES = {"gpt2": "model.h."}
 
-# Types that have no `Conv1D`, those of towers too: a square matrix, whose shape does not tell its layout, is (out, in)
-# there.
+# Types without `Conv1D`, including towers: their square matrices, whose shape does not show the layout, are (out, in).
 LINEAR_MODEL_TYPES = frozenset(
     """afmoe albert apertus apertus1p5 apertus1p5_text apertus1p5_vision_tokenizer arcee aria aria_text axk1 axk2
     aya_vision bailing_hybrid bamba bart beam bert bert-generation big_bird bigbird_pegasus biogpt bitnet blenderbot
@@ -79,9 +78,9 @@ LINEAR_MODEL_TYPES = frozenset(
 
 
 def stores_transposed(model_types: Collection[str], module: str) -> bool | None:
-    """Return whether `module` stores its weight as (in, out); None if a component of the model is of no known family.
+    """Return whether `module` stores its weight as (in, out); None if a component of the model is of an unknown family.
 
-    model_types: those of config.json, nested configs included.
+    model_types: those of config.json and its nested configs.
     """
     for model_type in model_types:
         if model_type in CONV1D_MODULES:

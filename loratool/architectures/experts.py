@@ -1,7 +1,7 @@
-"""List the families whose files have experts one by one and whose classes stack them, and how the stacks lie.
+"""Families with separate experts in files and stacked experts in classes, and the layout of the stacks.
 
 Source: the converters with `MergeModulelist` and `Transpose` of `transformers.conversion_mapping` of 5.24, and the
-classes' `is_transposed`, by which PEFT goes.
+classes' `is_transposed`, which PEFT reads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .renames import canonical
 
-# The last part of one expert's path -> (parameter of all experts, which equal slice of its rows, of how many)
+# The last part of one expert's path -> (parameter of all experts, number of its slice of the rows, number of slices)
 ExpertRows = dict[str, tuple[str, int, int]]
 
 _GATE_UP_DOWN: ExpertRows = {
@@ -27,7 +27,7 @@ _W1_W3_W2: ExpertRows = {
     "w2": ("down_proj", 0, 1),
 }
 
-# The parameter of a stack -> the projections whose rows it has
+# The parameter of a stack -> the projections that make up its rows
 PARTS_OF_STACKS = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "gate_proj": ("gate_proj",),
@@ -60,26 +60,26 @@ EXPERTS: dict[str, ExpertRows] = {
     "nemotron_h": {"up_proj": ("up_proj", 0, 1), "down_proj": ("down_proj", 0, 1)},
 }
 
-# Types whose class has two stacks for the experts that the file counts in one row, the first half and the others ->
-# what stands for `.experts.` in their paths.
+# Types whose files count all experts in one sequence and whose class has two stacks, each with half of them -> the
+# replacements of `.experts.` in the stacks' paths.
 HALVED_EXPERTS = {"ernie4_5_vl_moe": (".text_moe.experts.", ".vision_moe.experts.")}
 
 # Types whose 3-D expert parameters are (expert, in, out); all others have (expert, out, in).
 TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
 
-# Types whose class has (expert, out, in) and whose files have either: reading one turns a stack that does not fit.
+# Types whose class has (expert, out, in) and whose files have either layout: a stack that does not fit is transposed.
 TURNED_TO_FIT = frozenset({"qwen3_vl_moe_text"})
 
-# Types whose `gate_up_proj` has the rows of gate and up in turn; in all others gate comes before up.
+# Types whose `gate_up_proj` alternates rows of gate and up; in all others gate is before up.
 INTERLEAVED_EXPERTS = frozenset({"gpt_oss"})
 
-# Those of TRANSPOSED_EXPERTS whose class does not tell PEFT so; PEFT takes them for (expert, out, in).
+# Types of TRANSPOSED_EXPERTS without `is_transposed` in the class; PEFT takes them for (expert, out, in).
 PEFT_TAKES_AS_PLAIN = frozenset({"llama4", "llama4_text"})
 
 
 @dataclass(frozen=True)
 class ExpertPart:
-    """The rows of a fused parameter that are the matrix of one expert.
+    """The rows of a fused parameter that are one matrix of an expert.
 
     They are rows [part * n, (part + 1) * n) of `fused[expert]`, which has parts * n rows.
     """
@@ -91,7 +91,7 @@ class ExpertPart:
 
 
 def expert_part(name: str, model_types: Collection[str]) -> ExpertPart | None:
-    """Locate the matrix of one expert in the fused parameter; None for any other tensor, scales and biases included."""
+    """Locate one expert's matrix in the fused parameter; None for any other tensor, also for scales and biases."""
     path = canonical(name, model_types)
     found = re.fullmatch(r"(.*\bexperts)\.(\d{1,9})\.(\w+?)(?:\.weight)?", path) if "experts." in path else None
     if found is None:

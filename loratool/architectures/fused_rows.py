@@ -1,11 +1,11 @@
-"""Tell which tensors of a file hold the rows of several modules of the class, and which modules have several tensors.
+"""Map tensors of a file to modules of the class, where one tensor has several modules' rows or the other way round.
 
-transformers 5 cuts a fused matrix of a file into modules while it loads it, or joins matrices into one; a LoRA goes by
-the modules. Some matrices are read in another order of rows besides, so that no range of rows is a module: these are
-listed as well, to be told by name. The stacks of MLX's own folders are parts of those of the class.
+transformers 5 splits a fused matrix of a file into modules on loading, or fuses matrices into one; LoRA adapts the
+modules. Some matrices are also loaded in another order of rows, so that no range of rows is a module. They are listed
+too, so that they can be recognized by name. The stacks of MLX's folders are parts of those of the class.
 
 Source: the converters with `Chunk(dim=0)`, `Split(dim=0)` and `Concatenate` of `transformers.conversion_mapping` of
-5.24, and the sizes of the modules in the classes for what `Split` does.
+5.24, and the sizes of the modules in the classes for `Split`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ Shares = Callable[[Mapping[str, Any], int], tuple[int, ...]]  # (config of the t
 
 @dataclass(frozen=True)
 class FusedRows:
-    """A matrix on one side whose rows are several matrices on the other side."""
+    """A fused matrix on one side, with the rows of several matrices on the other side."""
 
-    fused: str  # the end of the canonical path (`renames.canonical`) of the one matrix
-    parts: tuple[str, ...]  # the ends that take its place in the paths of the several, in the order of their rows
+    fused: str  # the end of the fused matrix's canonical path (`renames.canonical`)
+    parts: tuple[str, ...]  # the ends of the separate matrices' paths, in the order of their rows
     shares: Shares
-    stored: Literal["fused", "parts"] = "fused"  # what the file has; the class has the other
-    permuted: tuple[str, ...] = ()  # the parts whose rows the class has in another order than the file
+    stored: Literal["fused", "parts"] = "fused"  # the file's form; the class has the other
+    permuted: tuple[str, ...] = ()  # the parts with another order of rows in the class than in the file
 
 
 @dataclass(frozen=True)
 class RowPart:
-    """The rows of one tensor of the file that are rows of one module of the class."""
+    """Rows of a tensor of the file that are rows of a module of the class."""
 
     module: str  # path in the class; with `.bias` if the tensor is one
     start: int  # rows [start, stop) of the tensor
     stop: int
-    skip: int  # are rows [skip, skip + stop - start) of the module,
-    whole: int  # which has so many
+    skip: int  # they are rows [skip, skip + stop - start) of the module
+    whole: int  # number of rows of the module
     permuted: bool = False  # the module has them in another order
 
 
@@ -56,7 +56,7 @@ def _equal(parts: int) -> Shares:
 
 
 def _count(config: Mapping[str, Any], field: str) -> int:
-    """Return a field that counts something; raise KeyError if it does not: a class may have another default."""
+    """Return a field that is a positive count; raise KeyError if it is not: a class may have another default."""
     if not (value := first_count(config, field)):
         raise KeyError(field)
     return value
@@ -117,7 +117,7 @@ FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {
         ),
     ),
     "minimax_m3_vl": (FusedRows("gate_up_proj", ("gate_proj", "up_proj"), _equal(2), "parts"),),
-    "mistral_large4": tuple(  # of the tower: the language model's have other names
+    "mistral_large4": tuple(  # in the tower: the language model has other names
         FusedRows(f"attention.w{part}", (f"attention.{part}_proj",), _equal(1), permuted=(f"attention.{part}_proj",))
         for part in "qk"
     ),
@@ -144,7 +144,7 @@ FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {
 
 
 def nested_configs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a config.json and the configs nested in it by their model types, the outer one first."""
+    """Return a config.json and its nested configs by model type, the outer config first."""
     found: dict[str, dict[str, Any]] = {}
     for each in (config, *config.values()):
         model_type = each.get("model_type") if isinstance(each, dict) else None
@@ -154,13 +154,13 @@ def nested_configs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def row_parts(name: str, model_types: Collection[str], configs: Configs, rows: int) -> tuple[RowPart, ...]:
-    """Return the modules of the class whose rows a tensor of the file has; () if it is not fused, nor a part.
+    """Return the modules of the class whose rows a tensor of the file has; () if it is neither fused nor a part.
 
     Args:
         name: the tensor's name in the file, without wrappers, or its module's path.
-        model_types: those of config.json, nested configs included.
-        configs: these configs, by their type.
-        rows: of the tensor; of a stack of experts, the rows of one.
+        model_types: those of config.json and its nested configs.
+        configs: these configs, by type.
+        rows: number of rows of the tensor, or of one expert in a stack.
 
     Raises:
         InputError: the rows do not follow from the config.
@@ -190,9 +190,9 @@ def row_parts(name: str, model_types: Collection[str], configs: Configs, rows: i
 
 
 def _mlx_share(name: str, model_types: Collection[str]) -> Share | None:
-    """Return what one of MLX's stacks is of the class's; None for any other tensor.
+    """Return the share of the class's stack that one of MLX's stacks is; None for any other tensor.
 
-    Of a class that has its stacks as (expert, in, out), the share is no run of rows either.
+    For a class with stacks of (expert, in, out), the share is not a run of rows.
     """
     if not name.endswith(".weight") or not ("experts." in name or "switch_" in name):  # most are neither
         return None

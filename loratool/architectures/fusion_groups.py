@@ -1,15 +1,15 @@
-"""Tell which matrices of a block a runtime keeps as one, so that all of them are coded or none is.
+"""Groups of matrices in a block that a runtime fuses, so that all or none of them are quantized.
 
 vLLM and SGLang stack q, k and v, gate and up, or all experts of a layer into one matrix with one scheme. A file has
-the members; the runtime's module has the fused name and asks the skip lists for it or for its members.
+the members; the runtime's module has the fused name and looks up this name or its members' in the skip lists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-# The name of the fused matrix, its members: the last parts of their paths, beside each other in one block.
-# Source: `packed_modules_mapping` of the models of vLLM 0.33 and vllm-omni, and the names that SGLang 0.5.23 has.
+# (name of the fused matrix, its members): last parts of paths in the same block.
+# Source: `packed_modules_mapping` of the models of vLLM 0.33 and vllm-omni, and the names in SGLang 0.5.23.
 FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     ("qkv_proj", ("query", "key", "value")),
@@ -31,14 +31,14 @@ FUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("fused_wkv_wgate", ("wkv", "wgate")),
 )
 
-EXPERTS = "experts"  # the module whose matrices, of all experts, are one group
+EXPERTS = "experts"  # the module whose matrices of all experts are one group
 
-# One parameter of GraniteMoE has a part of all experts, and stands where others have their `experts`.
+# GraniteMoE has parameters of all experts in the place of other models' `experts`.
 STACKED_EXPERTS = frozenset({"input_linear", "output_linear"})
 
 
 def _widest_groups() -> dict[str, str]:
-    """Return member -> a name that all members have which any two rows of `FUSED` with a common one tie."""
+    """Return member -> name of its widest group: rows of `FUSED` with a common member are one group."""
     group: dict[str, str] = {}
     for _, members in FUSED:
         tied = {group.get(member, member) for member in members}
@@ -51,15 +51,15 @@ _GROUP_OF = _widest_groups()
 
 
 def close_under_fusion(touched: Collection[str], coded: Collection[str]) -> dict[str, str]:
-    """Return the coded modules that must be rewritten with the touched ones -> the touched one that asks for it.
+    """Return the quantized modules that must be rewritten with the touched ones -> the touched module that causes it.
 
-    The table's rows overlap (k and v may be fused with q, or alone), and which of them a runtime uses is not known
-    from names: the group is the widest, since a member more is only a larger file. One touched expert asks for all
-    experts of its layer.
+    The table's rows overlap (k and v may be fused with q, or without), and names do not show which row a runtime uses.
+    So the group is the widest, since an extra member only makes the file larger. One touched expert causes the rewrite
+    of all experts of its layer.
 
     Args:
-        touched: module paths, coded or not, with or without the folder of a pipeline's component.
-        coded: the paths of all modules whose weights are codes.
+        touched: module paths, quantized or not, with or without the folder of a pipeline's component.
+        coded: the paths of all modules with quantized weights.
     """
     inside, touched_in = set(touched), dict[tuple[str, str], str]()
     for module in sorted(touched):
@@ -69,13 +69,13 @@ def close_under_fusion(touched: Collection[str], coded: Collection[str]) -> dict
 
 
 def experts_module(module: str) -> str | None:
-    """Return the path of the module that holds a layer's experts, for itself and for one of its matrices."""
+    """Return the path of the module with a layer's experts, given its path or that of one of its matrices."""
     path, found, _ = f".{module}.".rpartition(f".{EXPERTS}.")
     return f"{path}.{EXPERTS}"[1:] if found else None
 
 
 def fused_paths(modules: Collection[str]) -> Iterator[str]:
-    """Yield the paths of the fused matrices whose members are all there: of overlapping rows, the widest."""
+    """Yield the paths of the fused matrices with all members present; of overlapping rows, the widest."""
     blocks: dict[str, set[str]] = {}
     for module in modules:
         block, _, last = module.rpartition(".")
@@ -89,7 +89,7 @@ def fused_paths(modules: Collection[str]) -> Iterator[str]:
 
 
 def _group(module: str) -> tuple[str, str]:
-    """Return the block that a module's group is in and the group's name; a module in no group is alone in its own."""
+    """Return the block and the name of a module's group; a module without a group is a group by itself."""
     experts = experts_module(module)
     if experts:
         return experts, EXPERTS

@@ -1,7 +1,7 @@
-"""Tell how many attention heads a model has by its config.json, and in which order their rows are for the rotation.
+"""The number of a model's attention heads by its config.json, and the orders of their rows for rotation.
 
-transformers rotates row i of a head with row i + half: a head is its two halves (x0, x1, ..., y0, y1, ...). llama.cpp's
-`LLAMA_ROPE_TYPE_NORM`, torchtune's and Meta's own files rotate row 2i with the next: pairs (x0, y0, x1, y1, ...).
+transformers rotates row i of a head with row i + half: a head is two halves (x0, x1, ..., y0, y1, ...). llama.cpp's
+`LLAMA_ROPE_TYPE_NORM`, torchtune's and Meta's files rotate row 2i with the next: pairs (x0, y0, x1, y1, ...).
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LARGEST = 1 << 16  # no model has as many heads or experts, or rows of a head
+LARGEST = 1 << 16  # more heads, experts or rows of a head than any model has
 
-# Fields of config.json, of which the first that is there counts
+# Fields of config.json; the first one present counts
 QUERIES = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 
-# model_type -> the field with which KEYS count; without it all queries share one head unless `multi_query` is false
+# model_type -> the field that enables KEYS; without it all queries share one head unless `multi_query` is false
 MULTI_QUERY = {"falcon": "new_decoder_architecture", "gpt_bigcode": None}
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of a model; 0 for what is not known."""
+    """The heads of a model; 0 if unknown."""
 
     queries: int = 0
-    keys: int = 0  # and of the values
-    size: int = 0  # rows of each
+    keys: int = 0  # heads of keys and of values
+    size: int = 0  # rows of each head
 
 
 def heads_of(config: Mapping[str, Any]) -> Heads:
-    """Return what a config.json tells of the heads, the one of the nested language model first."""
+    """Return the heads by a config.json; a nested language model has precedence."""
     fields = text_fields(config)
     queries, model_type = first_count(fields, *QUERIES), str(fields.get("model_type"))
     size = first_count(fields, "head_dim") or (first_count(fields, "hidden_size") // queries if queries else 0)
@@ -41,13 +41,13 @@ def heads_of(config: Mapping[str, Any]) -> Heads:
 
 
 def text_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json, those of the language model nested in it first."""
+    """Return the fields of a config.json; those of a nested language model have precedence."""
     text = config.get("text_config")
     return {**config, **(text if isinstance(text, Mapping) else {})}
 
 
 def first_count(fields: Mapping[str, Any], *names: str) -> int:
-    """Return the first of some fields that is there; 0 if none is, or if it counts nothing."""
+    """Return the first of some fields that is present; 0 if none is, or if it is not a count."""
     value = next((value for name in names if (value := fields.get(name)) is not None), 0)
     return value if type(value) is int and 0 < value < LARGEST else 0
 

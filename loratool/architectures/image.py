@@ -1,8 +1,8 @@
 """Map every name of an image model's module to rows of the base's tensors.
 
-A module has a component (`unet` for any denoiser, `text_encoder`, `text_encoder_2`, ...) and a path in it. The path is
-accepted in every naming that the tables in `families` have. If one naming fuses what the other splits, a name means
-rows of one tensor or of several.
+A module has a component (`unet` for any denoiser, `text_encoder`, `text_encoder_2`, ...) and a path in it. The path can
+have any naming of the tables in `families`. If one naming fuses modules that the other splits, a name means rows of one
+tensor or of several.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .families.unet import diffusers_to_sgm, sgm_to_diffusers
 
 Shape = tuple[int, ...]
 
-SCALE = ".scale"  # how the makers' names of the weights of some norms end
+SCALE = ".scale"  # suffix of makers' names for the weights of some norms
 
-CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # prefixes in a file that is a CLIP alone
+CLIP_STARTS = ("text_model.", "embeddings.token_embedding.")  # prefixes in a file of only a CLIP
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ModuleRows:
     tensor: str
     start: int  # rows [start, stop) of the tensor
     stop: int
-    skip: int  # the module's row that `start` is
-    whole: int  # how many rows the module has
+    skip: int  # the number of row `start` in the module
+    whole: int  # number of rows of the module
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class _Part:
     shapes: Mapping[str, Shape]  # of all tensors of the base
 
     def rows(self, path: str, flat: bool) -> tuple[ModuleRows, ...]:
-        """Return the rows of a module's weight under any name; none if it is not there."""
+        """Return the rows of a module's weight under any name; empty if it is missing."""
         own = self._spellings_flat.get(path) if flat else self._spellings.get(path)
         if own is not None:
             return (_all_rows(self.tensors[own], self.shapes),)
@@ -59,7 +59,7 @@ class _Part:
 
     @cached_property
     def _spellings(self) -> dict[str, str]:
-        """Every name that one of the base's tensors has as a whole -> its path."""
+        """Every name of a full tensor of the base -> its path."""
         found = {path: path for path in self.tensors}
         for path in self.tensors:
             others: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class _Part:
 
     @cached_property
     def _pieces(self) -> dict[str, list[ModuleRows]]:
-        """diffusers' module -> the rows of the base's tensors that are rows of it."""
+        """diffusers' module -> its rows in the base's tensors."""
         found: dict[str, list[ModuleRows]] = {}
         for path, name in self.tensors.items():
             located = locate(self.table, path) if self.table else None
@@ -90,7 +90,7 @@ class _Part:
 
     @cached_property
     def _whole(self) -> dict[str, int]:
-        """diffusers' module -> its rows, if all of them are there."""
+        """diffusers' module -> its number of rows, if all of them are in the base."""
         whole = {module: rows[0].whole for module, rows in self._pieces.items()}
         return {m: whole[m] for m, rows in self._pieces.items() if sum(r.stop - r.start for r in rows) == whole[m]}
 
@@ -101,33 +101,33 @@ class _Part:
 
 @dataclass(frozen=True)
 class ImageModules:
-    """The modules of an image model, each found under every name that it has."""
+    """The modules of an image model, under all their names."""
 
     shapes: Mapping[str, Shape]
-    parts: Mapping[str, _Part] = field(default_factory=dict)  # by component; empty if the base is no image model
+    parts: Mapping[str, _Part] = field(default_factory=dict)  # by component; empty for other models
 
     def __bool__(self) -> bool:
         return bool(self.parts)
 
     @property
     def family(self) -> ModelFamily | None:
-        """The family of the denoiser; None if there is none, or of no known family."""
+        """The family of the denoiser; None without a denoiser or for an unknown family."""
         return next((part.table for name, part in self.parts.items() if name in DENOISERS), None)
 
     @property
     def has_maker_names(self) -> bool:
-        """True if the denoiser has names that are not diffusers'."""
+        """True if the denoiser's names are not diffusers'."""
         parts = [part for name, part in self.parts.items() if name in DENOISERS]
         return any(names_maker(part.table, path) for part in parts if part.table for path in part.tensors)
 
     def find(self, component: str, path: str, flat: bool = False) -> tuple[ModuleRows, ...]:
-        """Return the rows of the base's tensors that a module consists of; none if it is not there.
+        """Return the rows of the base's tensors that make up a module; empty if it is missing.
 
-        A path with `.bias` behind it is the bias of that module, in the same rows as the weight. A name that two
-        namings use for different modules means the module that the base itself calls so.
+        A path that ends in `.bias` is the bias of that module, in the same rows as the weight. If two namings use a
+        name for different modules, it means the module that has this name in the base.
 
         Args:
-            flat: whether the path's dots are written as `_`.
+            flat: the path has `_` for its dots.
         """
         part = self.parts.get(component)
         if part is None:
@@ -142,7 +142,7 @@ class ImageModules:
 
 
 def image_modules(shapes: Mapping[str, Shape]) -> ImageModules:
-    """Return the modules of a base, of none if it is not an image model.
+    """Return the modules of a base; empty if it is not an image model.
 
     Args:
         shapes: tensor -> shape of the base.
@@ -154,7 +154,7 @@ def image_modules(shapes: Mapping[str, Shape]) -> ImageModules:
     for (component, table), names in tensors.items():
         found[component] = _Part(table, names, shapes)
     t5 = next((part for part in found.values() if part.table is ENCODERS["t5"]), None)
-    if t5:  # kohya counts it third, a Flux pipeline second
+    if t5:  # the third for kohya, the second in a Flux pipeline
         found = {"text_encoder_3": t5, "text_encoder_2": t5, **found}
     return ImageModules(shapes, found)
 
@@ -162,7 +162,7 @@ def image_modules(shapes: Mapping[str, Shape]) -> ImageModules:
 def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
     """Return tensor -> (component, path), in the base's naming, for every weight that an adapter can change.
 
-    Empty if the base is not an image model.
+    The result is empty if the base is not an image model.
     """
     weights = {name for name, shape in shapes.items() if len(shape) > 1 and name.endswith("weight")}
     parts = [(component, table, path, name) for component, table, path, name in _split(shapes) if name in weights]
@@ -170,7 +170,7 @@ def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
 
 
 def _path_of(weight: str) -> str:
-    """Return the path of the module whose weight a tensor is."""
+    """Return the path of the module of a weight."""
     return weight.removesuffix(SCALE).removesuffix(".weight").removesuffix("_weight")
 
 
@@ -179,21 +179,21 @@ def _all_rows(tensor: str, shapes: Mapping[str, Shape]) -> ModuleRows:
 
 
 def _biases(weights: Sequence[ModuleRows], shapes: Mapping[str, Shape]) -> tuple[ModuleRows, ...]:
-    """Return the rows of the biases beside the weights that a module consists of; none if one has no bias."""
+    """Return the rows of the biases for a module's rows of weights; empty if a weight has no bias."""
     found = tuple(replace(each, tensor=each.tensor.removesuffix("weight") + "bias") for each in weights)
     there = all(shapes.get(bias.tensor) == shapes[w.tensor][:1] for bias, w in zip(found, weights, strict=True))
     return found if there else ()
 
 
 def _encoder_of(paths: Iterable[str]) -> ModelFamily | None:
-    """Return the table of a text encoder that has one of these modules."""
+    """Return the table of the text encoder that has one of these modules."""
     every = list(paths)
     return next((encoder for encoder in ENCODERS.values() if any(locate(encoder, path) for path in every)), None)
 
 
 def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | None, str, str]]:
     """Yield (component, its table, path, tensor) for every tensor that an adapter can change."""
-    # Two models can differ in a table of positions alone, which no adapter changes.
+    # Two models can differ only in a table of positions, which no adapter changes.
     paths = {name: _path_of(name) for name, shape in shapes.items() if shape and not name.endswith("bias")}
     modules = {
         name: path
@@ -211,7 +211,7 @@ def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | Non
         return
     prefix, denoiser = _find_denoiser({path: shapes[name] for name, path in paths.items()})
     theirs = denoiser.components[1:] if denoiser else ()
-    own_prefix = "diffusion_model."  # of the denoiser in ComfyUI's repacks, and of what stands in it
+    own_prefix = "diffusion_model."  # of the denoiser in ComfyUI's repacks, and of the modules in it
     encoders = PREFIXES | {
         (prefix + each.comfy[len(own_prefix) :] if each.comfy.startswith(own_prefix) else each.comfy): (
             each.name,
@@ -236,7 +236,7 @@ def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | Non
 
 
 def _of_folders(family: ModelFamily | None, names: Iterable[str]) -> ModelFamily | None:
-    """Return of the families that have the same blocks the one that has most of a pipeline's folders."""
+    """Return, among families with the same blocks, the one with most of a pipeline's folders."""
     if family is None:
         return None
     folders = {name.partition("/")[0] for name in names}
@@ -245,7 +245,7 @@ def _of_folders(family: ModelFamily | None, names: Iterable[str]) -> ModelFamily
 
 
 def _find_denoiser(shapes: Mapping[str, Shape]) -> tuple[str, ModelFamily | None]:
-    """Return the prefix of the denoiser's modules in a single file, and its family; None if there is no known one."""
+    """Return the prefix of the denoiser's modules in a single file, and its family; None if unknown."""
     found: tuple[str, ModelFamily | None] = "", None
     most = 0
     for prefix in DENOISER_PREFIXES:
@@ -260,7 +260,7 @@ def _find_denoiser(shapes: Mapping[str, Shape]) -> tuple[str, ModelFamily | None
 def _rows_in_base(
     located: Located, columns: int, whole: Mapping[str, int], pieces: Mapping[str, Sequence[ModuleRows]]
 ) -> tuple[ModuleRows, ...]:
-    """Return the rows of the base's tensors that a module under any name consists of; none if some are not there."""
+    """Return the rows of the base's tensors that make up a module of any name; empty if some are missing."""
     found: list[ModuleRows] = []
     spans = parts_of(located, columns, known=whole) or ()
     if any(span.module not in whole for span in spans):
@@ -272,7 +272,7 @@ def _rows_in_base(
             if low < high:
                 start, skip = each.start + low - each.skip, span.start + low - span.skip
                 last = found[-1] if found else None
-                if last and last.tensor == each.tensor and last.stop == start:  # its rows go on
+                if last and last.tensor == each.tensor and last.stop == start:  # consecutive rows
                     start, skip = last.start, last.skip
                     found.pop()
                 found.append(ModuleRows(each.tensor, start, each.start + high - each.skip, skip, spans[-1].stop))

@@ -1,4 +1,4 @@
-"""Name the linear layers of litgpt's models of Llama's shape as transformers does.
+"""Map linear layers of litgpt's models with Llama's structure to transformers' names.
 
 Source: `copy_weights_hf_llama`, `_gemma_2`, `_qwen_2_5`, `_qwen_3`, `_olmo2` of litgpt 0.5.13
 (`litgpt/scripts/convert_hf_checkpoint.py`), which differ in norms and biases only.
@@ -6,7 +6,7 @@ Source: `copy_weights_hf_llama`, `_gemma_2`, `_qwen_2_5`, `_qwen_3`, `_olmo2` of
 
 from __future__ import annotations
 
-# A module in a layer -> its name in Llama's; but for q, k and v, which are one
+# A module in a layer -> its name in Llama's layer, except the fused q, k and v
 IN_LAYERS = {
     "attn.proj": "self_attn.o_proj",
     "mlp.fc_1": "mlp.gate_proj",
@@ -16,5 +16,5 @@ IN_LAYERS = {
 
 FUSED = "attn.qkv"  # rows of q, then k, then v
 
-# `mlp_class_name` of the models with these names; those of GPT-NeoX, Falcon and Phi 2 have others
+# values of `mlp_class_name` of models with these names; GPT-NeoX, Falcon and Phi 2 have others
 MLPS = ("LLaMAMLP", "GemmaMLP")

@@ -1,9 +1,9 @@
-"""List what mlx-lm calls the modules of each model type, where it differs from transformers 5.
+"""mlx-lm's module names of each model type, where they differ from transformers 5.
 
-mlx-lm loads a model's files from the hub and saves them under the names of its own modules: a folder of MLX has these,
-and so has an adapter. It has no towers, and stacks all experts, gate and up apart, as (experts, out, in).
+mlx-lm loads a model's files from the hub and saves them under the names of its modules. Folders and adapters of MLX
+have these names. It has no towers, and stacks all experts as (experts, out, in), with gate and up separate.
 Source: mlx-lm 0.32.2, `sanitize` and the classes of each file of `mlx_lm/models/`. `tests/adapters/test_mlx_oracle.py`
-compares the rows of its list with it on small models; the others are read.
+compares the rows of its list with mlx-lm on small models; the others were only read.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
-FORMAT = "mlx"  # under `format` in the metadata of what MLX saves
+FORMAT = "mlx"  # value of `format` in the metadata of MLX's files
 
-# The last part of the path of a stack -> (parameter of the class, which of the equal shares of its rows, of how many)
+# The last part of a stack's path -> (parameter of the class, number of its share of the rows, number of shares)
 Shares = Mapping[str, tuple[str, int, int]]
 
 GATED: Shares = {
@@ -28,19 +28,19 @@ PLAIN: Shares = {"fc1": ("up_proj", 0, 1), "fc2": ("down_proj", 0, 1)}
 
 @dataclass(frozen=True)
 class MlxNames:
-    """Hold what differs in one model type."""
+    """The differences for one model type."""
 
-    # parts of a path, of whole words between dots: transformers' -> MLX's, the first that is there; `starts` begin it
+    # parts of a path, full words between dots: transformers' -> MLX's; the first match counts. `starts` are prefixes
     starts: tuple[tuple[str, str], ...] = ()
     parts: tuple[tuple[str, str], ...] = ()
-    wrapped: bool = False  # it is the language model of a class that has towers as well
-    root: str = ""  # how the path of every module begins
-    experts: str = "switch_mlp"  # what stands for `experts` in the path of a stack
+    wrapped: bool = False  # it is the language model of a class that also has towers
+    root: str = ""  # prefix of the path of every module
+    experts: str = "switch_mlp"  # replacement of `experts` in the path of a stack
     shares: Shares = field(default_factory=lambda: GATED)
     interleaved: bool = False  # the shares are every second row
-    absent: tuple[str, ...] = ()  # last names of modules that its class does not have, or has in another shape
-    scaled: str = ""  # a pattern of modules whose weights it loads multiplied by something, and saves so
-    shifted: bool = False  # it loads the weights of norms with 1 added, and saves them so
+    absent: tuple[str, ...] = ()  # last names of modules that its class lacks, or has in another shape
+    scaled: str = ""  # a pattern for modules whose weights it multiplies on loading; it saves the product
+    shifted: bool = False  # it adds 1 to the weights of norms on loading; it saves the sum
 
 
 _WRAPPED = (("model.language_model", "language_model.model"), ("lm_head", "language_model.lm_head"))
@@ -105,7 +105,7 @@ MLX: dict[str, MlxNames] = {
     "qwen3_next": MlxNames(shifted=True),
 }
 
-# Types of which a folder of MLX differs from the hub's files in one thing: these have the experts one by one.
+# Types whose MLX folders differ from the hub's files only in that these have separate experts.
 ONE_BY_ONE = frozenset(
     """afmoe dots1 exaone_moe glm4_moe mellum minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe""".split()
 )
@@ -122,14 +122,14 @@ class Share:
 
 
 def mlx_names(model_types: Collection[str]) -> MlxNames | None:
-    """Return the row of a base's outer model type, by which mlx-lm chooses its class; None if there is none."""
+    """Return the row of a base's outer model type, which decides mlx-lm's class; None if there is none."""
     return MLX.get(next(iter(model_types), ""))
 
 
 def find_share(path: str, model_types: Collection[str]) -> Share | None:
-    """Return what MLX's stack is of transformers' class; None if the path, by `renames.canonical`, is of no stack.
+    """Return the share of transformers' stack for the path of MLX's stack; None for another `renames.canonical` path.
 
-    `switch_mlp` is MLX's own word; that `experts` is the path of one of its stacks, only the type tells.
+    `switch_mlp` occurs only in MLX. Whether `experts` is the path of an MLX stack depends on the type.
     """
     owner, _, last = path.removesuffix(".weight").rpartition(".")
     names = mlx_names(model_types) or MlxNames(shares=PLAIN if last in PLAIN else GATED)
@@ -141,7 +141,7 @@ def find_share(path: str, model_types: Collection[str]) -> Share | None:
 
 
 def stacks_of(path: str, names: MlxNames) -> list[str]:
-    """Return the paths of MLX's stacks that hold the rows of a stack of the class, in order; [] if it is none."""
+    """Return the paths of MLX's stacks with the rows of a stack of the class, in order; [] for another path."""
     owner, _, parameter = path.rpartition(".")
     if not f".{owner}".endswith(".experts"):
         return []
@@ -150,7 +150,7 @@ def stacks_of(path: str, names: MlxNames) -> list[str]:
 
 
 def mlx_path(path: str, names: MlxNames) -> str:
-    """Return MLX's name of a module that transformers 5 names `path`."""
+    """Return MLX's name of a module; `path` is the name in transformers 5."""
     for pairs, before in ((_starts(names), "^"), (names.parts, r"(?<=\.)")):
         for old, new in pairs:
             changed = re.sub(rf"{before}{re.escape(old)}(?=\.|$)", new, path, count=1)
@@ -161,7 +161,7 @@ def mlx_path(path: str, names: MlxNames) -> str:
 
 
 def to_transformers(model_types: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """Return the rules, as in `renames.RENAMES`, that turn MLX's names of modules into those of transformers 5."""
+    """Return the rules, as in `renames.RENAMES`, from MLX's names of modules to those of transformers 5."""
     rules = []
     for names in (MLX[each] for each in model_types if each in MLX):
         if names.wrapped or len(model_types) == 1:

@@ -1,4 +1,4 @@
-"""Write names that differ only in numbers as one name with ranges: `model.layers.{0..31}.mlp.up_proj`."""
+"""Combine names that differ only in numbers into one name with ranges: `model.layers.{0..31}.mlp.up_proj`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from math import prod
 
-# a part of a name, between dots or colons (kohya's: underscores too), that is a number
+# a number between dots or colons (for kohya also underscores) in a name
 _NUMBER = re.compile(r"(?<![^.:])(\d{1,9})(?![^.:])")
 _FLAT_NUMBER = re.compile(r"(?<![^._])(\d{1,9})(?![^._])")
 
@@ -14,16 +14,16 @@ _FLAT_NUMBER = re.compile(r"(?<![^._])(\d{1,9})(?![^._])")
 def split_numbers(name: str, underscores: bool = False) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Split a name into the texts between its numbers, and the numbers.
 
-    A number is a whole part of the name, between dots or colons; with `underscores`, for kohya's flattened names, also
-    between underscores.
+    A number is a full part of the name, between dots or colons. With `underscores`, for kohya's flattened names, it may
+    also be between underscores.
     """
     number = _FLAT_NUMBER if underscores else _NUMBER
-    parts = number.split(name)  # of every two, the second is a number
+    parts = number.split(name)  # every second part is a number
     return tuple(parts[::2]), tuple(map(int, parts[1::2]))
 
 
 def last_part(name: str) -> str:
-    """Return the end of a module's or weight's name that tells its kind: `to_q`.
+    """Return the last part of a module's or weight's name, which shows its kind: `to_q`.
 
     For a flattened name, which has no dots, it is the text after the last number.
     """
@@ -41,7 +41,7 @@ def with_ranges(parts: tuple[str, ...], numbers: list[tuple[int, ...]]) -> str:
 def grouped(names: Iterable[str], underscores: bool = False) -> Iterator[str]:
     """Yield names with ranges for those that differ only in numbers.
 
-    Where a name that the ranges would claim is missing, each of the names is yielded alone.
+    If a name within the ranges is missing, the names are yielded separately.
 
     Args:
         underscores: as in `split_numbers`.

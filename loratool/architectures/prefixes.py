@@ -1,18 +1,18 @@
-"""List the prefixes that containers put before a module's path, in adapters and in bases."""
+"""The prefixes that containers put before a module's path, in adapters and in bases."""
 
 from __future__ import annotations
 
-# Wrappers of training loops (`_forward_module` is Lightning's): they can be anywhere in a path, and loaders drop them.
+# Wrappers of training loops (`_forward_module` is Lightning's): they can be anywhere in a path; loaders remove them.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 
 PEFT_PREFIX = "base_model.model."
 
-# The suffixes of a module's main matrix, which the module's path alone stands for: its weight, or the fused
-# projection of an nn.MultiheadAttention.
+# The suffixes of a module's main matrix, which a module's path means: its weight, or the fused projection of an
+# nn.MultiheadAttention.
 MAIN_PARAMETERS = (".weight", ".in_proj_weight")
 
-# Prefixes that either adapter or base may have before every path: the attribute under which a task model holds
-# its backbone (transformers' `base_model_prefix`), or the pipeline component of a diffusers file.
+# Prefixes that either adapter or base may have before every path: a task model's attribute for its backbone
+# (transformers' `base_model_prefix`), or the pipeline component of a diffusers file.
 CONTAINER_PREFIXES = (
     "model",
     "transformer",
@@ -30,12 +30,11 @@ CONTAINER_PREFIXES = (
     "text_encoder_2",
     "text_encoder_3",
     "model.diffusion_model",
-    "0.auto_model",  # of sentence-transformers, whose first module holds the transformer
+    "0.auto_model",  # of sentence-transformers, where the first module is the transformer
     "0.model",  # since its version 6
 )
 
-# kohya's prefixes, longest first, and the flattened pipeline component that each means;
-# LyCORIS's tells none. The rest of a name is a
+# kohya's prefixes, longest first -> the flattened pipeline component; LyCORIS's has none. The rest of a name is a
 # module path with its dots flattened to `_` (kohya-ss/sd-scripts: networks/lora.py).
 KOHYA_COMPONENTS = {
     "lora_prior_unet_": "prior_unet_",
@@ -53,7 +52,7 @@ KOHYA_PREFIXES = tuple(KOHYA_COMPONENTS)
 
 
 def module_path(tensor: str) -> str:
-    """Return the path of the module whose main matrix `tensor` is; any other tensor's name unchanged."""
+    """Return the path of the module that has `tensor` as main matrix; any other tensor's name unchanged."""
     for end in MAIN_PARAMETERS:
         if tensor.endswith(end):
             return tensor.removesuffix(end)

@@ -1,4 +1,4 @@
-"""Tell which projections of its block a linear layer computes, whatever its family calls it.
+"""Find the projections of its block that a linear layer computes, in any family's names.
 
 The projections have Llama's names. A fused matrix has several, in the order of their rows in its output.
 """
@@ -30,13 +30,12 @@ PROJECTIONS: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 
-# Ends of the paths of fused matrices whose rows are their projections one after the other; in a block of another name
-# they may lie otherwise
+# Ends of the paths of fused matrices whose projections follow each other; with another name the order may differ
 FUSED = ("self_attn.qkv_proj", "mlp.gate_up_proj")
 
 
 def projections(path: str) -> tuple[str, ...]:
-    """Return the projections that a module computes; empty if its name does not tell."""
+    """Return the projections that a module computes; empty if its name is unknown."""
     parts = path.split(".")
     for length in (3, 2, 1):
         found = PROJECTIONS.get(".".join(parts[-length:]))

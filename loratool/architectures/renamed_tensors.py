@@ -1,7 +1,7 @@
-"""Rename a denoiser's tensors to its maker's names or to diffusers', and tell the rows that each is then made of.
+"""Rename a denoiser's tensors to its maker's names or to diffusers', and find the rows that make up each new tensor.
 
-All tensors are brought to diffusers' names first, by which the tables tell every other naming. Rows only move: a fused
-matrix is cut or put together, halves change places, and no number is computed.
+All tensors get diffusers' names first, because the tables define every other naming by these. Rows only move: matrices
+are split or fused and halves are swapped, but no number is computed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .families.table import ModelFamily, Naming
 from .families.unet import sgm_to_diffusers
 from .image import ModuleRows, Shape
 
-# How the tensors of modules end in any naming -> in diffusers'
+# suffix of a tensor in any naming -> suffix in diffusers'
 LEAVES = {"weight": "weight", "bias": "bias", "scale": "weight"}
 
 NAMES_SHOWN = 5  # of unknown tensors in a message
 
-# Columns of the embedding that SDXL and its refiner add to the time's. unCLIP of SD 2 has one under the same name in
-# sgm's naming, and under another in diffusers'.
+# Columns of the embedding that SDXL and its refiner add to the time embedding. unCLIP of SD 2 has an embedding of the
+# same name in sgm's naming, and of another name in diffusers'.
 ADDED_EMBEDDING = (2816, 2560)
 
 
@@ -34,21 +34,21 @@ class RenamedTensor:
     """A tensor under its new name."""
 
     shape: Shape
-    rows: tuple[ModuleRows, ...]  # of the former tensors, in the order of its own
+    rows: tuple[ModuleRows, ...]  # of the former tensors, in the order of its rows
 
 
 def rename_tensors(
     family: ModelFamily, shapes: Mapping[str, Shape], to: Naming, prefix: str = ""
 ) -> tuple[dict[str, RenamedTensor], tuple[str, ...]]:
-    """Return the tensors of a denoiser under the names of another naming, and those that have no place in it.
+    """Return the tensors of a denoiser under the names of another naming, and those that have no name in it.
 
     Args:
         shapes: tensor -> shape, in any naming or in several.
         to: the maker's naming or diffusers'.
-        prefix: before all these names; the new ones have none.
+        prefix: the prefix of all old names; the new ones have none.
 
     Raises:
-        InputError: a tensor is in no table, two become one, rows are missing, or they do not add up.
+        InputError: a tensor is in no table, two get the same name, rows are missing, or rows do not add up.
     """
     unknown = unknown_tensors(family, shapes, prefix)
     if unknown:
@@ -77,16 +77,16 @@ def rename_tensors(
 
 
 def unknown_tensors(family: ModelFamily, names: Iterable[str], prefix: str = "") -> list[str]:
-    """Return the tensors that a family's table has under no name."""
+    """Return the tensors that are not in a family's table under any name."""
     paths = [name.removeprefix(prefix) for name in names]
     naming = _naming_of(family, paths)
     return [prefix + path for path in paths if not _is_known(family, path, naming)]
 
 
 def count_missing(family: ModelFamily, names: Iterable[str], prefix: str = "") -> int:
-    """Return how many modules and tensors outside of the blocks, of those that a family's table lists, are not there.
+    """Return how many of the modules and tensors that a family's table lists outside of the blocks are missing.
 
-    Some are of variants only, so that a base can lack them.
+    Only some variants have all of them, so a base can lack some.
     """
     paths = {name.removeprefix(prefix) for name in names}
     found = filter(None, (locate(family, path.rpartition(".")[0]) for path in paths))
@@ -108,10 +108,10 @@ def _is_unused(family: ModelFamily, path: str) -> bool:
 
 
 def _as_unet(family: ModelFamily, shapes: Mapping[str, Shape], prefix: str) -> ModelFamily:
-    """Return a UNet's family with attention in the blocks that have it, by which sgm numbers what follows.
+    """Return a UNet's family with attention in the blocks that have it; sgm's numbering depends on it.
 
     Raises:
-        InputError: sgm's and diffusers' names do not tell each other for such a UNet.
+        InputError: sgm's and diffusers' names do not determine each other for such a UNet.
     """
     former = {sgm_to_diffusers(path.rpartition(".")[0]): path for path in shapes}
     for path, name in former.items():
@@ -130,9 +130,9 @@ def _as_unet(family: ModelFamily, shapes: Mapping[str, Shape], prefix: str) -> M
 
 
 def _naming_of(family: ModelFamily, paths: Iterable[str]) -> Naming | None:
-    """Return the naming of most tensors, for names that two namings have for different modules; None if none prevails.
+    """Return the naming of most tensors, for names that mean different modules in two namings; None for a tie.
 
-    Hunyuan-DiT has such names: norms 2 and 3 of its blocks change places.
+    Hunyuan-DiT has such names: norms 2 and 3 of its blocks are swapped.
     """
     located = filter(None, (locate(family, path.rpartition(".")[0]) for path in paths))
     more = sum((each.path in each.diffusers) - (each.path in each.maker) for each in located)
@@ -142,7 +142,7 @@ def _naming_of(family: ModelFamily, paths: Iterable[str]) -> Naming | None:
 def _spans(
     family: ModelFamily, path: str, naming: Naming | None, shapes: Mapping[str, Shape], prefix: str
 ) -> tuple[Span, ...]:
-    """Return which rows of diffusers' tensors the rows of a tensor are."""
+    """Return the rows of diffusers' tensors that make up a tensor."""
     shape = shapes[path]
     rows = shape[0] if shape else 1
     names = _both_names(family, path)
@@ -166,10 +166,10 @@ def _all_rows(tensor: str, shape: Shape) -> ModuleRows:
 
 
 def _joined(name: str, rows: Iterable[ModuleRows], shapes: Mapping[str, Shape]) -> RenamedTensor:
-    """Return a tensor of rows that are all there and overlap nowhere.
+    """Return a tensor made of all its rows.
 
     Raises:
-        InputError: they are not, or their columns differ.
+        InputError: rows are missing or overlap, or their columns differ.
     """
     found = sorted(rows, key=lambda each: each.skip)
     first, done = found[0], 0
@@ -192,7 +192,7 @@ def _joined(name: str, rows: Iterable[ModuleRows], shapes: Mapping[str, Shape]) 
 def _in_maker_names(
     family: ModelFamily, whole: Mapping[str, RenamedTensor], shapes: Mapping[str, Shape]
 ) -> dict[str, RenamedTensor]:
-    """Return the maker's tensors that are made of diffusers'."""
+    """Return the maker's tensors, made of diffusers'."""
     parts: dict[str, tuple[Span, ...]] = {}
     for name, tensor in whole.items():
         names = _both_names(family, name)
@@ -221,10 +221,10 @@ def _in_maker_names(
 def _parts_of_maker(
     family: ModelFamily, module: str, leaf: str, whole: Mapping[str, RenamedTensor]
 ) -> tuple[Span, ...]:
-    """Return the rows of diffusers' tensors that a module's weight or bias consists of.
+    """Return the rows of diffusers' tensors that make up a module's weight or bias.
 
     Raises:
-        InputError: some of these tensors are not there, or their rows do not add up.
+        InputError: some of these tensors are missing, or their rows do not add up.
     """
     located = locate(family, module, Naming.MAKER)
     assert located
@@ -243,7 +243,7 @@ def _parts_of_maker(
 
 
 def _cut(spans: Sequence[Span], whole: Mapping[str, RenamedTensor]) -> list[ModuleRows]:
-    """Return the rows of the former tensors that rows of diffusers' tensors are."""
+    """Return the rows of the former tensors for rows of diffusers' tensors."""
     found = []
     for span in spans:
         last = span.skip + span.stop - span.start
@@ -260,7 +260,7 @@ def _rows(tensor: RenamedTensor) -> int:
 
 
 def _reshaped(family: ModelFamily, name: str, shape: Shape) -> Shape:
-    """Return the shape of diffusers' tensor, of which the maker may store the same numbers in another."""
+    """Return the shape of diffusers' tensor; the maker may store the same numbers in another shape."""
     sizes = _shape_in_diffusers(family, name)
     if not sizes:
         return shape
@@ -271,12 +271,12 @@ def _reshaped(family: ModelFamily, name: str, shape: Shape) -> Shape:
 
 
 def _shape_in_diffusers(family: ModelFamily, name: str) -> tuple[int, ...]:
-    """Return diffusers' shape of a tensor that the maker stores flat, -1 being any size; empty for all others."""
+    """Return diffusers' shape of a tensor that the maker stores flat (-1 is any size); empty for all others."""
     return next((sizes for each, sizes in family.reshaped.items() if _number_in(each, name) is not None), ())
 
 
 def _both_names(family: ModelFamily, path: str) -> tuple[str, str] | None:
-    """Return (the maker's name, diffusers') of a tensor that a table lists by itself, given either; else None."""
+    """Return (maker's name, diffusers' name) of a tensor that a table lists separately, given either; else None."""
     for names in _listed(family):
         number = next((n for each in reversed(names) if (n := _number_in(each, path)) is not None), None)
         if number is not None:
@@ -287,7 +287,7 @@ def _both_names(family: ModelFamily, path: str) -> tuple[str, str] | None:
 
 @lru_cache(maxsize=256)
 def _listed(family: ModelFamily) -> tuple[tuple[str, str], ...]:
-    """Return the tensors that a table lists by themselves: the maker's names and diffusers', with `{i}` in blocks."""
+    """Return (maker's name, diffusers' name) of tensors that a table lists separately, with `{i}` in blocks."""
     return (
         *(
             (f"{block.maker}.{maker}", f"{block.diffusers}.{diffusers}")
@@ -299,7 +299,7 @@ def _listed(family: ModelFamily) -> tuple[tuple[str, str], ...]:
 
 
 def _number_in(template: str, path: str) -> str | None:
-    """Return the number that `{i}` is in a path, empty where a template has none; None if it is no such path."""
+    """Return the number at `{i}` in a path, empty for a template without it; None if the path does not match."""
     found = _pattern(template).fullmatch(path)
     return "".join(found.groups()) if found else None
 

@@ -1,10 +1,10 @@
-"""Map the names that transformers 4, transformers 5 and model files use to the one that version 5 uses.
+"""Map names of transformers 4, transformers 5 and model files to the names of version 5.
 
-Version 5 renames and fuses weights while it loads and reverses that in `save_pretrained`: files keep their
-historical names, and an adapter has the module names of the version it was trained with. `canonical` maps all
-three to the module name of version 5 and leaves a name that is canonical already unchanged, so that an adapter
-can be matched with a file. The tables only say that two names are one weight of one layout. What is stacked while
-loading is in `experts`, what is split or joined in `fused_rows`, and mlx-lm's names for the same in `mlx_names`.
+Version 5 renames and fuses weights on loading and reverses that in `save_pretrained`. Files keep their historical
+names, and an adapter has the module names of the version it was trained with. `canonical` maps all three to the module
+name of version 5, so that an adapter can be matched with a file; a canonical name is unchanged. Two names in these
+tables mean one weight of one layout. Other modules have weights that are stacked on loading (`experts`), split or fused
+(`fused_rows`), and mlx-lm's names (`mlx_names`).
 
 Source: `transformers.conversion_mapping` of 5.24, its rows rewritten to be idempotent and to match a module's
 path as well as a tensor's name. A row may reach further than its part of the model: both sides then get it.
@@ -18,11 +18,11 @@ from functools import lru_cache
 
 from .mlx_names import to_transformers
 
-# (regular expression, its replacement or what makes it of a match), applied in order
+# (regular expression, its replacement or a function that returns it for a match), applied in order
 RenameRules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
-# For every type: TensorFlow's names of LayerNorm, and weight norm before torch 2. Each expression begins with letters,
-# which `re` finds ten times as fast.
+# For every type: TensorFlow's names of LayerNorm, and weight norm before torch 2. Expressions that begin with letters
+# are ten times as fast in `re`.
 LEGACY: RenameRules = (
     (r"LayerNorm(?<=\bLayerNorm)\.gamma$", "LayerNorm.weight"),
     (r"LayerNorm(?<=\bLayerNorm)\.beta$", "LayerNorm.bias"),
@@ -60,7 +60,7 @@ _GRANITE_SPEECH: RenameRules = (
     (r"^(?=(?:encoder|projector)(?:\.|$))", "model."),
 )
 
-# The files hold thinker and talker; an adapter of the thinker's class has no `thinker.`
+# Files have thinker and talker; an adapter of the thinker's class has no `thinker.`
 _OMNI: RenameRules = (
     (r"^(?=(?:model|visual|audio_tower|lm_head)(?:\.|$))", "thinker."),
     (r"^thinker\.(?=(?:visual|audio_tower)(?:\.|$))", "thinker.model."),
@@ -147,7 +147,7 @@ _HUNYUAN_VISION: RenameRules = (
 
 
 def _half_of_pair(found: re.Match[str]) -> str:
-    """Return the layer of which dory's files have attention and MLP as two (`LayerPairCollapse`)."""
+    """Return the layer for one of dory's pairs: its files number attention and MLP separately (`LayerPairCollapse`)."""
     index, name = int(found[1]), found[2]
     part = {"attn_alpha": "lambda_1", "mlp_alpha": "lambda_2"}.get(name, ("self_attn", "mlp")[index % 2])
     return f"layers.{index // 2}.{part}"
@@ -605,7 +605,7 @@ RENAMES: dict[str, RenameRules] = {
         (r"\bvision_tower\.encoder\.blocks\.(\d+)\.mlp\.fc0(?=\.|$)", r"vision_tower.encoder.blocks.\1.mlp.fc1"),
         (r"\bvision_tower\.encoder\.blocks\.(\d+)\.wo(?=\.|$)", r"vision_tower.encoder.blocks.\1.attn.proj"),
         (r"\bvision_tower\.encoder(?=\.|$)", "vision_tower"),
-        (r"\bblocks(?=\.|$)", "layers"),  # transformers writes `blocks` into the language model as well
+        (r"\bblocks(?=\.|$)", "layers"),  # transformers also writes `blocks` into the language model
         (r"\bvision_tower\.patch_embed\.pos_emb\.weight$", "vision_tower.patch_embed.pos_emb.position_embeddings"),
         (r"\bmm_projector\.proj\.0(?=\.|$)", "mm_projector.in_proj"),
         (r"\bmm_projector\.proj\.2(?=\.|$)", "mm_projector.out_proj"),
@@ -794,7 +794,7 @@ RENAMES: dict[str, RenameRules] = {
     "voxtral_realtime": _AUDIO,
 }
 
-# model_type -> rules for a checkpoint that has no other type: nested in another model, these names are the other's.
+# model_type -> rules for a checkpoint of only this type: nested in another model, these names are the other model's.
 ALONE: dict[str, RenameRules] = {
     **dict.fromkeys(
         """chinese_clip_vision_model clip_vision_model clipseg_vision_model metaclip_2_vision_model mlcd
@@ -814,12 +814,12 @@ ALONE: dict[str, RenameRules] = {
 
 
 def canonical(path: str, model_types: Collection[str]) -> str:
-    """Return the name that transformers 5 has for a tensor or module; an unknown name is returned unchanged.
+    """Return the name of a tensor or module in transformers 5; an unknown name is returned unchanged.
 
-    model_types: those of config.json, nested configs included.
+    model_types: those of config.json and its nested configs.
     """
     for pattern, replacement in _rows(frozenset(model_types)):
-        if pattern.search(path):  # hardly any matches, and `search` is faster than `sub` at finding that out
+        if pattern.search(path):  # few patterns match, and `search` is faster than `sub` if there is no match
             path = pattern.sub(replacement, path, count=1)
     return path
 

@@ -1,8 +1,8 @@
-"""Tell embeddings, heads, experts and linear layers apart by the names that model families give them."""
+"""Distinguish embeddings, heads, experts and linear layers by the names that model families give them."""
 
 from __future__ import annotations
 
-# Last names of nn.Embedding in transformers 5.24 and diffusers, but those of other layers too (embed, query, w).
+# Last names of nn.Embedding in transformers 5.24 and diffusers, except those that other layers share (embed, query, w).
 EMBEDDINGS = frozenset(
     """embed_tokens wte wpe tok_embeddings word_embeddings position_embeddings token_type_embeddings
     embed_positions token_embedding position_embedding shared embed_in embeddings relative_attention_bias
@@ -35,22 +35,22 @@ _ALL_EMBEDDINGS = EMBEDDINGS | GGUF_EMBEDDINGS
 
 HEADS = frozenset("lm_head embed_out output score classifier".split())
 
-# How the modules end that take a denoiser's latent image, beside which a control model takes another
+# Suffixes of the modules for a denoiser's latent image; a control model has a second input image
 LATENT_INPUTS = tuple("img_in x_embedder img_in.proj x_embedder.proj patch_embedding patchify_proj conv_in".split())
 
 
 def weight_role(module: str, dimensions: int, is_float: bool) -> str:
     """Return `linear` (peft's `all-linear` targets it), `embedding`, `head`, `experts` (3-D) or `conv`.
 
-    Empty for a vector, a norm, a bias, and for a weight that is not of a float type.
+    The result is empty for a vector, a norm, a bias, and a weight of another than a float type.
     """
-    path = module.rpartition("/")[2]  # of a pipeline's, without its folder
+    path = module.rpartition("/")[2]  # without the folder of a pipeline
     last = path.rpartition(".")[2]
     if not is_float or dimensions < 2:
         return ""
     if (path.rpartition(".")[0].rpartition(".")[2] if last.isdigit() else last) in _ALL_EMBEDDINGS:
-        return "embedding"  # or one of a list of them
-    if last.endswith(("norm", "bias")):  # of a head each (chameleon's q_norm), or of an expert (gpt-oss)
+        return "embedding"  # or an item of a list of embeddings
+    if last.endswith(("norm", "bias")):  # one per head (chameleon's q_norm) or per expert (gpt-oss)
         return ""
     if last in HEADS and "." not in path.removeprefix("model.").removeprefix("transformer."):
         return "head"

@@ -1,7 +1,7 @@
-"""List the matrices that each model family ties, and their names.
+"""The matrices that each model family ties, and their names.
 
-Sources: `_tied_weights_keys`, `tie_word_embeddings` and the heads' modules of transformers 5.24. That a side which is
-stored separately also loads separately was seen there and in 4.57, unless a table says otherwise.
+Sources: `_tied_weights_keys`, `tie_word_embeddings` and the heads' modules of transformers 5.24. A side that is stored
+separately also loads separately, there and in 4.57, except where a table notes otherwise.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ INPUT_EMBEDDINGS = (
     "embeddings",
 )
 
-# A GGUF file's embedding and head. llama.cpp takes the embedding for a head that is not there, in these architectures
-# and in GGUF_OWN_HEADS, which read one of its own too (src/models/*.cpp of the tree inside llama-cpp-python 0.3.36).
+# A GGUF file's embedding and head. llama.cpp uses the embedding for a missing head in these architectures and in
+# GGUF_OWN_HEADS, which also read a separate head (src/models/*.cpp of the tree inside llama-cpp-python 0.3.36).
 GGUF_EMBEDDING, GGUF_HEAD = "token_embd.weight", "output.weight"
 
-GGUF_HEADLESS = frozenset(  # encoders, of which it computes no head
+GGUF_HEADLESS = frozenset(  # encoders, for which it computes no head
     """bert eurobert gemma-embedding jina-bert-v2 jina-bert-v3 llama-embed modern-bert neo-bert nomic-bert
     nomic-bert-moe t5encoder""".split()
 )
@@ -37,8 +37,8 @@ GGUF_OWN_HEADS = frozenset(
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
 
-# Decoder families whose head has another name than OUTPUT_HEADS (biogpt's, gpt_neox_japanese's and trocr's seen in 5.24
-# alone).
+# Decoder families whose head has another name than OUTPUT_HEADS (biogpt, gpt_neox_japanese and trocr: checked only in
+# 5.24).
 DECODER_HEADS = {
     **dict.fromkeys(("biogpt", "trocr"), "output_projection"),
     **dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), "embed_out"),
@@ -47,9 +47,9 @@ DECODER_HEADS = {
     "whisper": "proj_out",
 }
 
-# The head of a masked language model -> the families that have it. A bias one level up (`lm_head.bias`) is the bias
-# of the head's linear layer too; if the head is not tied, loaders want both. (Seen in 5.24 alone: those of flaubert,
-# fnet, layoutlm, luke, mra, nomic_bert, squeezebert, tapas and yoso.)
+# The head of a masked language model -> the families that have it. A bias one level up (`lm_head.bias`) is also the
+# bias of the head's linear layer; if the head is not tied, loaders need both. (Checked only in 5.24: flaubert, fnet,
+# layoutlm, luke, mra, nomic_bert, squeezebert, tapas and yoso.)
 MASKED_HEADS = {
     "cls.predictions.decoder": """bert big_bird deberta deberta-v2 ernie fnet layoutlm megatron-bert mobilebert mra
     nomic_bert nystromformer rembert roc_bert roformer squeezebert tapas yoso""",
@@ -66,7 +66,7 @@ MASKED_HEADS = {
 
 MASKED_HEAD_OF = {family: head for head, families in MASKED_HEADS.items() for family in families.split()}
 
-# Those that use the head's matrix without calling its module, so that what PEFT adds to the module has no effect.
+# Types that use the head's matrix without calling its module, so that PEFT's wrapper has no effect.
 PAST_ITS_MODULE = frozenset({"mobilebert"})
 
 # Encoder-decoders with one embedding, `shared`, for encoder, decoder and head.
@@ -75,8 +75,8 @@ SHARED_BY_BOTH = frozenset(
     pegasus_x plbart switch_transformers t5 umt5""".split()
 )
 
-# Type -> (the embedding's name, whether it is called itself, those of others with its matrix that are called): where an
-# encoder and a decoder have one embedding. Which they have depends on the class.
+# Type with one embedding for encoder and decoder -> (the embedding's name, whether it is called, other called modules
+# with its matrix). The modules depend on the class.
 SHARED_INPUTS: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     **dict.fromkeys((*SHARED_BY_BOTH, "udop"), ("shared", False, ("encoder.embed_tokens", "decoder.embed_tokens"))),
     **dict.fromkeys(
@@ -89,8 +89,8 @@ SHARED_INPUTS: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     "t5gemma2": ("encoder.embed_tokens", True, ("decoder.embed_tokens",)),
 }
 
-# Type -> (an expression for the path of a module that is stored, what stands for it in the paths of those that compute
-# with its tensors, each with whether these are transposed there).
+# Type -> (an expression for the path of a stored module, [(replacement that gives the path of a module that uses its
+# tensors, whether they are transposed there)]).
 SHARED_MODULES: dict[str, tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]] = {
     "diffusion_gemma": (
         (
@@ -119,26 +119,26 @@ SHARED_MODULES: dict[str, tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]] 
     ),
 }
 
-# Type -> the name of blocks of which the files have a few, used by all hybrid layers in turn.
+# Type -> the name of shared blocks: files have a few, and the hybrid layers use them in turn.
 SHARED_BLOCKS = {"zamba": "shared_transf", "zamba2": "shared_transformer"}
 
-# Those whose encoder and decoder use the module `shared` itself before transformers 5, whatever is stored for them.
+# Types whose encoder and decoder use the module `shared` before transformers 5 and ignore separately stored matrices.
 ONE_MODULE_BEFORE_5 = frozenset("blenderbot blenderbot-small led marian mvp pegasus pegasus_x".split())
 
-# Those whose `get_input_embeddings`, which PEFT asks, returns the encoder's embedding.
+# Types whose `get_input_embeddings`, which PEFT calls, returns the encoder's embedding.
 EMBEDS_BY_ENCODER = frozenset({"marian"})
 
-# Those where tie_word_embeddings also scales the decoder's output by d_model ** -0.5, so that it cannot be changed:
-# transformers 5 keeps stored matrices apart if they differ, 4 does not.
+# Types where tie_word_embeddings also scales the decoder's output by d_model ** -0.5, so that it cannot be changed:
+# transformers 5 keeps stored matrices separate if they differ, 4 does not.
 FLAG_SCALES = frozenset("longt5 mt5 switch_transformers t5 umt5".split())
 
-# Encoder-decoders of two embeddings, of which the decoder's is the head's matrix.
+# Encoder-decoders with two embeddings; the decoder's is the head's matrix.
 TIED_BY_DECODER = frozenset({"marian", "t5gemma"})
 
 # Encoder-decoders whose encoder has no token embedding: they tie as decoders do.
 TIED_AS_DECODERS = frozenset("speech_to_text whisper".split())
 
-# Last names of other copies of the embedding: the sides of an encoder-decoder, the decoder of a masked language model.
+# Last names of other copies of the embedding: sides of an encoder-decoder, the decoder of a masked language model.
 COPIES = (
     *OUTPUT_HEADS,
     "embed_tokens",
@@ -169,5 +169,5 @@ UNTIED_BY_DEFAULT = frozenset(
     qwen3 qwen3_5 qwen3_5_text qwen3_moe qwen3_next reformer rwkv seed_oss stablelm xlstm""".split()
 )
 
-# Families whose config classes tie, whatever config.json says; a head that is stored and differs stays separate.
+# Families whose config classes always tie, ignoring config.json; a stored head that differs stays separate.
 TIED_ANYHOW = frozenset("longt5 mt5 pop2piano t5 udop umt5".split())

@@ -1,11 +1,11 @@
-"""List the modules that torchtune's adapters have by its own names, and the models whose queries and keys it turns.
+"""The modules of torchtune's adapters under its names, and the models whose queries and keys it reorders.
 
 Source: `torchtune/models/convert_weights.py`, `torchtune/models/{qwen2,gemma2,phi3}/_convert_weights.py` of 0.6.1.
 """
 
 from __future__ import annotations
 
-# A module in a layer -> its name in Llama, whose names Phi's fused projections are bound by as well
+# A module in a layer -> its name in Llama; Phi's fused projections also bind by Llama's names
 IN_LAYERS = {
     "attn.q_proj": "self_attn.q_proj",
     "attn.k_proj": "self_attn.k_proj",
@@ -22,4 +22,4 @@ HEAD = "output"  # lm_head
 # In transformers they are halves (x0, x1, ..., y0, y1, ...).
 INTERLEAVED = {"llama": True, "mistral": True, "gemma": True, "gemma2": True, "qwen2": False, "phi3": False}
 
-ROTATED = ("attn.q_proj", "attn.k_proj")  # the modules whose rows are so
+ROTATED = ("attn.q_proj", "attn.k_proj")  # the modules with interleaved rows

@@ -1,6 +1,6 @@
-"""List the tables of model families, each a file with one literal `FAMILY`.
+"""The tables of model families, each a file with one literal `FAMILY`.
 
-`lookup` finds a module in a table under any of its names, `detect` tells the family of modules.
+`lookup` finds a module in a table under any of its names, `detect` finds the family of modules.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from . import (
 )
 from .table import ModelFamily
 
-# Where nothing tells two families apart, the first counts.
+# If nothing distinguishes two families, the first counts.
 FAMILIES: dict[str, ModelFamily] = {
     module.FAMILY.key: module.FAMILY
     for module in (

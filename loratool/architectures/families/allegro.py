@@ -1,6 +1,6 @@
-"""Name the modules of Allegro as Rhymes and diffusers do, which is the same.
+"""Name the modules of Allegro as Rhymes and diffusers do, both in the same way.
 
-Source: diffusers' class `AllegroTransformer3DModel`, alone: no other naming was seen.
+Source: only diffusers' class `AllegroTransformer3DModel`; no other naming is known.
 """
 
 from __future__ import annotations

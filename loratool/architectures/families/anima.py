@@ -1,7 +1,7 @@
 """Name the modules of Anima, which are those of Cosmos-Predict2, as NVIDIA and diffusers do.
 
 Sources: diffusers `scripts/convert_anima_to_diffusers.py` and `loaders/single_file_utils.py`; ComfyUI
-`comfy/ldm/anima/model.py`. The modules of the text conditioner, which have the same names everywhere, were not
+`comfy/ldm/anima/model.py`. The modules of the text conditioner have the same names everywhere and are not
 listed.
 """
 

@@ -1,6 +1,6 @@
-"""Name the modules of Bria 3 as Bria and diffusers do, which is the same.
+"""Name the modules of Bria 3 as Bria and diffusers do, both in the same way.
 
-Source: diffusers' class `BriaTransformer2DModel`, alone: no other naming was seen.
+Source: only diffusers' class `BriaTransformer2DModel`; no other naming is known.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Name the modules of CogVideoX as THUDM's SAT, diffusers and ComfyUI do.
 
 Sources: THUDM/CogVideo `sat/dit_video_concat.py`; diffusers `scripts/convert_cogvideox_to_diffusers.py`; ComfyUI
-`comfy/ldm/cogvideo/model.py`. ComfyUI's names were read and not run.
+`comfy/ldm/cogvideo/model.py`. ComfyUI's names were read, not run.
 """
 
 from __future__ import annotations

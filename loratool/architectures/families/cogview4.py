@@ -1,7 +1,7 @@
 """Name the modules of CogView 4 as THUDM's SAT and diffusers do.
 
-Source: diffusers `scripts/convert_cogview4_to_diffusers.py`. Not checked: the Megatron checkpoint, whose q, k and v
-take turns.
+Source: diffusers `scripts/convert_cogview4_to_diffusers.py`. Not checked: the Megatron checkpoint, which alternates
+q, k and v.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .table import Block, Component, ModelFamily, Width
 
-# Ends of the paths of the modules that have the model's hidden size as columns
+# Ends of the paths of modules with the hidden size as number of columns
 HIDDEN = (
     ".linear_1",
     ".t_embedder.linear_2",
@@ -65,7 +65,7 @@ FAMILY = ModelFamily(
         "extra_pos_embedder.pos_emb_h": "learnable_pos_embed.pos_emb_h",
         "extra_pos_embedder.pos_emb_w": "learnable_pos_embed.pos_emb_w",
     },
-    # Counters of its training, and what positions are computed from
+    # Counters of its training, and buffers for positions
     unused=(
         "accum_video_sample_counter",
         "accum_image_sample_counter",

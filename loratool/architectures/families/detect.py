@@ -1,4 +1,4 @@
-"""Tell the family of an adapter's modules or of a base's tensors, by their names and shapes."""
+"""Find the family of an adapter's modules or of a base's tensors, by their names and shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .lookup import Located, locate, to_diffusers
 from .table import DENOISERS, ModelFamily, Naming
 from .unet import STEMS
 
-# Modules of blocks that image models share with others: a ViT (`timm/models/vision_transformer.py`), MPT
+# Modules of blocks that image models share with other models: a ViT (`timm/models/vision_transformer.py`), MPT
 # (`llmfoundry/models/mpt`), Meta's Llama (`llama/model.py`), and Phi-3, which is a part of OmniGen.
 SHARED = re.compile(
     r"blocks\.\d+\.(?:norm\d|ffn\.\d|attn\.(?:qkv|proj|out_proj|[qk]_norm)|mlp\.(?:fc[12]|\w+_proj))"
@@ -20,15 +20,15 @@ SHARED = re.compile(
 
 
 def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool = False) -> tuple[ModelFamily, ...]:
-    """Return the image families that modules are of; several, in the table's order, where nothing tells them apart.
+    """Return the image families that modules can be of, in the table's order; several if nothing distinguishes them.
 
-    A family is of them if it has every module of the denoiser and every component. Those are left out of which known
-    models have other widths or fewer blocks, then those of which the names are of several namings. Of the rest, names
-    that only one has decide, then that all blocks of a known model are there.
+    A candidate has every module of the denoiser and every component. Candidates are excluded if their known models have
+    other widths or fewer blocks, then if the names mix several namings. Among the rest, names that only one family has
+    decide, then whether all blocks of a known model are present.
 
     Args:
-        modules: (component, path in any naming, shape of the matrix, empty if it is not known).
-        numbered: whether a prefix numbers the first text encoder, as only families with several have it.
+        modules: (component, path in any naming, shape of the matrix, empty if unknown).
+        numbered: a prefix numbers the first text encoder, as in families with several.
     """
     every = list(modules)
     paths = [path for component, path, _ in every if component in DENOISERS]
@@ -40,7 +40,7 @@ def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool =
 def families_with(
     modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool = False
 ) -> tuple[ModelFamily, ...]:
-    """Return the image families that have every module of the denoiser and every component, whatever their sizes.
+    """Return the image families that have every module of the denoiser and every component, of any size.
 
     Args:
         modules, numbered: as for `detect`.
@@ -60,16 +60,16 @@ def families_with(
 
 
 def _parts(family: ModelFamily) -> set[str]:
-    """Return the names of a family's components, that of a T5 without its number."""
+    """Return the names of a family's components, without the number of a T5."""
     return {"t5" if component.encoder == "t5" else component.name for component in family.components}
 
 
 def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]], paths: Iterable[str]) -> bool:
-    """Return whether a family has all of the denoiser's modules, or its UNet some, whose others are listed and left."""
+    """Return whether a family has all of the denoiser's modules; a UNet may have some, if the others are listed."""
     if family.up_attention:
         named = any(name.startswith(STEMS) for path in paths for name in to_diffusers(family, path))
         return named or all(locate(family, path) for path in paths)
-    if not all(locate(family, path) for path in paths):  # first, as the first path of another model says it
+    if not all(locate(family, path) for path in paths):  # first, as one path of another model decides it
         return False
     shapes = [(path, shape) for _, path, shape in modules if len(shape) > 1]
     return all(
@@ -81,25 +81,25 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
 
 
 def _ends_with(path: str, *ends: str) -> bool:
-    """Return whether a path has one of these ends, be it flattened or with the dots of another naming."""
+    """Return whether a path has one of these ends, flattened or with the dots of another naming."""
     return path.replace(".", "_").endswith(tuple(end.replace(".", "_") for end in ends))
 
 
 def _evidence(
     family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]], paths: list[str]
 ) -> tuple[bool, bool, bool, bool]:
-    """Return (sizes, naming, names, blocks): whether each agrees with the family, or tells it, in this order."""
+    """Return (sizes, naming, names, blocks): whether each agrees with the family or identifies it."""
     names = [name for path in paths for name in to_diffusers(family, path)]
     numbers = _numbers(family, names)
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
     complete = [found == set(range(len(found))) and len(found) in counts for found, counts in numbers]
-    # The first blocks of another family's only stack can be as many as one of several stacks has.
+    # The only stack of another family may begin with as many blocks as one of several stacks has.
     whole = bool(complete) and all(complete) and len(complete) >= min(2, sum(bool(b.counts) for b in family.blocks))
     return has_sizes(family, modules), _is_of_one_naming(family, paths), telling, whole
 
 
 def twins_of(family: ModelFamily, paths: Iterable[str]) -> tuple[str, ...]:
-    """Return the models without a table that modules of a family, all in diffusers' names, can be of as well."""
+    """Return the models without a table that modules of a family, in diffusers' names, could also be of."""
     every = list(paths)
     if not all(path in to_diffusers(family, path) for path in every):
         return ()
@@ -107,7 +107,7 @@ def twins_of(family: ModelFamily, paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def has_sizes(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]]) -> bool:
-    """Return whether a known model of a family has as many blocks and columns as modules, given as to `detect`."""
+    """Return whether a known model of a family has the blocks and columns of `modules` (as for `detect`)."""
     every = list(modules)
     names = [n for component, path, _ in every if component in DENOISERS for n in to_diffusers(family, path)]
     fewer = all(max(found) < max(counts) for found, counts in _numbers(family, names))
@@ -115,7 +115,7 @@ def has_sizes(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, 
 
 
 def _widths_agree(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]]) -> bool:
-    """Return whether no module has another number of columns than in every known model of a family."""
+    """Return whether the number of columns of each module occurs in a known model of a family."""
     for component, path, shape in modules if family.widths else ():
         part = "unet" if component in DENOISERS else component
         located = locate(family, path) if component in DENOISERS else None
@@ -128,7 +128,7 @@ def _widths_agree(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[i
 
 
 def _is_of_one_naming(family: ModelFamily, paths: Iterable[str]) -> bool:
-    """Return whether all paths are of the maker's naming, of diffusers' or of ComfyUI's, as those of one file are."""
+    """Return whether all paths have one naming, the maker's, diffusers' or ComfyUI's, as in any one file."""
     if family.up_attention:
         return True
     found = [located for path in paths if (located := locate(family, path))]
@@ -137,12 +137,12 @@ def _is_of_one_naming(family: ModelFamily, paths: Iterable[str]) -> bool:
 
 
 def _named(located: Located) -> bool:
-    """Return whether a path is a name of one of the namings, and no alias."""
+    """Return whether a path is a name of one of the namings, not an alias."""
     return any(located.path in located.names(naming) for naming in Naming)
 
 
 def _numbers(family: ModelFamily, names: Iterable[str]) -> list[tuple[set[int], tuple[int, ...]]]:
-    """Return of each stack that has blocks in names their numbers, and how many the known models have."""
+    """Return, for each stack with blocks in `names`, the numbers of the blocks and the counts in known models."""
     every, found = list(names), []
     for block in family.blocks if not family.up_attention else ():
         stem = re.compile(re.escape(block.diffusers).replace(r"\{i\}", "([0-9]{1,9})") + r"\.")
@@ -153,10 +153,10 @@ def _numbers(family: ModelFamily, names: Iterable[str]) -> list[tuple[set[int], 
 
 
 def family_of_names(shapes: Mapping[str, tuple[int, ...]]) -> ModelFamily | None:
-    """Return the image family of a base's denoiser; None if it is of no known one.
+    """Return the image family of a base's denoiser; None if it is unknown.
 
-    Of the families with a mark in the names it is the one that has most of the modules, then the one whose widths
-    agree, then the first.
+    Among the families with a mark in the names, most modules decide, then agreement of the widths, then the order of
+    the table.
 
     Args:
         shapes: path of each module, in any naming -> shape of its weight.

@@ -1,4 +1,4 @@
-"""Name the modules of ERNIE-Image as Baidu and diffusers do, which is the same.
+"""Name the modules of ERNIE-Image as Baidu and diffusers do, both in the same way.
 
 Sources: diffusers' class `ErnieImageTransformer2DModel`; ComfyUI `comfy/ldm/ernie/model.py`.
 """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .table import JOINT_ATTENTION, Block, Component, Fused, ModelFamily, Rows, Width, swapped
 
-# The modules of a double block, of which later models that are made of Flux have some
+# The modules of a double block; later models derived from Flux have some of them
 ATTENTION: dict[str, Rows] = {
     "img_attn.qkv": Fused(("attn.to_q", "attn.to_k", "attn.to_v")),
     "txt_attn.qkv": Fused(("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
@@ -24,7 +24,7 @@ MLPS: dict[str, Rows] = {
 
 MODULATION: dict[str, Rows] = {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear"}
 
-# Its norms, whose weights are tensors that end in `.scale`
+# Its norms, whose weights end in `.scale`
 NORMS = {
     "img_attn.norm.query_norm": "attn.norm_q",
     "img_attn.norm.key_norm": "attn.norm_k",

@@ -1,7 +1,7 @@
 """Name the modules of Flux 3 as Black Forest Labs and diffusers do.
 
 Source: diffusers `loaders/single_file_utils.py`. Not checked: `ref_time_in` of the distilled model;
-`repa_projectors`, heads for training alone.
+`repa_projectors`, heads used only in training.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Name the modules of GLM-Image's denoiser as Z.ai and diffusers do, which is the same.
+"""Name the modules of GLM-Image's denoiser as Z.ai and diffusers do, both in the same way.
 
-Source: diffusers' class `GlmImageTransformer2DModel`, alone: no other naming was seen.
+Source: only diffusers' class `GlmImageTransformer2DModel`; no other naming is known.
 """
 
 from __future__ import annotations

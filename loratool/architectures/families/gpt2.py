@@ -1,4 +1,4 @@
-"""Name the projections that GPT-2 fuses, as it and as Llama does."""
+"""Name the projections that GPT-2 fuses, in GPT-2's and in Llama's spelling."""
 
 from __future__ import annotations
 

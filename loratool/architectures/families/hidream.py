@@ -1,4 +1,4 @@
-"""Name the modules of HiDream I1 and E1 as HiDream.ai and diffusers do, which is the same.
+"""Name the modules of HiDream I1 and E1 as HiDream.ai and diffusers do, both in the same way.
 
 Sources: HiDream-ai/HiDream-I1 `hi_diffusers/models/transformers/transformer_hidream_image.py`; diffusers' class
 `HiDreamImageTransformer2DModel`; ComfyUI `comfy/ldm/hidream/model.py`. HiDream-O1 is another model.

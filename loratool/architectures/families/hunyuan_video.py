@@ -1,4 +1,4 @@
-"""Name the modules of HunyuanVideo, and of FramePack that is made of it, as Tencent, diffusers and ComfyUI do.
+"""Name the modules of HunyuanVideo and its derivative FramePack as Tencent, diffusers and ComfyUI do.
 
 Sources: Tencent/HunyuanVideo `hyvideo/modules/models.py`; diffusers `loaders/single_file_utils.py`,
 `models/transformers/transformer_hunyuan_video_framepack.py`; ComfyUI `comfy/ldm/hunyuan_video/model.py`.
@@ -30,7 +30,7 @@ REFINER = Block(
     counts=(2,),
 )
 
-# What a double block has besides queries, keys and values
+# The modules of a double block except queries, keys and values
 DOUBLE: dict[str, Rows] = {
     "img_attn_proj": "attn.to_out.0",
     "txt_attn_proj": "attn.to_add_out",
@@ -46,10 +46,10 @@ DOUBLE: dict[str, Rows] = {
     "txt_attn_k_norm": "attn.norm_added_k",
 }
 
-# ComfyUI builds it of Flux's layers.
+# ComfyUI builds it from Flux's layers.
 DOUBLE_COMFY: dict[str, Rows] = {**flux.ATTENTION, **flux.MLPS, **flux.MODULATION, **flux.NORMS}
 
-# What takes the text in, and the last layer, in all models of the kind
+# The layers for text input, and the last layer, in all models of the kind
 OUTSIDE: dict[str, Rows] = {
     "txt_in.input_embedder": "context_embedder.proj_in",
     "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",

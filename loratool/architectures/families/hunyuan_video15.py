@@ -2,7 +2,7 @@
 
 Sources: Tencent-Hunyuan/HunyuanVideo-1.5 `hyvideo/models/transformers/hunyuanvideo_1_5_transformer.py`; diffusers
 `scripts/convert_hunyuan_video1_5_to_diffusers.py`; ComfyUI `comfy/ldm/hunyuan_video/model.py`. ComfyUI's names were
-read and not run. Not checked: the meanflow variant.
+read, not run. Not checked: the meanflow variant.
 """
 
 from __future__ import annotations

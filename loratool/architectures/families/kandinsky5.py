@@ -1,4 +1,4 @@
-"""Name the modules of Kandinsky 5 as its makers and diffusers do, which is the same.
+"""Name the modules of Kandinsky 5 as its makers and diffusers do, both in the same way.
 
 Sources: kandinskylab/kandinsky-5 `kandinsky/models/dit.py`; diffusers' class `Kandinsky5Transformer3DModel`; ComfyUI
 `comfy/ldm/kandinsky5/model.py`.

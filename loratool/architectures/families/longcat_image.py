@@ -1,7 +1,7 @@
-"""Name the modules of LongCat-Image as ComfyUI, which calls them as Flux's are, and Meituan and diffusers do.
+"""Name the modules of LongCat-Image as ComfyUI (with Flux's names), Meituan and diffusers do.
 
-Sources: diffusers' class `LongCatImageTransformer2DModel`; ComfyUI `comfy/model_base.py`, by which it is a Flux without
-vector and guidance, and which was read and not run.
+Sources: diffusers' class `LongCatImageTransformer2DModel`; ComfyUI `comfy/model_base.py` (read, not run), where it is a
+Flux without vector and guidance.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Look a module up in the table of its family: its names in all namings, and its rows.
+"""Look up a module in the table of its family: its names in all namings, and its rows.
 
-A path is looked up with its dots as `_`, so that kohya's flattened names are found as well: no two modules of a family
-are alike then.
+A path is looked up with its dots as `_`, so that kohya's flattened names are also found. No two modules of a family
+have the same flattened name.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from .table import Fused, ModelFamily, Naming, Rows, Run
 from .unet import SGM_OUTSIDE, diffusers_to_sgm, sgm_to_diffusers, unet_paths
 
 NUMBER = re.compile(r"[0-9]+")
-BLOCK = re.compile(r"0|[1-9][0-9]{0,8}")  # the number of one
+BLOCK = re.compile(r"0|[1-9][0-9]{0,8}")  # the number of a block
 PLACE = re.compile(r"[0-9]+|{i}")  # a number of a template
 
-# What the flattened names of a UNet's modules start with
+# Prefixes of the flattened names of a UNet's modules
 UNET_STARTS = (
     *("down_blocks_", "mid_block_", "up_blocks_", "input_blocks_", "middle_block_", "output_blocks_"),
     *(name.replace(".", "_") for name in (*SGM_OUTSIDE, *SGM_OUTSIDE.values())),
@@ -30,10 +30,10 @@ class Located:
     """A module of a family, found under any of its names."""
 
     family: ModelFamily
-    path: str  # with its dots, in the naming that it was found in
+    path: str  # with dots, in the naming in which it was found
     maker: tuple[str, ...]  # the maker's modules that have rows of it
     diffusers: tuple[str, ...]  # diffusers' modules that have rows of it
-    rows: tuple[tuple[int, Fused], ...] = ()  # (rows / columns, what it is of diffusers' then); 0 is any other ratio
+    rows: tuple[tuple[int, Fused], ...] = ()  # (rows / columns, diffusers' rows for this ratio); 0 is any other ratio
     comfy: tuple[str, ...] = ()  # ComfyUI's modules that have rows of it
 
     def names(self, naming: Naming) -> tuple[str, ...]:
@@ -48,14 +48,14 @@ class Span:
     start: int  # rows [start, stop) of the module
     stop: int
     module: str  # diffusers'
-    skip: int  # its row that `start` is
-    whole: int  # how many rows it has
+    skip: int  # the number of row `start` in it
+    whole: int  # its number of rows
 
 
 def locate(family: ModelFamily, path: str, naming: Naming | None = None) -> Located | None:
-    """Find a module by its name in any naming of a family, with dots or flattened; None if the family has no such.
+    """Find a module by its name in any naming of a family, with dots or flattened; None if the family has no such name.
 
-    None as well for a name that two namings have for different modules, if `naming` does not tell which one is meant.
+    The result is also None if two namings use the name for different modules and `naming` does not decide.
     """
     flat = path.replace(".", "_")
     if family.up_attention:
@@ -65,13 +65,13 @@ def locate(family: ModelFamily, path: str, naming: Naming | None = None) -> Loca
 
 
 def to_diffusers(family: ModelFamily, path: str) -> tuple[str, ...]:
-    """Return diffusers' modules that a module's rows are of; a path that is not in the table is returned unchanged."""
+    """Return diffusers' modules that have a module's rows; a path that is not in the table is returned unchanged."""
     found = locate(family, path)
     return found.diffusers if found else (sgm_to_diffusers(path) if family.up_attention else path,)
 
 
 def kernel_of(family: ModelFamily, path: str) -> tuple[int, ...]:
-    """Return the kernel of the convolution that a module is; empty for a linear layer, and where it is not known."""
+    """Return the kernel of a convolution; empty for a linear layer and an unknown kernel."""
     names = to_diffusers(family, path)
     kernels = family.kernels.items()
     return next((kernel for end, kernel in kernels for name in names if f".{name}".endswith(f".{end}")), ())
@@ -80,12 +80,12 @@ def kernel_of(family: ModelFamily, path: str) -> tuple[int, ...]:
 def parts_of(
     located: Located, columns: int, rows: int = 0, known: Mapping[str, int] | None = None, queries: int = 0
 ) -> tuple[Span, ...] | None:
-    """Return which rows of diffusers' modules a module consists of, in its order; None if no such matrix is known.
+    """Return the rows of diffusers' modules that make up a module, in its order; None if no such matrix is known.
 
     Args:
         columns: of the module's matrix.
         rows: of the module's matrix; 0 if unknown.
-        known: diffusers' module -> its rows, as far as they are known.
+        known: diffusers' module -> its number of rows, where known.
         queries: rows of a language model's query projection; 0 if unknown.
     """
     for ratio, fused in located.rows:
@@ -106,7 +106,7 @@ def parts_of(
 def rows_of_runs(
     fused: Fused, columns: int, rows: int = 0, known: Mapping[str, int] | None = None, queries: int = 0
 ) -> tuple[int, ...] | None:
-    """Return how many rows each run of a fused matrix has, with the arguments of `parts_of`; None as there."""
+    """Return the number of rows of each run in a fused matrix; arguments and None as in `parts_of`."""
     runs, rules = _runs(fused), fused.sizes or (None,) * len(fused.runs)
     told = [(known or {}).get(run.module, 0) // run.parts for run in runs]
     sizes = [
@@ -129,7 +129,7 @@ def rows_of_runs(
 
 
 def names_maker(family: ModelFamily, path: str) -> bool:
-    """Return whether a path is in the maker's naming, or ComfyUI's, and not in diffusers' too."""
+    """Return whether a path is in the maker's or ComfyUI's naming and not also in diffusers'."""
     if family.up_attention:
         return sgm_to_diffusers(path) != path
     found = locate(family, path)
@@ -137,7 +137,7 @@ def names_maker(family: ModelFamily, path: str) -> bool:
 
 
 def names_of(family: ModelFamily, blocks: int = 2) -> Mapping[str, Located]:
-    """Return every name of a family, flattened, with the module that it means, for so many blocks of each stack."""
+    """Return every flattened name of a family with its module, for the first `blocks` blocks of each stack."""
     if family.up_attention:
         return _unet_index(family)
     paths = [
@@ -156,7 +156,7 @@ def _unet_index(family: ModelFamily) -> dict[str, Located]:
     for path in unet_paths():
         sgm = _sgm_of(family, path)
         each = Located(family, path, (sgm,), (path,), ((0, Fused((path,))),), (sgm,))
-        # An upsampler has two numbers, by whether its block has attention: in another UNet it may be the other.
+        # The number of an upsampler depends on whether its block has attention, which differs between UNets.
         spellings = {path, sgm, diffusers_to_sgm(path), diffusers_to_sgm(path, False)}
         found |= {name: replace(each, path=name) for name in spellings}
     return {path.replace(".", "_"): each for path, each in found.items()}
@@ -174,7 +174,7 @@ Alternatives = tuple[tuple[int, Fused], ...]
 
 @dataclass(frozen=True)
 class _Name:
-    """A row of a table under one of its names, in all of which `{i}` is the block's number."""
+    """A row of a table under one of its names; `{i}` is the block's number."""
 
     template: str
     rows: Alternatives
@@ -182,7 +182,7 @@ class _Name:
     comfy: tuple[str, ...]
 
     def located(self, family: ModelFamily, number: str = "") -> Located:
-        """Return the module in the block of a number; empty for one outside of the blocks."""
+        """Return the module in the block of this number; the number is empty outside the blocks."""
 
         def fill(text: str) -> str:
             return text.replace("{i}", number)
@@ -197,7 +197,7 @@ class _Name:
 
 @lru_cache(maxsize=65536)
 def _of_table(family: ModelFamily, flat: str, naming: Naming | None) -> tuple[Located, ...]:
-    """Return what a flattened name is in the namings that have it; nothing if that is not one module."""
+    """Return the modules that a flattened name means in all namings; empty if they are not one module."""
     numbers = NUMBER.findall(flat)
     found: list[Located] = []
     for name in _index(family).get(NUMBER.sub("#", flat), ()):
@@ -212,7 +212,7 @@ def _of_table(family: ModelFamily, flat: str, naming: Naming | None) -> tuple[Lo
 
 @lru_cache(maxsize=256)
 def _index(family: ModelFamily) -> dict[str, list[_Name]]:
-    """Return the names of a table by what they are when flattened and without numbers."""
+    """Return the names of a table, by their flattened form without numbers."""
     every: dict[str, list[_Name]] = {}
     for name in _names(family):
         others = every.setdefault(PLACE.sub("#", name.template.replace(".", "_")), [])
@@ -222,7 +222,7 @@ def _index(family: ModelFamily) -> dict[str, list[_Name]]:
 
 
 def _names(family: ModelFamily) -> Iterator[_Name]:
-    """Yield every name of a table; of equal ones the maker's comes first."""
+    """Yield every name of a table; of equal names the maker's comes first."""
     maker: dict[str, Alternatives] = {}
     comfy: dict[str, Alternatives] = {}
     alias: dict[str, Alternatives] = {}
@@ -272,12 +272,12 @@ def _names_by_module(naming: Mapping[str, Alternatives]) -> dict[str, list[str]]
 
 
 def _leafless(tensor: str) -> str:
-    """Return the path of the module whose weight a tensor is; the name of one that is no module's weight."""
+    """Return the path of the module of a weight; any other tensor's name unchanged."""
     return tensor.removesuffix(".weight").removesuffix(".scale")
 
 
 def _locate_by_end(family: ModelFamily, path: str) -> Located | None:
-    """Find a module of a family whose blocks have any path, by the end of its name."""
+    """Find a module by the end of its name, in a family whose blocks can have any path."""
     for block in family.blocks if family.blocks and family.blocks[0].maker == "*" else ():
         for name, rows in block.names.items():
             for end in (name, *(run.module for run in _runs(_absolute("", rows)))):
@@ -295,7 +295,7 @@ def _join(stem: str, name: str) -> str:
 
 
 def _absolute(stem: str, rows: Rows) -> Fused:
-    """Return what a name of the table stands for, with the paths below a stem."""
+    """Return the rows of the table for a name, with the stem before their paths."""
     fused = rows if isinstance(rows, Fused) else Fused((rows,))
     return replace(fused, runs=tuple(replace(run, module=_join(stem, run.module)) for run in _runs(fused)))
 

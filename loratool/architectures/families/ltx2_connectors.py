@@ -1,6 +1,6 @@
 """Name the modules between LTX-2's text encoder and its denoiser as Lightricks and diffusers do.
 
-Source: diffusers `loaders/lora_conversion_utils.py`. Not here: the blocks of the connectors, which stand beside the
+Source: diffusers `loaders/lora_conversion_utils.py`. Not here: the blocks of the connectors, which are beside the
 denoiser's in a single file.
 """
 

@@ -1,6 +1,6 @@
 """Name the modules of Lumina-Image 2.0 as Alpha-VLLM and diffusers do.
 
-Sources: diffusers `loaders/single_file_utils.py`; ComfyUI `comfy/ldm/lumina/model.py`. Not checked: what NewBie adds.
+Sources: diffusers `loaders/single_file_utils.py`; ComfyUI `comfy/ldm/lumina/model.py`. Not checked: NewBie's modules.
 """
 
 from __future__ import annotations

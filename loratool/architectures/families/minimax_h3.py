@@ -1,8 +1,8 @@
 """Name the modules of MiniMax H3 as MiniMax and diffusers do.
 
-Sources: diffusers `scripts/convert_minimax_h3_to_diffusers.py` and `loaders/single_file_utils.py`, for rows of q, k
-and v that follow each other, as in single files. In the maker's shards they take turns by head under the same names,
-which nothing in a file tells.
+Sources: diffusers `scripts/convert_minimax_h3_to_diffusers.py` and `loaders/single_file_utils.py`, for the order q, k,
+v of single files. The maker's shards alternate them by head under the same names, and nothing in a file shows which
+order it has.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ FAMILY = ModelFamily(
                 "attn.q_norm_y": "attn1.norm_added_q",
                 "attn.k_norm_y": "attn1.norm_added_k",
             },
-            # The last has only a scale.
+            # The last block has only a scale.
             by_ratio={"mod_y": (2, "norm1_context.linear")},
             counts=(48,),
         ),

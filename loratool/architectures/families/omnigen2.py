@@ -1,4 +1,4 @@
-"""Name the modules of OmniGen 2 as its makers do; diffusers does not have it.
+"""Name the modules of OmniGen 2 as its makers do; diffusers does not have this model.
 
 Source: ComfyUI `comfy/ldm/omnigen/omnigen2.py`.
 """
@@ -62,7 +62,7 @@ FAMILY = ModelFamily(
         "time_caption_embed.caption_embedder.0",
     ),
     outside_tensors={"image_index_embedding": "image_index_embedding"},
-    other_classes=("OmniGen2Transformer2DModel",),  # of its makers' own code
+    other_classes=("OmniGen2Transformer2DModel",),  # in its makers' code
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "text_encoders.qwen25_3b.transformer.", "mllm."),

@@ -2,8 +2,8 @@
 
 Its blocks are Flux's, with gated MLPs.
 
-Sources: diffusers `scripts/convert_ovis_image_to_diffusers.py`; ComfyUI `comfy/model_detection.py`, which was read
-and not run.
+Sources: diffusers `scripts/convert_ovis_image_to_diffusers.py`; ComfyUI `comfy/model_detection.py` (read, not
+run).
 """
 
 from __future__ import annotations

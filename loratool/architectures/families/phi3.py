@@ -1,4 +1,4 @@
-"""Name the projections that Phi 3 fuses, as it and as Llama does."""
+"""Name the projections that Phi 3 fuses, in Phi 3's and in Llama's spelling."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Name the modules of PRX as Photoroom and diffusers do, which is the same.
+"""Name the modules of PRX as Photoroom and diffusers do, both in the same way.
 
-Source: diffusers' class `PRXTransformer2DModel`, alone: no other naming was seen.
+Source: only diffusers' class `PRXTransformer2DModel`; no other naming is known.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Name the modules of Qwen-Image (Edit, Layered) as Qwen and diffusers do, which is the same.
+"""Name the modules of Qwen-Image (Edit, Layered) as Qwen and diffusers do, both in the same way.
 
 Sources: diffusers' class `QwenImageTransformer2DModel`; ComfyUI `comfy/ldm/qwen_image/model.py`.
 """

@@ -1,6 +1,6 @@
 """Name the modules of Qwen-Image 2.1 as Qwen, diffusers and ComfyUI do.
 
-Sources: diffusers' class `QwenImage21Transformer2DModel` and `loaders/single_file_utils.py`, which were read and not
+Sources: diffusers' class `QwenImage21Transformer2DModel` and `loaders/single_file_utils.py`, which were read, not
 run.
 """
 

@@ -1,4 +1,4 @@
-"""Name the modules of SD 2, which is SD 1 with an OpenCLIP as text encoder."""
+"""Name the modules of SD 2: SD 1 with an OpenCLIP as text encoder."""
 
 from __future__ import annotations
 

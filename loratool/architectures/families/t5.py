@@ -1,4 +1,4 @@
-"""Name the modules of a T5 encoder, which all files call as transformers does."""
+"""Name the modules of a T5 encoder; all files have transformers' names."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Say what the table of a model family consists of: names in all namings, the rows of what is fused, telling widths.
+"""The structure of a model family's table: names in all namings, rows of fused matrices, characteristic widths.
 
-Every other naming is told by diffusers' modules: a maker's module is a run of rows after the other, each of one of
-them. So a plain rename, a fused matrix, one with its halves swapped and a part of a matrix are one thing.
+Every other naming is defined relative to diffusers' modules: a maker's module is a sequence of runs of their rows. So
+a plain rename, a fused matrix, a matrix with swapped halves and a part of a matrix have one representation.
 
-A family takes by name the rows of the model that it was made of. What coincides in models of other descent is written
-in each.
+A family imports the rows of the model that it derives from. Unrelated models with equal rows repeat them.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from ...errors import InputError
 
 
 class Naming(Enum):
-    """Whose names a denoiser's modules have."""
+    """A naming of a denoiser's modules."""
 
     MAKER = auto()
     DIFFUSERS = auto()
-    COMFY = auto()  # ComfyUI's own; the maker's where it has none
+    COMFY = auto()  # ComfyUI's; the maker's where ComfyUI has no other
 
 
-# The components that are a denoiser, with the modules of the family's table
+# The components that are denoisers, with the modules of the family's table
 DENOISERS = ("unet", "transformer_2", "unconditional_transformer")
 
 # Ends of the paths of the projections in diffusers' attention over image and text at once
@@ -34,46 +33,46 @@ JOINT_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0", ".add_q_proj", ".add_
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of a diffusers' module that follow each other."""
+    """Consecutive rows of a diffusers' module."""
 
     module: str
-    part: int = 0  # which of `parts` equal parts of the module's rows they are
+    part: int = 0  # number of the part, of `parts` equal parts of the module's rows
     parts: int = 1
 
 
 @dataclass(frozen=True)
 class Fused:
-    """Runs of rows that are one module in another naming, in the order of its rows."""
+    """Runs of rows that make up one module in another naming, in the order of its rows."""
 
-    runs: tuple[str | Run, ...]  # a name alone is all rows of that module
-    # The rows of each run: a multiple of the matrix's columns, `queries` (which only a config knows), or None for an
+    runs: tuple[str | Run, ...]  # a name means all rows of that module
+    # The rows of each run: a multiple of the matrix's columns, `queries` (known only from a config), or None for an
     # equal share of the other rows; () if all are equal.
     sizes: tuple[int | Literal["queries"] | None, ...] = ()
 
 
-Rows = str | Fused  # a name alone is the same matrix under another name
+Rows = str | Fused  # a name means the same matrix under another name
 
 
 def swapped(module: str) -> Fused:
-    """Return a module with the halves of its rows in the other order, as shift and scale are in two namings."""
+    """Return a module with the halves of its rows swapped, as shift and scale are in two namings."""
     return Fused((Run(module, 1, 2), Run(module, 0, 2)))
 
 
 @dataclass(frozen=True)
 class Block:
-    """The modules in one of a stack of blocks; `{i}` in a stem is its number, and `*` any path."""
+    """The modules in a block of a stack; `{i}` in a stem is the block's number, and `*` is any path."""
 
     maker: str  # stem of the maker's names
     diffusers: str  # stem of diffusers' names
-    names: Mapping[str, Rows] = field(default_factory=dict)  # maker's name -> what it is of diffusers'
-    aliases: Mapping[str, Rows] = field(default_factory=dict)  # as names, in further namings, under the maker's stem
+    names: Mapping[str, Rows] = field(default_factory=dict)  # maker's name -> rows of diffusers' modules
+    aliases: Mapping[str, Rows] = field(default_factory=dict)  # as `names`, in other namings, under the maker's stem
     alike: tuple[str, ...] = ()  # names that are the same in both
-    stems: tuple[str, ...] = ()  # other stems that diffusers' names have
-    by_ratio: Mapping[str, tuple[int, Rows]] = field(default_factory=dict)  # what a name is if rows / columns is this
-    tensors: Mapping[str, str] = field(default_factory=dict)  # maker's tensor -> diffusers', where one ends otherwise
-    comfy: Mapping[str, Rows] = field(default_factory=dict)  # as names, for what ComfyUI does not call as the maker
-    comfy_stem: str = ""  # of those; by default the maker's
-    counts: tuple[int, ...] = ()  # how many of them the known models have
+    stems: tuple[str, ...] = ()  # other stems of diffusers' names
+    by_ratio: Mapping[str, tuple[int, Rows]] = field(default_factory=dict)  # name -> (rows / columns, rows if so)
+    tensors: Mapping[str, str] = field(default_factory=dict)  # maker's tensor -> diffusers', if their suffixes differ
+    comfy: Mapping[str, Rows] = field(default_factory=dict)  # as `names`, where ComfyUI's names are not the maker's
+    comfy_stem: str = ""  # stem of these; by default the maker's
+    counts: tuple[int, ...] = ()  # numbers of such blocks in known models
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Component:
     kohya: str  # `lora_te1_`, before flattened paths
     comfy: str  # `text_encoders.clip_l.transformer.`
     diffusers: str  # the folder in a pipeline and a dot
-    encoder: str = ""  # key of ENCODERS; empty for what has the same names everywhere
+    encoder: str = ""  # key of ENCODERS; empty if all names are the same everywhere
 
 
 @dataclass(frozen=True)
@@ -99,46 +98,46 @@ class Width:
     columns: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False, repr=False)  # compared and hashed as the one object that it is
+@dataclass(frozen=True, eq=False, repr=False)  # compared and hashed by identity
 class ModelFamily:
     """The facts of one family; literal, no code."""
 
     key: str  # `flux`
     title: str  # `Flux`
     blocks: tuple[Block, ...] = ()
-    outside: Mapping[str, Rows] = field(default_factory=dict)  # maker's name -> what it is of diffusers'
+    outside: Mapping[str, Rows] = field(default_factory=dict)  # maker's name -> rows of diffusers' modules
     outside_aliases: Mapping[str, Rows] = field(default_factory=dict)
     alike: tuple[str, ...] = ()  # names outside of the blocks that are the same in both
     outside_tensors: Mapping[str, str] = field(default_factory=dict)  # as Block.tensors
     outside_comfy: Mapping[str, Rows] = field(default_factory=dict)  # as Block.comfy
-    unused: tuple[str, ...] = ()  # maker's tensors that diffusers does not have
-    # End of diffusers' tensor -> its shape, where the maker stores the same numbers in another; -1 is any size.
+    unused: tuple[str, ...] = ()  # maker's tensors that diffusers lacks
+    # End of diffusers' tensor -> its shape, if the maker stores the same numbers in another shape; -1 is any size.
     reshaped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    # How tensors of other components start that stand among the denoiser's in a single file
+    # Prefixes of other components' tensors that are among the denoiser's in a single file
     beside: tuple[str, ...] = ()
-    # A model of these modules whose maker has diffusers' names -> how tensors start that only this one has
+    # A model of these modules whose maker has diffusers' names -> prefixes of tensors that only this model has
     unrenamed: Mapping[str, str] = field(default_factory=dict)
     diffusers_class: str = ""  # of the denoiser
-    # Other classes whose adapters diffusers reads as this family's, so that they are written as such
+    # Other classes whose adapters diffusers reads as this family's; they are written as this family's
     other_classes: tuple[str, ...] = ()
-    # A model without a table, of this family's names and sizes -> a regular expression of the paths that it lacks
+    # A model without a table, with this family's names and sizes -> a regular expression for the paths that it lacks
     twins: Mapping[str, str] = field(default_factory=dict)
-    # Of a UNet, which has blocks that `unet` numbers: whether each block of the way up has attention.
+    # For a UNet, whose blocks `unet` numbers: whether each upsampling block has attention.
     up_attention: tuple[bool, ...] = ()
     components: tuple[Component, ...] = ()  # the denoiser first
     conv1d: tuple[str, ...] = ()  # ends of paths whose weight is stored as (in, out)
-    marks: tuple[str, ...] = ()  # of these, every base's names contain one
-    telling: str = ""  # a regular expression of diffusers' paths that only this family has
+    marks: tuple[str, ...] = ()  # every base's names contain one of these
+    telling: str = ""  # a regular expression for diffusers' paths that only this family has
     widths: tuple[Width, ...] = ()
     ratios: Mapping[str, int] = field(default_factory=dict)  # end of a path in any naming -> its rows / columns
-    kohya: Naming = Naming.MAKER  # whose names kohya's files have
+    kohya: Naming = Naming.MAKER  # the naming of kohya's files
     # End of a convolution's path in diffusers' names -> its kernel
     kernels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     kohya_version: str = ""  # sd-scripts' name of the base; empty if it depends on the size
     kohya_network: str = "networks.lora"  # sd-scripts' module
 
     def component(self, name: str, module: str) -> Component:
-        """Return the component of a name; `module` is one of it, for the message.
+        """Return the component of this name; the message names `module`, one of its modules.
 
         Raises:
             InputError: the family has no such component.

@@ -1,4 +1,4 @@
-"""Number the modules of a UNet in sgm's way and in diffusers', which is arithmetic and no table.
+"""Convert module paths of a UNet between sgm's and diffusers' numbering, by arithmetic instead of a table.
 
 The UNet has two layers per block, as in SD 1, SD 2 and SDXL. Sources: diffusers `loaders/lora_conversion_utils.py`,
 kohya-ss/sd-scripts `library/sdxl_model_util.py`, ComfyUI `comfy/utils.py` (unet_to_diffusers).
@@ -40,9 +40,9 @@ KERNELS = {
 ATTENTION = tuple(f"{a}.{x}" for a in ("attn1", "attn2") for x in ("to_q", "to_k", "to_v", "to_out.0"))
 NORMS = ("norm1", "norm2", "norm3")
 
-LEVELS, DEPTH = 4, 10  # the most that a UNet has of them
+LEVELS, DEPTH = 4, 10  # the largest numbers in a UNet
 
-# What diffusers' paths of a UNet's modules start with
+# Prefixes of diffusers' paths of a UNet's modules
 STEMS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_")
 
 
@@ -77,7 +77,7 @@ def sgm_to_diffusers(path: str) -> str:
 def diffusers_to_sgm(path: str, attends: bool = True) -> str:
     """Return sgm's path of a UNet's module from diffusers'; an unknown path is returned unchanged.
 
-    attends: whether the blocks of an upsampler have attention, on which sgm's number of the upsampler depends.
+    attends: the blocks of an upsampler have attention; sgm's number of the upsampler depends on it.
     """
     for sgm, diffusers in SGM_OUTSIDE.items():
         if path == diffusers:

@@ -1,7 +1,7 @@
 """Name the modules of Wan 2.1 and 2.2 (with VACE) as Wan-AI and diffusers do.
 
 Sources: Wan-Video/Wan2.1 `wan/modules/model.py`; diffusers `loaders/single_file_utils.py`; ComfyUI
-`comfy/ldm/wan/model.py`. Not here: what Animate, S2V, HuMo and the camera models add.
+`comfy/ldm/wan/model.py`. Not here: the modules that Animate, S2V, HuMo and the camera models add.
 """
 
 from __future__ import annotations

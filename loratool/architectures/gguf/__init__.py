@@ -1,7 +1,7 @@
-"""List llama.cpp's architectures: the names and row orders that its GGUF files have for the weights of transformers.
+"""llama.cpp's architectures: names and row orders of its GGUF files for the weights of transformers.
 
-A row of `ARCHITECTURES` is what `convert_hf_to_gguf.py` does to the models of some types (llama.cpp: `conversion/`,
-`gguf-py/gguf/tensor_mapping.py`, of 2026-11). A row is here only if a test compares it with that program.
+A row of `ARCHITECTURES` describes what `convert_hf_to_gguf.py` does to models of some types (llama.cpp: `conversion/`,
+`gguf-py/gguf/tensor_mapping.py`, of 2026-11). A test compares each row with that program.
 """
 
 from __future__ import annotations

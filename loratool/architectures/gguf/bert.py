@@ -1,4 +1,4 @@
-"""List BERT's architecture: GGUF has its encoder, and neither its pooler nor its head."""
+"""BERT's architecture: GGUF has its encoder, but neither its pooler nor its head."""
 
 from __future__ import annotations
 

@@ -18,30 +18,30 @@ PATTERN = "attention.sliding_window_pattern"
 
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
-DEFAULT_THETA = 10000.0  # llama.cpp's, where a file has none
+DEFAULT_THETA = 10000.0  # llama.cpp's value for a file without one
 
 OLMO3_THETA = 500000.0
 
-# The rest of the rotary scaling of Llama 3.1 to 3.3, which GGUF has as factors only
+# Other fields of the rotary scaling of Llama 3.1 to 3.3, of which GGUF stores only the factors
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
 class GgufFields:
-    """The fields and the tensors of a GGUF file, which describe its model."""
+    """The fields and tensors of a GGUF file that describe its model."""
 
     name: str  # of the file, for messages
     architecture: str
     fields: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]  # of its tensors
-    numbers: Callable[[str], Sequence[float]]  # those of a short tensor
-    used: set[str] = field(default_factory=set)  # keys that were asked for
+    numbers: Callable[[str], Sequence[float]]  # short tensor -> its numbers
+    used: set[str] = field(default_factory=set)  # keys that were read
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key of the architecture.
 
         Raises:
-            InputError: it is another one for each layer.
+            InputError: the value differs between layers.
         """
         value = self.each(key)
         if not isinstance(value, tuple):
@@ -51,7 +51,7 @@ class GgufFields:
         return value[0]
 
     def each(self, key: str) -> Any:
-        """Return the same, those of all layers as a tuple if it is another one for each; None without it."""
+        """Return the value of a key, or a tuple of the layers' values if they differ; None without the key."""
         self.used.add(key)
         value = self.fields.get(f"{self.architecture}.{key}")
         if value is None:
@@ -64,7 +64,7 @@ class GgufFields:
         return tuple(map(_shortest, found)) if is_array else _shortest(value)
 
     def need(self, key: str) -> Any:
-        """Return the value of a key; InputError if there is none."""
+        """Return the value of a key; raise InputError if it is missing."""
         value = self.get(key, self.get(SAME_AS[key]) if key in SAME_AS else None)
         if value is None and key == "attention.key_length":
             value = self.need("embedding_length") // max(1, self.need("attention.head_count"))
@@ -76,11 +76,11 @@ class GgufFields:
         return tensor in self.shapes
 
     def is_marked(self, mark: str) -> bool:
-        """Return whether there is a tensor or a key of this name."""
+        """Return whether a tensor or a key has this name."""
         return self.has(mark) or bool(self.get(mark))
 
     def size(self, tensor: str, dimension: int) -> int:
-        """Return the size of a tensor; InputError if it is not there."""
+        """Return the size of a tensor; raise InputError if the tensor is missing."""
         shape = self.shapes.get(tensor)
         if shape is None or dimension >= len(shape):
             raise InputError(f"has no tensor {tensor} of so many dimensions", culprit=self.name)
@@ -88,10 +88,10 @@ class GgufFields:
 
 
 def rebuild_config(model: GgufFields) -> dict[str, Any]:
-    """Return the config.json of a GGUF file's model; empty if its architecture is no key of CONFIGS.
+    """Return the config.json of a GGUF file's model; empty if its architecture is not in CONFIGS.
 
     Raises:
-        InputError: a field is missing, or has a value for which config.json has no place.
+        InputError: a field is missing, or has a value that config.json cannot express.
     """
     rows = CONFIGS.get(model.architecture)
     if rows is None:
@@ -119,7 +119,7 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
 
 
 def _require_told(model: GgufFields, row: Config) -> None:
-    """Raise InputError for a field that says something which the class does not do and config.json cannot say."""
+    """Raise InputError for a field that the class does not support and config.json cannot express."""
     start, usual = f"{model.architecture}.", dict(USUAL)
     heads = model.need("attention.head_count")
     if not {"num_key_value_heads", "num_kv_heads"} & row.keys.keys() and not row.own_heads:
@@ -136,7 +136,7 @@ def _require_told(model: GgufFields, row: Config) -> None:
 
 
 def _require_sizes(model: GgufFields) -> None:
-    """Raise InputError for sizes that no model has, with which nothing could be computed."""
+    """Raise InputError for impossible sizes, which would break later computation."""
     for key in (*SIZES.values(), "attention.key_length"):
         value = model.need(key)
         if type(value) is not int or not 0 < value < 1 << 31:
@@ -158,7 +158,7 @@ def _is_sane(value: Any) -> bool:
 
 
 def _shortest(value: Any) -> Any:
-    """Return a number of 32 bits as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    """Return a 32-bit number as the shortest decimal that rounds to it: 1e-05, not 9.999999747378752e-06."""
     if not isinstance(value, float):
         return value
     bits = struct.pack("<f", value)
@@ -168,7 +168,7 @@ def _shortest(value: Any) -> Any:
 
 
 def _rotary(model: GgufFields, row: Config) -> dict[str, Any]:
-    """Return the fields of the rotary embedding, as transformers 4 names them and 5 reads them."""
+    """Return the fields of the rotary embedding, under transformers 4's names, which 5 reads too."""
     rotated, head = model.get("rope.dimension_count"), model.need("attention.key_length")
     theta = model.get("rope.freq_base", DEFAULT_THETA)
     if not 0 < theta < math.inf:
@@ -186,7 +186,7 @@ def _scaling(model: GgufFields, row: Config, theta: float, rotated: int) -> dict
     """Return the rotary scaling; empty without one.
 
     Raises:
-        InputError: it is of a kind, or has factors, that no rule explains.
+        InputError: its kind or its factors are unknown.
     """
     kind, factor = model.get("rope.scaling.type"), model.get("rope.scaling.factor", model.get("rope.scale_linear"))
     if model.has(LONG):
@@ -212,17 +212,17 @@ def _scaling(model: GgufFields, row: Config, theta: float, rotated: int) -> dict
 
 
 def _longrope(model: GgufFields, row: Config) -> dict[str, Any]:
-    """Return the scaling with factors for short and long texts, under the one name of its kind that Phi 3 reads."""
+    """Return the scaling with factors for short and long texts, under the name of its kind that Phi 3 reads."""
     factors = {"long_factor": LONG, "short_factor": SHORT}
     scaling: dict[str, Any] = {name: [*map(_shortest, model.numbers(tensor))] for name, tensor in factors.items()}
-    model.get("rope.scaling.attn_factor")  # which follows from both lengths of texts
+    model.get("rope.scaling.attn_factor")  # marked as used: it follows from both lengths of texts
     context = model.need("rope.scaling.original_context_length")
     beside = {} if CONTEXT_BEFORE in row.keys else {CONTEXT_BEFORE: context}
     return {"type": "longrope", **scaling, **beside}
 
 
 def _llama3(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
-    """Return the scaling whose factors a file has, which are those of Llama 3 or unknown."""
+    """Return the scaling of Llama 3 if the file's factors are Llama 3's."""
     stored = model.numbers(FREQUENCIES)
     scaling = {"rope_type": "llama3", "factor": _shortest(max(stored, default=1.0)), **LLAMA3}
     expected = [_llama3_factor(scaling, 2 * math.pi * theta ** (2 * i / rotated)) for i in range(rotated // 2)]
@@ -234,14 +234,14 @@ def _llama3(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
 
 
 def _llama3_factor(scaling: Mapping[str, Any], wavelength: float) -> float:
-    """Return by what a frequency is divided (transformers: modeling_rope_utils.py)."""
+    """Return the divisor of a frequency (transformers: modeling_rope_utils.py)."""
     low, high, context = (float(scaling[name]) for name in LLAMA3)
     smooth = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
     return 1 / ((1 - smooth) / float(scaling["factor"]) + smooth)
 
 
 def _deepseek(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sizes of latent attention, and what is said of the experts' choice."""
+    """Return the sizes of latent attention, and the fields on the choice of experts."""
     rotated = config["qk_rope_head_dim"]
     found = {
         "num_key_value_heads": config["num_attention_heads"],
@@ -262,7 +262,7 @@ def _deepseek(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-# Layers of the models whose attention is scaled by the width of a head of the residual stream, not by its own
+# Numbers of layers of models with attention scaled by hidden size / heads, not by the head's size
 WIDE_SCALE = {"gemma2": 46, "gemma3_text": 62}
 
 
@@ -273,12 +273,12 @@ def _gemma2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of Gemma 2, and the frequency of the layers with a window."""
+    """Return the fields of Gemma 2, and the frequency of layers with a window."""
     return _gemma2(model, config) | {"rope_local_base_freq": model.get("rope.freq_base_swa", DEFAULT_THETA)}
 
 
 def _layer_kinds(model: GgufFields, every: int, config: Mapping[str, Any]) -> list[str]:
-    """Return which layers attend to a window: all but every so many-th, unless the file says otherwise."""
+    """Return the kind of each layer: all but every `every`-th attend to a window, unless the file differs."""
     layers, said = config["num_hidden_layers"], model.fields.get(f"{model.architecture}.{PATTERN}")
     if isinstance(said, Sequence) and not isinstance(said, str):
         windowed = model.each(PATTERN)
@@ -295,7 +295,7 @@ def _layer_kinds(model: GgufFields, every: int, config: Mapping[str, Any]) -> li
 
 
 def _gemma4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what Gemma 4 has for each layer, and its two rotary embeddings."""
+    """Return Gemma 4's fields for each layer, and its two rotary embeddings."""
     layers, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
     windowed = model.each("attention.sliding_window_pattern")
     if not isinstance(windowed, tuple) or len(windowed) != layers:
@@ -350,7 +350,7 @@ def _gemma4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_layers(model: GgufFields, key: str, layers: int) -> list[int]:
-    """Return a key's value for each layer."""
+    """Return the value of a key for each layer."""
     value = model.each(key)
     found = [*value] if isinstance(value, tuple) else [model.need(key)] * layers
     if len(found) != layers:
@@ -359,7 +359,7 @@ def _of_layers(model: GgufFields, key: str, layers: int) -> list[int]:
 
 
 def _rotated_part(model: GgufFields) -> float:
-    """Return the part of each head that rotates: the frequencies of the others are divided by 1e30."""
+    """Return the fraction of each head that rotates: the other frequencies are divided by 1e30."""
     factors = model.numbers(FREQUENCIES) if model.has(FREQUENCIES) else (1.0,)
     rotated = sum(each == 1 for each in factors)
     if any(each not in (1, factors[-1]) for each in factors) or 1 in factors[rotated:]:
@@ -370,13 +370,13 @@ def _rotated_part(model: GgufFields) -> float:
 
 
 def _phi2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the heads of the keys by their rows, which Phi 2's converter does not say."""
+    """Return the number of key heads, derived from the rows: Phi 2's converter does not store it."""
     head = config["hidden_size"] // config["num_attention_heads"]
     return {"num_key_value_heads": model.size("blk.0.attn_k.weight", 0) // max(1, head)}
 
 
 def _falcon(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which of Falcon's three blocks it is: the newer have groups of heads, and the newest two norms."""
+    """Return the fields of Falcon's block, one of three: newer ones have groups of heads, the newest has two norms."""
     heads, norms = config["num_kv_heads"], 2 if model.has("blk.0.attn_norm_2.weight") else 1
     newer = norms == 2 or heads not in (1, config["num_attention_heads"])
     found: dict[str, Any] = {"new_decoder_architecture": newer, "multi_query": newer or heads == 1}
@@ -384,17 +384,17 @@ def _falcon(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _exaone4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return that no layer has a window, where the file has none: then all are rotated."""
+    """Return the fields for layers without a window, if the file has no window: then all layers are rotated."""
     return {} if config.get("sliding_window") else {"sliding_window": None, "sliding_window_pattern": None}
 
 
 def _nemotron(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    model.get("attention.layer_norm_rms_epsilon")  # which is the other once more
+    model.get("attention.layer_norm_rms_epsilon")  # marked as used: it repeats the other epsilon
     return {}
 
 
 def _olmo3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nothing more. transformers 5 has this frequency for the layers with a window, whatever the others have."""
+    """Return no more fields; transformers 5 uses this frequency only for the layers with a window."""
     if {config["rope_theta"], model.get("rope.freq_base_swa", config["rope_theta"])} != {OLMO3_THETA}:
         raise InputError(f"has rotary frequencies of another base than {OLMO3_THETA:g}, Olmo 3's", culprit=model.name)
     return {}

@@ -1,7 +1,7 @@
-"""Tell how a GGUF file's fields and the shapes of its tensors give the config.json of the same model in transformers.
+"""Tables that map a GGUF file's fields and shapes to the config.json of the same model in transformers.
 
-A row of `CONFIGS` is literal: which field is which. Its constants are what llama.cpp's graph of the architecture takes
-for granted, where the default of transformers' class is another. What a GGUF file does not say, such as dropout, keeps
+A row of `CONFIGS` maps fields to fields. Its constants are values that are fixed in llama.cpp's graph of the
+architecture and differ from the default of transformers' class. Fields that a GGUF file lacks, such as dropout, keep
 the class's default. Sources: llama.cpp's `set_gguf_parameters` in `conversion/`, `load_arch_hparams` in `src/models/`.
 """
 
@@ -11,34 +11,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Fields of the tokenizer, which name single tokens -> their fields in config.json; None where the file has none
+# Fields of the tokenizer for single tokens -> their fields in config.json; None if the file lacks them
 TOKENS = {
     "bos_token_id": "tokenizer.ggml.bos_token_id",
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
 
-# Key -> the key with the same number where it is missing, as llama.cpp has it
+# Key -> the key that llama.cpp reads if it is missing
 SAME_AS = {"attention.head_count_kv": "attention.head_count"}
 
-# Keys that a file may do without: llama.cpp then does what the class does by default
+# Keys that a file may lack: llama.cpp's default is the class's default
 OPTIONAL = frozenset(
     """attn_logit_softcapping final_logit_softcapping attention.sliding_window attention.clamp_kqv
     embedding_scale residual_scale attention.q_lora_rank expert_weights_scale expert_group_count
     expert_group_used_count""".split()
 )
 
-# Keys whose values follow from shapes or from other keys, or that say nothing of the model
+# Keys whose values follow from shapes or from other keys, or that do not describe the model
 IMPLIED = frozenset(
     """vocab_size context_length feed_forward_length expert_shared_feed_forward_length attention.value_length
     attention.value_length_swa rope.scaling.original_context_length rope.scaling.finetuned rope.scaling.attn_factor
     tensor_data_layout pooling_type""".split()
 )
 
-# Keys with the values that they have in all classes whose row says nothing else
+# Keys with their values in all classes whose row has no other
 USUAL = {"attention.causal": True, "expert_gating_func": 1, "expert_weights_scale": 1.0}
 
-# Types of a key's value -> the keys that have them; the others have integers
+# Type of value -> the keys with such values; the others are integers
 KINDS: dict[tuple[type, ...], frozenset[str]] = {
     (str,): frozenset({"rope.scaling.type"}),
     (bool,): frozenset("expert_weights_norm use_parallel_residual attention.sliding_window_pattern".split()),
@@ -54,23 +54,23 @@ KINDS: dict[tuple[type, ...], frozenset[str]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """How one model type's config.json follows from a GGUF file. In names of tensors, `{last}` is the last layer."""
+    """Rules to derive one model type's config.json from a GGUF file. In tensor names, `{last}` is the last layer."""
 
     model_type: str
     architecture: str  # the class
     keys: Mapping[str, str]  # field -> key in the file, without the architecture's name
-    mark: str = ""  # the tensor or the key by which a file is of this type, of several of its architecture
+    mark: str = ""  # a tensor or key that identifies this type among several of its architecture
     sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)  # field -> tensor and dimension
-    has: Mapping[str, str] = field(default_factory=dict)  # field -> the tensor whose presence it is
+    has: Mapping[str, str] = field(default_factory=dict)  # field -> tensor; the field is true if the tensor is present
     constants: Mapping[str, Any] = field(default_factory=dict)
     rotates: bool = True  # has rotary embeddings
     theta: str = "rope_theta"
-    partial: str = ""  # the field for the part of each head that they rotate
+    partial: str = ""  # the field for the fraction of each head that rotates
     scaling: Mapping[str, Any] = field(default_factory=dict)  # constants beside those of the rotary scaling
-    window_every: int = 0  # all but every so many-th layer attend to a window; 0 if none has one
-    granted: Mapping[str, Any] = field(default_factory=dict)  # keys with the only values that the class has
-    own_heads: bool = False  # its rule tells the sizes of its heads, which are no widths divided by their number
-    nested: str = ""  # a key of `config.RULES`: what else there is, which no field tells by itself
+    window_every: int = 0  # all layers but every n-th attend to a window; 0 if no layer does
+    granted: Mapping[str, Any] = field(default_factory=dict)  # keys with the only values that the class supports
+    own_heads: bool = False  # its rule computes the sizes of heads, which are not width / heads
+    nested: str = ""  # a key of `config.RULES`: a function for fields that need several keys
 
 
 SIZES = {
@@ -144,7 +144,7 @@ QUERY_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
 
 MLP_BIAS = {"mlp_bias": "blk.0.ffn_up.bias"}
 
-# general.architecture -> its model types, the first whose mark is there
+# general.architecture -> its model types; the first with its mark present counts
 CONFIGS: dict[str, tuple[Config, ...]] = {
     "llama": (
         Config("mixtral", "MixtralForCausalLM", DECODER | HEAD_DIM | MIXTRAL, mark="blk.0.ffn_gate_exps.weight"),
@@ -470,11 +470,11 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     "smollm3": (Config("smollm3", "SmolLM3ForCausalLM", DECODER, has=QUERY_BIAS),),
 }
 
-# Architecture -> ends of tensors whose rows llama.cpp's converter does not turn, though it turns those of the weights
+# Architecture -> ends of tensors that llama.cpp's converter does not reorder, although it reorders the weights
 UNTURNED = {"olmo": ("attn_q.bias", "attn_k.bias")}
 
-# general.architecture -> the field of config.json by which a weight has another name than the first in the tables, and
-# both names
+# general.architecture -> (field of config.json that gives a weight another name than the first in the tables, both
+# names)
 INSTEAD = {
     "falcon": (
         ("num_ln_in_parallel_attn", 2),

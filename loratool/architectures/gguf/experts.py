@@ -1,4 +1,4 @@
-"""List architectures with experts, which GGUF stacks: gate, up and down apart."""
+"""Architectures with experts, which GGUF stacks, with gate, up and down separate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""List the Gemma architectures. Up to Gemma 3, GGUF adds 1 to the weights of norms, as the model does when it runs."""
+"""The Gemma architectures. Up to Gemma 3, GGUF adds 1 to the weights of norms, as the model does at run time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .table import Architecture, Weight
 
 PLUS_ONE = "plus one"
 
-# llama.cpp has no head of its own for Gemma 1 and 2: their `output` is the embedding
+# llama.cpp has no separate head for Gemma 1 and 2: their `output` is the embedding
 EMBEDDING, NORM, HEAD = ENDS
 
 GEMMA_ENDS = (EMBEDDING, Weight(NORM.gguf, NORM.hf, change=PLUS_ONE))
@@ -17,7 +17,7 @@ GEMMA_NORMS = (
     Weight("blk.{n}.ffn_norm", f"{LAYER}.post_attention_layernorm", change=PLUS_ONE),
 )
 
-# Norms around both halves of a layer
+# Norms before and after both halves of a layer
 AROUND = {
     "blk.{n}.attn_norm": f"{LAYER}.input_layernorm",
     "blk.{n}.post_attention_norm": f"{LAYER}.post_attention_layernorm",
@@ -36,7 +36,7 @@ GEMMA3_NORMS = tuple(Weight(*names, change=PLUS_ONE) for names in (*AROUND.items
 
 GEMMA4_NORMS = tuple(Weight(*names) for names in (*AROUND.items(), *QK_NORMS.items()))
 
-# Embeddings of each layer, and what they pass on their way into it
+# Embeddings of each layer, and the modules between them and the layer
 LAYER_INPUTS = (
     Weight("per_layer_token_embd", "model.embed_tokens_per_layer"),
     Weight("per_layer_model_proj", "model.per_layer_model_projection"),

@@ -1,4 +1,4 @@
-"""List the architectures of GPT-2, GPT-NeoX and Phi-3, which fuse queries, keys and values."""
+"""The architectures of GPT-2, GPT-NeoX and Phi-3, which fuse queries, keys and values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GPT2 = (
 
 STARCODER = tuple(Weight(each.gguf, each.hf) for each in GPT2)
 
-# It fuses head by head, GGUF kind by kind
+# GPT-NeoX fuses q, k and v head by head; GGUF has all q, then k, then v
 GPTNEOX = (
     Weight("token_embd", "gpt_neox.embed_in"),
     Weight("output_norm", "gpt_neox.final_layer_norm"),

@@ -1,4 +1,4 @@
-"""List architectures of plain decoders whose layers are named as Llama's are."""
+"""Architectures of plain decoders with Llama's names of layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ENDS = (
     Weight("output", "lm_head"),
 )
 
-NORMLESS_ENDS = (ENDS[0], ENDS[2])  # of models whose norms have no weights
+NORMLESS_ENDS = (ENDS[0], ENDS[2])  # for models with norms without weights
 
 NORMS = (
     Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm"),
@@ -30,7 +30,7 @@ ATTENTION = (
     *VALUES,
 )
 
-# Of architectures whose rotary embedding has pairs of neighbours
+# For architectures with a rotary embedding of neighbouring pairs
 ROTARY_ATTENTION = (
     Weight("blk.{n}.attn_q", f"{LAYER}.self_attn.q_proj", "queries"),
     Weight("blk.{n}.attn_k", f"{LAYER}.self_attn.k_proj", "keys"),
@@ -85,7 +85,7 @@ QWEN35_NORMS = (
     Weight("blk.{n}.attn_k_norm", f"{LAYER}.self_attn.k_norm", change="plus one"),
 )
 
-# The matrices alone: a model's file has vectors and a kernel beside them
+# Only the matrices: a model's file also has vectors and a kernel
 LINEAR_ATTENTION = (
     Weight("blk.{n}.attn_qkv", f"{LAYER}.linear_attn.in_proj_qkv", "linear qkv"),
     Weight("blk.{n}.attn_gate", f"{LAYER}.linear_attn.in_proj_z", "linear values"),

@@ -1,4 +1,4 @@
-"""List architectures of plain decoders whose layers have names of their own."""
+"""Architectures of plain decoders with other names of layers than Llama's."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Define the rows of the tables: `Architecture`, `Weight`, and the orders of rows (`RowOrder`).
+"""The rows of the tables: `Architecture`, `Weight`, and the orders of rows (`RowOrder`).
 
-All functions count rows of one matrix; a stack of experts has the same order in each.
+All functions count rows of one matrix; every matrix of a stack of experts has the same order.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from ..heads import LARGEST, first_count, heads_of, pairs_of_halves, text_fields
 from ..ties import UNTIED_BY_DEFAULT
 
-# Facts beside the heads -> the fields of config.json, of which the first that is there tells it
+# Facts other than heads -> fields of config.json; the first one present counts
 _FIELDS = {
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
     "nope": ("qk_nope_head_dim",),
@@ -27,22 +27,22 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts of one model that the orders of its rows follow from; 0 for what is not known."""
+    """The numbers of a model that determine the orders of its rows; 0 if unknown."""
 
     heads: int = 0  # of the queries
     kv_heads: int = 0  # of the keys and values
     experts: int = 0
     nope: int = 0  # rows of each head's keys without position (multi-head latent attention)
-    value_size: int = 0  # rows of each head's values there
+    value_size: int = 0  # rows of each head's values (multi-head latent attention)
     linear_keys: int = 0  # heads of the keys of linear attention
     linear_values: int = 0
     linear_key_size: int = 0  # rows of each
     linear_value_size: int = 0
-    tied: bool = False  # the head is the embedding, and the file has it once
+    tied: bool = False  # the head is the embedding, stored once
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Facts:
-        """Return those that a config.json tells, the one of the nested language model first."""
+        """Return the facts of a config.json; a nested language model has precedence."""
         fields, heads = text_fields(config), heads_of(config)
         found = {fact: first_count(fields, *names) for fact, names in _FIELDS.items()}
         tied = fields.get("tie_word_embeddings", fields.get("model_type") not in UNTIED_BY_DEFAULT)
@@ -50,12 +50,12 @@ class Facts:
 
     @classmethod
     def of_metadata(cls, key: str, fields: Mapping[str, Any]) -> Facts:
-        """Return those that the fields of a GGUF file of the architecture `key` tell."""
+        """Return the facts in the fields of a GGUF file of the architecture `key`."""
 
         def number(name: str, default: int = 0) -> int:
             value = fields.get(f"{key}.{name}", default)
             each = [*value] if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-            found = each[0] if each and each.count(each[0]) == len(each) else 0  # one for each layer, if all are alike
+            found = each[0] if each and each.count(each[0]) == len(each) else 0  # per layer, if all are equal
             return found if type(found) is int and 0 < found < LARGEST else 0
 
         heads, values = number("attention.head_count"), number("attention.value_length_mla")
@@ -89,31 +89,31 @@ class Facts:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Say which rows of a weight of transformers a GGUF tensor has, in its order."""
+    """The rows of a weight of transformers that a GGUF tensor has, in its order."""
 
-    # (facts, rows of the weight) -> their numbers; ValueError if there cannot be so many rows
+    # (facts, number of rows of the weight) -> row numbers; ValueError for an impossible number of rows
     numbers: Callable[[Facts, int], list[int]]
     needs: tuple[str, ...] = ()  # fields of Facts
-    parts: int = 1  # GGUF tensors of equal size that have the rows of one weight
+    parts: int = 1  # number of GGUF tensors of equal size that share the rows of one weight
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Name one weight in both files. `{n}` is a layer, `{e}` an expert of those that GGUF stacks.
+    """The names of one weight in both files. `{n}` is a layer, `{e}` an expert of those that GGUF stacks.
 
-    Names are paths of modules: `.weight` and `.bias` follow in both. Of a parameter that has no module in
-    transformers, `bare`, both are the whole names.
+    Names are paths of modules: `.weight` and `.bias` follow in both. For a parameter without a module in transformers
+    (`bare`), both are full names.
     """
 
     gguf: str
-    hf: str  # as transformers' files have it
-    rows: str = ""  # key of ROW_ORDERS; empty if they are the same
-    columns: str = ""  # the same of its columns
+    hf: str  # the name in transformers' files
+    rows: str = ""  # key of ROW_ORDERS; empty if the order is the same
+    columns: str = ""  # the same for columns
     turned: bool = False  # transformers' files store it as (in, out), a stack as (experts, in, out)
     heads: bool = False  # GGUF has a matrix for each head, one after the other
-    crossed: bool = False  # and each is (in, out)
+    crossed: bool = False  # each matrix of a head is (in, out)
     bare: bool = False
-    change: str = ""  # what else is done to its numbers: a key of CHANGES; adapters have none of these tensors
+    change: str = ""  # how its numbers change: a key of CHANGES; adapters have no such tensors
 
 
 @dataclass(frozen=True)
@@ -121,26 +121,26 @@ class Architecture:
     """One of llama.cpp's architectures."""
 
     key: str  # of general.architecture
-    model_types: tuple[str, ...]  # `model_type` of the config.json whose models it is for
+    model_types: tuple[str, ...]  # values of `model_type` in config.json
     weights: tuple[Weight, ...]
-    wrappers: tuple[str, ...] = ()  # the same of models with a tower beside such a language model
+    wrappers: tuple[str, ...] = ()  # values of `model_type` of models with a tower beside such a language model
 
     def find(self, tensor: str) -> tuple[Weight, int | None] | None:
-        """Return the row of a GGUF module's path, or of a whole name, and its layer."""
+        """Return the row for a GGUF module's path, or a full name, and its layer."""
         number = re.match(r"blk\.(\d{1,6})\.", tensor)
         template = tensor if number is None else "blk.{n}." + tensor[number.end() :]
         weight = next((each for each in self.weights if each.gguf == template), None)
         return None if weight is None else (weight, int(number[1]) if number else None)
 
     def lacks(self, facts: Facts, weights: Iterable[Weight] | None = None) -> tuple[str, ...]:
-        """Return the facts that orders need, of all its weights or of some, and that are not known."""
+        """Return the unknown facts that the orders of `weights` (by default all) need."""
         used = {order for each in (self.weights if weights is None else weights) for order in (each.rows, each.columns)}
         needed = {name for order in used - {""} for name in ROW_ORDERS[order].needs}
         return tuple(sorted(name for name in needed if not getattr(facts, name)))
 
 
 def by_kind(facts: Facts, rows: int) -> list[int]:
-    """Return the order in which the rows of queries, keys and values of each group of heads come kind by kind."""
+    """Return the order that puts all queries first, then keys, then values, from rows in groups of heads."""
     queries = facts.heads // facts.kv_heads if facts.kv_heads else 0
     units = facts.kv_heads * (queries + 2)
     if not queries or facts.heads % facts.kv_heads or rows % units:
@@ -157,21 +157,21 @@ def by_kind(facts: Facts, rows: int) -> list[int]:
 
 
 def every_other(first: int, rows: int) -> list[int]:
-    """Return every second row."""
+    """Return every second row, beginning with `first`."""
     if rows % 2:
         raise ValueError(f"{rows} rows are not two by two")
     return list(range(first, rows, 2))
 
 
 def half(which: int, rows: int) -> list[int]:
-    """Return the first half of the rows, or the second."""
+    """Return the first or the second half of the rows."""
     if rows % 2:
         raise ValueError(f"{rows} rows are no two halves")
     return list(range(which * rows // 2, (which + 1) * rows // 2))
 
 
 def of_heads(facts: Facts, rows: int, values: bool) -> list[int]:
-    """Return the rows of each head's keys without position, or of its values, of multi-head latent attention."""
+    """Return the rows of all heads' keys without position, or values, in multi-head latent attention."""
     size = facts.nope + facts.value_size
     if rows != facts.heads * size:
         raise ValueError(f"{rows} rows are not those of {facts.heads} heads of {facts.nope} and {facts.value_size}")
@@ -180,9 +180,9 @@ def of_heads(facts: Facts, rows: int, values: bool) -> list[int]:
 
 
 def tile(facts: Facts, rows: int, size: int, before: int = 0) -> list[int]:
-    """Return the order in which the value heads of each key head take turns, after rows that stay where they are.
+    """Return the order that alternates between key heads; the rows before are unchanged.
 
-    Linear attention has them key head by key head, and ggml repeats the key heads one after the other.
+    Linear attention orders value heads by key head, while ggml repeats the sequence of key heads.
     """
     keys, each = facts.linear_keys, facts.linear_values // facts.linear_keys if facts.linear_keys else 0
     if not each or rows != before + keys * each * size:
@@ -211,18 +211,18 @@ ROW_ORDERS: dict[str, RowOrder] = {
     "second half": RowOrder(lambda _, rows: half(1, rows), parts=2),
 }
 
-# Modules that every file has of those that its architecture has a row for
+# Modules that every file has, if its architecture has a row for them
 NEEDED = ("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types")
 
-# Last names of tensors that read states of the model's width (their last dimension), and that write them (the first)
+# Last names of tensors with inputs of the model's width (last dimension), and with outputs of it (first dimension)
 READS = frozenset(
     """token_embd output output_norm attn_norm ffn_norm post_attention_norm post_ffw_norm attn_q attn_k attn_v attn_qkv
     attn_q_a attn_kv_a_mqa ffn_gate ffn_up ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_gate_shexp ffn_up_shexp""".split()
 )
 WRITES = frozenset("attn_output ffn_down ffn_down_exps ffn_down_shexp".split())
 
-# What the names of those modules of transformers begin with that no file has: BERT's
+# Prefixes of transformers' modules that no GGUF file has: BERT's
 NOT_IN_GGUF = ("pooler.",)
 
-# What the numbers of a GGUF tensor are of those of transformers
+# Functions from the numbers of transformers' tensor to those of GGUF's
 CHANGES = {"plus one": "w + 1, of Gemma's norms", "minus exp": "-exp(w), of Mamba's A_log"}

@@ -1,1 +1,1 @@
-"""List what runtimes load of an adapter and apply: a row each in `table.RUNTIMES`, long facts in files of their own."""
+"""What runtimes load of an adapter and apply: a row each in `table.RUNTIMES`, long lists in separate files."""

@@ -1,8 +1,8 @@
-"""List the weights with which llama.cpp's graphs compute directly: it loads their factors and never applies them.
+"""The weights whose factors llama.cpp loads and never applies, because its graphs use the weights directly.
 
-Of the tree inside llama-cpp-python 0.3.36, by `tests/served/llama_cpp_graphs.py`: a graph applies an adapter where it
-calls `build_lora_mm` or `build_lora_mm_id`, and to the input embedding. The names are those of GGUF without block and
-`.weight`. Where one of a model's graphs or kinds of layers applies it and another does not, the weight is listed.
+`tests/served/llama_cpp_graphs.py` finds them in the tree inside llama-cpp-python 0.3.36: a graph applies an adapter in
+`build_lora_mm` and `build_lora_mm_id`, and to the input embedding. The names are those of GGUF without block and
+`.weight`. A weight is listed if any of a model's graphs or kinds of layers does not apply its factors.
 """
 
 from __future__ import annotations
@@ -72,6 +72,6 @@ NEVER_APPLIED = {key: frozenset(names.split()) for keys, names in _ROWS for key 
 
 
 def never_applied(architecture: str, paths: Iterable[str]) -> list[str]:
-    """Return those of a model's modules, by their paths in GGUF, of which llama.cpp never applies the factors."""
+    """Return the modules (paths in GGUF) whose factors llama.cpp never applies."""
     ends = NEVER_APPLIED.get(architecture, frozenset())
     return [path for path in paths if re.sub(r"^blk\.\d+\.", "", path) in ends]

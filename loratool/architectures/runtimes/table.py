@@ -1,7 +1,7 @@
-"""List the runtimes that loratool can write adapters for, each with what it reads, refuses, ignores and misreads.
+"""The runtimes that loratool can write adapters for, with the features that each reads, refuses, ignores or misreads.
 
-The facts are of the versions named. Where a runtime's functions run without a GPU they were run on adapters; the others
-were read in source. `transform.for_runtime` follows the rows, and the guide `runtimes` prints them.
+The facts are of the versions named. Functions that run without a GPU were run on adapters; the others were read in
+source. `transform.for_runtime` follows the rows, and the guide `runtimes` prints them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from .runtime import BOTH, FEATURES, LLAMA, Runtime, Served
 
 
 def _reads(outcomes: str) -> dict[str, str]:
-    """Return one word of OUTCOMES for each of FEATURES, in their order."""
+    """Return each of FEATURES -> one of OUTCOMES; `outcomes` lists them in order."""
     return dict(zip(FEATURES, outcomes.split(), strict=True))
 
 
@@ -108,7 +108,7 @@ RUNTIMES: dict[str, Runtime] = {
             one_rank=True,
             every_layer=True,
             targets="last names",
-            without=frozenset(("Glm4ForCausalLM",)),  # whose fused layer its loader of adapters has no name for
+            without=frozenset(("Glm4ForCausalLM",)),  # its adapter loader has no name for the fused layer
         ),
         Runtime(
             key="exllamav3",

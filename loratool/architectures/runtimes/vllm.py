@@ -1,8 +1,8 @@
-"""List the classes that vLLM serves with adapters, and what each applies of the class that PEFT wraps, with its names.
+"""The classes that vLLM serves with adapters, and the modules of each that it applies them to.
 
-Asked of vLLM 0.33.0 itself, with transformers 5.20 inside: `tests/served/vllm_server.py` builds the served model and
-its LoRA manager on a CPU from a small model of each type and looks every module's name up. A wrapper and its text
-class share a type, so that a row is of a type and of the class in config.json. Types without a row were not tried.
+Found by running vLLM 0.33.0 with transformers 5.20: `tests/served/vllm_server.py` builds the served model and its LoRA
+manager on a CPU from a small model of each type and looks up every module's name. A wrapper and its text class share a
+type, so a row is for a type and the class in config.json. Types without a row were not tried.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EXAONE: Renames = (
 )
 _W = ("w1", "w3", "w2")
 
-# Types and classes -> what is served; `heads` is for the embedding and lm_head both
+# Types and classes -> what is served; `heads` is for both embedding and lm_head
 _SERVED: tuple[tuple[str, Served], ...] = (
     (
         """axk1:AXK1ForCausalLM aya_vision:AyaVisionForConditionalGeneration bitnet:BitNetForCausalLM
@@ -120,7 +120,7 @@ _SERVED: tuple[tuple[str, Served], ...] = (
     ("minimax_m2:MiniMaxM2ForCausalLM", Served(experts=_W, renames=_MIXTRAL)),
     ("mixtral:MixtralForCausalLM phimoe:PhiMoEForCausalLM", Served(BOTH, experts=_W, renames=_MIXTRAL)),
     ("nemotron_h:NemotronHForCausalLM", Served(BOTH, never=r"\.mixer\.gate$|^mtp\.")),
-    (  # transformers' class inside vLLM, which takes no experts and nothing beside them
+    (  # transformers' class inside vLLM, which accepts neither experts nor modules beside them
         """axk2:AXK2ForCausalLM dots1:Dots1ForCausalLM flex_olmo:FlexOlmoForCausalLM
         hunyuan_v1_moe:HunYuanMoEV1ForCausalLM kolibri1:Kolibri1ForCausalLM mellum:MellumForCausalLM
         mistral4:Mistral4ForCausalLM phimoe:PhimoeForCausalLM solar_open:SolarOpenForCausalLM zaya:ZayaForCausalLM""",
@@ -130,7 +130,7 @@ _SERVED: tuple[tuple[str, Served], ...] = (
 
 CLASSES = {key: served for keys, served in _SERVED for key in keys.split()}
 
-# Classes that start without adapters only
+# Classes that start only without adapters
 WITHOUT = frozenset(
     """AriaForConditionalGeneration BeamForCausalLM BloomForCausalLM Cohere2MoeForCausalLM
     Cohere2VisionForConditionalGeneration Cosmos3EdgeForConditionalGeneration DbrxForCausalLM
