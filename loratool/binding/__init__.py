@@ -1,1 +1,1 @@
-"""Find the rows of the base that each update changes; pure functions of names and shapes."""
+"""Find the rows of the base that each update changes, from names and shapes only."""

@@ -1,18 +1,18 @@
-"""List what a user chooses of a merge, each value with its meaning.
+"""The choices that a user has for a merge, each value with its meaning.
 
-The tables are here so that help starts without the modules that implement them.
+The tables are here so that help starts without importing the modules that implement them.
 """
 
 from __future__ import annotations
 
-# --tied: how to resolve a tie of which one side changes -> the meaning
+# --tied: how to resolve a tie if one side changes -> the meaning
 TIED = {
     "untie": "write the head as a matrix of its own, and say so in config.json",
     "share": "apply every change to the one matrix, so that both sides change",
     "refuse": "stop",
 }
 
-# The values of --quantized -> what they do to the coded weights that an adapter changes
+# The values of --quantized -> their effect on the quantized weights that an adapter changes
 WAYS = {
     "mixed": "they become plain numbers, and all others keep their codes",
     "dequantize": "all coded weights become plain numbers, others too",

@@ -1,7 +1,7 @@
-"""Edit config.json so that a model with a merged head loads as the class that the head makes of it, with its labels.
+"""Edit config.json so that a model with a merged head loads as the head's class, with its labels.
 
-PEFT saves the head of a classifier with the adapter, but neither its class nor its labels: only the kind of task. What
-neither that nor the names of the head's tensors tell is left as it was, and a warning says which field to set.
+PEFT saves the head of a classifier with the adapter, but neither its class nor its labels, only the kind of task. If
+the task and the names of the head's tensors do not determine a field, it is unchanged and a warning names it.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class ClassChoice:
 
 @dataclass(frozen=True)
 class ClassEdits:
-    """The config's new fields for its class and labels, and what to say of them."""
+    """The config's new fields for class and labels, with notes and warnings."""
 
-    fields: Mapping[str, Any] = field(default_factory=dict)  # of the top of config.json
+    fields: Mapping[str, Any] = field(default_factory=dict)  # top-level fields of config.json
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -54,13 +54,13 @@ class ClassEdits:
 def class_edits(
     base: Checkpoint, adapters: Sequence[Adapter], sources: Mapping[str, TensorRef], choice: ClassChoice
 ) -> ClassEdits:
-    """Return what the config has to say of the class and its labels, if an adapter brings a head or names a task.
+    """Return the config's edits for class and labels, if an adapter has a head or names a task.
 
     Args:
-        sources: the tensors that the output has -> where their rows come from.
+        sources: the output's tensors -> the source of their rows.
 
     Raises:
-        InputError: the choice is of another family, has not a label for each row of the head, or there is no head.
+        InputError: the chosen class is of another family, the labels do not match the head's rows, or there is no head.
     """
     files = {adapter.file for adapter in adapters}
     brought = {name for name, source in sources.items() if source.file in files}
@@ -102,7 +102,7 @@ def _without_config(base: Checkpoint, head: TensorRef | None, choice: ClassChoic
 
 
 def _without_head(base: Checkpoint, declared: str, tasks: Collection[str], choice: ClassChoice) -> ClassEdits:
-    """Return the edits of a model that gets no head: a class of the user's, or the bare one of FEATURE_EXTRACTION."""
+    """Return the edits of a model without a new head: the user's class, or the bare class for FEATURE_EXTRACTION."""
     if choice.labels:
         raise InputError(
             "has no head of a classifier after this merge", culprit=str(base.path), remedy="leave out --labels"
@@ -124,7 +124,7 @@ def _without_head(base: Checkpoint, declared: str, tasks: Collection[str], choic
 
 
 def _words(adapter: Adapter) -> dict[str, Any]:
-    """Return what an adapter says of its class: in its own config, or in a config.json beside it."""
+    """Return an adapter's fields on its class, from its config or a config.json beside it."""
     return {**read_folder_config(adapter.file.path.parent), **adapter.config.peft} if adapter.config.peft else {}
 
 
@@ -135,10 +135,10 @@ def _find_class(
     owners: Sequence[Mapping[str, Any]],
     names: Collection[str],
 ) -> tuple[str | None, list[str]]:
-    """Return the class for a head, None if several are possible or none is known, and those that are possible.
+    """Return the class for a head (None if several are possible or none is known), and the possible classes.
 
     Args:
-        owners: what the adapter with the head says of itself.
+        owners: the fields of the adapter with the head.
         names: the tensors of the output.
     """
     said = [classifier_class(model_type, declared, task) for task in sorted(tasks & CLASSES.keys())]
@@ -155,7 +155,7 @@ def _find_class(
 
 
 def _require_known(base: Checkpoint, declared: str, architecture: str) -> None:
-    """Raise InputError if a family has no class of this name; one that is in no table, or has its own code, may."""
+    """Raise InputError if a family has no class of this name; unknown families and remote code may have any class."""
     if not architecture.isidentifier():
         raise InputError("is no name of a class", culprit=architecture)
     own = classes_of({**base.config, "architectures": []}).values()
@@ -173,9 +173,9 @@ def _require_known(base: Checkpoint, declared: str, architecture: str) -> None:
 def _labels(
     config: Mapping[str, Any], owners: Sequence[Mapping[str, Any]], head: TensorRef, chosen: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the fields for the labels of a head, as transformers writes them; those that stay as they are left out.
+    """Return the fields for the labels of a head that change, as transformers writes them.
 
-    transformers counts the entries of id2label; num_labels counts only in its absence, and the default is 2.
+    transformers counts the entries of id2label. Without id2label it uses num_labels, with the default 2.
     """
     count = _rows(head)
     if chosen and len(chosen) != count:
@@ -214,7 +214,7 @@ def _fields(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _names(words: Mapping[str, Any], count: int) -> tuple[str, ...]:
-    """Return the names of `count` labels that a config has, in order; empty if it has not just these."""
+    """Return the names of a config's labels in order; empty if they are not exactly `count`."""
     by_label, by_name = words.get("id2label"), words.get("label2id")
     if not isinstance(by_label, dict) and isinstance(by_name, dict):
         by_label = {str(label): name for name, label in by_name.items()}
@@ -225,7 +225,7 @@ def _names(words: Mapping[str, Any], count: int) -> tuple[str, ...]:
 
 
 def _unknown_class(head: str, declared: str, likely: Sequence[str], rows: int) -> str:
-    """Return the warning about a head whose class is not known."""
+    """Return the warning about a head of an unknown class."""
     was = declared or "no class"
     which = f": {' or '.join(likely)}" if likely else f", and id2label for its {_labelled(rows)}"
     return (
@@ -235,7 +235,7 @@ def _unknown_class(head: str, declared: str, likely: Sequence[str], rows: int) -
 
 
 def _absent_layers(model_type: str | None, architecture: str | None, names: Iterable[str]) -> list[str]:
-    """Return a warning if the class has layers beside its head that neither the base nor an adapter has."""
+    """Return a warning if the class has layers beside the head that neither the base nor an adapter has."""
     tasks = [task for task, classes in CLASSES.items() if model_type and classes.get(model_type) == architecture]
     lacks = any(absent_beside(model_type, task, list(names)) for task in tasks)
     line = f"{architecture} has layers under names that neither the base nor an adapter has, a pooler mostly: "
@@ -243,7 +243,7 @@ def _absent_layers(model_type: str | None, architecture: str | None, names: Iter
 
 
 def _note(fields: Mapping[str, Any], rows: int) -> tuple[str, ...]:
-    """Return the line that says what config.json names now."""
+    """Return the note with the class and labels that config.json names now."""
     labels = [*fields.get("id2label", {}).values()]
     shown = ", ".join(labels[:LABELS_SHOWN]) + (", ..." if len(labels) > LABELS_SHOWN else "")
     parts = [*fields.get("architectures", ()), *([f"{_labelled(rows)}, {shown}"] if labels else ())]

@@ -1,4 +1,4 @@
-"""Decide what becomes of a base's coded weights in a merge: which become plain numbers, and what configs say then."""
+"""Decide which quantized weights of a base a merge dequantizes, and the resulting configs."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from ..ties.ties import find_tie
 from .choices import LOSSY, WAYS
 from .merge_plan import MergePlan
 
-MANY = 3  # weights that become plain for each that changes, from which on another way is better
+MANY = 3  # dequantized weights per changed weight; from this ratio on another way is better
 
 # ComfyUI's scaled_fp8_ops (comfy/ops.py until it read quantization by layer) makes all linear weights float8
 OLD_COMFY = f"older versions of ComfyUI cast all linear weights of a file with {SCALED_FILE} to float8, plain ones too"
 
-COARSE = 8  # a code of fewer bits keeps next to nothing of a LoRA's change
+COARSE = 8  # a code of fewer bits rounds away nearly all of a LoRA's change
 
 
 def code_bits(weight: StoredWeight) -> int:
-    """Return the bits of a code of a weight."""
+    """Return the number of bits of a weight's codes."""
     return int(weight.detail.get("bits", weight.format.bits))
 
 
 def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[str] = ()) -> MergePlan:
-    """Return the plan with what the output has as plain numbers, and with its configs.
+    """Return the plan with the weights that are dequantized, and with the output's configs.
 
     Args:
         way: a key of WAYS.
-        dtype: the safetensors name of the type of all plain weights; None for those that the base has.
-        allow: what would be refused otherwise, of LOSSY.
+        dtype: the safetensors name of the type of all plain weights; None for the base's types.
+        allow: keys of LOSSY that are not refused.
 
     Raises:
-        NeedsFlag, InputError: a weight cannot be written so.
+        NeedsFlag, InputError: a weight cannot be written in this way.
     """
     base = plan.base
     touched = _touched(plan)
@@ -65,32 +65,32 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     if not decoded and not (way == "dequantize" and base.quantized):
         return replace(plan, edits=edits)
     edits = _decode(base, edits, decoded, dtype)
-    others = {name: why for name, why in decoded.items() if name not in plan.changed}  # that no adapter changes
+    others = {name: why for name, why in decoded.items() if name not in plan.changed}  # not changed by an adapter
     notes = _notes(base, decoded, others)
     notes += (OLD_COMFY,) if _is_scaled_file(base) else ()
     return replace(plan, edits=edits, decoded=others, way=way, warnings=(*plan.warnings, *notes))
 
 
 def decode_all(base: Checkpoint, edits: OutputEdits, dtype: str) -> tuple[OutputEdits, tuple[str, ...]]:
-    """Return the edits of an output in which all weights are plain numbers of a type, and what the user should know."""
+    """Return the edits of an output with all weights as plain numbers of one type, and notes for the user."""
     decoded = dict.fromkeys(base.weights, "")
     return _decode(base, edits, decoded, dtype), _notes(base, decoded, {})
 
 
 def _decode(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, str], dtype: str | None) -> OutputEdits:
-    """Return the edits with coded weights as numbers of `dtype`, else of the model's, and configs that say so."""
+    """Return the edits with quantized weights as numbers of `dtype` (by default the model's), and updated configs."""
     specs = dict(edits.specs)
     for part in base.models:
         own = [name for name in decoded if name.startswith(part.prefix)]
         kind = dtype or plain_dtype(part)
         shapes = {name: (specs.get(name) or base.specs[name]).shape for name in own}
-        alike = {shape: TensorSpec(kind, shape) for shape in shapes.values()}  # few, of a mixture of experts
+        alike = {shape: TensorSpec(kind, shape) for shape in shapes.values()}  # few, even in a mixture of experts
         specs |= {name: alike[shape] for name, shape in shapes.items()}
     return _edit_configs(base, replace(edits, specs=specs), decoded)
 
 
 def decoded_weights(plan: MergePlan, way: str) -> dict[str, str]:
-    """Return the weights that become plain numbers -> the touched module that asks for it, if none touches them."""
+    """Return the weights that are dequantized -> the touched module that causes it."""
     base = plan.base
     if way == "dequantize":
         return dict.fromkeys(base.weights, "")
@@ -98,13 +98,13 @@ def decoded_weights(plan: MergePlan, way: str) -> dict[str, str]:
 
 
 def _touched(plan: MergePlan) -> list[str]:
-    """Return the coded weights that an adapter changes, also of a plan that says which others become numbers."""
+    """Return the quantized weights that an adapter changes, also in a plan with `decoded`."""
     return [name for name in plan.base.weights if name in plan.changed and name not in plan.decoded]
 
 
 def with_siblings(base: Checkpoint, touched: Collection[str]) -> dict[str, str]:
-    """Return touched coded weights, and those that runtimes keep in one matrix with them -> the module that asks."""
-    if base.is_gguf or not touched:  # whose tensors have types of their own
+    """Return touched quantized weights and those that runtimes fuse with them -> the module that causes it."""
+    if base.is_gguf or not touched:  # each tensor of GGUF has its own type
         return dict.fromkeys(touched, "")
     groups = close_under_fusion([module_path(name) for name in touched], [module_path(name) for name in base.weights])
     siblings = {name: groups[module_path(name)] for name in base.weights if module_path(name) in groups}
@@ -112,7 +112,7 @@ def with_siblings(base: Checkpoint, touched: Collection[str]) -> dict[str, str]:
 
 
 def sizes_of_ways(plan: MergePlan) -> dict[str, int]:
-    """Return the bytes of the output's tensors in each way that can be had; empty if the merge touches no codes."""
+    """Return the bytes of the output's tensors in each possible way; empty if the merge touches no codes."""
     base = plan.base
     if plan.way is None:
         return {}
@@ -126,10 +126,10 @@ def sizes_of_ways(plan: MergePlan) -> dict[str, int]:
 
 
 def _retype(plan: MergePlan, dtype: str | None) -> OutputEdits:
-    """Return the edits of a GGUF model with changed plain matrices in `dtype`, if one is given; all others keep theirs.
+    """Return the edits of a GGUF model with changed plain matrices in `dtype`, if given; others keep their types.
 
     Raises:
-        InputError: a changed one is multiplied by a scale of its own when it runs.
+        InputError: a changed matrix has a separate scale that multiplies it at run time.
     """
     specs, base = dict(plan.edits.specs), plan.base
     for name in sorted(plan.changed - base.weights.keys()):
@@ -146,7 +146,7 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
     """Return the edits with changed plain weights of 8 bits in `dtype`.
 
     Raises:
-        NeedsFlag: `dtype` is None, and such a weight is among scaled ones.
+        NeedsFlag: `dtype` is None, and such a weight is among scaled weights.
     """
     specs, base = dict(plan.edits.specs), plan.base
     scaled = _is_scaled_file(base)
@@ -167,7 +167,7 @@ def _is_scaled_file(base: Checkpoint) -> bool:
 
 
 def refuse_unread(base: Checkpoint, how: str) -> None:
-    """Raise InputError for a weight whose format no codec reads; `how` says how its codes could be kept."""
+    """Raise InputError for a weight in a format without a codec; `how` is a remedy that keeps its codes."""
     for name, coded in base.coded.items():
         raise InputError(
             f"is quantized ({coded.format}), which cannot be read{': ' + coded.fault if coded.fault else ''}",
@@ -177,7 +177,7 @@ def refuse_unread(base: Checkpoint, how: str) -> None:
 
 
 def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[str]) -> None:
-    """Raise for what keeps next to nothing of a delta, or has no codes for it."""
+    """Raise an error for codes that round away nearly all of a delta, or cannot represent it."""
     for name in touched:
         weight = plan.base.weights[name]
         source = plan.sources[name]
@@ -202,7 +202,7 @@ def require_undoable(plan: MergePlan) -> None:
 
 
 def _require_whole_bytes(plan: MergePlan, name: str, remedy: str) -> None:
-    """Raise NeedsFlag for an update of rows whose codes share bytes with those of others."""
+    """Raise NeedsFlag for an update of rows whose codes share bytes with other rows."""
     parts = plan.base.parts_of(name)
     together, rows = parts.weight.format.row_multiple(parts), parts.weight.spec.size // parts.weight.spec.shape[-1]
     for each in plan.placements[name]:
@@ -212,7 +212,7 @@ def _require_whole_bytes(plan: MergePlan, name: str, remedy: str) -> None:
 
 
 def _edit_configs(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, str]) -> OutputEdits:
-    """Return the edits with configs that say what is plain now."""
+    """Return the edits with configs that list the weights that are plain now."""
     configs: dict[str, Mapping[str, Any]] = {}
     extras: dict[str, Mapping[str, Any]] = {}
     dropped: dict[str, str] = {}
@@ -234,12 +234,12 @@ def _edit_configs(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, st
 
 
 def is_decoded(base: Checkpoint, decoded: Collection[str]) -> bool:
-    """Return whether no coded weight of a model is left."""
+    """Return whether all quantized weights of a model are dequantized."""
     return bool(base.declared) and not [name for name in (*base.weights, *base.coded) if name not in decoded]
 
 
 def _extended(base: Checkpoint, content: Mapping[str, Any], decoded: Collection[str]) -> dict[str, Any]:
-    """Return a config of a model that says which weights are plain now."""
+    """Return a model's config with the weights that are plain now."""
 
     def paths(names: Iterable[str]) -> list[str]:
         return [module_path(name).removeprefix(base.prefix) for name in names if name.startswith(base.prefix)]
@@ -252,13 +252,13 @@ def _extended(base: Checkpoint, content: Mapping[str, Any], decoded: Collection[
 
 
 def _plain_matrices(base: Checkpoint) -> list[str]:
-    """Return the weights with rows and columns that the files have as numbers."""
+    """Return the matrices that the files store as numbers."""
     coded = base.weights.keys() | base.formats.keys()
     return [n for n, spec in base.specs.items() if n.endswith(".weight") and len(spec.shape) > 1 and n not in coded]
 
 
 def _better(base: Checkpoint, touched: int, pulled: Sequence[str]) -> str:
-    """Return a better way for a mixture of experts, of which a few touched ones make whole layers plain."""
+    """Return a better way for a mixture of experts, where a few touched experts would dequantize full layers."""
     if len(pulled) < MANY * touched:
         return ""
     fine = all(code_bits(base.weights[name]) >= COARSE for name in pulled)
@@ -267,7 +267,7 @@ def _better(base: Checkpoint, touched: int, pulled: Sequence[str]) -> str:
 
 
 def note_of_a_file(edits: OutputEdits) -> tuple[str, ...]:
-    """Return what the user should know of an output that is a single file, without the config that goes with it."""
+    """Return a note for an output that is a single file without its config."""
     wrong = [
         *(["what is quantized"] if any(edits.configs.values()) else []),
         *(["the class and its labels"] if edits.top else []),
@@ -277,7 +277,7 @@ def note_of_a_file(edits: OutputEdits) -> tuple[str, ...]:
 
 
 def _notes(base: Checkpoint, decoded: Mapping[str, str], others: Mapping[str, str]) -> tuple[str, ...]:
-    """Return what the user should know of weights that become plain numbers."""
+    """Return notes for the user on weights that are dequantized."""
     notes = sorted({base.weights[name].note for name in decoded} - {""})
     pulled = sorted(name for name, why in others.items() if why)
     if pulled:

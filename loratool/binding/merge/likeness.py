@@ -1,4 +1,4 @@
-"""Plan a merge that is written as another model is stored: each weight in its format, with scales of its own."""
+"""Plan a merge that is written in the formats of another model, with newly computed scales."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ...files.dtypes import TORCH_FLOATS, TensorSpec
 from ...files.folder.side_files import edited_config
 from .merge_plan import MergePlan
 
-CALIBRATED = ("gptq", "awq")  # keys of codecs whose codes follow from data
+CALIBRATED = ("gptq", "awq")  # keys of codecs with codes that depend on calibration data
 
-OWN_KEYS = ("_name_or_path",)  # of config.json: those that tell where a model comes from stay the base's
+OWN_KEYS = ("_name_or_path",)  # keys of config.json on a model's origin, which stay the base's
 
-# Fields of config.json that say how a model was stored or saved, not what it is
+# Fields of config.json on how a model was stored or saved, not on its architecture
 _OF_STORAGE = frozenset((*CONFIG_FIELDS, "dtype", "torch_dtype", "transformers_version", *OWN_KEYS))
 
 
@@ -26,11 +26,11 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
     """Return the plan with an output that has the tensors, types and configs of `like`.
 
     Args:
-        dtype: the safetensors name of the type to which weights are rounded before they become codes, and of plain
-            weights; None for the base's, and for `like`'s plain weights.
+        dtype: the safetensors name of the type of plain weights, and of weights before they are encoded. None means
+            `like`'s type for plain weights, and the base's type before encoding.
 
     Raises:
-        InputError: the base is quantized itself, the two are of different models, or a format takes more than numbers.
+        InputError: the base is quantized, the two models differ, or a format needs more than the weights' numbers.
     """
     base = plan.base
     if base.is_gguf is not like.is_gguf:
@@ -50,7 +50,7 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
     _require_same(plan, like)
     plain = {name: source for name, source in plan.sources.items() if name not in quantizers}
     specs = {name: _plain_spec(source.spec, like.stored[name], dtype) for name, source in plain.items()}
-    beside: dict[str, str] = {}  # stored tensor -> the weight with whose codes it is written
+    beside: dict[str, str] = {}  # stored tensor -> the weight that it is written with
     for name, quantizer in quantizers.items():
         names = like.weights[name].names
         made = {names[role]: spec for role, spec in quantizer.specs().items()}
@@ -58,7 +58,7 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         beside |= dict.fromkeys(made, name)
     files = {name: like.folder / name for name in QUANTIZERS if (like.folder / name).is_file()}
     told = (like.shards[0].metadata or {}).get("format", "pt")
-    config = like.config or base.config  # a file without one says nothing of its codes
+    config = like.config or base.config  # a single file may have no config
     origin = {key: base.config[key] for key in OWN_KEYS if key in base.config}
     edits = replace(
         plan.edits,
@@ -75,7 +75,7 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
 
 
 def _differences(base: Checkpoint, like: Checkpoint) -> tuple[str, ...]:
-    """Return what a user should know of two configs that say different things of one model."""
+    """Return notes for the user on fields of the same model that differ between the two configs."""
     if base.config and not like.config:
         return (f"{like.path} has no config, so that the output's does not say what is quantized, and how",)
     own, other = _of_the_model(base.config), _of_the_model(like.config)
@@ -89,7 +89,7 @@ def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_spec(own: TensorSpec, stored: TensorSpec, dtype: str | None) -> TensorSpec:
-    """Return the spec of a plain tensor of the output: floats are of the type that is asked for, or as in the model."""
+    """Return the spec of a plain tensor of the output: floats have the requested type, or the model's."""
     if own.dtype not in TORCH_FLOATS:
         return own
     return TensorSpec(dtype or (stored.dtype if stored.dtype in TORCH_FLOATS else own.dtype), own.shape)
@@ -114,7 +114,7 @@ def _quantizer(like: Checkpoint, name: str) -> Quantizer:
 
 
 def _require_same(plan: MergePlan, like: Checkpoint) -> None:
-    """Raise InputError for two models that do not have the same weights."""
+    """Raise InputError if the two models have different weights."""
     own, other = plan.sources, like.specs
     for name in plan.untied:
         if name not in other:

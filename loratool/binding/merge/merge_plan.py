@@ -1,4 +1,4 @@
-"""Plan a merge from headers, before the first byte is written: where every row comes from, and what updates it."""
+"""Plan a merge from headers, before anything is written: the source and the updates of every row."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ class MergePlan:
 
     base: Checkpoint
     adapters: tuple[tuple[Adapter, float], ...]  # with their weights
-    requested: Mapping[str, tuple[Placement, ...]]  # every placement, before replacements became sources
-    sources: Mapping[str, TensorRef]  # for each tensor of the output
-    placements: Mapping[str, tuple[Placement, ...]]  # those left to apply to the sources
-    left_out: tuple[str, ...]  # what --drop and the selection leave out
-    added: tuple[str, ...]  # tensors that the base does not have
-    untied: tuple[str, ...]  # tensors that the base stores under another name only
+    requested: Mapping[str, tuple[Placement, ...]]  # all placements, before replacements became sources
+    sources: Mapping[str, TensorRef]  # the source of each tensor of the output
+    placements: Mapping[str, tuple[Placement, ...]]  # the placements to apply to the sources
+    left_out: tuple[str, ...]  # modules that --drop and the selection exclude
+    added: tuple[str, ...]  # tensors that the base lacks
+    untied: tuple[str, ...]  # tensors that the base stores only under another name
     warnings: tuple[str, ...]
     edits: OutputEdits  # types, shapes, config and files that differ from the base's
-    notes: tuple[str, ...] = ()  # what was chosen and is worth a line, but no warning
+    notes: tuple[str, ...] = ()  # choices that need a line but no warning
     # of `coded_bases.plan_codes`
     way: str | None = None  # a key of WAYS; None if nothing coded is touched
-    decoded: Mapping[str, str] = field(default_factory=dict)  # weights that only become numbers -> the module that asks
+    decoded: Mapping[str, str] = field(default_factory=dict)  # weights that are only dequantized -> module that asks
     recoded: frozenset[str] = frozenset()  # weights that are written as codes with the base's scales
     # of `likeness.plan_like`
-    encoded: Mapping[str, str] = field(default_factory=dict)  # weights that become codes -> their type before that
+    encoded: Mapping[str, str] = field(default_factory=dict)  # weights that are quantized -> their type before that
     like: Checkpoint | None = None  # the model that has these codes
 
     @cached_property
     def changed(self) -> set[str]:
-        """The tensors whose values need not be the base's."""
+        """The tensors with values that can differ from the base's."""
         own, holder = self.base.specs, self.base.shard_of
         codes = {name: weight.tensors[0] for name, weight in self.base.weights.items()}
         replaced = {
@@ -64,7 +64,7 @@ class MergePlan:
 
     @cached_property
     def written(self) -> dict[str, str]:
-        """The tensors of the output that have other bytes -> the weights that they are, or are the codes of."""
+        """The tensors of the output with other bytes -> the weights that they are, or whose codes they are."""
         stored = {name: self.base.weights[name].tensors[0] for name in self.recoded}
         if self.like:
             stored = {name: self.like.weights[name].tensors[0] for name in self.encoded}
@@ -76,9 +76,9 @@ class MergePlan:
         return self.recoded or self.encoded.keys()
 
     def stored_sources(self, names: Iterable[str]) -> dict[str, TensorRef]:
-        """Return where each tensor of the output comes from; an unchanged weight's are stored as they are.
+        """Return the source of each tensor of the output; those of an unchanged weight are copied unchanged.
 
-        Codes that are written anew come from their weight.
+        The source of codes that are written again is their weight.
         """
         coded = {codes: self.sources[name] for codes, name in self.written.items() if name in self.coded}
         stay_codes = self.base.weights.keys() - (self.changed - self.recoded)
@@ -94,16 +94,16 @@ def plan_merge(
     tied: str,
     choice: ClassChoice = NO_CHOICE,
 ) -> MergePlan:
-    """Decide everything about a merge that names, shapes and headers tell.
+    """Plan a merge from names, shapes and headers.
 
     Args:
         tied: a key of TIED.
-        choice: the class and the labels that the output's config is to name.
+        choice: the class and the labels for the output's config.
 
     Raises:
-        InputError: a pattern names nothing, an update does not fit the base or a second update, its weight is
+        InputError: a pattern matches nothing, an update does not fit the base or a second update, its weight is
             quantized, or the choice does not fit the head.
-        NeedsFlag: a module is not in the base, or a tie would break, and an option decides that.
+        NeedsFlag: a module is not in the base, or a tie would break, and an option can resolve it.
     """
     tie = find_tie(base)
     specs, coded = bindable(base, tie)
@@ -161,7 +161,7 @@ def _refuse_quantized(base: Checkpoint, binding: Binding) -> None:
 def _resolve_row_sources(
     base: Checkpoint, tie: Tie | None, resolved: ResolvedTie
 ) -> tuple[dict[str, TensorRef], dict[str, tuple[Placement, ...]]]:
-    """Return where the rows of each tensor come from, and the placements left to apply to them."""
+    """Return the source of each tensor's rows, and the placements to apply to them."""
     sources = {name: base.ref(name) for name in base.specs}
     placements = {}
     if tie and resolved.untied:
@@ -178,9 +178,9 @@ def _resolve_row_sources(
 
 
 def _share_replacement(tie: Tie, resolved: ResolvedTie, sources: dict[str, TensorRef]) -> None:
-    """Let all sides that are untied start from the weight that an adapter has for one of them.
+    """Set the source of all untied sides to the weight that an adapter has for one of them.
 
-    When the adapter was trained they were one matrix.
+    They were one matrix when the adapter was trained.
     """
     under = sources[tie.embedding]
     for name in resolved.untied:
@@ -193,7 +193,7 @@ def _share_replacement(tie: Tie, resolved: ResolvedTie, sources: dict[str, Tenso
 
 
 def _refuse_replaced_stack(source: TensorRef, requested: Sequence[Placement], placements: Sequence[Placement]) -> None:
-    """Raise InputError for a stack of matrices that one adapter replaces while another adds to its matrices."""
+    """Raise InputError for a stack of matrices that one adapter replaces and another adds to."""
     stacked = next((p for p in placements if p.expert is not None), None)
     replacing = next((p for p in requested if p.adapter.file is source.file), None)
     if stacked and replacing:
@@ -205,7 +205,7 @@ def _refuse_replaced_stack(source: TensorRef, requested: Sequence[Placement], pl
 
 
 def _require_rows(source: TensorRef, placements: Sequence[Placement]) -> None:
-    """Raise InputError for placements made for another number of rows, as two adapters with two vocabularies are."""
+    """Raise InputError for placements for another number of rows, as of two adapters with different vocabularies."""
     shape = source.spec.shape or (1,)
     row_counts = {shape[0], shape[0] * shape[1]} if len(shape) > 2 else {shape[0]}
     for placement in placements:
@@ -216,13 +216,13 @@ def _require_rows(source: TensorRef, placements: Sequence[Placement]) -> None:
 
 
 def resolve_row_source(base: TensorRef, placements: Sequence[Placement]) -> tuple[TensorRef, tuple[Placement, ...]]:
-    """Return where a tensor's rows come from, and the placements that are left to apply to them.
+    """Return the source of a tensor's rows, and the placements to apply to them.
 
     A replacement with weight 1 becomes the source. So does the weight that an adapter stores under its LoRA
     (modules_to_save), unless the base has the same values. A replacement with another weight stays a placement.
 
     Raises:
-        InputError: two adapters replace the tensor, or a replacement that must have weight 1 has another.
+        InputError: two adapters replace the tensor, or a replacement that needs weight 1 has another.
     """
     source, rest = base, []
     values = [_replacement_value(base, placement) for placement in placements]
@@ -247,7 +247,7 @@ def resolve_row_source(base: TensorRef, placements: Sequence[Placement]) -> tupl
 
 
 def _replacement_value(base: TensorRef, placement: Placement) -> TensorRef | None:
-    """Return the values that an update puts in the place of the base's before it adds anything; None for none."""
+    """Return the values that replace the base's before an update is added; None if it replaces nothing."""
     update, file = placement.update, placement.adapter.file
     if update.cls is ReplaceTensor:
         is_whole = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
@@ -264,9 +264,9 @@ def _plan_edits(
     sources: Mapping[str, TensorRef],
     top: Mapping[str, Any],
 ) -> tuple[OutputEdits, tuple[str, ...]]:
-    """Return what the output has otherwise than the base, and warnings about it.
+    """Return the output's differences from the base, and warnings about them.
 
-    top: fields of config.json's class and labels.
+    top: fields of config.json for class and labels.
     """
     specs = {}
     for name, source in sources.items():

@@ -1,7 +1,7 @@
-"""Choose the tokenizer that a merged model's folder gets: the base's, the one beside an adapter, or another folder's.
+"""Choose the tokenizer of a merged model's folder: the base's, the one beside an adapter, or another folder's.
 
-Beside an adapter a trainer saves the tokenizer that it trained with. It counts where the adapter changes rows of the
-vocabulary, whose numbers are that tokenizer's; elsewhere the base's stays, unless it is asked for.
+A trainer saves its tokenizer beside the adapter. That tokenizer is taken if the adapter changes rows of the vocabulary,
+because it numbers these rows. Otherwise the base's stays, unless the user chooses another.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ from ..ties.ties import find_tie, vocabulary_names
 from .choices import TOKENIZERS
 from .merge_plan import MergePlan
 
-Files = Mapping[str, Path]  # name of a file -> where it is
+Files = Mapping[str, Path]  # name of a file -> its path
 
 
 def choose_tokenizer(plan: MergePlan, choice: str | os.PathLike[str] | None, is_file: bool) -> MergePlan:
     """Return the plan with the files of the chosen tokenizer, and a note if there was a choice.
 
-    A tokenizer takes the place of the base's as a whole: files of the base's that it has not are left behind, as the
-    two would be read as one. Without a vocabulary of its own (added tokens or a chat template alone) it is laid over
-    the base's.
+    A tokenizer replaces the base's completely: other tokenizer files of the base are not copied, because they would be
+    read together. A tokenizer without a vocabulary (only added tokens or a chat template) is added to the base's.
 
     Args:
-        choice: a key of TOKENIZERS or a folder; None takes the adapter's where it changes the vocabulary.
+        choice: a key of TOKENIZERS or a folder; None takes the adapter's if it changes the vocabulary.
         is_file: whether the output is a single file.
 
     Raises:
-        UsageError: there is no place for a tokenizer, or several adapters have one.
-        InputError: there is none where it is asked for, or it cannot be read.
+        UsageError: the output has no place for a tokenizer, or several adapters have one.
+        InputError: the chosen place has no tokenizer, or it cannot be read.
     """
     base = plan.base
     if is_file or base.parts or base.is_gguf or not base.has_side_files:
@@ -74,7 +73,7 @@ def choose_tokenizer(plan: MergePlan, choice: str | os.PathLike[str] | None, is_
 
 
 def _with_files(plan: MergePlan, own: Files, chosen: Files, notes: tuple[str, ...]) -> MergePlan:
-    """Return the plan with a tokenizer's files in the place of the base's, of which equal ones stay."""
+    """Return the plan with a tokenizer's files instead of the base's; equal files are unchanged."""
     stale = [name for name in own if name not in chosen] if any(map(is_vocabulary, chosen)) else []
     dropped = dict.fromkeys(stale, "of the base's tokenizer, in whose place another is")
     other = {name: path for name, path in chosen.items() if not _adds_nothing({name: path}, own)}
@@ -88,7 +87,7 @@ def _folders(plan: MergePlan) -> list[Path]:
 
 
 def _others(beside: Mapping[Path, Files], own: Files) -> dict[Path, Files]:
-    """Return the tokenizers that are other than the base's, of equal ones the first."""
+    """Return the tokenizers that differ from the base's, and of equal ones only the first."""
     found: dict[Path, Files] = {}
     for folder, files in beside.items():
         is_known = any(files.keys() == each.keys() and _adds_nothing(files, each) for each in found.values())
@@ -98,18 +97,18 @@ def _others(beside: Mapping[Path, Files], own: Files) -> dict[Path, Files]:
 
 
 def _adds_nothing(files: Files, own: Files) -> bool:
-    """Return whether each file is one of `own` too, byte for byte."""
+    """Return whether each file is also in `own`, byte for byte."""
     return all(name in own and filecmp.cmp(path, own[name], shallow=False) for name, path in files.items())
 
 
 def _folders_that_change_words(plan: MergePlan) -> set[Path]:
-    """Return the folders of the adapters that change rows of an embedding of tokens or of the head."""
+    """Return the folders of the adapters that change rows of a token embedding or of the head."""
     words = vocabulary_names(plan.base, find_tie(plan.base))
     return {p.adapter.file.path.parent for name in words for p in plan.requested.get(name, ())}
 
 
 def _note_of_the_base(found: Mapping[Path, Files], fitting: Mapping[Path, Files]) -> Sequence[str]:
-    """Return a note that the base's tokenizer stays though there is another."""
+    """Return a note that the base's tokenizer stays although there is another."""
     folders, verb = ", ".join(map(str, fitting or found)), "have" if len(fitting or found) > 1 else "has"
     what = " and ".join(dict.fromkeys(side_kind(name) or "" for files in found.values() for name in files))
     how = "--tokenizer FOLDER" if len(fitting or found) > 1 else "--tokenizer adapter"
@@ -117,7 +116,7 @@ def _note_of_the_base(found: Mapping[Path, Files], fitting: Mapping[Path, Files]
 
 
 def _note_of_none(plan: MergePlan, beside: Mapping[Path, Files]) -> Sequence[str]:
-    """Return a note that no adapter has the tokenizer of its new vocabulary."""
+    """Return a note that no adapter has the tokenizer for its new vocabulary."""
     specs, edited = plan.base.specs, plan.edits.specs
     words = vocabulary_names(plan.base, find_tie(plan.base))
     rows = {edited[name].shape[0] for name in words if name in edited and name in specs}

@@ -1,7 +1,7 @@
-"""Take the modules of sentence-transformers that were trained with an adapter, and tell of those that cannot be taken.
+"""Copy the modules of sentence-transformers that were trained with an adapter, and warn of those that cannot be copied.
 
-Beside its adapter sentence-transformers saves all modules of the model. A dense layer trains unless it is frozen, and
-the base's would then be wrong after the adapter's transformer.
+sentence-transformers saves all modules of the model beside its adapter. A dense layer is trained unless it is frozen,
+so the base's would be wrong after the adapter's transformer.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the weights of a den
 
 
 def take_trained_modules(plan: MergePlan, is_file: bool) -> MergePlan:
-    """Return the plan with the weights of dense layers from beside an adapter, if they are other than the base's.
+    """Return the plan with the weights of dense layers beside an adapter, if they differ from the base's.
 
-    They are taken from one adapter of weight 1, from safetensors for safetensors of the same shapes; all else is a
-    warning.
+    They are copied only from one adapter of weight 1, and only if both files are safetensors of the same shapes. Any
+    other case is a warning.
 
     Args:
         is_file: whether the output is a single file, which has no modules.
 
     Raises:
-        InputError: a folder's modules.json names modules that lie elsewhere, or a module's weights are damaged.
+        InputError: a folder's modules.json names modules outside the folder, or a module's weights are damaged.
     """
     if is_file or plan.base.parts:
         return plan

@@ -1,1 +1,1 @@
-"""Resolve an adapter's modules among a base's tensors, and place their updates."""
+"""Resolve an adapter's modules to a base's tensors, and place their updates."""

@@ -1,4 +1,4 @@
-"""Read an image adapter's modules by component and path, and detect the model family they belong to."""
+"""Read an image adapter's modules by component and path, and detect their model family."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class SourceModule:
     path: str  # dotted, in the adapter's naming
 
 
-KNOWN = "loratool guide image-models lists them"  # the image families, for messages
+KNOWN = "loratool guide image-models lists them"  # remedy in messages on unknown image families
 
 
 def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]]:
-    """Return the modules with low-rank factors, and the names of those that no format of image adapters can hold."""
+    """Return the modules with low-rank factors, and the names of modules that no image format can store."""
     sources, impossible = [], []
     for module, update in adapter.updates.items():
         component, path = component_of(module)
@@ -47,25 +47,25 @@ def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]
 
 
 def dotted_path(flat: str) -> str | None:
-    """Return the path of a known module from its flattened path, in whichever naming it is."""
+    """Return the dotted path of a known module for its flattened path, in any naming."""
     tables = (*FAMILIES.values(), *ENCODERS.values())
     return next((found.path for table in tables if (found := locate(table, flat))), None)
 
 
 def _which_clip(update: UpdateSpec, path: str) -> str:
-    """Return the component of a CLIP module whose name has none: SDXL's second CLIP is wider than all others."""
+    """Return the component of a CLIP module without one in its name: SDXL's second CLIP is wider than all others."""
     width = update.shape[0 if path.endswith("fc2") else 1]
     return "text_encoder_2" if width == BIGG_WIDTH else "text_encoder"
 
 
 def make_source_module(module: str, update: UpdateSpec, component: str, path: str) -> SourceModule:
-    """Make a SourceModule; a T5 is the third text encoder, whatever number it has in the adapter."""
+    """Return a SourceModule; a T5 is always the third text encoder, with any number in the adapter."""
     third = component not in DENOISERS and locate(ENCODERS["t5"], path) is not None
     return SourceModule(module, update, "text_encoder_3" if third else component, path)
 
 
 def settle_components(sources: Iterable[SourceModule], family: ModelFamily) -> list[SourceModule]:
-    """Return modules with the components that a family has, where a prefix can mean several."""
+    """Return modules with the family's components, where a prefix can mean several."""
     return [replace(source, component=_settled(source, family)) for source in sources]
 
 
@@ -80,7 +80,7 @@ def _settled(source: SourceModule, family: ModelFamily) -> str:
 
 
 def detect_families(sources: Iterable[SourceModule]) -> tuple[str, ...]:
-    """Return the keys of the image families that modules fit best, the likeliest first; empty for no such model."""
+    """Return the keys of the image families that modules fit best, the likeliest first; empty for other models."""
     every = list(sources)
     if all(component_of(source.module)[0] is None and SHARED.fullmatch(source.path) for source in every):
         return ()
@@ -88,12 +88,12 @@ def detect_families(sources: Iterable[SourceModule]) -> tuple[str, ...]:
 
 
 def fitting_families(sources: Sequence[SourceModule]) -> tuple[str, ...]:
-    """Return the keys of the image families that have all modules by their names, whatever the sizes."""
+    """Return the keys of the image families that have all modules by name, with any sizes."""
     return tuple(family.key for family in families_with(_modules(sources), _is_numbered(sources)))
 
 
 def has_known_sizes(sources: Iterable[SourceModule], family: str) -> bool:
-    """Return whether a known model of a family has blocks and columns as the modules."""
+    """Return whether a known model of a family has the blocks and columns of the modules."""
     return has_sizes(FAMILIES[family], _modules(sources))
 
 
@@ -102,9 +102,7 @@ def _is_numbered(sources: Iterable[SourceModule]) -> bool:
 
 
 def may_be_of_another(sources: Iterable[SourceModule], family: str) -> bool:
-    """Return whether modules can be another model's: no prefix says that they are of an image model, and no known one
-    of the family has their sizes.
-    """
+    """Return whether modules can be of another model: they have no image prefix, and sizes of no known model."""
     every = list(sources)
     prefixed = any(component_of(source.module)[0] for source in every)
     return not prefixed and not has_known_sizes(every, family)
@@ -115,17 +113,17 @@ def _modules(sources: Iterable[SourceModule]) -> list[tuple[str, str, tuple[int,
 
 
 def _matrix_shape(update: UpdateSpec) -> tuple[int, ...]:
-    """Return the shape of the matrix that an update is of; empty if it has only one side of it."""
+    """Return the shape of the matrix that an update changes; empty if the update has only one side of it."""
     return update.shape if len(update.shape) > 1 and None not in update.cls.flat(update) else ()
 
 
 def detect_family(sources: Sequence[SourceModule]) -> str | None:
-    """Return the likeliest image family, a key of FAMILIES, or None if the modules are of no such model."""
+    """Return the likeliest image family, a key of FAMILIES; None if the modules are of another model."""
     return next(iter(detect_families(sources)), None)
 
 
 def image_family(adapter: Adapter) -> str | None:
-    """Return the image family that an adapter is of, a key of FAMILIES; None if it may be of another model too."""
+    """Return the image family of an adapter, a key of FAMILIES; None if it may be of another model."""
     sources, impossible = read_source_modules(adapter)
     if any(adapter.updates[module].rank for module in impossible):
         return None
@@ -137,7 +135,7 @@ def image_family(adapter: Adapter) -> str | None:
 
 
 def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], family: str) -> None:
-    """Raise InputError for a block that is in no known transformer, even if dropped: the model is another one."""
+    """Raise InputError for a block that no known transformer has, even if excluded: it is another model."""
     if FAMILIES[family].up_attention:
         return
     known = {s.module for s in sources if s.component not in DENOISERS or locate(FAMILIES[family], s.path)}
@@ -149,12 +147,12 @@ def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], fam
 
 
 def _in_block(module: str) -> bool:
-    """Return whether a path goes through a block of a transformer, by the names that families have for them."""
+    """Return whether a path goes through a block of a transformer, by the families' names for blocks."""
     stems = {s.partition(".{i}")[0] for f in FAMILIES.values() for b in f.blocks for s in (b.maker, b.diffusers)}
     flat = module.replace(".", "_")
     return any(re.search(rf"{re.escape(stem.replace('.', '_'))}_\d+_", flat) for stem in stems)
 
 
 def find_unknown_modules(sources: list[SourceModule], family: str) -> list[str]:
-    """Return the denoiser's modules that the family does not have."""
+    """Return the denoiser's modules that the family lacks."""
     return [s.module for s in sources if s.component in DENOISERS and locate(FAMILIES[family], s.path) is None]

@@ -1,6 +1,6 @@
-"""Say which modules of adapters a base does not have, or has in other shapes, and whether it is the wrong base.
+"""Report the modules of adapters that a base lacks or has in other shapes, and whether it is the wrong base.
 
-If most of an adapter does not fit, that is what is said. Else the error offers --exclude, if few patterns are enough.
+If most of an adapter does not fit, the error says so. Else it offers --exclude, if a few patterns are enough.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .image_modules import image_family
 from .placement import Match, ShapeError, place_update
 from .selection import matches_pattern
 
-PATTERNS_OFFERED = 4  # of --exclude; more of them mean another base
+PATTERNS_OFFERED = 4  # patterns of --exclude; more of them mean another base
 
-# a name with ranges or numbers: up to the first of them, which is a layer's, and what is in the layer
+# a name with ranges or numbers: the part up to the first, which is a layer's number, and the rest
 _IN_LAYERS = re.compile(r"(.*?[._](?:\{[^}]*\}|\d+))[._].+", re.DOTALL)
 
-# keys of metadata that tell a base: sd-scripts' and those of Stability's standard
+# keys of metadata that name a base: sd-scripts' and those of Stability's standard
 TELLING = ("ss_base_model_version", "modelspec.architecture")
 
 GROUPS_SHOWN, ENDS_SHOWN = 3, 4  # lines of modules, and names in each
@@ -37,16 +37,16 @@ GROUPS_SHOWN, ENDS_SHOWN = 3, 4  # lines of modules, and names in each
 
 @dataclass(frozen=True)
 class Fit:
-    """How the selected modules of an adapter fit a base."""
+    """The fit of an adapter's selected modules to a base."""
 
     adapter: Adapter
     matches: Mapping[str, Sequence[Match]]  # of the modules that the base has
     absent: Sequence[str]
-    misfits: Mapping[str, ShapeError]  # those of `matches` that have other shapes there
+    misfits: Mapping[str, ShapeError]  # modules of `matches` with other shapes in the base
 
     @property
     def is_wrong(self) -> bool:
-        """Return whether most modules do not fit; components that the base does not have at all do not count."""
+        """Return whether most modules do not fit; components that the base lacks do not count."""
         there = {component_of(module)[0] for module in self.matches}
         absent = [module for module in self.absent if not there or component_of(module)[0] in there]
         return 2 * (len(absent) + len(self.misfits)) > len(absent) + len(self.matches)
@@ -58,7 +58,7 @@ def misfits(
     specs: Mapping[str, TensorSpec],
     model_types: Sequence[str],
 ) -> dict[str, ShapeError]:
-    """Return, for each module of another shape than the base has, the error of its placement."""
+    """Return module -> the error of its placement, for modules of other shapes than the base's."""
     found = {}
     for module, each in matches.items():
         try:
@@ -67,7 +67,7 @@ def misfits(
         except ShapeError as error:
             found[module] = error
         except InputError:
-            continue  # of another kind: it is raised where it is met
+            continue  # an error of another kind, raised later by `bind`
     return found
 
 
@@ -82,9 +82,9 @@ def misfit_error(
 
     Args:
         specs: of the base.
-        added: tensors that the base does not have and gets.
-        reasons: why a module is not there, of those where more is to say.
-        bound_without: binds with these more patterns of --exclude, or raises an error.
+        added: tensors that are added to the base.
+        reasons: missing module -> reason, where one is known.
+        bound_without: binds with these additional patterns of --exclude, or raises an error.
     """
     for fit in fits:
         if fit.is_wrong:
@@ -109,7 +109,7 @@ def misfit_error(
 
 
 def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str, str]) -> InputError:
-    """Return the error for an adapter of which most does not fit."""
+    """Return the error for an adapter that mostly does not fit."""
     adapter, total = fit.adapter, len(fit.absent) + len(fit.matches)
     of_image = capabilities(adapter).components == "many"
     base = image_modules({name: spec.shape for name, spec in specs.items()})
@@ -142,7 +142,7 @@ def _base_of(adapter: Adapter, family: str | None = None) -> str:
 
 
 def _named_base(adapter: Adapter) -> str:
-    """Return a sentence on what the config or an image adapter's metadata calls its base; empty without that."""
+    """Return a sentence with the base that the config or an image adapter's metadata names; empty without one."""
     if adapter.config.base_model:
         return f"its config names its base: {adapter.config.base_model}"
     metadata = adapter.file.metadata or {}
@@ -151,7 +151,7 @@ def _named_base(adapter: Adapter) -> str:
 
 
 def _lines(modules: Sequence[str], specs: Mapping[str, TensorSpec], reasons: Mapping[str, str]) -> list[str]:
-    """List modules: the ends of those of the same layers in one line, at most GROUPS_SHOWN lines and one."""
+    """Return lines that list modules: modules in the same layers share a line; at most GROUPS_SHOWN + 1 lines."""
     lines = [f"  {module}: {reasons[module]}" for module in modules if module in reasons]
     groups: dict[str, list[str]] = {}
     for name in grouped((m for m in modules if m not in reasons), underscores=True):
@@ -165,14 +165,14 @@ def _lines(modules: Sequence[str], specs: Mapping[str, TensorSpec], reasons: Map
         where = (f" in {layers}" if is_short else "") + (f"; nearest there: {similar[0]}" if similar else "")
         lines.append(f"  {', '.join(ends[:ENDS_SHOWN])}{more}{where}")
     rest = len(lines) - GROUPS_SHOWN
-    lines = [line.replace("\n", "\\n") for line in lines[:GROUPS_SHOWN]]  # which a name from a file may have
+    lines = [line.replace("\n", "\\n") for line in lines[:GROUPS_SHOWN]]  # a file's names may contain line breaks
     return lines + ([f"  and {rest} group{'s' * (rest > 1)} more"] if rest > 0 else [])
 
 
 def exclude_patterns(modules: Sequence[str], kept: Sequence[str]) -> list[str]:
     """Return patterns for all of `modules` and nothing of `kept`.
 
-    kohya's prefixes and last names are preferred; where they would match `kept`, the full path is used.
+    kohya's prefixes and last names are preferred; if they would match `kept`, the full path is used.
     """
     patterns: list[str] = []
     for module in modules:
@@ -187,13 +187,13 @@ def exclude_patterns(modules: Sequence[str], kept: Sequence[str]) -> list[str]:
 
 
 def exclude_options(patterns: Sequence[str]) -> str:
-    """Return --exclude options of patterns; those with a regular expression stand alone."""
+    """Return --exclude options for patterns; a regular expression gets an option of its own."""
     lists = [",".join(p for p in patterns if not p.startswith("re:"))] + [p for p in patterns if p.startswith("re:")]
     return " ".join(f"--exclude {shell_word(each)}" for each in lists if each)
 
 
 def nearest_names(module: str, specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Return up to two names of the base that are similar to `module`, with the same last part if there are any."""
+    """Return up to two names of the base that are similar to `module`, preferably with the same last part."""
     last = re.split(r"[._]", module)[-1]
     names = [name for name in specs if name.endswith(".weight")]
     pool = [name for name in names if name.removesuffix(".weight").endswith(last)] or names

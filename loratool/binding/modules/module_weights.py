@@ -1,7 +1,7 @@
-"""Weigh an adapter's modules apart, by the components and patterns of `ADAPTER:0.8,te=0.4,PATTERN=0.5`.
+"""Weight an adapter's modules separately, by the components and patterns of `ADAPTER:0.8,te=0.4,PATTERN=0.5`.
 
-The last entry that matches a module wins, and none means the adapter's weight. A narrow component (`te1`) wins over a
-wide one (`te`) wherever they stand, as if the wide one did not name it.
+The last entry that matches a module counts; without a match it is the adapter's weight. A narrow component (`te1`) has
+precedence over a wide one (`te`) in any order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NARROW = {listed[0]: name for name, listed in WEIGHED.items() if len(listed) ==
 
 
 def resolve_weights(adapter: Adapter, weights: Mapping[str, float]) -> ModuleWeights:
-    """Return an adapter's weights with each component that it has by itself, so that other words give the same entries.
+    """Return an adapter's weights with wide components split into the adapter's components, in a canonical form.
 
     Args:
         weights: key of WEIGHED, or pattern -> weight, in the user's order.
@@ -44,13 +44,13 @@ def resolve_weights(adapter: Adapter, weights: Mapping[str, float]) -> ModuleWei
 
 
 def weight_of(adapter: Adapter, weight: float, module: str, *paths: str) -> float:
-    """Return the weight of a module of an adapter whose weight is `weight`; a bias has that of its module.
+    """Return the weight of a module, `weight` being the adapter's; a bias has the weight of its module.
 
     Args:
-        paths: the module's paths in the base, which patterns may match too.
+        paths: the module's paths in the base, which patterns may also match.
 
     Raises:
-        UsageError: it is too large for the module's scale, or a pattern is not a regular expression.
+        UsageError: the weight is too large for the module's scale, or a pattern is not a regular expression.
     """
     for name, own in reversed(adapter.module_weights):
         if weighed_component(module) in WEIGHED[name] if name in WEIGHED else _names(name, (module, *paths)):
@@ -63,17 +63,17 @@ def weight_of(adapter: Adapter, weight: float, module: str, *paths: str) -> floa
 
 
 def _names(pattern: str, paths: Iterable[str]) -> bool:
-    """Return whether a pattern names a module, or the module whose bias it is."""
+    """Return whether a pattern matches one of a module's paths, or the module of a bias."""
     return any(matches_pattern(pattern, each) for path in paths for each in {path, path.removesuffix(".bias")})
 
 
 def require_patterns_used(adapters: Iterable[tuple[Adapter, Iterable[str]]]) -> None:
-    """Raise UsageError for a pattern with a weight that names no module of its adapter.
+    """Raise UsageError for a pattern with a weight that matches no module of its adapter.
 
-    Adapters with the same patterns count as one: of a trained one and its start, the start may have fewer modules.
+    Adapters with the same patterns count as one, because the start of a trained adapter may have fewer modules.
 
     Args:
-        adapters: each with the paths of its modules, its own and the base's.
+        adapters: each with the paths of its modules, the adapter's and the base's.
     """
     found: dict[tuple[str, ...], tuple[Adapter, set[str]]] = {}
     for adapter, paths in adapters:
@@ -107,17 +107,17 @@ def by_component(weights: ModuleWeights) -> dict[str, float]:
 
 
 def by_name(components: Mapping[str, float]) -> ModuleWeights:
-    """Return the weights that `by_component` returned these of."""
+    """Return the weights from which `by_component` returns `components`."""
     return tuple((_NARROW.get(component, component), own) for component, own in components.items())
 
 
 def record_weights(weights: ModuleWeights) -> dict[str, object]:
-    """Return the fields of an undo file's adapter that hold its weights: `components` if no pattern has one."""
+    """Return the fields for weights in an undo file's adapter: `components` if no pattern has a weight."""
     if all(name in WEIGHED for name, _ in weights):
         return {"components": by_component(weights)} if weights else {}
     return {"module_weights": [list(entry) for entry in weights]}
 
 
 def recorded_weights(fields: Mapping[str, Any]) -> ModuleWeights:
-    """Return the weights that `record_weights` made these fields of."""
+    """Return the weights from which `record_weights` returns `fields`."""
     return (*by_name(fields.get("components", {})), *((name, own) for name, own in fields.get("module_weights", ())))

@@ -1,7 +1,7 @@
-"""Place an update on a base tensor: check its shape, and find its orientation and the rows that it covers.
+"""Place an update on a base tensor: check its shape, and find its orientation and rows.
 
-All of it follows from shapes and from tables of model families. An update that fits in two ways is decided by evidence
-or refused, never guessed.
+Shapes and tables of model families decide. If an update fits in two ways, evidence decides or it is refused; nothing
+is guessed.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from ...architectures.ties import MASKED_HEADS
 from ...errors import InputError
 from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 
-# The last names of modules that have one row for each token or label.
+# The last names of modules with one row for each token or label.
 SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
 
 
 class ShapeError(InputError):
-    """An update has a shape that its weight in the base does not have."""
+    """An update has another shape than its weight in the base."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A base tensor found for an update, or for a slice of one if only one side stacks its experts."""
+    """A base tensor that matches an update, or a slice of one if only one side stacks its experts."""
 
     name: str
-    expert: int | None = None  # whose matrix it is, if only one side is a stack
-    part: int = 0  # which of the equal slices of that matrix's rows: gate is 0, up is 1
+    expert: int | None = None  # number of the matrix's expert, if only one side is a stack
+    part: int = 0  # number of the slice of that matrix's rows: gate is 0, up is 1
     parts: int = 1
-    # of a tensor with the rows of several modules, or of one of several with those of a module:
-    # the tensor's (start, stop), the update's first row there, how many rows the update has
+    # if a tensor has the rows of several modules, or several tensors those of a module:
+    # the tensor's (start, stop), the update's first row in it, the update's number of rows
     rows: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Placement:
-    """An update, or one expert of it, on some rows of a base tensor whose trailing dimensions are flattened."""
+    """An update, or one expert of it, on some rows of a base tensor with flattened trailing dimensions."""
 
     adapter: Adapter
     update: UpdateSpec
-    weight: float  # of the adapter, or of this module
+    weight: float  # the adapter's, or this module's
     transposed: bool  # the base stores (in, out)
     rows: int  # all rows of the matrix
-    start: int  # the rows of the matrix that the update covers
+    start: int  # rows [start, stop) of the matrix get the update
     stop: int
-    skip: int = 0  # the update's first row there
-    expert: int | None = None  # which of a stack; None for an update that is no stack
+    skip: int = 0  # the update's row at `start`
+    expert: int | None = None  # number in a stack; None for an update that is not a stack
 
 
 def place_update(
@@ -68,14 +68,14 @@ def place_update(
     model_types: Sequence[str],
     all_matches: Mapping[str, Sequence[Match]],
 ) -> list[Placement]:
-    """Return the placements of one update on one tensor, more than one if both sides stack their experts.
+    """Return the placements of one update on one tensor; several if both sides stack their experts.
 
     Args:
         model_types: the base's `model_type`s.
         all_matches: the matches of all modules of the adapter, as evidence for a square matrix.
 
     Raises:
-        InputError: the shapes contradict each other, or the base's type cannot be added to.
+        InputError: the shapes contradict each other, or the base's type does not support addition.
     """
     update, spec = adapter.updates[module], specs[match.name]
     if spec.dtype not in FLOATS and (update.cls is not ReplaceTensor or update.specs["value"].dtype != spec.dtype):
@@ -115,7 +115,7 @@ def place_update(
 def _place_rows(
     adapter: Adapter, update: UpdateSpec, weight: float, base: str, covered: tuple[int, int, int, int], spec: TensorSpec
 ) -> list[Placement]:
-    """Place a module that is some rows of a tensor; both are (out, in), and a 1x1 convolution counts as linear."""
+    """Place a module on some rows of a tensor; both are (out, in), and a 1x1 convolution counts as linear."""
     start, stop, skip, whole = covered
     if not update.cls.fits(update, (whole, *spec.shape[1:])) or (update.cls.stack and update.experts != 1):
         error = _shape_error(
@@ -190,15 +190,15 @@ def _check_value(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: s
 def _place_experts(
     adapter: Adapter, update: UpdateSpec, weight: float, match: Match, spec: TensorSpec, model_types: Sequence[str]
 ) -> list[Placement]:
-    """Place an update if at least one side stacks its experts: one placement for each expert and slice."""
-    if update.cls.stack and match.expert is not None:  # stacked factors on a matrix an expert
+    """Place an update where at least one side stacks its experts: one placement for each expert and slice."""
+    if update.cls.stack and match.expert is not None:  # stacked factors on one matrix per expert
         out, width = update.shape[1:]
         if spec.shape != (out // match.parts, width) or out % match.parts:
             raise _shape_error(adapter, update, spec, match.name)
         rows = spec.shape[0]
         return [Placement(adapter, update, weight, False, rows, 0, rows, match.part * rows, match.expert)]
     if update.cls.stack:  # stacked factors on a stack
-        if match.parts > 1:  # of which the file has each part as a stack
+        if match.parts > 1:  # the file has each part as a separate stack
             experts, out, width = update.shape
             if spec.shape != (experts, out // match.parts, width) or out % match.parts:
                 raise _shape_error(adapter, update, spec, match.name)
@@ -229,8 +229,8 @@ def _orient_stack(
 ) -> bool:
     """Return whether the base stores a stack as (experts, in, out).
 
-    The shape tells, and for square matrices the format, or the version of PEFT that wrote the adapter and the model's
-    family. PEFT up to 0.18 took every stack as (experts, in, out); since 0.19 it knows which ones are (peft PR 3083).
+    The shape decides. For square matrices the format decides, or the model's family and the version of PEFT that wrote
+    the adapter. PEFT up to 0.18 took every stack for (experts, in, out); since 0.19 it tells them apart (peft PR 3083).
     """
     experts, out, width = update.shape
     fitting = [t for t in (False, True) if spec.shape == ((experts, width, out) if t else (experts, out, width))]
@@ -289,7 +289,7 @@ def _square_orientation(
 ) -> bool:
     """Return whether a square matrix of an unknown family is (in, out).
 
-    The adapter's matrices that are not square tell, those of the same name first, then the config's fan_in_fan_out.
+    The adapter's matrices that are not square decide, first those of the same name; then the config's fan_in_fan_out.
     """
     siblings: dict[str, bool] = {}
     for other, (match, *_) in all_matches.items():
@@ -307,7 +307,7 @@ def _square_orientation(
     of_same_name = {transposed for other, transposed in siblings.items() if other.rpartition(".")[2] == last}
     if len(of_same_name) == 1:
         return of_same_name.pop()
-    if siblings and not any(siblings.values()):  # that others are Conv1D tells nothing of this one
+    if siblings and not any(siblings.values()):  # other Conv1D layers are no evidence for this one
         return False
     if adapter.config.fan_in_fan_out is not None and not siblings:
         return adapter.config.fan_in_fan_out

@@ -1,7 +1,7 @@
-"""Bind an adapter's module paths to the base's tensors, by names and shapes alone.
+"""Bind an adapter's module paths to the base's tensors, by names and shapes only.
 
-An adapter was trained on a model class whose paths need not be those of the file, so that one side may have a prefix
-that the other misses. A prefix is never guessed: the base's names must resolve every path of the adapter in one way.
+The class that an adapter was trained on may have other paths than the file, so one side may have a prefix that the
+other lacks. Prefixes are not guessed: the base's names must resolve all paths of the adapter in the same way.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Binding:
     """The base tensors of all updates of all adapters."""
 
     placements: Mapping[str, tuple[Placement, ...]]  # by base tensor
-    left_out: tuple[str, ...]  # module paths that the selection leaves out
-    added: Mapping[str, tuple[Adapter, UpdateSpec]]  # new tensors, a classifier for one, by name
+    left_out: tuple[str, ...]  # module paths that the selection excludes
+    added: Mapping[str, tuple[Adapter, UpdateSpec]]  # new tensors by name, for example a classifier
     quantized: Mapping[str, tuple[Adapter, str, str]]  # module -> (adapter, the quantized weight's name, its format)
 
 
@@ -53,13 +53,13 @@ def bind(
     """Find the base tensor of every update.
 
     Args:
-        configs: the base's config.json and the configs nested in it, by their model types.
-        adapters: with their weights.
+        configs: the base's config.json and its nested configs, by model type.
+        adapters: adapters with their weights.
         coded: the base's quantized weights, which get no placements.
 
     Raises:
-        NeedsFlag: some paths do not bind; it names the --exclude options with which the rest does.
-        InputError: most do not bind, a path is ambiguous, or the shapes contradict each other.
+        NeedsFlag: some paths do not bind; the error has --exclude options with which the rest does.
+        InputError: most paths do not bind, a path is ambiguous, or the shapes contradict each other.
     """
     specs = with_coded(specs, coded or {})
     formats = {name: c.format for weight, c in (coded or {}).items() for name in (weight, *c.tensors)}
@@ -78,7 +78,7 @@ def bind(
             added[name] = adapter, update
 
     def misfit() -> LoratoolError:
-        """Return the error for all modules that do not fit; finding them takes a second look at every shape."""
+        """Return the error for all modules that do not fit; this checks every shape again."""
         fits = []
         for (adapter, _), selected, absent in zip(adapters, chosen, missing, strict=True):
             plain = {m: each for m, each in selected.items() if formats.keys().isdisjoint(match.name for match in each)}
@@ -138,7 +138,7 @@ def _select_matches(selection: Selection, matches: Mapping[str, Sequence[Match]]
 
 
 def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> None:
-    """Raise InputError for two updates of the same rows that are not additive: the order would matter."""
+    """Raise InputError for two updates of the same rows if one is not additive: their order would matter."""
     if len(placements) < 2:
         return
     last: Placement | None = None
@@ -155,12 +155,12 @@ def resolve_modules(
 ) -> tuple[dict[str, tuple[Match, ...]], list[str]]:
     """Find the base tensors of an adapter's module paths.
 
-    Both sides' names are brought to those of today's transformers. Then the plain paths are tried, those that they are
-    if the adapter is of another class of the base, and every way of adding or dropping one container prefix, on all
-    paths at once. The way that resolves most of them counts, the plain one first.
+    Both sides' names are converted to current transformers' names. Then these ways are tried on all paths at once: the
+    paths unchanged, the paths as those of another class of the base, and every addition or removal of one container
+    prefix. The way that resolves most paths counts; unchanged paths win ties.
 
     Returns:
-        The matches by module path, and the paths that the base does not have.
+        The matches by module path, and the paths that the base lacks.
 
     Raises:
         InputError: two ways resolve equally many paths and contradict each other.
@@ -174,7 +174,7 @@ def resolve_modules(
 def _resolve_image(
     specs: Mapping[str, TensorSpec], adapter: Adapter
 ) -> tuple[dict[str, tuple[Match, ...]], list[str], list[str]]:
-    """Return the matches of modules of an image model, the paths of other modules, and those that it does not have."""
+    """Return the matches of an image model's modules, the paths of other modules, and the missing paths."""
     modules = image_modules({name: spec.shape for name, spec in specs.items()})
     if not modules:
         return {}, list(adapter.updates), []
@@ -199,7 +199,7 @@ def _resolve_image(
 def _resolve_names(
     specs: Mapping[str, TensorSpec], adapter: Adapter, modules: Sequence[str], configs: Configs
 ) -> tuple[dict[str, tuple[Match, ...]], list[str]]:
-    """Find modules under the base's names, and return those that it does not have."""
+    """Find modules under the base's names, and return those that the base lacks."""
     separator = "_" if adapter.flattened else "."
     model_types = tuple(configs)
     index, stacks = _index(specs, configs, separator)
@@ -242,7 +242,7 @@ def _resolve_names(
             found = stacks[best[0][module]]
             update = adapter.updates[module]
             if found[0].rows and update.cls.whole and not update.additive and update.cls is not ReplaceTensor:
-                continue  # it has no part that could be put into a row region
+                continue  # it has no part for a region of rows
             _require_complete(adapter, module, found)
             matches[module] = found
         else:
@@ -253,10 +253,10 @@ def _resolve_names(
 def _in_stacks(
     parts: Mapping[str, ExpertPart], index: Mapping[str, Sequence[str]], stacks: Mapping[str, Sequence[Match]]
 ) -> dict[str, tuple[Match, ...]]:
-    """Return where the matrices of single experts are in stacks of the base, which may have only their share of rows.
+    """Return the places of separate experts' matrices in stacks of the base; a stack may have only a share of the rows.
 
     Args:
-        parts: by module, the matrices of single experts; those that are in no stack are left out.
+        parts: module -> the matrices of separate experts; matrices that are in no stack are skipped.
     """
     halves: dict[tuple[str, int, int], list[str]] = {}
     for fused in {part.fused for part in parts.values()}:
@@ -273,17 +273,17 @@ def _in_stacks(
 
 
 def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterable[str]) -> list[str]:
-    """Return a warning for each thing that the config announces and the base has, but the adapter does not.
+    """Return a warning for everything that the config lists and the base has, but the adapter lacks.
 
     Args:
         names: the base's tensors.
-        changed: those of them that the adapter changes.
+        changed: the tensors that the adapter changes.
     """
     names, trained, saved = list(names), adapter.config.peft.get("bias"), adapter.config.peft.get("modules_to_save")
     lines = list(adapter.missing)
     for entry in (each for each in (saved if isinstance(saved, list) else []) if isinstance(each, str)):
         line = f"the config's modules_to_save names {entry}, of which the file has nothing"
-        # For PEFT the end of a name is enough, so that `norm` is a layernorm too; here only the full name counts
+        # PEFT matches the end of a name, so that `norm` also matches a layernorm; here only the full name counts
         of_base = any(f".{entry}." in f".{name}" for name in names)
         of_adapter = any(
             f".{entry}." in f".{m}." for m, update in adapter.updates.items() if update.cls is ReplaceTensor
@@ -298,7 +298,7 @@ def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterabl
 
 
 def _require_complete(adapter: Adapter, module: str, matches: Sequence[Match]) -> None:
-    """Raise InputError if an update has more rows, or a stack more slices, than its matches: some would be dropped."""
+    """Raise InputError if an update has more rows, or a stack more slices, than its matches: some would be ignored."""
     ranges = [match.rows for match in matches if match.rows]
     if ranges:
         has, whole = sum(stop - start for start, stop, _, _ in ranges), ranges[0][3]
@@ -319,7 +319,7 @@ def _index(
 ) -> tuple[dict[str, list[str]], dict[str, tuple[Match, ...]]]:
     """Return the base's tensors by module path, and by the paths of modules that are rows of one tensor or of several.
 
-    The latter are the stacks of experts whose matrices are tensors of their own, and what `fused_rows` has.
+    The latter are stacks of experts with separate tensors in the file, and the modules in `fused_rows`.
     """
     model_types = tuple(configs)
     index: dict[str, list[str]] = {}
@@ -342,7 +342,7 @@ def _index(
 
 
 def _halve(matches: Sequence[Match]) -> tuple[list[Match], list[Match]]:
-    """Return the matches of the first half of the experts, and of the others, which are counted from 0 again."""
+    """Return the matches of the first half of the experts, and of the second half, counted from 0 again."""
     numbered = [(match.expert or 0, match) for match in matches]
     half = (max(number for number, _ in numbered) + 2) // 2
     others = [replace(match, expert=number - half) for number, match in numbered if number >= half]
@@ -350,13 +350,13 @@ def _halve(matches: Sequence[Match]) -> tuple[list[Match], list[Match]]:
 
 
 def fused_parts(name: str, spec: TensorSpec, configs: Configs) -> tuple[RowPart, ...]:
-    """Return the modules of the class whose rows a tensor has (`fused_rows.row_parts`); of a stack, the rows of one."""
+    """Return the modules of the class whose rows a tensor has (`fused_rows.row_parts`); for a stack, per expert."""
     rows = spec.shape[-2:][:1]
     return row_parts(strip_wrappers(name), tuple(configs), configs, rows[0]) if rows else ()
 
 
 def _match_rows(name: str, spec: TensorSpec, rows: RowPart) -> Match:
-    if len(spec.shape) == 3:  # a stack, of which each matrix has these rows
+    if len(spec.shape) == 3:  # a stack: each matrix has these rows
         size = rows.stop - rows.start
         return Match(name, None, rows.skip // size, rows.whole // size)
     return Match(name, rows=(rows.start, rows.stop, rows.skip, rows.whole))
@@ -375,7 +375,7 @@ def _canonical_path(module: str, flattened: bool, model_types: Sequence[str]) ->
 
 
 def _reasons(absent: Iterable[str], specs: Mapping[str, TensorSpec], configs: Configs) -> dict[str, str]:
-    """Return, for modules whose rows the base has within another tensor, why they do not bind there."""
+    """Return module -> why it does not bind, for modules whose rows are within another tensor of the base."""
     rows = {part.module: (name, part) for name, spec in specs.items() for part in fused_parts(name, spec, configs)}
     found = {}
     for module in absent:

@@ -13,8 +13,8 @@ from numbers import Integral
 from ...architectures.roles import weight_role
 from ...errors import InputError, UsageError, brief
 
-# Names for the parts of a block, whatever a family calls them. Two more are no sets of names: `all-linear` is peft's,
-# every linear layer but the head, and `experts` all experts of a layer, as one stack or one by one.
+# Names for the parts of a block in any family. Two more presets are not sets of names: `all-linear` is peft's (every
+# linear layer except the head), and `experts` is all experts of a layer, stacked or separate.
 PRESETS = {
     "attention": frozenset(
         """q_proj k_proj v_proj o_proj out_proj qkv_proj qkv query key value query_key_value c_attn q_attn attn_out
@@ -26,7 +26,7 @@ PRESETS = {
     ),
 }
 
-MOST_LAYERS = 100_000  # beyond every model
+MOST_LAYERS = 100_000  # more than any model has
 
 NAMES_SHOWN = 8  # names listed in an error before "and N more"
 
@@ -35,7 +35,7 @@ NAMES_SHOWN = 8  # names listed in an error before "and N more"
 class Selection:
     """A choice of modules by patterns of their paths.
 
-    A pattern is a preset, a dotted suffix (peft's rule), a glob (`*`, `?`) of the whole path, or `re:` and an
+    A pattern is a preset, a dotted suffix (peft's rule), a glob (`*`, `?`) for the full path, or `re:` and an
     expression that is searched in the path.
     """
 
@@ -47,11 +47,11 @@ class Selection:
     def parse(
         cls, target: str | Sequence[str], exclude: str | Sequence[str], layers: str | Iterable[int] | None
     ) -> Selection:
-        """Return the selection of a call's arguments, as `parse_patterns` and `parse_layers` read them."""
+        """Return the selection for a call's arguments, parsed by `parse_patterns` and `parse_layers`."""
         return cls(parse_patterns(target), parse_patterns(exclude), parse_layers(layers))
 
     def selects(self, *paths: str) -> bool:
-        """Return whether a module is selected that is known under all of `paths` (the adapter's and the base's)."""
+        """Return whether a module is selected; `paths` are all its paths (the adapter's and the base's)."""
         if self.layers is not None and not any(_layer(path) in self.layers for path in paths):
             return False
         if any(matches_pattern(pattern, path) for pattern in self.exclude for path in paths):
@@ -62,8 +62,8 @@ class Selection:
         """Raise InputError for a pattern or layers that match none of `paths`: a typo would select all or nothing.
 
         Args:
-            where: whose paths they are, for the message.
-            target: the option that `self.target` comes from, for the message.
+            where: the owner of the paths, for the message.
+            target: the option that sets `self.target`, for the message.
         """
         for option, pattern in [*((target, p) for p in self.target), *(("--exclude", p) for p in self.exclude)]:
             if not any(matches_pattern(pattern, path) for path in paths):
@@ -112,10 +112,10 @@ def _layer(path: str) -> int | None:
 
 
 def parse_patterns(values: str | Sequence[str]) -> tuple[str, ...]:
-    """Split one or several comma lists into patterns; `re:` takes the rest of its value, commas included.
+    """Split one or several comma-separated lists into patterns; `re:` includes the rest of its value with commas.
 
     Raises:
-        UsageError: a value has no pattern, or is no text.
+        UsageError: a value has no pattern, or is not text.
     """
     if not isinstance(values, Sequence) or isinstance(values, bytes | bytearray | memoryview):
         raise UsageError(f"{brief(values)} is not a pattern or a list of patterns")
@@ -132,10 +132,10 @@ def parse_patterns(values: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_layers(layers: str | Iterable[int] | None) -> frozenset[int] | None:
-    """Return layer numbers: of `0-3,7` {0, 1, 2, 3, 7}, of numbers these; None for all.
+    """Return layer numbers: {0, 1, 2, 3, 7} for `0-3,7`, numbers unchanged, None for all.
 
     Raises:
-        UsageError: it is no such list, or has no number or one that no layer has.
+        UsageError: the value is not such a list, is empty, or has an impossible number.
     """
     if layers is None:
         return None

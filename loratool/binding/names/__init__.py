@@ -1,1 +1,1 @@
-"""Map names: of the files, of the class that PEFT wraps, of the base that a config names."""
+"""Map names of files, of the class that PEFT wraps, and of the base in a config."""

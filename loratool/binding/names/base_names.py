@@ -1,6 +1,6 @@
-"""Compare the base that an adapter's config names with the one that is given, where both are names of the hub.
+"""Compare the base in an adapter's config with the given base, if both are repo ids.
 
-Shapes decide whether they belong together; what is said here is a note, and what it tells by names it says as such.
+Shapes decide whether adapter and base fit. The result here is only a note, which says that it is based on names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ...adapters.config import named_base
 from ...files.checkpoint import Checkpoint
 from ...files.hub.names import cached_name, named_repo
 
-# Words of a model's name that say how its weights are stored, and those that say which training came last
+# Words of a model's name on how its weights are stored, and words on its last training
 STORAGE = frozenset(
     """4bit 8bit awq bf16 bnb dynamic exl2 fp16 fp4 fp8 gguf gptq hf int4 int8 mlx mxfp4 nf4 nvfp4 quantized unsloth
     w4a16 w8a16 w8a8""".split()
@@ -24,7 +24,7 @@ TUNED = frozenset(("chat", "instruct", "it"))
 
 
 def notes_on_base(base: Checkpoint, adapters: Iterable[Adapter]) -> Iterator[str]:
-    """Yield a note for each adapter whose config names another model of the hub than the base is."""
+    """Yield a note for each adapter whose config names another repository than the base's."""
     given = _given_name(base)
     for adapter in adapters:
         named = _absent_name(adapter.config.base_model)
@@ -33,19 +33,19 @@ def notes_on_base(base: Checkpoint, adapters: Iterable[Adapter]) -> Iterator[str
 
 
 def _given_name(base: Checkpoint) -> str:
-    """Return the name on the hub of a model in its cache, else the one that its config tells; empty without one."""
+    """Return the repo id of a model in the hub's cache, else the one in its config; empty without one."""
     cached = cached_name(base.path)
     return cached.repo if cached else _absent_name(base.config.get("_name_or_path"))
 
 
 def _absent_name(said: object) -> str:
-    """Return the name on the hub that a config says, empty for what is none or is a path here."""
+    """Return a config's value if it is a repo id; empty for other values and for existing paths."""
     name = named_repo(named_base(said))
     return "" if os.path.lexists(name) else name
 
 
 def _relation(named: str, given: str) -> str:
-    """Return a clause on the given base, by the words of both names."""
+    """Return a clause on the given base, from the words of both names."""
     one, two = (frozenset(re.split(r"[-_]", each.rpartition("/")[2].lower())) for each in (named, given))
     if one == two:
         return f"and the base is {given}, of the same name"

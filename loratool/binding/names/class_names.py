@@ -1,4 +1,4 @@
-"""Map the names of a base's files to those of the class that PEFT wraps, config.json's or another that can load it."""
+"""Map names of a base's files to those of the class that PEFT wraps: config.json's or another that can load it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..modules.resolve import strip_wrappers
 
 
 class ClassNames:
-    """A function from a tensor's name in the file to its name in a class; to "" if the class has no such tensor.
+    """A function from a tensor's name in the file to its name in a class, or "" if the class lacks the tensor.
 
     Attributes:
         chosen: the class; None if config.json declares none, or an image model is made of parts.
@@ -24,10 +24,10 @@ class ClassNames:
     """
 
     def __init__(self, base: Checkpoint, architecture: str | None = None) -> None:
-        """Take the class `architecture`, by default the one that config.json declares.
+        """Set up the names of the class `architecture`, by default the one that config.json declares.
 
         Raises:
-            UsageError: the base can be loaded with no class of this name, as far as is known here.
+            UsageError: no known class of this name can load the base.
         """
         self._base, self.chosen = base, _class_of(base, architecture)
         self.family = (self.chosen.model_type if self.chosen else base.model_type) or ""
@@ -43,7 +43,7 @@ class ClassNames:
         return self.chosen.path(path) if self.chosen else path
 
     def whole(self, name: str) -> str:
-        """Return a tensor's name in the model that has all parts."""
+        """Return a tensor's name in the main class, which has all parts."""
         name = strip_wrappers(name)
         side, _, rest = name.partition(".")
         if side in self._sides:
@@ -52,7 +52,7 @@ class ClassNames:
         return found if self._is_whole else in_task_model(found, self._base.model_type)
 
     def absent(self) -> tuple[str, ...]:
-        """Return a sentence on the tensors that the class does not have; empty if it has all."""
+        """Return a sentence on the tensors that the class lacks; empty if it has all."""
         owners = Counter(_top(self.whole(name)) for name in self._base.specs if not self(name))
         if not owners or not self.chosen:
             return ()
@@ -76,6 +76,6 @@ def _types_of(config: object) -> tuple[str, ...]:
 
 
 def _top(path: str) -> str:
-    """Return the start of a path that names a part of the model: its head, the tower of its backbone."""
+    """Return the prefix of a path that names a part of the model: its head, the tower of its backbone."""
     parts = path.split(".")
     return ".".join(parts[: 2 if parts[0] in CONTAINER_PREFIXES else 1])

@@ -1,7 +1,7 @@
-"""Tell which weights of a base PEFT can wrap, and which names of its class PEFT would not find or mistake.
+"""Find the weights of a base that PEFT can wrap, and the names of its class that PEFT would not find or would mistake.
 
-Files keep historical names, PEFT goes by modules. A weight that PEFT would not find is refused here, before a byte is
-written: PEFT skips a key that it does not know with a warning at most.
+Files keep historical names, while PEFT uses modules. A weight that PEFT would not find is refused here, before
+anything is written: PEFT skips an unknown key with at most a warning.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert in a path
 def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) -> str:
     """Return the role of a weight (`architectures.roles`, or router) that PEFT can wrap, else an empty string.
 
-    It is empty for a bare parameter, for a convolution of several groups, which PEFT takes with some ranks or does not
-    merge (a depthwise one with a single input channel looks the same), and for nn.MultiheadAttention, of which PEFT
-    wraps both matrices or neither.
+    The role is empty for a bare parameter and for nn.MultiheadAttention, where PEFT wraps both matrices or neither. It
+    is also empty for a grouped convolution, which PEFT accepts only with some ranks or does not merge (a depthwise
+    convolution with a single input channel looks the same).
     """
     module = module_path(in_model)
     role = weight_role(module, len(spec.shape), is_plain(base, name, spec) and spec.size > 0)
@@ -56,36 +56,36 @@ def role_in_model(base: Checkpoint, name: str, in_model: str, spec: TensorSpec) 
 
 
 def is_bare(family: str, in_model: str, role: str) -> bool:
-    """Return whether PEFT has to be told of a weight as a parameter: no linear layer has it, or PEFT takes it for one.
+    """Return whether PEFT's config must list a weight as a parameter: no linear layer has it, or PEFT mistakes it.
 
-    PEFT takes modules for experts by their last names alone; as a parameter such a layer gets the same factors.
+    PEFT identifies experts by their last names only; as a parameter such a layer gets the same factors.
 
     Args:
         family: the model type of the class.
-        in_model: the weight's name there.
+        in_model: the weight's name in the class.
     """
     taken = STACKED_BY_PEFT.get(family, frozenset()) | GROUPED_LINEAR.get(family, frozenset())
     return role in ("experts", "router") or (role == "linear" and module_path(in_model).rpartition(".")[2] in taken)
 
 
 def is_bypassed(family: str, in_model: str) -> bool:
-    """Return whether PEFT's factors of a weight, by its name in a class of this model type, would have no effect."""
+    """Return whether PEFT's factors for a weight (its name in a class of this type) would have no effect."""
     return module_path(in_model).rpartition(".")[2] in BYPASSED.get(family, ())
 
 
 def looks_up_otherwise(base: Checkpoint, in_model: str) -> bool:
-    """Return whether PEFT's factors of an embedding, by its name in the class, would be added to other rows."""
+    """Return whether PEFT would add the factors of an embedding (its name in the class) to other rows."""
     last = module_path(in_model).rpartition(".")[2]
     return any(last in OTHER_LOOKUPS.get(each, ()) for each in base.model_types)
 
 
 def is_plain(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
-    """Return whether a tensor has numbers and no codes."""
+    """Return whether a tensor has numbers, not codes."""
     return spec.dtype in FLOATS and name not in base.formats
 
 
 def is_bare_router(base: Checkpoint, module: str) -> bool:
-    """Return whether a module, by its path in the model, chooses among experts and is not called as a linear layer."""
+    """Return whether a module (its path in the model) chooses among experts and is not called as a linear layer."""
     ends = (".router", ".router.classifier", "mlp.gate", "mixer.gate")
     return module.endswith(ends) and not BARE_ROUTERS.isdisjoint(base.model_types)
 
@@ -97,15 +97,15 @@ def refuse_unsaid(
     whole: Mapping[str, str],
     uses: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Refuse an adapter with a tensor that PEFT would not find or would take for another.
+    """Refuse an adapter with a tensor that PEFT would not find or would mistake for another.
 
     Args:
         factored: the weights with factors, name in the file -> name in the class.
-        whole: the tensors that are kept exactly, likewise.
-        uses: weights with factors -> all names in the class of the modules that get these, if they are several.
+        whole: the tensors that are kept exactly, name in the file -> name in the class.
+        uses: weights with factors for several modules -> the names of these modules in the class.
 
     Raises:
-        NeedsFlag: some tensors are such; it names the --exclude options that leave them out.
+        NeedsFlag: PEFT would not find some tensors; the error has --exclude options for them.
         InputError: nothing would be left, or PEFT loads no adapter of this family.
     """
     refuse_family(base)
@@ -131,10 +131,10 @@ def refuse_family(base: Checkpoint) -> None:
 def names_not_found(
     base: Checkpoint, in_model: ClassNames, factored: Mapping[str, str], whole: Mapping[str, str]
 ) -> dict[str, str]:
-    """Map the names in the file of tensors that PEFT would not find to the reason."""
+    """Return the tensors that PEFT would not find, name in the file -> reason."""
     family, both = in_model.family, {**factored, **whole}
     reshaped = [RESHAPED[t] for t in base.model_types if t in RESHAPED]
-    # of the others an expression tells PEFT (`target_modules`), of which it takes last names alone in some types
+    # others are targeted by an expression (`target_modules`), but in some types PEFT accepts only last names
     named = both if family in STACKED_BY_PEFT else whole
     doubtful = _named_twice(base, in_model, named.values()) | _unknown_order(factored.values())
     layers = Layers.find(both.values(), base.config)
@@ -153,9 +153,9 @@ def names_not_found(
 
 
 def _without_module(base: Checkpoint, in_model: ClassNames, uses: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Map weights to the reason why PEFT would not find the head that they are as well.
+    """Return weights that are also a head that PEFT would not find -> reason.
 
-    The module under the head's name holds other modules, so that it is not the head itself.
+    The module under the head's name contains other modules, so it is not the head.
     """
     owners = {in_model(name).rpartition(".")[0] for name in base.specs} if uses else set()
     found = {}
@@ -167,10 +167,10 @@ def _without_module(base: Checkpoint, in_model: ClassNames, uses: Mapping[str, S
 
 
 def target_modules(base: Checkpoint, in_model: ClassNames, modules: Collection[str]) -> list[str] | str:
-    """Return `target_modules` of PEFT's config for these modules and no others.
+    """Return `target_modules` of PEFT's config for exactly these modules.
 
-    PEFT takes every module whose path ends in a path that is listed; where that is another one too, as where git's head
-    is called `output`, an expression has to match the whole path.
+    PEFT takes every module with a path that ends in a listed path. If that includes another module, as for git's head
+    `output`, the result is an expression for full paths.
     """
     if not _named_twice(base, in_model, [f"{module}.weight" for module in modules]):
         return sorted(modules)
@@ -178,7 +178,7 @@ def target_modules(base: Checkpoint, in_model: ClassNames, modules: Collection[s
 
 
 def _named_twice(base: Checkpoint, in_model: ClassNames, names: Collection[str]) -> set[str]:
-    """Return the names whose module's path is the end of another's, so that PEFT takes both."""
+    """Return the names of modules whose path is the end of another module's path, so that PEFT takes both."""
     paths = {in_model(name).rpartition(".")[0] for name in base.specs}
     inner = {part for path in paths for part in path.split(".")[1:]}
     suspects = {name for name in names if name.partition(".")[0] in inner}
@@ -190,7 +190,7 @@ def _named_twice(base: Checkpoint, in_model: ClassNames, names: Collection[str])
 
 
 def _unknown_order(names: Collection[str]) -> set[str]:
-    """Return bare parameters of modules whose order of declaration is not known; PEFT nests its wrappers by it."""
+    """Return bare parameters with an unknown order of declaration, in which PEFT nests its wrappers."""
     stacks: dict[str, set[str]] = {}
     for owner, _, parameter in (name.rpartition(".") for name in names if not name.endswith(".weight")):
         stacks.setdefault(owner, set()).add(parameter)

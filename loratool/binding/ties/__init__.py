@@ -1,1 +1,1 @@
-"""Find the matrices that a base uses more than once, and resolve updates of them."""
+"""Find the matrices that a base uses several times, and resolve their updates."""

@@ -1,4 +1,4 @@
-"""Tell where the modules of one adapter are in a base: which rows of which stored tensor each of them changes."""
+"""Find the rows of stored tensors that each module of an adapter changes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .ties import find_tie
 
 
 class Placed(NamedTuple):
-    """Say what a module changes of a tensor."""
+    """The rows of a tensor that a module changes."""
 
     weight: TensorRef
     placement: Placement
-    together: tuple[Placement, ...]  # all of this tensor
+    together: tuple[Placement, ...]  # all placements on this tensor
 
 
 def bind_adapter(base: Checkpoint, adapter: Adapter, selection: Selection) -> Binding:
-    """Bind one adapter with weight 1; raises what `bind` raises if the two do not belong together."""
+    """Bind one adapter with weight 1; errors as in `bind`."""
     specs, coded = bindable(base, find_tie(base))
     return bind(specs, base.configs, [(adapter, 1.0)], selection, coded)
 
 
 def placed_modules(base: Checkpoint, binding: Binding) -> dict[str, list[Placed]]:
-    """Return what each bound module changes, by the names that the base's files have, but codes that are not read."""
+    """Return bound module -> its changes, by the names of the base's files, except codes of unsupported formats."""
     stored, found = stored_names(base, find_tie(base)), dict[str, list[Placed]]()
     for name, placements in binding.placements.items():
         weight = base.ref(stored.get(name, name))

@@ -1,7 +1,7 @@
-"""Find tensors that several modules of a class have as one, beside the vocabulary's, and merge what changes all alike.
+"""Find tensors, except the vocabulary's, that several modules share, and merge updates that change all of them equally.
 
-PEFT gives each module factors of its own, so that an adapter can change one of them alone; that is no longer one
-tensor, and is refused.
+PEFT gives each module separate factors, so an adapter can change only one of them. They would no longer be one tensor,
+so that is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .ties import Tie
 
 
 def find_shared(base: Checkpoint) -> dict[str, tuple[tuple[str, bool], ...]]:
-    """Map each such tensor to the names of the modules that compute with it, each with whether it is transposed."""
+    """Return shared tensor -> names of the modules that use it, each with whether it is transposed there."""
     rows = [row for model_type in base.model_types for row in SHARED_MODULES.get(model_type, ())]
     found = {}
     for name in base.specs if rows else ():
@@ -36,13 +36,13 @@ def find_shared(base: Checkpoint) -> dict[str, tuple[tuple[str, bool], ...]]:
 
 
 def _is_lacking(base: Checkpoint, name: str) -> bool:
-    """Return whether a part of the class that is there, or a layer beside all parts, lacks a tensor."""
+    """Return whether a tensor is missing from a stored part of the class, or from the layers outside all parts."""
     part = f"{name.partition('.')[0]}."
     return name not in base.specs and (name == f"{part}weight" or any(each.startswith(part) for each in base.specs))
 
 
 def _shared_blocks(base: Checkpoint, block: str) -> Iterator[tuple[str, tuple[tuple[str, bool], ...]]]:
-    """Yield the tensors of the blocks of which all layers that have a `linear` beside one use one after the other."""
+    """Yield the tensors of shared blocks, which all layers with a `linear` beside a block use in turn."""
     layer = r"^(.*?\blayers\.)(\d{1,9})\."
     stored = [(match, name) for name in base.specs if (match := re.search(rf"{layer}{block}\.", name))]
     linear = [match for name in base.specs if (match := re.search(rf"{layer}linear\.weight$", name))]
@@ -54,13 +54,13 @@ def _shared_blocks(base: Checkpoint, block: str) -> Iterator[tuple[str, tuple[tu
 
 
 def stored_names(base: Checkpoint, tie: Tie | None) -> dict[str, str]:
-    """Map the names that adapters may have for a tensor that is stored under another to the latter."""
+    """Return name in adapters -> name in the files, for tensors that are stored under another name."""
     shared = {use: stored for stored, uses in find_shared(base).items() for use, _ in uses if use != stored}
     return shared | ({name: tie.stored_as(name) for name in tie.lacking(base)} if tie else {})
 
 
 def bindable(base: Checkpoint, tie: Tie | None) -> tuple[dict[str, TensorSpec], dict[str, Coded]]:
-    """Return the tensors and the quantized weights that adapters may name, all names of what is shared included."""
+    """Return the tensors and the quantized weights that adapters may name, with all names of shared tensors."""
     others = stored_names(base, tie)
     coded = {name: base.coded[stored] for name, stored in others.items() if stored in base.coded}
     return {**base.specs, **{name: base.specs[stored] for name, stored in others.items()}}, {**base.coded, **coded}
@@ -69,14 +69,14 @@ def bindable(base: Checkpoint, tie: Tie | None) -> tuple[dict[str, TensorSpec], 
 def resolve_shared(
     base: Checkpoint, placements: Mapping[str, tuple[Placement, ...]]
 ) -> Mapping[str, tuple[Placement, ...]]:
-    """Move the changes of modules that have one tensor, which have to be the same, to that tensor.
+    """Move equal changes of modules that share a tensor to that tensor.
 
     Raises:
-        NeedsFlag: they are not the same; it names the --exclude options that leave them out.
-        InputError: they are not, and nothing else is changed.
+        NeedsFlag: the changes differ; the error has --exclude options for them.
+        InputError: the changes differ, and nothing else is changed.
     """
     resolved = dict(placements)
-    apart: dict[str, str] = {}  # module of an adapter -> the tensor that it would change for others too
+    apart: dict[str, str] = {}  # module of an adapter -> the tensor that it would also change for other modules
     for stored, uses in find_shared(base).items():
         names = dict.fromkeys((*(name for name, _ in uses), stored))
         changed = {name: resolved.pop(name) for name in names if name in resolved}
@@ -92,7 +92,7 @@ def resolve_shared(
 
 
 def _not_alike(base: Checkpoint, apart: Mapping[str, str], kept: Collection[str]) -> NeedsFlag | InputError:
-    """Return the error for modules that are `apart`, each with the tensor that it changes; `kept` can be merged."""
+    """Return the error for modules with differing changes (`apart`: module -> tensor); `kept` can be merged."""
     stored = next(iter(apart.values()))
     shared = " and ".join(name for name, _ in find_shared(base)[stored])
     message = f"is one tensor of several layers, which the adapter does not change alike: {shared}"

@@ -1,7 +1,7 @@
-"""Name what a merge leaves as it was though it belongs to what changed: MTP layers, and their copies of the vocabulary.
+"""Find tensors that no longer match a merged model: MTP layers, and their copies of the vocabulary.
 
-MTP layers draft tokens for a model that they were trained with. They run with the merged one, which checks every token,
-but more of their drafts fail; a copy of the embedding or the head in them is no longer the model's.
+MTP layers draft tokens for the model that they were trained with. They run with the merged model, which checks every
+token, but more of their drafts fail. A copy of the embedding or the head in them is no longer the model's.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ VOCABULARY = frozenset({*INPUT_EMBEDDINGS, *COPIES, "head"})  # last names; Deep
 
 
 def stale_notes(base: Checkpoint, changed: Collection[str]) -> tuple[str, ...]:
-    """Return a note about MTP layers and copies in them that no adapter changes, if one changes the rest of the model.
+    """Return a note on unchanged MTP layers and copies in them, if an adapter changes the rest of the model.
 
-    A copy is an embedding or a head of the same type and shape whose first, middle and last rows are equal in the base.
+    A copy is an embedding or a head of the same type and shape, with equal first, middle and last rows in the base.
     """
     layers = Layers.find((), base.config)
     mtp = {name: None for name in base.specs if layers.is_mtp(strip_wrappers(name))}

@@ -1,8 +1,8 @@
 """Resolve updates of tied weights: an embedding, a head, and other names of one stored matrix.
 
-An adapter that changes one side of a tie leaves the other unchanged, so that a merge into the one stored matrix
-computes something else than base and adapter did (PEFT's merge does that). Here the sides stay one matrix only if they
-end equal; else the second is written too, and the config says so.
+An adapter that changes one side of a tie leaves the other unchanged. So a merge into the one stored matrix computes
+something else than base and adapter (PEFT's merge does that). Here the sides stay one matrix only if they end equal;
+else the second is also written, and the config is changed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .ties import Tie
 
 
 def stored_copies(base: Checkpoint, tie: Tie) -> list[str]:
-    """Return the tensors besides the embedding that are stored and have its values."""
+    """Return the other stored tensors with the embedding's values."""
     spec = base.specs[tie.embedding]
     lasts = {name: name.removesuffix(".weight").split(".")[-1] for name in base.specs}
     named = [n for n, s in base.specs.items() if n != tie.embedding and s == spec and lasts[n] in COPIES]
@@ -34,7 +34,7 @@ def stored_copies(base: Checkpoint, tie: Tie) -> list[str]:
 
 @dataclass(frozen=True)
 class ResolvedTie:
-    """The placements after a tie was resolved."""
+    """The placements after resolving a tie."""
 
     placements: Mapping[str, tuple[Placement, ...]]
     untied: tuple[str, ...] = ()  # sides that become tensors of the output
@@ -50,7 +50,7 @@ def resolve_tie(
         mode: a key of TIED.
 
     Raises:
-        NeedsFlag: the sides end different, `mode` does not allow or resolve that, and another value of --tied does.
+        NeedsFlag: the sides end different, `mode` neither allows nor resolves that, and another value of --tied does.
         InputError: no value of --tied does.
     """
     if tie is None:
@@ -65,7 +65,7 @@ def resolve_tie(
     if not one and not any(name in placements for name in others):
         return ResolvedTie(placements)
     if apart and not tie.inputs:
-        return ResolvedTie(placements)  # whatever the config says, these are two matrices
+        return ResolvedTie(placements)  # these are two matrices in spite of the config
     rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
     requested = {name: placements.get(name, ()) for name in others}
     rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
@@ -101,7 +101,7 @@ def _untie(
     sides: Mapping[str, tuple[Placement, ...]],
     placements: Mapping[str, tuple[Placement, ...]],
 ) -> ResolvedTie:
-    """Make every side a separate matrix, or only those that differ if config.json goes on to tie them."""
+    """Write every side as a separate matrix, or only those that differ if config.json still ties them."""
     untied = [name for name, found in sides.items() if not (tie.keeps_flag and equal_changes(one, found))]
     placements = {name: found for name, found in placements.items() if name in untied or name in base.specs}
     named = ", ".join(untied)
@@ -118,7 +118,7 @@ def _untie(
 
 
 def _forgotten_bias(base: Checkpoint, tie: Tie, rows: tuple[Placement, ...]) -> tuple[str, ...]:
-    """Return a warning if tokens are trained under a head with a bias.
+    """Return a warning if tokens were trained under a head with a bias.
 
     PEFT's trained tokens compute a tied head again, without its bias (peft/tuners/trainable_tokens/layer.py, 0.21).
     """
@@ -154,7 +154,7 @@ def _unify_bias_names(tie: Tie, placements: Mapping[str, tuple[Placement, ...]])
 def _working_options(
     tie: Tie, separate: Mapping[str, tuple[Placement, ...]], both: tuple[Placement, ...], embedding_alone: bool
 ) -> dict[str, str]:
-    """Return the values of --tied with which such a merge succeeds, each with its part of the error's remedy."""
+    """Return the values of --tied with which the merge succeeds, each with its text for the error's remedy."""
     options = {}
     if tie.separable and not embedding_alone and all(_add_placements(name, found) for name, found in separate.items()):
         options["untie"] = f"--tied untie writes {'every matrix' if tie.inputs else 'both matrices'}"
@@ -176,7 +176,7 @@ def _add_placements(name: str, placements: tuple[Placement, ...]) -> bool:
 def _refusal(
     tie: Tie, changed: str, mode: str, options: Mapping[str, str], embedding_alone: bool
 ) -> NeedsFlag | InputError:
-    """Return the error for one side that changes alone, with the values of --tied that work."""
+    """Return the error for a side that changes without the other, with the values of --tied that work."""
     message = "is tied to the other side and changes alone"
     if embedding_alone:
         message = "is the embedding of encoder and decoder in one, of which the adapter changes one name alone"
@@ -196,8 +196,9 @@ def _possible_copies(base: Checkpoint, tie: Tie) -> list[str]:
 
 
 def _mirror_all(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> list[Placement]:
-    """Return the embedding's changes that hold for the head too: trained tokens, which PEFT (since 0.15) stores once,
-    and what is of the matrix wherever it is used.
+    """Return the embedding's changes that also apply to the head.
+
+    These are trained tokens, which PEFT (since 0.15) stores once, and changes of all uses of the matrix.
     """
 
     def holds(placement: Placement) -> bool:
@@ -208,13 +209,13 @@ def _mirror_all(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -
 
 
 def equal_changes(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:
-    """Return whether both sides change alike: by the same rows or values, or by a LoRA and its transpose."""
+    """Return whether both sides change equally: by the same rows or values, or by a LoRA and its transpose."""
     if len(embedding) != len(head):
         return False
     pairs = list(zip(embedding, head, strict=True))
     if any(p.transposed is q.transposed and (p.start, p.stop) != (q.start, q.stop) for p, q in pairs):
         return False
-    updates = {(id(p.update), id(q.update)): (p, q) for p, q in pairs}  # all matrices of a stack have one
+    updates = {(id(p.update), id(q.update)): (p, q) for p, q in pairs}  # all matrices of a stack share an update
     return all(_equal_updates(p, q) for p, q in updates.values())
 
 
@@ -242,11 +243,11 @@ def _equal_transposed(placement: Placement, a: UpdateSpec, b: UpdateSpec, role: 
 
 
 def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping[str, int]) -> dict[str, Any]:
-    """Return the config's new vocab_size, {} if it stays.
+    """Return the config's new vocab_size; {} if it is unchanged.
 
     Args:
-        rows: the output's numbers of rows of its embedding and head, by name.
-        changed: those of them that are not the base's.
+        rows: the numbers of rows of the output's embedding and head, by name.
+        changed: the numbers that differ from the base's.
 
     Raises:
         InputError: the two end with different rows, or the base has a buffer or a tokenizer of the old size.

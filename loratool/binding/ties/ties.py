@@ -1,4 +1,4 @@
-"""Find the matrix that a base uses more than once, as embedding, as head or under other names: from headers alone."""
+"""Find the matrix that a base uses several times, as embedding, head or under other names, from headers only."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from ...files.dtypes import TensorSpec
 
 @dataclass(frozen=True)
 class Tie:
-    """A matrix that is used more than once: as embedding, as head, and under the names of copies in the files."""
+    """A matrix that is used several times: as embedding, as head, and under the names of copies in the files."""
 
     embedding: str  # the name under which it is stored
     head: str  # empty if the class has none
-    separable: bool  # loaders read the sides as separate matrices if they are written so
-    tokens: str | None  # the name whose trained tokens PEFT gives to all others too
-    inputs: tuple[str, ...] = ()  # embeddings of encoder and decoder, if `embedding` is the matrix that they share
-    is_called: bool = True  # the model computes with the module of `embedding` too
-    bias: tuple[str, str] | None = None  # of a masked language model's head, and its other name
-    keeps_flag: bool = False  # config.json goes on to say that the sides are tied
+    separable: bool  # loaders read the sides as separate matrices if they are written separately
+    tokens: str | None  # the name whose trained tokens PEFT also applies to all others
+    inputs: tuple[str, ...] = ()  # embeddings of encoder and decoder, if they share the matrix `embedding`
+    is_called: bool = True  # the model also uses the module of `embedding`
+    bias: tuple[str, str] | None = None  # the bias of a masked language model's head, and its other name
+    keeps_flag: bool = False  # config.json keeps its field for tied sides
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -56,10 +56,10 @@ class Tie:
         return self.head in base.specs
 
     def uses(self, stored: Collection[str]) -> tuple[tuple[str, bool], ...]:
-        """Return the names of the modules that compute with the one matrix, each with whether it does so as a head.
+        """Return the names of the modules that use the shared matrix, each with whether it is a head.
 
         Args:
-            stored: names that have a matrix of their own.
+            stored: names with a separate matrix.
         """
         inputs = [name for name in self.inputs if name not in stored]
         own = [self.embedding] if self.is_called or not inputs else []
@@ -67,17 +67,17 @@ class Tie:
         return (*((name, False) for name in (*own, *inputs)), *((name, True) for name in heads))
 
     def stored_as(self, name: str) -> str:
-        """Return the name under which the values of a side are stored."""
+        """Return the name under which a side's values are stored."""
         return self.bias[0] if self.bias and name == self.bias[1] else self.embedding
 
     def lacking(self, base: Checkpoint) -> dict[str, TensorSpec]:
-        """Return the tensors that the files store only under another name, which adapters may name too."""
+        """Return the tensors that the files store only under another name; adapters may use their names."""
         names = (*self.sides, *(self.bias[1:] if self.bias else ()))
         return {name: base.specs[self.stored_as(name)] for name in names if name not in base.specs}
 
 
 def find_tie(base: Checkpoint) -> Tie | None:
-    """Find the matrix that a base uses more than once, by its names and its config; None if there is none."""
+    """Find the matrix that a base uses several times, by its names and its config; None if there is none."""
     if base.is_gguf:
         return _gguf_tie(base)
     if base.model_type in ENCODER_DECODERS:
@@ -116,7 +116,7 @@ def _gguf_tie(base: Checkpoint) -> Tie | None:
 
 
 def _decoders_tie(base: Checkpoint) -> Tie | None:
-    """Return the tie of a decoder that is a model of its own, which is not known to be read untied."""
+    """Return the tie of a decoder that is a separate model; loaders may not read it untied."""
     config, start = base.config.get("decoder"), "decoder."
     found = [n for names in _matrices(base, INPUT_EMBEDDINGS).values() for n in names if n.startswith(start)]
     family = config.get("model_type") if isinstance(config, dict) else None
@@ -131,7 +131,7 @@ def _decoders_tie(base: Checkpoint) -> Tie | None:
 
 
 def _inputs(base: Checkpoint, embedding: str) -> tuple[tuple[str, ...], bool]:
-    """Return the embeddings of encoder and decoder that share a matrix, and whether it is called itself too."""
+    """Return the embeddings of encoder and decoder that share a matrix, and whether its module is also called."""
     for family in base.model_types:
         own, is_called, others = SHARED_INPUTS.get(family, ("", True, ()))
         before, mark, _ = f".{embedding}".rpartition(f".{own}.weight")
@@ -146,7 +146,7 @@ def _inputs(base: Checkpoint, embedding: str) -> tuple[tuple[str, ...], bool]:
 
 
 def _masked_tie(base: Checkpoint, embedding: str, family: str, start: str = "") -> Tie:
-    """Return the tie of a masked language model, whose head the base is known to have only if its bias is stored."""
+    """Return the tie of a masked language model; the head counts only if its bias is stored."""
     head = start + MASKED_HEAD_OF.get(family, "lm_head")
     linear, owner = f"{head}.bias", f"{head.rpartition('.')[0]}.bias"
     bias = (owner, linear) if owner in base.specs and linear not in base.specs else None
@@ -192,7 +192,7 @@ def _head(base: Checkpoint) -> str | None:
 
 
 def _matrices(base: Checkpoint, lasts: Collection[str]) -> dict[str, list[str]]:
-    """Return the matrices of the modules with one of these last names, by last name, but for copies in MTP layers."""
+    """Return the matrices of modules with these last names, by last name, except copies in MTP layers."""
     found: dict[str, list[str]] = {}
     layers = Layers.find((), base.config)
     for name, spec in base.specs.items():
@@ -203,7 +203,7 @@ def _matrices(base: Checkpoint, lasts: Collection[str]) -> dict[str, list[str]]:
 
 
 def _only(found: Sequence[str]) -> str | None:
-    """Return the only matrix, or the language model's if there are several; None if that is not unique."""
+    """Return the only matrix, or the language model's among several; None if it is not unique."""
     text = [name for name in found if "language_model" in name]
     found = text if len(found) > 1 and text else found
     return found[0] if len(found) == 1 else None

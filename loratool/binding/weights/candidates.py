@@ -18,30 +18,30 @@ from ..ties.ties import find_tie
 from .default_targets import find_unnamed
 from .model_weights import ModelWeight, model_weights
 
-# Roles that `all-linear` leaves out, though PEFT can wrap them -> what they are
+# Roles that `all-linear` omits although PEFT can wrap them -> description
 UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
 NO_EFFECT = "layers that PEFT's factors change wrongly or not at all"
 SHARED = "layers that share one tensor, to which PEFT gives factors each"
 NOT_WHOLE = "weights of which the file has not all rows, or in another order"
-# What no pattern takes: PEFT would not load it, or not apply it as the base is used.
+# Weights that no pattern includes: PEFT would not load their factors, or would apply them wrongly.
 NEVER_TARGETED = frozenset({MTP, NO_EFFECT, SHARED, NOT_WHOLE})
 
 
 def find_candidates(
     base: Checkpoint, selection: Selection, among: Collection[str] | None = None, in_model: ClassNames | None = None
 ) -> tuple[list[ModelWeight], dict[str, str]]:
-    """Return the weights that the selection names, and what it leaves out though they could have factors.
+    """Return the selected weights, and the skipped weights that could have factors.
 
-    The latter maps weights to what they are: one of `beside_layers.GROUPS`, of UNTARGETED, NO_EFFECT,
-    SHARED or NOT_WHOLE.
+    The latter are weight -> description: one of `beside_layers.GROUPS`, of UNTARGETED, NO_EFFECT, SHARED or NOT_WHOLE.
 
     Args:
-        among: the weights that can have factors, for an adapter that PEFT need not load; None asks what PEFT can wrap.
-        in_model: the names in the class that PEFT wraps; None for such an adapter.
+        among: the weights that can have factors, for an adapter that PEFT need not load; None for those that PEFT can
+            wrap.
+        in_model: the names in the class that PEFT wraps; None for an adapter that PEFT need not load.
 
     Raises:
-        InputError: a pattern names no weight that could have factors, or the selection leaves none.
+        InputError: a pattern matches no weight that could have factors, or no weight is selected.
     """
     every = [each for each in model_weights(base, in_model) if among is None or each.name in among]
     unfit = _unfit(base, in_model, every) if in_model else {}
@@ -79,7 +79,7 @@ def find_candidates(
 
 
 def _unfit(base: Checkpoint, in_model: ClassNames, weights: Sequence[ModelWeight]) -> dict[str, str]:
-    """Map weights that an adapter to train should not have to the reason."""
+    """Return weights that an adapter for training should not have -> reason."""
     tie, found = find_tie(base), {}
     uncalled = tie.embedding if tie and not tie.is_called else None
     shared = find_shared(base)
@@ -97,7 +97,7 @@ def _unfit(base: Checkpoint, in_model: ClassNames, weights: Sequence[ModelWeight
 def _is_target(patterns: Sequence[str], weight: ModelWeight) -> bool:
     """Return whether patterns target a weight, with PEFT's meaning of `all-linear`.
 
-    Convolutions, stacks of experts and what stands beside the layers have to be named.
+    Convolutions, stacks of experts and modules beside the layers must be named.
     """
     others = tuple(pattern for pattern in patterns if pattern != "all-linear")
     is_linear = len(others) < len(patterns) and weight.role == "linear"
@@ -105,10 +105,10 @@ def _is_target(patterns: Sequence[str], weight: ModelWeight) -> bool:
 
 
 def select_weight(selection: Selection, weight: ModelWeight) -> bool:
-    """Return whether a selection selects a weight, by its name in the class or by those of its tensors.
+    """Return whether a selection includes a weight, by its name in the class or its tensors' names.
 
     Raises:
-        UsageError: it selects some of the tensors that are one weight in the class.
+        UsageError: it includes only some of the tensors that are one weight in the class.
     """
     chosen = {name: selection.selects(module_path(name), *weight.paths) for name in weight.names}
     if len({*chosen.values()}) > 1:

@@ -1,4 +1,4 @@
-"""Choose what gets no factors unless a pattern names it, and find what of it an adapter can keep entirely instead."""
+"""Choose weights that get no factors unless a pattern names them, and find those that an adapter can store in full."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..modules.selection import PRESETS, matches_pattern
 from ..names.class_names import ClassNames
 from ..names.peft_names import is_bare_router, is_plain
 
-LAYERS_ALONE = frozenset({"all-linear", *PRESETS})  # patterns that name nothing beside the layers
+LAYERS_ALONE = frozenset({"all-linear", *PRESETS})  # patterns that only match modules in layers
 
 
 def find_unnamed(base: Headers, in_model: ClassNames | None, patterns: Sequence[str]) -> dict[str, str]:
-    """Map the tensors beside a model's layers that no pattern names to their group (`GROUPS`).
+    """Return tensors beside a model's layers that no pattern names -> their group (`GROUPS`).
 
-    A pattern that matches tensors of other groups or of the layers too, like q_proj, names no MTP layer.
+    A pattern that also matches tensors of other groups or of the layers, like q_proj, does not name MTP layers.
     """
-    whole = {name: in_model.whole(name) if in_model else name for name in base.specs}  # paths of a bare class tell less
+    whole = {name: in_model.whole(name) if in_model else name for name in base.specs}  # a bare class has shorter paths
     layers = Layers.find(whole.values(), base.config)
     groups = {}
     for name, path in whole.items():
@@ -51,13 +51,13 @@ def find_unnamed(base: Headers, in_model: ClassNames | None, patterns: Sequence[
 def kept_whole(
     base: Checkpoint, in_model: Callable[[str], str], unnamed: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
-    """Map each tensor of a router or gate that PEFT saves as a module to all tensors of that module.
+    """Return each tensor of a router or gate that PEFT saves as a module -> all tensors of that module.
 
-    Those are the routers and gates that get no factors, and the routers that are no linear layers. A module with codes
-    is left out.
+    These are the routers and gates without factors, and the routers that are not linear layers. A module with codes is
+    skipped.
 
     Args:
-        unnamed: of `find_unnamed`.
+        unnamed: the result of `find_unnamed`.
     """
     owners = {name: in_model(name).rpartition(".")[0] for name in base.specs}
     saved = {owner for name, owner in owners.items() if unnamed.get(name) in (ROUTERS, GATES)}

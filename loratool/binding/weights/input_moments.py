@@ -1,8 +1,8 @@
-"""Find the second moments of the inputs of modules in a file of llama-imatrix, which has the names of GGUF's tensors.
+"""Find the second moments of modules' inputs in a file of llama-imatrix, which has the names of GGUF's tensors.
 
-The names go through the tables of `architectures.gguf`. A model's config.json says which architecture's; an adapter
-says none, and of a name all architectures that have it must mean the same. The order of a tensor's rows does not
-matter, as inputs are its columns.
+The tables of `architectures.gguf` map the names. A model's config.json decides the architecture. An adapter has none,
+so all architectures that have a name must agree on its meaning. The order of a tensor's rows does not matter, because
+inputs are its columns.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # fields of config.json that tell how many there are
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")  # fields of config.json with the number of layers
 
 SHOWN = 3  # names in a message
 
 
 def open_imatrix(name: str | os.PathLike[str] | None, opened: ExitStack) -> ImatrixFile | None:
-    """Open a file of llama-imatrix, which `opened` closes; None if none is named."""
+    """Open a file of llama-imatrix, which `opened` closes; None without a name."""
     if name is None:
         return None
     file = ImatrixFile(name)
@@ -52,24 +52,25 @@ class _Place:
     """A tensor of the file with the inputs of a module."""
 
     tensor: str
-    expert: int | None = None  # the module is one matrix of a stack there
-    either_side: bool = False  # PEFT up to 0.18, and of some models still, has A on the side of a stack's outputs
-    order: Callable[[int, str], list[int] | None] | None = None  # as `Part.columns`; None if the file's is the module's
+    expert: int | None = None  # number of the module's matrix, if the tensor is a stack
+    either_side: bool = False  # A may be on the side of a stack's outputs (PEFT up to 0.18, later for some models)
+    order: Callable[[int, str], list[int] | None] | None = None  # as `Part.columns`; None for the module's order
 
 
 class InputMoments:
-    """The weights of the inputs of a model's modules, or of an adapter's.
+    """The weights of the inputs of a model's or an adapter's modules.
 
     Attributes:
         path: of the file.
-        known, missing: the modules that were asked for and of whose inputs the file tells, and the others.
+        known, missing: the requested modules whose inputs are in the file, and the others.
     """
 
     def __init__(self, file: ImatrixFile, models: Sequence[GgufModel], layers: int = 0) -> None:
-        """Take the file, and the models that the modules can be of; none if they have GGUF's own names.
+        """Store the file and the models that the modules can be of.
 
         Args:
-            layers: of the model; 0 if that is not known.
+            models: empty if the modules have GGUF's names.
+            layers: the model's number of layers; 0 if unknown.
         """
         self.path, self._file, self._models, self._layers = file.path, file, models, layers
         self._found: dict[str, list[_Place]] = {}  # by paths in layer 0
@@ -77,30 +78,30 @@ class InputMoments:
 
     @classmethod
     def of_model(cls, file: ImatrixFile, config: Mapping[str, Any], name: str) -> InputMoments:
-        """Return those of a model with this config.json; `name` is for messages.
+        """Return the moments for a model with this config.json; `name` is for messages.
 
         Raises:
-            InputError: the config does not tell what its architecture's rows need.
+            InputError: the config lacks a field that its architecture's rows need.
         """
         models = [GgufModel.of_config(config, name)] if architecture_of(config) else _all_models()
         return cls(file, models, first_count(text_fields(config), *LAYER_COUNTS))
 
     @classmethod
     def of_adapter(cls, file: ImatrixFile, adapter: Adapter) -> InputMoments:
-        """Return those of an adapter's modules; InputError for an image model's."""
+        """Return the moments for an adapter's modules; raise InputError for an image model's."""
         if FORMATS[adapter.format].can.components == "many":
             raise InputError("is for an image model, and llama-imatrix measures language models", culprit=adapter.name)
         return cls(file, [] if has_own_names(adapter) else _all_models())
 
     def warnings(self) -> tuple[str, ...]:
-        """Return a sentence if the file counts other layers than the model."""
+        """Return a sentence if the file and the model have different numbers of layers."""
         there = self._file.layers
         if not self._layers or there in (0, self._layers):
             return ()
         return (f"{self.path.name} has inputs of {there} layers, and the model has {self._layers}: is it its own?",)
 
     def weights(self, module: str, sizes: tuple[int, int, int]) -> Tensor | None:
-        """Return the weights of a module's inputs, (E, in) as `input_weights` has them, or None without any.
+        """Return the weights of a module's inputs, (E, in) as from `input_weights`; None without any.
 
         Args:
             sizes: (E, out, in) of the module's stack of matrices.
@@ -116,9 +117,9 @@ class InputMoments:
         return weights
 
     def column_factors(self, module: str, update: UpdateSpec, device: torch.device) -> Tensor | None:
-        """Return the weights of the inputs of an update with a rank, to multiply its A (E, r, in) by, (E, 1, in).
+        """Return factors (E, 1, in) for A (E, r, in) of an update with a rank: the weights of its inputs.
 
-        They are in float64, and None if there are none; errors are those of `weights`.
+        They are in float64. The result is None without weights; errors are those of `weights`.
         """
         import torch
 
@@ -128,7 +129,7 @@ class InputMoments:
         return None if weights is None else weights.to(device, torch.float64)[:, None]
 
     def require_known(self, updates: Mapping[str, UpdateSpec] | None = None) -> None:
-        """Raise InputError if the file told nothing of any module that was asked for, or of any of these updates."""
+        """Raise InputError if the file has none of the requested modules, or none of these updates."""
         from ...adapters.stacked import stack_sizes
 
         for module, update in (updates or {}).items():
@@ -142,7 +143,7 @@ class InputMoments:
             )
 
     def _moments(self, module: str, matrices: int, outputs: int, inputs: int) -> Tensor | None:
-        """Return the mean squares of a module's inputs, (matrices, inputs), or None if the file has none."""
+        """Return the mean squares of a module's inputs, (matrices, inputs); None if the file has none."""
         place = next((each for each in self._locate(module) if each.tensor in self._file.sizes), None)
         if place is None:
             return None
@@ -159,10 +160,10 @@ class InputMoments:
         return found
 
     def _locate(self, module: str) -> list[_Place]:
-        """Return the tensors that have a module's inputs; none if architectures do not agree on them."""
+        """Return the tensors with a module's inputs; empty if architectures disagree on them."""
         if not self._models:
             return [] if module == EMBEDDING else [_Place(f"{module}.weight")]
-        first = LAYER.sub(".0", module, 1)  # as all layers are alike
+        first = LAYER.sub(".0", module, 1)  # all layers are alike
         if first not in self._found:
             is_sure = len(self._models) == 1
             meanings = [each for model in self._models if (each := _meaning(model, first, is_sure)) is not None]
@@ -174,7 +175,7 @@ class InputMoments:
 
 
 def _meaning(model: GgufModel, module: str, is_sure: bool) -> list[_Place] | None:
-    """Return the tensors that have the inputs of a module in a model, or None if it has no such module.
+    """Return the tensors with a module's inputs in a model; None if the model has no such module.
 
     Args:
         is_sure: the module is of this model, and its stacks have the sides of the model's class.

@@ -1,4 +1,4 @@
-"""Pair the tensors of two checkpoints of one model, whose names need not be the same."""
+"""Pair the tensors of two checkpoints of one model, which may have different names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ModelPairs:
 
 
 def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> ModelPairs:
-    """Pair the tensors of both sides, whatever their shards, wrappers, containers and version of transformers.
+    """Pair the tensors of both sides, across shards, wrappers, containers and versions of transformers.
 
     Raises:
         InputError: no tensor has a partner.
@@ -44,25 +44,25 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> ModelPairs:
 
 
 def _by_path(names: Iterable[str], types: Collection[str]) -> dict[str, str]:
-    """Return path in transformers 5 -> name; if two names have one path, one of them is listed under its own name."""
+    """Return path in transformers 5 -> name; if two names have one path, one of them keeps its name as path."""
     paths = {name: canonical(strip_wrappers(name), types) for name in names}
     owner = {path: path if path in paths else name for name, path in paths.items()}
     return {path if owner[path] == name else name: name for name, path in paths.items()}
 
 
 def missing_prefix(mine: set[str], theirs: set[str], prefixes: Iterable[str]) -> tuple[str, str] | None:
-    """Find the prefixes that two sets of names have and lack, if half of the names are not already the same.
+    """Find the prefixes in which two sets of names differ, unless half of the names are already the same.
 
     Args:
-        prefixes: the prefixes to try, besides none.
+        prefixes: the prefixes to try, besides the empty one.
 
     Returns:
-        (the prefix to put before the names of `theirs`, the prefix to take off first) with which most of them are in
-        `mine`; None if no change of prefixes is needed or helps.
+        (the prefix to add to the names of `theirs`, the prefix to remove first) with which most of them are in `mine`;
+        None if no change of prefixes is needed or helps.
     """
     if len(mine & theirs) * 2 >= min(len(mine), len(theirs)):
         return None
-    either = sorted({"", *prefixes})  # sorted, so that among equals the same one wins each time
+    either = sorted({"", *prefixes})  # sorted, so that the result for a tie is the same in every run
     found = [(a, b) for a in either for b in either if a != b]
     best = max(found, key=lambda ab: len(mine & {ab[0] + p.removeprefix(ab[1]) for p in theirs}), default=None)
     if best is None or not mine & {best[0] + p.removeprefix(best[1]) for p in theirs}:

@@ -1,7 +1,7 @@
-"""List the weights of the class that PEFT wraps, each with the rows of the file's tensors that it is loaded from.
+"""List the weights of the class that PEFT wraps, with the rows of the file's tensors that make up each.
 
-Most are one tensor of the file. But transformers stacks experts that a file has one by one, and splits what a file has
-fused: an adapter has factors for what is in the class.
+Most weights are one tensor of the file. But transformers stacks separate experts of a file and splits its fused
+matrices, and an adapter has factors for the weights of the class.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from ..names.peft_names import is_bare, is_plain, role_in_model
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows of a tensor of the file, seen as a matrix with the columns of its last dimension."""
+    """Rows of a tensor of the file, as a matrix with its last dimension as columns."""
 
     name: str
-    span: tuple[int, int] | None = None  # start and stop; None for all of the tensor, as it is
+    span: tuple[int, int] | None = None  # (start, stop); None for all of the tensor, unchanged
 
 
 @dataclass(frozen=True)
 class ModelWeight:
     """A weight of the class that PEFT wraps, which can have factors."""
 
-    name: str  # of the file's tensor if it is one, else that of the class
+    name: str  # the file's name if it is one tensor, else the class's
     in_model: str  # its name in the class
     role: str  # `architectures.roles.weight_role`, or router
     kind: str  # a key of WEIGHT_KINDS
-    bare: bool  # PEFT has to be told of it as a parameter, not as a module
+    bare: bool  # PEFT's config must list it as a parameter, not as a module
     spec: TensorSpec  # in the class
-    pieces: tuple[tuple[Piece, ...], ...]  # of each of its matrices, one below the other
+    pieces: tuple[tuple[Piece, ...], ...]  # for each of its matrices, from top to bottom
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -56,7 +56,7 @@ class ModelWeight:
 
     @property
     def max_rank(self) -> int:
-        """The largest rank that a delta of this weight can have."""
+        """The largest possible rank of this weight's delta."""
         return min(self.sizes[1:])
 
     @property
@@ -66,29 +66,29 @@ class ModelWeight:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Return the paths under which a pattern may name it."""
+        """Return the paths that a pattern may match."""
         return tuple(dict.fromkeys(map(module_path, (self.name, self.in_model))))
 
     def is_named(self, pattern: str) -> bool:
-        """Return whether a pattern matches the weight, or a tensor that is a part of it."""
+        """Return whether a pattern matches the weight or one of its tensors."""
         return any(matches_pattern(pattern, path) for path in (*self.paths, *map(module_path, self.names)))
 
     def matrices(self, ref: Callable[[str], TensorRef]) -> Iterator[list[TensorRef]]:
-        """Yield the rows of each matrix, as the weights of `ref` that are below one another.
+        """Yield the rows of each matrix as a list of parts, from top to bottom.
 
         Args:
-            ref: a name in the file -> where that weight is read from.
+            ref: a name in the file -> the weight's tensor.
         """
         for matrix in self.pieces:
             yield [ref(p.name).part(*p.span) if p.span else ref(p.name) for p in matrix]
 
 
 def model_weights(base: Checkpoint, in_model: ClassNames | None) -> list[ModelWeight]:
-    """Return the weights that can have factors, in the order of the file, and without a role those that are not whole.
+    """Return the weights that can have factors, in the order of the file; incomplete weights have no role.
 
     Args:
-        in_model: the names in the class that PEFT wraps; None for an adapter that PEFT need not load, whose modules
-            are the file's.
+        in_model: the names in the class that PEFT wraps; None for an adapter that PEFT need not load, which has the
+            file's modules.
 
     Raises:
         InputError: two tensors of the file are one weight of the class.
@@ -109,7 +109,7 @@ def model_weights(base: Checkpoint, in_model: ClassNames | None) -> list[ModelWe
 
 
 def weight_of_tensor(base: Checkpoint, name: str, spec: TensorSpec, in_model: ClassNames | None) -> ModelWeight | None:
-    """Return the weight of the class that is one tensor of the file; None if it can have no factors."""
+    """Return the weight of the class that is one tensor of the file; None if it cannot have factors."""
     path = in_model(name) if in_model else name
     plain = weight_role(module_path(name), len(spec.shape), is_plain(base, name, spec))
     role = role_in_model(base, name, path, spec) if in_model else plain
@@ -126,17 +126,17 @@ def weight_of_tensor(base: Checkpoint, name: str, spec: TensorSpec, in_model: Cl
 
 
 def _is_turned(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
-    """Return whether a stack is (expert, in, out) in a file of TURNED_TO_FIT, by the inputs of a layer of experts."""
+    """Return whether a stack in a file of TURNED_TO_FIT is (expert, in, out), by the layer's input size."""
     width = next((base.configs[t].get("hidden_size") for t in base.model_types if t in TURNED_TO_FIT), None)
-    place = 1 if name.endswith("down_proj") else 2  # of the width in (expert, out, in)
+    place = 1 if name.endswith("down_proj") else 2  # the axis of the width in (expert, out, in)
     return width is not None and spec.shape[place] != width == spec.shape[3 - place]
 
 
 def rearranged_weights(base: Checkpoint, in_model: ClassNames) -> dict[str, list[ModelWeight]]:
-    """Map each tensor that is no whole weight of the class to the weights that have rows of it.
+    """Return each tensor that is not a full weight of the class -> the weights that have rows of it.
 
-    A weight has no role if PEFT cannot be given factors of it: its rows are in another order than the file's, the file
-    does not have all of them, or the class has no such weight.
+    A weight has no role if it cannot have factors in PEFT: its rows are in another order than the file's, the file
+    lacks some of them, or the class has no such weight.
     """
     joined: dict[str, _Joined] = {}
     split: list[ModelWeight] = []
@@ -163,12 +163,12 @@ def rearranged_weights(base: Checkpoint, in_model: ClassNames) -> dict[str, list
 
 @dataclass
 class _Joined:
-    """A weight of the class whose rows are those of several tensors."""
+    """A weight of the class with the rows of several tensors."""
 
     name: str  # canonical
     rows: int  # of each of its matrices
     stacked: bool  # it is a stack of experts
-    members: dict[tuple[int, int], Piece] = field(default_factory=dict)  # (expert, first row there) -> rows
+    members: dict[tuple[int, int], Piece] = field(default_factory=dict)  # (expert, first row in it) -> rows
 
 
 def _join(base: Checkpoint, in_model: ClassNames, joined: _Joined) -> ModelWeight:
