@@ -49,11 +49,11 @@ class AdapterConfig:
     @cached_property
     def parameters(self) -> Mapping[str, Sequence[tuple[int, str]]]:
         """Return `target_parameters` by module ("" for bare names): (index in the list, parameter's name)."""
-        found: dict[str, list[tuple[int, str]]] = {}
+        by_module: dict[str, list[tuple[int, str]]] = {}
         for number, listed in enumerate(self.peft["target_parameters"]):
             owner, _, parameter = listed.rpartition(".")
-            found.setdefault(owner, []).append((number, parameter))
-        return found
+            by_module.setdefault(owner, []).append((number, parameter))
+        return by_module
 
     @cached_property
     def targets(self) -> Targets:

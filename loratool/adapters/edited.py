@@ -119,14 +119,14 @@ class EditedAdapter:
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return name -> type and shape of every tensor of the output."""
-        found = {}
+        specs = {}
         for module in self.updates:
-            found.update(self.specs_of(module))
+            specs.update(self.specs_of(module))
             if alpha := self.format.edited_alpha(module):
-                found[alpha] = TensorSpec("F32", ())
-        for name, each in self.carried.items():
-            found[self._saved(name)] = each.spec
-        return found
+                specs[alpha] = TensorSpec("F32", ())
+        for name, carried in self.carried.items():
+            specs[self._saved(name)] = carried.spec
+        return specs
 
     def order(self) -> list[str]:
         """Return the modules in the order in which their factors are written."""

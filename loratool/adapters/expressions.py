@@ -89,17 +89,17 @@ class Expressions:
         return self._run(self._start, text, 0, answers, self._whole)
 
     def _run(
-        self, states: frozenset[int], text: str, at: int, answers: dict[tuple[int, int], bool], whole: bool
+        self, states: frozenset[int], text: str, start: int, answers: dict[tuple[int, int], bool], whole: bool
     ) -> frozenset[int]:
-        found: frozenset[int] = frozenset()
-        for position in range(at, len(text) + 1):
+        matches: frozenset[int] = frozenset()
+        for position in range(start, len(text) + 1):
             open_, ended = self._close(states, text, position, answers)
             if ended and (position == len(text) or not whole):
-                found |= ended
+                matches |= ended
             if position == len(text) or not open_:
                 break
             states = self._next_states(open_, text[position])
-        return found
+        return matches
 
     def _spend(self, work: int) -> None:
         self._left -= work
@@ -107,7 +107,7 @@ class Expressions:
             raise InputError("takes too long to match against these modules", culprit=self._name, remedy=REMEDY)
 
     def _close(
-        self, states: frozenset[int], text: str, at: int, answers: dict[tuple[int, int], bool]
+        self, states: frozenset[int], text: str, position: int, answers: dict[tuple[int, int], bool]
     ) -> tuple[frozenset[int], frozenset[int]]:
         """Follow all transitions that consume nothing.
 
@@ -119,7 +119,7 @@ class Expressions:
             self._asks[states] = tuple(sorted(state for state in everything if self._states[state][0] == "ask"))
         asks = self._asks[states]
         self._spend(1 + len(asks))
-        truth = tuple(self._answer(state, text, at, answers) for state in asks)
+        truth = tuple(self._answer(state, text, position, answers) for state in asks)
         key = states, truth
         if key not in self._closed:
             reached = self._reach(states, dict(zip(asks, truth, strict=True)).__getitem__)
@@ -142,10 +142,10 @@ class Expressions:
         self._spend(len(reached))
         return reached
 
-    def _answer(self, state: int, text: str, at: int, answers: dict[tuple[int, int], bool]) -> bool:
-        if (state, at) not in answers:
-            answers[state, at] = self._states[state][1](text, at, answers)
-        return answers[state, at]
+    def _answer(self, state: int, text: str, position: int, answers: dict[tuple[int, int], bool]) -> bool:
+        if (state, position) not in answers:
+            answers[state, position] = self._states[state][1](text, position, answers)
+        return answers[state, position]
 
     def _next_states(self, states: frozenset[int], character: str) -> frozenset[int]:
         key = states, character

@@ -85,15 +85,15 @@ def _typed(pair: Pair, dtype: str) -> Pair:
 def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) -> MadeUpdate:
     """Return the update of a GGUF tensor that has some rows of a module."""
     E, out, width = (update.experts, *update.shape[-2:])
-    turned = _labels_are_swapped(adapter, update, part, model)
-    out, width = (width, out) if turned else (out, width)
+    is_swapped = _labels_are_swapped(adapter, update, part, model)
+    out, width = (width, out) if is_swapped else (out, width)
     numbers = part.numbers(model.facts, out, update.module)
     columns, heads = part.columns(model.facts, width, update.module), model.facts.heads
     dtype = _dtype([update])
 
     def load() -> Pair:
         A, B = _typed(_pair(adapter, update), dtype)
-        A, B = (B.mT, A.mT) if turned else (A, B)
+        A, B = (B.mT, A.mT) if is_swapped else (A, B)
         if part.weight.heads:
             A, B = A.expand(heads, -1, -1), B[:, numbers].view(heads, -1, B.shape[2])
             return (B.mT, A.mT) if part.weight.crossed else (A, B)
@@ -109,7 +109,7 @@ def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) 
     def magnitude() -> Tensor:
         return adapter.file.tensor(update.tensors["magnitude"]).flatten()[numbers]
 
-    decomposed, rows = magnitude if update.cls is DoRA else None, () if turned else numbers
+    decomposed, rows = magnitude if update.cls is DoRA else None, () if is_swapped else numbers
     return MadeUpdate(part.module, update, shape, dtype, load, detail, part.module == EMBEDDING, decomposed, rows)
 
 
@@ -162,13 +162,13 @@ def stack_of_singles(adapter: Adapter, single: Mapping[int, tuple[Part, UpdateSp
 
 
 def joined_parts(
-    adapter: Adapter, path: str, own: Sequence[tuple[Part, UpdateSpec]], parts: Sequence[Part], model: GgufModel
+    adapter: Adapter, path: str, members: Sequence[tuple[Part, UpdateSpec]], parts: Sequence[Part], model: GgufModel
 ) -> MadeUpdate:
     """Return the module of transformers that GGUF tensors have the rows of; missing rows are zero.
 
     If the tensors share one A, as gate and up of one matrix do, the result has that A; else the ranks are concatenated.
     """
-    (_, first), updates = own[0], [update for _, update in own]
+    (_, first), updates = members[0], [update for _, update in members]
     E, (out, width) = first.experts, first.shape[-2:]
     for update in updates:
         if update.cls is not first.cls or update.shape != first.shape:
@@ -180,14 +180,14 @@ def joined_parts(
                 culprit=update.module,
                 remedy="merge it into a GGUF file",
             )
-    rows = out * own[0][0].count
+    rows = out * members[0][0].count
     alike = have_one_A(adapter.file, [update.tensors["A"] for update in updates])
     firsts = starts([update.rank for update in updates], alike)
     places = [
         Place(start, part.numbers(model.facts, rows, update.module))
-        for (part, update), start in zip(own, firsts, strict=True)
+        for (part, update), start in zip(members, firsts, strict=True)
     ]
-    columns = own[0][0].columns(model.facts, width, first.module)
+    columns = members[0][0].columns(model.facts, width, first.module)
     rank, dtype = first.rank if alike else sum(update.rank for update in updates), _dtype(updates)
 
     def load() -> Pair:
@@ -201,8 +201,8 @@ def joined_parts(
         return (B.mT, A.mT) if swapped else (A, B)
 
     # a layer of transformers may store (in, out) although GGUF does not; PEFT takes Llama 4's for (out, in) anyway
-    turned = own[0][0].weight.turned
-    swapped = first.cls.stack and turned and bool(PEFT_TAKES_AS_PLAIN.intersection(model.model_types))
-    detail = Stack(E, turned=turned and not swapped) if first.cls.stack else None
+    transposed = members[0][0].weight.turned
+    swapped = first.cls.stack and transposed and bool(PEFT_TAKES_AS_PLAIN.intersection(model.model_types))
+    detail = Stack(E, turned=transposed and not swapped) if first.cls.stack else None
     shape = (E, width, rank, rows) if swapped else (E, rows, rank, width)
     return MadeUpdate(path, first, shape, dtype, load, detail, True if first.transposed else None)

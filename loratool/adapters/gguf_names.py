@@ -66,10 +66,10 @@ def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str
     Raises:
         InputError: as `gguf_updates`.
     """
-    made, origins = gguf_updates(adapter, model)
+    updates, origins = gguf_updates(adapter, model)
     used = {module for parts in origins.values() for module in parts}
     kept = {module: update for module, update in adapter.updates.items() if module not in used}
-    return _renamed(adapter, made, kept), origins
+    return _renamed(adapter, updates, kept), origins
 
 
 def gguf_updates(adapter: Adapter, model: GgufModel) -> tuple[list[MadeUpdate], dict[str, tuple[str, ...]]]:
@@ -78,30 +78,30 @@ def gguf_updates(adapter: Adapter, model: GgufModel) -> tuple[list[MadeUpdate], 
     Raises:
         InputError: a module has the rows of another model, or occurs twice.
     """
-    made: list[MadeUpdate] = []
+    updates: list[MadeUpdate] = []
     single: dict[str, dict[int, tuple[Part, UpdateSpec]]] = {}
     for module, update in adapter.updates.items():
         expert, parts = model.locate(module)
         if _misfit(update, expert, parts, model.facts.tied):
             continue
         if expert is None:
-            made += [part_of(adapter, update, part, model) for part in parts]
+            updates += [part_of(adapter, update, part, model) for part in parts]
         elif expert >= model.facts.experts:
             raise InputError(f"is an expert of a model that has {model.facts.experts}", culprit=module)
         elif single.setdefault(parts[0].module, {}).setdefault(expert, (parts[0], update))[1] is not update:
             raise InputError(f"of {adapter.name} is there twice", culprit=module)
-    origins: dict[str, tuple[str, ...]] = {each.module: (each.source.module,) for each in made}
-    for each in made:
+    origins: dict[str, tuple[str, ...]] = {each.module: (each.source.module,) for each in updates}
+    for each in updates:
         if origins[each.module] != (each.source.module,) or each.module in single:
             raise InputError(f"of {adapter.name} is there twice, as {each.module}", culprit=each.source.module)
-    made += [stack_of_singles(adapter, each, model.facts.experts) for each in single.values()]
+    updates += [stack_of_singles(adapter, each, model.facts.experts) for each in single.values()]
     origins |= {name: tuple(u.module for _, u in each.values()) for name, each in single.items()}
-    return made, origins
+    return updates, origins
 
 
 def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
     """Return the modules that a GGUF adapter for the model cannot have, by reason."""
-    found: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for module, update in adapter.updates.items():
         expert, parts = model.locate(module)
         reason = _misfit(update, expert, parts, model.facts.tied)
@@ -110,8 +110,8 @@ def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
         if reason is None and model.is_head_tied and any(part.module == EMBEDDING for part in parts):
             reason = "an embedding that is the head too, where llama.cpp stops at its factors"
         if reason:
-            found.setdefault(reason, []).append(module)
-    return found
+            by_reason.setdefault(reason, []).append(module)
+    return by_reason
 
 
 def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied: bool) -> str | None:
@@ -141,19 +141,21 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
         InputError: a tensor is not in the table, or has the rows of another model.
     """
     groups: dict[str, list[tuple[Part, UpdateSpec]]] = {}
-    whole: dict[str, list[Part]] = {}
+    parts_of: dict[str, list[Part]] = {}
     for module, update in adapter.updates.items():
-        found = model.parts_with(module)
-        if found is None:
+        located = model.parts_with(module)
+        if located is None:
             raise InputError(
                 f"of {adapter.name} is no weight of {model.architecture.key} that its table knows", culprit=module
             )
-        path, whole[path] = found[0], found[1]
-        part = next(each for each in whole[path] if each.module == module)
+        path, parts_of[path] = located[0], located[1]
+        part = next(each for each in parts_of[path] if each.module == module)
         if reason := _misfit(update, None, [part], False):
             raise InputError(f"of {adapter.name} has no place in transformers: {reason}", culprit=module)
         groups.setdefault(path, []).append((part, update))
-    return _renamed(adapter, [joined_parts(adapter, path, own, whole[path], model) for path, own in groups.items()], {})
+    return _renamed(
+        adapter, [joined_parts(adapter, path, members, parts_of[path], model) for path, members in groups.items()], {}
+    )
 
 
 def _renamed(adapter: Adapter, made: Sequence[MadeUpdate], kept: Mapping[str, UpdateSpec]) -> Adapter:
@@ -161,13 +163,13 @@ def _renamed(adapter: Adapter, made: Sequence[MadeUpdate], kept: Mapping[str, Up
     updates = {each.module: each.spec() for each in made}
     specs = {name: u.specs[role] for u in updates.values() for role, name in u.tensors.items()}
     by_name = {name: each for each in made for name in updates[each.module].tensors.values()}
-    own = {name for update in kept.values() for name in update.stored}
-    own |= {update.base for update in updates.values() if update.base}
-    specs |= {name: adapter.file.specs[name] for name in own}
+    copied = {name for update in kept.values() for name in update.stored}
+    copied |= {update.base for update in updates.values() if update.base}
+    specs |= {name: adapter.file.specs[name] for name in copied}
     last: list[dict[str, Tensor]] = [{}]  # one module's, assigned at once: a merge loads in several threads
 
     def load(name: str) -> Tensor:
-        if name in own:
+        if name in copied:
             return adapter.file.tensor(name)
         each = by_name[name]
         tensors = updates[each.module].tensors

@@ -89,11 +89,11 @@ class GgufModel:
         layer = int(number[1]) if number else None
         if layer not in self._layers:
             self._layers[layer] = self._index(layer)
-        found, plain = self._layers[layer], self._in_class(path)
+        parts, plain = self._layers[layer], self._in_class(path)
         prefixes = [prefix + "." for prefix in CONTAINER_PREFIXES]
         text = re.sub(r"^(model\.)?language_model\.(model\.)?(?!lm_head)", "model.", plain)  # of a model with a tower
         ways = [plain, text, *(p + plain for p in prefixes), *(plain.removeprefix(p) for p in prefixes)]
-        return next((found[way] for way in ways if way in found), [])
+        return next((parts[way] for way in ways if way in parts), [])
 
     def locate(self, module: str) -> tuple[int | None, list[Part]]:
         """Return the GGUF tensors that have the rows of a module, and its expert's number if they are stacks."""
@@ -114,9 +114,9 @@ class GgufModel:
 
     def _in_class(self, path: str) -> str:
         """Return a path as transformers' class has it; the language model may be a part of the class."""
-        found = canonical(path, self.model_types)
-        is_plain = found.startswith("model.") and not found.startswith(self.inside)
-        return self.inside + found.removeprefix("model.") if is_plain else found
+        name = canonical(path, self.model_types)
+        is_plain = name.startswith("model.") and not name.startswith(self.inside)
+        return self.inside + name.removeprefix("model.") if is_plain else name
 
     def _index(self, layer: int | None) -> dict[str, list[Part]]:
         """Return the parts of each module of a layer (None: outside the layers), by its name in the class."""

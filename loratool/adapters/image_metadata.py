@@ -57,7 +57,7 @@ class Training:
 
 def read_training(metadata: Mapping[str, str]) -> Training | None:
     """Return the facts on training in metadata; None if there are none."""
-    found = Training(
+    training = Training(
         base_model=_text(metadata, "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),
         images=_count(metadata, "ss_num_train_images"),
         epochs=_count(metadata, "ss_epoch", "ss_num_epochs"),
@@ -68,7 +68,7 @@ def read_training(metadata: Mapping[str, str]) -> Training | None:
         tags=_frequent_tags(metadata),
         thumbnail_nbytes=_thumbnail(metadata),
     )
-    return None if found == Training() else found
+    return None if training == Training() else training
 
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
@@ -160,20 +160,20 @@ def about_training(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key.startswith(PREFIXES)}
 
 
-def common_metadata(each: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], tuple[str, ...]]:
+def common_metadata(sources: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return metadata for the combination of several adapters, and the keys on which they differ.
 
     Trigger words and tags are the union; any other key is kept if all adapters that have it agree.
     """
     values: dict[str, list[str]] = {}
-    for metadata in each:
+    for metadata in sources:
         for key, value in metadata.items():
             values.setdefault(key, []).append(value)
     common = {key: found[0] for key, found in values.items() if len(set(found)) == 1}
     differing = [key for key in values if key not in common]
     if "modelspec.trigger_phrase" in differing:
         common["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(values["modelspec.trigger_phrase"]))
-    if "ss_tag_frequency" in differing and (joined := _joined([_object(m, "ss_tag_frequency") for m in each])):
+    if "ss_tag_frequency" in differing and (joined := _joined([_object(m, "ss_tag_frequency") for m in sources])):
         common["ss_tag_frequency"] = json.dumps(joined)
     return common, tuple(sorted(key for key in differing if key not in common))
 

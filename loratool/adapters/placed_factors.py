@@ -48,34 +48,34 @@ def have_one_A(file: WeightsFile, names: Sequence[str]) -> bool:
 
 def place_A(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tensor:
     """Return the full A of this shape, from those of one or more shares in one type."""
-    whole = None
+    full = None
     for A, place in sides:
-        whole = A.new_zeros(shape) if whole is None else whole
-        place.put_A(A, whole)
-    assert whole is not None
-    return whole
+        full = A.new_zeros(shape) if full is None else full
+        place.put_A(A, full)
+    assert full is not None
+    return full
 
 
 def place_B(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tensor:
     """Return the full B of this shape, from those of one or more shares in one type."""
-    whole = None
+    full = None
     for B, place in sides:
-        whole = B.new_zeros(shape) if whole is None else whole
-        place.put_B(B, whole)
-    assert whole is not None
-    return whole
+        full = B.new_zeros(shape) if full is None else full
+        place.put_B(B, full)
+    assert full is not None
+    return full
 
 
 def place_pairs(pairs: Iterable[tuple[Pair, Place]], shape: tuple[int, int, int, int]) -> Pair:
     """Return the full A and B of this shape (E, out, r, in), in one pass over those of one or more shares."""
     E, out, rank, width = shape
-    whole = None
+    full = None
     for (A, B), place in pairs:
-        whole = (A.new_zeros(E, rank, width), B.new_zeros(E, out, rank)) if whole is None else whole
-        place.put_A(A, whole[0])
-        place.put_B(B, whole[1])
-    assert whole is not None
-    return whole
+        full = (A.new_zeros(E, rank, width), B.new_zeros(E, out, rank)) if full is None else full
+        place.put_A(A, full[0])
+        place.put_B(B, full[1])
+    assert full is not None
+    return full
 
 
 def lay_A(A: Tensor) -> Tensor:

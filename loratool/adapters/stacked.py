@@ -20,9 +20,9 @@ LARGEST = 1e150  # bound on a delta's norm, so that float64 holds its square
 
 def stack_factors(update: Update) -> tuple[Tensor, Tensor]:
     """Return the factors of an update that has a rank, (B (E, out, r), A (E, r, in)), in float64, the scale in B."""
-    found = update.factors()
-    assert found is not None, "an update with a rank has factors"
-    return found
+    factors = update.factors()
+    assert factors is not None, "an update with a rank has factors"
+    return factors
 
 
 def factor_dtypes(spec: UpdateSpec) -> tuple[torch.dtype, torch.dtype]:
@@ -50,9 +50,9 @@ def load_singular_values(adapter: Adapter, spec: UpdateSpec, device: torch.devic
     """
     update = adapter.load(spec).map(lambda each: each.to(device))
     _check(adapter, spec, *stack_factors(update))
-    found = update.singular_values()
-    assert found is not None, "an update with a rank has factors"
-    return found
+    values = update.singular_values()
+    assert values is not None, "an update with a rank has factors"
+    return values
 
 
 def _check(adapter: Adapter, spec: UpdateSpec, B: Tensor, A: Tensor) -> None:

@@ -59,13 +59,13 @@ def truncated_factors(
     factors = own if own and not weighted and own[0].shape[-1] == rank else C.truncated(rank)
     B, A = factors
     B, A = round_factors(module, (B, A if inputs is None else A / inputs), dtype)
-    energy, kept = (float(S.square().sum()) for S in (C.S, C.S[..., :rank]))
+    energy, kept_energy = (float(S.square().sum()) for S in (C.S, C.S[..., :rank]))
     lost = rounding_distance(C, factors, (B, A if inputs is None else A.double() * inputs))
     error = float(torch.linalg.vector_norm(lost)) / math.sqrt(energy) if energy else 0.0
     figures = Figures(
         norm=float(torch.linalg.vector_norm(D.S)),
         energy=energy,
-        kept=share_of(kept, energy),
+        kept=share_of(kept_energy, energy),
         error=error if inputs is None else relative_distance(D, factored_svd(B, A)),
         weighted_error=None if inputs is None else error,
         spectrum=spectrum_points(C.S.square().sum(0), len(C.S)),
@@ -92,6 +92,6 @@ def _error_in_all(errors: Sequence[tuple[float, float]]) -> float:
     return math.hypot(*(error * norm for error, norm in errors)) / norm if norm else 0.0
 
 
-def share_of(part: float, whole: float) -> float:
+def share_of(part: float, total: float) -> float:
     """Return part / whole, at most 1; 1 if the whole is 0."""
-    return min(1.0, part / whole) if whole else 1.0
+    return min(1.0, part / total) if total else 1.0

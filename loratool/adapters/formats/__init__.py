@@ -116,17 +116,17 @@ def holds_adapter(name: str | os.PathLike[str]) -> bool:
     Raises:
         InputError: they are neither.
     """
-    found = resolve(name)
-    if is_pipeline(found):
+    path = resolve(name)
+    if is_pipeline(path):
         return False
-    with_config = found.is_dir() and (found / CONFIG_NAME).is_file()
-    if with_config and any((found / each).is_file() for each in ADAPTER_NAMES):
+    with_config = path.is_dir() and (path / CONFIG_NAME).is_file()
+    if with_config and any((path / each).is_file() for each in ADAPTER_NAMES):
         return True
     try:
-        weights = find_weights(found)
+        weights = find_weights(path)
     except InputError:
-        if found.is_dir() and not with_config:
-            find_adapter_file(found)  # raises the error for a folder without an adapter
+        if path.is_dir() and not with_config:
+            find_adapter_file(path)  # raises the error for a folder without an adapter
         return True
     if weights.suffix == ".json":
         return False
@@ -208,10 +208,10 @@ def open_adapter(
     path = resolve(name)
     with reading(path):
         if is_pipeline(path) or any((path / index).is_file() for index in INDEX_NAMES):
-            there = next((each for each in ADAPTER_NAMES if (path / each).is_file()), None)
-            if there is None:
+            beside = next((each for each in ADAPTER_NAMES if (path / each).is_file()), None)
+            if beside is None:
                 open_checkpoint(path).close()  # raises an error if it is no model either
-            raise _model_for_adapter(name, there)
+            raise _model_for_adapter(name, beside)
         weights = find_adapter_file(path)
         notes = notes_on_choice(path, weights)
     # messages and reports name the checkpoint that was chosen among several
@@ -264,10 +264,10 @@ def open_adapter(
         raise
 
 
-def _model_for_adapter(name: str | os.PathLike[str], there: str | None = None) -> InputError:
+def _model_for_adapter(name: str | os.PathLike[str], beside: str | None = None) -> InputError:
     """Return the error for a model; `beside` is an adapter's file beside its weights, as torchtune leaves one."""
-    if there:
-        remedy = f"name the adapter's file: {shell_word(os.path.join(name, there))}"
+    if beside:
+        remedy = f"name the adapter's file: {shell_word(os.path.join(name, beside))}"
         return InputError("holds a model, and an adapter beside it", culprit=os.fspath(name), remedy=remedy)
     return ModelGiven(
         "is a model, not an adapter",

@@ -57,15 +57,15 @@ class AdapterHub(Format):
         rank, matrices, alpha = own.get("r"), own.get("attn_matrices"), own.get("alpha")
         if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not isinstance(matrices, list):
             raise InputError(f"its {CONFIG_NAME} has no r, alpha or attn_matrices that can be used", culprit=name)
-        found = {tensor: _NAME.fullmatch(tensor) for tensor in file.specs}
+        matches = {tensor: _NAME.fullmatch(tensor) for tensor in file.specs}
         tensors, named, ranks = {}, set(), {}
-        for tensor, match in found.items():
+        for tensor, match in matches.items():
             if match is None:
                 raise InputError(f"is no tensor of LoRA, and {name} does not say how it is used", culprit=tensor)
             module, adapter, side = match.groups()
             named.add(adapter)
             A, B = (f"{module}.loras.{adapter}.lora_{each}" for each in "AB")
-            of_qkv = module.rpartition(".")[2] in QKV and A in found and B in found and file.specs[A].shape
+            of_qkv = module.rpartition(".")[2] in QKV and A in matches and B in matches and file.specs[A].shape
             if of_qkv:
                 ranks[module] = file.specs[A].shape[0]
             tensors[f"{module}.lora_{side}.weight"] = (

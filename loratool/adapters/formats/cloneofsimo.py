@@ -59,14 +59,14 @@ class Cloneofsimo(Format):
         """
         if options.alpha is not None:
             raise UsageError("--alpha is not for this format: its change is up @ down as it is", culprit=name)
-        found: dict[str, dict[int, dict[str, str]]] = {}
+        by_component: dict[str, dict[int, dict[str, str]]] = {}
         for tensor in file.specs:
             match = KEY.fullmatch(tensor)
             if match is None:
                 raise InputError(f"is no factor; {name} holds more than LoRA", culprit=tensor)
-            found.setdefault(match[1], {}).setdefault(int(match[2]), {})[ROLES[match[3]]] = tensor
+            by_component.setdefault(match[1], {}).setdefault(int(match[2]), {})[ROLES[match[3]]] = tensor
         updates: dict[str, UpdateSpec] = {}
-        for component, numbered in found.items():
+        for component, numbered in by_component.items():
             modules = _modules(name, component, file, len(numbered))
             if set(numbered) != set(range(len(modules))):
                 raise InputError(

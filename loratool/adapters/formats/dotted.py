@@ -75,17 +75,17 @@ class DottedFormat(Format, ABC):
             InputError: a tensor is not of LoRA or DoRA, or the metadata is damaged.
             UsageError: the alpha of `options` contradicts the file.
         """
-        found: dict[str, dict[str, str]] = {}
+        modules: dict[str, dict[str, str]] = {}
         for tensor in file.specs:
             module, role = split_suffix(tensor)
             module = _module_of(module)
             if role is None:
                 raise refused_tensor(tensor, name)
-            if found.setdefault(module, {}).setdefault(role, tensor) != tensor:
-                raise InputError(f"is the same as {found[module][role]}", culprit=tensor)
+            if modules.setdefault(module, {}).setdefault(role, tensor) != tensor:
+                raise InputError(f"is the same as {modules[module][role]}", culprit=tensor)
         configs = _configs(name, file)
         updates = {}
-        for module, roles in found.items():
+        for module, roles in modules.items():
             config, path = _config_of(module, roles, file, configs, name, options.alpha)
             roles = {role: key for role, key in roles.items() if role != "alpha"}
             if not roles:
@@ -94,16 +94,16 @@ class DottedFormat(Format, ABC):
                 if config.peft.get("use_dora") and spec.rank and spec.cls is not DoRA and not options.lenient:
                     said = "config" if "" in configs else "metadata"
                     raise InputError(f"has no magnitude, but the {said} sets use_dora", culprit=module)
-                whole = module + spec.module.removeprefix(path)
-                if whole in updates:
-                    raise InputError(f"{name} has two updates for it", culprit=whole)
-                updates[whole] = replace(spec, module=whole)
+                full = module + spec.module.removeprefix(path)
+                if full in updates:
+                    raise InputError(f"{name} has two updates for it", culprit=full)
+                updates[full] = replace(spec, module=full)
         alphas = {spec.scale * spec.cls.divisor(spec) for spec in updates.values() if spec.cls.divisor(spec)}
         common_alpha = alphas.pop() if len(alphas) == 1 else None
         # diffusers applies these to the base each time it loads the file
         inits = {component: init for component, config in configs.items() if (init := base_mutating_init(config))}
         if "" in inits:
-            inits = dict.fromkeys((module.partition(".")[0] for module in found), inits[""])
+            inits = dict.fromkeys((module.partition(".")[0] for module in modules), inits[""])
         missing = announced_but_absent(configs[""], updates) if "" in configs else ()
         config = AdapterConfig(alpha=common_alpha, base_mutating_inits=inits)
         return Adapter(name, self.key, file, config, updates, missing=missing)
@@ -258,11 +258,11 @@ def _config_of(
 
 def _refuse_contradiction(tensor: str, stored: float, config: AdapterConfig, path: str) -> None:
     """Raise InputError if a stored alpha differs from the config's by more than bf16 rounding."""
-    said = config.for_module(path).alpha
-    if said is not None and (config.use_rslora or not math.isclose(said, stored, rel_tol=2**-8)):
+    alpha = config.for_module(path).alpha
+    if alpha is not None and (config.use_rslora or not math.isclose(alpha, stored, rel_tol=2**-8)):
         scaled = ", divided by the root of the rank (use_rslora)" if config.use_rslora else ""
         raise InputError(
-            f"is {stored:g}, but the config says {said:g}{scaled}",
+            f"is {stored:g}, but the config says {alpha:g}{scaled}",
             culprit=tensor,
             remedy="which of them its trainer meant, the file does not say: remove the other",
         )

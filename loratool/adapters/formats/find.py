@@ -32,8 +32,8 @@ def find_adapter_file(path: Path) -> Path:
     if not path.is_dir():
         return path
     refuse_change_folder(path)
-    found = _in_folder(path)
-    if not found:
+    files = _in_folder(path)
+    if not files:
         named = _with_adapters(path)
         newest = _newest(named)
         if newest is None and named:
@@ -47,16 +47,16 @@ def find_adapter_file(path: Path) -> Path:
                 culprit=str(path),
                 remedy=f"name the one to read, like {shell_word(newest)}",
             )
-        found, path = (_in_folder(newest), newest) if newest else ([], path)
-    if len(found) > 1:
+        files, path = (_in_folder(newest), newest) if newest else ([], path)
+    if len(files) > 1:
         raise InputError(
-            f"holds {len(found)} files of weights",
+            f"holds {len(files)} files of weights",
             culprit=str(path),
-            remedy=f"name one of them, like {shell_word(found[0])}",
+            remedy=f"name one of them, like {shell_word(files[0])}",
         )
-    if not found:
+    if not files:
         raise no_weights(path)
-    return found[0]
+    return files[0]
 
 
 def notes_on_choice(path: Path, weights: Path) -> tuple[str, ...]:
@@ -101,6 +101,6 @@ def _in_folder(path: Path) -> list[Path]:
     files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors" and p.is_file())
     if not files and (state := find_state(path)):
         return [state]
-    found = files or sorted(each for each in path.iterdir() if is_torch_weights(each) and not each.is_dir())
-    found = found or [each for each in sorted(path.glob("*.gguf")) if not each.is_dir()]
-    return found or [each for each in found_by_content(path) if not NO_WEIGHTS.fullmatch(each.name)]
+    others = files or sorted(each for each in path.iterdir() if is_torch_weights(each) and not each.is_dir())
+    others = others or [each for each in sorted(path.glob("*.gguf")) if not each.is_dir()]
+    return others or [each for each in found_by_content(path) if not NO_WEIGHTS.fullmatch(each.name)]

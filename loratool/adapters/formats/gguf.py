@@ -87,26 +87,26 @@ class LlamaCpp(Format):
         """
         fields = _fields_of(file)
         config = _config_of(name, fields, options)
-        found: dict[str, dict[str, str]] = {}
+        modules: dict[str, dict[str, str]] = {}
         updates: dict[str, UpdateSpec] = {}
         for tensor, spec in file.specs.items():
             end = next((end for end in ROLES if tensor.endswith(end)), None)
             if end:
-                found.setdefault(tensor.removesuffix(end), {})[ROLES[end]] = tensor
+                modules.setdefault(tensor.removesuffix(end), {})[ROLES[end]] = tensor
             elif tensor.endswith(NORM):
                 module = tensor.removesuffix(".weight")
                 updates[module] = UpdateSpec(ReplaceTensor, module, {"value": tensor}, {"value": spec})
             else:
                 raise InputError("is neither lora_a, lora_b nor a norm, and llama.cpp refuses it", culprit=tensor)
         matrices, experts = _as_matrices(file, options.lenient)
-        for module, roles in found.items():
+        for module, roles in modules.items():
             updates[module] = _update(module, roles, matrices, experts, config, options.lenient)
         key = str(fields[ARCHITECTURE])
         counted = {f"{key}.expert_count": experts} if experts else {}
-        said = {field: value for field, value in fields.items() if "." in field}  # as PEFT's fields have none
+        dotted = {field: value for field, value in fields.items() if "." in field}  # as PEFT's fields have none
         norms = [module for module, update in updates.items() if update.cls is ReplaceTensor]
         notes = (f"{', '.join(norms)}: a merge replaces these norms, and llama.cpp ignores them",) if norms else ()
-        native = Adapter(name, self.key, matrices, replace(config, own={**said, **counted}), updates, notes=notes)
+        native = Adapter(name, self.key, matrices, replace(config, own={**dotted, **counted}), updates, notes=notes)
         if not options.model:
             return native
         try:

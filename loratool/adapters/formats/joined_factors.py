@@ -42,16 +42,16 @@ def join(parts: Sequence[tuple[Pair, slice]], rows: int) -> Pair:
     )
 
 
-def stack(module: str, pairs: Mapping[int, Pair], count: int, said: Collection[int | None]) -> Pair:
+def stack(module: str, pairs: Mapping[int, Pair], count: int, ranks: Collection[int | None]) -> Pair:
     """Return the factors of `count` experts as PEFT stacks them, with zeros for missing experts.
 
     A is (count * rank, in), expert by expert. B is (out, rank * count), for each rank the experts.
 
     Args:
-        said: the ranks that the config says of the modules; None for none.
+        ranks: the ranks of the modules in the config; None for a missing rank.
 
     Raises:
-        InputError: they have different ranks or shapes, or other ranks than said.
+        InputError: they have different ranks or shapes, or other ranks than the config's.
     """
     first = next(iter(pairs.values()))
     if any((pair.A.spec, pair.B.spec) != (first.A.spec, first.B.spec) for pair in pairs.values()):
@@ -59,9 +59,9 @@ def stack(module: str, pairs: Mapping[int, Pair], count: int, said: Collection[i
     if len(first.A.spec.shape) != 2 or len(first.B.spec.shape) != 2 or first.A.spec.shape[0] != first.B.spec.shape[1]:
         raise InputError(f"A is {first.A.spec.shape} and B is {first.B.spec.shape}: no low-rank pair", culprit=module)
     (rank, width), rows = first.A.spec.shape, first.B.spec.shape[0]
-    if any(each is not None and each * first.joined != rank for each in said):
+    if any(each is not None and each * first.joined != rank for each in ranks):
         raise InputError(
-            f"has rank {rank // first.joined}, and the config says {sorted(map(str, said))}", culprit=module
+            f"has rank {rank // first.joined}, and the config says {sorted(map(str, ranks))}", culprit=module
         )
 
     def sides(side: str) -> Iterator[tuple[Tensor, Place]]:
@@ -87,9 +87,9 @@ def with_stacks(
         InputError: the config scales by the root of the rank, and fused gate and up have twice the rank.
     """
     named, ranks, alphas, alpha = dict(tensors), {}, {}, fields.get("lora_alpha")
-    for stem, own in stacks.items():
-        for parameter, pair in own.items():
-            wrapper = f"{stem}.base_layer" if len(own) == 2 and parameter == "gate_up_proj" else stem
+    for stem, pairs in stacks.items():
+        for parameter, pair in pairs.items():
+            wrapper = f"{stem}.base_layer" if len(pairs) == 2 and parameter == "gate_up_proj" else stem
             put_tensor(named, f"{wrapper}.lora_A.weight", pair.A)
             put_tensor(named, f"{wrapper}.lora_B.weight", pair.B)
             path = f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}"

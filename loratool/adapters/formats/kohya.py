@@ -57,15 +57,15 @@ class Kohya(Format):
             InputError: a tensor is not of LoRA or DoRA.
             UsageError: the alpha of `options` contradicts the file.
         """
-        found: dict[str, dict[str, str]] = {}
+        modules: dict[str, dict[str, str]] = {}
         for tensor in file.specs:
             module, role = split_suffix(tensor)
             if role is None or "." in module:
                 raise refused_tensor(tensor, name)
-            if (other := found.setdefault(module, {}).setdefault(role, tensor)) != tensor:
+            if (other := modules.setdefault(module, {}).setdefault(role, tensor)) != tensor:
                 raise InputError(f"is the same as {other}", culprit=tensor)
         updates = {}
-        for module, roles in found.items():
+        for module, roles in modules.items():
             stored = roles.pop("alpha", None)
             if not roles:
                 raise InputError(f"has no lora_down and lora_up beside it in {name}", culprit=stored)

@@ -53,20 +53,21 @@ class Litgpt(Format):
             UsageError: the alpha of `options` contradicts the file.
         """
         folder = file.path.parent
-        said = {**read_plain_yaml(folder / HYPERPARAMETERS), **read_plain_yaml(folder / MODEL)}
-        if said.get("mlp_class_name") not in MLPS:
+        settings = {**read_plain_yaml(folder / HYPERPARAMETERS), **read_plain_yaml(folder / MODEL)}
+        if settings.get("mlp_class_name") not in MLPS:
             raise InputError(
-                f"is of {said.get('name')}, whose mlp_class_name is {said.get('mlp_class_name')}: its names in "
+                f"is of {settings.get('name')}, whose mlp_class_name is {settings.get('mlp_class_name')}: its names in "
                 f"transformers are known for {', '.join(MLPS)}",
                 culprit=name,
             )
-        if unknown := sorted(field for field in said if field.startswith("lora_") and field not in KNOWN):
+        if unknown := sorted(field for field in settings if field.startswith("lora_") and field not in KNOWN):
             raise InputError(f"its {HYPERPARAMETERS} sets {unknown[0]}, which is not known", culprit=name)
         rank, alpha, head, query, key = (
-            _number(said, field, folder) for field in ("lora_r", "lora_alpha", "head_size", "n_head", "n_query_groups")
+            _number(settings, field, folder)
+            for field in ("lora_r", "lora_alpha", "head_size", "n_head", "n_query_groups")
         )
         sizes = {"q": head * query, "k": head * key, "v": head * key}
-        switches = [said.get(field) for field in ("lora_query", "lora_key", "lora_value")]
+        switches = [settings.get(field) for field in ("lora_query", "lora_key", "lora_value")]
         if not all(isinstance(each, bool) for each in switches):
             raise InputError(f"its {HYPERPARAMETERS} does not say which of q, k and v are adapted", culprit=name)
         enabled = {each: sizes[each] for each, on in zip("qkv", switches, strict=True) if on}
@@ -88,7 +89,7 @@ class Litgpt(Format):
             else:
                 raise InputError("is a tensor of no model of Llama's shape in litgpt", culprit=tensor)
             tensors[f"{path}.lora_{side}.weight"] = copied(file, tensor)
-        config = {"r": rank, "lora_alpha": alpha, "base_model_name_or_path": said.get("checkpoint_dir")}
+        config = {"r": rank, "lora_alpha": alpha, "base_model_name_or_path": settings.get("checkpoint_dir")}
         return read_as_peft(self.key, name, file, tensors, config, options)
 
 
@@ -99,11 +100,11 @@ def _parts(file: WeightsFile, tensor: str, side: str, rank: int, enabled: Mappin
     if len(shape) != 2 or shape[0] != sum(rows.values()):
         what = f"{shape[0] if shape else 0} rows, not {' + '.join(map(str, rows.values())) or 'none'}"
         raise InputError(f"has {what} of {', '.join(rows) or 'q, k and v, which are not adapted'}", culprit=tensor)
-    found, start = {}, 0
+    parts, start = {}, 0
     for each, count in rows.items():
-        found[each] = made_of(file, tensor, (count, shape[1]), itemgetter(slice(start, start + count)))
+        parts[each] = made_of(file, tensor, (count, shape[1]), itemgetter(slice(start, start + count)))
         start += count
-    return found
+    return parts
 
 
 def _number(said: Mapping[str, Any], field: str, folder: Path) -> int:

@@ -61,18 +61,18 @@ class Loralib(Format):
                 them; or a weight is stored beside its factors.
             NeedsFlag: the slices of a MergedLinear were not given, or alpha is missing.
         """
-        found: dict[str, dict[str, str]] = {}
+        modules: dict[str, dict[str, str]] = {}
         updates: dict[str, UpdateSpec] = {}
         for tensor, spec in file.specs.items():
             end = next((end for end in ROLES if tensor.endswith(end)), None)
             if end:
-                found.setdefault(tensor.removesuffix(end), {})[ROLES[end]] = tensor
+                modules.setdefault(tensor.removesuffix(end), {})[ROLES[end]] = tensor
             else:
                 updates[module_path(tensor)] = UpdateSpec(
                     ReplaceTensor, module_path(tensor), {"value": tensor}, {"value": spec}
                 )
-        config = AdapterConfig(alpha=options.alpha, rank_is_alpha=are_of_image_model(found))
-        for module, roles in found.items():
+        config = AdapterConfig(alpha=options.alpha, rank_is_alpha=are_of_image_model(modules))
+        for module, roles in modules.items():
             if module in updates:
                 raise InputError(
                     "is there beside its factors: whether they are in it already, the file does not say",
@@ -87,12 +87,12 @@ class Loralib(Format):
         return Adapter(name, self.key, file, config, updates)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
-        named, found = adapter_names(source.file.specs), {}
+        named, names = adapter_names(source.file.specs), {}
         for module, update in kept.items():
             for role, key in update.tensors.items():
                 name = saved_name(key, named).replace(".base_layer.", ".")
-                found[self.tensor_name(module, role) if role in self.ends else name] = module, role
-        return found
+                names[self.tensor_name(module, role) if role in self.ends else name] = module, role
+        return names
 
 
 def _slices(roles: Mapping[str, str], file: WeightsFile) -> int:

@@ -92,46 +92,46 @@ class Mlx(Format):
             UsageError: the alpha of `options` contradicts the config.
         """
         fields, _ = find_config(file)
-        said = _parse(name, fields, options)
+        settings = _parse(name, fields, options)
         types = tuple(nested_configs(options.model))
-        if said.kind == "full":
-            return Adapter(name, self.key, file, said.config, _whole(file, types))
-        found = _sort(file, said.kind)
+        if settings.kind == "full":
+            return Adapter(name, self.key, file, settings.config, _whole(file, types))
+        modules_by_path = _sort(file, settings.kind)
         stays = not types or ("quantization" in options.model and not TRANSPOSED_EXPERTS.isdisjoint(types))
         layers: dict[str, Mapping[str, str]] = {}  # path -> its tensors by role
         stacks: dict[str, tuple[Share, dict[int, str]]] = {}  # the class's parameter -> MLX's modules by share
-        for module, roles in found.items():
+        for module, roles in modules_by_path.items():
             path = canonical(module, types)
             if all(len(file.specs[key].shape) < 3 for key in roles.values()):
                 layers[path] = roles
                 continue
             share = (None if stays else find_share(path, types)) or Share(path, 0, 1)
             stacks.setdefault(share.stack, (share, {}))[1][share.part] = module
-        turned = {key: file.specs[key].shape[::-1] for roles in layers.values() for key in roles.values()}
-        made = {key: made_of(file, key, shape, _turned) for key, shape in turned.items()}
-        seen = virtual_file(file, made, file.metadata or {})
-        updates = {path: _layer(path, roles, seen, said, options) for path, roles in layers.items()}
+        transposed = {key: file.specs[key].shape[::-1] for roles in layers.values() for key in roles.values()}
+        new_tensors = {key: made_of(file, key, shape, _turned) for key, shape in transposed.items()}
+        seen = virtual_file(file, new_tensors, file.metadata or {})
+        updates = {path: _layer(path, roles, seen, settings, options) for path, roles in layers.items()}
         is_turned = not stays and not PEFT_TAKES_AS_PLAIN.isdisjoint(types)
         for stack, (share, modules) in stacks.items():
-            tensors = {part: found[modules[part]] for part in sorted(modules)}
+            tensors = {part: modules_by_path[modules[part]] for part in sorted(modules)}
             layout = StackLayout(0, share.parts, share.interleaved, is_turned)
             try:
                 pairs = {part: MlxPair.of(modules[part], roles, file) for part, roles in tensors.items()}
                 joined = JoinedStack.of(stack, pairs, layout)
-                updates[stack] = _stack(stack, joined, said, False if stays and types else None)
+                updates[stack] = _stack(stack, joined, settings, False if stays and types else None)
             except InputError as error:
                 if not options.lenient:
                     raise
                 roles = next(iter(tensors.values()))
                 updates[stack] = unpaired(stack, roles, file, error)
-                made |= {key: copied(file, key) for key in roles.values()}
+                new_tensors |= {key: copied(file, key) for key in roles.values()}
                 continue
-            made |= joined.made(updates[stack].tensors)
+            new_tensors |= joined.made(updates[stack].tensors)
         _refuse_scaled(updates, types)
-        seen = virtual_file(file, made, file.metadata or {})
+        seen = virtual_file(file, new_tensors, file.metadata or {})
         rows = [path for path, update in updates.items() if update.everywhere and not types]
         own = (*(stacks if stays else ()), *rows)
-        return Adapter(name, self.key, seen, said.config, updates, notes=said.notes, own_names=own)
+        return Adapter(name, self.key, seen, settings.config, updates, notes=settings.notes, own_names=own)
 
     def in_other_names(self, adapter: Adapter) -> Adapter:
         if adapter.own_names:
@@ -172,7 +172,7 @@ class Mlx(Format):
 
 
 @dataclass(frozen=True)
-class _Said:
+class _Settings:
     """The settings in a config."""
 
     kind: str  # one of KINDS
@@ -185,7 +185,7 @@ def is_mlx_config(fields: Mapping[str, Any]) -> bool:
     return not fields.keys().isdisjoint(MARKS)
 
 
-def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
+def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Settings:
     """Parse a config; raise an error if it is not MLX's, or if neither it nor `options` gives the scale."""
     if len(fields) > 1 and not is_mlx_config(fields):
         raise InputError(
@@ -228,7 +228,7 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Said:
         base_model=named_base(fields.get("model")),
         own={key: value for key, value in fields.items() if key not in PEFT_FIELDS},  # ignored by mlx-lm
     )
-    return _Said(kind, None if scale is None else float(scale), config, notes)
+    return _Settings(kind, None if scale is None else float(scale), config, notes)
 
 
 def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
@@ -252,7 +252,7 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
             culprit=str(file.path),
             remedy=FUSE,
         )
-    found = {}
+    updates = {}
     for key, spec in file.specs.items():
         if key.endswith(FACTORS):
             raise InputError("is a factor, and the config's fine_tune_type is full", culprit=key)
@@ -260,30 +260,32 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
         is_turned = stores_transposed(types, path) if len(spec.shape) == 2 else not TRANSPOSED_EXPERTS.isdisjoint(types)
         if is_turned and len(spec.shape) > 1:
             raise InputError(f"lies otherwise than in the files of a {types[0]}", culprit=key, remedy=FUSE)
-        found[path] = UpdateSpec(ReplaceTensor, path, {"value": key}, {"value": spec})
-    return found
+        updates[path] = UpdateSpec(ReplaceTensor, path, {"value": key}, {"value": spec})
+    return updates
 
 
 def _sort(file: WeightsFile, kind: str) -> dict[str, dict[str, str]]:
     """Return the tensors by module and role; raise InputError for a tensor of another kind of adapter."""
-    found: dict[str, dict[str, str]] = {}
+    modules: dict[str, dict[str, str]] = {}
     for key in file.specs:
         module, _, end = key.rpartition(".")
         if end not in ROLES or not module:
             raise InputError("is a tensor of no LoRA of MLX", culprit=key)
-        found.setdefault(module, {})[ROLES[end]] = key
-    for module, roles in found.items():
+        modules.setdefault(module, {})[ROLES[end]] = key
+    for module, roles in modules.items():
         if ("magnitude" in roles) is not (kind == "dora") and len(roles) > 1:
             has = "has an m" if "magnitude" in roles else "has no m"
             raise InputError(f"{has}, and the config's fine_tune_type is {kind}", culprit=module)
-    return found
+    return modules
 
 
 def _turned(stored: Tensor) -> Tensor:
     return stored.T if stored.dim() == 2 else stored
 
 
-def _layer(path: str, roles: Mapping[str, str], file: WeightsFile, said: _Said, options: ReadOptions) -> UpdateSpec:
+def _layer(
+    path: str, roles: Mapping[str, str], file: WeightsFile, settings: _Settings, options: ReadOptions
+) -> UpdateSpec:
     """Return the update of a layer of one matrix.
 
     An embedding's factors are along its rows, its magnitudes along its tokens. Both also apply to a tied head.
@@ -291,20 +293,20 @@ def _layer(path: str, roles: Mapping[str, str], file: WeightsFile, said: _Said, 
     last = path.rpartition(".")[2]
     is_rows = last in EMBEDDINGS
     update = spec_from_roles(
-        path, roles, file, said.config, is_rows or None, along_inputs=is_rows, lenient=options.lenient
+        path, roles, file, settings.config, is_rows or None, along_inputs=is_rows, lenient=options.lenient
     )
     update = replace(update, everywhere=last in INPUT_EMBEDDINGS and is_tied(options.model) is not False)
-    return update if said.scale is None or not update.rank else replace(update, scale=said.scale)
+    return update if settings.scale is None or not update.rank else replace(update, scale=settings.scale)
 
 
-def _stack(stack: str, joined: JoinedStack, said: _Said, turned: bool | None) -> UpdateSpec:
+def _stack(stack: str, joined: JoinedStack, settings: _Settings, transposed: bool | None) -> UpdateSpec:
     for pair in joined.pairs.values():
-        if said.config.rank not in (None, pair.rank):
+        if settings.config.rank not in (None, pair.rank):
             spec = UpdateSpec(LowRank, stack, {}, {"A": pair.file.specs[pair.A]})
-            raise other_rank(spec, said.config.rank or 0)
+            raise other_rank(spec, settings.config.rank or 0)
     tensors = {role: f"{stack}.{ENDS[role]}" for role in Experts.roles}
-    scale = said.config.scale_of(stack, joined.rank) if said.scale is None else said.scale
-    return UpdateSpec(Experts, stack, tensors, joined.specs(), scale, detail=Stack(joined.experts, turned))
+    scale = settings.config.scale_of(stack, joined.rank) if settings.scale is None else settings.scale
+    return UpdateSpec(Experts, stack, tensors, joined.specs(), scale, detail=Stack(joined.experts, transposed))
 
 
 def _refuse_scaled(updates: Mapping[str, UpdateSpec], types: tuple[str, ...]) -> None:

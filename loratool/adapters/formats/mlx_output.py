@@ -60,18 +60,18 @@ def mlx_content(content: AdapterContent) -> AdapterContent:
     specs: dict[str, TensorSpec] = {}
     of: dict[str, tuple[_Module, str]] = {}
     for path, module in modules.items():
-        made = _specs(content, module, rank)
-        specs |= {f"{path}.{end}": spec for end, spec in made.items()}
-        of |= {f"{path}.{end}": (module, end) for end in made}
+        module_specs = _specs(content, module, rank)
+        specs |= {f"{path}.{end}": spec for end, spec in module_specs.items()}
+        of |= {f"{path}.{end}": (module, end) for end in module_specs}
 
     def load(name: str) -> Tensor:
         module, end = of[name]
         if end == "m":
             assert module.magnitude
             return content.load(module.magnitude)
-        found = _side(content, module, end)
-        filled = found.new_zeros(specs[name].shape)
-        filled[tuple(slice(size) for size in found.shape)] = found
+        side = _side(content, module, end)
+        filled = side.new_zeros(specs[name].shape)
+        filled[tuple(slice(size) for size in side.shape)] = side
         return filled
 
     dora = any(module.magnitude for module in modules.values())
@@ -117,28 +117,30 @@ def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
         if total % rank:
             raise InputError(f"A has {total} rows, which are no stack of rank {rank}", culprit=module)
         experts, magnitude = total // rank if is_stack else 0, m if m in content.specs else None
-        made = _Module(A, B, magnitude, experts, StackLayout(), tuple(range(rank)))
+        entry = _Module(A, B, magnitude, experts, StackLayout(), tuple(range(rank)))
         path = canonical(module, types)
         if is_stack and types:
-            modules |= _shares(content, path, made, names, _is_turned(types, str(config.peft.get("peft_version"))))
+            modules |= _shares(content, path, entry, names, _is_turned(types, str(config.peft.get("peft_version"))))
         else:
-            modules[mlx_path(path, names) if types else path] = made
+            modules[mlx_path(path, names) if types else path] = entry
     if len(scales) != 1:
         raise InputError("its modules have several scales, and a file of MLX has one", remedy="add --plain")
     return modules, scales.pop()
 
 
-def _shares(content: AdapterContent, path: str, whole: _Module, names: MlxNames, turned: bool) -> dict[str, _Module]:
+def _shares(
+    content: AdapterContent, path: str, stack: _Module, names: MlxNames, transposed: bool
+) -> dict[str, _Module]:
     """Return MLX's stacks that share the rows of a stack of the class, except those without ranks."""
     layouts: dict[str, StackLayout] = {}
     for target in stacks_of(path, names):
         _, part, parts = names.shares[target.rpartition(".")[2]]
-        layouts[target] = StackLayout(part, parts, names.interleaved and parts > 1, turned)
+        layouts[target] = StackLayout(part, parts, names.interleaved and parts > 1, transposed)
     if len(layouts) == 1:
-        return {target: replace(whole, layout=layout) for target, layout in layouts.items()}
-    ranks = share_ranks(content.load(whole.A), content.load(whole.B), whole.experts, list(layouts.values()))
+        return {target: replace(stack, layout=layout) for target, layout in layouts.items()}
+    ranks = share_ranks(content.load(stack.A), content.load(stack.B), stack.experts, list(layouts.values()))
     each = zip(layouts.items(), ranks, strict=True)
-    return {target: replace(whole, layout=layout, ranks=tuple(own)) for (target, layout), own in each if own}
+    return {target: replace(stack, layout=layout, ranks=tuple(own)) for (target, layout), own in each if own}
 
 
 def _is_turned(types: tuple[str, ...], version: str) -> bool:
@@ -168,23 +170,23 @@ def _config(content: AdapterContent, kind: str, lora: Mapping[str, Any]) -> dict
     return {**named, **former, "fine_tune_type": kind, "num_layers": layers, "lora_parameters": lora}
 
 
-def find_misfits(source: str, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any], own: bool) -> dict[str, str]:
+def find_misfits(source: str, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any], is_mlx: bool) -> dict[str, str]:
     """Return the modules that a file of MLX cannot store, each with the reason.
 
     Args:
         source: the adapter's name.
         model: the base's config.json; empty if unknown.
-        own: the adapter is MLX's.
+        is_mlx: the adapter is MLX's.
 
     Raises:
         NeedsFlag: the answer depends on the base.
     """
     types = tuple(nested_configs(model))
     dora = any(update.cls is DoRA for update in kept.values())
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for module, update in kept.items():
         last = module.rpartition(".")[2]
-        if not types and not own and (update.cls.stack or last in INPUT_EMBEDDINGS):
+        if not types and not is_mlx and (update.cls.stack or last in INPUT_EMBEDDINGS):
             what = "a stack of experts" if update.cls.stack else "an embedding, which the head may be tied to"
             raise NeedsFlag(
                 f"is {what}: only the model tells how MLX has it ({source})",
@@ -192,10 +194,10 @@ def find_misfits(source: str, kept: Mapping[str, UpdateSpec], model: Mapping[str
                 flags="--base BASE",
                 why="with the model (its config.json will do)",
             )
-        reason = _of_update(module, update, dora) or (_of_model(module, update, model, own) if types else None)
+        reason = _of_update(module, update, dora) or (_of_model(module, update, model, is_mlx) if types else None)
         if reason:
-            found[module] = reason
-    return found
+            reasons[module] = reason
+    return reasons
 
 
 def _of_update(module: str, update: UpdateSpec, dora: bool) -> str | None:
@@ -220,7 +222,7 @@ def is_tied(model: Mapping[str, Any]) -> bool | None:
     return next((flag for flag in flags if isinstance(flag, bool)), by_default)
 
 
-def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bool) -> str | None:
+def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], is_mlx: bool) -> str | None:
     types = tuple(nested_configs(model))
     known, path = mlx_names(types), canonical(module, types)
     names, last = known or MlxNames(), path.rpartition(".")[2]
@@ -234,6 +236,6 @@ def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], own: bo
         return "of a tower, and mlx-lm has none"
     if last in HEADS and is_tied(model) is True:
         return "a head that is tied, which MLX's class does not have"
-    if last in INPUT_EMBEDDINGS and is_tied(model) is not False and not own:
+    if last in INPUT_EMBEDDINGS and is_tied(model) is not False and not is_mlx:
         return "an embedding that the head is tied to, which MLX changes as well"
     return None

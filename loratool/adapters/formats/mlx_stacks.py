@@ -119,9 +119,9 @@ class JoinedStack:
 def cut_share(A: Tensor, B: Tensor, experts: int, layout: StackLayout) -> tuple[Tensor, Tensor]:
     """Return a share's factors, A (E, r, in) and B (E, out, r), from those of the parameter in PEFT's layout."""
     rank = len(A) // experts
-    one = A.reshape(experts, rank, -1)
+    rank_side = A.reshape(experts, rank, -1)
     other = B.reshape(len(B), rank, experts).permute(2, 1, 0)  # (E, r, out)
-    inputs, outputs = (other, one) if layout.turned else (one, other)
+    inputs, outputs = (other, rank_side) if layout.turned else (rank_side, other)
     rows = outputs.shape[2] // layout.parts
     return inputs.contiguous(), outputs[:, :, _rows(layout, rows)].mT.contiguous()
 

@@ -42,7 +42,7 @@ def module_updates(
     Raises:
         InputError: the roles are of no kind that can be merged, or as `spec_from_roles`.
     """
-    own = {role: name for role, name in roles.items() if role not in BIAS_ROLES}
+    weight_roles = {role: name for role, name in roles.items() if role not in BIAS_ROLES}
     if key := roles.get("diff_b"):
         yield UpdateSpec(Diff, bias, {"diff": key}, {"diff": file.specs[key]}, transposed=False)
     if key := roles.get("bias"):  # PEFT's bias of the layer that has B as weight
@@ -51,19 +51,21 @@ def module_updates(
             raise InputError(f"has no partner: the A factor of {module} is missing or empty", culprit=key)
         scale = config.scale_of(module, rank[0]) if rank and rank[0] else 1.0
         yield UpdateSpec(AddDelta, bias, {"value": key}, {"value": file.specs[key]}, scale)
-    if "set" in own:  # ComfyUI's full weight, which replaces the base's
-        if len(own) > 1:
-            raise InputError("is there beside factors, which it would undo", culprit=own["set"])
-        yield UpdateSpec(ReplaceTensor, module, {"value": own["set"]}, {"value": file.specs[own["set"]]})
+    if "set" in weight_roles:  # ComfyUI's full weight, which replaces the base's
+        if len(weight_roles) > 1:
+            raise InputError("is there beside factors, which it would undo", culprit=weight_roles["set"])
+        yield UpdateSpec(
+            ReplaceTensor, module, {"value": weight_roles["set"]}, {"value": file.specs[weight_roles["set"]]}
+        )
         return
-    if not own:
+    if not weight_roles:
         return
     try:
-        yield _of_weight(module, own, file, config, lenient)
+        yield _of_weight(module, weight_roles, file, config, lenient)
     except InputError as error:
         if not lenient:
             raise
-        yield unpaired(module, own, file, error)
+        yield unpaired(module, weight_roles, file, error)
 
 
 def _of_weight(
@@ -89,6 +91,6 @@ def _of_weight(
 
 def _refuse_methods(roles: Mapping[str, str]) -> None:
     for marks, (method, reason) in REFUSED.items():
-        found = next((role for role in marks if role in roles), None)
-        if found:
-            raise InputError(f"is a tensor of {method}, which {reason}", culprit=roles[found], remedy=EXTRACT_REMEDY)
+        mark = next((role for role in marks if role in roles), None)
+        if mark:
+            raise InputError(f"is a tensor of {method}, which {reason}", culprit=roles[mark], remedy=EXTRACT_REMEDY)

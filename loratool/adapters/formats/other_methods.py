@@ -177,10 +177,10 @@ def peft_type(fields: Mapping[str, Any]) -> Any:
 
 def is_adapterhub_lora(fields: Mapping[str, Any]) -> bool:
     """Return whether a config is AdapterHub's of plain LoRA."""
-    own = fields.get("config")
-    if not isinstance(own, dict) or any(own.get(field) for field in _VARIANT_FIELDS):
+    config = fields.get("config")
+    if not isinstance(config, dict) or any(config.get(field) for field in _VARIANT_FIELDS):
         return False
-    return own.get("architecture") == "lora" and own.get("composition_mode") == "add"
+    return config.get("architecture") == "lora" and config.get("composition_mode") == "add"
 
 
 def other_method(names: Iterable[str], fields: Mapping[str, Any]) -> tuple[str, OtherMethod] | None:
@@ -223,10 +223,10 @@ def describe_bottlenecks(names: Iterable[str]) -> str | None:
     layers = Counter((parts[0], numbers[0]) for parts, numbers in map(split_numbers, modules) if numbers)
     if len(set(layers.values())) != 1:
         return None
-    each = next(iter(layers.values()))
-    whose = {1: ", as Lin's and Pfeiffer's have", 2: ", as Houlsby's have"}.get(each, "")
+    count = next(iter(layers.values()))
+    whose = {1: ", as Lin's and Pfeiffer's have", 2: ", as Houlsby's have"}.get(count, "")
     adapted = [-1, *sorted({number for _, number in layers})]
     gaps = [(a + 1, b - 1) for a, b in pairwise(adapted) if b > a + 1]
     dropped = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in gaps)
     without = f"; none in layers {dropped}, as in AdapterDrop" if dropped else ""
-    return f"{each} bottleneck{'s' * (each > 1)} in each of {len(layers)} layers{whose}{without}"
+    return f"{count} bottleneck{'s' * (count > 1)} in each of {len(layers)} layers{whose}{without}"

@@ -160,19 +160,19 @@ class Peft(Format):
             tensors, fields = today
             file, config = virtual_file(file, tensors, {}), parse_config(name, fields, None)
         config = dataclasses.replace(config, rank_is_alpha=of_image)
-        found: dict[tuple[str, int], dict[str, str]] = {}
+        layers: dict[tuple[str, int], dict[str, str]] = {}
         replaced: dict[str, str] = {}
         named = adapter_names(file.specs)
         shared = {match[1]: key for key in file.specs if (match := _SHARED.search(key))}
         for key in (key for key in file.specs if key not in shared.values()):
-            _sort_in(key, component, found, replaced, file, named)
-        if shared and not any(OTHER_ROLES & roles.keys() for roles in found.values()):
+            _sort_in(key, component, layers, replaced, file, named)
+        if shared and not any(OTHER_ROLES & roles.keys() for roles in layers.values()):
             raise InputError("is there for modules of which the file has none", culprit=next(iter(shared.values())))
         updates: dict[str, UpdateSpec] = {}
         depths_of: dict[str, list[int]] = {}
-        for path, depth in sorted((key for key, roles in found.items() if "A" in roles), reverse=True):
+        for path, depth in sorted((key for key, roles in layers.items() if "A" in roles), reverse=True):
             depths_of.setdefault(path, []).append(depth)
-        for (path, depth), roles in found.items():
+        for (path, depth), roles in layers.items():
             depths = depths_of.get(path, [])
             place = depths.index(depth) if depth in depths else 0
             for update in _updates(
@@ -195,11 +195,11 @@ class Peft(Format):
             else:
                 updates[module] = _single(ReplaceTensor, module, key, file)
         _check_method(updates.values(), config)
-        notes, missing = (*_notes(updates, found), *beside), announced_but_absent(config, updates)
+        notes, missing = (*_notes(updates, layers), *beside), announced_but_absent(config, updates)
         return Adapter(name, self.key, file, config, updates, notes=notes, missing=missing)
 
     def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
-        named, found = adapter_names(source.file.specs), {}
+        named, names = adapter_names(source.file.specs), {}
         wrappers = wrappers_of([module for module, update in kept.items() if update.cls.stack])
         for module, update in kept.items():
             owner, _, parameter = module.rpartition(".")
@@ -215,10 +215,10 @@ class Peft(Format):
                     name = f"{owner}.base_layer.{parameter}"
                 else:
                     name = saved_name(key, named)
-                found[name] = module, role
+                names[name] = module, role
             if update.base:
-                found[saved_name(update.base, named)] = module, "base"
-        return found
+                names[saved_name(update.base, named)] = module, "base"
+        return names
 
     def edited_name(self, name: str, named: Collection[str]) -> str:
         return saved_name(name, named)
@@ -234,13 +234,13 @@ class Peft(Format):
 
     def fill(self, place: Path | BinaryIO, content: AdapterContent, inputs: Collection[WeightsFile]) -> None:
         """Write into a folder, or one file with its config in the metadata."""
-        kept = about_training(content.metadata)
-        kept |= {key: value for key, value in content.metadata.items() if key == ONLY_FOR}
-        stored = self.as_file(dataclasses.replace(content, metadata=kept))
+        former = about_training(content.metadata)
+        former |= {key: value for key, value in content.metadata.items() if key == ONLY_FOR}
+        stored = self.as_file(dataclasses.replace(content, metadata=former))
         if not isinstance(place, Path):
             fill_file(place, stored.specs, stored.load, stored.metadata, inputs)
             return
-        metadata = {**kept, "format": "pt"}
+        metadata = {**former, "format": "pt"}
         require_free_space(place.absolute().parent, file_size(stored.specs, metadata))
         write_single_file(place / WEIGHTS_NAMES[0], stored.specs, stored.load, metadata, inputs)
         write_file(place / CONFIG_NAME, (json.dumps(content.config, indent=2, sort_keys=True) + "\n").encode())
@@ -293,7 +293,7 @@ def _is_dump(names: Collection[str]) -> bool:
 def _sort_in(
     key: str,
     component: str,
-    found: dict[tuple[str, int], dict[str, str]],
+    layers: dict[tuple[str, int], dict[str, str]],
     replaced: dict[str, str],
     file: WeightsFile,
     named: Collection[str],
@@ -320,7 +320,7 @@ def _sort_in(
     if role == "replaced_bias":
         _put(replaced, f"{module}.bias", key, file)
     else:
-        _put(found.setdefault((module, depth), {}), role, key, file)
+        _put(layers.setdefault((module, depth), {}), role, key, file)
 
 
 def _end_of(path: str) -> tuple[re.Match[str] | None, str]:
@@ -356,15 +356,15 @@ def _updates(
 ) -> Iterable[UpdateSpec]:
     """Yield the updates of one of PEFT's wrappers of a module; `place` counts wrappers from the innermost."""
     fields = config.peft
-    found = [role for role in ("tokens", "embedding_A", "embedding_B", "A", "B") if role in roles]
-    sorts = {role.rpartition("_")[0] or role.replace("B", "A") for role in found}
+    with_factors = [role for role in ("tokens", "embedding_A", "embedding_B", "A", "B") if role in roles]
+    sorts = {role.rpartition("_")[0] or role.replace("B", "A") for role in with_factors}
     others = sorted(OTHER_ROLES & roles.keys())
     if (
         len(sorts) > 1
         or (others and ("magnitude" in roles or sorts - {"A"}))
         or {"tokens", "magnitude"} <= roles.keys()
     ):
-        raise InputError(f"{path} has updates of two sorts", culprit=roles[(found or others)[0]])
+        raise InputError(f"{path} has updates of two sorts", culprit=roles[(with_factors or others)[0]])
     factors = {role: roles[role] for role in ("A", "B", "magnitude", "base") if role in roles}
     if "bias" in roles:
         if not fields.get("lora_bias") and not config.rank_is_alpha:
@@ -403,13 +403,13 @@ def _updates(
 
 def _check_method(updates: Iterable[UpdateSpec], config: AdapterConfig) -> None:
     """Raise InputError for an update of another method than the config's."""
-    said = config.peft.get("peft_type", "LORA")
+    expected = config.peft.get("peft_type", "LORA")
     for update in updates if len(config.peft) > 1 else ():
         inner = update.cls.without_norm(update).cls
-        method = inner.peft.type if inner.peft else "LORA" if inner in (LowRank, Experts) else said
-        if method != said:
+        method = inner.peft.type if inner.peft else "LORA" if inner in (LowRank, Experts) else expected
+        if method != expected:
             raise InputError(
-                f"is {inner.kind}, but the config says {said}",
+                f"is {inner.kind}, but the config says {expected}",
                 culprit=update.module,
                 remedy="the config is of another adapter",
             )
@@ -447,10 +447,10 @@ def _tokens(path: str, roles: Mapping[str, str], file: WeightsFile, fields: Mapp
     return UpdateSpec(ReplaceRows, path, tensors, {"value": spec}, detail=detail, base=roles.get("base"))
 
 
-def _notes(updates: Mapping[str, UpdateSpec], found: Mapping[tuple[str, int], Mapping[str, str]]) -> tuple[str, ...]:
+def _notes(updates: Mapping[str, UpdateSpec], layers: Mapping[tuple[str, int], Mapping[str, str]]) -> tuple[str, ...]:
     doubled = [
         path
-        for (path, _), roles in found.items()
+        for (path, _), roles in layers.items()
         if path.endswith(".out_proj") and ".base_layer.out_proj." in roles.get("A", "") and path in updates
     ]
     if not doubled:

@@ -111,10 +111,10 @@ def refuse_other_config(file: WeightsFile, fields: Mapping[str, Any]) -> None:
     """Raise InputError if a config beside a file scales differently from `fields` of its metadata."""
     beside = config_beside(file)
     for field in SCALING if beside else ():
-        one, two = fields.get(field) or None, beside.get(field) or None
-        if one != two and (field != "lora_alpha" or None not in (one, two)):
+        stored, other = fields.get(field) or None, beside.get(field) or None
+        if stored != other and (field != "lora_alpha" or None not in (stored, other)):
             raise InputError(
-                f"its metadata sets {field} to {one!r}, and the {CONFIG_NAME} beside it to {two!r}",
+                f"its metadata sets {field} to {stored!r}, and the {CONFIG_NAME} beside it to {other!r}",
                 culprit=str(file.path),
                 remedy="which of them its trainer meant, neither says: remove the other",
             )
@@ -154,8 +154,8 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
     for field, reason in REFUSED_FIELDS.items():
         if fields.get(field):
             raise InputError(f"its config sets {field}: {reason}", culprit=name)
-    own = peft_methods().get(kind)
-    named = own.alpha if own else "lora_alpha"
+    peft_method = peft_methods().get(kind)
+    named = peft_method.alpha if peft_method else "lora_alpha"
     stored = _number(name, fields, named, (int, float)) if named else None
     if alpha is not None and stored is not None and alpha != stored:
         weighed = f"{name}:{alpha / (stored or 1):g}"
@@ -166,11 +166,11 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
             if stored
             else None,
         )
-    prunes = own is not None and own.prunes
+    prunes = peft_method is not None and peft_method.prunes
     return AdapterConfig(
         rank=None if prunes else _number(name, fields, "r", (int,)),
         alpha=stored if stored is not None else alpha,
-        use_rslora=own is None and bool(_flag(name, fields, "use_rslora")),  # only LoRA's config has this field
+        use_rslora=peft_method is None and bool(_flag(name, fields, "use_rslora")),  # only LoRA's config has this field
         rank_pattern={} if prunes else _pattern(name, fields, "rank_pattern"),
         alpha_pattern=_pattern(name, fields, "alpha_pattern"),
         fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),
@@ -286,9 +286,9 @@ def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec
     if tokens and not kinds[ReplaceRows]:
         lines.append("the config sets trainable_token_indices, but the file has no rows for them")
     elif isinstance(tokens, dict):
-        found = {k for k in tokens if any(m == k or m.endswith(f".{k}") for m in kinds[ReplaceRows])}
-        equal = [tokens[k] for k in found]  # PEFT saves only one of several tied modules
-        rowless = [k for k, rows in tokens.items() if k not in found and rows not in equal]
+        trained = {k for k in tokens if any(m == k or m.endswith(f".{k}") for m in kinds[ReplaceRows])}
+        equal = [tokens[k] for k in trained]  # PEFT saves only one of several tied modules
+        rowless = [k for k, rows in tokens.items() if k not in trained and rows not in equal]
         lines += [f"the config's trainable_token_indices name {k}, for which the file has no rows" for k in rowless]
     if config.peft.get("lora_bias") and not kinds[AddDelta]:
         lines.append("the config sets lora_bias, but the file has no lora_B.bias")

@@ -65,18 +65,18 @@ def merged_linears(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[s
     for name in file.specs:
         if ".lora_B." in name and (A := name.replace(".lora_B.", ".lora_A.")) in file.specs:
             tensors[name] = whole_B(file, A, name, rank, enabled)
-    kept = {field: value for field, value in fields.items() if field not in ("enable_lora", "merge_weights")}
+    others = {field: value for field, value in fields.items() if field not in ("enable_lora", "merge_weights")}
     n = sum(enabled)
-    return tensors, {**kept, "r": n * rank, "lora_alpha": n * alpha}
+    return tensors, {**others, "r": n * rank, "lora_alpha": n * alpha}
 
 
 def hide_training(name: str, file: WeightsFile, fields: Fields) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Hide a file's tensors that only a variant's training uses; return the other fields and a note on the tensors."""
     hidden = [each for each in file.specs if any(mark in each for mark in OF_TRAINING.values())]
     file.hide(hidden)
-    kept = {field: value for field, value in fields.items() if field not in OF_TRAINING or not value}
+    others = {field: value for field, value in fields.items() if field not in OF_TRAINING or not value}
     note = f"{len(hidden)} tensors of {name} serve training alone, like {min(hidden, default='')}, and are not read"
-    return kept, (note,) if hidden else ()
+    return others, (note,) if hidden else ()
 
 
 def block_diagonals(
@@ -89,12 +89,12 @@ def block_diagonals(
     Raises:
         InputError: `use_bdlora` does not list factors and blocks, or a factor does not divide into its blocks.
     """
-    said = fields.get("use_bdlora")
-    if not said:
+    settings = fields.get("use_bdlora")
+    if not settings:
         return None
-    said = said if isinstance(said, dict) else {}
-    blocks = said.get("nblocks", 1)
-    patterns = {side: said.get(f"target_modules_bd_{side.lower()}") or [] for side in "AB"}
+    settings = settings if isinstance(settings, dict) else {}
+    blocks = settings.get("nblocks", 1)
+    patterns = {side: settings.get(f"target_modules_bd_{side.lower()}") or [] for side in "AB"}
     lists = all(isinstance(each, list) and all(isinstance(part, str) for part in each) for each in patterns.values())
     if type(blocks) is not int or not 1 <= blocks <= MOST_BLOCKS or not lists:
         shown = brief(fields["use_bdlora"])
@@ -139,11 +139,11 @@ def standalone(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, 
         put_tensor(tensors, end.sub(today, name), copied(file, name))
     saved = fields.get("modules_to_save") or []
     if kind == "LN_TUNING":
-        own = {"modules_to_save": sorted({*saved, *modules}) if isinstance(saved, list) else saved}
+        listed = {"modules_to_save": sorted({*saved, *modules}) if isinstance(saved, list) else saved}
     else:
-        own = {"trainable_token_indices": dict.fromkeys(modules, fields.get("token_indices"))}
+        listed = {"trainable_token_indices": dict.fromkeys(modules, fields.get("token_indices"))}
     kept = {field: value for field, value in fields.items() if field not in ("token_indices", "init_weights")}
-    return tensors, {**kept, **own, "peft_type": "LORA", "target_modules": []}
+    return tensors, {**kept, **listed, "peft_type": "LORA", "target_modules": []}
 
 
 def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
@@ -160,11 +160,11 @@ def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
     kind = str((model or read_folder_config(file.path.parent)).get("model_type"))
     wrong = ".lora_B.", "lora_magnitude_vector"
     ends = wrong if INTERLEAVED.get(kind) is False else wrong[1:]
-    turned = next((k for k in file.specs if re.search(r"\b[qk]_proj\b", k) and any(end in k for end in ends)), None)
-    if turned:
+    reordered = next((k for k in file.specs if re.search(r"\b[qk]_proj\b", k) and any(end in k for end in ends)), None)
+    if reordered:
         raise InputError(
             "seems to be of torchtune's export for PEFT, with rows in another order than the model's",
-            culprit=turned,
+            culprit=reordered,
             remedy="name the adapter_model.pt that torchtune writes beside it; if it was another tool, put that one's "
             "peft_version into the config",
         )

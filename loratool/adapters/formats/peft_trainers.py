@@ -83,25 +83,25 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
     Raises:
         InputError: a stack's factors do not belong together.
     """
-    found: dict[str, dict[str, dict[str, str]]] = {}
+    by_stem: dict[str, dict[str, dict[str, str]]] = {}
     for name, spec in file.specs.items():
         match = _STACKED.fullmatch(name) if ".experts.w" in name and len(spec.shape) == 3 else None
         if match:
-            found.setdefault(match[1], {}).setdefault(match[2], {})[match[3]] = name
-    told = bool(found) or any(".unembed_tokens." in name or _OF_QKV.fullmatch(name) for name in file.specs)
+            by_stem.setdefault(match[1], {}).setdefault(match[2], {})[match[3]] = name
+    is_tinkers = bool(by_stem) or any(".unembed_tokens." in name or _OF_QKV.fullmatch(name) for name in file.specs)
     others = [name for name in file.specs if ".attn." in name and _OF_GPT_OSS.search(name)]
-    of_gpt_oss = model["model_type"] == "gpt_oss" if "model_type" in model else told and bool(others)
-    if not told and not (of_gpt_oss and others):
+    of_gpt_oss = model["model_type"] == "gpt_oss" if "model_type" in model else is_tinkers and bool(others)
+    if not is_tinkers and not (of_gpt_oss and others):
         return None
     _refuse_alphas(file, fields)
-    taken = {key for stacks in found.values() for roles in stacks.values() for key in roles.values()}
+    taken = {key for stacks in by_stem.values() for roles in stacks.values() for key in roles.values()}
     tensors: dict[str, MadeTensor] = {}
     for name in file.specs:
         if name not in taken:
             plain = _OF_GPT_OSS.sub(r"\1.self_attn.", name) if of_gpt_oss else name
             put_tensor(tensors, re.sub(r"(?:model\.)?unembed_tokens\.", "lm_head.", plain), copied(file, name))
     stacks: dict[str, dict[str, Pair]] = {}
-    of = {stem: {each: _unstacked(file, roles) for each, roles in own.items()} for stem, own in found.items()}
+    of = {stem: {each: _unstacked(file, roles) for each, roles in own.items()} for stem, own in by_stem.items()}
     counts = {len(experts) for pairs in of.values() for experts in pairs.values()} - {0}
     if len(counts) > 1:
         raise InputError(f"has stacks of {sorted(counts)} experts", culprit=str(file.path))
@@ -144,14 +144,14 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
         InputError: one of the three is missing, or they are not low-rank pairs of equal input size and type.
     """
     stems = {match[1]: None for name in tensors if (match := _OF_QKV.fullmatch(name))}
-    found = dict(tensors)
+    fused = dict(tensors)
     for stem in stems:
         names = [[f"{stem}{each}.lora_{side}.weight" for side in "AB"] for each in "qkv"]
-        if not found.keys() >= {name for both in names for name in both}:
+        if not fused.keys() >= {name for both in names for name in both}:
             raise InputError(
                 "is one of q, k and v, which are one matrix in transformers, and not all are there", culprit=stem
             )
-        pairs = [Pair(found.pop(A), found.pop(B)) for A, B in names]
+        pairs = [Pair(fused.pop(A), fused.pop(B)) for A, B in names]
         shapes = [(pair.A.spec.shape, pair.B.spec.shape) for pair in pairs]
         dtypes = {(pair.A.spec.dtype, pair.B.spec.dtype) for pair in pairs}
         if (
@@ -162,9 +162,9 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
             raise InputError("has q, k and v that do not belong together", culprit=stem)
         ends = [sum(pair.B.spec.shape[0] for pair in pairs[: n + 1]) for n in range(3)]
         joined = join([(p, slice(end - p.B.spec.shape[0], end)) for p, end in zip(pairs, ends, strict=True)], ends[-1])
-        put_tensor(found, f"{stem}qkv.lora_A.weight", joined.A)
-        put_tensor(found, f"{stem}qkv.lora_B.weight", joined.B)
-    return found, tuple(f"{stem}qkv".removeprefix(PEFT_PREFIX) for stem in stems)
+        put_tensor(fused, f"{stem}qkv.lora_A.weight", joined.A)
+        put_tensor(fused, f"{stem}qkv.lora_B.weight", joined.B)
+    return fused, tuple(f"{stem}qkv".removeprefix(PEFT_PREFIX) for stem in stems)
 
 
 def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, Any]) -> Today | None:

@@ -30,15 +30,15 @@ def read_plain_yaml(path: Path, section: str = "") -> dict[str, Any]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InputError("is not text", culprit=str(path)) from error
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     current = ""
     for line in lines:
         match = re.fullmatch(r"(  )?([A-Za-z_]\w*):(?: +([\w./+-]+))? *", line)
         if line[:1].strip() and not line.startswith("#"):
             current = match[2] if match and not match[3] else ""
         if match and match[3] and bool(match[1]) == bool(section) and (not section or current == section):
-            found[match[2]] = _plain(match[3])
-    return found
+            values[match[2]] = _plain(match[3])
+    return values
 
 
 def _plain(word: str) -> Any:

@@ -78,9 +78,9 @@ class Torchtune(Format):
         fields = {**_recipe_of(file), **find_config(file)[0]}
         # torchtune's config lacks it
         config = {**fields, "use_dora": any(each.endswith(".lora_magnitude_vector") for each in tensors)}
-        turned = any(match[2] in ROTATED for match in map(_NAME.fullmatch, file.specs) if match)
+        is_ordered = any(match[2] in ROTATED for match in map(_NAME.fullmatch, file.specs) if match)
         unknown = "its rows of q and k are in torchtune's order, which the model's config.json would tell"
-        notes = (unknown,) if turned and not model else ()
+        notes = (unknown,) if is_ordered and not model else ()
         return read_as_peft(self.key, name, file, tensors, config, options, notes)
 
 

@@ -37,11 +37,11 @@ def spec_from_roles(
         InputError: a tensor is missing, or shapes contradict each other or the config.
         NeedsFlag: the file does not say its alpha.
     """
-    own = {role: name for role, name in roles.items() if role != "magnitude"}
+    inner_roles = {role: name for role, name in roles.items() if role != "magnitude"}
     name = roles.get("magnitude")
     try:
-        cls = Experts if stacked and name is None else _kind_of(module, own or {"A": name or ""})
-        inner = cls.from_headers(module, own or roles, file, config, transposed, lenient)
+        cls = Experts if stacked and name is None else _kind_of(module, inner_roles or {"A": name or ""})
+        inner = cls.from_headers(module, inner_roles or roles, file, config, transposed, lenient)
         if name is None:
             return inner
         size, sides = file.specs[name].size, (inner.shape[1] if along_inputs else inner.shape[0])
@@ -63,19 +63,19 @@ def _kind_of(module: str, roles: Mapping[str, str]) -> type[Update]:
     Raises:
         InputError: no kind has all of them. Ignoring one would change the meaning of the others.
     """
-    there = roles.keys() - {"base"}
-    found = _kinds_with(frozenset(there))
-    if not found:
-        named = ", ".join(roles[role].rpartition(".")[2] if role not in "AB" else role for role in sorted(there))
+    present = roles.keys() - {"base"}
+    kinds = _kinds_with(frozenset(present))
+    if not kinds:
+        named = ", ".join(roles[role].rpartition(".")[2] if role not in "AB" else role for role in sorted(present))
         raise InputError(f"has tensors that no kind of update has together: {named}", culprit=module)
-    return found[0]
+    return kinds[0]
 
 
 @lru_cache(maxsize=64)
-def _kinds_with(there: frozenset[str]) -> list[type[Update]]:
+def _kinds_with(present: frozenset[str]) -> list[type[Update]]:
     """Return the kinds that have these roles; kinds with all required roles come first."""
-    found = [cls for cls in UPDATES.values() if there <= {*cls.roles, *cls.optional}]
-    return sorted(found, key=lambda cls: not there >= set(cls.roles))
+    kinds = [cls for cls in UPDATES.values() if present <= {*cls.roles, *cls.optional}]
+    return sorted(kinds, key=lambda cls: not present >= set(cls.roles))
 
 
 def unpaired(module: str, roles: Mapping[str, str], file: WeightsFile, error: InputError) -> UpdateSpec:

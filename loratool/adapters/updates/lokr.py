@@ -54,12 +54,12 @@ class LoKr(Update):
 
     @classmethod
     def rank(cls, spec: UpdateSpec) -> int:
-        found = []
+        ranks = []
         for side in (1, 2):
             rows, *columns = _side(spec.specs, side)
             factor = spec.specs.get(f"lokr_w{side}_b")
-            found.append(min(rows, math.prod(columns), factor.shape[0] if factor else rows))
-        return found[0] * found[1]
+            ranks.append(min(rows, math.prod(columns), factor.shape[0] if factor else rows))
+        return ranks[0] * ranks[1]
 
     @classmethod
     def divisor(cls, spec: UpdateSpec) -> int:
@@ -73,14 +73,14 @@ class LoKr(Update):
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
         first = next(iter(roles.values()))
         for side in (1, 2):
-            whole, parts = f"lokr_w{side}" in specs, [f"lokr_w{side}_{end}" in specs for end in "ab"]
-            if whole is any(parts) or parts[0] is not parts[1]:
+            full, parts = f"lokr_w{side}" in specs, [f"lokr_w{side}_{end}" in specs for end in "ab"]
+            if full is any(parts) or parts[0] is not parts[1]:
                 raise InputError(f"needs w{side}, or w{side}_a and w{side}_b, of {module}", culprit=first)
             shapes = [specs[role].shape for role in ROLES if role in specs and role.startswith(f"lokr_w{side}")]
             core = specs.get("lokr_t2") if side == 2 else None
-            if whole and core:
+            if full and core:
                 raise InputError(f"has w2 as a whole and a core, t2, of its factors, of {module}", culprit=first)
-            if whole:
+            if full:
                 good = len(shapes[0]) == 2 or (side == 2 and len(shapes[0]) > 2)
             else:
                 a, b = shapes
@@ -97,19 +97,19 @@ class LoKr(Update):
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
         # without a rank in a config the file is LyCORIS's, which does not scale two full sides; PEFT does
-        said, own, w2 = config.rank_of(spec.module), cls.divisor(spec), spec.specs.get("lokr_w2")
-        if own:
-            require_rank(spec, config, own)
-        elif not config.rank_is_alpha and (said is None or said < 1):
+        stated, stored, w2 = config.rank_of(spec.module), cls.divisor(spec), spec.specs.get("lokr_w2")
+        if stored:
+            require_rank(spec, config, stored)
+        elif not config.rank_is_alpha and (stated is None or stated < 1):
             raise InputError("the config does not say the rank, which alpha is divided by", culprit=spec.module)
-        if said and w2 and len(w2.shape) in (3, 5):
+        if stated and w2 and len(w2.shape) in (3, 5):
             # PEFT's torch.kron takes w1's inputs for another axis (peft/tuners/lokr/layer.py)
             raise InputError(
                 f"has lokr_w2 of {w2.shape}, of a convolution of one or three axes, which peft computes differently",
                 culprit=spec.module,
                 remedy="merge it with peft, and `loratool extract` the change",
             )
-        rank = said or own
+        rank = stated or stored
         return replace(spec, scale=config.scale_of(spec.module, rank) if rank else 1.0)
 
     @classmethod
@@ -136,9 +136,9 @@ class LoKr(Update):
         from ...numerics.composed import Kron
 
         scale = Fraction(self.scale) * Fraction(weight)
-        one = _delta_of(self.w1, self.w1_a, self.w1_b, None, transposed)
-        two = _delta_of(self.w2, self.w2_a, self.w2_b, self.t2, transposed)
-        return lambda start, stop: Kron(one, two, scale, slice(start, stop))
+        left = _delta_of(self.w1, self.w1_a, self.w1_b, None, transposed)
+        right = _delta_of(self.w2, self.w2_a, self.w2_b, self.t2, transposed)
+        return lambda start, stop: Kron(left, right, scale, slice(start, stop))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         (B1, A1), (B2, A2) = self._first(), self._second()
@@ -168,13 +168,13 @@ def _is_wide(specs: Mapping[str, TensorSpec], side: int) -> bool:
     return factor is not None and factor.shape[0] > min(rows, math.prod(columns))
 
 
-def _delta_of(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None, transposed: bool) -> Delta:
+def _delta_of(full: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None, transposed: bool) -> Delta:
     from ...numerics.exact_factors import tucker_terms
     from ...numerics.products import Term
     from ...numerics.stored import Stored
 
-    if whole is not None:
-        matrix = whole.flatten(1)
+    if full is not None:
+        matrix = full.flatten(1)
         return Stored(matrix.T.contiguous() if transposed else matrix, 1.0)
     assert a is not None and b is not None
     terms = [Term(a, b, Fraction(1))] if core is None else tucker_terms(a.T, core, b, Fraction(1))
@@ -182,9 +182,9 @@ def _delta_of(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Te
     return products.rows(0, products.shape[0])
 
 
-def _kron(one: Tensor, two: Tensor) -> Tensor:
+def _kron(left: Tensor, right: Tensor) -> Tensor:
     """Return the Kronecker product; torch.kron fails if a side of size 1 has the stride of another view."""
-    return (one[:, None, :, None] * two[None, :, None]).flatten(2).flatten(0, 1)
+    return (left[:, None, :, None] * right[None, :, None]).flatten(2).flatten(0, 1)
 
 
 def narrowed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

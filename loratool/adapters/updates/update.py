@@ -116,10 +116,10 @@ class PeftMethod:
 
 def require_rank(spec: UpdateSpec, config: AdapterConfig, rank: int) -> None:
     """Raise InputError if the config and the tensors have different ranks: either scale would be a guess."""
-    said = config.rank_of(spec.module)
-    if said not in (None, rank):
+    stated = config.rank_of(spec.module)
+    if stated not in (None, rank):
         raise InputError(
-            f"the config says rank {said}, but its tensors have rank {rank}",
+            f"the config says rank {stated}, but its tensors have rank {rank}",
             culprit=spec.module,
             remedy="the config is of another adapter",
         )
