@@ -28,9 +28,9 @@ class ModelClass:
     model_type: str  # of its config
     moves: Moves
 
-    def path(self, whole: str) -> str:
+    def path(self, name: str) -> str:
         """Return the class's path for a path in the main class; empty if this class lacks the module or tensor."""
-        ended = f"{whole}."  # so that `lm_head` matches the prefix `lm_head.`
+        ended = f"{name}."  # so that `lm_head` matches the prefix `lm_head.`
         start, to = next((move for move in self.moves if ended.startswith(move[0])), ("", None))
         return "" if to is None else (to + ended.removeprefix(start)).removesuffix(".")
 
@@ -183,15 +183,15 @@ def classes_of(config: Mapping[str, Any]) -> dict[str, ModelClass]:
     text = _text_type(config, kind)
     if text and declared.endswith("Model") and kind not in _NO_BARE:
         names[f"{declared.removesuffix('Model')}ForConditionalGeneration"] = None
-    found = {name: ModelClass(name, kind, _moves_of_whole(name, kind, declared)) for name in names}
+    classes = {name: ModelClass(name, kind, _moves_of_whole(name, kind, declared)) for name in names}
     if kind in _PARTS:
         name, part, start = _PARTS[kind]
-        found[name] = ModelClass(name, part, ((start, ""),))
+        classes[name] = ModelClass(name, part, ((start, ""),))
     body, head = _TEXT_AT.get(kind, _INSIDE)
     for name in _names(text, "") if text and text != kind else ():
         if head or not name.endswith(LM_ENDS):
-            found.setdefault(name, ModelClass(name, text, _moves_of_text(name, text, body, head)))
-    return found
+            classes.setdefault(name, ModelClass(name, text, _moves_of_text(name, text, body, head)))
+    return classes
 
 
 def text_model_at(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -216,16 +216,16 @@ def _text_type(config: Mapping[str, Any], kind: str) -> str:
 def _names(kind: str, declared: str) -> Iterator[str]:
     """Yield the names of the classes of a type; a type in no table has the stem of `declared`."""
     named = [stems[kind] for stems in _LM_STEMS.values() if kind in stems]
-    own = [declared.removesuffix(end) for end in (*LM_ENDS, *CLASSIFIERS) if declared.endswith(end)]
+    declared_stems = [declared.removesuffix(end) for end in (*LM_ENDS, *CLASSIFIERS) if declared.endswith(end)]
     yield from (stems[kind] + end for end, stems in _LM_STEMS.items() if kind in stems)
     if kind in _TEXT_STEMS:
         yield f"{_TEXT_STEMS[kind]}TextModel"
     elif kind not in _NO_BARE:
-        yield from (f"{stem}Model" for stem in (named or own)[:1])
+        yield from (f"{stem}Model" for stem in (named or declared_stems)[:1])
     for task, end in TASKS.items():
         if kind in STEMS[task] and (kind, task) not in _PARTIAL:
             yield STEMS[task][kind] + end
-    yield from (stem + end for end in _CLASSIFIERS_WITH_TOWERS.get(kind, ()) for stem in own)
+    yield from (stem + end for end in _CLASSIFIERS_WITH_TOWERS.get(kind, ()) for stem in declared_stems)
 
 
 def _moves_of_whole(name: str, kind: str, declared: str) -> Moves:

@@ -50,7 +50,7 @@ FOLDERS = {
 
 
 def _adapter_prefixes() -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {
+    by_prefix: dict[str, tuple[str, ...]] = {
         "lora_unet_": ("unet",),
         "lora_unet__": ("unet",),  # VideoX-Fun's
         "lora_unet_unet_": ("unet",),  # in published files that were converted wrongly: no path begins with unet
@@ -73,12 +73,12 @@ def _adapter_prefixes() -> dict[str, tuple[str, ...]]:
         "net.": ("unet",),
         "text_encoders.clip_h.transformer.": ("text_encoder",),
     }
-    for each in _components():
-        for prefix in filter(None, (each.kohya, each.diffusers)):
-            found.setdefault(prefix, (each.name,))
-        if each.comfy and each.name not in found.get(each.comfy, ()):
-            found[each.comfy] = (*found.get(each.comfy, ()), each.name)
-    return found
+    for component in _components():
+        for prefix in filter(None, (component.kohya, component.diffusers)):
+            by_prefix.setdefault(prefix, (component.name,))
+        if component.comfy and component.name not in by_prefix.get(component.comfy, ()):
+            by_prefix[component.comfy] = (*by_prefix.get(component.comfy, ()), component.name)
+    return by_prefix
 
 
 # Prefix of an adapter's module -> the possible components, the likeliest first. The path after a prefix in `_` is

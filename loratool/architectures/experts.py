@@ -93,11 +93,11 @@ class ExpertPart:
 def expert_part(name: str, model_types: Collection[str]) -> ExpertPart | None:
     """Locate one expert's matrix in the fused parameter; None for any other tensor, also for scales and biases."""
     path = canonical(name, model_types)
-    found = re.fullmatch(r"(.*\bexperts)\.(\d{1,9})\.(\w+?)(?:\.weight)?", path) if "experts." in path else None
-    if found is None:
+    match = re.fullmatch(r"(.*\bexperts)\.(\d{1,9})\.(\w+?)(?:\.weight)?", path) if "experts." in path else None
+    if match is None:
         return None
     for model_type, rows in EXPERTS.items():
-        if model_type in model_types and found[3] in rows:
-            fused, part, parts = rows[found[3]]
-            return ExpertPart(f"{found[1]}.{fused}", int(found[2]), part, parts)
+        if model_type in model_types and match[3] in rows:
+            fused, part, parts = rows[match[3]]
+            return ExpertPart(f"{match[1]}.{fused}", int(match[2]), part, parts)
     return None

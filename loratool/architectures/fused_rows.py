@@ -145,12 +145,12 @@ FUSED_ROWS: dict[str, tuple[FusedRows, ...]] = {
 
 def nested_configs(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return a config.json and its nested configs by model type, the outer config first."""
-    found: dict[str, dict[str, Any]] = {}
-    for each in (config, *config.values()):
-        model_type = each.get("model_type") if isinstance(each, dict) else None
+    configs: dict[str, dict[str, Any]] = {}
+    for nested in (config, *config.values()):
+        model_type = nested.get("model_type") if isinstance(nested, dict) else None
         if isinstance(model_type, str):
-            found.setdefault(model_type, each)
-    return found
+            configs.setdefault(model_type, nested)
+    return configs
 
 
 def row_parts(name: str, model_types: Collection[str], configs: Configs, rows: int) -> tuple[RowPart, ...]:
@@ -168,23 +168,23 @@ def row_parts(name: str, model_types: Collection[str], configs: Configs, rows: i
     if (share := _mlx_share(name, model_types)) and rows:
         size = rows * share.parts
         return (RowPart(share.stack, 0, rows, share.part * rows, size, share.interleaved),)
-    tables = [(model_type, each) for model_type in model_types for each in FUSED_ROWS.get(model_type, ())]
+    tables = [(model_type, table) for model_type in model_types for table in FUSED_ROWS.get(model_type, ())]
     path = canonical(name, model_types) if tables else name
     ending = ".bias" if path.endswith("bias") else ""
     path = re.sub(r"[._](weight|bias)$", "", path)  # nn.MultiheadAttention has an `in_proj_weight`
-    for model_type, each in tables:
-        if each.stored == "fused" and _ends(path, each.fused):
-            shares = _sizes(each, model_type, configs, rows, name)
-            front = path.removesuffix(each.fused)
+    for model_type, table in tables:
+        if table.stored == "fused" and _ends(path, table.fused):
+            shares = _sizes(table, model_type, configs, rows, name)
+            front = path.removesuffix(table.fused)
             starts = [sum(shares[:i]) for i in range(len(shares))]
             return tuple(
-                RowPart(front + part + ending, start, start + size, 0, size, part in each.permuted)
-                for part, start, size in zip(each.parts, starts, shares, strict=True)
+                RowPart(front + part + ending, start, start + size, 0, size, part in table.permuted)
+                for part, start, size in zip(table.parts, starts, shares, strict=True)
             )
-        for index, part in enumerate(each.parts if each.stored == "parts" else ()):
+        for index, part in enumerate(table.parts if table.stored == "parts" else ()):
             if _ends(path, part):
-                shares = _sizes(each, model_type, configs, rows * len(each.parts), name)
-                module = path.removesuffix(part) + each.fused + ending
+                shares = _sizes(table, model_type, configs, rows * len(table.parts), name)
+                module = path.removesuffix(part) + table.fused + ending
                 return (RowPart(module, 0, rows, sum(shares[:index]), sum(shares)),)
     return ()
 

@@ -46,9 +46,9 @@ class _Part:
 
     def rows(self, path: str, flat: bool) -> tuple[ModuleRows, ...]:
         """Return the rows of a module's weight under any name; empty if it is missing."""
-        own = self._spellings_flat.get(path) if flat else self._spellings.get(path)
-        if own is not None:
-            return (_all_rows(self.tensors[own], self.shapes),)
+        full_path = self._spellings_flat.get(path) if flat else self._spellings.get(path)
+        if full_path is not None:
+            return (_all_rows(self.tensors[full_path], self.shapes),)
         if self.table is None:
             end, paths = ("_", self._spellings_flat) if flat else (".", self._spellings)
             ending = [each for name, each in paths.items() if name.endswith(end + path)]
@@ -60,7 +60,7 @@ class _Part:
     @cached_property
     def _spellings(self) -> dict[str, str]:
         """Every name of a full tensor of the base -> its path."""
-        found = {path: path for path in self.tensors}
+        spellings = {path: path for path in self.tensors}
         for path in self.tensors:
             others: tuple[str, ...] = ()
             if self.table is ENCODERS["clip"] and not names_maker(self.table, path):
@@ -69,8 +69,8 @@ class _Part:
                 plain = sgm_to_diffusers(path)
                 others = (plain,) if plain != path else (diffusers_to_sgm(path), diffusers_to_sgm(path, False))
             for other in others:
-                found.setdefault(other, path)
-        return found
+                spellings.setdefault(other, path)
+        return spellings
 
     @cached_property
     def _spellings_flat(self) -> dict[str, str]:
@@ -79,14 +79,14 @@ class _Part:
     @cached_property
     def _pieces(self) -> dict[str, list[ModuleRows]]:
         """diffusers' module -> its rows in the base's tensors."""
-        found: dict[str, list[ModuleRows]] = {}
+        pieces: dict[str, list[ModuleRows]] = {}
         for path, name in self.tensors.items():
             located = locate(self.table, path) if self.table else None
             rows, width, *_ = (*self.shapes[name], 1)
             for span in (parts_of(located, width, rows) if located else None) or ():
                 piece = ModuleRows(name, span.start, span.stop, span.skip, span.whole)
-                found.setdefault(span.module, []).append(piece)
-        return found
+                pieces.setdefault(span.module, []).append(piece)
+        return pieces
 
     @cached_property
     def _whole(self) -> dict[str, int]:
@@ -147,16 +147,16 @@ def image_modules(shapes: Mapping[str, Shape]) -> ImageModules:
     Args:
         shapes: tensor -> shape of the base.
     """
-    found: dict[str, _Part] = {}
+    parts: dict[str, _Part] = {}
     tensors: dict[tuple[str, ModelFamily | None], dict[str, str]] = {}
     for component, table, path, name in _split(shapes):
         tensors.setdefault((component, table), {})[path] = name
     for (component, table), names in tensors.items():
-        found[component] = _Part(table, names, shapes)
-    t5 = next((part for part in found.values() if part.table is ENCODERS["t5"]), None)
+        parts[component] = _Part(table, names, shapes)
+    t5 = next((part for part in parts.values() if part.table is ENCODERS["t5"]), None)
     if t5:  # the third for kohya, the second in a Flux pipeline
-        found = {"text_encoder_3": t5, "text_encoder_2": t5, **found}
-    return ImageModules(shapes, found)
+        parts = {"text_encoder_3": t5, "text_encoder_2": t5, **parts}
+    return ImageModules(shapes, parts)
 
 
 def image_parts(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, str]]:
@@ -180,9 +180,9 @@ def _all_rows(tensor: str, shapes: Mapping[str, Shape]) -> ModuleRows:
 
 def _biases(weights: Sequence[ModuleRows], shapes: Mapping[str, Shape]) -> tuple[ModuleRows, ...]:
     """Return the rows of the biases for a module's rows of weights; empty if a weight has no bias."""
-    found = tuple(replace(each, tensor=each.tensor.removesuffix("weight") + "bias") for each in weights)
-    there = all(shapes.get(bias.tensor) == shapes[w.tensor][:1] for bias, w in zip(found, weights, strict=True))
-    return found if there else ()
+    biases = tuple(replace(each, tensor=each.tensor.removesuffix("weight") + "bias") for each in weights)
+    are_stored = all(shapes.get(bias.tensor) == shapes[w.tensor][:1] for bias, w in zip(biases, weights, strict=True))
+    return biases if are_stored else ()
 
 
 def _encoder_of(paths: Iterable[str]) -> ModelFamily | None:
@@ -246,34 +246,36 @@ def _of_folders(family: ModelFamily | None, names: Iterable[str]) -> ModelFamily
 
 def _find_denoiser(shapes: Mapping[str, Shape]) -> tuple[str, ModelFamily | None]:
     """Return the prefix of the denoiser's modules in a single file, and its family; None if unknown."""
-    found: tuple[str, ModelFamily | None] = "", None
+    denoiser: tuple[str, ModelFamily | None] = "", None
     most = 0
     for prefix in DENOISER_PREFIXES:
         inside = {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
         family = family_of_names(inside) if inside else None
         count = sum(locate(family, path) is not None for path in inside) if family else 0
         if count > most:
-            found, most = (prefix, family), count
-    return found
+            denoiser, most = (prefix, family), count
+    return denoiser
 
 
 def _rows_in_base(
-    located: Located, columns: int, whole: Mapping[str, int], pieces: Mapping[str, Sequence[ModuleRows]]
+    located: Located, columns: int, known: Mapping[str, int], pieces: Mapping[str, Sequence[ModuleRows]]
 ) -> tuple[ModuleRows, ...]:
     """Return the rows of the base's tensors that make up a module of any name; empty if some are missing."""
-    found: list[ModuleRows] = []
-    spans = parts_of(located, columns, known=whole) or ()
-    if any(span.module not in whole for span in spans):
+    module_rows: list[ModuleRows] = []
+    spans = parts_of(located, columns, known=known) or ()
+    if any(span.module not in known for span in spans):
         return ()
     for span in spans:
-        for each in sorted(pieces[span.module], key=lambda piece: piece.skip):
-            low = max(span.skip, each.skip)
-            high = min(span.skip + span.stop - span.start, each.skip + each.stop - each.start)
+        for stored in sorted(pieces[span.module], key=lambda piece: piece.skip):
+            low = max(span.skip, stored.skip)
+            high = min(span.skip + span.stop - span.start, stored.skip + stored.stop - stored.start)
             if low < high:
-                start, skip = each.start + low - each.skip, span.start + low - span.skip
-                last = found[-1] if found else None
-                if last and last.tensor == each.tensor and last.stop == start:  # consecutive rows
+                start, skip = stored.start + low - stored.skip, span.start + low - span.skip
+                last = module_rows[-1] if module_rows else None
+                if last and last.tensor == stored.tensor and last.stop == start:  # consecutive rows
                     start, skip = last.start, last.skip
-                    found.pop()
-                found.append(ModuleRows(each.tensor, start, each.start + high - each.skip, skip, spans[-1].stop))
-    return tuple(sorted(found, key=lambda rows: rows.start))
+                    module_rows.pop()
+                module_rows.append(
+                    ModuleRows(stored.tensor, start, stored.start + high - stored.skip, skip, spans[-1].stop)
+                )
+    return tuple(sorted(module_rows, key=lambda rows: rows.start))

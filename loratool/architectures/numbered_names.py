@@ -50,9 +50,11 @@ def grouped(names: Iterable[str], underscores: bool = False) -> Iterator[str]:
     for name in names:
         parts, numbers = split_numbers(name, underscores)
         members.setdefault(parts, []).append(numbers)
-    for parts, found in members.items():
-        is_complete = prod(len(set(column)) for column in zip(*found, strict=True)) == len(found)
-        yield from [with_ranges(parts, found)] if is_complete else [with_ranges(parts, [each]) for each in found]
+    for parts, numbers_of in members.items():
+        is_complete = prod(len(set(column)) for column in zip(*numbers_of, strict=True)) == len(numbers_of)
+        yield from (
+            [with_ranges(parts, numbers_of)] if is_complete else [with_ranges(parts, [each]) for each in numbers_of]
+        )
 
 
 def _ranges(values: list[int]) -> str:

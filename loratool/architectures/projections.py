@@ -38,7 +38,7 @@ def projections(path: str) -> tuple[str, ...]:
     """Return the projections that a module computes; empty if its name is unknown."""
     parts = path.split(".")
     for length in (3, 2, 1):
-        found = PROJECTIONS.get(".".join(parts[-length:]))
-        if found:
-            return found
+        row = PROJECTIONS.get(".".join(parts[-length:]))
+        if row:
+            return row
     return ()

@@ -58,22 +58,24 @@ def rename_tensors(
     empty = next((name for name, shape in shapes.items() if 0 in shape), None)
     if empty is not None:
         raise InputError("has no numbers", culprit=empty)
-    own = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
+    unprefixed = {name.removeprefix(prefix): shape for name, shape in shapes.items()}
     if family.up_attention:
-        family = _as_unet(family, own, prefix)
-    naming = _naming_of(family, own)
-    unused = [path for path in own if _is_unused(family, path)]
+        family = _as_unet(family, unprefixed, prefix)
+    naming = _naming_of(family, unprefixed)
+    unused = [path for path in unprefixed if _is_unused(family, path)]
     pieces: dict[str, list[ModuleRows]] = {}
-    for path in (path for path in own if path not in unused):
-        for span in _spans(family, path, naming, own, prefix):
+    for path in (path for path in unprefixed if path not in unused):
+        for span in _spans(family, path, naming, unprefixed, prefix):
             rows = ModuleRows(prefix + path, span.start, span.stop, span.skip, span.whole)
             pieces.setdefault(span.module, []).append(rows)
-    whole = {name: _joined(name, rows, shapes) for name, rows in pieces.items()}
+    by_diffusers = {name: _joined(name, rows, shapes) for name, rows in pieces.items()}
     if to is Naming.DIFFUSERS:
-        made = {name: replace(each, shape=_reshaped(family, name, each.shape)) for name, each in whole.items()}
-        return made, tuple(prefix + path for path in unused)
-    kept = {path: _joined(path, [_all_rows(prefix + path, own[path])], shapes) for path in unused}
-    return {**_in_maker_names(family, whole, shapes), **kept}, ()
+        renamed = {
+            name: replace(each, shape=_reshaped(family, name, each.shape)) for name, each in by_diffusers.items()
+        }
+        return renamed, tuple(prefix + path for path in unused)
+    unchanged = {path: _joined(path, [_all_rows(prefix + path, unprefixed[path])], shapes) for path in unused}
+    return {**_in_maker_names(family, by_diffusers, shapes), **unchanged}, ()
 
 
 def unknown_tensors(family: ModelFamily, names: Iterable[str], prefix: str = "") -> list[str]:
@@ -90,10 +92,10 @@ def count_missing(family: ModelFamily, names: Iterable[str], prefix: str = "") -
     """
     paths = {name.removeprefix(prefix) for name in names}
     found = filter(None, (locate(family, path.rpartition(".")[0]) for path in paths))
-    there = {module for each in found for module in each.diffusers}
+    present = {module for each in found for module in each.diffusers}
     outside = filter(None, (locate(family, name, Naming.MAKER) for name in (*family.outside, *family.alike)))
     listed = {module for each in outside for module in each.diffusers}
-    return len(listed - there) + sum(paths.isdisjoint(names) for names in family.outside_tensors.items())
+    return len(listed - present) + sum(paths.isdisjoint(names) for names in family.outside_tensors.items())
 
 
 def _is_known(family: ModelFamily, path: str, naming: Naming | None) -> bool:
@@ -171,30 +173,30 @@ def _joined(name: str, rows: Iterable[ModuleRows], shapes: Mapping[str, Shape]) 
     Raises:
         InputError: rows are missing or overlap, or their columns differ.
     """
-    found = sorted(rows, key=lambda each: each.skip)
-    first, done = found[0], 0
+    pieces = sorted(rows, key=lambda piece: piece.skip)
+    first, done = pieces[0], 0
     shape = shapes[first.tensor]
-    for before, each in zip([first, *found], found, strict=False):
-        if each.skip < done or each.whole != first.whole:
-            raise InputError(f"is {name}, and so is {before.tensor}", culprit=each.tensor)
-        if each.skip > done:
+    for before, piece in zip([first, *pieces], pieces, strict=False):
+        if piece.skip < done or piece.whole != first.whole:
+            raise InputError(f"is {name}, and so is {before.tensor}", culprit=piece.tensor)
+        if piece.skip > done:
             break
-        if (len(shapes[each.tensor]), shapes[each.tensor][1:]) != (len(shape), shape[1:]):
-            message = f"is {shapes[each.tensor]} and {first.tensor} is {shape}, and both are rows of {name}"
-            raise InputError(message, culprit=each.tensor)
-        done += each.stop - each.start
+        if (len(shapes[piece.tensor]), shapes[piece.tensor][1:]) != (len(shape), shape[1:]):
+            message = f"is {shapes[piece.tensor]} and {first.tensor} is {shape}, and both are rows of {name}"
+            raise InputError(message, culprit=piece.tensor)
+        done += piece.stop - piece.start
     if done != first.whole:
         message = f"has {done} rows of the {first.whole} of {name}, and no tensor has the others"
         raise InputError(message, culprit=first.tensor)
-    return RenamedTensor((done, *shape[1:]) if shape else (), tuple(found))
+    return RenamedTensor((done, *shape[1:]) if shape else (), tuple(pieces))
 
 
 def _in_maker_names(
-    family: ModelFamily, whole: Mapping[str, RenamedTensor], shapes: Mapping[str, Shape]
+    family: ModelFamily, tensors: Mapping[str, RenamedTensor], shapes: Mapping[str, Shape]
 ) -> dict[str, RenamedTensor]:
     """Return the maker's tensors, made of diffusers'."""
     parts: dict[str, tuple[Span, ...]] = {}
-    for name, tensor in whole.items():
+    for name, tensor in tensors.items():
         names = _both_names(family, name)
         if names:
             parts[names[0]] = (Span(0, _rows(tensor), name, 0, _rows(tensor)),)
@@ -203,23 +205,23 @@ def _in_maker_names(
         located = locate(family, stem, Naming.DIFFUSERS)
         for maker in located.maker if located else ():
             new = f"{maker}.{leaf}"
-            if new not in parts and (spans := _parts_of_maker(family, maker, leaf, whole)):
+            if new not in parts and (spans := _parts_of_maker(family, maker, leaf, tensors)):
                 parts[new] = spans
     used: Counter[str] = Counter()
     for spans in parts.values():
         for span in spans:
             used[span.module] += span.stop - span.start
-    for name, tensor in whole.items():
+    for name, tensor in tensors.items():
         if used[name] != _rows(tensor):
             message = f"is {name}, of which the maker's tensors have {used[name]} rows and not {_rows(tensor)}"
             raise InputError(message, culprit=tensor.rows[0].tensor)
-    made = {new: _joined(new, _cut(spans, whole), shapes) for new, spans in parts.items()}
-    flat = {new: parts[new][0].module for new in made if _shape_in_diffusers(family, parts[new][0].module)}
-    return {new: replace(each, shape=(prod(each.shape),)) if new in flat else each for new, each in made.items()}
+    renamed = {new: _joined(new, _cut(spans, tensors), shapes) for new, spans in parts.items()}
+    flat = {new: parts[new][0].module for new in renamed if _shape_in_diffusers(family, parts[new][0].module)}
+    return {new: replace(each, shape=(prod(each.shape),)) if new in flat else each for new, each in renamed.items()}
 
 
 def _parts_of_maker(
-    family: ModelFamily, module: str, leaf: str, whole: Mapping[str, RenamedTensor]
+    family: ModelFamily, module: str, leaf: str, tensors: Mapping[str, RenamedTensor]
 ) -> tuple[Span, ...]:
     """Return the rows of diffusers' tensors that make up a module's weight or bias.
 
@@ -228,31 +230,31 @@ def _parts_of_maker(
     """
     located = locate(family, module, Naming.MAKER)
     assert located
-    there = {each: whole[f"{each}.{leaf}"] for each in located.diffusers if f"{each}.{leaf}" in whole}
-    matrix = next(whole.get(f"{each}.weight", tensor).shape for each, tensor in there.items())
+    present = {each: tensors[f"{each}.{leaf}"] for each in located.diffusers if f"{each}.{leaf}" in tensors}
+    matrix = next(tensors.get(f"{each}.weight", tensor).shape for each, tensor in present.items())
     columns = matrix[1] if len(matrix) > 1 else 1
-    spans = parts_of(located, columns, known={each: _rows(tensor) for each, tensor in there.items()})
-    first = next(iter(there.values())).rows[0].tensor
+    spans = parts_of(located, columns, known={each: _rows(tensor) for each, tensor in present.items()})
+    first = next(iter(present.values())).rows[0].tensor
     if spans is None:
-        sizes = ", ".join(f"{each} {_rows(tensor)}" for each, tensor in there.items())
+        sizes = ", ".join(f"{each} {_rows(tensor)}" for each, tensor in present.items())
         raise InputError(f"cannot become {module}, of {columns} columns and these rows: {sizes}", culprit=first)
-    missing = next((span.module for span in spans if span.module not in there), None)
+    missing = next((span.module for span in spans if span.module not in present), None)
     if missing is not None:
         raise InputError(f"is a part of {module}.{leaf}, and {missing}.{leaf} is not there", culprit=first)
     return tuple(replace(span, module=f"{span.module}.{leaf}") for span in spans)
 
 
-def _cut(spans: Sequence[Span], whole: Mapping[str, RenamedTensor]) -> list[ModuleRows]:
+def _cut(spans: Sequence[Span], tensors: Mapping[str, RenamedTensor]) -> list[ModuleRows]:
     """Return the rows of the former tensors for rows of diffusers' tensors."""
-    found = []
+    rows = []
     for span in spans:
         last = span.skip + span.stop - span.start
-        for each in whole[span.module].rows:
-            low, high = max(span.skip, each.skip), min(last, each.skip + each.stop - each.start)
+        for piece in tensors[span.module].rows:
+            low, high = max(span.skip, piece.skip), min(last, piece.skip + piece.stop - piece.start)
             if low < high:
-                start, skip = each.start + low - each.skip, span.start + low - span.skip
-                found.append(ModuleRows(each.tensor, start, start + high - low, skip, spans[-1].stop))
-    return found
+                start, skip = piece.start + low - piece.skip, span.start + low - span.skip
+                rows.append(ModuleRows(piece.tensor, start, start + high - low, skip, spans[-1].stop))
+    return rows
 
 
 def _rows(tensor: RenamedTensor) -> int:

@@ -146,9 +146,9 @@ _HUNYUAN_VISION: RenameRules = (
 )
 
 
-def _half_of_pair(found: re.Match[str]) -> str:
+def _half_of_pair(match: re.Match[str]) -> str:
     """Return the layer for one of dory's pairs: its files number attention and MLP separately (`LayerPairCollapse`)."""
-    index, name = int(found[1]), found[2]
+    index, name = int(match[1]), match[2]
     part = {"attn_alpha": "lambda_1", "mlp_alpha": "lambda_2"}.get(name, ("self_attn", "mlp")[index % 2])
     return f"layers.{index // 2}.{part}"
 

@@ -94,8 +94,10 @@ def _evidence(
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
     complete = [found == set(range(len(found))) and len(found) in counts for found, counts in numbers]
     # The only stack of another family may begin with as many blocks as one of several stacks has.
-    whole = bool(complete) and all(complete) and len(complete) >= min(2, sum(bool(b.counts) for b in family.blocks))
-    return has_sizes(family, modules), _is_of_one_naming(family, paths), telling, whole
+    all_blocks = (
+        bool(complete) and all(complete) and len(complete) >= min(2, sum(bool(b.counts) for b in family.blocks))
+    )
+    return has_sizes(family, modules), _is_of_one_naming(family, paths), telling, all_blocks
 
 
 def twins_of(family: ModelFamily, paths: Iterable[str]) -> tuple[str, ...]:
@@ -143,13 +145,13 @@ def _named(located: Located) -> bool:
 
 def _numbers(family: ModelFamily, names: Iterable[str]) -> list[tuple[set[int], tuple[int, ...]]]:
     """Return, for each stack with blocks in `names`, the numbers of the blocks and the counts in known models."""
-    every, found = list(names), []
+    every, stacks = list(names), []
     for block in family.blocks if not family.up_attention else ():
         stem = re.compile(re.escape(block.diffusers).replace(r"\{i\}", "([0-9]{1,9})") + r"\.")
         numbers = {int(match[1]) for name in every if (match := stem.match(name))}
         if numbers and block.counts:
-            found.append((numbers, block.counts))
-    return found
+            stacks.append((numbers, block.counts))
+    return stacks
 
 
 def family_of_names(shapes: Mapping[str, tuple[int, ...]]) -> ModelFamily | None:

@@ -108,12 +108,12 @@ def rows_of_runs(
 ) -> tuple[int, ...] | None:
     """Return the number of rows of each run in a fused matrix; arguments and None as in `parts_of`."""
     runs, rules = _runs(fused), fused.sizes or (None,) * len(fused.runs)
-    told = [(known or {}).get(run.module, 0) // run.parts for run in runs]
+    sizes_known = [(known or {}).get(run.module, 0) // run.parts for run in runs]
     sizes = [
         rule * columns if isinstance(rule, int) else (queries or size) if rule == "queries" else 0
-        for rule, size in zip(rules, told, strict=True)
+        for rule, size in zip(rules, sizes_known, strict=True)
     ]
-    shares = [size for size, rule in zip(told, rules, strict=True) if rule is None and size]
+    shares = [size for size, rule in zip(sizes_known, rules, strict=True) if rule is None and size]
     open_runs = rules.count(None)
     if "queries" in rules and not any(s for s, rule in zip(sizes, rules, strict=True) if rule == "queries"):
         if not rows or not shares:
@@ -124,7 +124,7 @@ def rows_of_runs(
         if rest:
             return None
         sizes = [share if rule is None else size for size, rule in zip(sizes, rules, strict=True)]
-    wrong = any(size and size != made for size, made in zip(told, sizes, strict=True))
+    wrong = any(size and size != made for size, made in zip(sizes_known, sizes, strict=True))
     return None if wrong or min(sizes) < 1 or (rows and sum(sizes) != rows) else tuple(sizes)
 
 
@@ -152,14 +152,14 @@ def names_of(family: ModelFamily, blocks: int = 2) -> Mapping[str, Located]:
 
 @lru_cache(maxsize=16)
 def _unet_index(family: ModelFamily) -> dict[str, Located]:
-    found: dict[str, Located] = {}
+    by_name: dict[str, Located] = {}
     for path in unet_paths():
         sgm = _sgm_of(family, path)
-        each = Located(family, path, (sgm,), (path,), ((0, Fused((path,))),), (sgm,))
+        located = Located(family, path, (sgm,), (path,), ((0, Fused((path,))),), (sgm,))
         # The number of an upsampler depends on whether its block has attention, which differs between UNets.
         spellings = {path, sgm, diffusers_to_sgm(path), diffusers_to_sgm(path, False)}
-        found |= {name: replace(each, path=name) for name in spellings}
-    return {path.replace(".", "_"): each for path, each in found.items()}
+        by_name |= {name: replace(located, path=name) for name in spellings}
+    return {path.replace(".", "_"): located for path, located in by_name.items()}
 
 
 def _sgm_of(family: ModelFamily, path: str) -> str:
@@ -199,15 +199,15 @@ class _Name:
 def _of_table(family: ModelFamily, flat: str, naming: Naming | None) -> tuple[Located, ...]:
     """Return the modules that a flattened name means in all namings; empty if they are not one module."""
     numbers = NUMBER.findall(flat)
-    found: list[Located] = []
+    candidates: list[Located] = []
     for name in _index(family).get(NUMBER.sub("#", flat), ()):
         places = PLACE.findall(name.template)
         block = {number for place, number in zip(places, numbers, strict=True) if place == "{i}"}
         own = [number if place == "{i}" else place for place, number in zip(places, numbers, strict=True)]
         if own == numbers and all(BLOCK.fullmatch(number) for number in block):
-            found.append(name.located(family, *block))
-    found = [each for each in found if naming and each.path in each.names(naming)] or found
-    return tuple(found) if all(each.rows == found[0].rows for each in found) else ()
+            candidates.append(name.located(family, *block))
+    candidates = [each for each in candidates if naming and each.path in each.names(naming)] or candidates
+    return tuple(candidates) if all(each.rows == candidates[0].rows for each in candidates) else ()
 
 
 @lru_cache(maxsize=256)
@@ -227,20 +227,24 @@ def _names(family: ModelFamily) -> Iterator[_Name]:
     comfy: dict[str, Alternatives] = {}
     alias: dict[str, Alternatives] = {}
     for block in (block for block in family.blocks if block.maker != "*"):
-        own = block.diffusers
+        stem_of_diffusers = block.diffusers
         for name, rows in {**block.names, **{name: name for name in block.alike}}.items():
             ratio, other = block.by_ratio.get(name, (0, rows))
-            first: Alternatives = ((ratio, _absolute(own, other)),) if ratio else ()
-            maker[_join(block.maker, name)] = (*first, (0, _absolute(own, rows)))
+            first: Alternatives = ((ratio, _absolute(stem_of_diffusers, other)),) if ratio else ()
+            maker[_join(block.maker, name)] = (*first, (0, _absolute(stem_of_diffusers, rows)))
         maker |= {
-            _join(block.maker, _leafless(name)): ((0, _absolute(own, _leafless(tensor))),)
+            _join(block.maker, _leafless(name)): ((0, _absolute(stem_of_diffusers, _leafless(tensor))),)
             for name, tensor in block.tensors.items()
         }
         stem = block.comfy_stem or block.maker
-        comfy |= {_join(stem, name): ((0, _absolute(own, rows)),) for name, rows in block.comfy.items()}
-        alias |= {_join(block.maker, name): ((0, _absolute(own, rows)),) for name, rows in block.aliases.items()}
+        comfy |= {_join(stem, name): ((0, _absolute(stem_of_diffusers, rows)),) for name, rows in block.comfy.items()}
+        alias |= {
+            _join(block.maker, name): ((0, _absolute(stem_of_diffusers, rows)),) for name, rows in block.aliases.items()
+        }
         modules = [run.module for rows in (*block.names.values(), *block.alike) for run in _runs(_absolute("", rows))]
-        alias |= {_join(each, name): ((0, _absolute(own, name)),) for each in block.stems for name in modules}
+        alias |= {
+            _join(each, name): ((0, _absolute(stem_of_diffusers, name)),) for each in block.stems for name in modules
+        }
     outside = {**family.outside, **{name: name for name in family.alike}}
     outside |= {_leafless(name): _leafless(tensor) for name, tensor in family.outside_tensors.items()}
     for found, named in ((maker, outside), (comfy, family.outside_comfy), (alias, family.outside_aliases)):
@@ -264,11 +268,11 @@ def _names(family: ModelFamily) -> Iterator[_Name]:
 
 def _names_by_module(naming: Mapping[str, Alternatives]) -> dict[str, list[str]]:
     """Return diffusers' module -> the names of a naming that have rows of it."""
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for name, rows in naming.items():
         for module in _modules(rows):
-            found.setdefault(module, []).append(name)
-    return found
+            names.setdefault(module, []).append(name)
+    return names
 
 
 def _leafless(tensor: str) -> str:

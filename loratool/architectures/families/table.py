@@ -142,7 +142,7 @@ class ModelFamily:
         Raises:
             InputError: the family has no such component.
         """
-        found = next((each for each in self.components if each.name == name), None)
-        if found is None:
+        component = next((each for each in self.components if each.name == name), None)
+        if component is None:
             raise InputError(f"is of {name}, which {self.title} does not have", culprit=module)
-        return found
+        return component

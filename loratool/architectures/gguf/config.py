@@ -57,11 +57,11 @@ class GgufFields:
         if value is None:
             return None
         is_array = isinstance(value, Sequence) and not isinstance(value, str)
-        found = tuple(value) if is_array else (value,)
+        values = tuple(value) if is_array else (value,)
         kinds = next((kinds for kinds, keys in KINDS.items() if key in keys), (int,))
-        if not all(type(each) in kinds and _is_sane(each) for each in found):
+        if not all(type(each) in kinds and _is_sane(each) for each in values):
             raise InputError(f"has {value!r} as {self.architecture}.{key}", culprit=self.name)
-        return tuple(map(_shortest, found)) if is_array else _shortest(value)
+        return tuple(map(_shortest, values)) if is_array else _shortest(value)
 
     def need(self, key: str) -> Any:
         """Return the value of a key; raise InputError if it is missing."""
@@ -98,23 +98,23 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
         return {}
     _require_sizes(model)
     last = model.need("block_count") - 1
-    found = next(row for row in rows if not row.mark or model.is_marked(row.mark.format(last=last)))
-    config: dict[str, Any] = {"architectures": [found.architecture], "model_type": found.model_type}
-    keys = {name: key for name, key in found.keys.items() if key not in OPTIONAL or model.each(key) is not None}
+    table = next(row for row in rows if not row.mark or model.is_marked(row.mark.format(last=last)))
+    config: dict[str, Any] = {"architectures": [table.architecture], "model_type": table.model_type}
+    keys = {name: key for name, key in table.keys.items() if key not in OPTIONAL or model.each(key) is not None}
     config |= {name: model.need(key) for name, key in keys.items()}
-    config |= {name: model.size(*place) for name, place in found.sizes.items()}
-    config |= {name: model.has(tensor) for name, tensor in found.has.items()}
-    config |= found.constants
+    config |= {name: model.size(*place) for name, place in table.sizes.items()}
+    config |= {name: model.has(tensor) for name, tensor in table.has.items()}
+    config |= table.constants
     config["vocab_size"] = model.size(GGUF_EMBEDDING, 0)
     config["tie_word_embeddings"] = GGUF_HEAD not in model.shapes
     config |= {name: _token(model, key) for name, key in TOKENS.items()}
-    if found.rotates:
-        config |= _rotary(model, found)
-    if found.window_every:
-        config["layer_types"] = _layer_kinds(model, found.window_every, config)
-    if found.nested:
-        config |= RULES[found.nested](model, config)
-    _require_told(model, found)
+    if table.rotates:
+        config |= _rotary(model, table)
+    if table.window_every:
+        config["layer_types"] = _layer_kinds(model, table.window_every, config)
+    if table.nested:
+        config |= RULES[table.nested](model, config)
+    _require_told(model, table)
     return config
 
 
@@ -243,7 +243,7 @@ def _llama3_factor(scaling: Mapping[str, Any], wavelength: float) -> float:
 def _deepseek(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes of latent attention, and the fields on the choice of experts."""
     rotated = config["qk_rope_head_dim"]
-    found = {
+    fields = {
         "num_key_value_heads": config["num_attention_heads"],
         "qk_nope_head_dim": model.need("attention.key_length_mla") - rotated,
         "norm_topk_prob": model.get("expert_weights_norm", False),
@@ -252,14 +252,14 @@ def _deepseek(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     }
     groups = config.get("n_group", 1)
     if config["model_type"] == "deepseek_v2":
-        found["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
+        fields["topk_method"] = "group_limited_greedy" if groups > 1 else "greedy"
     else:
-        found |= {"n_group": groups, "topk_group": config.get("topk_group", 1)}
+        fields |= {"n_group": groups, "topk_group": config.get("topk_group", 1)}
     multiplier = model.get("rope.scaling.yarn_log_multiplier")
     if multiplier is not None and "rope_scaling" in config:
         mscale = _shortest(struct.unpack("<f", struct.pack("<f", multiplier / 0.1))[0])
-        found["rope_scaling"] = config["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": mscale}
-    return found
+        fields["rope_scaling"] = config["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": mscale}
+    return fields
 
 
 # Numbers of layers of models with attention scaled by hidden size / heads, not by the head's size
@@ -279,16 +279,16 @@ def _gemma3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layer_kinds(model: GgufFields, every: int, config: Mapping[str, Any]) -> list[str]:
     """Return the kind of each layer: all but every `every`-th attend to a window, unless the file differs."""
-    layers, said = config["num_hidden_layers"], model.fields.get(f"{model.architecture}.{PATTERN}")
-    if isinstance(said, Sequence) and not isinstance(said, str):
+    layers, pattern = config["num_hidden_layers"], model.fields.get(f"{model.architecture}.{PATTERN}")
+    if isinstance(pattern, Sequence) and not isinstance(pattern, str):
         windowed = model.each(PATTERN)
         if len(windowed) != layers:
             raise InputError(f"has {len(windowed)} values of {PATTERN} for {layers} layers", culprit=model.name)
     else:
         model.used.add(PATTERN)
-        if said is not None and (type(said) is not int or not 0 <= said < 1 << 31):
-            raise InputError(f"has {said!r} as {model.architecture}.{PATTERN}", culprit=model.name)
-        every = every if said is None else int(said)
+        if pattern is not None and (type(pattern) is not int or not 0 <= pattern < 1 << 31):
+            raise InputError(f"has {pattern!r} as {model.architecture}.{PATTERN}", culprit=model.name)
+        every = every if pattern is None else int(pattern)
         windowed = [every == 0 or (i + 1) % every != 0 for i in range(layers)]
     has_window = model.get("attention.sliding_window") != 0 and ("sliding_window" in config or every == 2)
     return ["sliding_attention" if each and has_window else "full_attention" for each in windowed]
@@ -352,10 +352,10 @@ def _gemma4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
 def _of_layers(model: GgufFields, key: str, layers: int) -> list[int]:
     """Return the value of a key for each layer."""
     value = model.each(key)
-    found = [*value] if isinstance(value, tuple) else [model.need(key)] * layers
-    if len(found) != layers:
-        raise InputError(f"has {len(found)} values of {key} for {layers} layers", culprit=model.name)
-    return found
+    values = [*value] if isinstance(value, tuple) else [model.need(key)] * layers
+    if len(values) != layers:
+        raise InputError(f"has {len(values)} values of {key} for {layers} layers", culprit=model.name)
+    return values
 
 
 def _rotated_part(model: GgufFields) -> float:

@@ -44,9 +44,9 @@ class Facts:
     def of_config(cls, config: Mapping[str, Any]) -> Facts:
         """Return the facts of a config.json; a nested language model has precedence."""
         fields, heads = text_fields(config), heads_of(config)
-        found = {fact: first_count(fields, *names) for fact, names in _FIELDS.items()}
+        facts = {fact: first_count(fields, *names) for fact, names in _FIELDS.items()}
         tied = fields.get("tie_word_embeddings", fields.get("model_type") not in UNTIED_BY_DEFAULT)
-        return cls(heads.queries, heads.keys, **found, tied=tied is True)
+        return cls(heads.queries, heads.keys, **facts, tied=tied is True)
 
     @classmethod
     def of_metadata(cls, key: str, fields: Mapping[str, Any]) -> Facts:
@@ -175,8 +175,8 @@ def of_heads(facts: Facts, rows: int, values: bool) -> list[int]:
     size = facts.nope + facts.value_size
     if rows != facts.heads * size:
         raise ValueError(f"{rows} rows are not those of {facts.heads} heads of {facts.nope} and {facts.value_size}")
-    own = range(facts.nope, size) if values else range(facts.nope)
-    return [head * size + i for head in range(facts.heads) for i in own]
+    numbers = range(facts.nope, size) if values else range(facts.nope)
+    return [head * size + i for head in range(facts.heads) for i in numbers]
 
 
 def tile(facts: Facts, rows: int, size: int, before: int = 0) -> list[int]:
@@ -184,10 +184,10 @@ def tile(facts: Facts, rows: int, size: int, before: int = 0) -> list[int]:
 
     Linear attention orders value heads by key head, while ggml repeats the sequence of key heads.
     """
-    keys, each = facts.linear_keys, facts.linear_values // facts.linear_keys if facts.linear_keys else 0
-    if not each or rows != before + keys * each * size:
+    keys, per_key = facts.linear_keys, facts.linear_values // facts.linear_keys if facts.linear_keys else 0
+    if not per_key or rows != before + keys * per_key * size:
         raise ValueError(f"{rows} rows are not those of {facts.linear_values} heads of values")
-    turns = [(key * each + turn) * size + i for turn in range(each) for key in range(keys) for i in range(size)]
+    turns = [(key * per_key + turn) * size + i for turn in range(per_key) for key in range(keys) for i in range(size)]
     return [*range(before), *(before + number for number in turns)]
 
 

@@ -1,1 +1,1 @@
-"""What runtimes load of an adapter and apply: a row each in `table.RUNTIMES`, long lists in separate files."""
+"""The parts of an adapter that runtimes load and apply: rows of `table.RUNTIMES`, long lists in separate files."""
