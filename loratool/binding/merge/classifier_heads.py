@@ -141,15 +141,15 @@ def _find_class(
         owners: the fields of the adapter with the head.
         names: the tensors of the output.
     """
-    said = [classifier_class(model_type, declared, task) for task in sorted(tasks & CLASSES.keys())]
-    likely = [name for name in said if name]
+    classes = [classifier_class(model_type, declared, task) for task in sorted(tasks & CLASSES.keys())]
+    likely = [name for name in classes if name]
     if not likely:
         possible = [classifier_class(model_type, declared, task) for task in tasks_of_head(model_type, names)]
         likely = [name for name in possible if name]
         own = [declared_class(words) for words in owners]
         likely = [name for name in likely if name in own] or likely
     likely = list(dict.fromkeys(likely))
-    if len(likely) != 1 and declared.endswith(ALL_ENDS) and len(said) < 2:
+    if len(likely) != 1 and declared.endswith(ALL_ENDS) and len(classes) < 2:
         return declared, likely
     return (likely[0] if len(likely) == 1 else None), likely
 

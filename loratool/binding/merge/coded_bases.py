@@ -81,9 +81,9 @@ def _decode(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, str], dt
     """Return the edits with quantized weights as numbers of `dtype` (by default the model's), and updated configs."""
     specs = dict(edits.specs)
     for part in base.models:
-        own = [name for name in decoded if name.startswith(part.prefix)]
+        in_part = [name for name in decoded if name.startswith(part.prefix)]
         kind = dtype or plain_dtype(part)
-        shapes = {name: (specs.get(name) or base.specs[name]).shape for name in own}
+        shapes = {name: (specs.get(name) or base.specs[name]).shape for name in in_part}
         alike = {shape: TensorSpec(kind, shape) for shape in shapes.values()}  # few, even in a mixture of experts
         specs |= {name: alike[shape] for name, shape in shapes.items()}
     return _edit_configs(base, replace(edits, specs=specs), decoded)
@@ -205,9 +205,15 @@ def _require_whole_bytes(plan: MergePlan, name: str, remedy: str) -> None:
     """Raise NeedsFlag for an update of rows whose codes share bytes with other rows."""
     parts = plan.base.parts_of(name)
     together, rows = parts.weight.format.row_multiple(parts), parts.weight.spec.size // parts.weight.spec.shape[-1]
-    for each in plan.placements[name]:
-        if any(edge * (rows // each.rows) % together for edge in (each.start, each.stop) if edge != each.rows):
-            message = f"has rows {each.start} to {each.stop} changed, and {together} rows of its codes share bytes"
+    for placement in plan.placements[name]:
+        if any(
+            edge * (rows // placement.rows) % together
+            for edge in (placement.start, placement.stop)
+            if edge != placement.rows
+        ):
+            message = (
+                f"has rows {placement.start} to {placement.stop} changed, and {together} rows of its codes share bytes"
+            )
             raise NeedsFlag(message, culprit=name, remedy=remedy)
 
 

@@ -53,11 +53,11 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
     beside: dict[str, str] = {}  # stored tensor -> the weight that it is written with
     for name, quantizer in quantizers.items():
         names = like.weights[name].names
-        made = {names[role]: spec for role, spec in quantizer.specs().items()}
-        specs |= made
-        beside |= dict.fromkeys(made, name)
+        tensors = {names[role]: spec for role, spec in quantizer.specs().items()}
+        specs |= tensors
+        beside |= dict.fromkeys(tensors, name)
     files = {name: like.folder / name for name in QUANTIZERS if (like.folder / name).is_file()}
-    told = (like.shards[0].metadata or {}).get("format", "pt")
+    format_name = (like.shards[0].metadata or {}).get("format", "pt")
     config = like.config or base.config  # a single file may have no config
     origin = {key: base.config[key] for key in OWN_KEYS if key in base.config}
     edits = replace(
@@ -67,7 +67,7 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         configs={"": edited_config({**config, **origin}, {}, TORCH_FLOATS[dtype] if dtype else None)},
         files={**plan.edits.files, **files},
         beside=beside,
-        metadata={"format": told},
+        metadata={"format": format_name},
     )
     former = {name: base.specs.get(name, plan.sources[name].spec) for name in quantizers}  # an adapter's may be wider
     types = {name: dtype or spec.dtype for name, spec in former.items()}
@@ -88,18 +88,18 @@ def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _of_the_model(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
-def _plain_spec(own: TensorSpec, stored: TensorSpec, dtype: str | None) -> TensorSpec:
+def _plain_spec(source: TensorSpec, stored: TensorSpec, dtype: str | None) -> TensorSpec:
     """Return the spec of a plain tensor of the output: floats have the requested type, or the model's."""
-    if own.dtype not in TORCH_FLOATS:
-        return own
-    return TensorSpec(dtype or (stored.dtype if stored.dtype in TORCH_FLOATS else own.dtype), own.shape)
+    if source.dtype not in TORCH_FLOATS:
+        return source
+    return TensorSpec(dtype or (stored.dtype if stored.dtype in TORCH_FLOATS else source.dtype), source.shape)
 
 
 def _quantizer(like: Checkpoint, name: str) -> Quantizer:
     parts = like.parts_of(name)
     codec = parts.weight.format
-    found = codec.quantizer(parts)
-    if found is None:
+    quantizer = codec.quantizer(parts)
+    if quantizer is None:
         why = (
             "whose codes follow from calibration data"
             if codec.key in CALIBRATED
@@ -110,25 +110,25 @@ def _quantizer(like: Checkpoint, name: str) -> Quantizer:
             culprit=name,
             remedy="merge without --like, and quantize the result with the format's own software",
         )
-    return found
+    return quantizer
 
 
 def _require_same(plan: MergePlan, like: Checkpoint) -> None:
     """Raise InputError if the two models have different weights."""
-    own, other = plan.sources, like.specs
+    sources, other = plan.sources, like.specs
     for name in plan.untied:
         if name not in other:
             message = f"is tied to the embedding in {like.path}, and an adapter changes one of the two"
             raise InputError(message, culprit=name, remedy="merge without --like, or change both with --tied share")
-    for one, two, path in ((own, other, like.path), (other, own, plan.base.path)):
-        lacking = next((name for name in one if name not in two), None)
+    for left, right, path in ((sources, other, like.path), (other, sources, plan.base.path)):
+        lacking = next((name for name in left if name not in right), None)
         if lacking is not None:
             raise InputError(
                 f"is not in {path}: the two are no twins, or their names are of different tools",
                 culprit=lacking,
                 remedy="pass a quantized model of the same base, with the same names",
             )
-    for name, source in own.items():
+    for name, source in sources.items():
         if source.spec.shape != other[name].shape:
             message = f"has the shape {source.spec.shape}, but {other[name].shape} in {like.path}"
             raise InputError(message, culprit=name, remedy="pass a quantized model of the same base")

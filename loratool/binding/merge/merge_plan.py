@@ -55,10 +55,10 @@ class MergePlan:
     @cached_property
     def changed(self) -> set[str]:
         """The tensors with values that can differ from the base's."""
-        own, holder = self.base.specs, self.base.shard_of
+        stored, holder = self.base.specs, self.base.shard_of
         codes = {name: weight.tensors[0] for name, weight in self.base.weights.items()}
         replaced = {
-            n for n, source in self.sources.items() if n not in own or source.file is not holder[codes.get(n, n)]
+            n for n, source in self.sources.items() if n not in stored or source.file is not holder[codes.get(n, n)]
         }
         return replaced | set(self.placements) | self.decoded.keys() | self.encoded.keys()
 
@@ -166,11 +166,11 @@ def _resolve_row_sources(
     placements = {}
     if tie and resolved.untied:
         _share_replacement(tie, resolved, sources)
-    for name, found in resolved.placements.items():
-        refuse_second_nonadditive(name, found)
-        sources[name], rest = resolve_row_source(sources[name], found)
+    for name, requested in resolved.placements.items():
+        refuse_second_nonadditive(name, requested)
+        sources[name], rest = resolve_row_source(sources[name], requested)
         if rest:
-            _refuse_replaced_stack(sources[name], found, rest)
+            _refuse_replaced_stack(sources[name], requested, rest)
             _require_rows(sources[name], rest)
             refuse_second_nonadditive(name, rest)
             placements[name] = rest

@@ -41,42 +41,42 @@ def choose_tokenizer(plan: MergePlan, choice: str | os.PathLike[str] | None, is_
             return plan
         what = "a pipeline" if base.parts else "a GGUF model" if base.is_gguf else "a single file"
         raise UsageError(f"{what} has no tokenizer beside its weights", remedy="leave out --tokenizer")
-    own = tokenizer_files(base.folder)
+    base_files = tokenizer_files(base.folder)
     if choice is not None and choice not in TOKENIZERS:
         chosen = tokenizer_files(Path(choice))
         if not chosen:
             raise InputError("has no tokenizer's files", culprit=os.fspath(choice))
-        return _with_files(plan, own, chosen, (f"tokenizer: that of {os.fspath(choice)}",))
+        return _with_files(plan, base_files, chosen, (f"tokenizer: that of {os.fspath(choice)}",))
     beside = {folder: tokenizer_files(folder) for folder in _folders(plan)}
-    found = _others(beside, own)
+    others = _others(beside, base_files)
     if choice == "adapter":
         if not any(beside.values()):
             names = ", ".join(adapter.name for adapter, _ in plan.adapters)
             raise InputError("has no tokenizer beside it", culprit=names)
-        if len(found) > 1:
+        if len(others) > 1:
             raise UsageError(
-                f"several adapters have a tokenizer beside them: {', '.join(map(str, found))}",
+                f"several adapters have a tokenizer beside them: {', '.join(map(str, others))}",
                 remedy="name the folder of one with --tokenizer",
             )
     changing = _folders_that_change_words(plan)
     fitting = {
         folder: files
-        for folder, files in found.items()
+        for folder, files in others.items()
         if choice == "adapter" or (folder in changing and "tokenizer" in map(side_kind, files))
     }
     if choice == "base" or len(fitting) != 1:
-        notes = _note_of_the_base(found, fitting) if found else _note_of_none(plan, beside)
+        notes = _note_of_the_base(others, fitting) if others else _note_of_none(plan, beside)
         return replace(plan, notes=(*plan.notes, *notes))
     [(folder, files)] = fitting.items()
     why = ", which --tokenizer base leaves out" if choice is None else ""
-    return _with_files(plan, own, files, (f"tokenizer: that of {folder}{why}",))
+    return _with_files(plan, base_files, files, (f"tokenizer: that of {folder}{why}",))
 
 
-def _with_files(plan: MergePlan, own: Files, chosen: Files, notes: tuple[str, ...]) -> MergePlan:
+def _with_files(plan: MergePlan, base_files: Files, chosen: Files, notes: tuple[str, ...]) -> MergePlan:
     """Return the plan with a tokenizer's files instead of the base's; equal files are unchanged."""
-    stale = [name for name in own if name not in chosen] if any(map(is_vocabulary, chosen)) else []
+    stale = [name for name in base_files if name not in chosen] if any(map(is_vocabulary, chosen)) else []
     dropped = dict.fromkeys(stale, "of the base's tokenizer, in whose place another is")
-    other = {name: path for name, path in chosen.items() if not _adds_nothing({name: path}, own)}
+    other = {name: path for name, path in chosen.items() if not _adds_nothing({name: path}, base_files)}
     edits = replace(plan.edits, files={**plan.edits.files, **other}, dropped={**plan.edits.dropped, **dropped})
     return replace(plan, edits=edits, notes=(*plan.notes, *notes))
 
@@ -86,19 +86,21 @@ def _folders(plan: MergePlan) -> list[Path]:
     return list(dict.fromkeys(adapter.file.path.parent for adapter, _ in plan.adapters))
 
 
-def _others(beside: Mapping[Path, Files], own: Files) -> dict[Path, Files]:
+def _others(beside: Mapping[Path, Files], base_files: Files) -> dict[Path, Files]:
     """Return the tokenizers that differ from the base's, and of equal ones only the first."""
-    found: dict[Path, Files] = {}
+    others: dict[Path, Files] = {}
     for folder, files in beside.items():
-        is_known = any(files.keys() == each.keys() and _adds_nothing(files, each) for each in found.values())
-        if not is_known and not _adds_nothing(files, own):
-            found[folder] = files
-    return found
+        is_known = any(files.keys() == each.keys() and _adds_nothing(files, each) for each in others.values())
+        if not is_known and not _adds_nothing(files, base_files):
+            others[folder] = files
+    return others
 
 
-def _adds_nothing(files: Files, own: Files) -> bool:
-    """Return whether each file is also in `own`, byte for byte."""
-    return all(name in own and filecmp.cmp(path, own[name], shallow=False) for name, path in files.items())
+def _adds_nothing(files: Files, base_files: Files) -> bool:
+    """Return whether each file is also in `base_files`, byte for byte."""
+    return all(
+        name in base_files and filecmp.cmp(path, base_files[name], shallow=False) for name, path in files.items()
+    )
 
 
 def _folders_that_change_words(plan: MergePlan) -> set[Path]:
@@ -107,11 +109,11 @@ def _folders_that_change_words(plan: MergePlan) -> set[Path]:
     return {p.adapter.file.path.parent for name in words for p in plan.requested.get(name, ())}
 
 
-def _note_of_the_base(found: Mapping[Path, Files], fitting: Mapping[Path, Files]) -> Sequence[str]:
+def _note_of_the_base(others: Mapping[Path, Files], fitting: Mapping[Path, Files]) -> Sequence[str]:
     """Return a note that the base's tokenizer stays although there is another."""
-    folders, verb = ", ".join(map(str, fitting or found)), "have" if len(fitting or found) > 1 else "has"
-    what = " and ".join(dict.fromkeys(side_kind(name) or "" for files in found.values() for name in files))
-    how = "--tokenizer FOLDER" if len(fitting or found) > 1 else "--tokenizer adapter"
+    folders, verb = ", ".join(map(str, fitting or others)), "have" if len(fitting or others) > 1 else "has"
+    what = " and ".join(dict.fromkeys(side_kind(name) or "" for files in others.values() for name in files))
+    how = "--tokenizer FOLDER" if len(fitting or others) > 1 else "--tokenizer adapter"
     return (f"tokenizer: the base's; {folders} {verb} another {what}, which {how} takes",)
 
 

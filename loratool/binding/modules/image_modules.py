@@ -70,13 +70,17 @@ def settle_components(sources: Iterable[SourceModule], family: ModelFamily) -> l
 
 
 def _settled(source: SourceModule, family: ModelFamily) -> str:
-    own = {component.name: component for component in family.components}
+    components = {component.name: component for component in family.components}
     if source.component in DENOISERS or source.component == "":
         return source.component
     if locate(ENCODERS["t5"], source.path):
-        return next((name for name, each in own.items() if each.encoder == "t5"), source.component)
+        return next((name for name, each in components.items() if each.encoder == "t5"), source.component)
     can_be, _ = components_of(source.module)
-    return source.component if source.component in own else next((n for n in can_be if n in own), source.component)
+    return (
+        source.component
+        if source.component in components
+        else next((n for n in can_be if n in components), source.component)
+    )
 
 
 def detect_families(sources: Iterable[SourceModule]) -> tuple[str, ...]:

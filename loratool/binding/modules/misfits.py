@@ -59,16 +59,16 @@ def misfits(
     model_types: Sequence[str],
 ) -> dict[str, ShapeError]:
     """Return module -> the error of its placement, for modules of other shapes than the base's."""
-    found = {}
-    for module, each in matches.items():
+    errors = {}
+    for module, candidates in matches.items():
         try:
-            for match in each:
+            for match in candidates:
                 place_update(adapter, module, 1.0, match, specs, model_types, matches)
         except ShapeError as error:
-            found[module] = error
+            errors[module] = error
         except InputError:
             continue  # an error of another kind, raised later by `bind`
-    return found
+    return errors
 
 
 def misfit_error(

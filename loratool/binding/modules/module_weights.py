@@ -28,19 +28,19 @@ def resolve_weights(adapter: Adapter, weights: Mapping[str, float]) -> ModuleWei
     Raises:
         UsageError: the adapter has no module of a component.
     """
-    there = {weighed_component(module) for module in adapter.updates} if WEIGHED.keys() & weights.keys() else set()
+    present = {weighed_component(module) for module in adapter.updates} if WEIGHED.keys() & weights.keys() else set()
     narrow = {WEIGHED[name][0] for name in weights if name in _NARROW.values()}
-    patterns, found = 0, list[tuple[int, str, str, float]]()
+    patterns, entries = 0, list[tuple[int, str, str, float]]()
     for name, weight in weights.items():
         if name not in WEIGHED:
             patterns += 1
-            found.append((patterns, "", name, weight))
+            entries.append((patterns, "", name, weight))
             continue
-        components = [component for component in WEIGHED[name] if component in there]
+        components = [component for component in WEIGHED[name] if component in present]
         if not components:
             raise _unused(adapter.name, name, weight, adapter.updates)
-        found += [(patterns, c, _NARROW[c], weight) for c in components if c not in narrow or name == _NARROW[c]]
-    return tuple((name, weight) for *_, name, weight in sorted(found, key=lambda entry: entry[:2]))
+        entries += [(patterns, c, _NARROW[c], weight) for c in components if c not in narrow or name == _NARROW[c]]
+    return tuple((name, weight) for *_, name, weight in sorted(entries, key=lambda entry: entry[:2]))
 
 
 def weight_of(adapter: Adapter, weight: float, module: str, *paths: str) -> float:
@@ -52,9 +52,9 @@ def weight_of(adapter: Adapter, weight: float, module: str, *paths: str) -> floa
     Raises:
         UsageError: the weight is too large for the module's scale, or a pattern is not a regular expression.
     """
-    for name, own in reversed(adapter.module_weights):
+    for name, module_weight in reversed(adapter.module_weights):
         if weighed_component(module) in WEIGHED[name] if name in WEIGHED else _names(name, (module, *paths)):
-            weight = own
+            weight = module_weight
             break
     if not math.isfinite(weight * adapter.updates[module].scale):
         scale = adapter.updates[module].scale
@@ -75,15 +75,15 @@ def require_patterns_used(adapters: Iterable[tuple[Adapter, Iterable[str]]]) -> 
     Args:
         adapters: each with the paths of its modules, the adapter's and the base's.
     """
-    found: dict[tuple[str, ...], tuple[Adapter, set[str]]] = {}
+    by_patterns: dict[tuple[str, ...], tuple[Adapter, set[str]]] = {}
     for adapter, paths in adapters:
         patterns = tuple(name for name, _ in adapter.module_weights if name not in WEIGHED)
-        found.setdefault(patterns, (adapter, set()))[1].update(paths)
-    for patterns, (adapter, there) in found.items():
+        by_patterns.setdefault(patterns, (adapter, set()))[1].update(paths)
+    for patterns, (adapter, known) in by_patterns.items():
         weights = dict(adapter.module_weights)
         for pattern in patterns:
-            if not _names(pattern, there):
-                raise _unused(adapter.name, pattern, weights[pattern], there)
+            if not _names(pattern, known):
+                raise _unused(adapter.name, pattern, weights[pattern], known)
 
 
 def _unused(adapter: str, name: str, weight: float, paths: Iterable[str]) -> UsageError:

@@ -84,30 +84,30 @@ def place_update(
             culprit=match.name,
             remedy="pass the original model in 16 or 32 bits",
         )
-    own = adapter.file.specs[update.base] if update.base else spec
-    if own.shape != spec.shape:
-        _check_rows_alone_differ(adapter, own, spec, match.name)
-    rows = own.shape[0] if own.shape else 1
+    target = adapter.file.specs[update.base] if update.base else spec
+    if target.shape != spec.shape:
+        _check_rows_alone_differ(adapter, target, spec, match.name)
+    rows = target.shape[0] if target.shape else 1
     if update.cls is ReplaceTensor and weight != 1 and (not spec.shape or spec.dtype not in FLOATS):
         raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=match.name)
     if update.cls is ReplaceTensor and match.rows:
-        start, stop, skip, whole = match.rows
-        if update.shape != (whole, *spec.shape[1:]):
-            raise _shape_error(adapter, update, spec, match.name, f", of which it is {whole} rows")
+        start, stop, skip, count = match.rows
+        if update.shape != (count, *spec.shape[1:]):
+            raise _shape_error(adapter, update, spec, match.name, f", of which it is {count} rows")
         return [Placement(adapter, update, weight, False, rows, start, stop, skip)]
     if update.cls is ReplaceTensor:
         rows = _place_replaced_rows(adapter, update, spec, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
     if update.cls.whole and not match.rows:
-        _check_value(adapter, update, own, match.name)
+        _check_value(adapter, update, target, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
     if update.along_inputs:
-        _require_whole(update, match, own)
+        _require_whole(update, match, target)
     if match.rows:
-        return _place_rows(adapter, update, weight, match.name, match.rows, own)
-    if match.expert is not None or (len(own.shape) == 3 and update.cls.stack):
-        return _place_experts(adapter, update, weight, match, own, model_types)
-    transposed = _orient(adapter, update, match.name, own, specs, model_types, all_matches)
+        return _place_rows(adapter, update, weight, match.name, match.rows, target)
+    if match.expert is not None or (len(target.shape) == 3 and update.cls.stack):
+        return _place_experts(adapter, update, weight, match, target, model_types)
+    transposed = _orient(adapter, update, match.name, target, specs, model_types, all_matches)
     expert = 0 if update.cls.stack else None
     return [Placement(adapter, update, weight, transposed, rows, 0, rows, 0, expert)]
 
@@ -116,10 +116,10 @@ def _place_rows(
     adapter: Adapter, update: UpdateSpec, weight: float, base: str, covered: tuple[int, int, int, int], spec: TensorSpec
 ) -> list[Placement]:
     """Place a module on some rows of a tensor; both are (out, in), and a 1x1 convolution counts as linear."""
-    start, stop, skip, whole = covered
-    if not update.cls.fits(update, (whole, *spec.shape[1:])) or (update.cls.stack and update.experts != 1):
+    start, stop, skip, count = covered
+    if not update.cls.fits(update, (count, *spec.shape[1:])) or (update.cls.stack and update.experts != 1):
         error = _shape_error(
-            adapter, update, spec, base, f", of which it is {whole} rows" if whole != spec.shape[0] else ""
+            adapter, update, spec, base, f", of which it is {count} rows" if count != spec.shape[0] else ""
         )
         first_two = update.shape[:2]
         if module_path(base).endswith(LATENT_INPUTS) and first_two[:1] == spec.shape[:1] and first_two > spec.shape[:2]:
@@ -143,13 +143,13 @@ def _require_whole(update: UpdateSpec, match: Match, spec: TensorSpec) -> None:
                 f"is {spec.shape}, but {update.module} has {size} magnitudes of inputs", culprit=match.name
             )
         return
-    whole = f"{update.module}, which is DoRA along the inputs, whose norms are of "
+    subject = f"{update.module}, which is DoRA along the inputs, whose norms are of "
     if update.shape[0] > rows:
-        said, remedy = f"is a part of {whole}the whole", "as single files have fused ones"
+        message, remedy = f"is a part of {subject}the whole", "as single files have fused ones"
     else:
-        said, remedy = f"has as a part of its rows {whole}that part", "as diffusers' folders have the parts"
+        message, remedy = f"has as a part of its rows {subject}that part", "as diffusers' folders have the parts"
     remedy = f"pass a base that has it as a tensor of its own, {remedy}"
-    raise InputError(said, culprit=match.name, remedy=remedy)
+    raise InputError(message, culprit=match.name, remedy=remedy)
 
 
 def _shape_error(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> ShapeError:
@@ -161,15 +161,15 @@ def _shape_error(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: s
     )
 
 
-def _check_rows_alone_differ(adapter: Adapter, own: TensorSpec, spec: TensorSpec, base: str) -> None:
+def _check_rows_alone_differ(adapter: Adapter, replaced: TensorSpec, spec: TensorSpec, base: str) -> None:
     """Raise ShapeError unless two shapes differ only in the rows of an embedding or a head.
 
     A vocabulary or a classifier may have another size than the base's.
     """
     last = base.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
-    same = len(own.shape) == len(spec.shape) and own.shape[1:] == spec.shape[1:]
+    same = len(replaced.shape) == len(spec.shape) and replaced.shape[1:] == spec.shape[1:]
     if not same or last not in SIZED or "pos" in last or last == "wpe":
-        raise ShapeError(f"is {spec.shape}, but {adapter.name} replaces it by {own.shape}", culprit=base)
+        raise ShapeError(f"is {spec.shape}, but {adapter.name} replaces it by {replaced.shape}", culprit=base)
 
 
 def _place_replaced_rows(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str) -> int:
@@ -203,9 +203,19 @@ def _place_experts(
             if spec.shape != (experts, out // match.parts, width) or out % match.parts:
                 raise _shape_error(adapter, update, spec, match.name)
         transposed = match.parts == 1 and _orient_stack(adapter, update, match.name, spec, model_types)
-        each, rows = spec.shape[1], spec.shape[0] * spec.shape[1]
+        per_expert, rows = spec.shape[1], spec.shape[0] * spec.shape[1]
         return [
-            Placement(adapter, update, weight, transposed, rows, e * each, (e + 1) * each, match.part * each, e)
+            Placement(
+                adapter,
+                update,
+                weight,
+                transposed,
+                rows,
+                e * per_expert,
+                (e + 1) * per_expert,
+                match.part * per_expert,
+                e,
+            )
             for e in range(spec.shape[0])
         ]
     # the factors of one expert on a stack

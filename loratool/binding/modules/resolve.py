@@ -112,12 +112,12 @@ def bind(
                 if match.name in formats:
                     quantized[module] = (adapter, match.name, formats[match.name])
                     continue
-                own = weight_of(adapter, weight, module, module_path(match.name))
+                module_weight = weight_of(adapter, weight, module, module_path(match.name))
                 try:
-                    found = place_update(adapter, module, own, match, specs, tuple(configs), selected)
+                    of_match = place_update(adapter, module, module_weight, match, specs, tuple(configs), selected)
                 except ShapeError as error:
                     raise misfit() from error
-                placements.setdefault(match.name, []).extend(found)
+                placements.setdefault(match.name, []).extend(of_match)
     if not placements and not added and not quantized:
         raise InputError(
             "no module of any adapter is selected, so there is nothing to do", remedy="loosen the selection"
@@ -142,12 +142,12 @@ def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> Non
     if len(placements) < 2:
         return
     last: Placement | None = None
-    for each in sorted((p for p in placements if not p.update.additive), key=lambda p: p.start):
-        if last and each.start < last.stop:
-            what = f"{last.update.kind} of {last.adapter.name} and {each.update.kind} of {each.adapter.name}"
-            remedy = "merge them one after the other" if last.adapter is not each.adapter else None
+    for placement in sorted((p for p in placements if not p.update.additive), key=lambda p: p.start):
+        if last and placement.start < last.stop:
+            what = f"{last.update.kind} of {last.adapter.name} and {placement.update.kind} of {placement.adapter.name}"
+            remedy = "merge them one after the other" if last.adapter is not placement.adapter else None
             raise InputError(f"{what} do not add up", culprit=name, remedy=remedy)
-        last = each
+        last = placement
 
 
 def resolve_modules(
@@ -166,9 +166,9 @@ def resolve_modules(
         InputError: two ways resolve equally many paths and contradict each other.
     """
     matches, rest, absent = _resolve_image(specs, adapter)
-    found, missing = _resolve_names(specs, adapter, rest, configs) if rest else ({}, [])
+    by_name, missing = _resolve_names(specs, adapter, rest, configs) if rest else ({}, [])
     missing = [module for module in (*absent, *missing) if not adapter.updates[module].if_there]
-    return {**matches, **found}, missing
+    return {**matches, **by_name}, missing
 
 
 def _resolve_image(
@@ -239,12 +239,12 @@ def _resolve_names(
         if names:
             matches[module] = (Match(names[0]),)
         elif best[0][module] in stacks:
-            found = stacks[best[0][module]]
+            stacked = stacks[best[0][module]]
             update = adapter.updates[module]
-            if found[0].rows and update.cls.whole and not update.additive and update.cls is not ReplaceTensor:
+            if stacked[0].rows and update.cls.whole and not update.additive and update.cls is not ReplaceTensor:
                 continue  # it has no part for a region of rows
-            _require_complete(adapter, module, found)
-            matches[module] = found
+            _require_complete(adapter, module, stacked)
+            matches[module] = stacked
         else:
             matches[module] = of_stack[module]
     return matches, [m for m in plain if m not in matches and not adapter.is_duplicate_bias(m, matches)]
@@ -260,16 +260,16 @@ def _in_stacks(
     """
     halves: dict[tuple[str, int, int], list[str]] = {}
     for fused in {part.fused for part in parts.values()}:
-        for each in stacks.get(fused, ()):
-            if each.expert is None and not each.rows:
-                halves.setdefault((fused, each.part, each.parts), []).append(each.name)
-    found: dict[str, tuple[Match, ...]] = {}
+        for match in stacks.get(fused, ()):
+            if match.expert is None and not match.rows:
+                halves.setdefault((fused, match.part, match.parts), []).append(match.name)
+    in_stacks: dict[str, tuple[Match, ...]] = {}
     for module, part in parts.items():
         if part.fused in index:
-            found[module] = (Match(index[part.fused][0], part.expert, part.part, part.parts),)
+            in_stacks[module] = (Match(index[part.fused][0], part.expert, part.part, part.parts),)
         elif names := halves.get((part.fused, part.part, part.parts)):
-            found[module] = tuple(Match(name, part.expert) for name in names)
-    return found
+            in_stacks[module] = tuple(Match(name, part.expert) for name in names)
+    return in_stacks
 
 
 def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterable[str]) -> list[str]:
@@ -301,16 +301,16 @@ def _require_complete(adapter: Adapter, module: str, matches: Sequence[Match]) -
     """Raise InputError if an update has more rows, or a stack more slices, than its matches: some would be ignored."""
     ranges = [match.rows for match in matches if match.rows]
     if ranges:
-        has, whole = sum(stop - start for start, stop, _, _ in ranges), ranges[0][3]
-        if has != whole:
-            raise InputError(f"of {adapter.name} has {whole} rows, but the base has {has} of them", culprit=module)
+        has, total = sum(stop - start for start, stop, _, _ in ranges), ranges[0][3]
+        if has != total:
+            raise InputError(f"of {adapter.name} has {total} rows, but the base has {has} of them", culprit=module)
         return
     experts: Sequence[int | None] = [None] if matches[0].expert is None else range(adapter.updates[module].experts)
     expected = {(expert, part) for expert in experts for part in range(matches[0].parts)}
-    there = {(match.expert, match.part) for match in matches}
-    if there != expected:
+    present = {(match.expert, match.part) for match in matches}
+    if present != expected:
         has = len({match.expert for match in matches})
-        what = f"has {has} experts" if has != len(experts) else f"lacks a part of {len(expected - there)} of them"
+        what = f"has {has} experts" if has != len(experts) else f"lacks a part of {len(expected - present)} of them"
         raise InputError(f"of {adapter.name} is for {len(experts)} experts, but the base {what}", culprit=module)
 
 
@@ -377,11 +377,11 @@ def _canonical_path(module: str, flattened: bool, model_types: Sequence[str]) ->
 def _reasons(absent: Iterable[str], specs: Mapping[str, TensorSpec], configs: Configs) -> dict[str, str]:
     """Return module -> why it does not bind, for modules whose rows are within another tensor of the base."""
     rows = {part.module: (name, part) for name, spec in specs.items() for part in fused_parts(name, spec, configs)}
-    found = {}
+    reasons = {}
     for module in absent:
         name, part = rows.get(canonical(strip_wrappers(module), tuple(configs)), ("", None))
         if part and part.permuted:
-            found[module] = f"its rows are in {name}, in another order than transformers' class has them"
+            reasons[module] = f"its rows are in {name}, in another order than transformers' class has them"
         elif part:
-            found[module] = f"it is rows of {name}, and this update replaces whole tensors alone"
-    return found
+            reasons[module] = f"it is rows of {name}, and this update replaces whole tensors alone"
+    return reasons

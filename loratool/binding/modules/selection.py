@@ -76,10 +76,10 @@ class Selection:
                 )
         if self.layers is None:
             return
-        there = sorted({number for path in paths if (number := _layer(path)) is not None})
-        if there and self.layers.isdisjoint(there):
+        present = sorted({number for path in paths if (number := _layer(path)) is not None})
+        if present and self.layers.isdisjoint(present):
             raise InputError(
-                f"names no layer of {where}", culprit="--layers", remedy=f"there are {there[0]}-{there[-1]}"
+                f"names no layer of {where}", culprit="--layers", remedy=f"there are {present[0]}-{present[-1]}"
             )
 
 
@@ -124,10 +124,10 @@ def parse_patterns(values: str | Sequence[str]) -> tuple[str, ...]:
         if not isinstance(value, str):
             raise UsageError(f"{brief(value)} is not a pattern, like q_proj or *.mlp.*")
         head, mark, expression = value.partition("re:")
-        found = [part.strip() for part in head.split(",") if part.strip()] + ([mark + expression] if mark else [])
-        if not found:
+        split = [part.strip() for part in head.split(",") if part.strip()] + ([mark + expression] if mark else [])
+        if not split:
             raise UsageError(f"the pattern {value!r} names nothing")
-        patterns += found
+        patterns += split
     return tuple(patterns)
 
 
@@ -143,12 +143,14 @@ def parse_layers(layers: str | Iterable[int] | None) -> frozenset[int] | None:
         return _parse_ranges(layers)
     try:
         known = not isinstance(layers, bytes | bytearray | memoryview | Mapping)
-        each: Iterable[object] = islice(layers, MOST_LAYERS + 1 if known else 0)
+        values: Iterable[object] = islice(layers, MOST_LAYERS + 1 if known else 0)
     except TypeError:  # no numbers, or a tensor's only one
         known = False
     if not known:
         raise UsageError(f"{brief(layers)} is not a list like 0-3,7, a range or a list of numbers")
-    numbers = [int(number) if not isinstance(number, bool) and isinstance(number, Integral) else -1 for number in each]
+    numbers = [
+        int(number) if not isinstance(number, bool) and isinstance(number, Integral) else -1 for number in values
+    ]
     for number in numbers:
         if not 0 <= number < MOST_LAYERS:
             raise UsageError(f"{brief(layers)} has what is no number of a layer")

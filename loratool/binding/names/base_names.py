@@ -38,20 +38,22 @@ def _given_name(base: Checkpoint) -> str:
     return cached.repo if cached else _absent_name(base.config.get("_name_or_path"))
 
 
-def _absent_name(said: object) -> str:
+def _absent_name(value: object) -> str:
     """Return a config's value if it is a repo id; empty for other values and for existing paths."""
-    name = named_repo(named_base(said))
+    name = named_repo(named_base(value))
     return "" if os.path.lexists(name) else name
 
 
 def _relation(named: str, given: str) -> str:
     """Return a clause on the given base, from the words of both names."""
-    one, two = (frozenset(re.split(r"[-_]", each.rpartition("/")[2].lower())) for each in (named, given))
-    if one == two:
+    named_words, given_words = (
+        frozenset(re.split(r"[-_]", each.rpartition("/")[2].lower())) for each in (named, given)
+    )
+    if named_words == given_words:
         return f"and the base is {given}, of the same name"
-    if one - STORAGE == two - STORAGE:
+    if named_words - STORAGE == given_words - STORAGE:
         return f"and the base is {given}, the same model by its name, stored otherwise"
-    if one - STORAGE - TUNED == two - STORAGE - TUNED:
-        which = "tuned to follow instructions" if two & TUNED else "not tuned to follow instructions"
+    if named_words - STORAGE - TUNED == given_words - STORAGE - TUNED:
+        which = "tuned to follow instructions" if given_words & TUNED else "not tuned to follow instructions"
         return f"and the base is {given}, which is {which} by its name"
     return f"and the base is {given}"

@@ -138,18 +138,18 @@ def names_not_found(
     named = both if family in STACKED_BY_PEFT else whole
     doubtful = _named_twice(base, in_model, named.values()) | _unknown_order(factored.values())
     layers = Layers.find(both.values(), base.config)
-    found = {}
+    reasons = {}
     for name, path in both.items():
         module = module_path(path).removesuffix(".bias")
         if layers.is_mtp(path):
-            found[name] = f"is of an MTP layer, and transformers loads none of a {family}"
+            reasons[name] = f"is of an MTP layer, and transformers loads none of a {family}"
         elif any(re.search(pattern, module) for pattern in reshaped):
-            found[name] = f"PEFT finds no module of a {family} for it"
+            reasons[name] = f"PEFT finds no module of a {family} for it"
         elif name in whole and path.endswith(".bias"):
             continue
         elif path in doubtful:
-            found[name] = f"PEFT cannot tell {module} from other modules"
-    return found
+            reasons[name] = f"PEFT cannot tell {module} from other modules"
+    return reasons
 
 
 def _without_module(base: Checkpoint, in_model: ClassNames, uses: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -158,12 +158,12 @@ def _without_module(base: Checkpoint, in_model: ClassNames, uses: Mapping[str, S
     The module under the head's name contains other modules, so it is not the head.
     """
     owners = {in_model(name).rpartition(".")[0] for name in base.specs} if uses else set()
-    found = {}
+    reasons = {}
     for name, paths in uses.items():
         for module in map(module_path, paths):
             if any(owner.startswith(f"{module}.") for owner in owners):
-                found[name] = f"it is its head as well, which is no module {module}"
-    return found
+                reasons[name] = f"it is its head as well, which is no module {module}"
+    return reasons
 
 
 def target_modules(base: Checkpoint, in_model: ClassNames, modules: Collection[str]) -> list[str] | str:

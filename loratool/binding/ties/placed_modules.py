@@ -30,9 +30,9 @@ def bind_adapter(base: Checkpoint, adapter: Adapter, selection: Selection) -> Bi
 
 def placed_modules(base: Checkpoint, binding: Binding) -> dict[str, list[Placed]]:
     """Return bound module -> its changes, by the names of the base's files, except codes of unsupported formats."""
-    stored, found = stored_names(base, find_tie(base)), dict[str, list[Placed]]()
+    stored, by_module = stored_names(base, find_tie(base)), dict[str, list[Placed]]()
     for name, placements in binding.placements.items():
         weight = base.ref(stored.get(name, name))
         for placement in placements:
-            found.setdefault(placement.update.module, []).append(Placed(weight, placement, placements))
-    return found
+            by_module.setdefault(placement.update.module, []).append(Placed(weight, placement, placements))
+    return by_module

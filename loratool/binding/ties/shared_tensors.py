@@ -23,16 +23,16 @@ from .ties import Tie
 def find_shared(base: Checkpoint) -> dict[str, tuple[tuple[str, bool], ...]]:
     """Return shared tensor -> names of the modules that use it, each with whether it is transposed there."""
     rows = [row for model_type in base.model_types for row in SHARED_MODULES.get(model_type, ())]
-    found = {}
+    shared = {}
     for name in base.specs if rows else ():
         for pattern, uses in rows:
             if match := re.search(pattern, name):
                 before, after = name[: match.start()], name[match.end() :]
                 named = [(f"{before}{match.expand(path)}{after}", transposed) for path, transposed in uses]
-                found[name] = tuple(use for use in named if use[0] == name or _is_lacking(base, use[0]))
+                shared[name] = tuple(use for use in named if use[0] == name or _is_lacking(base, use[0]))
     for model_type in SHARED_BLOCKS.keys() & set(base.model_types):
-        found.update(_shared_blocks(base, SHARED_BLOCKS[model_type]))
-    return found
+        shared.update(_shared_blocks(base, SHARED_BLOCKS[model_type]))
+    return shared
 
 
 def _is_lacking(base: Checkpoint, name: str) -> bool:
@@ -47,9 +47,13 @@ def _shared_blocks(base: Checkpoint, block: str) -> Iterator[tuple[str, tuple[tu
     stored = [(match, name) for name in base.specs if (match := re.search(rf"{layer}{block}\.", name))]
     linear = [match for name in base.specs if (match := re.search(rf"{layer}linear\.weight$", name))]
     layers = sorted({int(match[2]) for match in linear})
-    own = sorted({int(match[2]) for match, _ in stored})
+    numbers = sorted({int(match[2]) for match, _ in stored})
     for match, name in stored:
-        others = layers[own.index(int(match[2])) :: len(own)] if layers[: len(own)] == own else [int(match[2])]
+        others = (
+            layers[numbers.index(int(match[2])) :: len(numbers)]
+            if layers[: len(numbers)] == numbers
+            else [int(match[2])]
+        )
         yield name, tuple((f"{match[1]}{i}.{name[match.end(2) + 1 :]}", False) for i in others)
 
 

@@ -41,12 +41,12 @@ def _is_vocabulary(name: str) -> bool:
     return name.removesuffix(".weight").rpartition(".")[2] in VOCABULARY
 
 
-def _looks_equal(base: Checkpoint, one: str, other: str) -> bool:
+def _looks_equal(base: Checkpoint, name: str, other: str) -> bool:
     import torch
 
-    spec = base.specs[one]
+    spec = base.specs[name]
     if spec != base.specs[other] or not spec.size:
         return False
-    count, refs = spec.shape[0], (base.ref(one), base.ref(other))
+    count, refs = spec.shape[0], (base.ref(name), base.ref(other))
     rows = sorted({0, count // 2, count - 1})
     return all(torch.equal(*(ref.matrix_rows(count, row, row + 1) for ref in refs)) for row in rows)

@@ -59,27 +59,29 @@ def resolve_tie(
     if not any(name in placements for name in (tie.embedding, *tie.sides, *_possible_copies(base, tie))):
         return ResolvedTie(placements)
     copies = stored_copies(base, tie)
-    one = placements.get(tie.embedding, ())
+    embedding = placements.get(tie.embedding, ())
     apart = tie.is_stored(base) and tie.head not in copies
     others = list(dict.fromkeys([*copies, *(side for side in tie.sides if side not in base.specs)]))
-    if not one and not any(name in placements for name in others):
+    if not embedding and not any(name in placements for name in others):
         return ResolvedTie(placements)
     if apart and not tie.inputs:
         return ResolvedTie(placements)  # these are two matrices in spite of the config
     rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
     requested = {name: placements.get(name, ()) for name in others}
     rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
-    one = (*one, *_mirror_all(rows, one))
+    embedding = (*embedding, *_mirror_all(rows, embedding))
     sides = {name: (*found, *_mirror_all(rows, found)) for name, found in requested.items()}
-    followed = [found for name, found in sides.items() if found or name not in tie.inputs or not one or tie.is_called]
-    shared = one if one or tie.is_called else sides.get(tie.inputs[0], ())
+    followed = [
+        found for name, found in sides.items() if found or name not in tie.inputs or not embedding or tie.is_called
+    ]
+    shared = embedding if embedding or tie.is_called else sides.get(tie.inputs[0], ())
     if followed and all(equal_changes(shared, found) for found in followed):
         return ResolvedTie(
             {**rest, **dict.fromkeys((tie.embedding, *copies), shared)}, (), _forgotten_bias(base, tie, rows)
         )
-    both = one + tuple(p for found in requested.values() for p in found)
-    separate = {name: found for name, found in ((tie.embedding, one), *sides.items()) if found}
-    embedding_alone = bool(one and tie.inputs) and not any(sides.get(name) for name in tie.inputs)
+    both = embedding + tuple(p for found in requested.values() for p in found)
+    separate = {name: found for name, found in ((tie.embedding, embedding), *sides.items()) if found}
+    embedding_alone = bool(embedding and tie.inputs) and not any(sides.get(name) for name in tie.inputs)
     options = _working_options(tie, separate, both, embedding_alone)
     if (
         mode == "refuse"
@@ -90,19 +92,19 @@ def resolve_tie(
     if mode == "share":
         warning = f"{tie.embedding}: what changed one side now changes all that are tied to it"
         return ResolvedTie({**rest, **dict.fromkeys((tie.embedding, *copies), both)}, (), (warning,))
-    resolved = _untie(base, tie, one, sides, {**rest, **separate})
+    resolved = _untie(base, tie, embedding, sides, {**rest, **separate})
     return replace(resolved, warnings=(*resolved.warnings, *_forgotten_bias(base, tie, rows)))
 
 
 def _untie(
     base: Checkpoint,
     tie: Tie,
-    one: tuple[Placement, ...],
+    embedding: tuple[Placement, ...],
     sides: Mapping[str, tuple[Placement, ...]],
     placements: Mapping[str, tuple[Placement, ...]],
 ) -> ResolvedTie:
     """Write every side as a separate matrix, or only those that differ if config.json still ties them."""
-    untied = [name for name, found in sides.items() if not (tie.keeps_flag and equal_changes(one, found))]
+    untied = [name for name, found in sides.items() if not (tie.keeps_flag and equal_changes(embedding, found))]
     placements = {name: found for name, found in placements.items() if name in untied or name in base.specs}
     named = ", ".join(untied)
     if tie.bias:
@@ -138,16 +140,16 @@ def _unify_bias_names(tie: Tie, placements: Mapping[str, tuple[Placement, ...]])
         return placements
     name, again = tie.bias
     unified = {other: found for other, found in placements.items() if other != again}
-    for each in placements[again]:
-        same = [p for p in placements.get(name, ()) if p.adapter is each.adapter]
-        if same and not any(_equal_updates(p, each) for p in same):
+    for placement in placements[again]:
+        same = [p for p in placements.get(name, ()) if p.adapter is placement.adapter]
+        if same and not any(_equal_updates(p, placement) for p in same):
             raise NeedsFlag(
-                f"is {name} under another name, but {each.adapter.name} changes the two in different ways",
+                f"is {name} under another name, but {placement.adapter.name} changes the two in different ways",
                 culprit=again,
                 flags=f"--exclude {shell_word(name)}",
                 why=", with which the head does not compute",
             )
-        unified[name] = unified.get(name, ()) + (() if same else (each,))
+        unified[name] = unified.get(name, ()) + (() if same else (placement,))
     return unified
 
 
@@ -219,21 +221,21 @@ def equal_changes(embedding: tuple[Placement, ...], head: tuple[Placement, ...])
     return all(_equal_updates(p, q) for p, q in updates.values())
 
 
-def _equal_updates(one: Placement, two: Placement) -> bool:
-    a, b = one.update, two.update
-    if one.adapter is not two.adapter or one.weight != two.weight:
+def _equal_updates(left: Placement, right: Placement) -> bool:
+    a, b = left.update, right.update
+    if left.adapter is not right.adapter or left.weight != right.weight:
         return False
     if (a.cls, a.detail, a.scale, a.tensors.keys()) != (b.cls, b.detail, b.scale, b.tensors.keys()):
         return False
-    file = one.adapter.file
+    file = left.adapter.file
     if (a.base is None) != (b.base is None):
         return False
     if a.base and b.base and not same_values(TensorRef(file, a.base), TensorRef(file, b.base)):
         return False
-    if one.transposed is two.transposed:
+    if left.transposed is right.transposed:
         pairs = ((TensorRef(file, a.tensors[role]), TensorRef(file, b.tensors[role])) for role in a.tensors)
         return all(same_values(*pair) for pair in pairs)
-    return a.cls is LowRank and _equal_transposed(one, a, b, "A", "B") and _equal_transposed(one, a, b, "B", "A")
+    return a.cls is LowRank and _equal_transposed(left, a, b, "A", "B") and _equal_transposed(left, a, b, "B", "A")
 
 
 def _equal_transposed(placement: Placement, a: UpdateSpec, b: UpdateSpec, role: str, other: str) -> bool:

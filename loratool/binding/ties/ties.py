@@ -62,9 +62,9 @@ class Tie:
             stored: names with a separate matrix.
         """
         inputs = [name for name in self.inputs if name not in stored]
-        own = [self.embedding] if self.is_called or not inputs else []
+        embeddings = [self.embedding] if self.is_called or not inputs else []
         heads = [self.head] if self.head and self.head not in stored else []
-        return (*((name, False) for name in (*own, *inputs)), *((name, True) for name in heads))
+        return (*((name, False) for name in (*embeddings, *inputs)), *((name, True) for name in heads))
 
     def stored_as(self, name: str) -> str:
         """Return the name under which a side's values are stored."""
@@ -118,29 +118,29 @@ def _gguf_tie(base: Checkpoint) -> Tie | None:
 def _decoders_tie(base: Checkpoint) -> Tie | None:
     """Return the tie of a decoder that is a separate model; loaders may not read it untied."""
     config, start = base.config.get("decoder"), "decoder."
-    found = [n for names in _matrices(base, INPUT_EMBEDDINGS).values() for n in names if n.startswith(start)]
+    embeddings = [n for names in _matrices(base, INPUT_EMBEDDINGS).values() for n in names if n.startswith(start)]
     family = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(family, str) or len(found) != 1:
+    if not isinstance(config, dict) or not isinstance(family, str) or len(embeddings) != 1:
         return None
     flag = _tie_flag(config)
     if flag is False or (flag is None and family in UNTIED_BY_DEFAULT):
         return None
     if family in MASKED_HEAD_OF:
-        return replace(_masked_tie(base, found[0], family, start), separable=False, tokens=None)
-    return Tie(found[0], f"{start}{DECODER_HEADS.get(family, 'lm_head')}.weight", False, found[0])
+        return replace(_masked_tie(base, embeddings[0], family, start), separable=False, tokens=None)
+    return Tie(embeddings[0], f"{start}{DECODER_HEADS.get(family, 'lm_head')}.weight", False, embeddings[0])
 
 
 def _inputs(base: Checkpoint, embedding: str) -> tuple[tuple[str, ...], bool]:
     """Return the embeddings of encoder and decoder that share a matrix, and whether its module is also called."""
     for family in base.model_types:
-        own, is_called, others = SHARED_INPUTS.get(family, ("", True, ()))
-        before, mark, _ = f".{embedding}".rpartition(f".{own}.weight")
-        if own and mark:
+        last, is_called, others = SHARED_INPUTS.get(family, ("", True, ()))
+        before, mark, _ = f".{embedding}".rpartition(f".{last}.weight")
+        if last and mark:
             before = f"{before}.".removeprefix(".")
             sides = [f"{before}{other.partition('.')[0]}." for other in others]
-            there = [any(name.startswith(side) for name in base.specs) for side in sides]
+            are_present = [any(name.startswith(side) for name in base.specs) for side in sides]
             return tuple(
-                f"{before}{other}.weight" for other, is_there in zip(others, there, strict=True) if is_there
+                f"{before}{other}.weight" for other, is_there in zip(others, are_present, strict=True) if is_there
             ), is_called
     return (), True
 
@@ -193,20 +193,20 @@ def _head(base: Checkpoint) -> str | None:
 
 def _matrices(base: Checkpoint, lasts: Collection[str]) -> dict[str, list[str]]:
     """Return the matrices of modules with these last names, by last name, except copies in MTP layers."""
-    found: dict[str, list[str]] = {}
+    by_last_name: dict[str, list[str]] = {}
     layers = Layers.find((), base.config)
     for name, spec in base.specs.items():
         last = name.removesuffix(".weight").rpartition(".")[2]
         if last in lasts and name.endswith(".weight") and len(spec.shape) == 2 and not layers.is_mtp(name):
-            found.setdefault(last, []).append(name)
-    return found
+            by_last_name.setdefault(last, []).append(name)
+    return by_last_name
 
 
-def _only(found: Sequence[str]) -> str | None:
+def _only(names: Sequence[str]) -> str | None:
     """Return the only matrix, or the language model's among several; None if it is not unique."""
-    text = [name for name in found if "language_model" in name]
-    found = text if len(found) > 1 and text else found
-    return found[0] if len(found) == 1 else None
+    text = [name for name in names if "language_model" in name]
+    names = text if len(names) > 1 and text else names
+    return names[0] if len(names) == 1 else None
 
 
 def vocabulary_names(base: Checkpoint, tie: Tie | None) -> tuple[str, ...]:

@@ -43,15 +43,17 @@ def find_candidates(
     Raises:
         InputError: a pattern matches no weight that could have factors, or no weight is selected.
     """
-    every = [each for each in model_weights(base, in_model) if among is None or each.name in among]
+    every = [weight for weight in model_weights(base, in_model) if among is None or weight.name in among]
     unfit = _unfit(base, in_model, every) if in_model else {}
-    eligible = [each for each in every if each.role and each.name not in unfit]
+    eligible = [weight for weight in every if weight.role and weight.name not in unfit]
     unnamed = find_unnamed(base, in_model, selection.target)
     for pattern in selection.target:
-        there = (each for each in eligible if each.names[0] not in unnamed)
-        if not any(each.role == "linear" if pattern == "all-linear" else each.is_named(pattern) for each in there):
-            loaded = (each for each in eligible if unnamed.get(each.names[0]) != MTP)
-            ends = {path.rpartition(".")[2] for each in loaded for path in each.paths}
+        there = (weight for weight in eligible if weight.names[0] not in unnamed)
+        if not any(
+            weight.role == "linear" if pattern == "all-linear" else weight.is_named(pattern) for weight in there
+        ):
+            loaded = (weight for weight in eligible if unnamed.get(weight.names[0]) != MTP)
+            ends = {path.rpartition(".")[2] for weight in loaded for path in weight.paths}
             similar = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
             raise InputError(
                 "names no weight of the base that could have an adapter",
@@ -59,39 +61,39 @@ def find_candidates(
                 remedy=f"there are {', '.join(similar)}" if similar else None,
             )
     anywhere = replace(selection, target=())
-    named = {path for each in every for path in each.paths} | {*map(module_path, base.specs)}
+    named = {path for weight in every for path in weight.paths} | {*map(module_path, base.specs)}
     anywhere.require_used(named, str(base.path))
-    found, left_out = [], dict[str, str]()
-    for each in every:
-        asked = each.role != "embedding" or _is_target(selection.target, each)
-        if each.name in unfit and asked and select_weight(anywhere, each):
-            left_out[each.name] = unfit[each.name]
-    for each in eligible:
-        if not select_weight(anywhere, each):
+    candidates, left_out = [], dict[str, str]()
+    for weight in every:
+        asked = weight.role != "embedding" or _is_target(selection.target, weight)
+        if weight.name in unfit and asked and select_weight(anywhere, weight):
+            left_out[weight.name] = unfit[weight.name]
+    for weight in eligible:
+        if not select_weight(anywhere, weight):
             continue
-        if each.names[0] not in unnamed and _is_target(selection.target, each):
-            found.append(each)
-        elif each.names[0] in unnamed or ("all-linear" in selection.target and each.role in UNTARGETED):
-            left_out[each.name] = unnamed.get(each.names[0]) or UNTARGETED[each.role]
-    if not found:
+        if weight.names[0] not in unnamed and _is_target(selection.target, weight):
+            candidates.append(weight)
+        elif weight.names[0] in unnamed or ("all-linear" in selection.target and weight.role in UNTARGETED):
+            left_out[weight.name] = unnamed.get(weight.names[0]) or UNTARGETED[weight.role]
+    if not candidates:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
-    return found, left_out
+    return candidates, left_out
 
 
 def _unfit(base: Checkpoint, in_model: ClassNames, weights: Sequence[ModelWeight]) -> dict[str, str]:
     """Return weights that an adapter for training should not have -> reason."""
-    tie, found = find_tie(base), {}
+    tie, reasons = find_tie(base), {}
     uncalled = tie.embedding if tie and not tie.is_called else None
     shared = find_shared(base)
-    for each in weights:
-        path = each.in_model
-        if not each.role and path and len(each.spec.shape) > 1:
-            found[each.name] = NOT_WHOLE
-        elif is_bypassed(in_model.family, path) or looks_up_otherwise(base, path) or each.name == uncalled:
-            found[each.name] = NO_EFFECT
-        elif len(shared.get(each.name, ())) > 1:
-            found[each.name] = SHARED
-    return found
+    for weight in weights:
+        path = weight.in_model
+        if not weight.role and path and len(weight.spec.shape) > 1:
+            reasons[weight.name] = NOT_WHOLE
+        elif is_bypassed(in_model.family, path) or looks_up_otherwise(base, path) or weight.name == uncalled:
+            reasons[weight.name] = NO_EFFECT
+        elif len(shared.get(weight.name, ())) > 1:
+            reasons[weight.name] = SHARED
+    return reasons
 
 
 def _is_target(patterns: Sequence[str], weight: ModelWeight) -> bool:
@@ -112,10 +114,10 @@ def select_weight(selection: Selection, weight: ModelWeight) -> bool:
     """
     chosen = {name: selection.selects(module_path(name), *weight.paths) for name in weight.names}
     if len({*chosen.values()}) > 1:
-        one, other = (next(name for name, each in chosen.items() if each is way) for way in (True, False))
+        selected, other = (next(name for name, each in chosen.items() if each is way) for way in (True, False))
         raise UsageError(
             f"and {other} are both in {weight.in_model}, a single parameter of the class: select both or neither",
-            culprit=one,
+            culprit=selected,
             remedy=f"name {shell_word(weight.in_model.rpartition('.')[2])}",
         )
     return all(chosen.values())

@@ -22,10 +22,12 @@ def find_unnamed(base: Headers, in_model: ClassNames | None, patterns: Sequence[
 
     A pattern that also matches tensors of other groups or of the layers, like q_proj, does not name MTP layers.
     """
-    whole = {name: in_model.whole(name) if in_model else name for name in base.specs}  # a bare class has shorter paths
-    layers = Layers.find(whole.values(), base.config)
+    path_of = {
+        name: in_model.whole(name) if in_model else name for name in base.specs
+    }  # a bare class has shorter paths
+    layers = Layers.find(path_of.values(), base.config)
     groups = {}
-    for name, path in whole.items():
+    for name, path in path_of.items():
         module, shape = module_path(path), base.specs[name].shape
         if group := layers.group(module, weight_role(module, len(shape), True), shape):
             groups[name] = group

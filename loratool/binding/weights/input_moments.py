@@ -95,10 +95,10 @@ class InputMoments:
 
     def warnings(self) -> tuple[str, ...]:
         """Return a sentence if the file and the model have different numbers of layers."""
-        there = self._file.layers
-        if not self._layers or there in (0, self._layers):
+        layers = self._file.layers
+        if not self._layers or layers in (0, self._layers):
             return ()
-        return (f"{self.path.name} has inputs of {there} layers, and the model has {self._layers}: is it its own?",)
+        return (f"{self.path.name} has inputs of {layers} layers, and the model has {self._layers}: is it its own?",)
 
     def weights(self, module: str, sizes: tuple[int, int, int]) -> Tensor | None:
         """Return the weights of a module's inputs, (E, in) as from `input_weights`; None without any.
@@ -135,9 +135,9 @@ class InputMoments:
         for module, update in (updates or {}).items():
             self.weights(module, stack_sizes(update))
         if self.missing and not self.known:
-            some, own = (", ".join([*each][:SHOWN]) for each in (self.missing, self._file.sizes))
+            some, stored = (", ".join([*each][:SHOWN]) for each in (self.missing, self._file.sizes))
             raise InputError(
-                f"tells nothing of the inputs of {some} and the other modules: it has {own}, ...",
+                f"tells nothing of the inputs of {some} and the other modules: it has {stored}, ...",
                 culprit=str(self.path),
                 remedy="is it the file of this model?",
             )
@@ -154,10 +154,10 @@ class InputMoments:
             what = f"{module} has {matrices}" if place.expert is None else f"{module} is none of these"
             message = f"has {count} matrices in {self.path.name}, and {what}: it is of another model"
             raise InputError(message, culprit=place.tensor)
-        found = self._file.moments(place.tensor, inputs, place.expert or 0, matrices)
+        moments = self._file.moments(place.tensor, inputs, place.expert or 0, matrices)
         if place.order and (columns := place.order(inputs, module)):
-            found[:, columns] = found.clone()
-        return found
+            moments[:, columns] = moments.clone()
+        return moments
 
     def _locate(self, module: str) -> list[_Place]:
         """Return the tensors with a module's inputs; empty if architectures disagree on them."""
@@ -182,7 +182,7 @@ def _meaning(model: GgufModel, module: str, is_sure: bool) -> list[_Place] | Non
     """
     expert, parts = model.locate(module)
     swaps = bool(PEFT_TAKES_AS_PLAIN.intersection(model.model_types))
-    found = [
+    places = [
         _Place(
             f"{part.module}.weight",
             expert,
@@ -194,12 +194,12 @@ def _meaning(model: GgufModel, module: str, is_sure: bool) -> list[_Place] | Non
         and not part.weight.heads  # llama.cpp multiplies other states there
         and not (part.weight.columns and model.architecture.lacks(model.facts, [part.weight]))
     ]
-    return found if parts else None
+    return places if parts else None
 
 
 def _all_models() -> list[GgufModel]:
     return [
-        GgufModel(each, Facts(), (model_type,))
-        for each in ARCHITECTURES.values()
-        for model_type in (*each.model_types, *each.wrappers)
+        GgufModel(architecture, Facts(), (model_type,))
+        for architecture in ARCHITECTURES.values()
+        for model_type in (*architecture.model_types, *architecture.wrappers)
     ]

@@ -94,18 +94,20 @@ def model_weights(base: Checkpoint, in_model: ClassNames | None) -> list[ModelWe
         InputError: two tensors of the file are one weight of the class.
     """
     rearranged = rearranged_weights(base, in_model) if in_model else {}
-    found = []
+    weights = []
     for name, spec in base.specs.items():
         if name in rearranged:
-            found += [each for each in rearranged[name] if name == each.names[0]]
+            weights += [weight_of_class for weight_of_class in rearranged[name] if name == weight_of_class.names[0]]
         elif weight := weight_of_tensor(base, name, spec, in_model):
-            found.append(weight)
+            weights.append(weight)
     owners: dict[str, str] = {}
-    for each in (weight for weight in found if weight.in_model):
-        first = owners.setdefault(each.in_model, each.names[0])
-        if first != each.names[0]:
-            raise InputError(f"and {each.names[0]} are one weight of the class, {each.in_model}", culprit=first)
-    return found
+    for weight_of_class in (weight for weight in weights if weight.in_model):
+        first = owners.setdefault(weight_of_class.in_model, weight_of_class.names[0])
+        if first != weight_of_class.names[0]:
+            raise InputError(
+                f"and {weight_of_class.names[0]} are one weight of the class, {weight_of_class.in_model}", culprit=first
+            )
+    return weights
 
 
 def weight_of_tensor(base: Checkpoint, name: str, spec: TensorSpec, in_model: ClassNames | None) -> ModelWeight | None:
@@ -143,22 +145,22 @@ def rearranged_weights(base: Checkpoint, in_model: ClassNames) -> dict[str, list
     for name, spec in base.specs.items():
         if (part := expert_part(strip_wrappers(name), base.model_types)) and len(spec.shape) == 2:
             rows = spec.shape[0]
-            whole = joined.setdefault(part.fused, _Joined(part.fused, part.parts * rows, True))
-            whole.members[part.expert, part.part * rows] = Piece(name, (0, rows))
+            fused = joined.setdefault(part.fused, _Joined(part.fused, part.parts * rows, True))
+            fused.members[part.expert, part.part * rows] = Piece(name, (0, rows))
             continue
         for row in fused_parts(name, spec, base.configs):
             if row.stop - row.start == row.whole:
                 split.append(_split(base, in_model, name, row))
                 continue
             path, count = f"{row.module}.weight" if len(spec.shape) == 2 else row.module, row.stop - row.start
-            whole = joined.setdefault(path, _Joined(path, row.whole, len(spec.shape) == 3))
-            for e in range(spec.shape[0] if whole.stacked else 1):
-                whole.members[e, row.skip] = Piece(name, (e * count, (e + 1) * count))
-    found: dict[str, list[ModelWeight]] = {}
+            fused = joined.setdefault(path, _Joined(path, row.whole, len(spec.shape) == 3))
+            for e in range(spec.shape[0] if fused.stacked else 1):
+                fused.members[e, row.skip] = Piece(name, (e * count, (e + 1) * count))
+    by_tensor: dict[str, list[ModelWeight]] = {}
     for weight in (*split, *(_join(base, in_model, each) for each in joined.values())):
         for name in weight.names:
-            found.setdefault(name, []).append(weight)
-    return found
+            by_tensor.setdefault(name, []).append(weight)
+    return by_tensor
 
 
 @dataclass
