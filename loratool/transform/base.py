@@ -15,5 +15,5 @@ class Base:
 
     path: str
     config: Mapping[str, Any]  # its config.json; empty if it has none
-    is_config: bool  # it is no more than its config.json
-    open: Callable[[str], Checkpoint]  # a clause that says what the model is for, for messages -> all of its weights
+    is_config: bool  # it has no weights, only its config.json
+    open: Callable[[str], Checkpoint]  # a clause for messages, the purpose of the model -> all of its weights

@@ -1,4 +1,4 @@
-"""Tell whether a weight that an adapter has under its factors, as PEFT saves embeddings, is no more than the base's."""
+"""Check whether a weight that an adapter stores under its factors, as PEFT does for embeddings, equals the base's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..files.tensor_compare import same_values
 from ..files.tensor_ref import TensorRef
 
 
-def is_of_base(source: Adapter, update: UpdateSpec, base: Checkpoint | None) -> bool:
-    """Return whether the weight under the factors of a module has the base's values; not without a base or a weight."""
+def equals_base(source: Adapter, update: UpdateSpec, base: Checkpoint | None) -> bool:
+    """Return whether the weight under a module's factors equals the base's; False without a base or a weight."""
     if base is None or update.base is None:
         return False
     specs, _ = bindable(base, tie := find_tie(base))

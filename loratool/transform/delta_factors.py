@@ -1,4 +1,4 @@
-"""Factor the delta of a weight; the factors wait in a journal, so that memory does not grow with the adapter."""
+"""Factor the delta of a weight. The factors are stored in a journal, so that memory does not grow with the adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .rank_rules import SingularValues
 
 @dataclass(frozen=True)
 class DeltaFactors:
-    """The factors of a delta, A and B each with the square roots of the sigmas, and what its SVD tells."""
+    """The factors of a delta, A and B each with the square roots of the sigmas, and the figures of its SVD."""
 
     kind: str  # a key of WEIGHT_KINDS
     shape: Shape  # of the weight
@@ -30,10 +30,10 @@ class DeltaFactors:
     known: int  # triplets
     data: memoryview | StoredBytes  # A (known, E, in), then B (known, E, out), in float32; stored by a journal
     residuals: tuple[float, ...]  # ||D - D_k||^2 of the first k triplets, k = 0 .. known
-    spectrum: SingularValues  # of D, or with weights of D W
-    gap: float  # the share of the energy of the best triplets that these miss
-    how: str  # exact, certified, or estimate: what `gap` is
-    weighted: bool  # of D W
+    spectrum: SingularValues  # of D; with weights, of D W
+    gap: float  # the share of the best triplets' energy that these miss
+    how: str  # the kind of `gap`: exact, certified, or estimate
+    weighted: bool  # the spectrum is of D W
 
     @property
     def norm_squared(self) -> float:
@@ -58,7 +58,7 @@ class DeltaFactors:
         A, B = WEIGHT_KINDS[self.kind].lay(*self.triplets(rank), self.shape)
         return A.to(dtype).contiguous(), B.to(dtype).contiguous()
 
-    def stored(self, rank: int, dtype: torch.dtype) -> float:
+    def rounding_error(self, rank: int, dtype: torch.dtype) -> float:
         """Return ||B A - B' A'|| / ||B A||, the error of rounding the factors to `dtype`."""
         if dtype == torch.float32 or not rank:
             return 0.0
@@ -72,11 +72,11 @@ class DeltaFactors:
         return float(torch.linalg.vector_norm(R)) / norm if norm else 0.0
 
     def effective_rank(self, rank: int) -> float:
-        """Return the exp of the entropy of the kept singular values (of a stack: of their root mean squares)."""
+        """Return the exp of the entropy of the top `rank` singular values (of a stack: root mean squares)."""
         return float(effective_rank(torch.tensor(self.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
 
     def curve(self) -> SpectrumPoints:
-        """Return the points of the known singular values; the energies are of the whole delta's."""
+        """Return the points of the known singular values; energies are shares of the full delta's energy."""
         squares = torch.tensor(self.spectrum.squares, dtype=torch.float64)
         return spectrum_points(squares, self.sizes[0], self.spectrum.total)
 
@@ -86,7 +86,7 @@ RESULTS = {kind.__name__: kind for kind in (DeltaFactors, SingularValues)}
 
 
 def as_matrix(D: Tensor, kind: str, shape: Shape) -> Tensor:
-    """Return the delta of a weight, or of one expert, as (out, in) in the same memory, but for a convolution's."""
+    """Return the delta of a weight, or of one expert, as (out, in), a view except for convolutions."""
     matrix: Tensor
     (matrix,) = WEIGHT_KINDS[kind].stack(D.unsqueeze(0) if kind.startswith("experts") else D.view(shape))
     return matrix
@@ -94,7 +94,7 @@ def as_matrix(D: Tensor, kind: str, shape: Shape) -> Tensor:
 
 @dataclass(frozen=True)
 class SvdChoices:
-    """The seed of an SVD's starting block, and whether it is to prove how far it is from the best."""
+    """The seed of an SVD's starting block, and whether the SVD must prove its distance from the best."""
 
     seed: int = 0
     certify: bool = False
@@ -117,7 +117,7 @@ def factor_delta(
         shape: of the weight.
         matrices: the delta in float32: of its shape, or of experts one after another.
         cost: parameters per rank.
-        weights: of the inputs (`input_weights`), by which the columns of the matrices are multiplied already.
+        weights: of the inputs (`input_weights`); the columns of the matrices are already multiplied by them.
     """
     E, out, inp = sizes = stack_shape(kind, shape)
     svds, pairs, left, missed = list[TruncatedSVD](), list[tuple[Tensor, Tensor]](), list[Tensor](), 0.0
@@ -140,7 +140,7 @@ def factor_delta(
         all_A[: len(A), e], all_B[: len(A), e] = A, B.T
         squares[: len(A)] += svd.S.square().cpu()
     complete = all(len(svd.S) < min(rank, out, inp) or rank >= min(out, inp) for svd in svds)
-    total = math.fsum([*squares.tolist(), missed])  # so that it less the squares is what was missed, however little
+    total = math.fsum([*squares.tolist(), missed])  # so that total - sum(squares) is `missed`, however small
     spectrum = SingularValues(tuple(squares.tolist()), total, cost, complete)
     gap = max((svd.gap for svd in svds), default=0.0)
     how = "exact" if gap == 0 else "certified" if choices.certify else "estimate"

@@ -1,7 +1,7 @@
-"""Convert DoRA to plain LoRA with the help of its base: the best factors of a rank for each module's delta.
+"""Convert DoRA to plain LoRA with its base: the best factors of a rank for each module's delta.
 
 W' - W = (g - 1) W + g s B A, row by row, with g = m / ||W + s B A||, has no low rank, so this is an approximation. One
-matrix is in memory at a time; the factors wait in a journal, as in `extract`.
+matrix is in memory at a time; the factors are stored in a journal, as in `extract`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from .log import Loss
 
 ROWS = 512  # of a weight, in memory at a time in float64
 
-ROUNDING = 2.0**-21  # a change that float32's factors round loses less, and one that is cut more
+ROUNDING = 2.0**-21  # a loss from float32's rounding is smaller, and a loss from truncation larger
 
 
 def dora_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journal: Journal) -> Transformed:
     """Return the adapter with LoRA in place of DoRA.
 
     Args:
-        base: the model under it.
-        rank: of the factors; None is each module's own.
-        journal: open; the factors wait there until they are written.
+        base: the adapter's model.
+        rank: of the factors; None for each module's rank.
+        journal: open; it stores the factors until they are written.
 
     Raises:
-        InputError: the base does not have a module.
+        InputError: a module is not in the base.
     """
     source = state.adapter
     alone = source.only([module for module, update in source.updates.items() if update.cls is DoRA])
@@ -61,14 +61,14 @@ def dora_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journal
         D = _dora_delta(loaded, _read(source, update, base, places), update.along_inputs, module)
         factors = factor_delta(module, "linear", tuple(D.shape), (D,), rank or update.rank, 0, SvdChoices())
         stored = journal.add(number, (module, 0, 0), "", factors)
-        planned[module] = _made(update, stored, _loss(D, stored))
+        planned[module] = _plan_module(update, stored, _loss(D, stored))
     config = source.config
     plain = replace(source, config=replace(config, peft={**config.peft, "use_dora": False} if config.peft else {}))
     return with_factors(replace(state, adapter=plain), planned)
 
 
-def _made(update: UpdateSpec, factors: DeltaFactors, loss: Loss) -> Made:
-    """Return the LoRA that a module gets, and what that loses."""
+def _plan_module(update: UpdateSpec, factors: DeltaFactors, loss: Loss) -> Made:
+    """Return the module as LoRA, with its loss."""
     rank, A, B = max(1, factors.known), update.specs["A"].shape, update.specs["B"].shape
     sides = {"A": TensorSpec("F32", (rank, *A[1:])), "B": TensorSpec("F32", (B[0], rank, *B[2:]))}
 
@@ -84,7 +84,7 @@ def _made(update: UpdateSpec, factors: DeltaFactors, loss: Loss) -> Made:
 
 
 def _loss(D: Tensor, factors: DeltaFactors) -> Loss:
-    """Return what of each row of a change D, (out, in), its factors lose."""
+    """Return the loss of each row of a change D, (out, in), by its factors."""
     A, B = factors.tensors(factors.known, torch.float32)
     squared, total, first = list[Tensor](), list[Tensor](), 0
     for block in row_blocks(D):
@@ -113,7 +113,7 @@ def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tu
 
 
 def _dora_delta(update: DoRA, W: Tensor, along_inputs: bool, module: str) -> Tensor:
-    """Replace W by W' - W and return it, computed from small terms, since subtracting W from W' would cancel."""
+    """Overwrite W with W' - W and return it. It is computed from small terms, since subtracting W from W' cancels."""
     B, A = (side[0] for side in stack_factors(update))
     magnitude = update.magnitude.flatten().double()
     if along_inputs:
@@ -126,7 +126,7 @@ def _dora_delta(update: DoRA, W: Tensor, along_inputs: bool, module: str) -> Ten
         norms = torch.linalg.vector_norm((W[rows].double() + added.double()).view(-1, together * W.shape[1]), dim=1)
         if not is_finite(norms):
             raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=module)
-        g = torch.where(norms == 0, 0.0, magnitude[first : first + count] / norms)  # any multiple of zeros is the same
+        g = torch.where(norms == 0, 0.0, magnitude[first : first + count] / norms)  # for a row of zeros any g is right
         g = g.repeat_interleave(together)
         W[rows] = ((g - 1.0)[:, None] * W[rows].double() + g[:, None] * added.double()).float()
     return W.T.contiguous() if along_inputs else W

@@ -1,8 +1,8 @@
-"""Show an adapter's updates of other kinds that have exact factors as LoRA: LoHa, LoKr, AdaLoRA, Tucker's convolutions.
+"""Convert other kinds of updates with exact factors to LoRA: LoHa, LoKr, AdaLoRA, Tucker's convolutions.
 
-Their factors multiply out to those of LoRA (`Update.factors`), of the rank that the kind has: LoHa's product of two
-ranks, LoKr's of its sides'. A DoRA made with one of them becomes a DoRA made with LoRA. The factors are float32 and the
-scale stays beside them; what float32 could not hold is measured.
+Their factors multiply out to those of LoRA (`Update.factors`). The rank is that of the kind: for LoHa the product of
+its two ranks, for LoKr that of its sides' ranks. A DoRA of such a kind becomes a DoRA of LoRA. The factors are float32,
+and the scale stays beside them; the rounding error of float32 is measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .lazy import Made, Tensors, Transformed, with_factors
 from .log import NO_LOSS, Loss
 from .numbers import alpha_for_scale, loss_between
 
-# fields of PEFT's config that mean the same in every method's
+# fields of PEFT's config with the same meaning in all methods
 COMMON_FIELDS = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -50,13 +50,13 @@ COMMON_FIELDS = (
 
 
 def expand(state: Transformed, left: Sequence[str] = ()) -> Transformed:
-    """Return the adapter with LoRA in place of every other kind that has exact factors, and a note on each kind.
+    """Return the adapter with LoRA in place of every other kind with exact factors, and a note on each kind.
 
     Args:
-        left: patterns of modules that stay as they are.
+        left: patterns of modules that stay unchanged.
 
     Raises:
-        NeedsFlag: nothing tells the kernel of a convolution.
+        NeedsFlag: the kernel of a convolution is unknown.
     """
     source, kinds = state.adapter, kinds_to_expand(state.adapter, left)
     if not kinds:
@@ -70,7 +70,7 @@ def expand(state: Transformed, left: Sequence[str] = ()) -> Transformed:
 
 
 def kinds_to_expand(source: Adapter, left: Sequence[str] = ()) -> dict[str, str]:
-    """Return each module of another kind than LoRA that has exact factors, with that kind."""
+    """Return the modules of kinds other than LoRA with exact factors: module -> kind."""
     selection, kinds = Selection(tuple(left) or ("",)), {}
     for module, update in source.updates.items():
         inner = update.cls.without_norm(update)
@@ -80,7 +80,7 @@ def kinds_to_expand(source: Adapter, left: Sequence[str] = ()) -> dict[str, str]
 
 
 def _notes(adapter: Adapter, kinds: Mapping[str, str]) -> Iterator[str]:
-    """Yield a sentence for each of the kinds, with the ranks that its modules have as LoRA."""
+    """Yield a sentence for each kind, with the ranks of its modules as LoRA."""
     for kind in dict.fromkeys(kinds.values()):
         ranks = {adapter.updates[module].rank for module, other in kinds.items() if other == kind}
         count, least, most = list(kinds.values()).count(kind), min(ranks), max(ranks)
@@ -89,7 +89,7 @@ def _notes(adapter: Adapter, kinds: Mapping[str, str]) -> Iterator[str]:
 
 
 def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None) -> tuple[int, ...]:
-    """Return the kernel of the convolution that an update is of, which LoHa's and LoKr's flattened factors hide."""
+    """Return the kernel of an update's convolution, which LoHa's and LoKr's flattened factors hide; () for a layer."""
     if len(update.shape) > 2:
         return update.shape[2:]
     if source is None or family is None or source.component not in DENOISERS:
@@ -108,7 +108,7 @@ def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None)
 
 
 def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> Made:
-    """Return the module's LoRA, with float32's factors and an alpha that may round the scale."""
+    """Return the module as LoRA, with float32 factors and an alpha that may round the scale."""
     update = source.updates[module]
     inner = update.cls.without_norm(update)
     out, columns = inner.cls.flat(inner)
@@ -125,7 +125,7 @@ def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> Made:
     scale = lora.scale
 
     def make() -> tuple[Tensors, Loss]:
-        true = _true(source, module)
+        true = _exact_factors(source, module)
         sides = dict(zip("BA", round_factors(module, true, torch.float32), strict=True))
         shaped = {role: side.reshape(lora.specs[role].shape) for role, side in sides.items()}
         beside = {role: source.file.tensor(name) for role, name in update.tensors.items() if role == "magnitude"}
@@ -137,21 +137,21 @@ def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> Made:
 
 
 def _namer(source: Adapter, inner: UpdateSpec) -> Callable[[str], str]:
-    """Return a function from a factor's role to its name in the format, after the prefix that the module's has."""
+    """Return a function from a factor's role to its name in the format, with the prefix of the module's tensors."""
     stored = next(iter(inner.tensors.values()))
     prefix = stored[: max(0, stored.find(inner.module))]
     return lambda role: prefix + FORMATS[source.format].tensor_name(inner.module, role)
 
 
-def _true(source: Adapter, module: str) -> tuple[Tensor, Tensor]:
-    """Return (B, A) in float64 without the scale, which stays in alpha."""
+def _exact_factors(source: Adapter, module: str) -> tuple[Tensor, Tensor]:
+    """Return the exact (B, A) in float64, without the scale, which stays in alpha."""
     update = source.updates[module]
     B, A = load_stacked_factors(source, replace(update.cls.without_norm(update), scale=1.0))
     return B[0], A[0]
 
 
 def _loss(inner: UpdateSpec, true: tuple[Tensor, Tensor], rounded: tuple[Tensor, Tensor], scale: float) -> Loss:
-    """Return what float32 and alpha / r do not hold."""
+    """Return the rounding error of float32 and of alpha / r."""
     wide = any(spec.dtype == "F64" for spec in inner.specs.values())  # float64 holds products of shorter types
     held = all(torch.equal(side.double(), exact) for side, exact in zip(rounded, true, strict=True))
     if held and not wide and not inner.cls.sums(inner) and scale == inner.scale:

@@ -1,4 +1,4 @@
-"""Make the factors of a target module from those of its source modules.
+"""Compute the factors of a target module from those of its source modules.
 
 The stored tensors are used unchanged if possible. A scale stays in alpha, or is folded into B. The fold is exact if
 B's dtype, or float32, holds every product, as it does for powers of two; any other fold, and a narrower dtype, round.
@@ -32,8 +32,8 @@ class ModuleFactors:
 def make_factors(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleFactors:
     """Return the factors of `target`.
 
-    A module that is neither split nor fused keeps its tensors. Fused factors have the dtype that holds those of all
-    slices.
+    A module that is neither split nor fused keeps its tensors. Fused factors get the dtype that holds the factors of
+    all slices.
 
     Args:
         updates: the updates of the target's slices, in their order.
@@ -77,10 +77,10 @@ def _low_rank(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleF
 
 
 def _concatenate_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]:
-    """Concatenate several A into one (r, in), in which rows of equal bytes from different A are stored once.
+    """Concatenate several A into one (r, in); rows of equal bytes from different A are stored once.
 
     Returns:
-        That A, and for each of `sides` the indices of its rows in it.
+        The concatenated A, and for each of `sides` the indices of its rows in it.
     """
     places: dict[tuple[bytes, int], int] = {}
     rows: list[Tensor] = []
@@ -98,7 +98,7 @@ def _concatenate_rows(sides: Sequence[Tensor]) -> tuple[Tensor, list[list[int]]]
 
 
 def common_scale(scales: Sequence[float]) -> float:
-    """Return the first scale if its ratio to each other one is a power of two, so that no fold rounds; else 1."""
+    """Return the first scale if its ratio to every other scale is a power of two, so that no fold rounds; else 1."""
     ratios = [scale / scales[0] if scales[0] else 0.0 for scale in scales]
     return scales[0] if all(abs(math.frexp(ratio)[0]) == 0.5 for ratio in ratios) else 1.0
 
@@ -115,8 +115,8 @@ def scaled(B: Tensor, scale: float) -> tuple[Tensor, bool]:
 def _ranks_of(B: Tensor, parts: Sequence[RowSlice]) -> Tensor:
     """Return a mask (r,) of the ranks that slices of a fused B need.
 
-    If no rank reaches both the slices and other rows, as in factors that were fused from split ones, these are the
-    ranks that reach no other row. They include those that reach no row at all, as in an untrained adapter. Otherwise
+    If no rank reaches both the slices and other rows, as in factors that were fused from split ones, the result is the
+    ranks that reach no other row. It includes ranks that reach no row at all, as in an untrained adapter. Otherwise
     every rank is needed.
     """
     reached = B.reshape(B.shape[:2]) != 0  # (out, r)
@@ -129,5 +129,5 @@ def _ranks_of(B: Tensor, parts: Sequence[RowSlice]) -> Tensor:
 
 
 def is_zero_filler(target: TargetModule, updates: Sequence[ModuleFactors], factors: ModuleFactors) -> bool:
-    """Return whether a slice of a fused B is zero and other rows are not: it had no adapter before it was fused."""
+    """Return whether a slice of a fused B is zero and other rows are not: then the part had no adapter."""
     return target.how == "split" and factors.magnitude is None and not factors.B.any() and bool(updates[0].B.any())

@@ -1,4 +1,4 @@
-"""Begin and end a conversion: what `--plain` asks for, and the output of an adapter that has gone through its steps."""
+"""Begin and end a conversion: the steps of `--plain`, and the output after all steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .request import ConvertRequest, alpha_notes
 
 
 def plain(state: Transformed, request: ConvertRequest) -> Transformed:
-    """Return standard LoRA, alpha being the rank everywhere, less what training began with.
+    """Return standard LoRA with alpha equal to the rank, minus the initial adapter.
 
     Raises:
         NeedsFlag: the init altered the base, and the initial adapter was not given.
@@ -38,13 +38,13 @@ def plain(state: Transformed, request: ConvertRequest) -> Transformed:
     return replace(folded, adapter=restated(folded.adapter))  # rsLoRA's scale may be 1 as well
 
 
-def own_type(request: ConvertRequest) -> torch.dtype | None:
-    """Return the type of the factors where no other is asked for: of plain LoRA float32, else the stored ones."""
+def default_dtype(request: ConvertRequest) -> torch.dtype | None:
+    """Return the default type of the factors: float32 for --plain, else None for the stored types."""
     return torch.float32 if request.plain else None
 
 
 def finish(state: Transformed, request: ConvertRequest) -> Settled:
-    """Return a language model's adapter as it is written."""
+    """Return a language model's adapter, ready to be written."""
     to = FORMATS[request.to]
-    named = in_format(settle(state, request.dtype or own_type(request)), to)
+    named = in_format(settle(state, request.dtype or default_dtype(request)), to)
     return noted(named, *alpha_notes(to.key, rows(named)), *to.model_notes(request.model))

@@ -23,13 +23,13 @@ from ..architectures.runtimes.table import RUNTIMES
 from ..binding.names.peft_names import exclude_all
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
-from .finish import finish, own_type, plain
+from .finish import default_dtype, finish, plain
 from .language import refuse_unsaid_init
 from .lazy import Transformed, noted, only, with_modules, without_bases
 from .numbers import Settled
 from .request import ConvertRequest, select_updates, selected
 from .runtime_limits import refusals, require_served, tower_of
-from .served import BaseModules, ServedModule, as_served, is_looked_up, modules_as_they_are
+from .served import BaseModules, ServedModule, as_served, is_looked_up, unchanged_modules
 from .served_output import serve
 from .to_class import to_class
 
@@ -109,7 +109,7 @@ def plan_for_runtime(state: Transformed, request: ConvertRequest, base: Checkpoi
     source = state.adapter
     modules, added = serve_modules(runtime, base, source, source.updates)
     _require_taken(runtime, base, modules)
-    output = serve(state, runtime, modules, request.dtype or own_type(request))
+    output = serve(state, runtime, modules, request.dtype or default_dtype(request))
     return noted(output, *_added_note(runtime, added), *_flag_notes(runtime, base, source, modules), *unchecked)
 
 
@@ -127,7 +127,7 @@ def serve_modules(
     """
     served = require_served(runtime, base)
     known = BaseModules(base, runtime, served) if base else None
-    in_base = known.of_adapter(source, updates) if known and not served.stacks else modules_as_they_are(updates)
+    in_base = known.of_adapter(source, updates) if known and not served.stacks else unchanged_modules(updates)
     modules = _by_path(in_base)
     added = _missing(runtime, known, served.stacks, modules)
     config = base.config if base else {}

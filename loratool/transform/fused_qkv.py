@@ -1,8 +1,8 @@
 """Plan a language model's adapter for the other layout: q, k, v and gate, up as fused modules, or as split ones.
 
-Both ways are exact. A split module gets its rows of B, and the ranks that reach them. A fused one gets the ranks of its
-slices one after the other, or their common A (`factors.make_factors`). With grouped-query attention only the base's
-config.json tells how many rows are q's, k's and v's.
+Both ways are exact. A split module gets its rows of B, and the ranks that reach them. A fused module gets the ranks of
+its slices one after the other, or their common A (`factors.make_factors`). With grouped-query attention the numbers of
+rows of q, k and v are in the base's config.json only.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Sizes = Mapping[str, int]  # split module -> its rows
 
 
 def qkv_rows(config: Mapping[str, Any]) -> Sizes:
-    """Return the rows of q_proj, k_proj and v_proj by a config.json; empty if it does not tell them."""
+    """Return the numbers of rows of q_proj, k_proj and v_proj by a config.json; empty if it lacks them."""
     heads = heads_of(config)
     queries, keys = heads.queries * heads.size, heads.keys * heads.size
     return {"q_proj": queries, "k_proj": keys, "v_proj": keys} if queries and keys else {}
 
 
 def plan_qkv(sources: list[SourceModule], layout: str, sizes: Sizes) -> list[TargetModule]:
-    """Return a target for every module, split or fused as the layout has it.
+    """Return a target for every module, split or fused as in the layout.
 
     Args:
         layout: a key of QKV_LAYOUTS.
 
     Raises:
-        NeedsFlag: only a base can tell the rows of a module.
-        InputError: the rows are not those of the base, or of any model.
+        NeedsFlag: the rows of a module need a base.
+        InputError: the rows differ from the base's, or are of no model.
     """
     targets: list[TargetModule] = []
     to_fuse: dict[str, dict[str, SourceModule]] = {}
@@ -55,7 +55,7 @@ def plan_qkv(sources: list[SourceModule], layout: str, sizes: Sizes) -> list[Tar
 
 
 def to_fuse_unlike(sources: Iterable[SourceModule]) -> tuple[dict[str, UpdateSpec], list[str]]:
-    """Return the modules that are parts of a fused one, and those of them whose magnitudes, or others', are missing."""
+    """Return the modules that are parts of a fused module, and those in a fused module that is only partly DoRA."""
     groups: dict[str, list[SourceModule]] = {}
     for source in sources:
         located = locate_fused(source.path)
@@ -76,7 +76,7 @@ def locate_fused(path: str) -> Located | None:
 
 
 def _of_base(located: Located, sizes: Sizes) -> dict[str, int]:
-    """Return the rows of a fused module's parts in the base, as far as they are known."""
+    """Return the known numbers of rows of a fused module's parts in the base."""
     ends = {module: module.rpartition(".")[2] for module in located.diffusers}
     return {module: sizes[end] for module, end in ends.items() if end in sizes}
 
@@ -105,7 +105,7 @@ def _fuse(path: str, parts: Mapping[str, SourceModule], sizes: Sizes) -> TargetM
     if len(set(alike)) > 1:
         raise InputError(f"would have parts of {alike[0]} and {alike[1]} rows, which no model has", culprit=path)
     width = next(iter(parts.values())).update.shape[1]
-    of_table = parts_of(located, width, known={}) or ()  # the table alone, where the width tells all
+    of_table = parts_of(located, width, known={}) or ()  # by the table alone, if the width determines all parts
     base = {span.module: span.whole for span in of_table} or _of_base(located, sizes)
     wrong = next((module for module in rows if base.get(module, rows[module]) != rows[module]), None)
     if wrong:

@@ -38,7 +38,7 @@ from .plan import plan_convert
 from .regroup import regroup
 from .request import ConvertRequest, alpha_notes, request_for
 from .same_layout import to_one_layout
-from .value_modules import made_values, read_value_modules, rows_by_module
+from .value_modules import plan_values, read_value_modules, rows_by_module
 
 
 def open_converted(
@@ -231,7 +231,7 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
     for adapter in adapters:
         modules = sources[id(adapter)]
         families = detect_families(modules)
-        if not families or any(each.component in DENOISERS for each in modules):
+        if not families or any(source.component in DENOISERS for source in modules):
             fitting.append((adapter, families))
     for (first, first_families), (second, second_families) in combinations(fitting, 2):
         if (first_families or second_families) and set(first_families).isdisjoint(second_families):
@@ -239,7 +239,7 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
             names = [FAMILIES[keys[0]].title if keys else "no image model that is known" for keys in both]
             raise InputError(f"is of {names[1]}, {first.name} of {names[0]}: no base is both's", culprit=second.name)
     common = [key for key in fitting[0][1] if all(key in families for _, families in fitting)] if fitting else []
-    return common[0] if common else detect_family([each for modules in sources.values() for each in modules])
+    return common[0] if common else detect_family([source for modules in sources.values() for source in modules])
 
 
 def by_meaning(adapters: Sequence[Adapter], selection: Selection) -> Sequence[Transformed]:
@@ -289,7 +289,7 @@ def by_meaning(adapters: Sequence[Adapter], selection: Selection) -> Sequence[Tr
             for value, rows in values.values()
             for path, spans in (rows or {}).items()
         }
-        regrouped.append(regroup(state, targets, beside=made_values(adapter, named)))
+        regrouped.append(regroup(state, targets, beside=plan_values(adapter, named)))
     return regrouped
 
 

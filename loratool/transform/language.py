@@ -1,4 +1,4 @@
-"""Change the layout of a language model's adapter, and refuse what no file could say of one."""
+"""Change the layout of a language model's adapter, and refuse adapters that files cannot describe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .to_class import with_fields
 
 
 def refuse_unsaid_init(source: Adapter, to: Format) -> None:
-    """Raise NeedsFlag for an initialization that changed the base, where the format's files cannot say so."""
+    """Raise NeedsFlag for an initialization that changed the base, if the format's files cannot record it."""
     init = base_mutating_init(source.config)
     if init and not to.can.starts:
         message = f"was initialized with {init}, which changed the base under it, and {to.key}'s files cannot say so"
@@ -28,7 +28,7 @@ def refuse_unsaid_init(source: Adapter, to: Format) -> None:
 
 
 def to_layout(state: Transformed, request: ConvertRequest) -> Transformed:
-    """Split or fuse the modules that the other layout has otherwise."""
+    """Split or fuse the modules that differ in the other layout."""
     source, updates = state.adapter, state.adapter.updates
     assert request.layout is not None
     pairs = [SourceModule(m, u, "", m) for m, u in updates.items() if u.cls in (LowRank, DoRA) and len(u.shape) == 2]
@@ -56,10 +56,10 @@ def to_layout(state: Transformed, request: ConvertRequest) -> Transformed:
 
 
 def _rows_of(base: Base | None) -> Sizes:
-    """Return the rows of q_proj, k_proj and v_proj; empty without a base.
+    """Return the numbers of rows of q_proj, k_proj and v_proj; empty without a base.
 
     Raises:
-        InputError: the config does not tell its attention heads and their size.
+        InputError: the config lacks the attention heads or their size.
     """
     rows = qkv_rows(base.config) if base else {}
     if base and not rows:
@@ -68,7 +68,7 @@ def _rows_of(base: Base | None) -> Sizes:
 
 
 def refuse_layout_of_init(source: Adapter) -> None:
-    """Raise NeedsFlag for an initialization from whole matrices, of which a layout would change the parts."""
+    """Raise NeedsFlag for an initialization from matrices that the layout would split or fuse."""
     if init := base_mutating_init(source.config):
         raise NeedsFlag(
             f"was initialized with {init} from whole matrices of its base, not from their parts",

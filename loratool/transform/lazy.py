@@ -1,7 +1,7 @@
-"""Adapters whose tensors are made when they are asked for, each module's together with what making them loses.
+"""Adapters whose tensors are computed on request, each module's together with their loss.
 
-A step describes the modules that it changes (`Made`). Nothing is computed before `settle` measures them, and again when
-they are written; of each step one module's tensors are held at a time.
+A step describes the modules that it changes (`Made`). They are computed when `settle` measures them, and again when
+they are written. Each step holds one module's tensors at a time.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Tensors = Mapping[str, Tensor]  # role -> tensor
 
 @dataclass(frozen=True)
 class Made:
-    """A module as a step makes it.
+    """A module that a step computes.
 
     Attributes:
-        update: what headers say of it; the names of its tensors are those in the new file.
-        make: makes its tensors by role, and says what of the modules it is made of is lost by that.
-        parts: the modules that it is made of.
-        exact: one of EXACT: the change that loses nothing.
-        numbers: whether the numbers may be others than its parts' (else the specs hold, and nothing need be measured).
-        resized: its change is of another size than its part's, as DoRA's, to which the magnitude belongs.
-        slices: the rows of its parts that it is made of, of a stack those of all experts; without them all, as they
-            are. Where the last number is None, they are in another order here.
+        update: its update; the names of its tensors are those in the new file.
+        make: computes its tensors by role, and the loss of this step.
+        parts: the modules that it is computed from.
+        exact: one of EXACT: the step's change, apart from rounding errors.
+        numbers: whether its numbers may differ from its parts' (else the specs hold, and no loss needs measuring).
+        resized: its change has another size than its part's, as for DoRA, whose change includes the magnitude.
+        slices: the rows of its parts that it contains, counted over all experts of a stack; if empty, all rows,
+            unchanged. If the last number is None, the rows are in another order here.
     """
 
     update: UpdateSpec
@@ -52,45 +52,45 @@ class Made:
 
 @dataclass(frozen=True)
 class Transformed:
-    """An adapter, and what became of its modules on the way from the one that was opened."""
+    """An adapter after some steps, with a log of its modules since the adapter was opened."""
 
     adapter: Adapter
     log: Log
     notes: tuple[str, ...] = ()  # sentences for the user
 
     def measured(self, module: str) -> bool:
-        """Return whether its numbers may be others than the stored ones, so that it has to be made to know them."""
+        """Return whether a module's numbers may differ from the stored ones, so that it must be computed."""
         return has_numbers(self.adapter.file, module)
 
 
 class LazyFile(VirtualFile):
-    """The file of an adapter that a step makes of another one's.
+    """Virtual file of an adapter after a step.
 
     Args:
         source: the file before the step.
         updates: the modules before the step.
-        made: the modules that the step makes, by their new names.
-        copied: name of a tensor that stays -> its name in the source's file.
-        moved: new name of a module whose tensors stay -> its name in the source.
+        planned: the modules that the step computes, by their new names.
+        copied: name of a copied tensor -> its name in the source's file.
+        moved: new name of a module with copied tensors -> its name in the source.
     """
 
     def __init__(
         self,
         source: WeightsFile,
         updates: Mapping[str, UpdateSpec],
-        made: Mapping[str, Made],
+        planned: Mapping[str, Made],
         copied: Mapping[str, str],
         moved: Mapping[str, str],
     ) -> None:
         self._source, self._updates = source, updates
-        self._made, self._copied, self._moved = made, copied, moved
-        self._of = {name: (m, role) for m, planned in made.items() for role, name in planned.update.tensors.items()}
+        self._planned, self._copied, self._moved = planned, copied, moved
+        self._of = {name: (m, role) for m, plan in planned.items() for role, name in plan.update.tensors.items()}
         self._last: tuple[str, Tensors, Loss, bool] | None = None  # and whether its loss is of all steps by rows
-        self._losses: dict[str, Loss] = {}  # of modules that were made
-        self.settled = False  # all that was lost up to here is in the log, and no type is open
+        self._losses: dict[str, Loss] = {}  # of modules that were computed
+        self.settled = False  # all losses up to here are in the log, and all types are final
         specs: dict[str, TensorSpec] = {new: source.specs[old] for new, old in copied.items()}
         for name, (module, role) in self._of.items():
-            specs[name] = made[module].update.specs[role]
+            specs[name] = planned[module].update.specs[role]
         super().__init__(source, specs, self._tensor, source.metadata or {})
 
     def _tensor(self, name: str) -> Tensor:
@@ -100,11 +100,11 @@ class LazyFile(VirtualFile):
         return self._making(module)[0][role]
 
     def _making(self, module: str, by_rows: bool = False) -> tuple[Tensors, Loss]:
-        """Return a module's tensors, and what is lost of it; threads may ask for several."""
+        """Return a module's tensors and its loss. Several threads may call this."""
         last = self._last
         if last is None or last[0] != module or (by_rows and not last[3]):
-            self._last = last = None  # before the next is made, so that one is held
-            planned, known = self._made[module], self._losses.get(module)
+            self._last = last = None  # before the next is computed, so that one is in memory
+            planned, known = self._planned[module], self._losses.get(module)
             tensors, step_loss = planned.make()
             if known is None or by_rows:
                 former = self._former(planned, by_rows)
@@ -116,7 +116,7 @@ class LazyFile(VirtualFile):
         return last[1], last[2]
 
     def _former(self, planned: Made, by_rows: bool) -> Loss:
-        """Return what was lost of a module's parts; beside others one that lost nothing counts with its size."""
+        """Return the loss of a module's parts; beside parts with losses, one without counts with its size."""
         by_rows = by_rows or any(self._is_share(planned, part) for part in planned.parts)
         losses = {part: loss_of(self._source, part, by_rows) for part in planned.parts}
         if not any(loss.squared for loss in losses.values()):
@@ -137,25 +137,25 @@ class LazyFile(VirtualFile):
         return replace(total, rows=rows)
 
     def _is_share(self, planned: Made, part: str) -> bool:
-        """Return whether some rows of a part are not in the module."""
+        """Return whether the module lacks some rows of a part."""
         rows = sum(stop - start for name, start, stop, _ in planned.slices if name == part)
         return bool(planned.slices) and rows < rows_of(self._updates[part])
 
     def loss(self, module: str, by_rows: bool = False) -> Loss:
-        """Return what this and all former steps lose of a module since it was settled, by making it."""
+        """Return a module's loss by this and all former steps since it was settled, by computing it."""
         if self.settled:
             return NO_LOSS
-        if module not in self._made:
+        if module not in self._planned:
             return loss_of(self._source, self._moved.get(module, module), by_rows)
         if by_rows or module not in self._losses:
             return self._making(module, by_rows)[1]
         return self._losses[module]
 
     def has_numbers(self, module: str) -> bool:
-        """Return whether this or a former step, since it was settled, may change its numbers."""
+        """Return whether this or a former step since it was settled may change a module's numbers."""
         if self.settled:
             return False
-        planned = self._made.get(module)
+        planned = self._planned.get(module)
         if planned and planned.numbers:
             return True
         parts = planned.parts if planned else (self._moved.get(module, module),)
@@ -163,17 +163,17 @@ class LazyFile(VirtualFile):
 
 
 def loss_of(file: WeightsFile, module: str, by_rows: bool = False) -> Loss:
-    """Return what making a module's tensors loses: nothing if they are stored."""
+    """Return the loss of computing a module's tensors: none if they are stored."""
     return file.loss(module, by_rows) if isinstance(file, LazyFile) else NO_LOSS
 
 
 def has_numbers(file: WeightsFile, module: str) -> bool:
-    """Return whether a module's numbers may be others than the stored ones, so that it is made to know them."""
+    """Return whether a module's numbers may differ from the stored ones, so that it must be computed."""
     return isinstance(file, LazyFile) and file.has_numbers(module)
 
 
 def rows_of(update: UpdateSpec) -> int:
-    """Return the rows of a change, of a stack those of all experts."""
+    """Return the number of rows of a change, over all experts of a stack."""
     return update.experts * update.specs["B"].shape[0]
 
 
@@ -206,14 +206,14 @@ def row_squares(rows: Tensor) -> Tensor:
 
 
 def change_of_parts(state: Transformed, parts: Sequence[str]) -> Change:
-    """Return what became of a module that is made of these; beside a loss the sizes of those without one count."""
+    """Return the log entry of a module computed from these; beside parts with losses, one without counts by size."""
     changes = {part: state.log[part] for part in parts}
     if len(changes) > 1 and any(change.loss.squared for change in changes.values()):
         adapter = state.adapter
         for part, change in changes.items():
             if not change.loss.squared:
                 since = loss_of(adapter.file, part)
-                size = since.total  # of what was there before a loss that no log has yet
+                size = since.total  # of the change before a loss that is in no log yet
                 if not since.squared:
                     size = size_of_change(adapter, part)
                 changes[part] = replace(change, loss=Loss(0.0, size))
@@ -224,7 +224,7 @@ S = TypeVar("S", bound=Transformed)
 
 
 def noted(state: S, *notes: str) -> S:
-    """Add sentences for the user."""
+    """Append sentences for the user."""
     return replace(state, notes=(*state.notes, *notes))
 
 
@@ -234,7 +234,7 @@ def start(adapter: Adapter) -> Transformed:
 
 
 def only(state: Transformed, modules: Iterable[str]) -> Transformed:
-    """Leave modules out; where these have factors, PEFT's config no longer names them."""
+    """Return the adapter with these modules only; if others had factors, PEFT's config no longer names any."""
     source = state.adapter
     adapter = source.only(modules)
     if any(update.rank for module, update in source.updates.items() if module not in adapter.updates):
@@ -243,20 +243,20 @@ def only(state: Transformed, modules: Iterable[str]) -> Transformed:
 
 
 def with_scales_of(state: Transformed, written: Adapter) -> Adapter:
-    """Return an adapter as it is written with the scales that the steps gave it, which files may not say, or round."""
+    """Return the written adapter with the scales of the steps, which files may lack or round."""
     scales = {module: update.scale for module, update in state.adapter.updates.items() if update.rank}
     updates = {m: replace(u, scale=scales.get(m, u.scale)) for m, u in written.updates.items()}
     return replace(written, updates=updates)
 
 
 def without_bases(state: Transformed) -> Transformed:
-    """Leave out the weights under factors, which are the base's."""
+    """Return the adapter without the weights under its factors, which equal the base's."""
     updates = {m: replace(update, base=None) for m, update in state.adapter.updates.items()}
     return replace(state, adapter=replace(state.adapter, updates=updates))
 
 
 def with_factors(state: Transformed, planned: Mapping[str, Made]) -> Transformed:
-    """Return the adapter with other factors of some of its modules, which keep their names and tensors' names."""
+    """Return the adapter with new factors for some modules; the names of modules and tensors stay."""
     if not planned:
         return state
     source = state.adapter
@@ -277,14 +277,14 @@ def with_modules(
     format: str,
     order: Sequence[str] = (),
 ) -> Transformed:
-    """Return the adapter with other modules; those that are neither made nor moved are left out.
+    """Return the adapter with other modules; modules neither planned nor moved are removed.
 
     Args:
-        made: new name of a module -> it.
+        planned: new name of a module -> its plan.
         moved: module that stays -> its update under the new name.
-        keys: name of a tensor of those -> its name in the former file.
-        format: a key of FORMATS, whose names these are.
-        order: of the modules; without it those that stay come first.
+        keys: name of a moved module's tensor -> its name in the former file.
+        format: a key of FORMATS, the format of the names.
+        order: of the modules; by default moved modules come first.
     """
     source = state.adapter
     back = {update.module: module for module, update in moved.items()}
@@ -297,7 +297,7 @@ def with_modules(
     return replace(state, adapter=restated(adapter), log=log)
 
 
-# Fields of PEFT's config that say which modules have factors, and their ranks and scales
+# Fields of PEFT's config with the modules that have factors, their ranks and scales
 RESTATED = frozenset(
     """alpha_pattern exclude_modules layers_pattern layers_to_transform lora_alpha r rank_pattern target_modules
     target_parameters use_rslora""".split()
@@ -305,6 +305,6 @@ RESTATED = frozenset(
 
 
 def restated(adapter: Adapter) -> Adapter:
-    """Return the adapter with a config that does not say names, ranks and scales, which its updates do."""
+    """Return the adapter with a config without names, ranks and scales; its updates hold them."""
     peft = {key: value for key, value in adapter.config.peft.items() if key not in RESTATED}
     return replace(adapter, config=replace(adapter.config, peft=peft))

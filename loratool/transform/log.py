@@ -1,6 +1,6 @@
-"""Record what became of each module: of what it is made, by which exact change, and how much of its change was lost.
+"""Log of each module's steps: its source modules, its exact change, and the loss of its delta.
 
-There is one rule for the word in reports (`Change.how`), and one for how losses add up (`Loss`).
+`Change.how` is the one rule for the word in reports, and `Loss` the one rule for adding losses.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 EPSILON = 2.0**-53  # the rounding of float64, in which errors are measured
 
-# Exact changes; of several the last in this list names them all. `exact`: the very factors; `folded`: the scale is in
-# the factors; `expanded`: factors of another kind multiplied out; `swapped`, `split`, `fused`: other rows
+# Exact changes; if there are several, the last one in this list is reported. `exact`: the stored factors; `folded`: the
+# scale is in the factors; `expanded`: factors of another kind, multiplied out; `swapped`, `split`, `fused`: other rows
 EXACT = ("exact", "expanded", "folded", "swapped", "split", "fused")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Measure the part of a module's change D that is lost."""
+    """The part of a module's change D that is lost."""
 
     squared: float = 0.0  # ||D' - D||^2
     total: float = 0.0  # ||D||^2
@@ -30,11 +30,11 @@ class Loss:
 
     @classmethod
     def of_rows(cls, squared: Tensor, total: Tensor, cut: bool = False) -> Loss:
-        """Return the loss of a module by what is lost of each row, (rows,), and what each was."""
+        """Return the loss of a module from each row's ||D' - D||^2 and ||D||^2, (rows,)."""
         return cls(float(squared.sum()), float(total.sum()), cut, torch.stack([squared, total]))
 
     def between(self, start: int, stop: int) -> Loss:
-        """Return the loss of some rows; where only the sums are known, that of the whole stands for them."""
+        """Return the loss of some rows; if only the sums are known, the loss of all rows."""
         if self.rows is None:
             return self
         squared, total = self.rows[:, start:stop]
@@ -42,7 +42,7 @@ class Loss:
 
     @property
     def summed(self) -> Loss:
-        """Its sums alone, to be kept for long."""
+        """The sums without the rows, which take memory."""
         return replace(self, rows=None)
 
     def __add__(self, other: Loss) -> Loss:
@@ -57,11 +57,11 @@ class Loss:
         rows = None
         if self.rows is not None and later.rows is not None:
             rows = torch.stack([self.rows[0] + later.rows[0], self.rows[1]])
-        # the total is of the change that was first
+        # the total is of the first change
         return Loss(self.squared + later.squared, self.total, self.cut or later.cut, rows)
 
     def after(self, former: Loss) -> Loss:
-        """Return this loss with that of a former change of another size, of which the share that was lost counts."""
+        """Return this loss plus that of a former change of another size, which counts by its lost share."""
         share = former.relative**2
         rows = None if self.rows is None else torch.stack([self.rows[0] + share * self.rows[1], self.rows[1]])
         return Loss(self.squared + share * self.total, self.total, self.cut or former.cut, rows)
@@ -76,27 +76,27 @@ NO_LOSS = Loss()
 
 @dataclass(frozen=True)
 class Change:
-    """Record what became of one module so far."""
+    """The log entry of one module."""
 
-    sources: tuple[str, ...]  # the modules, of the adapter as it was opened, that it is made of
+    sources: tuple[str, ...]  # the modules of the opened adapter that it is computed from
     exact: str = "exact"  # one of EXACT
     loss: Loss = NO_LOSS
 
     @property
     def how(self) -> str:
-        """The word for it: the exact change, or how it lost something."""
+        """The word in reports: `truncated` or `rounded` if there is a loss, else the exact change."""
         return ("truncated" if self.loss.cut else "rounded") if self.loss.relative else self.exact
 
     def then(self, exact: str = "exact", loss: Loss = NO_LOSS) -> Change:
-        """Return what became of it after another step."""
+        """Return the entry after another step."""
         return replace(self, exact=max(self.exact, exact, key=EXACT.index), loss=self.loss.then(loss))
 
 
-Log = Mapping[str, Change]  # module of the adapter as it is now -> what became of it
+Log = Mapping[str, Change]  # module of the present adapter -> its entry
 
 
 def of_parts(changes: Iterable[Change]) -> Change:
-    """Return what became of a module that is made of several ones."""
+    """Return the entry of a module that is computed from several."""
     every = list(changes)
     sources = tuple(dict.fromkeys(name for change in every for name in change.sources))
     exact = max((change.exact for change in every), key=EXACT.index, default="exact")

@@ -1,4 +1,4 @@
-"""Describe the modules of an adapter that no file holds yet: new factors, and tensors that replace the base's."""
+"""Describe modules of an adapter that is in no file yet: new factors, and tensors that replace the base's."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def factored_update(
 
     Args:
         kind: a key of WEIGHT_KINDS.
-        path: of the weight, in the names of the class.
-        wrapper: the path of the PEFT layer that has the factors.
-        sides: those of A and B as they are saved.
-        experts: how many matrices they are of.
-        bare: PEFT is told of the weight as a parameter.
+        path: of the weight, with the names of the class.
+        wrapper: the path of the PEFT layer with the factors.
+        sides: the specs of A and B as they are saved.
+        experts: the number of matrices.
+        bare: PEFT wraps the weight as a parameter.
     """
     keys = (f"{wrapper}.{key}" for key in WEIGHT_KINDS[kind].keys)
     stack = kind.startswith("experts")
@@ -47,16 +47,16 @@ def factored_update(
 
 
 def replaced_update(path: str, key: str, spec: TensorSpec) -> UpdateSpec:
-    """Return the update of a tensor that replaces the base's; `path` is its own, `key` the name that PEFT saves."""
+    """Return the update of a tensor that replaces the base's. path: of the tensor; key: its name in PEFT's file."""
     return UpdateSpec(ReplaceTensor, module_path(path), {"value": key}, {"value": spec})
 
 
 def new_adapter(name: str, like: WeightsFile, planned: Mapping[str, Made], fields: Mapping[str, Any]) -> Adapter:
-    """Return an adapter that is made of no other.
+    """Return a new adapter.
 
     Args:
-        like: the file that it is made of, as in `VirtualFile`.
-        made: its modules.
+        like: the source file, as in `VirtualFile`.
+        planned: its modules.
         fields: of PEFT's config.
     """
     updates = {module: plan.update for module, plan in planned.items()}

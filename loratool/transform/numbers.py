@@ -311,7 +311,7 @@ def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:
     losses = {module: loss_of(source.file, module) for module in biases}
     for module in modules:
         update = source.updates[module]
-        holds = dtype is None or all(torch.promote_types(dtype, each) == dtype for each in factor_dtypes(update))
+        holds = dtype is None or all(torch.promote_types(dtype, kind) == dtype for kind in factor_dtypes(update))
         if holds and not state.measured(module):
             if dtype is None or all(TORCH_FLOATS[update.specs[r].dtype] == str(dtype)[6:] for r in "AB"):
                 continue
@@ -332,7 +332,7 @@ def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:
     config, changed = source.config, with_factors(state, planned)
     if isinstance(changed.adapter.file, LazyFile):
         changed.adapter.file.settled = True
-    log = {m: each.then(loss=losses[m]) if m in losses else each for m, each in changed.log.items()}
+    log = {m: change.then(loss=losses[m]) if m in losses else change for m, change in changed.log.items()}
     return Settled(replace(changed.adapter, config=config), log, state.notes)  # the type alone restates nothing
 
 

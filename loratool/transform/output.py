@@ -1,4 +1,4 @@
-"""Name the tensors of a settled adapter as a format does, and say what is written and what the report says of it."""
+"""Name the tensors of a settled adapter in a format, and return the content to write and the report's rows."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .numbers import Settled, alpha_for_scale, single
 
 
 def is_restated(adapter: Adapter) -> bool:
-    """Return whether the config does not say ranks and scales, so that they are written anew."""
+    """Return whether the config lacks ranks and scales, so that they are written from the updates."""
     return "r" not in adapter.config.peft
 
 
 def in_format(state: Settled, to: Format) -> Settled:
-    """Give the tensors of a language model's adapter the names that they have in a format's files."""
+    """Rename the tensors of a language model's adapter to the names in a format's files."""
     source = state.adapter
     names: dict[str, dict[str, str]] = {module: {} for module in source.updates}
     for name, (module, role) in to.names(source, source.updates).items():
@@ -54,7 +54,7 @@ def rows(state: Settled) -> tuple[ModuleConvert, ...]:
     restated = can.alpha == "tensor" or (is_restated(state.adapter) and can.alpha == "config")
     for module, update in state.adapter.updates.items():
         change = state.log[module]
-        if update.rank and change.sources:  # zeros that a runtime needs are made of none
+        if update.rank and change.sources:  # zeros that a runtime needs have no sources
             alpha = alpha_for_scale(update.scale, update.rank)
             written_scale = (single(alpha) if can.alpha == "tensor" else alpha) / update.rank  # as a reader computes it
             rounded = abs(written_scale / update.scale - 1.0) if restated and update.scale else 0.0
@@ -65,16 +65,16 @@ def rows(state: Settled) -> tuple[ModuleConvert, ...]:
 
 
 def left_out(source: Adapter, state: Transformed) -> tuple[str, ...]:
-    """Return the modules of the adapter as it was opened of which nothing is in the output."""
+    """Return the modules of the opened adapter that are not in the output, not even in part."""
     used = {module for change in state.log.values() for module in change.sources}
     return tuple(module for module in source.updates if module not in used)
 
 
 def content(state: Settled, model: Mapping[str, Any] | None = None) -> AdapterContent:
-    """Return what is written of an adapter whose tensors have the names of its format.
+    """Return the content to write, for an adapter whose tensors have the names of its format.
 
     Args:
-        model: the config.json of the model that it is for, if it is known.
+        model: the config.json of the adapter's model, if it is known.
     """
     adapter, to = state.adapter, FORMATS[state.adapter.format]
     specs, of = dict[str, TensorSpec](), dict[str, tuple[str, str]]()
@@ -103,7 +103,7 @@ def content(state: Settled, model: Mapping[str, Any] | None = None) -> AdapterCo
 
 
 class _Tensors:
-    """Load the factors of a module together, and keep those of the last one."""
+    """Loader of tensors that loads the factors of a module together, and caches the last module."""
 
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
@@ -113,7 +113,7 @@ class _Tensors:
         update = self._adapter.updates[module]
         if not update.rank:
             return _copy(self._adapter, update.tensors[role])
-        last = self._last  # threads may ask for several
+        last = self._last  # read once, as several threads may call this
         if last is None or last[0] != module:
             self._last = last = None
             self._last = last = module, self._adapter.load(update)
@@ -138,7 +138,7 @@ def _formed(to: Format, update: UpdateSpec, role: str) -> TensorSpec:
 
 
 def fields(adapter: Adapter) -> dict[str, Any]:
-    """Return the fields of PEFT's config: the adapter's, with those that its updates tell where it says none."""
+    """Return the fields of PEFT's config: the adapter's, and those that its updates determine where it has none."""
     peft, updates = adapter.config.peft, adapter.updates
     if not is_restated(adapter):
         return {"lora_alpha": adapter.config.alpha, **peft}

@@ -1,7 +1,7 @@
-"""Plan an adapter's conversion, by what it is of and what is asked for: `image`, `language` and others plan the output.
+"""Plan an adapter's conversion, by its target model and the request: `image`, `language` and others plan the output.
 
-An image model's modules have other names and rows in each format; of a language model's adapter a format, a runtime or
-an option says what changes: names, scales, rows, kinds.
+An image model's modules have other names and rows in each format. For a language model's adapter, the format, the
+runtime and the options determine what changes: names, scales, rows, kinds.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from .request import INITIAL, WHAT_INITIAL, ConvertRequest, select_updates, sele
 from .to_class import to_class
 from .to_gguf import plan_gguf, require_copies
 
-NAMED_INITS = ("pissa", "olora")  # the inits that their name describes; others need a config beside it
+NAMED_INITS = ("pissa", "olora")  # inits that their name alone describes; others need a config too
 
 
 @dataclass(frozen=True)
 class TargetModel:
-    """Say what an adapter is of.
+    """The model family that an adapter was trained for.
 
     Attributes:
         choice: of its image family.
-        is_single: whether the formats of source and output are of one model, as language models' are.
-        modules: those of the adapter.
-        wanted: those that --exclude leaves.
+        is_single: the formats of source and output are for one model, as language models' are.
+        modules: all modules of the adapter.
+        wanted: the modules that --exclude does not select.
     """
 
     choice: FamilyChoice
@@ -67,7 +67,7 @@ class TargetModel:
 
     @property
     def family(self) -> str | None:
-        """A key of FAMILIES; None for a language model, or for an image model that is not known."""
+        """A key of FAMILIES; None for a language model, or for an unknown image model."""
         return self.choice.key
 
 
@@ -77,13 +77,13 @@ def plan_convert(
     """Plan a conversion, from headers as far as possible.
 
     Args:
-        folder: where temporary files are put; `opened` closes them.
-        family: a key of FAMILIES, if other adapters tell it.
+        folder: for temporary files; `opened` closes them.
+        family: a key of FAMILIES, if other adapters determine it.
 
     Raises:
         UsageError: an option is not for this adapter, or contradicts another.
-        NeedsFlag: modules can only be left out, or only the base tells something.
-        InputError: nothing could load the result.
+        NeedsFlag: unsupported modules must be excluded, or the base is needed.
+        InputError: no program could load the result.
     """
     if request.rename:
         state = rename_modules(state, request.rename)
@@ -95,7 +95,7 @@ def plan_convert(
 def _plan_low_rank(
     state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack, family: str | None
 ) -> Settled:
-    """Plan the conversion of an adapter whose kinds with factors are LoRA and DoRA made with it, and Experts."""
+    """Plan the conversion of an adapter whose kinds with factors are LoRA, DoRA of LoRA, and Experts."""
     source, base = state.adapter, None
     target = _find_target_model(source, request, family)
     of_language = target.is_single and target.family is None
@@ -110,7 +110,7 @@ def _plan_low_rank(
     _check_options(source, target, request, names_class)
     if target.family is not None:
         refuse_unknown_blocks(source, target.modules, target.family)
-        state = _without_initial(state, [each.module for each in target.wanted], request)
+        state = _without_initial(state, [source_module.module for source_module in target.wanted], request)
     state = _without_dora(state, request, folder, opened)
     if target.family is not None:
         return _plan_image(state, target, target.family, request, source)
@@ -132,29 +132,29 @@ def _plan_low_rank(
 
 
 def _find_target_model(source: Adapter, request: ConvertRequest, family: str | None) -> TargetModel:
-    """Tell what an adapter is of, by its modules' names and, where several models have such, by --base.
+    """Find the model of an adapter by its modules' names and, if several models have such names, by --base.
 
     Raises:
-        NeedsFlag: only a base could tell.
+        NeedsFlag: several models fit, and there is no base.
     """
     modules, _ = read_source_modules(source)
     selection = Selection(request.exclude or ("",))
-    wanted = [each for each in modules if not selection.selects(each.module)]
-    is_single = all(FORMATS[each].can.components == "one" for each in (source.format, request.to))
+    wanted = [source_module for source_module in modules if not selection.selects(source_module.module)]
+    is_single = all(FORMATS[key].can.components == "one" for key in (source.format, request.to))
     if family is not None:
         choice = FamilyChoice(family)
     else:
         families = detect_families(modules) or detect_families(wanted)
         of_class = request.base is not None and "_class_name" in request.model  # one of diffusers'
         if is_single and not of_class:
-            families = tuple(each for each in families if not may_be_of_another(modules, each))
+            families = tuple(key for key in families if not may_be_of_another(modules, key))
         try:
             choice = choose_family(source.name, wanted, request, families)
         except NeedsFlag:
             if not is_single:
                 raise
-            choice = FamilyChoice(None)  # the names that it has are those of its model
-    if is_single and not any(each.component in DENOISERS for each in modules):
+            choice = FamilyChoice(None)  # its names are those of its model
+    if is_single and not any(source_module.component in DENOISERS for source_module in modules):
         choice = FamilyChoice(None)  # a text encoder alone is converted as a language model
     return TargetModel(choice, is_single, modules, wanted)
 
@@ -163,15 +163,15 @@ def _names_class(source: Adapter, request: ConvertRequest) -> bool:
     """Return whether a language model's modules get the names of the class that PEFT wraps, if there is a base."""
     if request.to != Peft.key or request.layout or request.plain:
         return False
-    # a config.json alone has told what the names of the source are, and a class's names are told by weights
+    # a config.json alone was needed for the source's names; the names of a class need the weights
     is_config = request.base is not None and request.base.is_config
     return not (is_config and FORMATS[source.format].can.told_by_model)
 
 
 def _check_options(source: Adapter, target: TargetModel, request: ConvertRequest, names_class: bool) -> None:
-    """Raise UsageError for an option that would do nothing, and InputError for a format of other models."""
+    """Raise UsageError for an option without effect, and InputError for a format of other models."""
     source_can, to = FORMATS[source.format].can, FORMATS[request.to].can
-    dora = request.plain and any(each.update.cls is DoRA for each in target.wanted)
+    dora = request.plain and any(source_module.update.cls is DoRA for source_module in target.wanted)
     is_image = target.family is not None
     may_be_image = is_image or not target.is_single
     uses_base = request.layout or names_class or dora or may_be_image or source_can.told_by_model or to.told_by_model
@@ -203,7 +203,7 @@ def _check_options(source: Adapter, target: TargetModel, request: ConvertRequest
 def _plan_image(
     state: Transformed, target: TargetModel, family: str, request: ConvertRequest, source: Adapter
 ) -> Settled:
-    """Plan an image model's adapter, with a note on other models that it could be of."""
+    """Plan an image model's adapter, with a note on other models that fit it."""
     start_of = functools.partial(base_mutating_init_of, state.adapter.config)
     sources, impossible = read_source_modules(state.adapter)
     planned = plan_image(state, family, request, sources, impossible, source.file.metadata or {}, start_of)
@@ -214,10 +214,10 @@ def _plan_image(
 
 
 def plan_one_model(state: Transformed, request: ConvertRequest, names_class: bool = False) -> Settled:
-    """Plan an adapter of one model, whose kinds are those of `as_low_rank`, by the format and by what is asked for.
+    """Plan an adapter of one model, whose kinds `expand` has reduced, by the format and the request.
 
     Args:
-        names_class: with a base, the modules get the names of its class.
+        names_class: rename the modules to the names of the base's class, if there is a base.
     """
     source, to = state.adapter, FORMATS[request.to]
     state = only(state, select_updates(source, request))
@@ -239,13 +239,13 @@ def plan_one_model(state: Transformed, request: ConvertRequest, names_class: boo
 
 
 def _without_dora(state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack) -> Transformed:
-    """Return LoRA in place of DoRA, if the output cannot hold it: of the rank that is asked for, or of its own.
+    """Return LoRA in place of DoRA if the output does not support DoRA, with the requested rank, or else its own.
 
     Args:
-        folder: where the journal of the factors is, without a name; `opened` closes it.
+        folder: for the nameless journal of the factors; `opened` closes it.
 
     Raises:
-        NeedsFlag: the base's weights are not at hand.
+        NeedsFlag: the base's weights are missing.
     """
     dora = [module for module, update in selected(state.adapter, request.exclude).items() if update.cls is DoRA]
     if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
@@ -267,10 +267,10 @@ def _without_dora(state: Transformed, request: ConvertRequest, folder: Path, ope
 
 
 def _without_initial(state: Transformed, modules: Sequence[str], request: ConvertRequest) -> Transformed:
-    """Subtract the initial adapter of an image model's, if it was given.
+    """Subtract the initial adapter from an image model's adapter, if it was given.
 
     Raises:
-        NeedsFlag: it was not given, the init altered the base, and the output could not tell.
+        NeedsFlag: it was not given, the init altered the base, and the output cannot record that.
     """
     source = state.adapter
     if request.initial is not None:

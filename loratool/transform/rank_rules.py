@@ -1,11 +1,11 @@
-"""Choose how many singular values of each matrix are kept, by one of RANK_RULES or a budget for all matrices.
+"""Choose how many singular values of each matrix to keep, by one of RANK_RULES or a budget for all matrices.
 
-A rule gets the part of a matrix's spectrum that was computed, and returns how many values to keep, or None if it needs
-more of them. A budget looks at all matrices at once: the next triplet of a matrix adds sigma^2 for m + n parameters,
-and less each time, and the best ratio that still fits is taken first (the greedy algorithm for a knapsack). Where all
-matrices have one size, nothing keeps more. Elsewhere another choice may, by less than the largest sigma^2 left out:
-with a fraction of the first triplet that did not fit, the choice up to there would be the best (Dantzig, Operations
-Research 5, 1957).
+A rule takes the computed part of a matrix's spectrum, and returns the number of values to keep, or None if it needs
+more of them. A budget compares all matrices: the next triplet of a matrix adds sigma^2 for m + n parameters, and less
+each time. The best ratio that still fits is taken first (the greedy algorithm for a knapsack). If all matrices have one
+size, no other choice keeps more. Otherwise another choice may keep more, by less than the largest sigma^2 not taken:
+with a fraction of the first triplet that did not fit, the greedy choice would be optimal (Dantzig, Operations Research
+5, 1957).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SingularValues:
     total: float  # ||D||^2, including values that are not in `squares`
     cost: int  # parameters per rank
     whole: bool  # no singular value is missing from `squares`
-    noise: float | None = None  # below it noise alone stays; of a stack, the root of the sum of its matrices' squares
+    noise: float | None = None  # the edge of the noise; of a stack, the root of the sum of its matrices' squares
 
 
 def fixed_rank(spectrum: SingularValues, value: float) -> int | None:
@@ -70,13 +70,13 @@ def norm_rank(spectrum: SingularValues, value: float) -> int | None:
 
 
 def noise_rank(spectrum: SingularValues, value: float) -> int | None:
-    """Count the sigmas above `value` times what noise can have made (`numerics/rounding_noise.py`); it may be none."""
+    """Count the sigmas above `value` times the edge of the noise (`numerics/rounding_noise.py`); the count may be 0."""
     assert spectrum.noise is not None, "only who knows the noise offers the rule"
     count = sum(square > (value * spectrum.noise) ** 2 for square in spectrum.squares)
     return count if spectrum.whole or count < len(spectrum.squares) else None
 
 
-# name -> a function from (singular values, value of the option) to a rank, or to None if it needs more of them
+# name -> a function from (singular values, value of the option) to a rank, or to None if it needs more values
 RANK_RULES: dict[str, Callable[[SingularValues, float], int | None]] = {
     "rank": fixed_rank,
     "energy": energy_rank,
@@ -137,10 +137,10 @@ def read_rule(
 def choose_ranks(
     rule: str, value: float, spectra: Mapping[str, SingularValues], most: int | None = None
 ) -> dict[str, int]:
-    """Return the rank of each matrix, 1 at least: a module without factors would no longer be a target.
+    """Return the rank of each matrix, at least 1: a module without factors would no longer be a target.
 
     Args:
-        value: of the rule; for one of BUDGETS the number of parameters that all factors may have.
+        value: of the rule; for one of BUDGETS, the total number of parameters.
         most: the largest rank of any matrix.
 
     Raises:
@@ -164,7 +164,7 @@ def choose_ranks(
 def budget_ranks(spectra: Mapping[str, SingularValues], budget: int) -> dict[str, int]:
     """Return ranks with `budget` parameters in total, by energy per parameter; a matrix may get 0.
 
-    Other ranks keep more by less than the largest sigma^2 left out, and none do if all costs are equal.
+    Other ranks keep more energy by less than the largest sigma^2 not taken; if all costs are equal, none keep more.
     """
     ranks = dict.fromkeys(spectra, 0)
     left = budget
@@ -183,9 +183,9 @@ def budget_ranks(spectra: Mapping[str, SingularValues], budget: int) -> dict[str
 
 
 def rank_for(spectrum: SingularValues, share: float, full: int) -> int:
-    """Estimate the rank that keeps `share` of ||D||^2, by a power law if it is beyond the computed values.
+    """Estimate the rank that keeps `share` of ||D||^2, by a power law if the computed values are too few.
 
-    The law k^-p starts at the last known square, and its sum up to the rank `full` is the energy that is missing.
+    The law k^-p starts at the last known square, and its sum up to the rank `full` is the missing energy.
     """
     k = energy_rank(spectrum, share)
     if k is not None:

@@ -1,4 +1,4 @@
-"""Refuse modules that a conversion can only leave out."""
+"""Errors for unsupported modules, which a conversion can only exclude."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ..adapters.updates.update import UpdateSpec
 from ..errors import InputError, NeedsFlag, shell_word
 
-# what is left to do with changes that are no factors
+# the remedy for changes without factors
 ONLY_MERGED = "merge it into its base; of the merged model loratool extract BASE MERGED makes an adapter"
 
 
@@ -18,11 +18,11 @@ def cannot_convert(
     exclude: str = "",
     among: Mapping[str, UpdateSpec] | None = None,
 ) -> NeedsFlag | InputError:
-    """Return the error for modules that only --exclude can get rid of.
+    """Return the error for unsupported modules, with --exclude as its remedy.
 
     Args:
         exclude: the options that select them all, if they are too many to list.
-        among: all that would be converted; if no other has factors, nothing helps.
+        among: all modules to convert; if no other has factors, there is no remedy.
     """
     message = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
     if among is not None and not any(update.rank for module, update in among.items() if module not in modules):

@@ -56,7 +56,7 @@ def regroup(
         name_of = partial(to.tensor_name if to else partial(_like, update), path)
         if target.how == "exact" and (to or len(update.specs.get("magnitude", _FLAT).shape) == 1):
             moved[module] = replace(update, module=path, tensors={role: name_of(role) for role in update.tensors})
-        elif plan := _made(source, load, target, path, name_of):
+        elif plan := _plan_module(source, load, target, path, name_of):
             planned[path] = plan
     for module, new in moved.items():
         keys |= {new.tensors[role]: old for role, old in source.updates[module].tensors.items()}
@@ -90,7 +90,7 @@ class _Loader:
         return last[1]
 
 
-def _made(
+def _plan_module(
     source: Adapter, load: _Loader, target: TargetModule, path: str, name_of: Callable[[str], str]
 ) -> Made | None:
     """Plan a target by computing it once, since its rank and its type depend on its numbers.

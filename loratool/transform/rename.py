@@ -1,7 +1,7 @@
-"""Give an adapter's modules other paths, for what no table of names has.
+"""Rename an adapter's modules, for names that no table has.
 
-A pattern is one of `Selection`: the end of a path, which is replaced; a glob of the whole path, of which each wildcard
-stands for the same in the new path; or `re:` and an expression, whose groups are `\\1`, `\\2`.
+A pattern is one of `Selection`: the end of a path, which is replaced; a glob of the full path, whose wildcards stand
+for the same text in the new path; or `re:` and an expression, whose groups are `\\1`, `\\2`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .to_class import with_paths
 
 _PATH = re.compile(r"[^\s.=]+(?:\.[^\s.=]+)*")
 
-# Parts of PEFT's keys beside a module's path, which a path with one would be taken for
+# Parts of PEFT's keys beside a module's path; a path must not contain one
 _OF_KEYS = frozenset(
     """base_layer bias lora_A lora_B lora_bias lora_embedding_A lora_embedding_B lora_magnitude_vector modules_to_save
     original_module token_adapter trainable_tokens_delta trainable_tokens_original_model weight""".split()
@@ -25,13 +25,14 @@ _OF_KEYS = frozenset(
 
 
 def rename_modules(state: Transformed, renames: Sequence[str]) -> Transformed:
-    """Return the adapter with other paths, as PEFT's.
+    """Return the adapter with other paths, in PEFT's format.
 
     Args:
         renames: `PATTERN=PATH`, applied to all paths in order.
 
     Raises:
-        UsageError: one is not of that form, names no module, gives two modules one path, or a stack another last name.
+        UsageError: a rename has another form, matches no module, maps two modules to one path, or changes the last name
+            of a stack.
         InputError: the adapter is of another kind than LoRA.
     """
     updates = state.adapter.updates
@@ -72,20 +73,20 @@ def new_paths(modules: Iterable[str], renames: Sequence[str]) -> dict[str, str]:
 
 
 def _is_path(new: str, module: str) -> bool:
-    """Return whether a module, or the bias of one, can have this path."""
+    """Return whether a module, or a module's bias, can have this path."""
     path = new.removesuffix(".bias") if module.endswith(".bias") else new
     return _PATH.fullmatch(path) is not None and _OF_KEYS.isdisjoint(path.split("."))
 
 
 def _of_module(path: str, change: Callable[[str], str | None]) -> str | None:
-    """Return the new path of a module, or of the bias of one."""
+    """Return the new path of a module, or of a module's bias; None if the pattern does not match."""
     bias = ".bias" * path.endswith(".bias")
     new = change(path.removesuffix(bias))
     return None if new is None else new + bias
 
 
 def _parsed(rename: str) -> Callable[[str], str | None]:
-    """Return a function from a path to the new one, or to None where the pattern does not match."""
+    """Return a function from a path to the new path, or to None if the pattern does not match."""
     pattern, mark, replacement = rename.rpartition("=")
     if not mark or not pattern or not replacement:
         raise UsageError("is not PATTERN=PATH", culprit=f"--rename {rename}")
@@ -110,7 +111,7 @@ def _by_expression(rename: str, expression: str, replacement: str) -> Callable[[
     try:
         compiled = re.compile(expression)
         compiled.sub(replacement, "")
-        re.sub(rf"(?:{expression})|\A", replacement, "")  # that its groups are there is told by a match alone
+        re.sub(rf"(?:{expression})|\A", replacement, "")  # a match checks that the groups exist
     except (re.error, IndexError, OverflowError, RecursionError) as error:
         raise UsageError(f"is not an expression and its replacement: {error}", culprit=f"--rename {rename}") from error
     return lambda path: compiled.sub(replacement, path) if compiled.search(path) else None

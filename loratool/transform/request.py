@@ -1,4 +1,4 @@
-"""Define the options of a conversion, and refuse the modules that its format cannot hold."""
+"""Define the options of a conversion, and refuse the modules that its format does not support."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ..views.convert import ModuleConvert
 from .base import Base
 from .refusals import ONLY_MERGED, cannot_convert
 
-# what is added for an adapter whose init changed the base under it
+# the options for an adapter whose init changed the base under it
 INITIAL, WHAT_INITIAL = "--plain --initial ADAPTER", "with the adapter as it was before training"
 
-EXCLUDING = ("combine", "extract", "init")  # commands that leave out what --exclude names before they convert
+EXCLUDING = ("combine", "extract", "init")  # commands that apply --exclude before they convert
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class ConvertRequest:
     """The options of a conversion."""
 
     to: str  # a key of `written_formats`
-    exclude: tuple[str, ...] = ()  # patterns of modules to leave out
-    dtype: torch.dtype | None = None  # of the factors; None keeps theirs
+    exclude: tuple[str, ...] = ()  # patterns of modules to exclude
+    dtype: torch.dtype | None = None  # of the factors; None keeps their types
     plain: bool = False  # plain LoRA, with alpha equal to the rank
     initial: Callable[[Adapter], Adapter] | None = None  # an adapter -> itself before training, opened and checked
     rank: int | None = None  # to truncate to; None keeps the ranks
     layout: str | None = None  # a key of QKV_LAYOUTS; None keeps the adapter's
     base: Base | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
     architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
-    runtime: str | None = None  # a key of RUNTIMES, which will load it
+    runtime: str | None = None  # the runtime that will load it, a key of RUNTIMES
     rename: tuple[str, ...] = ()  # `PATTERN=PATH` of modules' paths, before all else
 
     @property
@@ -55,7 +55,7 @@ def request_for(command: str) -> Iterator[None]:
     """Reword the remedies of `convert` for another command: its own option, or a run of `convert` before it.
 
     Raises:
-        NeedsFlag: the command has an option for it.
+        NeedsFlag: the command has the option.
         InputError: only a run of `convert` helps.
     """
     try:
@@ -67,10 +67,10 @@ def request_for(command: str) -> Iterator[None]:
 
 
 def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:
-    """Return the updates that no pattern of --exclude selects, without the biases of factors that one does."""
+    """Return the updates that no pattern of --exclude selects, without the biases of excluded factors."""
     selection = Selection(tuple(exclude) or ("",))
     updates = {module: update for module, update in source.updates.items() if not selection.selects(module)}
-    # what is added to a bias is a part of the factors, and no file holds it without them
+    # a change of a bias belongs to the factors, and no file holds it without them
     return {m: u for m, u in updates.items() if u.cls is not AddDelta or m.removesuffix(".bias") in updates}
 
 
@@ -78,7 +78,7 @@ def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, Update
     """Return the updates to convert.
 
     Raises:
-        NeedsFlag: an update is more than the format can hold.
+        NeedsFlag: the format does not support an update.
         InputError: no update with factors is left.
     """
     updates = selected(source, request.exclude)
@@ -94,7 +94,7 @@ def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, Update
         kinds = ", ".join(dict.fromkeys(updates[module].kind for module in unsupported))
         raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", unsupported, among=updates)
     misfits = dict(FORMATS[request.to].misfits(source, updates, request.model))
-    if can.told_by_model or request.layout:  # others hold the names against the weights
+    if can.told_by_model or request.layout:  # other conversions check the names against the weights
         layers = Layers.find((), request.model)
         reason = f"of a layer that the base does not have, by the {layers.count} layers of its config.json"
         misfits |= dict.fromkeys(filter(layers.is_beyond, updates), reason)
@@ -111,7 +111,7 @@ def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, Update
 def _misfit(
     source: Adapter, request: ConvertRequest, updates: Mapping[str, UpdateSpec], misfits: Mapping[str, str]
 ) -> LoratoolError:
-    """Return the error for modules that the format cannot hold, with --exclude for all of them if others are left."""
+    """Return the error for modules that the format does not support, with --exclude for them if others are left."""
     reason = next(iter(misfits.values()))
     alike = [module for module, other in misfits.items() if other == reason]
     others = [module for module in updates if module not in misfits]
@@ -121,7 +121,7 @@ def _misfit(
 
 
 def alpha_notes(to: str, rows: Sequence[ModuleConvert]) -> tuple[str, ...]:
-    """Return the note on ranks and alphas, where the files of a format do not hold those of each module."""
+    """Return the note on ranks and alphas, if the files of a format do not hold them for each module."""
     ranks = {row.rank for row in rows}
     if FORMATS[to].can.one_scale and len(ranks) > 1:
         return (f"{to}'s files have one rank, the largest: factors of a smaller one are filled up with zeros",)

@@ -27,7 +27,7 @@ from ..binding.ties.ties import find_tie
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..views.inspect_runtime import Finding
-from .base_copies import is_of_base
+from .base_copies import equals_base
 from .served import BaseModules, as_served, is_looked_up
 
 # Other features of adapters, which only PEFT and transformers apply
@@ -80,9 +80,9 @@ def refusals(
             outcome = runtime.miss
         elif outcome == "class":
             outcome = "yes" if feature in able else "ignores" if feature == "towers" else "refuses"
-        if update.base and runtime.names != "whole" and not is_of_base(source, update, base):
+        if update.base and runtime.names != "whole" and not equals_base(source, update, base):
             feature, outcome = "replaced", "ignores"
-        elif base and update.rank and module not in tensors and not (known and known.is_own(module, update)):
+        elif base and update.rank and module not in tensors and not (known and known.is_of_runtime(module, update)):
             feature, outcome = "absent", runtime.miss
         elif served.never and any(re.search(served.never, path) for path in (module, *tensors.get(module, ()))):
             feature, outcome = "never", runtime.miss
@@ -101,7 +101,7 @@ def refusals(
             owner, _, last = served_module.path.rpartition(".")
             names = () if ".experts." in served_module.path else runtime.needs.get(last, ())
             needed = [f"{owner}.{name}" for name in names]
-            alone = any(path not in known.shapes and path not in known.own_shapes for path in needed)
+            alone = any(path not in known.shapes and path not in known.runtime_shapes for path in needed)
             parts = as_served(runtime, served, served_module, base.config)
             if alone or not all(is_looked_up(runtime, part.path) for part in parts):
                 unsupported.setdefault(("names", runtime.miss), []).extend(served_module.sources)

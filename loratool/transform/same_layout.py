@@ -1,7 +1,7 @@
-"""Bring adapters of one model to one layout, so that a module has the same name and rows in all of them.
+"""Convert adapters of one model to one layout, so that a module has the same name and rows in all of them.
 
-A language model's q, k, v or gate, up may be one fused module in one adapter, and split ones in another. Both are the
-same change, and only with the other's parts beside it does a fused module tell their rows.
+A language model's q, k, v or gate, up may be one fused module in one adapter and split modules in another. Both can be
+the same change. The rows of a fused module's parts are known from the other adapter's parts.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class _Group:
 
 
 def to_one_layout(states: Sequence[Transformed], keep_first: bool) -> list[Transformed]:
-    """Return adapters in which no module is fused that is split in another.
+    """Return the adapters with each module either fused in all, or split in all.
 
     Args:
-        keep_first: whether a module has the layout of the first adapter with it; else it is split.
+        keep_first: a module gets the layout of the first adapter that has it; else it is split.
 
     Raises:
-        InputError: the rows of a fused module are not those of the other adapter's parts.
-        NeedsFlag: DoRA could not be split or fused.
+        InputError: the rows of a fused module differ from those of the other adapter's parts.
+        NeedsFlag: DoRA cannot be split or fused.
     """
     groups = [_groups_of(state.adapter) for state in states]
     targets: list[dict[str, TargetModule]] = [{} for _ in states]
-    for key in dict.fromkeys(key for each in groups for key in each):
-        of_all = [each.get(key, _Group()) for each in groups]
+    for key in dict.fromkeys(key for of_adapter in groups for key in of_adapter):
+        of_all = [of_adapter.get(key, _Group()) for of_adapter in groups]
         if not any(group.fused for group in of_all) or not any(group.parts for group in of_all):
             continue
         known = {i: source.update.shape[0] for group in of_all for i, source in group.parts.items()}
@@ -55,7 +55,9 @@ def to_one_layout(states: Sequence[Transformed], keep_first: bool) -> list[Trans
             if group.located and (group.parts if fuses else group.fused):
                 mine |= {target.path: target for target in _targets(group, fused, known, fuses)}
     taken_updates = [p.source.update for mine in targets for target in mine.values() for p in target.parts]
-    if any(update.cls.without_norm(update).cls is not LowRank for update in taken_updates):  # only LoRA's rows are cut
+    if any(
+        update.cls.without_norm(update).cls is not LowRank for update in taken_updates
+    ):  # only LoRA has rows to split
         return to_one_layout([expand(state) for state in states], keep_first)
     regrouped = []
     for state, mine in zip(states, targets, strict=True):
@@ -86,7 +88,7 @@ def _groups_of(adapter: Adapter) -> dict[str, _Group]:
 
 
 def _without_containers(path: str) -> str:
-    """Return a path without wrappers and the prefixes that either of two adapters may have."""
+    """Return a path without wrappers and container prefixes, which one of two adapters may have."""
     path = strip_wrappers(path)
     while prefix := next((container for container in CONTAINER_PREFIXES if path.startswith(f"{container}.")), None):
         path = path.removeprefix(f"{prefix}.")
@@ -94,10 +96,10 @@ def _without_containers(path: str) -> str:
 
 
 def _targets(group: _Group, fused: SourceModule, known: Mapping[int, int], fuses: bool) -> list[TargetModule]:
-    """Return what a group of an adapter becomes, split or fused.
+    """Return the targets of an adapter's group, split or fused.
 
     Args:
-        whole: the fused module, of this adapter or another.
+        fused: the fused module, of this adapter or another.
         known: the rows of the parts in any adapter, by their order.
     """
     assert group.located is not None

@@ -1,7 +1,7 @@
-"""Give each module of a runtime the factors that an adapter holds for it: a module's, some rows of it, or an expert's.
+"""Map an adapter's factors to the modules that a runtime loads: a module's factors, some of its rows, or an expert's.
 
-A runtime looks modules up by the names of transformers' class or by those of the base's files, and has experts one by
-one or as a stack. All of it is a choice of the adapter's numbers, so that nothing is rounded.
+A runtime looks up modules by the names of transformers' class or of the base's files, and has experts one by one or as
+a stack. The map only selects numbers of the adapter, so nothing is rounded.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .to_class import module_of_matches
 
 @dataclass(frozen=True)
 class ServedModule:
-    """A module of a runtime, and which of an adapter's numbers are its factors."""
+    """A module of a runtime, and the part of an adapter's update that holds its factors."""
 
     path: str
     update: UpdateSpec | None  # None for zeros
@@ -58,10 +58,10 @@ class ServedModule:
     scale: float
     dtype: torch.dtype
     transposed: bool = False  # an embedding
-    expert: int | None = None  # of the update, if that is a stack and this is not
+    expert: int | None = None  # of the update, if the update is a stack and this module is not
     matrix_transposed: bool = False  # the update's matrix is (in, out)
     rows: slice = field(default_factory=lambda: slice(None))  # of the update's matrix
-    heads: int = 0  # whose rows, which are pairs of a rotation, become those of its two halves; 0 for rows as they are
+    heads: int = 0  # reorder the rows of so many heads from rotary pairs to halves; 0 for unchanged rows
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ class ServedModule:
 
     @property
     def slices(self) -> tuple[tuple[str, int, int, int | None], ...]:
-        """The rows of the update's change, of all experts, that are here (as `Made.slices`); empty if all are."""
+        """The rows of the update's change, over all experts, in this module (as `Made.slices`); empty for all."""
         if self.update is None or self.shape == self.update.shape:
             return ()
         out = self.update.shape[-2]
@@ -82,19 +82,19 @@ class ServedModule:
         return len(self.shape) == 3
 
     def zeros(self, path: str, shape: tuple[int, ...]) -> ServedModule:
-        """Return a module that changes nothing, of the same rank and scale."""
+        """Return a module of zeros with the same rank and scale."""
         return ServedModule(path, None, shape, self.rank, self.scale, self.dtype)
 
 
 class Factors:
-    """Load the factors of modules, one update at a time."""
+    """Loader of the factors of modules, which caches one update."""
 
     def __init__(self, source: Adapter) -> None:
         self._source = source
         self._last: tuple[UpdateSpec, LowRank | Experts] | None = None
 
     def __call__(self, module: ServedModule) -> tuple[Tensor, Tensor]:
-        """Return B (out, r) and A (r, in) without the scale; of a stack (E, out, r) and (E, r, in)."""
+        """Return B (out, r) and A (r, in) without the scale; for a stack (E, out, r) and (E, r, in)."""
         experts, (out, width) = module.shape[:-2], module.shape[-2:]
         if module.update is None:
             B = torch.zeros(*experts, out, module.rank, dtype=module.dtype)
@@ -114,8 +114,8 @@ class Factors:
         return (B[halves_of_pairs(module.heads, len(B))] if module.heads else B), A
 
 
-def modules_as_they_are(updates: Mapping[str, UpdateSpec]) -> list[ServedModule]:
-    """Return the modules under an adapter's own names, with experts as it has them."""
+def unchanged_modules(updates: Mapping[str, UpdateSpec]) -> list[ServedModule]:
+    """Return the modules under the adapter's names, with its layout of experts."""
     return [_module(module, update) for module, update in updates.items()]
 
 
@@ -133,17 +133,17 @@ class BaseModules:
         self._in_model = ClassNames(base) if runtime.names == "class" else None
 
     def of_adapter(self, source: Adapter, updates: Mapping[str, UpdateSpec]) -> Iterator[ServedModule]:
-        """Yield the modules of an adapter's updates, those with a name of the runtime's own as they are.
+        """Yield the modules of an adapter's updates; those that already have the runtime's names stay unchanged.
 
         Raises:
-            NeedsFlag: the base does not have a module.
-            InputError: a shape is not the base's, or a module of the class is not one of the files.
+            NeedsFlag: a module is not in the base.
+            InputError: a shape differs from the base's, or a module of the class is not in the files.
         """
         specs, _ = bindable(self.base, find_tie(self.base))
         matches, absent = resolve_modules(specs, source.only(updates), self.base.configs)
-        if unsupported := [module for module in absent if not self.is_own(module, updates[module])]:
+        if unsupported := [module for module in absent if not self.is_of_runtime(module, updates[module])]:
             raise cannot_convert(source.name, f"are not in {self.base.path}", unsupported, among=updates)
-        yield from modules_as_they_are({module: updates[module] for module in absent})
+        yield from unchanged_modules({module: updates[module] for module in absent})
         for module, matched in matches.items():
             update, types = updates[module], self.base.model_types
             for match in matched:
@@ -155,9 +155,9 @@ class BaseModules:
             else:
                 yield _module(self._path(module, matched), update)
 
-    def is_own(self, module: str, update: UpdateSpec) -> bool:
-        """Return whether a module that the base does not have is one of the runtime's, by its path and shape."""
-        return not self._served.stacks and self.own_shapes.get(module) == update.shape
+    def is_of_runtime(self, module: str, update: UpdateSpec) -> bool:
+        """Return whether a module that is not in the base is one of the runtime's, by its path and shape."""
+        return not self._served.stacks and self.runtime_shapes.get(module) == update.shape
 
     def _path(self, module: str, matches: Sequence[Match]) -> str:
         if self._in_model:
@@ -178,7 +178,7 @@ class BaseModules:
 
         Args:
             in_file: the files have a stack.
-            turned: the update is of the matrices as (in, out).
+            matrix_transposed: the update's matrices are (in, out).
         """
         out, width = update.shape[:-3:-1] if matrix_transposed else update.shape[-2:]
         template = replace(_module("", update), shape=(out, width), matrix_transposed=matrix_transposed)
@@ -193,7 +193,7 @@ class BaseModules:
                     yield replace(template, path=path, shape=(count, width), expert=of_stack, rows=rows)
 
     def _expert_paths(self, match: Match, update: UpdateSpec, in_file: bool) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """Yield the number of each expert that a match is of, and the paths of its modules there."""
+        """Yield the number of each expert that a match covers, and the paths of its modules."""
         part = expert_part(match.name, self.base.model_types)
         if part and self._in_model:
             owner, last = self._in_model(part.fused).rsplit(".", 1)
@@ -225,7 +225,7 @@ class BaseModules:
     def _weights(self) -> list[tuple[str, tuple[int, ...]]]:
         """The path and the shape of each linear layer, and of each stack as (E, out, in)."""
         weights: list[tuple[str, tuple[int, ...]]] = []
-        as_stored = not PEFT_TAKES_AS_PLAIN.isdisjoint(self.base.model_types)  # by PEFT, which is (E, in, out)
+        as_stored = not PEFT_TAKES_AS_PLAIN.isdisjoint(self.base.model_types)  # PEFT has (E, in, out)
         for weight in model_weights(self.base, self._in_model):
             if weight.kind.startswith("experts"):
                 path = weight.in_model if self._in_model else ".".join(self._stack(weight.name))
@@ -248,8 +248,8 @@ class BaseModules:
         return shapes
 
     @cached_property
-    def own_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each linear layer by the runtime's path, as far as the config tells the rows of a fused one."""
+    def runtime_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each linear layer by the runtime's path; without fused layers whose rows the config lacks."""
         shapes: dict[str, tuple[int, ...]] = {}
         for path, shape in self.shapes.items():
             module = ServedModule(path, None, shape, 1, 1.0, torch.float32)
@@ -259,14 +259,14 @@ class BaseModules:
         return shapes
 
     def beside(self, modules: Mapping[str, ServedModule], needs: Mapping[str, Sequence[str]]) -> Iterator[ServedModule]:
-        """Yield zeros for the modules that have to be beside those that are there."""
+        """Yield zeros for the modules that must be beside these."""
         for path, module in modules.items():
             owner, _, last = path.rpartition(".")
             for name in needs.get(last, ()) if ".experts." not in path else ():
                 yield from self._zeros(f"{owner}.{name}", module, modules)
 
     def experts(self, modules: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
-        """Yield zeros for all experts, and all of their matrices, of layers where one is there."""
+        """Yield zeros for all experts, and all of their matrices, of layers with one of these modules."""
         owners = {path.partition(".experts.")[0]: module for path, module in modules.items() if ".experts." in path}
         for path in self.shapes if owners else ():
             owner, mark, _ = path.partition(".experts.")
@@ -274,14 +274,14 @@ class BaseModules:
                 yield from self._zeros(path, owners[owner], modules)
 
     def layers(self, modules: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
-        """Yield zeros for the modules of other layers that have the names of those that are there."""
+        """Yield zeros for the modules of other layers with the same names."""
         kinds = {_without_layer(path): module for path, module in modules.items() if _without_layer(path) != path}
-        for path in (*self.shapes, *self.own_shapes):
+        for path in (*self.shapes, *self.runtime_shapes):
             if module := kinds.get(_without_layer(path)):
                 yield from self._zeros(path, module, modules)
 
     def stacks(self, modules: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
-        """Yield zeros for the other stacks of layers of which one is there."""
+        """Yield zeros for the other stacks of layers with one of these stacks."""
         owners = {path.rpartition(".")[0]: module for path, module in modules.items() if module.stack}
         for path, shape in self._weights if owners else ():
             owner, _, last = path.rpartition(".")
@@ -289,7 +289,7 @@ class BaseModules:
                 yield owners[owner].zeros(path, shape)
 
     def _zeros(self, path: str, module: ServedModule, modules: Mapping[str, ServedModule]) -> Iterator[ServedModule]:
-        shape = self.shapes.get(path) or self.own_shapes.get(path)
+        shape = self.shapes.get(path) or self.runtime_shapes.get(path)
         if path not in modules and shape:
             yield module.zeros(path, shape)
 
@@ -297,13 +297,13 @@ class BaseModules:
 def as_served(
     runtime: Runtime, served: Served, module: ServedModule, config: Mapping[str, Any]
 ) -> tuple[ServedModule, ...]:
-    """Return a module under the runtime's name for it, split where it knows the parts of a fused one alone.
+    """Return a module under the runtime's name, split if the runtime only looks up the parts of a fused module.
 
     Args:
         config: of the base.
 
     Raises:
-        InputError: the config does not tell the rows of a part.
+        InputError: the config lacks the rows of a part.
     """
     owner, _, last = module.path.rpartition(".")
     fused = projections(last) if f"{owner.rpartition('.')[2]}.{last}" in FUSED else ()
@@ -340,7 +340,7 @@ def _renamed(runtime: Runtime, served: Served, path: str) -> str:
 
 
 def is_looked_up(runtime: Runtime, path: str) -> bool:
-    """Return whether a runtime looks a module of this path up."""
+    """Return whether a runtime looks up a module of this path."""
     return re.fullmatch(runtime.modules, path) is not None
 
 

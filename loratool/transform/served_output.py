@@ -47,7 +47,7 @@ def serve(
     ranks: dict[str, int] = {}  # of groups of modules that must have the same rank
     for module in modules.values():
         ranks[_alike(runtime, module.path)] = max(module.rank, ranks.get(_alike(runtime, module.path), 0))
-    planned = {path: _made(load, module, wrappers.get(path, path), scale) for path, module in modules.items()}
+    planned = {path: _plan_module(load, module, wrappers.get(path, path), scale) for path, module in modules.items()}
     state = with_modules(state, planned, {}, {}, Peft.key)
     if scale is not None:
         state = with_scales(state, lambda update: (scale, update.scale / scale))
@@ -66,7 +66,7 @@ def _alike(runtime: Runtime, path: str) -> str:
     return "" if runtime.one_rank else re.sub(r"(?<=\.experts\.)\d+(?=\.)", "", path)
 
 
-def _made(load: Factors, module: ServedModule, wrapper: str, scale: float | None) -> Made:
+def _plan_module(load: Factors, module: ServedModule, wrapper: str, scale: float | None) -> Made:
     """Return a module with the runtime's rows; each number is the adapter's or 0."""
     (*experts, out, width), end = module.shape, "embedding_" if module.transposed else ""
     count = math.prod(experts) * module.rank

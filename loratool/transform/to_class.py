@@ -58,7 +58,7 @@ class _Stack:
         by_slice = [[u.rank for (_, part), u in self.modules.items() if part == index] for index in range(self.parts)]
         return [max(ranks, default=0) for ranks in by_slice]
 
-    def made(self, source: Adapter, wrapper: str) -> Made:
+    def plan(self, source: Adapter, wrapper: str) -> Made:
         """Return the stack in PEFT's layout, A (E * r, in) and B (out, r * E); each number is the source's or 0."""
         first = next(iter(self.modules.values()))
         (rows, width), ranks = first.shape, self.ranks
@@ -149,7 +149,7 @@ def _moved(state: Transformed, places: _Places) -> Transformed:
         path = places.paths[module]
         is_parameter = path in places.parameters
         moved[module] = replace(update, module=path, tensors=new, base=base, parameter=is_parameter)
-    planned = {path: stack.made(source, wrappers[path]) for path, stack in places.stacks.items()}
+    planned = {path: stack.plan(source, wrappers[path]) for path, stack in places.stacks.items()}
     changed = with_modules(state, planned, moved, keys, Peft.key)
     return with_fields(_without_version(changed) if places.stacks else changed, **_fields(source, updates, places))
 

@@ -1,7 +1,7 @@
 """Plan a language model's adapter under the names and rows of its GGUF file, with one alpha for all modules.
 
-The file says one alpha, and the scale is alpha / r with each module's own rank. Where a module's scale is another, the
-quotient goes into B, which is exact for a power of two.
+The file has one alpha, and a module's scale is alpha / r with the module's rank. If a module has another scale, B is
+multiplied by the quotient, which is exact for a power of two.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..adapters.placed_factors import lay_A, lay_B
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.runtimes.llama_cpp import never_applied
 from ..errors import NeedsFlag
-from .base_copies import is_of_base
-from .finish import own_type
+from .base_copies import equals_base
+from .finish import default_dtype
 from .language import refuse_unsaid_init
 from .lazy import Made, Tensors, Transformed, noted, with_modules
 from .log import NO_LOSS, Loss
@@ -35,11 +35,11 @@ from .request import ConvertRequest
 
 
 def require_copies(source: Adapter, request: ConvertRequest, updates: Mapping[str, UpdateSpec]) -> None:
-    """Raise an error for a weight under a module's factors that is not the base's, which GGUF has no place for.
+    """Raise an error for a weight under a module's factors that differs from the base's: GGUF has no place for it.
 
     Raises:
-        NeedsFlag: modules have to be left out, or the base's weights are not at hand.
-        InputError: nothing else is there to convert.
+        NeedsFlag: modules must be excluded, or the base's weights are missing.
+        InputError: no other module is there to convert.
     """
     under = [module for module, update in updates.items() if update.base]
     if not under or request.base is None:
@@ -48,7 +48,7 @@ def require_copies(source: Adapter, request: ConvertRequest, updates: Mapping[st
         message = "has a weight under its factors, which is to be compared with the base's"
         raise NeedsFlag(message, culprit=under[0], flags="--base BASE", why="with the model and its weights")
     base = request.base.open("--base is the adapter's model")
-    if trained := [module for module in under if not is_of_base(source, updates[module], base)]:
+    if trained := [module for module in under if not equals_base(source, updates[module], base)]:
         what = "have a weight under their factors that is not the base's, and GGUF has no place for it"
         raise cannot_convert(source.name, what, trained, among=updates)
 
@@ -57,8 +57,8 @@ def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
     """Plan the output.
 
     Raises:
-        NeedsFlag: only the base tells the names, modules have to be left out, or the init altered the base.
-        InputError: the base's names are in no table, or it is of another model.
+        NeedsFlag: the names need the base, modules must be excluded, or the init altered the base.
+        InputError: the base's names are in no table, or the adapter is of another model.
     """
     source = state.adapter
     updates = source.updates
@@ -80,21 +80,21 @@ def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
             why="with the model, of which the config.json will do",
         )
     alpha = common_alpha(state.adapter.updates)
-    settled = settle(with_scales(state, partial(_said, alpha)), request.dtype or own_type(request))
+    settled = settle(with_scales(state, partial(_scale_and_quotient, alpha)), request.dtype or default_dtype(request))
     written = replace(in_format(settled, FORMATS[request.to]), config={**fields, ALPHA: alpha})
     return noted(written, *_notes(updates, settled.adapter.updates, str(fields[ARCHITECTURE])))
 
 
 def _with_gguf_names(state: Transformed, model: GgufModel) -> Transformed:
-    """Give the modules the names and rows of the model's GGUF file."""
+    """Rename the modules to those of the model's GGUF file, with its rows."""
     updates, origins = gguf_updates(state.adapter, model)
-    planned = {update.module: _made(update, origins[update.module]) for update in updates}
+    planned = {update.module: _plan_module(update, origins[update.module]) for update in updates}
     bases = [update.update.base for update in planned.values() if update.update.base]
     return with_modules(state, planned, {}, {name: name for name in bases}, LlamaCpp.key)
 
 
-def _made(update: MadeUpdate, parts: tuple[str, ...]) -> Made:
-    """Return a module of the GGUF file, of which each number is its parts' or 0."""
+def _plan_module(update: MadeUpdate, parts: tuple[str, ...]) -> Made:
+    """Return a module of the GGUF file; each number is from its parts or 0."""
     source = update.source
     experts, out, slices = source.experts, source.shape[-2], list[tuple[str, int, int, int | None]]()
     if update.rows and len(update.rows) < out:
@@ -110,15 +110,15 @@ def _made(update: MadeUpdate, parts: tuple[str, ...]) -> Made:
     return Made(update.spec(), make, parts, how, numbers=False, slices=tuple(slices))
 
 
-def _said(alpha: float, update: UpdateSpec) -> tuple[float, float]:
-    """Return the scale by the file's alpha, and what B is multiplied by so that the change stays the same."""
+def _scale_and_quotient(alpha: float, update: UpdateSpec) -> tuple[float, float]:
+    """Return the scale for the file's alpha, and the factor of B that keeps the change the same."""
     scale = alpha / update.rank if alpha else 1.0
     is_said = alpha in (0.0, single(update.scale * update.rank))
     return scale, 1.0 if is_said else update.scale * update.rank / alpha
 
 
 def _notes(updates: Mapping[str, UpdateSpec], written: Collection[str], architecture: str) -> Iterator[str]:
-    """Yield what the user has to know of what llama.cpp makes of the file."""
+    """Yield notes on weights left out, and on modules that llama.cpp never applies."""
     if under := [module for module, update in updates.items() if update.base]:
         yield f"{', '.join(under)}: the weight that is stored under the factors is left out: it is the base's"
     if dead := never_applied(architecture, written):
@@ -130,10 +130,10 @@ def _notes(updates: Mapping[str, UpdateSpec], written: Collection[str], architec
 
 
 def common_alpha(updates: Mapping[str, UpdateSpec]) -> float:
-    """Return the alpha, a float32 number, that most modules have; or 0, by which files say that all scales are 1."""
+    """Return the most common alpha of the modules, in float32; or 0, which in files means that all scales are 1."""
     alphas = Counter(single(update.scale * update.rank) for update in updates.values())
     if len(alphas) > 1 and all(update.scale == 1 for update in updates.values()):
         return 0.0
     alphas.pop(0.0, None)
-    alphas.pop(math.inf, None)  # beyond float32, which a scale in the factors may not be
+    alphas.pop(math.inf, None)  # overflows float32; the scale in the factors may not
     return alphas.most_common(1)[0][0] if alphas else 1.0

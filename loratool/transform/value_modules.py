@@ -1,6 +1,6 @@
-"""Bring what of an image adapter is no factor to diffusers' names: differences, of biases too, and (IA)3's vectors.
+"""Rename an image adapter's updates without factors to diffusers' names: differences, also of biases, and (IA)3.
 
-A fused module's rows go to the parts that they are of, so that two conventions of one adapter can be compared.
+A fused module's rows go to its parts, so that two spellings of one adapter can be compared.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .log import NO_LOSS, Loss
 
 @dataclass(frozen=True)
 class ValueModule:
-    """An update that is no factors, of a module's weight or bias."""
+    """An update without factors, of a module's weight or bias."""
 
     source: SourceModule  # with the path of the module
     end: str  # `.bias` after that path, or nothing
-    columns: int  # of the module's matrix; 0 if the adapter does not tell them
+    columns: int  # of the module's matrix; 0 if unknown
 
 
 def read_value_modules(adapter: Adapter) -> list[ValueModule]:
-    """Return the differences and (IA)3's vectors whose names tell a module."""
+    """Return the differences and (IA)3 vectors whose names contain a module's path."""
     values = []
     for module, update in adapter.updates.items():
         component, path = component_of(module)
@@ -53,21 +53,22 @@ def read_value_modules(adapter: Adapter) -> list[ValueModule]:
 
 
 def rows_by_module(value: ValueModule, family: str) -> dict[str, list[Span]] | None:
-    """Return diffusers' modules that an update is of, each with the rows in it; no rows for a vector of the inputs.
+    """Return diffusers' modules of an update, each with its rows; no rows for a vector of the inputs.
 
-    None if the family has no such module, or if the columns of its matrix would decide and are not known.
+    Returns:
+        None if the family has no such module, or if the rows depend on the columns of its matrix and these are unknown.
     """
     source = value.source
     tables = [FAMILIES[family]] if source.component in DENOISERS else [*ENCODERS.values()]
-    located = next((each for table in tables if (each := locate(table, source.path))), None)
+    located = next(filter(None, (locate(table, source.path) for table in tables)), None)
     if located is None:
         return None
     rows, _ = source.update.cls.flat(source.update)
     if rows is None:
         return {module: [] for module in located.diffusers}
-    ratio = next((each for end, each in located.family.ratios.items() if located.path.endswith(end)), 0)
+    ratio = next((ratio for end, ratio in located.family.ratios.items() if located.path.endswith(end)), 0)
     columns = value.columns or (rows // ratio if ratio else 0)
-    if not columns and any(each for each, _ in located.rows):
+    if not columns and any(known_ratio for known_ratio, _ in located.rows):
         return None
     spans_of: dict[str, list[Span]] = {}
     for span in parts_of(located, columns, rows) or ():
@@ -75,11 +76,11 @@ def rows_by_module(value: ValueModule, family: str) -> dict[str, list[Span]] | N
     return spans_of or None
 
 
-def made_values(source: Adapter, modules: Mapping[str, tuple[ValueModule, Sequence[Span]]]) -> dict[str, Made]:
-    """Return updates that are no factors under new names.
+def plan_values(source: Adapter, modules: Mapping[str, tuple[ValueModule, Sequence[Span]]]) -> dict[str, Made]:
+    """Return updates without factors under new names.
 
     Args:
-        modules: new name -> what it is of, and its rows there; all without rows.
+        modules: new name -> its value module, and its rows there; no rows for all.
     """
     planned = {}
     for name, (value, spans) in modules.items():

@@ -119,7 +119,7 @@ def plan_adapter(
         content(settled),
         ranks,
         lambda name: factored[name].effective_rank(ranks[name]),
-        lambda name: factored[name].stored(ranks[name], dtype),
+        lambda name: factored[name].rounding_error(ranks[name], dtype),
     )
 
 
