@@ -50,7 +50,7 @@ class _Multiplied(ABC):
 
     @abstractmethod
     def _places(self, i: Positions, j: Positions) -> tuple[Positions, Positions, Positions, Positions]:
-        """Return rows and columns of D1 and those of D2."""
+        """Return the rows and columns of D1, then of D2."""
 
     def _bounds(self, sizes: tuple[Wide, Wide], errors: tuple[Wide, Wide], kind: torch.dtype) -> tuple[Wide, Wide]:
         """Return the sizes and errors of products in a type. sizes, errors: of both sides, for each row."""

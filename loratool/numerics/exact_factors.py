@@ -17,7 +17,7 @@ from .error_free import halves
 from .forms import FORMS, Wide, codes, wide
 from .products import Term
 
-REACH = 98  # products of halves of float64 numbers within 2**-98 and 2**98 are no less than `Products` can balance
+REACH = 98  # `Products` can balance products of halves of float64 numbers from 2**-98 to 2**98
 
 
 def multiply_exactly(first: Tensor, second: Tensor) -> list[Tensor]:

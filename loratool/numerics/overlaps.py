@@ -31,7 +31,7 @@ class Overlaps:
     distances: Tensor  # (..., T, T): |D_i - D_j|, exactly 0 for equal SVDs
     sizes: Tensor  # (..., T): the sum of S_i
     pairs: Tensor  # (..., T, T): the interference of D_i and D_j, 0 for one change and itself
-    together: Tensor  # (...): that of all
+    together: Tensor  # (...): the interference of all
     outputs: Tensor  # (..., T, T): |D_i|^2 within the columns of D_j, 0 for one change and itself
     inputs: Tensor  # (..., T, T): and within its rows
     random_pairs: Tensor  # (..., T, T): about the mean of `pairs` with these S and random directions
@@ -151,7 +151,7 @@ def _distances(changes: Sequence[FactoredSVD], norms: Tensor, flat: Tensor) -> T
 def _interference(U: Tensor, S: Sequence[Tensor], V: Tensor) -> tuple[Tensor, Tensor]:
     """Return the interference of pairs (..., T, T) and of all (...), from U (..., p, k) and V (..., q, k) side by side.
 
-    Each change's own vectors are orthonormal, so that of U^T U - I the blocks between two changes are left.
+    Each change's vectors are orthonormal, so U^T U - I is 0 but in the blocks between two changes.
     """
     widths = [side.shape[-1] for side in S]
     left, right = (_products_of_two(side, widths) for side in (U, V))

@@ -47,7 +47,7 @@ class RoundingNoise:
         return largest * (1 + math.pow(min(len(self.rows), len(self.columns)), -2 / 3))
 
     def at_most(self, energy: float) -> RoundingNoise:
-        """Return the noise, scaled down to `energy` if it has more: errors have no more than their matrix."""
+        """Return the noise, scaled down if its energy exceeds `energy`, that of the matrix that contains the errors."""
         share = min(1.0, energy / self.energy) if self.energy else 1.0
         return RoundingNoise(self.rows * share, self.columns * share)
 

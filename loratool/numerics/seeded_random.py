@@ -106,11 +106,11 @@ class Draw:
     name: str  # of the weight
 
     def uniform(self, label: str, *shape: int) -> Tensor:
-        """Draw numbers uniformly between -1 and 1, in float64. `label` tells the draws for one weight apart."""
+        """Draw numbers uniformly between -1 and 1, in float64. `label` distinguishes the draws for one weight."""
         return torch.from_numpy(uniform(f"{self.seed} {self.name} {label}", math.prod(shape)) * 2.0 - 1.0).view(shape)
 
     def normal(self, label: str, *shape: int) -> Tensor:
-        """Draw normal numbers with mean 0 and variance 1, in float64. `label` is that of `uniform`."""
+        """Draw normal numbers with mean 0 and variance 1, in float64. `label` is as in `uniform`."""
         return torch.from_numpy(normal(f"{self.seed} {self.name} {label}", math.prod(shape))).view(shape)
 
     def generator(self, device: torch.device) -> torch.Generator:

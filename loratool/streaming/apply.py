@@ -36,7 +36,7 @@ SMALL = 1 << 16  # numbers of a tensor that is merged in a batch: more are worth
 
 
 def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> dict[str, ChangedTensor]:
-    """Return every tensor that is neither copied, nor cast, nor written as codes, by name."""
+    """Return the tensors that are neither copied, nor cast, nor written as codes: name -> tensor."""
     changed = {}
     for name in plan.sources.keys() - plan.coded:
         source, placements = plan.sources[name], plan.placements.get(name, ())

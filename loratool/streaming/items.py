@@ -68,7 +68,7 @@ class HashBytes:
     first: int  # byte of the tensor
     length: int
 
-    nbytes = 0  # what it adds to the output
+    nbytes = 0  # of its output
 
 
 # Compute a block: (base, index of its first row within the item, out, work) -> the block's result. It writes `out`.
@@ -114,7 +114,7 @@ class MapRows:
     stop: int
     prepare: Prepare
     block_rows: int  # rows of a block, read, computed and written at a time
-    checked: bool = False  # the results begin with the CRC-32 of what was written
+    checked: bool = False  # the results begin with the CRC-32 of the output
     scattered: tuple[Scattered, Locate, int] | None = None  # with the number of all rows, if the step writes codes
     batching: Batching | None = None  # of all rows of a small tensor
 
@@ -171,7 +171,7 @@ class FinishedItem:
     """An item that an earlier run has finished. It is run again only if its output is no longer there.
 
     Attributes:
-        digest: of what it wrote; empty for copies, which are compared with their source.
+        digest: of its output; empty for copies, which are compared with their source.
         written: the places of codes, in the order in which they were written.
     """
 
@@ -189,7 +189,7 @@ class Outcome:
     """The outcome of an item.
 
     Attributes:
-        digest: of what it wrote, as in `FinishedItem`.
+        digest: of its output, as in `FinishedItem`.
         results: one of each block, in the order of rows, after a CRC-32 or the places of codes; or a hash. Of a batch,
             a list of these for each part. None if an earlier run has written it.
     """

@@ -1,7 +1,7 @@
 """Convert other kinds of updates with exact factors to LoRA: LoHa, LoKr, AdaLoRA, Tucker's convolutions.
 
-Their factors multiply out to those of LoRA (`Update.factors`). The rank is that of the kind: for LoHa the product of
-its two ranks, for LoKr that of its sides' ranks. A DoRA of such a kind becomes a DoRA of LoRA. The factors are float32,
+Their factors multiply out to those of LoRA (`Update.factors`). The rank depends on the kind: for LoHa it is the product
+of the two ranks, for LoKr of the sides' ranks. A DoRA of such a kind becomes a DoRA of LoRA. The factors are float32,
 and the scale stays beside them; the rounding error of float32 is measured.
 """
 

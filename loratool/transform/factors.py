@@ -1,4 +1,4 @@
-"""Compute the factors of a target module from those of its source modules.
+"""Compute the factors of a target module from its source modules' factors.
 
 The stored tensors are used unchanged if possible. A scale stays in alpha, or is folded into B. The fold is exact if
 B's dtype, or float32, holds every product, as it does for powers of two; any other fold, and a narrower dtype, round.

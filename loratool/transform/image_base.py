@@ -211,7 +211,7 @@ def choose_family(
 
 
 def without_files(families: Sequence[str], sources: Iterable[SourceModule], to: Format) -> list[str]:
-    """Return those of these families whose denoisers have no files in a format."""
+    """Return the families, among these, whose denoisers have no files in a format."""
     components = {source.component for source in sources if source.component in DENOISERS}
     without = []
     for family in families:

@@ -61,7 +61,7 @@ class Loss:
         return Loss(self.squared + later.squared, self.total, self.cut or later.cut, rows)
 
     def after(self, former: Loss) -> Loss:
-        """Return this loss plus that of a former change of another size, which counts by its lost share."""
+        """Return this loss plus the loss of a former change of another size, which counts by its lost share."""
         share = former.relative**2
         rows = None if self.rows is None else torch.stack([self.rows[0] + share * self.rows[1], self.rows[1]])
         return Loss(self.squared + share * self.total, self.total, self.cut or former.cut, rows)

@@ -1,4 +1,4 @@
-"""Name the tensors of a settled adapter in a format, and return the content to write and the report's rows."""
+"""Name the tensors of a settled adapter in a format, and compute its content and the report's rows."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def regroup(
     Args:
         targets: by their names in the output.
         stay: modules in no target that stay; all others are removed.
-        to: the format whose names the tensors get; without it the names are like those of the file.
+        to: the format whose names the tensors get; by default the names follow the source's file.
         beside: modules without factors, computed from others of `state`.
     """
     source, load = state.adapter, _Loader(state.adapter)

@@ -230,7 +230,7 @@ def _place(source: Adapter, base: Checkpoint, architecture: str | None, updates:
 
 
 def module_of_matches(base: Checkpoint, module: str, matches: Sequence[Match]) -> str:
-    """Return the name of a tensor for `ClassNames`: its name in the file, or that of the fused tensor's rows."""
+    """Return the name of a tensor for `ClassNames`: its name in the file, or the name of its part of a fused tensor."""
     (first, *others) = matches
     if first.rows is None:
         return module if others else first.name
