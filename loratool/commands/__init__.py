@@ -1,4 +1,4 @@
 """The commands, a file or a folder for each, and what they share.
 
-Each command plans, validates, executes, and returns a report. Printing is left to `cli`.
+Each command plans, validates, executes, and returns a report. `cli` prints it.
 """

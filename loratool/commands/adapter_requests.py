@@ -1,4 +1,4 @@
-"""Read the adapters that a call names: each a path, alone or with its weights."""
+"""Parse the adapters of a call: paths with optional weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class AdapterRequest:
 
 
 def _read_adapters(adapters: Adapters) -> Adapters:
-    """Return the adapters of a call, of an iterator a list; those that `parse_adapters` refuses raise UsageError."""
+    """Return the adapters of a call, an iterator as a list. Raise UsageError where `parse_adapters` does."""
     read = [*adapters] if isinstance(adapters, Iterator) else adapters
     parse_adapters(read)
     return read

@@ -1,9 +1,9 @@
-"""Check the arguments of the library's functions against their annotations, so that a wrong one is named in one line.
+"""Check the arguments of the library's functions against their annotations, and name a wrong one in one line.
 
-The annotations are the only source of what a function takes: `arguments_of` reads them for the checks, the options of
-the command line, the words of recipes and their schema. Each has an `ArgumentType`, which says so in words and reads a
-value. It hands on the plainest value of the annotation's own type (of a numpy number Python's, of "5GB" the bytes), and
-takes that again: commands call the same parsers, which tell a type checker what is left of a type.
+The annotations are the only definition of a function's arguments. `arguments_of` reads them for the checks, the
+options of the command line, the words of recipes and their schema. Each argument has an `ArgumentType`, which describes
+and parses its values. Parsing returns a plain value of the annotation's type (a Python number for numpy's, bytes for
+"5GB"), and accepts that value again. Commands call the same parsers, so that a type checker knows the narrowed types.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class ArgumentType:
     """One type of argument.
 
     Attributes:
-        taken: what it takes, which completes "... is not".
-        parse: returns the plainest value that means the same, or raises UsageError.
+        taken: the accepted values in words, which complete "... is not".
+        parse: returns a plain value with the same meaning, or raises UsageError.
         schema: the JSON Schema of its values in a recipe.
-        choices: the words that it can be, if they are few.
+        choices: the accepted words, if they are few.
         several: whether it takes one or a list of them.
-        within: what the command line takes: numbers above the first, up to the second. The library's rules say more.
-        meanings: of the choices, where their table has them.
+        within: limits on the command line: numbers above the first, up to the second. The library may have more.
+        meanings: of the choices, if their table has them.
     """
 
     taken: str
@@ -57,7 +57,7 @@ class ArgumentType:
 
 @dataclass(frozen=True)
 class Opt:
-    """How the command line has an argument: as an option, or without a title as what is given without a name."""
+    """An argument on the command line: an option under a title, or without a title a positional argument."""
 
     title: str = ""  # of the help
     metavar: str = ""
@@ -73,12 +73,12 @@ class Argument:
     """An argument of a function.
 
     Attributes:
-        type: of its values that are not None; of *others of each.
+        type: of its values other than None; for *others that of each.
         default: the class `empty` of inspect.Parameter, if it has none.
         kind: of inspect.Parameter.
         nullable: whether None is taken too.
         opt: None if the command line does not have it.
-        text: what it means: a line below `Args:` or the Opt's, with the words of the choices.
+        text: its meaning: a line below `Args:` or that of Opt, with the words of the choices.
     """
 
     name: str
@@ -95,25 +95,25 @@ class Argument:
 
     @property
     def named(self) -> bool:
-        """True of what is given by name alone."""
+        """Whether the argument is given by name only."""
         return self.kind is inspect.Parameter.KEYWORD_ONLY
 
     @property
     def help(self) -> str:
-        """The meaning, with the default where that has words."""
+        """The meaning, with the default if that has words."""
         return f"{self.text} [default: {self.opt.default}]" if self.opt and self.opt.default else self.text
 
     @property
     def word(self) -> str:
-        """The word of its option, without the dashes; a flag that is on by default has `no-` before it."""
+        """The word of its option, without the dashes. A flag that is on by default begins with `no-`."""
         return option_word(self.name, self.default is not True)
 
 
 def parse_path(value: object) -> str:
-    """Return a path as text, a link to the hub as its name: no report, journal or card has its credentials.
+    """Return a path as text, and a link to the hub as its name, so that no report, journal or card has its credentials.
 
     Raises:
-        UsageError: it is none, or one that no file system has.
+        UsageError: it is no path, or one that no file system has.
     """
     try:
         path = os.fspath(value) if isinstance(value, str | os.PathLike) else b""
@@ -129,19 +129,19 @@ def parse_path(value: object) -> str:
 
 
 def parse_text(value: object) -> str:
-    """Return a text that is not empty; any other value raises UsageError."""
+    """Return a text that is not empty. Raise UsageError for any other value."""
     if not isinstance(value, str) or not value:
         raise _is_not(value, "a text")
     return str(value)
 
 
 def parse_whole(value: object) -> int:
-    """Return a whole number of any library's type; a bool, a fraction or any other value raises UsageError."""
+    """Return a whole number of any library's type. Raise UsageError for a bool, a fraction or any other value."""
     return _parse_above(-MOST, value, WHOLE)
 
 
 def parse_positive(value: object) -> int:
-    """Return a whole number above 0; any other value raises UsageError."""
+    """Return a whole number above 0. Raise UsageError for any other value."""
     return _parse_above(0, value, POSITIVE)
 
 
@@ -153,7 +153,7 @@ def _parse_above(least: int, value: object, taken: str) -> int:
 
 
 def parse_number(value: object) -> float:
-    """Return a finite number of any library's type; a bool or any other value raises UsageError."""
+    """Return a finite number of any library's type. Raise UsageError for a bool or any other value."""
     try:
         number = float(value) if isinstance(value, Real) and not is_flag(value) else math.nan
     except OverflowError:
@@ -164,7 +164,7 @@ def parse_number(value: object) -> float:
 
 
 def parse_flag(value: object) -> bool:
-    """Return a bool, Python's or numpy's; any other value raises UsageError, numbers too."""
+    """Return a bool, Python's or numpy's. Raise UsageError for any other value, also for numbers."""
     if not is_flag(value):
         raise _is_not(value, "True or False")
     return bool(value)
@@ -177,7 +177,7 @@ def is_flag(value: object) -> bool:
 
 
 def parse_words(value: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the words of a list, or the one that is given alone.
+    """Return the words of a list. A single word may stand without a list.
 
     Raises:
         UsageError: it is neither.
@@ -243,7 +243,7 @@ AMOUNT = {"type": ["string", "number"]}
 
 
 def one_or_several(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema of a value that may stand alone or in a list."""
+    """Return the schema of one value or a list of values."""
     return {"anyOf": [schema, {"type": "array", "items": schema, "minItems": 1}]}
 
 
@@ -281,7 +281,7 @@ Share = Annotated[float, ArgumentType("a finite number", parse_number, NUMBER, w
 
 
 def one_of(choices: Collection[str], refused: Mapping[str, str] = MappingProxyType({})) -> ArgumentType:
-    """Return the type of a word that is one of these, each told once; `refused` has others, each with the reason."""
+    """Return the type of a word that is one of these choices. `refused` has other words, each with a reason."""
     words = tuple(dict.fromkeys(choices))
 
     def parse(value: object) -> str:
@@ -296,7 +296,7 @@ def one_of(choices: Collection[str], refused: Mapping[str, str] = MappingProxyTy
 
 
 def words_of(choices: Collection[str]) -> ArgumentType:
-    """Return the type of a list of words that are each one of these."""
+    """Return the type of a list of words, each one of these choices."""
     word_type = one_of(choices)
 
     def parse(value: Any) -> object:
@@ -307,7 +307,7 @@ def words_of(choices: Collection[str]) -> ArgumentType:
 
 
 def dtype_of(choices: Collection[str]) -> ArgumentType:
-    """Return the type of a dtype that is one of these, in capitals or with torch's name before it, too."""
+    """Return the type of a dtype that is one of these choices. Capitals and the prefix `torch.` are accepted too."""
     word_type = one_of(choices)
 
     def parse(value: object) -> object:
@@ -321,13 +321,13 @@ WORDS = {"from_format": "from", "runtime": "for"}
 
 
 def option_word(name: str, on: bool = True) -> str:
-    """Return the word of an argument's option, without its dashes; `on` is false of what turns a flag off."""
+    """Return the word of an argument's option, without its dashes. `on` is False for the word that turns a flag off."""
     word = WORDS.get(name, name.replace("_", "-"))
     return word if on else f"no-{word}"
 
 
 def checked(command: Callable[P, R]) -> Callable[P, R]:
-    """Make a function refuse arguments that are not of its annotations' types.
+    """Wrap a function so that it refuses arguments that are not of its annotations' types.
 
     Raises:
         UsageError: an argument has another type or an unknown name, or one is missing.
@@ -345,7 +345,7 @@ def checked(command: Callable[P, R]) -> Callable[P, R]:
 def read_arguments(
     command: Callable[..., object], args: Sequence[object], keywords: Mapping[str, object]
 ) -> dict[str, Any]:
-    """Return the arguments of a call by name, each as its type hands it on.
+    """Return the arguments of a call by name, parsed by their types.
 
     Raises:
         UsageError: as `checked`.
@@ -372,7 +372,7 @@ def read_arguments(
 
 
 def changed(command: Callable[..., object], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of arguments that are given by name, without those that are the defaults."""
+    """Return the values of named arguments, without defaults."""
     explicit: dict[str, Any] = {}
     for name, argument in arguments_of(command).items():
         if argument.named and name in values:
@@ -383,19 +383,19 @@ def changed(command: Callable[..., object], values: Mapping[str, Any]) -> dict[s
 
 
 def rest_of(arguments: Mapping[str, Argument]) -> str | None:
-    """Return the argument that takes all others without a name, if there is one: `*others`."""
+    """Return the argument that takes all further positional values, if there is one: `*others`."""
     return next((name for name, each in arguments.items() if each.kind is inspect.Parameter.VAR_POSITIONAL), None)
 
 
 def read_argument(argument: Argument, value: Any) -> Any:
-    """Return a value of an argument as its type hands it on, None where it is taken."""
+    """Return a value of an argument, parsed by its type. None is returned if the argument accepts it."""
     if argument.kind is inspect.Parameter.VAR_POSITIONAL:
         return tuple(read_value(argument.name, argument.type, each) for each in value)
     return None if value is None and argument.nullable else read_value(argument.name, argument.type, value)
 
 
 def read_value(name: str, kind: ArgumentType, value: object) -> Any:
-    """Return a value as its type hands it on; what it raises says the argument's name."""
+    """Return a value, parsed by its type. Errors get the name of the argument."""
     try:
         return kind.parse(value)
     except UsageError as error:
@@ -414,7 +414,7 @@ def arguments_of(command: Callable[..., object]) -> Mapping[str, Argument]:
 def _read_signature(command: Callable[..., object]) -> dict[str, Argument]:
     """Read the arguments of a function or a class from its annotations, and their meanings from its docstring.
 
-    `get_type_hints` would read the report's class too, for which some modules would load torch.
+    `get_type_hints` would evaluate the report's class too, and load torch for some modules.
     """
     names = vars(sys.modules[command.__module__])
     sentences = _sentences(inspect.getdoc(command) or "")
@@ -435,12 +435,12 @@ def _read_signature(command: Callable[..., object]) -> dict[str, Argument]:
 
 
 def with_meanings(meanings: Mapping[str, str]) -> str:
-    """Return words with their meanings as the help has them."""
+    """Return words with their meanings for the help."""
     return "; ".join(f"{word}: {meaning}" for word, meaning in meanings.items())
 
 
 def _sentences(text: str) -> dict[str, str]:
-    """Return what a docstring says of each argument below `Args:`."""
+    """Return the text of each argument below `Args:` of a docstring."""
     section = text.partition("\nArgs:\n")[2].partition("\n\n")[0]
     _, *parts = re.split(r"^    (\w+): ", section, flags=re.MULTILINE)
     return {name: " ".join(words.split()) for name, words in zip(parts[::2], parts[1::2], strict=True)}
@@ -454,7 +454,7 @@ def _takes_none(annotation: Any) -> bool:
 
 @cache
 def type_of(annotation: Any) -> ArgumentType:
-    """Return the type of an annotation, of what is not None."""
+    """Return the type of an annotation, without None."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         kinds = [mark for mark in annotation.__metadata__ if isinstance(mark, ArgumentType)]

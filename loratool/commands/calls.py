@@ -1,8 +1,7 @@
-"""Make the library's functions of calls, and name the arguments that several of them have, with their sentences.
+"""Build the library's functions from calls, and define the arguments that several calls share, with their help.
 
 A call is a frozen dataclass. Its fields are the arguments of the function, the options of the command, the words of a
-recipe and their schema, and its docstring says what they mean, in the words of the help. The arguments that are here
-say it themselves.
+recipe and their schema. Its docstring has their help, except for the shared arguments, which have it here.
 """
 
 from __future__ import annotations
@@ -55,18 +54,18 @@ class Call(Generic[R]):
     work: ClassVar[str]
 
     def run(self) -> R:
-        """Do what the call says, and return the report."""
+        """Run the command, and return the report."""
         module, _, name = self.work.rpartition(".")
         work: Callable[[Call[R]], R] = getattr(import_module(f".{module}", __package__), name)
         return work(self)
 
     @classmethod
     def name(cls) -> str:
-        """Return the name of the function: merge of Merge, convert_model of ConvertModel."""
+        """Return the name of the function: merge for Merge, convert_model for ConvertModel."""
         return _function_name(cls)
 
     def given(self) -> dict[str, Any]:
-        """Return the arguments that are given by name, without those that are the defaults."""
+        """Return the arguments with names, without defaults."""
         return changed(type(self), vars(self))
 
 
@@ -102,7 +101,7 @@ def _function_name(call: Callable[..., object]) -> str:
 
 
 def _documented(call: Callable[..., object], arguments: Mapping[str, Argument]) -> str:
-    """Return the docstring of a call with the sentences of all arguments."""
+    """Return the docstring of a call with the help of all arguments."""
     head, *others = (inspect.getdoc(call) or "").split("\n\n")
     lines = [
         textwrap.fill(f"{name}: {_sentence(each)}", 116, initial_indent=" " * 4, subsequent_indent=" " * 8)

@@ -1,7 +1,7 @@
-"""Gather what the model cards of all commands have: the command that made an output, its inputs, its base's licence.
+"""The content of all model cards: the command that made an output, its inputs and the licence of its base.
 
-A card has the same bytes for the same inputs, so that paths are cut to their last part, the output has its usual name
-whatever it is called, and options that change no byte are left out. A journal knows its run again by the same call.
+A card has the same bytes for the same inputs. So paths are shortened to their last part, the output has its default
+name, and options that change no byte are left out. A journal recognizes its run by the same call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INPUTS = ("base", "imatrix", "initial", "like", "tokenizer")  # options whose va
 
 
 def options_of(call: Call[Any], only: Collection[str] = ()) -> list[str]:
-    """Return what a call was given as options of the command line, without its inputs and its output.
+    """Return a call's options of the command line, without its inputs and its output.
 
     Args:
         only: keywords; all if it is empty.
@@ -39,7 +39,7 @@ def options_of(call: Call[Any], only: Collection[str] = ()) -> list[str]:
 
 
 def described_call(call: Call[Any], inputs: Sequence[str]) -> dict[str, str]:
-    """Return what a call makes of what, for the journal: its command, inputs and options by name."""
+    """Return a call for the journal: its command, inputs and options by name."""
     options = {name: value for name, value in call.given().items() if name not in WITHOUT_EFFECT}
     words = ((option_word(name, value is not False), _option(name, value)[1:]) for name, value in options.items())
     given = {f"--{word}": " ".join(values) or "given" for word, values in words}
@@ -71,12 +71,12 @@ def _option(name: str, value: Any) -> list[str]:
 
 
 def short(value: float) -> str:
-    """Return the shortest spelling that is read back as this number."""
+    """Return the shortest text that parses to this number."""
     return repr(float(value)).removesuffix(".0")
 
 
 def error_share(value: float) -> str:
-    """Return a relative error; one below 0.01% may be of nothing but the order in which sums were taken."""
+    """Return a relative error as text. One below 0.01% may only come from the order of sums."""
     return share(value) if value >= 1e-4 else "below 0.01%"
 
 
@@ -104,7 +104,7 @@ def input_word(given: str | os.PathLike[str]) -> str:
 
 
 def output_facts(imatrix: str | None, weighted_error: float | None) -> list[str]:
-    """Return the sentence of a card on ranks that were cut for the outputs; none without an imatrix."""
+    """Return the sentence of a card on ranks chosen for the outputs. Empty without an imatrix."""
     if imatrix is None or weighted_error is None:
         return []
     by = f"what is cut matters least for the outputs, by the inputs in {code(shown_name(imatrix))}"
@@ -119,7 +119,7 @@ def few_names(names: Sequence[str]) -> str:
 
 
 def folder_of(given: str | os.PathLike[str], opened: Path) -> Path | None:
-    """Return the folder in which an input's own card is; None if it was given as a file.
+    """Return the folder with an input's card. None if the input was given as a file.
 
     Args:
         opened: the file or folder that was opened.
@@ -130,13 +130,13 @@ def folder_of(given: str | os.PathLike[str], opened: Path) -> Path | None:
 
 
 def common_licence(licences: Iterable[dict[str, str]]) -> dict[str, str]:
-    """Return the licence of all inputs whose cards name one; empty if two name different ones, as neither is right."""
+    """Return the licence that the cards of the inputs name. Empty if two differ, as neither is right."""
     named = [licence for licence in licences if licence]
     return named[0] if named and all(licence == named[0] for licence in named) else {}
 
 
 def source_facts(adapters: Sequence[tuple[Adapter, str]]) -> list[str]:
-    """Return a line for each adapter that another one is made of: its name, what the caller says of it, its hash."""
+    """Return a line for each source adapter: its name, the caller's text and its hash."""
     return [f"{code(shown_name(each.name))}: {what}, sha256 {code(each.sha256)}" for each, what in adapters]
 
 
@@ -148,12 +148,12 @@ def adapter_card(
     commands: Sequence[str],
     left_out: Sequence[str] = (),
 ) -> bytes:
-    """Return the card of an adapter that is made of others, of whose bases and licences it is.
+    """Return the card of an adapter that is made from others. It has their bases and licences.
 
     Args:
         title, facts: in Markdown.
         library: what loads it, as the hub calls it.
-        left_out: the names of what the output is without.
+        left_out: the names of excluded modules.
     """
     bases = [named_repo(each.config.base_model) for each in sources]
     licences = [read_licence(folder_of(each.name, each.file.path)) for each in sources]
@@ -172,8 +172,8 @@ def encode_card(
     """Return the card of an adapter.
 
     Args:
-        bases: the hub's names of its base, empty where they are not known.
-        licences: of the models that it is made of (`read_licence`).
+        bases: the repo ids of its base, empty if they are not known.
+        licences: of the models that it is made from (`read_licence`).
     """
     known = tuple(dict.fromkeys(filter(None, bases)))
     metadata: dict[str, str | Sequence[str]] = {

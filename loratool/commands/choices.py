@@ -1,4 +1,4 @@
-"""List the values of options whose implementations need torch, each with its meaning.
+"""The values of options whose implementations need torch, with their meanings.
 
 The tables are here so that help, completions and schemas start without torch. The module that implements an option has
 a table with the same keys.

@@ -1,7 +1,7 @@
-"""Turn the cyclic garbage collector off while a command plans.
+"""Turn off the cyclic garbage collector while a command plans.
 
-A plan is hundreds of thousands of small values that all live until its end, in no cycle. The collector visits all of
-them each time that they have grown by a quarter, which takes a third of the time and frees nothing.
+A plan is hundreds of thousands of small values without cycles that all live until its end. The collector visits all of
+them whenever they have grown by a quarter. That takes a third of the time and frees nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 def without_gc(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function run without the garbage collector; it stays off if the caller had it off."""
+    """Wrap a function so that it runs without the garbage collector. It stays off if the caller had it off."""
 
     @wraps(function)
     def run(*args: P.args, **options: P.kwargs) -> R:

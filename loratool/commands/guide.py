@@ -1,4 +1,4 @@
-"""`guide`: list the user's guides, which are Markdown files in the package, and read one of them."""
+"""The command `guide`: list the user's guides, which are Markdown files in the package, or read one."""
 
 from __future__ import annotations
 

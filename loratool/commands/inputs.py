@@ -1,4 +1,4 @@
-"""Open the inputs of commands that apply adapters to a base, and refuse those that cannot belong together."""
+"""Open the inputs of commands that apply adapters to a base, and refuse inputs that do not belong together."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def open_inputs(
 
 
 def share_hashes(adapters: Iterable[tuple[Adapter, float]]) -> WeightedAdapter:
-    """Give adapters the hashes of their files, which of torchrun's ranks rank 0 alone reads for all."""
+    """Return the adapters with the hashes of their files. Under torchrun, rank 0 computes these for all ranks."""
     job = current_job()
     if job.count == 1:
         return tuple(adapters)  # they read them when they are asked
@@ -84,12 +84,12 @@ def share_hashes(adapters: Iterable[tuple[Adapter, float]]) -> WeightedAdapter:
 
 
 def is_of_mlx(base: Checkpoint) -> bool:
-    """Return whether mlx-lm saved a model, as it marks in each file."""
+    """Return whether mlx-lm saved a model: it marks each file."""
     return any((shard.metadata or {}).get("format") == FORMAT for shard in base.shards)
 
 
 def _refuse_scaled(base: Checkpoint) -> None:
-    """Raise InputError for a folder of MLX whose weights are multiples of those that adapters were trained on."""
+    """Raise InputError for a folder of MLX whose weights are multiples of those in training."""
     names = mlx_names(base.model_types)
     if names and names.scaled and is_of_mlx(base):
         raise InputError(
@@ -100,7 +100,7 @@ def _refuse_scaled(base: Checkpoint) -> None:
 
 
 def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Checkpoint:
-    """Open a model all of whose weights can be read as numbers; a GGUF model has the names of transformers.
+    """Open a model, and check that all weights can be read as numbers. A GGUF model gets the names of transformers.
 
     Args:
         what: a clause that names this argument, for the message.
@@ -121,12 +121,12 @@ def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Ch
 
 
 def given_base(name: str | os.PathLike[str], opened: ExitStack) -> Base:
-    """Return the model that --base names for a conversion, whose weights `opened` closes."""
+    """Return the model of --base for a conversion. `opened` closes its weights."""
     return Base(os.fspath(name), read_config(name), is_config_alone(name), lambda what: open_model(name, what, opened))
 
 
 def refuse_own_names(model: Checkpoint) -> None:
-    """Raise InputError, which says why, for a GGUF model that `open_model` leaves under its own names."""
+    """Raise InputError with the reason for a GGUF model that keeps its own names in `open_model`."""
     if model.is_gguf:
         as_transformers(model)
 
@@ -138,11 +138,11 @@ def open_base(
     requests: Sequence[AdapterRequest] = (),
     verb: str | None = None,
 ) -> Checkpoint:
-    """Open a model, of which some weights may be quantized.
+    """Open a model. Some of its weights may be quantized.
 
     Args:
         what: a clause that names this argument, for the message.
-        requests: the arguments in the adapters' place, one of which may be the model.
+        requests: the arguments for adapters, one of which may be the model by mistake.
         verb: as `refuse_adapter`'s.
 
     Raises:
@@ -167,10 +167,10 @@ def refuse_adapter(
     requests: Sequence[AdapterRequest] = (),
     verb: str | None = None,
 ) -> None:
-    """Raise InputError for an adapter in a model's place; the first of `requests` may be the model.
+    """Raise InputError for an adapter in place of a model. The first of `requests` may be the model.
 
     Args:
-        verb: the command, if its arguments are the model and the adapters alone.
+        verb: the command, if its only arguments are the model and the adapters.
     """
     if not is_adapter(model.specs):
         return
@@ -186,7 +186,7 @@ def refuse_adapter(
 
 
 def _is_model(name: str) -> bool:
-    """Return whether the files at a path are a model's; it may be that none are there."""
+    """Return whether the files at a path are those of a model. The path may not exist."""
     try:
         return not holds_adapter(name)
     except InputError:
@@ -195,11 +195,11 @@ def _is_model(name: str) -> bool:
 
 @contextmanager
 def without_base_option(base: str | os.PathLike[str] | None = None) -> Iterator[None]:
-    """Reword an error that asks for --base where that does not help.
+    """Reword an error that asks for --base if that does not help.
 
     Args:
-        base: what was given as --base, a model without a config.json. Else the command has no --base, and `convert`,
-            which has it, comes before.
+        base: the value of --base, a model without a config.json. None if the command has no --base; then the remedy
+            is to run `convert` first, which has it.
 
     Raises:
         InputError: the reworded one.
@@ -223,14 +223,14 @@ def open_adapters(
     base: Checkpoint | None = None,
     has_base_option: bool = False,
 ) -> list[Adapter]:
-    """Open the adapters that a command was given; `opened` closes their files.
+    """Open the adapters of a command. `opened` closes their files.
 
     Args:
         alpha: the value of --alpha. With one adapter it must agree with the file. With several it fills in where a file
             has none, and is ignored for the others.
-        model: the base's config.json, if the command has a base and `base` is not given.
-        base: the model that they are applied to, or were; if it is a GGUF file, they get its names.
-        has_base_option: the command has --base, which an error may ask for.
+        model: the config.json of the base, if the command has a base and `base` is not given.
+        base: the model that they are, or were, applied to. If it is a GGUF file, they get its names.
+        has_base_option: whether the command has --base, which an error may ask for.
 
     Raises:
         NeedsFlag: an adapter has no alpha, and none was given; or as `leave_out`.
@@ -264,7 +264,7 @@ def open_adapters(
 
 
 def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]:
-    """Return the adapters of a command without what --drop names.
+    """Return the adapters of a command without the modules and tensors of --drop.
 
     Args:
         drop: keys of DROP_CHOICES.
@@ -272,7 +272,7 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
     Raises:
         UsageError: a word is no key.
         NeedsFlag: an adapter has extras, and they are not named.
-        InputError: no adapter has a component that is named, or nothing is left of one.
+        InputError: no adapter has a named component, or nothing is left of an adapter.
     """
     for word in drop:
         if word not in DROP_CHOICES:
@@ -305,7 +305,7 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
 
 
 def _without(adapter: Adapter, components: Collection[str]) -> Adapter:
-    """Return the adapter without its extras and without its modules of these components."""
+    """Return the adapter without its extras and without the modules of these components."""
     remaining = adapter.only([module for module in adapter.updates if weighed_component(module) not in components])
     if not remaining.updates and components:
         raise InputError("has nothing left after --drop", culprit=adapter.name, remedy="leave the adapter out instead")
@@ -316,7 +316,7 @@ def _without(adapter: Adapter, components: Collection[str]) -> Adapter:
 
 
 def _shortened(names: Sequence[str]) -> str:
-    """List the first of many names."""
+    """Return the first of many names as text."""
     return ", ".join(names[:NAMES_SHOWN]) + (", ..." if names[NAMES_SHOWN:] else "")
 
 
@@ -331,19 +331,19 @@ def negate_weights(weighted: WeightedAdapter) -> WeightedAdapter:
 def subtract_initial(
     weighted: WeightedAdapter, initial: str | os.PathLike[str] | None, residual_base: bool, opened: ExitStack
 ) -> WeightedAdapter:
-    """Return the adapters, with the initial one subtracted if it is given, so that they are right on the given base.
+    """Return the adapters, minus the initial adapter if it is given, so that they fit the given base.
 
     PiSSA, OLoRA and CorDA train on W - s * B0 @ A0 (LoftQ on about that, up to its quantization). On W the initial
-    adapter has to be subtracted, which is exact at twice the rank; on the residual base nothing is to be done.
-    `initial` is accepted for a single adapter whose config does not name such a method: `init` writes none.
+    adapter must be subtracted, which is exact at twice the rank. On the residual base there is nothing to do.
+    `initial` is accepted for a single adapter whose config does not name such a method, as `init` writes none.
 
     Args:
-        initial: the adapter as it was before training.
-        residual_base: the base is the one that the initialization left.
+        initial: the adapter before training.
+        residual_base: whether the base is the one that the initialization left.
 
     Raises:
         NeedsFlag: an adapter's initialization changed its base, and neither argument is given.
-        UsageError: both are given, or one that no adapter needs.
+        UsageError: both are given, or no adapter needs the one that is.
         InputError: the initial adapter does not fit, or several adapters have one.
     """
     if initial is not None and residual_base:
@@ -391,21 +391,17 @@ def subtract_initial(
 
 
 def open_initial(source: Adapter, initial: str | os.PathLike[str], opened: ExitStack) -> Adapter:
-    """Open an adapter as it was before training; `opened` closes it.
-
-    Raises:
-        as `subtract_initial`.
-    """
+    """Open an adapter as it was before training. `opened` closes it. Raise the errors of `subtract_initial`."""
     (_, (before, _)) = subtract_initial(((source, 1.0),), initial, False, opened)
     return before
 
 
 def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
-    """Refuse an adapter that `init` made on a residual base if another base is given.
+    """Refuse an adapter that `init` made for a residual base if the base is another one.
 
     Raises:
         NeedsFlag: the initial adapter can be subtracted instead.
-        InputError: it cannot, since there are several adapters or a DoRA.
+        InputError: it cannot, because there are several adapters or a DoRA.
     """
     for adapter, _ in weighted:
         named = adapter.config.base_model

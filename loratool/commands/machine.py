@@ -1,13 +1,13 @@
-"""Make a command compute by IEEE 754 whatever the caller's process does, or refuse the machine by name.
+"""Run commands by IEEE 754 whatever the caller's process does, or refuse the machine.
 
-The bounds of `numerics` hold where a sum is rounded to the nearest number, and a file's bytes are read as numbers where
-the machine is little-endian. What else may differ between machines is within the bounds.
+The bounds of `numerics` require sums that are rounded to the nearest number, and reading files requires a little-endian
+machine. Other differences between machines are within the bounds.
 
-`torch.set_flush_denormal(True)`, or a library built with -ffast-math, makes a thread take the smallest numbers of every
-type for zero. A thread inherits that from the one that starts it, and torch's own threads then keep it for good, so
-that turning it off in the caller's thread would neither suffice nor leave the caller as it was.
+`torch.set_flush_denormal(True)`, or a library built with -ffast-math, makes a thread treat the smallest numbers of
+every type as zero. New threads inherit that, and torch's own threads then keep it for good. So it would not be enough
+to turn it off in the caller's thread, and would change the caller's state.
 
-`with torch.device("meta")`, modes of fake tensors and the like hold for one thread, so a new one is without them too.
+`with torch.device("meta")`, modes of fake tensors and the like apply to one thread, so a new thread is free of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 
 def require_ieee(command: Callable[P, R]) -> Callable[P, R]:
-    """Make a command run in a new thread if the caller's flushes denormals, or makes other tensors than the CPU's.
+    """Wrap a command so that it runs in a new thread if the caller's flushes denormals or makes no CPU tensors.
 
     Raises:
         MachineError: the machine is big-endian, or its sums are not rounded to the nearest number.
@@ -46,12 +46,12 @@ def require_ieee(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def flushes() -> bool:
-    """Return whether this thread takes denormals for zero, as operands or as results."""
+    """Return whether this thread treats denormals as zero, as operands or as results."""
     return sys.float_info.min / 2 == 0
 
 
 def makes_other_tensors() -> bool:
-    """Return whether what torch makes in this thread is no tensor of numbers on the CPU unless that is asked for."""
+    """Return whether torch, by default, makes something other than CPU tensors of numbers in this thread."""
     if (torch := sys.modules.get("torch")) is None:
         return False
     tensor = torch.empty(0, dtype=torch.float32)
@@ -59,13 +59,13 @@ def makes_other_tensors() -> bool:
 
 
 def rounds_to_nearest() -> bool:
-    """Return whether sums in this thread are rounded to the nearest number: not up (the first), not down or to zero."""
+    """Return whether this thread rounds sums to the nearest number: not up (first term), not down or to zero."""
     step = sys.float_info.epsilon  # 1 + step follows 1; not a literal, since sums of literals are compiled
     return 1 + step / 2 == 1 and 1 + step * 0.75 == 1 + step
 
 
 def _run_in_thread(call: Callable[[], R]) -> R:
-    """Return the result of a call in a new thread that keeps denormals; an interrupt is raised in that thread too."""
+    """Return the result of a call in a new thread that keeps denormals. Interrupts are raised in that thread too."""
     from concurrent.futures import Future, wait
 
     import torch

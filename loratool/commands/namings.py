@@ -1,4 +1,4 @@
-"""List the values of --to and --from: formats of adapters, containers of models, and namings of a denoiser."""
+"""The values of --to and --from: formats of adapters, containers of models, and spellings of a denoiser."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ RuntimeName = Literal[
 
 
 def extract_formats() -> dict[str, Format]:
-    """Return the formats for --to of extract by key: those in which the output says its scale."""
+    """Return the formats for --to of extract by key: those whose files have the scale."""
     return {key: each for key, each in written_formats().items() if each.can.alpha != "none"}
 
 
 def titles_of(formats: Mapping[str, Format]) -> str:
-    """Return what the help says of formats."""
+    """Return the text of the help on formats."""
     return "; ".join(each.title for each in formats.values())
 
 

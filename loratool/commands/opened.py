@@ -1,7 +1,7 @@
 """Open an adapter or a model as a lazy mapping, for programs and notebooks that look into one.
 
-Opening reads headers only, and torch is loaded with the first tensor that is asked for. Whatever the format, modules
-and weights have the names and numbers that the commands work with.
+Opening reads headers only, and torch is loaded with the first tensor. In every format, modules and weights have the
+names and numbers that the commands work with.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Self = TypeVar("Self", bound="_Opened[Any]")
 
 
 class _Opened(Mapping[str, V]):
-    """A mapping whose values are in files, which are closed at the end of a `with` or by `close`."""
+    """A mapping whose values are in files. A `with` or `close` closes them."""
 
     def __init__(self, path: str, files: ExitStack) -> None:
         self.path = path
@@ -46,7 +46,7 @@ class _Opened(Mapping[str, V]):
         self._closed = False
 
     def close(self) -> None:
-        """Close the files; what was read of them stays."""
+        """Close the files. Values that were read stay valid."""
         self._closed = True
         self._files.close()
 

@@ -1,6 +1,6 @@
-"""Write a report as a page, and read it back from a page or from what `--json` printed.
+"""Write a report as a page, and read it back from a page or from the output of `--json`.
 
-Reports are named as text, so that what needs headers alone stays without torch.
+Reports are named as text, so that commands that only read headers start without torch.
 """
 
 from __future__ import annotations
@@ -62,19 +62,19 @@ OTHER_PAGE = "name another page with --html"
 
 
 def report_classes(verb: str) -> tuple[type[Any], ...]:
-    """Return what the report of a command, a key of REPORTS, can be."""
+    """Return the classes of reports of a command, a key of REPORTS."""
     homes = (name.rpartition(".") for name in REPORTS[verb])
     return tuple(getattr(import_module(f"..{module}", __package__), name) for module, _, name in homes)
 
 
 def _verb_of(kind: type) -> str | None:
-    """Return the command that makes reports of a class; None if none does."""
+    """Return the command that makes reports of a class. None if no command does."""
     name = f"{kind.__module__.partition('.')[2]}.{kind.__name__}"
     return next((verb for verb, names in REPORTS.items() if name in names), None)
 
 
 def _parse_report(value: object) -> Report:
-    """Return a report that a command makes; any other value raises UsageError."""
+    """Return a report of a command. Raise UsageError for any other value."""
     if not isinstance(value, Report) or _verb_of(type(value)) is None:
         raise UsageError(f"{brief(value)} is not {REPORT_TAKEN}")
     return value
@@ -87,7 +87,7 @@ CommandReport = Annotated[Report, ArgumentType(REPORT_TAKEN, _parse_report)]
 
 @checked
 def check_page_path(path: StrPath) -> None:
-    """Refuse a path at which no page can be written, before anything is computed for it.
+    """Refuse a path at which no page can be written, before any work.
 
     Raises:
         UsageError: its name has another ending than .html or .htm, there is no folder around it that takes files, or
@@ -113,9 +113,9 @@ NAME_A_PAGE = "name it as report.html"
 
 @checked
 def write_report(report: CommandReport, path: StrPath, *, command: str | None = None, status: str | None = None) -> int:
-    """Write a report's page, one file that needs no other; return its bytes.
+    """Write a report's page as one self-contained file, and return its size in bytes.
 
-    The file is there whole or not at all, and the same for the same arguments. A page that is there is replaced.
+    The write is atomic. The same arguments make the same bytes. An existing page is replaced.
 
     Args:
         path: ends in .html or .htm.
@@ -149,10 +149,10 @@ ANOTHER_FILE = "name a page that --html has written, or a file of what --json pr
 
 @checked
 def read_report(path: StrPath) -> Report:
-    """Read the report of a page that `write_report` or `--html` wrote, or of a file of what `--json` printed.
+    """Read the report of a page that `write_report` or `--html` wrote, or of a file with the output of `--json`.
 
-    It is equal to the one that the command returned. Its values are held against the types of their fields, and not
-    against each other: one that somebody altered may not be shown.
+    It is equal to the one that the command returned. Values are checked against the types of their fields, but not
+    against each other: a report that somebody altered may fail when it is shown.
 
     Raises:
         InputError: the file holds no report, or not all of it; the call that it is of failed; or its report has other
@@ -179,7 +179,7 @@ def _read_file(path: Path) -> bytearray:
 
 
 def _find_json(data: bytearray, path: Path) -> bytes:
-    """Return the JSON that a page holds, or that a file is."""
+    """Return the JSON in a page, or of a JSON file."""
     if data[:END].lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"{"):
         return bytes(data)
     tag = REPORT_TAG.encode()
@@ -196,7 +196,7 @@ def _find_json(data: bytearray, path: Path) -> bytes:
 
 
 def _check_envelope(value: dict[str, Any], path: Path) -> None:
-    """Refuse an object that is not one of a call that made a report."""
+    """Refuse an object that is not the output of a call that made a report."""
     schema, verb, status = (value.get(key) for key in ("schema", "verb", "status"))
     if type(schema) is not int:
         raise InputError("holds no report", culprit=str(path), remedy=ANOTHER_FILE)
@@ -216,7 +216,7 @@ def _check_envelope(value: dict[str, Any], path: Path) -> None:
 
 
 def _read_one(verb: str, value: object) -> Any:
-    """Return the report of a command; those of a recipe's steps are of theirs."""
+    """Return the report of a command. The reports of a recipe's steps have the classes of their commands."""
     if verb not in REPORTS:
         raise InputError(f"is of {brief(verb)}, which is no command of this loratool", remedy=OTHER_VERSION)
     report = rebuild(report_classes(verb), value)

@@ -2,7 +2,7 @@
 
 Low-rank updates and lora_B's biases add up. A replacement value V (modules_to_save, biases, rows of trained tokens)
 has the delta V - W, and sum w_i (V_i - W) is the delta of sum w_i V_i only if the weights sum to 1. Otherwise the base
-would be needed, so the module is refused by name, like all that has no sum: nothing is dropped silently.
+would be needed. Such modules, and all others without a sum, are refused by name: nothing is excluded silently.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ def align_adapters(
     Args:
         weights: of each adapter, module of its file -> weight.
         target: patterns of modules to combine, by their names in the output or in a file; empty for all.
-        linear: the method is the sum, which of one adapter is that adapter.
+        linear: whether the method is the sum, which for one adapter is that adapter.
 
     Raises:
-        InputError: the adapters are of different bases, or have no factors to combine; or a module is made of some
-            with other weights, or of which only some are targets.
+        InputError: the adapters are of different bases, or have no factors to combine; or a module is made from
+            modules with different weights, or only some of its parts are targets.
         NeedsFlag: some updates have no sum, and would have to be excluded.
     """
     adapters, by_module = [state.adapter for state in alike.states], dict[str, list[WeightedUpdate]]()
@@ -116,7 +116,7 @@ def align_adapters(
 
 
 def _common_weight(adapter: Adapter, module: str, origins: Sequence[str], weights: Mapping[str, float]) -> float:
-    """Return the weight of a module; raise InputError if those that it is made of have several."""
+    """Return the weight of a module. Raise InputError if the modules that it is made from have different weights."""
     if missing := next((origin for origin in origins if origin not in weights), None):
         raise InputError(f"is {missing} in no file, so none of {adapter.name}'s weights is its own", culprit=module)
     by_weight = {weights[origin]: origin for origin in origins}
@@ -131,7 +131,7 @@ def _common_weight(adapter: Adapter, module: str, origins: Sequence[str], weight
 
 
 def _is_target(selection: Selection, module: str, group: Sequence[WeightedUpdate]) -> bool:
-    """Return whether a module is selected by one of its names; InputError if a part of it is."""
+    """Return whether one of a module's names is selected. Raise InputError if only a part of it is."""
     if selection.selects(module):
         return True
     by_adapter = {member.adapter.name: [selection.selects(origin) for origin in member.origins] for member in group}
@@ -166,15 +166,15 @@ def _check_together(adapters: Sequence[Adapter]) -> None:
 
 
 def _base_mutating_inits(adapter: Adapter) -> dict[str, str]:
-    """Return the base-mutating init of each component, under the empty name if there is only one."""
+    """Return the base-mutating init of each component. A single one has the empty name."""
     inits = dict(adapter.config.base_mutating_inits) or {"": base_mutating_init(adapter.config) or ""}
     return {component: init.lower() for component, init in inits.items()}
 
 
 def _check_names(first: Adapter, second: Adapter) -> None:
-    """Raise InputError for two adapters with different names for the same modules: a loader would find only one's.
+    """Raise InputError for two adapters with different names for the same modules: a loader would find only one.
 
-    Either a training loop's wrapper is in some paths, or a prefix is before all of them.
+    Either some paths have the wrapper of a training loop, or all have a prefix.
     """
     plain = {strip_wrappers(module): module for module in first.updates}
     for module in second.updates:

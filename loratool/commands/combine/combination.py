@@ -1,4 +1,4 @@
-"""Compute the combined adapter module by module: choose its ranks, make its factors, and measure what they lose."""
+"""Compute the combined adapter module by module: choose ranks, compute factors, and measure their errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def low_rank_factors(
 ) -> tuple[tuple[Tensor, Tensor], Figures]:
     """Return B (E, out, rank) and A (E, rank, in) of a result, as `truncated_factors` makes them.
 
-    Of compressed changes `kept` is their share in the directions that they share.
+    For compressed changes, `kept` is their share in the shared directions.
     """
     D = result.svd
     weighted = None if inputs is None else Weighted(weigh_by_inputs(D, inputs), inputs)
@@ -104,7 +104,7 @@ def best_factors(
 
 @dataclass(frozen=True)
 class CombineChoices:
-    """How changes are combined."""
+    """The choices of a combination."""
 
     method: str  # a key of METHODS
     density: float | None  # None if the method has none
@@ -117,8 +117,8 @@ class CombineChoices:
 class Combination:
     """The computation of the combined adapter, with the figures for its report.
 
-    Small results are computed by workers, each a module with one of torch's threads, so that the bytes do not depend on
-    how many there are. Of entries there is one matrix in memory at a time, and all threads are at it.
+    Workers compute small results, each a module with one torch thread, so that the bytes do not depend on the number of
+    workers. Methods of entries have one matrix in memory at a time, and use all threads.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Combination:
         self._ahead: Ahead[str, tuple[Tensor, Tensor]] | None = None
 
     def _natural(self, module: str) -> int:
-        """Return the sum of the ranks, for methods other than `cat` at most the matrix's smaller side."""
+        """Return the sum of the ranks. For methods other than `cat` it is at most the matrix's smaller side."""
         total, (_, *sides) = sum(m.update.rank for m in self.aligned.groups[module]), self._sizes(module)
         return total if self.choices.method == "cat" else max(1, min(total, *sides))
 
@@ -194,7 +194,7 @@ class Combination:
             yield from map_in_order(lambda module: self._spectrum(module, max_rank), self.ranks, self._workers)
 
     def _spectrum(self, module: str, max_rank: int | None) -> SingularValues:
-        """Return the result's singular values, those of a dense one only up to the natural rank or --max-rank."""
+        """Return the result's singular values. A dense result has them only up to the natural rank or --max-rank."""
         with _factored(module):
             if self._method.dense:
                 squares, total = torch.zeros(max(max_rank or 0, self.ranks[module]), dtype=torch.float64), 0.0
@@ -207,7 +207,7 @@ class Combination:
         return SingularValues(tuple(squares.tolist()), total, parameters_per_rank(self.aligned.updates[module]), True)
 
     def _singular_values(self, module: str) -> Tensor:
-        """Return those of the stack D of results of low rank, or of D W with the weights W of the inputs, (E, k)."""
+        """Return the singular values of a stack D of low rank, or of D W with the weights W of the inputs, (E, k)."""
         inputs = self._input_weights(module)
         if self._method.acts_on == "factors":
             B, A = result_factors(self._method, self._deltas(module), self._density)
@@ -228,7 +228,7 @@ class Combination:
             self._progress(self._done, self._steps)
 
     def _tops(self, module: str, rank: int) -> Iterator[DenseResult]:
-        """Yield the dense result of each matrix, cut to the rank."""
+        """Yield the dense result of each matrix, with its truncation."""
         inputs = self._input_weights(module)
         for e, deltas in enumerate(self._deltas(module)):
             D = C = dense_result(self._method, deltas, self._density, module)
@@ -241,7 +241,7 @@ class Combination:
             yield DenseResult(D, matrix_inputs, top)
 
     def _factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """Return the factors of a module, which are asked for in this order."""
+        """Return the factors of a module. Modules are requested in order."""
         with _factored(module):
             if self._method.dense and not self._compress:
                 factors = self._best(module)
@@ -252,12 +252,12 @@ class Combination:
         return factors
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         if self._ahead:
             self._ahead.close()
 
     def _low_rank(self, module: str) -> tuple[Tensor, Tensor]:
-        """Make the factors of a result of low rank, cut to the rank if that is lower."""
+        """Return the factors of a low-rank result, truncated to the rank if that is lower."""
         rank = self.ranks[module]
         deltas, directions = self._deltas(module), rank if self._compress else None
         result = low_rank_result(self._method, deltas, self._density, directions)
@@ -266,13 +266,13 @@ class Combination:
         return factors
 
     def _best(self, module: str) -> tuple[Tensor, Tensor]:
-        """Make the best factors of a dense result."""
+        """Return the best factors of a dense result."""
         rank = self.ranks[module]
         factors, self.figures[module] = best_factors(module, self._tops(module, rank), rank, self.choices.dtype)
         return factors
 
     def edited(self) -> EditedAdapter:
-        """Return the adapter that is written, whose factors are computed when they are asked for."""
+        """Return the output adapter. Its factors are computed on request."""
         return EditedAdapter(
             template=self.loaded[0][0],
             updates=self.aligned.updates,
@@ -286,14 +286,14 @@ class Combination:
         )
 
     def try_all(self) -> None:
-        """Compute everything for the figures of a dry run, and keep no tensors."""
+        """Compute the figures of a dry run, and keep no tensors."""
         for module in self.edited().order():
             self._factors(module)
         for tensor in self.aligned.carried.values():
             tensor.load()
 
     def shared(self) -> Shared | None:
-        """Return what the weighted changes of several adapters share, for a dry run."""
+        """Return the overlaps of the weighted changes of several adapters, for a dry run."""
         overlaps = []
         for module in self.aligned.groups if len(self.loaded) > 1 else ():
             with _factored(module), one_thread():
@@ -311,7 +311,7 @@ class Combination:
 
 @contextmanager
 def _factored(module: str) -> Iterator[None]:
-    """Turn LAPACK's failure to converge into an InputError: it fails only on numbers near the limit of float64."""
+    """Turn LAPACK's failure to converge into an InputError. It fails only on numbers near the limit of float64."""
     try:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]

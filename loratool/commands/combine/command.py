@@ -1,6 +1,6 @@
-"""Run `combine`: several adapters as one, exactly (`cat`) or by the methods of the literature (`methods.table`).
+"""Run `combine`: merge several adapters into one, exactly (`cat`) or by methods from papers (`methods.table`).
 
-It plans from headers, and then makes one module at a time. The error is that of the factors as written.
+It plans from headers, and then computes one module at a time. The error is that of the factors as written.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def run_combine(call: Combine) -> CombineReport:
 
 
 def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: CombineReport) -> bytes:
-    """Return the output's model card; `words` are those of its command."""
+    """Return the output's model card. `words` are those of its command."""
     density = "" if report.density is None else f" at density {short(report.density)}"
     weights = [f"weight {code(spell_weight(weight, adapter.module_weights))}" for adapter, weight in asked]
     energy = f"{kept_or_none(report.kept)} of the result's energy is kept"
@@ -148,7 +148,7 @@ def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: Co
 
 
 def _check(method: str, density: float | None, weights: Sequence[float]) -> float | None:
-    """Return the density, or None for a method that has none; raise UsageError for options that do not go together."""
+    """Return the density, or None for a method without one. Raise UsageError for options that exclude each other."""
     row = METHODS[method]
     if density is not None and row.density is None:
         raise UsageError(f"--density is for methods that leave entries out, and {method} does not")
@@ -169,7 +169,7 @@ def _check(method: str, density: float | None, weights: Sequence[float]) -> floa
 
 
 def _choose_rank_method(asked: str | None, method: str, rule: tuple[str, float] | None, max_rank: int | None) -> str:
-    """Return the key of RANK_METHODS that is asked for, or the default; raise UsageError where it has no meaning."""
+    """Return the requested key of RANK_METHODS, or the default. Raise UsageError if it has no meaning here."""
     row, name = METHODS[method], rule[0] if rule else None
     rank_method = asked or ("ctm" if method not in NOT_COMPRESSED and name == "rank" else "truncate")
     if rank_method == "ctm" and method in NOT_COMPRESSED:
@@ -186,7 +186,7 @@ def _choose_rank_method(asked: str | None, method: str, rule: tuple[str, float] 
 
 
 def _require_cut(method: str, rank_method: str, is_limited: bool) -> None:
-    """Raise UsageError if nothing of a method's result is cut, so that --imatrix has nothing to choose."""
+    """Raise UsageError if nothing of a method's result is truncated, so that --imatrix has nothing to choose."""
     if METHODS[method].flat:
         raise UsageError(f"--imatrix chooses what of a result is cut, and of that of {method} nothing can be")
     if rank_method == "ctm":
@@ -234,7 +234,7 @@ def _dora_warnings(work: Combination) -> tuple[str, ...]:
 
 
 def _kept(figures: Sequence[Figures]) -> float:
-    """Return the mean of what compressed changes keep: their energy is not the result's, in which some may cancel."""
+    """Return the mean share that compressed changes keep. Their energy is not the result's, where some may cancel."""
     return math.fsum(each.kept for each in figures) / len(figures)
 
 

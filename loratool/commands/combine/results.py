@@ -1,7 +1,7 @@
-"""Compute what a method makes of a module's changes, on what it acts on: factors, entries, or cores in a common space.
+"""Apply a method to a module's changes: to their factors, their entries, or their cores in a common space.
 
-A result is an SVD, from factors or from a small core, without any (out, in) matrix; only that of a method of entries is
-dense. Compress then merge (`rank`) runs every method in a space of so many shared directions a side.
+A result is an SVD, from factors or from a small core, without any (out, in) matrix. Only methods of entries have dense
+results. Compress then merge (`rank`) runs every method in a space with a given number of shared directions per side.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def low_rank_result(
     """Compute the result of each matrix's changes.
 
     Args:
-        method: one that acts on factors or cores, or with a rank any that is none of NOT_COMPRESSED.
+        method: one that acts on factors or cores; with a rank, any that is not in NOT_COMPRESSED.
         stack: the changes of each matrix.
-        rank: compress the changes to so many shared directions a side, and run the method on these.
+        rank: the number of shared directions per side to which changes are compressed first; None for no compression.
     """
     if rank is None and method.acts_on == "factors":
         B, A = result_factors(method, stack, density)
@@ -65,10 +65,10 @@ def result_factors(
 
 
 def dense_result(method: CombineMethod, deltas: Sequence[WeightedDelta], density: float, module: str) -> Tensor:
-    """Return the (out, in) entries that a method of entries makes of one matrix's changes.
+    """Return the (out, in) result of a method of entries for one matrix's changes.
 
     Raises:
-        InputError: one is no number.
+        InputError: an entry is not finite.
     """
     D = method.run(deltas, density)
     assert isinstance(D, Tensor)
@@ -78,7 +78,7 @@ def dense_result(method: CombineMethod, deltas: Sequence[WeightedDelta], density
 
 
 def _present(deltas: Sequence[WeightedDelta]) -> Sequence[WeightedDelta]:
-    """Leave out what has no weight, or all but one if nothing has."""
+    """Return the changes with a weight other than 0, or the first if there is none."""
     return [delta for delta in deltas if delta.weight] or deltas[:1]
 
 
@@ -103,9 +103,9 @@ def _in_space(
 
 
 def _snapped(cores: Tensor) -> Tensor:
-    """Round each core's entries to multiples of GRID, so that no decision is that of float64's rounding.
+    """Round each core's entries to multiples of GRID, so that no decision depends on float64's rounding.
 
-    Which entries are 0, which are as large as another, and which cancel is then the same on every machine.
+    Then the same entries are 0, equal, or cancel on every machine.
     """
     steps = cores.abs().amax((1, 2), keepdim=True) if cores.numel() else cores.new_ones(len(cores), 1, 1)
     steps = torch.ldexp(torch.ones_like(steps), torch.frexp(steps).exponent) * GRID
@@ -113,13 +113,13 @@ def _snapped(cores: Tensor) -> Tensor:
 
 
 def _shares(full_space: CoreSpace, space: CoreSpace) -> list[float]:
-    """Return the share of each change's energy that a compressed space holds; a change that is 0 has none."""
+    """Return the share of each nonzero change's energy that a compressed space holds."""
     norms, held = (torch.linalg.vector_norm(each.cores, dim=(1, 2)) for each in (full_space, space))
     return [min(1.0, float(h / n) ** 2) for n, h in zip(norms, held, strict=True) if n]
 
 
 def _stacked(svds: Sequence[FactoredSVD]) -> FactoredSVD:
-    """Return the SVDs of single matrices as that of their stack, with zeros in place of what some have not."""
+    """Return the SVDs of single matrices as that of their stack, padded with zeros to the same rank."""
     k = max(len(svd.S) for svd in svds)
     sides = [
         torch.stack([torch.nn.functional.pad(getattr(svd, side), (0, k - len(svd.S))) for svd in svds])

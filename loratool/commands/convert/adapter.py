@@ -1,7 +1,7 @@
-"""Convert an adapter to another format, or to what a program loads and applies in full.
+"""Convert an adapter to another format, or so that a given program applies it in full.
 
-Each tensor is converted exactly, or its error is reported, or it is refused by name. `transform.plan` lists the steps;
-tensors are made one module at a time, when they are written.
+Each tensor is converted exactly, or its error is reported, or it is refused by name. `transform.plan` has the steps.
+Tensors are computed one module at a time, when they are written.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def run_convert(call: Convert) -> ConvertReport:
 
 
 def _files_of(*inputs: StrPath | None) -> Iterator[Path]:
-    """Yield what is read beside the adapter itself: files, folders and the files in them."""
+    """Yield the inputs besides the adapter: files, folders and the files in them."""
     for given in inputs:
         if given is not None and os.path.exists(given):
             yield Path(given)
@@ -124,7 +124,7 @@ def _files_of(*inputs: StrPath | None) -> Iterator[Path]:
 
 
 def needs_format(source: StrPath, to: str | None) -> UsageError:
-    """Return the error for an adapter whose format is not given, or is a model's."""
+    """Return the error for an adapter without --to, or with one that is for models."""
     what = "needs --to, one" if to is None else f"{to!r} is none"
     message = f"is an adapter, and {what} of {', '.join(written_formats())}"
     remedy = "name the format, as --to peft; for a program that serves it: --for, as --for vllm"
@@ -132,7 +132,7 @@ def needs_format(source: StrPath, to: str | None) -> UsageError:
 
 
 def _format_for(runtime: str, to: str | None, layout: str | None, architecture: str | None) -> str:
-    """Return the format that a runtime reads; raise UsageError for options that exclude it."""
+    """Return the format that a runtime reads. Raise UsageError for options that exclude it."""
     if to is not None:
         raise UsageError("--for says the format that its runtime reads, and --to another")
     for option, value in (("layout", layout), ("architecture", architecture)):
@@ -142,7 +142,7 @@ def _format_for(runtime: str, to: str | None, layout: str | None, architecture: 
 
 
 def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: ExitStack) -> ConvertReport:
-    """Plan the output of an open adapter, and write it; `opened` closes what the plan opens."""
+    """Plan and write the output of an open adapter. `opened` closes the files that the plan opens."""
     to = FORMATS[request.to]
     if to.key != source.format:  # before --rename and --exclude, which go by these names
         source = FORMATS[source.format].in_other_names(source)
@@ -185,9 +185,9 @@ def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: Ex
 
 
 def _large_losses(settled: Settled, modules: Sequence[ModuleConvert]) -> Iterator[str]:
-    """Yield a warning if modules lose more of their change than `merge` lets pass.
+    """Yield a warning if modules lose more of their change than `merge` accepts without one.
 
-    The loss in all is weighted by the size of the changes.
+    The total loss is weighted by the size of the changes.
     """
     weak = [row for row in modules if row.error > 1 - KEPT_ENOUGH]
     if not weak:
@@ -207,7 +207,7 @@ def _large_losses(settled: Settled, modules: Sequence[ModuleConvert]) -> Iterato
 def _card(
     source: Adapter, words: Sequence[str], to: str, modules: Sequence[ModuleConvert], left_out: Sequence[str]
 ) -> bytes:
-    """Return the output's model card; `words` are those of its command."""
+    """Return the output's model card. `words` are those of its command."""
     how = [f"{count} {word}" for word, count in Counter(module.how for module in modules).items()]
     worst = max((module.error for module in modules), default=0.0)
     change = f", which changes none by more than {error_share(worst)} of its size" if worst else ", the same to the bit"
@@ -219,7 +219,7 @@ def _card(
 
 
 def _served_output(runtime: Runtime, out: str | os.PathLike[str] | None) -> tuple[Path, bool]:
-    """Return the path of an output that a runtime loads, and whether it is a file; raise UsageError for the other."""
+    """Return the path of an output for a runtime, and whether it is a file. Raise UsageError for the wrong kind."""
     to = loaded_by(runtime.key)
     if not runtime.modelfile and not to.can.folder:
         return to.output(out, "converted")
@@ -232,7 +232,7 @@ def _served_output(runtime: Runtime, out: str | os.PathLike[str] | None) -> tupl
 
 @contextmanager
 def _whole_base(runtime: str | None) -> Iterator[None]:
-    """Ask for all of the base where a runtime is served it: its config.json, which names alone need, will not do."""
+    """Require the full base for a runtime that serves it. Its config.json is enough only for names."""
     try:
         yield
     except NeedsFlag as error:

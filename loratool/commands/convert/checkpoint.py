@@ -1,8 +1,8 @@
 """Convert a checkpoint to another container, dtype or number of shards, streamed like a merge.
 
-Tensors that need no cast keep their bytes. With a type, quantized weights become plain numbers of it, and configs no
-longer speak of quantization. Numbers that a cast makes 0 are counted for each tensor; a number that would become
-infinite stops the conversion.
+Tensors that need no cast keep their bytes. With --dtype, quantized weights become plain numbers of that type, and
+configs no longer mention quantization. Numbers that a cast makes 0 are counted for each tensor. A number that would
+become infinite stops the conversion.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ LACKS = {"bert": "GGUF has no pooler: transformers makes one of random numbers, 
 
 @dataclass(frozen=True)
 class GgufFolder:
-    """A GGUF model that becomes a folder of transformers."""
+    """A GGUF model to be written as a folder of transformers."""
 
     view: TransformersView
     tokenizer: dict[str, Path]  # name of a file -> the file to copy
 
     def with_side_files(self, output: Output, dtype: str | None) -> Output:
-        """Return the output with config.json and the tokenizer's files, and with none from beside the GGUF file.
+        """Return the output with config.json and the tokenizer's files, and without files from beside the GGUF file.
 
         Args:
             dtype: of the output's weights, in safetensors; None keeps them.
@@ -84,7 +84,7 @@ class GgufFolder:
         return replace(output, extras=index | beside, travels=travels, left_behind=left)
 
     def notes(self, output: Output) -> Iterator[str]:
-        """Yield what a loader needs beside the output."""
+        """Yield notes on what a loader needs besides the output."""
         if lacking := LACKS.get(self.view.checkpoint.model_type or ""):
             yield lacking
         if output.is_file:
@@ -94,7 +94,7 @@ class GgufFolder:
 
 
 def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLike[str] | None) -> GgufFolder | None:
-    """Return a GGUF model as what it becomes; None if the checkpoint is none.
+    """Return a GGUF model as a folder of transformers. None if the checkpoint is no GGUF model.
 
     Raises:
         UsageError: a tokenizer for another checkpoint.
@@ -122,7 +122,7 @@ def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLik
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model of MLX under the hub's names, or under its own where these cannot be given."""
+    """A model of MLX under the names of the hub, or under its own if it cannot get those."""
 
     checkpoint: Checkpoint
     renamed: int  # tensors that have become those of single experts
@@ -130,7 +130,7 @@ class HubModel:
 
 
 def as_on_hub(base: Checkpoint) -> HubModel:
-    """Return the model with its experts one by one, if it is one of MLX with stacks of them."""
+    """Return a model of MLX with single experts instead of stacks. Other models are returned unchanged."""
     types = base.model_types
     names, stacks = mlx_names(types), {name: found for name in base.stored if (found := _hub_name(name, types))}
     if is_of_mlx(base) and names and (names.shifted or names.scaled):
@@ -160,7 +160,7 @@ def as_on_hub(base: Checkpoint) -> HubModel:
 
 
 def _hub_name(name: str, types: tuple[str, ...]) -> str:
-    """Return the names on the hub of the experts of one of MLX's stacks, with {} for the number; else nothing."""
+    """Return the hub's name for the experts of an MLX stack, with {} for the number. Empty for other tensors."""
     path, _, end = name.rpartition(".")
     share = find_share(canonical(path, types), types) if end in ("weight", "scales", "biases") else None
     if share is None:
@@ -239,7 +239,7 @@ def _is_dropped(name: str, drop: Collection[str]) -> bool:
 
 
 def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | os.PathLike[str]) -> None:
-    """Raise InputError for codes that cannot be read, or that a container could not say the meaning of."""
+    """Raise InputError for codes that cannot be read, or whose meaning the container cannot store."""
     if dtype:
         refuse_unread(base, "without --dtype")
         return
@@ -255,7 +255,7 @@ def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | 
 
 
 def _decode(base: Checkpoint, edits: OutputEdits, dtype: str | None) -> tuple[OutputEdits, tuple[str, ...]]:
-    """Return the edits with all quantized weights as numbers and without marks, and notes; companions are checked.
+    """Return notes, and the edits with all weights dequantized and without marks. Companion tensors are checked.
 
     Args:
         dtype: None keeps the codes.
@@ -284,7 +284,7 @@ def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None)
 def _execute(
     base: Checkpoint, output: Output, edits: OutputEdits, progress: Progress | None, workers: int
 ) -> dict[str, int]:
-    """Write the output; return for each tensor that is cast how many numbers became 0."""
+    """Write the output. Return tensor -> how many numbers became 0, for tensors that are cast."""
     sources = {name: base.ref(name) if name in edits.specs else base.stored_ref(name) for name in output.specs}
     cast = {
         name: _cast_tensor(sources[name])
@@ -309,7 +309,7 @@ def _all_rows(rows: int, columns: int) -> list[RowRange]:
 
 
 def _cast(base: Tensor, row: int, out: Tensor, work: Workspace) -> tuple[RoundingStats, int]:
-    """Cast a block into `out`; return its rounding statistics, and how many numbers became 0."""
+    """Cast a block into `out`. Return its rounding statistics, and how many numbers became 0."""
     stats = cast_rounded(base, out, work)
     least, former = (torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps for x in (out, base))
     return stats, _count_nonzero(base) - _count_nonzero(out) if least > former else 0
@@ -362,7 +362,7 @@ def _with_denoiser(
     to: str,
     call: ConvertModel,
 ) -> CheckpointConvertReport:
-    """Return the report on a denoiser's new file with what only the files that it is made of tell."""
+    """Return the report on a denoiser's new file, completed from the source files."""
     return replace(
         report,
         to=to,
@@ -378,7 +378,7 @@ def _with_denoiser(
 def _with_gguf(
     report: CheckpointConvertReport, gguf: GgufFolder, opened: Checkpoint, output: Output
 ) -> CheckpointConvertReport:
-    """Return the report on a GGUF model's folder with the types that its file has."""
+    """Return the report on a GGUF model's folder, with the types in the GGUF file."""
     (file,) = gguf.view.checkpoint.shards
     return replace(
         report,
@@ -395,7 +395,7 @@ def _container_of(base: Checkpoint) -> str:
 
 
 def _dropped_beside(base: Checkpoint, call: ConvertModel) -> list[str]:
-    """Return what --drop leaves out of what torch files have beside the weights."""
+    """Return the contents of torch files besides the weights that --drop excludes."""
     return [name for shard in base.shards for name in shard.ignored if _is_dropped(name, parse_words(call.drop))]
 
 

@@ -1,7 +1,7 @@
-"""Run the command `convert`: one of three functions of the library, as the files of the source tell.
+"""Run the command `convert`: choose one of three functions of the library by the files of the source.
 
-`convert` takes adapters, `convert_model` models, and `edit_metadata` a file of which the metadata alone is edited. Here
-is what the command line and recipes call: the options of all three.
+`convert` takes adapters, `convert_model` models, and `edit_metadata` files whose metadata alone is edited. The command
+line and recipes call the function here, which has the options of all three.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def convert(*args: object, **keywords: object) -> Report:
 
 
 def _function_for(source: StrPath, options: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the function for what a source is, or is asked to become."""
+    """Return the function for a source, by its files and by the options."""
     if options.get("set") or options.get("unset"):
         return call.edit_metadata
     to, is_one = options.get("to"), bool(options.get("from_format")) or holds_adapter(source)
@@ -97,7 +97,7 @@ def _refuse_model(source: StrPath, options: Mapping[str, Any]) -> None:
 
 
 def _not_for(source: StrPath, function: Callable[..., Any], name: str, value: object) -> UsageError:
-    """Return the error for an option that the function for this source does not have."""
+    """Return the error for an option that this source's function does not have."""
     word = option_word(name, value is not False)
     if function is call.edit_metadata:
         message = f"--{word} converts, and --set and --unset edit a file as it is"
@@ -108,7 +108,7 @@ def _not_for(source: StrPath, function: Callable[..., Any], name: str, value: ob
 
 
 def _all_arguments() -> dict[str, Argument]:
-    """Return the arguments of all three functions, those that mean the same with the choices of both."""
+    """Return the arguments of all three functions. Arguments that two share have the choices of both."""
     adapter, model, metadata = (arguments_of(each) for each in FUNCTIONS)
     arguments = {**metadata, **model, **adapter}
     to = (*written_formats(), *CONTAINERS, *MODEL_NAMINGS)

@@ -1,7 +1,7 @@
-"""Give a denoiser's tensors its maker's names or diffusers', as a checkpoint that is streamed like any other.
+"""Rename a denoiser's tensors to its maker's names or diffusers', as a checkpoint that is streamed like any other.
 
-Both hold the same numbers in the same types: rows are cut, put together and moved, as bytes. Of a file that has text
-encoders and a VAE as well, the denoiser alone is taken, if --drop says so.
+Both spellings have the same numbers in the same types: rows are split, concatenated and moved as bytes. If a file also
+has text encoders and a VAE, --drop selects the denoiser alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RenamedDenoiser:
     lacking: tuple[str, ...]  # of the maker's tensors, those that diffusers does not have
 
     def notes(self, to: str) -> Iterator[str]:
-        """Yield what loaders need beside the tensors."""
+        """Yield notes on what loaders need besides the tensors."""
         if to == FOLDER_NAMING and not self.checkpoint.config:
             yield f"diffusers loads it with the config.json of its {self.family.diffusers_class} beside it"
         if self.lacking:
@@ -70,8 +70,8 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     """Return the denoiser of a checkpoint under the names of `to`, a key of MODEL_NAMINGS.
 
     Args:
-        removed: tensors that are left out in any case.
-        alone: whether all that is beside the denoiser is left out, too.
+        removed: tensors that are excluded in any case.
+        alone: whether everything besides the denoiser is excluded too.
 
     Raises:
         NeedsFlag: there is more than the denoiser.
@@ -127,7 +127,7 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
 
 
 def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
-    """Raise InputError for what cannot be renamed tensor by tensor."""
+    """Raise InputError for checkpoints that cannot be renamed tensor by tensor."""
     culprit = str(base.path)
     if base.parts:
         unet = next((part.path for part in base.parts if FOLDERS.get(part.prefix[:-1]) == "unet"), None)
@@ -149,7 +149,7 @@ def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
 
 
 def _is_inside(name: str, prefix: str) -> bool:
-    """Return whether a tensor is one of the denoiser."""
+    """Return whether a tensor belongs to the denoiser."""
     starts = (start for family in FAMILIES.values() for start in family.beside)
     return name.startswith(prefix) and not name.removeprefix(prefix).startswith(tuple(starts))
 
@@ -157,11 +157,11 @@ def _is_inside(name: str, prefix: str) -> bool:
 def _rename(
     base: Checkpoint, specs: Mapping[str, TensorSpec], to: Naming
 ) -> tuple[ModelFamily, str, dict[str, RenamedTensor], tuple[str, ...]]:
-    """Return the denoiser's family, the prefix of its tensors, these under their new names, and what has none.
+    """Return the denoiser's family, the prefix of its tensors, the renamed tensors, and the names without a new one.
 
-    It is the family whose table has all of the tensors, and whose class the config names, if there is one. Of several
-    that call them otherwise it is the one for which widths and numbers of blocks speak, and which lacks the fewest
-    modules outside of the blocks, if both are the same.
+    The table of the family has all of the tensors, and the config names its class, if there is a config. If several
+    families fit and name tensors differently, widths and numbers of blocks decide, if they point to the same family
+    as the fewest missing modules outside of the blocks.
 
     Raises:
         InputError: no family has all of the tensors, two call them otherwise, or one's tensors are not complete.
@@ -200,7 +200,7 @@ def _rename(
 def _likeliest(
     families: Sequence[ModelFamily], shapes: Mapping[str, tuple[int, ...]], prefix: str
 ) -> list[ModelFamily]:
-    """Return the families for which sizes speak and which lack the fewest modules; none if these are others."""
+    """Return the families that fit the sizes and miss the fewest modules. Empty if these are different families."""
     weights = {name: shape for name, shape in shapes.items() if name.endswith(".weight")}
     modules = [("unet", name.removeprefix(prefix).removesuffix(".weight"), shape) for name, shape in weights.items()]
     likely = set(families).intersection(detect(modules)) or set(families)
@@ -212,7 +212,7 @@ def _dtype_of(name: str, tensor: RenamedTensor, specs: Mapping[str, TensorSpec])
     """Return the dtype of a tensor.
 
     Raises:
-        InputError: its rows have several, or are not whole bytes.
+        InputError: its rows have several dtypes, or are not a whole number of bytes.
     """
     first, *others = (each.tensor for each in tensor.rows)
     dtype = specs[first].dtype

@@ -1,6 +1,6 @@
-"""Tell what a runtime does with an adapter as it is: what it would ignore, misread or refuse, and what helps.
+"""Report how a runtime would apply an unconverted adapter: what it would ignore, misread or refuse, with remedies.
 
-The facts are the rows of `architectures.runtimes.table`, and the names those that `convert --for` would write.
+The facts are the rows of `architectures.runtimes.table`. The names are those that `convert --for` would write.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _OLD = "language_model.model."
 
 
 def run_inspect_for(call: InspectFor) -> RuntimeInspection:
-    """Tell from headers what a runtime does with an adapter."""
+    """Report from headers what a runtime does with an adapter."""
     row = RUNTIMES[call.runtime]
     with ExitStack() as opened:
         config = read_config(call.base) if call.base is not None else {}
@@ -72,7 +72,7 @@ def run_inspect_for(call: InspectFor) -> RuntimeInspection:
 
 
 def _of_format(path: str | os.PathLike[str], adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
-    """Yield what follows from the files."""
+    """Yield the findings on the files."""
     wanted = loaded_by(runtime.key)
     if adapter.format != wanted.key:
         says = f"the format, {adapter.format}, is not {wanted.key}, which it reads"
@@ -83,7 +83,7 @@ def _of_format(path: str | os.PathLike[str], adapter: Adapter, runtime: Runtime)
 
 
 def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
-    """Yield what follows from the kinds and the numbers alone."""
+    """Yield the findings on kinds of updates and the config."""
     ranks, reads = {update.rank for update in adapter.updates.values() if update.rank}, runtime.reads
     dora = tuple(module for module, update in adapter.updates.items() if update.cls is DoRA)
     if dora and reads["dora"] != "yes":
@@ -117,7 +117,7 @@ def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
 
 
 def _has_alpha(adapter: Adapter, update: UpdateSpec) -> bool:
-    """Return whether an update's scale is that of the alpha of its config, and of no pattern."""
+    """Return whether an update's scale comes from the alpha of its config, without a pattern."""
     alpha, divisor = adapter.config.alpha, math.sqrt(update.rank) if adapter.config.use_rslora else update.rank
     return alpha is None or math.isclose(update.scale * divisor, alpha, rel_tol=1e-6)
 
@@ -129,7 +129,7 @@ def _feature(feature: str, outcome: str, remedy: str, modules: tuple[str, ...] =
 def _of_names(
     adapter: Adapter, runtime: Runtime, base: Checkpoint, supported: Mapping[str, UpdateSpec], opened: ExitStack
 ) -> Iterator[Finding]:
-    """Yield what follows from the names, and from what has to be beside a module."""
+    """Yield the findings on names, and on modules that must be present together."""
     written, added, rotated = _written(adapter, runtime, base, supported, opened)
     stacks = require_served(runtime, base).stacks
     experts = [m for m, u in supported.items() if u.rank and ".experts." in f"{m}." and u.cls.stack is not stacks]
@@ -157,7 +157,7 @@ def _of_names(
 def _written(
     adapter: Adapter, runtime: Runtime, base: Checkpoint, supported: Mapping[str, UpdateSpec], opened: ExitStack
 ) -> tuple[dict[str, list[str]], list[str], list[str]]:
-    """Return the paths that each module would be written under, those of zeros beside them, and what is turned."""
+    """Return the paths for each module, the paths that need zeros, and the modules with reordered rows."""
     paths: dict[str, list[str]] = {}
     if runtime.names == "whole" or require_served(runtime, base).stacks:
         state = to_class(start(adapter.only(supported)), base, None)
@@ -174,13 +174,13 @@ def _written(
 
 
 def _is_renamed(written: Mapping[str, Sequence[str]], experts: Sequence[str]) -> bool:
-    """Return whether the experts of a class are elsewhere in the one that is served."""
+    """Return whether the served class has the experts at other paths."""
     owners = {module.partition(".experts")[0] for module in experts}
     return any(path.partition(".experts")[0] not in owners for module in experts for path in written.get(module, ()))
 
 
 def _is_found(runtime: Runtime, base: Checkpoint, module: str, written: Sequence[str]) -> bool:
-    """Return whether a runtime finds a module by the name that the adapter has for it."""
+    """Return whether a runtime finds a module by its name in the adapter."""
     if module in written:
         return True
     if runtime.prefixes == "any":

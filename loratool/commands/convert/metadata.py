@@ -1,7 +1,7 @@
 """Edit the metadata of a safetensors file: a new header before the same bytes of tensors, in the same order.
 
-So hashes of the tensors stay true. sd-scripts' legacy hash is of a part of a file with the keys `ss_*` in its header,
-and goes once one of these is another.
+Hashes of the tensors stay valid. sd-scripts' legacy hash covers the keys `ss_*` of the header, and is removed if one of
+these changes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ READ = ("format", "loratool", ONLY_FOR, "lora_adapter_metadata", *CODED_METADATA
 
 
 def run_edit_metadata(call: EditMetadata) -> MetadataReport:
-    """Write a safetensors file with other metadata; all else stays, byte for byte."""
+    """Write a safetensors file with other metadata. All other bytes stay the same."""
     new, gone = call.set or {}, parse_words(call.unset)
     current_job().exit_unless_rank0()
     place, is_file = check_output_name("converted.safetensors" if call.out is None else call.out)

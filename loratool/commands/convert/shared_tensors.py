@@ -1,8 +1,8 @@
-"""Find tensors that share storage, and choose the names that a safetensors file leaves out for them.
+"""Find tensors that share storage, and choose the names that a safetensors file omits.
 
-A torch file can hold one storage under several names, a safetensors file cannot. Its official library
-(`safetensors.torch.save_model`) keeps one name and writes the others into the metadata, `{left out: kept}`, which is
-done and read here. Only names that the model's loader ties by itself may be left out: others it would initialize.
+A torch file can store one tensor under several names, a safetensors file cannot. The official library
+(`safetensors.torch.save_model`) stores one name and lists the others in the metadata, `{omitted: stored}`. So do we.
+Only names that the model's loader ties by itself can be omitted: it would initialize others.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ...files.weights_file import WeightsFile
 
 
 def find_shared_storage(base: Checkpoint, removed: Collection[str] = ()) -> dict[str, str]:
-    """Return each tensor whose bytes are another one's, with the name that is kept for them.
+    """Return each tensor that shares the bytes of another -> the name that is stored.
 
     Args:
-        removed: tensors that are not written, and so are neither.
+        removed: tensors that are not written, and so are neither of the two.
     """
     return {
         name: kept
@@ -48,13 +48,13 @@ def _by_storage(base: Checkpoint, shard: WeightsFile, removed: Collection[str]) 
 
 
 def _last_word(name: str) -> int:
-    """Return the index of the module's name in INPUT_EMBEDDINGS, or its length, so that other names sort last."""
+    """Return the index of the module's name in INPUT_EMBEDDINGS. Other names get its length, and sort last."""
     word = name.removesuffix(".weight").split(".")[-1]
     return INPUT_EMBEDDINGS.index(word) if word in INPUT_EMBEDDINGS else len(INPUT_EMBEDDINGS)
 
 
 def _by_metadata(base: Checkpoint, shard: WeightsFile, removed: Collection[str]) -> dict[str, str]:
-    """Read shared tensors from the metadata; a tensor that is stored as well counts only if its bytes are equal."""
+    """Read shared tensors from the metadata. A tensor that is also stored counts only if its bytes are equal."""
     shared = {}
     for key, value in (shard.metadata or {}).items():
         name, stored = shard.prefix + key, shard.prefix + value
@@ -66,9 +66,9 @@ def _by_metadata(base: Checkpoint, shard: WeightsFile, removed: Collection[str])
 
 
 def dropped_names(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str]:
-    """Return the shared tensors that a safetensors file leaves out: those that the model's loader ties by itself.
+    """Return the shared tensors that a safetensors file omits: those that the model's loader ties by itself.
 
-    Without a config these are all with the kept tensor's spec, as in the official library.
+    Without a config these are all tensors with the spec of the stored one, as in the official library.
     """
     omitted = set()
     for part in base.models:

@@ -68,7 +68,7 @@ CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_
 
 @dataclass(frozen=True)
 class Described:
-    """A model of which config.json alone is there."""
+    """A model with only a config.json."""
 
     specs: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
@@ -77,7 +77,7 @@ class Described:
 
 @dataclass(frozen=True)
 class Model:
-    """Names and shapes of what is trained, each tied matrix once, and what is said about them."""
+    """Names and shapes of the trained tensors, each tied matrix once, with notes."""
 
     source: str  # `config` or `checkpoint`
     model_type: str | None
@@ -139,7 +139,7 @@ def run_count(call: Count) -> CountReport:
 def _notes_on_peft(
     matrices: Sequence[Matrix], selection: Selection, targets: Sequence[CountedMatrix], model: Model, rank: int
 ) -> list[str]:
-    """Return what PEFT makes of the same targets of a mixture of experts, if it is something else."""
+    """Return notes on PEFT's reading of the same targets in a mixture of experts, if it differs."""
     stacks = {m.path: m for m in matrices if m.kind == "experts"}
     parts = [each for each in targets if each.name.partition("[")[0] in stacks and each.name.endswith("]")]
     if parts:
@@ -188,7 +188,7 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
 
 
 def _lone_config(path: Path) -> dict[str, Any] | None:
-    """Read the config.json that stands for a model: the path itself, or in a folder without weights; else None."""
+    """Read the config.json of a model without weights: the path itself, or in a folder. None if there are weights."""
     if path.is_dir():
         has_weights = any(p.suffix == ".safetensors" or is_torch_weights(p) for p in path.iterdir())
         config = path / "config.json"

@@ -1,7 +1,8 @@
-"""Count what each way of adapting a model trains, and say what it adds at inference: the LoRA paper's, in FORMULAS.
+"""Formulas for the parameters that each method of the LoRA paper trains, and for what it adds at inference.
 
 The counts are the formulas of section 5.1 of Hu et al. 2021 (arXiv 2106.09685), with d the width of a block, L the
-blocks and n the size that is chosen: LoRA's rank, an adapter's bottleneck, the length of a prefix, a number of layers.
+number of blocks and n the chosen size: LoRA's rank, an adapter's bottleneck, the length of a prefix, a number of
+layers.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Formula:
 
 
 def _adapters(model: Outline, n: int) -> int:
-    """Count one bottleneck a block: d x n, n x d and their biases."""
+    """Count one bottleneck per block: d x n, n x d and their biases."""
     return sum(2 * d * n + n + d for d in model.widths)
 
 
@@ -158,6 +159,6 @@ TOP_LAYERS = 2  # FT^Top2 of the paper's Table 3
 
 
 def largest_size(method: Formula, model: Outline, budget: int) -> int:
-    """Return the largest size whose count is within `budget` parameters; 0 if not even the smallest is."""
+    """Return the largest size whose count is within `budget` parameters. 0 if even the smallest is not."""
     at_most = min(budget, method.largest(model))
     return bisect_right(range(1, at_most + 1), budget, key=lambda n: method.count(model, n))

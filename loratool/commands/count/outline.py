@@ -1,6 +1,6 @@
-"""Outline a model from names and shapes alone: its blocks, their width, its biases, and the matrices LoRA can change.
+"""Outline a model from names and shapes: its blocks, their width, its biases, and the matrices that LoRA can change.
 
-Nothing here knows a family but by the tables in `architectures`: the shapes say what is a block and how wide it is.
+Families are known only through the tables in `architectures`. Shapes decide what is a block, and its width.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Matrix:
 
 
 def parameters_of(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """Return what is trained of a file: floats that are no buffers, a bias that is there twice once."""
+    """Return the trained tensors of a file: floats other than buffers. A bias that is stored twice counts once."""
     twins = {
         name for name in specs if name.endswith(".decoder.bias") and name.replace(".decoder.bias", ".bias") in specs
     }
@@ -103,9 +103,9 @@ Parts = dict[str, dict[str, tuple[str, ...]]]  # stack -> role -> the paths that
 
 
 def stack_experts(specs: Mapping[str, TensorSpec], model_types: Sequence[str]) -> tuple[dict[str, TensorSpec], Parts]:
-    """Return the tensors with single experts as one stack, where the model's class has one, and what is in each.
+    """Return the tensors with single experts as stacks, where the model's class has stacks, and the parts of each.
 
-    Experts of which some are missing, or of several shapes, stay single; they have no parts, and get no factors.
+    Experts stay single if some are missing or their shapes differ. They have no parts, and get no factors.
     """
     members: dict[str, dict[tuple[int, int], str]] = {}
     for name, spec in specs.items():
@@ -132,7 +132,7 @@ def stack_experts(specs: Mapping[str, TensorSpec], model_types: Sequence[str]) -
 
 
 def parts_in_files(specs: Mapping[str, TensorSpec], model_type: str) -> Parts:
-    """Return what is in each stack of a model's class, by the names that files of its type have for single experts."""
+    """Return the parts of each stack of a model's class, by the names of single experts in its files."""
     parts: Parts = {}
     for stack, spec in specs.items():
         before, _, last = stack.rpartition(".")
@@ -145,7 +145,7 @@ def parts_in_files(specs: Mapping[str, TensorSpec], model_type: str) -> Parts:
 
 
 def find_blocks(specs: Mapping[str, TensorSpec]) -> tuple[ModelBlock, ...]:
-    """Find the blocks of every stack whose blocks each have at least LEAST_MATRICES matrices, and all one width."""
+    """Find the blocks of stacks. Each block must have at least LEAST_MATRICES matrices, and all the same width."""
     stacks: dict[str, dict[int, dict[str, TensorSpec]]] = {}
     for name, spec in specs.items():
         match = _BLOCK.match(name)
@@ -160,7 +160,7 @@ def find_blocks(specs: Mapping[str, TensorSpec]) -> tuple[ModelBlock, ...]:
 
 
 def _width(specs: Mapping[str, TensorSpec]) -> int:
-    """Return the dimension that most of a block's matrices, and a norm, have; 0 for too few matrices."""
+    """Return the dimension that most of a block's matrices, and a norm, share. 0 for too few matrices."""
     matrices = [spec.shape[-2:] for spec in specs.values() if len(spec.shape) in (2, 3) and spec.size]
     norms = {spec.size for name, spec in specs.items() if len(spec.shape) == 1 and _NORM.search(name)}
     counts = Counter(size for shape in matrices for size in set(shape) if not norms or size in norms)
@@ -183,7 +183,7 @@ def make_outline(
     layers: frozenset[int] | None,
     context: int | None,
 ) -> Outline:
-    """Collect what the formulas need; `layers`: those whose biases and blocks a method may touch, None for all."""
+    """Collect the numbers for the formulas. `layers` are those that methods may change, None for all."""
     main = main_stack(blocks)
     within = Selection(layers=layers)
     return Outline(
@@ -246,7 +246,7 @@ def find_matrices(
 
 
 def names_one(pattern: str, matrix: Matrix) -> bool:
-    """Return whether a pattern of --target means a matrix or some rows of it: by its path, or by a role."""
+    """Return whether a pattern of --target selects a matrix or some of its rows, by path or by role."""
     if matrix.group:
         return False
     return _names_whole(pattern, matrix) or any(_names_role(pattern, matrix, role) for role in matrix.roles)
@@ -259,10 +259,10 @@ def _names_whole(pattern: str, matrix: Matrix) -> bool:
 
 
 def _names_role(pattern: str, matrix: Matrix, role: str) -> bool:
-    """Return whether a pattern means some rows of a matrix: by their role, or by the names of single experts.
+    """Return whether a pattern selects some rows of a matrix, by their role or by the names of single experts.
 
     Raises:
-        UsageError: it names some of the experts, of which one parameter of the class has all.
+        UsageError: it names only some of the experts in one parameter of the class.
     """
     named = [matches_pattern(pattern, path) for path in matrix.parts.get(role, ()) if pattern != "all-linear"]
     if any(named) and not all(named):
@@ -277,10 +277,10 @@ def _names_role(pattern: str, matrix: Matrix, role: str) -> bool:
 
 
 def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[CountedMatrix, ...]:
-    """Return the selected matrices; a fused one that is named itself is one, else each of its roles that is named.
+    """Return the selected matrices. A fused matrix is one if its own path is named, else one per named role.
 
-    A stack of experts of which all roles are named is one too, as PEFT knows no other factors of it. The patterns of
-    `selection` may also be roles, as `architectures.projections.projections` returns.
+    A stack of experts is one if all its roles are named, as PEFT has no other factors for it. The patterns of
+    `selection` can also be roles, as `architectures.projections.projections` returns.
 
     Raises:
         InputError: the shapes do not tell which rows of a fused matrix a role has.
@@ -304,9 +304,9 @@ def find_targets(matrices: Sequence[Matrix], selection: Selection) -> tuple[Coun
 
 
 def named_cost(matrices: Sequence[Matrix], selection: Selection) -> int | None:
-    """Return the parameters that one rank takes if patterns are names alone, as `init` takes them.
+    """Return the parameters that one rank takes if patterns are names only, as for `init`.
 
-    None if one names nothing, or some roles of a stack of experts.
+    None if a pattern names nothing, or only some roles of a stack of experts.
     """
 
     def is_named(pattern: str, m: Matrix) -> bool:
@@ -388,7 +388,7 @@ def peft_targets(
 
 
 def _role_rows(matrix: Matrix, query_rows: int | None) -> dict[str, int]:
-    """Return how many outputs each role of a fused matrix has: equal ones, but for keys and values that share heads."""
+    """Return how many outputs each role of a fused matrix has: all the same, but for shared keys and values."""
     out, count = matrix.rows * matrix.columns // matrix.inp, len(matrix.roles)
     shared = query_rows is not None and count > 2
     fused = Fused(matrix.roles, ("queries", *[None] * (count - 1)) if shared else ())

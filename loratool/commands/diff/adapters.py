@@ -1,6 +1,6 @@
 """Compare two adapters module by module in factor space: sizes, distances, angles, and the paper's phi, from QR cores.
 
-All numbers are those of the deltas and not of their factors, so that one delta in two factorizations is equal.
+All numbers are those of the deltas, not of their factors, so that two factorizations of a delta are equal.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def diff_adapters(
 def _relative_to_base(
     weights: Mapping[str, Sequence[Placed]], spec: UpdateSpec | None, svd: FactoredSVD
 ) -> tuple[float | None, float | None]:
-    """Return ||D|| / ||W||, and the amplification factor if W is one whole matrix; None without a base."""
+    """Return ||D|| / ||W||, and the amplification factor if W is a full matrix. None without a base."""
     if spec is None or spec.module not in weights:
         return None, None
     weight = weights[spec.module]
@@ -166,7 +166,7 @@ def _powers_of_two(rank: int) -> tuple[int, ...]:
 
 
 def mean_phi(modules: Sequence[ModuleDiff]) -> Phi | None:
-    """Return the mean of phi over the modules whose ranks are the commonest; None if no module has a phi."""
+    """Return the mean of phi over the modules with the commonest ranks. None if no module has a phi."""
     grids = [m.phi for m in modules if m.phi]
     if not grids:
         return None

@@ -1,6 +1,6 @@
-"""Align the modules of adapters by one name, whatever format and class named them, and load their changes as SVDs.
+"""Align the modules of adapters by common names, for all formats and classes, and load their changes as SVDs.
 
-Modules of equal shapes go through together.
+Modules of equal shapes are computed together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BATCH = 1 << 20  # numbers of factors that a worker holds at a time
 
 @dataclass(frozen=True)
 class AlignedModule:
-    """A module by its common name, and the update that each adapter has there, None without one."""
+    """A module's common name, and each adapter's update of it. None for an adapter without one."""
 
     name: str
     updates: tuple[UpdateSpec | None, ...]
@@ -46,11 +46,11 @@ class AlignedModule:
 
 
 def align_modules(adapters: Sequence[Adapter]) -> list[AlignedModule]:
-    """Align the updates of adapters by one name, in the first's order and then in that of the others.
+    """Align the updates of adapters by common names, in the order of the first adapter and then of the others.
 
-    Names are paths without wrappers, of today's transformers. They are flattened if any adapter's are; kohya's prefixes
-    are then the components that they mean. If few names of another are the first's, renames of one model type and a
-    prefix that one of them does not have are tried.
+    Names are paths without wrappers, of current transformers. If an adapter has flattened names, all are flattened, and
+    kohya's prefixes become components. If an adapter has few names of the first, renames of its model type are tried,
+    and prefixes that only one of them has.
     """
     flat = any(each.flattened for each in adapters)
     sides = [_by_key(adapter, flat, ()) for adapter in adapters]
@@ -71,7 +71,7 @@ def align_modules(adapters: Sequence[Adapter]) -> list[AlignedModule]:
 
 
 def _count_matches(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
-    """Count the names that have an update in the first and another; none of one whose shapes say it is an accident."""
+    """Count the names that have an update in the first and another adapter. 0 if their shapes differ."""
     first, total = sides[0], 0
     for other in sides[1:]:
         pairs = [(first[name], other[name]) for name in first.keys() & other.keys()]
@@ -80,7 +80,7 @@ def _count_matches(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
 
 
 def _is_one_component(first: str, second: str) -> bool:
-    """Return whether two prefixes can mean one component: no encoder is a decoder, no text encoder the second."""
+    """Return whether two prefixes can be one component: not an encoder and a decoder, nor two text encoders."""
     if not (first and second):
         return True
     components = [component_of(f"{prefix[:-1]}.")[0] for prefix in (first, second)]
@@ -108,9 +108,9 @@ def _key(module: str, adapter: Adapter, flat: bool, types: tuple[str, ...]) -> s
 
 @dataclass(frozen=True)
 class LoadedModule:
-    """A module with factors in some adapter: the SVD of each change, a stack (E, ...), and what they have in common.
+    """A module with factors in some adapter: the SVD of each change, a stack (E, ...), and their overlaps.
 
-    The SVD of an adapter that has no factors there has no direction.
+    An adapter without factors for the module has an SVD of rank 0.
     """
 
     module: AlignedModule
@@ -168,7 +168,7 @@ def _require_one_shape(adapters: Sequence[Adapter], module: AlignedModule) -> No
 
 
 def _fit_together(first: UpdateSpec, second: UpdateSpec) -> bool:
-    """Return whether two updates are of one tensor, whose kernel one of them may have flattened."""
+    """Return whether two updates can be of the same tensor. One of them may have flattened its kernel."""
     if first.shape == second.shape or first.cls.stack or second.cls.stack:
         return first.shape == second.shape
     kinds = {each.cls.without_norm(each).cls for each in (first, second)}
@@ -180,7 +180,7 @@ def _nbytes(module: AlignedModule) -> int:
 
 
 def _batches(modules: Sequence[AlignedModule]) -> Iterator[list[AlignedModule]]:
-    """Group modules whose factors have equal shapes, as many as memory should hold."""
+    """Group modules whose factors have equal shapes, up to a limit of memory."""
     groups: dict[object, list[AlignedModule]] = {}
     for module in modules:
         groups.setdefault(tuple(map(_shapes, module.factored)), []).append(module)
@@ -199,7 +199,7 @@ def _shapes(update: UpdateSpec | None) -> tuple[object, ...]:
 
 
 def _count_numbers(update: UpdateSpec) -> int:
-    """Return how many numbers the factors have that the update's tensors multiply out to."""
+    """Return how many numbers an update's expanded factors have."""
     out, columns = update.cls.flat(update)
     return update.experts * update.rank * ((out or 0) + (columns or 0))
 
@@ -207,7 +207,7 @@ def _count_numbers(update: UpdateSpec) -> int:
 def _changes(
     adapters: Sequence[Adapter], batch: Sequence[AlignedModule], device: torch.device, reading: threading.Lock
 ) -> tuple[FactoredSVD, ...]:
-    """Return the SVDs of each adapter's changes of N modules, (N, E, ...); without a direction if it has none."""
+    """Return the SVDs of each adapter's changes of N modules, (N, E, ...). An adapter without changes has rank 0."""
     columns = zip(*(module.factored for module in batch), strict=True)
     changes = [_svd(adapter, updates, device, reading) for adapter, updates in zip(adapters, columns, strict=True)]
     first = next(each for each in changes if each)

@@ -1,4 +1,4 @@
-"""`diff` compares adapters in factor space, or two checkpoints tensor by tensor; the files tell which they are."""
+"""The command `diff`: compare adapters in factor space, or two checkpoints tensor by tensor."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
 
 
 def _are_adapters(paths: Sequence[str]) -> bool:
-    """Return whether all are adapters, or two are models.
+    """Return whether all inputs are adapters. False if there are two models.
 
     Raises:
         InputError: some are adapters and others are not.
@@ -106,7 +106,7 @@ def _are_adapters(paths: Sequence[str]) -> bool:
 
 
 def _file_names(states: Sequence[Transformed]) -> dict[str, tuple[str, ...]]:
-    """Return the names that each module with another name or other rows has in the files."""
+    """Return module -> its names in the files, for modules with other names or rows there."""
     names: dict[str, tuple[str, ...]] = {}
     for state in states:
         for module, change in state.log.items():

@@ -1,4 +1,4 @@
-"""Tell in what the configs of adapters differ, as they mean it: a default of PEFT's is what nothing means."""
+"""Compare the configs of adapters by meaning: a missing field means PEFT's default."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def count_ranks(adapter: Adapter) -> dict[int, int]:
 
 
 def differing_fields(adapters: Sequence[Adapter]) -> dict[str, tuple[Any, ...]]:
-    """Return the fields of the configs that differ, but for ranks and targets, which the modules tell."""
+    """Return the fields of the configs that differ, except ranks and targets, which the modules show."""
     differing: dict[str, tuple[Any, ...]] = {
         "format": tuple(each.format for each in adapters),
         "alpha": tuple(each.config.alpha for each in adapters),
@@ -34,8 +34,7 @@ def differing_fields(adapters: Sequence[Adapter]) -> dict[str, tuple[Any, ...]]:
 
 
 def _printable(key: str, value: Any) -> Any:
-    """Return a field's value, None for nothing and for a false that is what nothing means; as text if it holds NaN or
-    Infinity, which are no JSON."""
+    """Return a field's value for JSON. None if missing or false by default; text if it has NaN or Infinity."""
     text = json.dumps(value)
     if re.search(r"NaN|Infinity", text):
         return text

@@ -1,4 +1,4 @@
-"""Compare two models tensor by tensor; of quantized weights the numbers are compared, and not the codes."""
+"""Compare two models tensor by tensor. Quantized weights are dequantized and compared as numbers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ...views.diff_models import CheckpointDiff, TensorDiff
 def diff_models(
     names: tuple[str, str], a: Checkpoint, b: Checkpoint, selection: Selection, progress: Progress | None
 ) -> CheckpointDiff:
-    """Compare two open models; `names` are theirs for messages.
+    """Compare two open models. `names` are their names for messages.
 
     Raises:
-        InputError: nothing is selected, or what differs is in codes that cannot be read.
+        InputError: nothing is selected, or tensors differ whose codes cannot be read.
     """
     pairs = pair_tensors(a, b)
     modules = [*map(_module_of, (*pairs.both, *pairs.only_base, *pairs.only_tuned))]
@@ -68,7 +68,7 @@ def diff_models(
 
 
 def _refuse_codes(models: tuple[str, str], codes: Mapping[str, str], differing: Iterable[str]) -> None:
-    """Raise InputError if what differs is stored as codes: their distance is not that of the weights."""
+    """Raise InputError if tensors of unreadable codes differ: the distance of codes is not that of weights."""
     for name in differing:
         if name in codes:
             raise InputError(
@@ -83,7 +83,7 @@ def _module_of(name: str) -> str:
 
 
 def _compare(sides: tuple[TensorRef, TensorRef]) -> Comparison | None:
-    """Compare two tensors; None if their shapes differ."""
+    """Compare two tensors. None if their shapes differ."""
     first, second = sides
     return compare(first, second) if first.spec.shape == second.spec.shape else None
 
@@ -119,6 +119,6 @@ def _tensor_diff(name: str, first: TensorRef, second: TensorRef, comparison: Com
 
 
 def _relative(first: float, second: float, between: float) -> float:
-    """Return the distance over the larger norm: 2 for opposites, since their difference is twice as large as either."""
+    """Return the distance over the larger norm. It is 2 for opposite tensors."""
     largest = max(first, second)
     return between / largest if largest else 0.0

@@ -1,7 +1,7 @@
-"""Tell whether adapters can be of one model, as far as their names and shapes say.
+"""Check by names and shapes whether adapters can be of one model.
 
-Two that change other modules of one model are nothing unusual (one the attention, one the MLPs): they name its layers
-alike, and its width is in both. Adapters with neither in common are of two models, and their sum is of no use.
+Two adapters can change different modules of one model (one the attention, one the MLPs). They then have the same names
+of layers, and the same width. Adapters with neither in common are of two models, and their sum is useless.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NUMBER = re.compile(r"(?:^|[._])\d+(?:[._]|$)")  # of a layer, after the name of
 
 
 def require_related(loaded: WeightedAdapter) -> None:
-    """Raise NeedsFlag if some adapters have nothing to do with the first; all are of one format and naming."""
+    """Raise NeedsFlag if some adapters are unrelated to the first. All have one format and spelling."""
     related, rest = [loaded[0][0]], [adapter for adapter, _ in loaded[1:]]
     while rest:
         related_at = next(
@@ -37,9 +37,9 @@ def require_related(loaded: WeightedAdapter) -> None:
 
 
 def require_same_names(loaded: WeightedAdapter) -> None:
-    """Raise InputError for adapters that share no name, though one's modules are all the other's under another name.
+    """Raise InputError for adapters without a common name, if they have the same modules under other names.
 
-    They were saved by two versions of transformers, and a loader would find the modules of one alone.
+    Two versions of transformers saved them, and a loader would find the modules of only one.
     """
     for (first, _), (second, _) in combinations(loaded, 2):
         if first.updates.keys().isdisjoint(second.updates):
@@ -52,7 +52,7 @@ def require_same_names(loaded: WeightedAdapter) -> None:
 
 
 def require_of_one_model(adapters: Sequence[Adapter]) -> None:
-    """Raise InputError for adapters of two models, whatever is selected of them."""
+    """Raise InputError for adapters of two models, whatever is selected."""
     first, *others = adapters
     for other in others:
         aligned = align_modules((first, other))
@@ -63,7 +63,7 @@ def require_of_one_model(adapters: Sequence[Adapter]) -> None:
 
 
 def require_known_names(adapters: Sequence[Adapter], aligned: Sequence[AlignedModule]) -> None:
-    """Raise InputError if names of two formats do not tell which modules are the same."""
+    """Raise InputError if the names of two formats do not show which modules are the same."""
     for (i, a), (j, b) in combinations(enumerate(adapters), 2):
         if a.format == b.format or (is_of_one(a) and is_of_one(b)):
             continue
@@ -79,7 +79,7 @@ def require_known_names(adapters: Sequence[Adapter], aligned: Sequence[AlignedMo
 
 
 def why_unrelated(first: Adapter, second: Adapter) -> str | None:
-    """Return what tells that no model has the modules of both; None if one may."""
+    """Return the reason why no model can have the modules of both. None if one can."""
     if first.updates.keys() & second.updates.keys():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Compare three or more adapters: how far any two are apart, module by module, and what all of them share."""
+"""Compare three or more adapters, module by module: the distance of each pair, and the overlaps of all."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _module_spread(loaded: LoadedModule) -> ModuleSpread:
 
 
 def _compare_values(adapters: Sequence[Adapter], aligned: Sequence[AlignedModule]) -> tuple[ValueSpread, ...]:
-    """Compare the tensors that are no factors, each two adapters'."""
+    """Compare the tensors other than factors, for each pair of adapters."""
     norms: dict[str, list[float | None]] = {}
     relatives, kinds = dict[str, float](), dict[str, str]()
     for i, j in combinations(range(len(adapters)), 2):

@@ -1,7 +1,7 @@
-"""Tell what adapters share, pair by pair and in all, in numbers and in a word: whether they pull the same way or fight.
+"""Overlaps of adapters, for each pair and for all: cosines, interference, and a word for their relation.
 
-A cosine alone does not tell. Two changes may use the same directions for other things: their cosine is near 0, and yet
-neither is left alone in a sum. That is their interference.
+A cosine alone is not enough. Two changes can use the same directions for different things: their cosine is near 0, and
+yet each disturbs the other in a sum. Interference measures that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...views.diff_shared import AdapterPair, Matrix, Shared, relation
 
 
 def shared_of(modules: Sequence[Overlaps]) -> Shared:
-    """Return what adapters share, from the overlaps of each module."""
+    """Return the overlaps of adapters, from those of each module."""
     total = stacked(modules).total()
     cosines, (interference, random) = total.cosines.tolist(), (side.tolist() for side in total.of_pairs)
     outputs, inputs = (side.tolist() for side in total.of_sides)
@@ -35,7 +35,7 @@ def as_rows(matrix: Tensor) -> Matrix:
 
 
 def overlaps_of_factors(factors: Sequence[tuple[Tensor, Tensor] | None]) -> Overlaps:
-    """Return what changes of one module have in common, one for each adapter, None without it.
+    """Return the overlaps of changes of one module: one for each adapter, None for an adapter without the module.
 
     Args:
         factors: B (E, out, r) and A (E, r, in), with the weight of the adapter in one of them.

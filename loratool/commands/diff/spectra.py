@@ -1,4 +1,4 @@
-"""`diff --spectra` counts what is new in the leading singular vectors of the linear layers that a fine-tune changed."""
+"""The command `diff --spectra`: count intruder dimensions of the linear layers that a fine-tune changed."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _weight_row(
 
 
 def _matrices(weight: ModelWeight, sides: tuple[TensorRef, TensorRef], device: torch.device) -> Iterator[MatrixPair]:
-    """Yield for each matrix of a weight how the tuned one and the base's are read."""
+    """Yield functions that read the tuned and the base matrix, for each matrix of a weight."""
     base, tuned = (weight.matrices({weight.name: side}.__getitem__) for side in sides)
     for (mine,), (theirs,) in zip(base, tuned, strict=True):
         yield _reader(weight.kind, theirs, device), _reader(weight.kind, mine, device)

@@ -1,4 +1,4 @@
-"""Compare what two adapters have beside factors: trained biases, replaced weights, trained rows, DoRA's magnitudes."""
+"""Compare the tensors of adapters other than factors: biases, replaced weights, trained rows, DoRA's magnitudes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAME = 1e-6  # relative distance up to which two deltas are one: float32 factors
 
 
 def compare_values(a: Adapter, b: Adapter, aligned: Sequence[AlignedModule]) -> list[ValueDiff]:
-    """Compare the tensors that are no factors."""
+    """Compare the tensors other than factors."""
     rows = []
     for module in aligned:
         first, second = module.updates
@@ -35,25 +35,25 @@ def compare_values(a: Adapter, b: Adapter, aligned: Sequence[AlignedModule]) -> 
 
 
 def is_same_value(kind: str, relative: float) -> bool:
-    """Return whether a tensor that is no factor is equal on both sides; a bias is, with its scale, up to rounding."""
+    """Return whether a tensor other than a factor is equal on both sides; a scaled bias up to rounding."""
     return relative <= (SAME if kind == "add" else 0)
 
 
 def _values_of(spec: UpdateSpec) -> dict[str, str]:
-    """Return the tensors that are no factors, by role: all of a kind without factors, DoRA's magnitudes."""
+    """Return the tensors other than factors by role: all of a kind without factors, or DoRA's magnitudes."""
     factors = spec.cls.without_norm(spec).tensors if spec.rank else {}
     return {role: key for role, key in spec.tensors.items() if role not in factors}
 
 
 def _meaning(spec: UpdateSpec) -> object:
-    """Return what has to be equal for two updates' values to mean the same beside their shapes."""
+    """Return the properties, besides shapes, that two updates must share so that their values compare."""
     return spec.cls.norm_axis(spec, False) if spec.rank else spec.detail
 
 
 def _value_diff(
     name: str, kind: str, sides: Sequence[TensorRef | None], scales: Sequence[float], same_meaning: bool
 ) -> ValueDiff:
-    """Compare a tensor that is no factor; raise InputError for nan and inf."""
+    """Compare a tensor other than a factor. Raise InputError for nan and inf."""
     for side in sides:
         if side:
             require_finite(side)

@@ -1,4 +1,4 @@
-"""Plan the adapter of one model that `extract` writes, once the ranks are known: PEFT's, and from it any other."""
+"""Plan the output of `extract` for one model, once the ranks are known: PEFT's format, and others from it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .changes import SortedDeltas
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """An adapter whose ranks are known, ready to be written."""
+    """An adapter with known ranks, ready to be written."""
 
     adapter: Transformed  # in PEFT's names
     content: AdapterContent  # of the format that is written
@@ -57,7 +57,7 @@ def plan_adapter(
     base: Checkpoint,
     base_name: str,
 ) -> AdapterPlan:
-    """Plan a PEFT adapter's tensors and config from factored deltas and from tensors that are kept exactly.
+    """Plan a PEFT adapter's tensors and config from factored deltas and exact tensors.
 
     `factored` and `ranks` have the base's tensor names; the factors' journal must be open until the last is loaded.
     """
@@ -124,10 +124,10 @@ def plan_adapter(
 
 
 def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> AdapterPlan:
-    """Return a plan that was made for PEFT in another format of one model.
+    """Convert a plan for PEFT to another format of one model.
 
     Raises:
-        NeedsFlag: what changed is more than the format can hold.
+        NeedsFlag: the format cannot hold all changes.
     """
     if to.key == Peft.key:
         return plan
@@ -140,7 +140,7 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
 def _zero_pair(
     base: Checkpoint, in_model: ClassNames | None, modules: dict[str, int], dtype: torch.dtype
 ) -> dict[str, Made]:
-    """Return one pair of zero factors: PEFT loads no adapter that targets nothing, not even one of biases alone."""
+    """Return one pair of zero factors: PEFT loads no adapter without targets, not even one with biases."""
     for weight in model_weights(base, in_model):
         if weight.role == "linear" and not weight.bare:
             module, (_, out, inp) = module_path(weight.in_model), weight.sizes
@@ -164,7 +164,7 @@ def plan_image_adapter(
     base: Checkpoint,
     is_budget: bool,
 ) -> AdapterPlan:
-    """Plan an adapter of format `to` with the ranks of a plan that was made for PEFT.
+    """Plan an adapter of format `to`, with the ranks of a plan for PEFT.
 
     Raises:
         InputError: the model's family is not known, or no matrix gets a rank.

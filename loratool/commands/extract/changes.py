@@ -1,8 +1,8 @@
-"""Sort what a fine-tune changed into deltas to factor, tensors to keep exactly, and tensors to leave out.
+"""Sort the changes of a fine-tune into deltas to factor, tensors to keep exactly, and tensors to exclude.
 
-A tensor goes where its role says, which the headers tell; whether it changed is then asked of all, as each costs
-reading it, and can be asked of any rank. The one matrix of a tied model is several modules at once, an embedding and a
-head for one, so its delta is for each that the model calls.
+The role of a tensor, known from headers, decides where it goes. Whether it changed is found by reading it, which ranks
+share. The one matrix of a tied model is several modules, as an embedding and a head, so its delta is for each module
+that the model calls.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ...files.tensor_ref import TensorRef
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """A weight whose delta is factored."""
+    """A weight with a delta to factor."""
 
     weight: ModelWeight
     sides: Mapping[str, tuple[TensorRef, TensorRef]]  # the base's name -> the tensor of base and tuned model
@@ -47,20 +47,20 @@ class WeightDelta:
 
     @property
     def matrices(self) -> list[tuple[list[TensorRef], list[TensorRef]]]:
-        """Return of each matrix the tensors of base and tuned model that are below one another in it."""
+        """Return for each matrix the tensors of base and tuned model that are concatenated in it."""
         both = (self.weight.matrices(lambda name, side=side: self.sides[name][side]) for side in (0, 1))  # type: ignore[misc]
         return list(zip(*both, strict=True))
 
     @property
     def is_precise(self) -> bool:
-        """Return whether all of both sides is in 32 bits or more, of which no rounding is worth mention."""
+        """Return whether both sides have 32 bits or more everywhere, so that rounding is negligible."""
         sides = [ref for matrix in self.matrices for side in matrix for ref in side]
         return all(not ref.weight and ref.spec.dtype in ("F32", "F64") for ref in sides)
 
 
 @dataclass
 class SortedDeltas:
-    """Everything that differs between the two models, and where it goes."""
+    """All differences between the two models, and where each goes."""
 
     in_model: ClassNames | None = None  # as in `plan_sorting`
     low_rank: dict[str, WeightDelta] = field(default_factory=dict)  # by the base's name
@@ -82,7 +82,7 @@ class SortedDeltas:
 
 @dataclass(frozen=True)
 class SidePair:
-    """A tensor of the base and the one of the tuned model, to be compared."""
+    """A tensor of the base and that of the tuned model, to be compared."""
 
     name: str
     base: TensorRef
@@ -123,12 +123,12 @@ def plan_sorting(
     bias: bool,
     in_model: ClassNames | None = None,
 ) -> Sorting:
-    """Plan what to compare of two models, and where it goes if it differs.
+    """Plan the comparisons of two models, and where each tensor goes if it differs.
 
     Args:
         embed: a key of EMBED_CHOICES.
         bias: keep changed biases and norms.
-        in_model: maps a tensor's name to the one in the model that PEFT wraps; None for an adapter that is not PEFT's.
+        in_model: maps a tensor's name to that in the model that PEFT wraps; None for other formats than PEFT.
 
     Raises:
         InputError: the shapes of a tensor differ otherwise than by the size of a vocabulary.
@@ -156,7 +156,7 @@ VOCABULARY = frozenset({"embedding", "head"})  # roles whose rows are tokens
 
 @dataclass(frozen=True)
 class _Case:
-    """A tensor, or the tensors of a weight, and where it goes if it changed."""
+    """A tensor, or the tensors of a weight, and where they go if they changed."""
 
     place: str  # factors, vocabulary, exact or out
     pairs: tuple[SidePair, ...]
@@ -165,11 +165,11 @@ class _Case:
 
 
 class Sorting:
-    """The plan of what is compared of two models, and what follows from the comparisons.
+    """The plan of the comparisons of two models, and their consequences.
 
     Attributes:
-        pairs: what is to be compared.
-        deltas: the weights that are factored if they changed.
+        pairs: the tensors to compare.
+        deltas: the weights to factor if they changed.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class Sorting:
         }
 
     def _path(self, name: str) -> str:
-        """Return a tensor's name in the class, or in the files for an adapter that is not PEFT's."""
+        """Return a tensor's name in the class, or in the files for other formats than PEFT."""
         return self._in_model(name) if self._in_model else name
 
     def _plan(self, name: str, case: _Case) -> None:
@@ -234,7 +234,7 @@ class Sorting:
             self._plan(name, _Case(place, (SidePair(name, base, tuned, measured=True),)))
 
     def plan_rearranged(self, delta: WeightDelta) -> None:
-        """Plan a weight that is several tensors of the files, or some rows of one.
+        """Plan a weight that is several tensors in the files, or some rows of one.
 
         Raises:
             InputError: the shapes of a tensor differ.
@@ -259,7 +259,7 @@ class Sorting:
             self._plan(name, _Case("bias" if is_exact else "out", (SidePair(name, base, tuned, measured),)))
 
     def sort(self, compared: Sequence[Compared]) -> SortedDeltas:
-        """Return what differs and where it goes, by what `compare_sides` has found of each of `pairs`."""
+        """Return the differences and where they go. `compared` has a result of `compare_sides` per pair."""
         deltas, results = SortedDeltas(self._in_model, taken=self._taken), iter(compared)
         for name, case in self._cases:
             changed = bool(case.grown)
@@ -292,7 +292,7 @@ class Sorting:
             deltas.left_out[name] = math.sqrt(deltas.norms[name][1]) if name in deltas.norms else None
 
     def _place(self, name: str, weight: ModelWeight | None, base: TensorRef, grown: bool) -> str:
-        """Return where a tensor that changed goes: factors, vocabulary, exact or out."""
+        """Return where a changed tensor goes: factors, vocabulary, exact or out."""
         path, group = self._path(name), self._unnamed.get(name, "")
         uses = [self._path(use) for use, _ in self._uses.get(name, ())]
         selected = self._selection.selects(*{*map(module_path, (name, path, *uses))})
@@ -310,18 +310,18 @@ class Sorting:
         return "exact" if self._bias and (name in self._routers or _is_bias_or_norm(name, base)) else "out"
 
     def _is_used_otherwise(self, name: str, weight: ModelWeight) -> bool:
-        """Return whether factors of an embedding or a head would change something else than the tuned model did."""
+        """Return whether factors of an embedding or a head would change something that the tuned model did not."""
         past = bool(PAST_ITS_MODULE.intersection(self._base.model_types))
         if past and any(transposed for _, transposed in self._uses.get(name, ())):
             return True
         return self._in_model is not None and looks_up_otherwise(self._base, weight.in_model)
 
     def _names_used(self, name: str) -> list[str]:
-        """Return the names under which a tensor has to be in the adapter."""
+        """Return the names that a tensor must have in the adapter."""
         return [use for use, _ in self._uses.get(name, ())] or [name]
 
     def _keep_vocabulary(self, deltas: SortedDeltas, name: str, tuned: TensorRef) -> None:
-        """Keep an embedding or a head exactly, with its bias or norm: PEFT expects all of a module that it saves."""
+        """Keep an embedding or a head exactly, with its bias or norm: PEFT expects all tensors of a saved module."""
         base, exact = self._base, deltas.exact
         for use in self._names_used(name):
             module = module_path(use)
@@ -336,7 +336,7 @@ class Sorting:
                 exact.setdefault(f"{module}.bias", base.ref(stored))
 
     def _keep_exactly(self, deltas: SortedDeltas, name: str, tuned: TensorRef) -> None:
-        """Keep a bias by itself, or all of a norm's or router's module, though some of it may not have changed."""
+        """Keep a bias by itself, or the full module of a norm or router, even if parts of it did not change."""
         uses = self._names_used(name)
         deltas.exact.update(dict.fromkeys(uses, tuned))
         if name in self._routers:
@@ -362,7 +362,7 @@ def _are_numbers(base: TensorRef, tuned: TensorRef) -> bool:
 
 
 def _is_unchanged(base: TensorRef, tuned: TensorRef) -> bool:
-    """Return whether both have the same numbers, where one alone is coded as far as the other's type holds them."""
+    """Return whether both have the same numbers. If one is coded, they are compared in the type of the other."""
     if (base.weight is None) != (tuned.weight is None):
         coded, plain = (base, tuned) if base.weight else (tuned, base)
         return same_values(coded, plain)

@@ -1,8 +1,8 @@
-"""`extract` writes a full fine-tune's delta as an adapter: each matrix at the best of its rank, biases and norms exact.
+"""Run `extract`: write a full fine-tune's delta as an adapter, with the best factors of a rank and exact biases.
 
-Each thread has one matrix in memory at a time: the truncated SVD of D = TUNED - BASE, in float32, goes into a journal,
-by which a run that died is continued. When all ranks are known, the adapter is written from there. Everything that
-changed is in the adapter or reported with its norm.
+Each thread has one matrix in memory at a time. The truncated SVD of D = TUNED - BASE, in float32, goes into a journal,
+so that a run that died can be resumed. When all ranks are known, the adapter is written from the journal. Every change
+is in the adapter or reported with its norm.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ LOW = 0.5  # share of the energy below which the report says what rank would kee
 
 
 def run_extract(call: Extract) -> ExtractReport:
-    """Write the delta TUNED - BASE as an adapter; quantized weights of either are the numbers that their codes mean."""
+    """Write the delta TUNED - BASE as an adapter. Quantized weights of either model are dequantized."""
     options = {
         "rank": call.rank,
         "energy": call.energy,
@@ -146,7 +146,7 @@ def run_extract(call: Extract) -> ExtractReport:
 def _head(
     sides: Sequence[Checkpoint], call: Extract, imatrix: ImatrixFile | None, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Return what the journal says of the run: whatever decides about the factors' bytes, by name."""
+    """Return the journal's description of the run: everything that the factors' bytes depend on, by name."""
     shards = [shard for side in sides for shard in side.shards]
     configs = [(side.config, side.declared) for side in sides]
     inputs = described_inputs(shards, configs, [imatrix.path] if imatrix else ())
@@ -159,9 +159,9 @@ def _head(
 def _opened(
     path: Path, is_file: bool, head: Mapping[str, Mapping[str, Any]], resume: bool, dry_run: bool
 ) -> Iterator[tuple[Job, Journal, Path | BinaryIO | None]]:
-    """Open the adapter's place and its journal as `journaled` does, in a dry run a journal without a name alone.
+    """Open the output and its journal as `journaled` does. A dry run gets only an unnamed journal.
 
-    The place is None on ranks other than 0, which leave before the adapter is written.
+    The output is None on ranks other than 0, which exit before the adapter is written.
     """
     if dry_run:
         if resume:
@@ -187,7 +187,7 @@ def _refuse_unsaid(base: Checkpoint, in_model: ClassNames, deltas: SortedDeltas)
 
 
 def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, report: ExtractReport) -> bytes:
-    """Return the output's model card; `options` are those of its command."""
+    """Return the output's model card. `options` are those of its command."""
     base, tuned = (input_word(name) for name in (report.base, report.tuned))
     facts = [
         f"{rank_range(m.rank for m in report.modules)} in {len(report.modules)} modules",
@@ -205,7 +205,7 @@ def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, rep
 
 
 def _refuse_codes(side: Checkpoint) -> None:
-    """Raise InputError for a GGUF model in codes: what these round would count as change."""
+    """Raise InputError for a GGUF model in codes: their rounding would count as a change."""
     coded = next((name for name in side.stored if side.shard_of[name].stored_type(name) in BLOCK_TYPES), None)
     if coded:
         raise InputError(
@@ -216,7 +216,7 @@ def _refuse_codes(side: Checkpoint) -> None:
 
 
 def _named(base: Checkpoint, pairs: ModelPairs, in_model: ClassNames | None) -> set[str]:
-    """Return the paths that a pattern can name: those of the files and of what is tied to them, and the class's."""
+    """Return the paths that a pattern can name: those of the files, of tied tensors, and of the class."""
     tie = find_tie(base)
     stored = {*pairs.both, *(tie.lacking(base) if tie else ())}
     names = {*stored, *map(in_model, stored)} if in_model else stored
@@ -225,7 +225,7 @@ def _named(base: Checkpoint, pairs: ModelPairs, in_model: ClassNames | None) -> 
 
 
 def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:
-    """Raise UsageError if what is kept exactly is more than the whole adapter may be."""
+    """Raise UsageError if the exact tensors alone exceed the budget of the adapter."""
     name, value = rule
     spent = sum(spec.nbytes if name == "size" else spec.size for spec in plan.content.specs.values())
     if name not in RANK_RULES and spent > value:
@@ -237,7 +237,7 @@ def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:
 
 
 def _refuse(work: Extraction, deltas: SortedDeltas, allow: tuple[str, ...]) -> None:
-    """Raise if there is nothing to extract, or the two models are no fine-tune of each other."""
+    """Raise if there is nothing to extract, or one model is no fine-tune of the other."""
     if not (work.factored or deltas.exact or deltas.left_out):
         raise InputError("the two models are equal: there is nothing to extract")
     if not (work.factored or deltas.exact):
@@ -254,7 +254,7 @@ def _refuse(work: Extraction, deltas: SortedDeltas, allow: tuple[str, ...]) -> N
 
 
 def _refuse_nothing(rule: str, ranks: Mapping[str, int], work: Extraction, deltas: SortedDeltas) -> None:
-    """Raise if a rule leaves out all that changed."""
+    """Raise if a rule gives no matrix a rank."""
     changed = any(factored.known for factored in work.factored.values())
     if rule in RANK_RULES and changed and not (deltas.exact or any(ranks.values())):
         above = "larger than noise can have made it" if rule == "noise" else f"kept by {rule}"
@@ -265,9 +265,9 @@ def _refuse_nothing(rule: str, ranks: Mapping[str, int], work: Extraction, delta
 
 
 def _relative(work: Extraction, deltas: SortedDeltas) -> float | None:
-    """Return ||TUNED - BASE|| / ||BASE|| over the matrices that changed; None if they are 0 in BASE.
+    """Return ||TUNED - BASE|| / ||BASE|| over the matrices that changed. None if they are 0 in BASE.
 
-    Biases do not count, since one may well have begun at 0.
+    Biases are left out, as they often start at 0.
     """
     both = list(work.seen.values()) + [deltas.norms[name] for name in deltas.matrices]
     base, delta = math.fsum(w for w, _ in both), math.fsum(d for _, d in both)
@@ -318,7 +318,7 @@ def _build_report(
 
 
 def _lost(factored: Sequence[tuple[DeltaFactors, int]]) -> float | None:
-    """Return the share of the norm of changes that their factors of these ranks do not hold; None if there are none."""
+    """Return the relative error of factors of these ranks, over all changes. None if there are none."""
     total = math.fsum(each.spectrum.total for each, _ in factored)
     kept_energy = math.fsum(math.fsum(each.spectrum.squares[:rank]) for each, rank in factored)
     return math.sqrt(max(0.0, 1.0 - kept_energy / total)) if total else None

@@ -1,6 +1,6 @@
-"""Factor each matrix that changed, at the rank that the rule asks for, as far as ranks are known before all are seen.
+"""Factor each matrix that changed, at the rank of the rule. Budgets need the spectra of all matrices first.
 
-The ranks of a job share the matrices, and a journal has the results. A thread has one matrix in memory at a time.
+The ranks of a job share the matrices, and a journal stores the results. A thread has one matrix in memory at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ROOM = 1 << 30  # numbers of the matrices in memory on a machine, unless one alo
 
 @dataclass(frozen=True)
 class Work:
-    """The job and the journal of an extraction's work, and the device that does it."""
+    """The job, the journal and the device of an extraction."""
 
     job: Job
     journal: Journal
@@ -50,18 +50,18 @@ class Work:
 
     @property
     def workers(self) -> int:
-        """How many matrices are under way: on a GPU one is read while another is computed."""
+        """How many matrices are in progress: on a GPU one is read while another is computed."""
         return worker_count() if self.device.type == "cpu" else 2
 
 
 def compare_models(sorting: Sorting, work: Work) -> SortedDeltas:
-    """Compare all pairs of a plan, and sort what differs."""
+    """Compare all pairs of a plan, and sort the differences."""
     tasks = [Task(item, (pair.name, 0, 0), partial(compare_sides, pair)) for item, pair in enumerate(sorting.pairs)]
     return sorting.sort(run_tasks("compared", tasks, work.job, work.journal, worker_count()))
 
 
 class Extraction:
-    """The factors of each matrix at the rank that the rule asks for, and the norms measured on the way."""
+    """The factors of each matrix at the rank of the rule, and the norms measured on the way."""
 
     def __init__(
         self,
@@ -88,21 +88,21 @@ class Extraction:
 
     @property
     def unweighted(self) -> tuple[str, ...]:
-        """The modules of whose inputs the file of moments tells nothing."""
+        """The modules whose inputs are not in the file of moments."""
         return tuple(self._moments.missing) if self._moments else ()
 
     def require_moments(self) -> None:
-        """Raise InputError if there is a file of moments that tells nothing of any weight's inputs."""
+        """Raise InputError if there is a file of moments without the inputs of any weight."""
         if self._moments:
             for delta in self._found.low_rank.values():
                 self._input_weights(delta)
             self._moments.require_known()
 
     def factor_all(self) -> None:
-        """Factor all that changed.
+        """Factor all changed weights.
 
         Raises:
-            RankDone: to ranks other than 0, which have not all factors.
+            RankDone: on ranks other than 0, which do not have all factors.
         """
         wanted = dict.fromkeys(self._found.low_rank, self._first_rank())
         self._factor_each(0, wanted)
@@ -121,7 +121,7 @@ class Extraction:
         return min(max(FIRST_RANK, HEADROOM * (self._budget // max(1, cost))), self._max_rank)
 
     def _more(self) -> dict[str, int]:
-        """Return the ranks of which to compute more: of matrices of which a budget chooses the last triplet known."""
+        """Return larger ranks for matrices that need more triplets, as the budget selects all known ones."""
         if self._rule in RANK_RULES:
             return {}
         ranks = self.ranks()
@@ -132,7 +132,7 @@ class Extraction:
         }
 
     def _factor_each(self, turn: int, wanted: Mapping[str, int]) -> None:
-        """Factor weights at these ranks, the largest first, so that none is left for the end."""
+        """Factor weights at these ranks, the largest first, so that no large one runs alone at the end."""
         work, names = self._work, sorted(wanted, key=lambda name: -self._found.low_rank[name].weight.spec.size)
         base = self._first_item + turn * len(self._numbers)
         tasks = [
@@ -157,10 +157,10 @@ class Extraction:
             self.seen[name] = base_squared, self.factored[name].norm_squared
 
     def _factor(self, delta: WeightDelta, rank: int) -> tuple[DeltaFactors, float]:
-        """Return the factors of a weight, and ||W||^2; a stack is read again for more, as one matrix is in memory.
+        """Return the factors of a weight, and ||W||^2. A stack is read again if it needs more triplets.
 
         Args:
-            rank: to compute, if the rule does not ask for more.
+            rank: the rank to compute, if the rule does not need more.
         """
         with self._room.taken(math.prod(delta.weight.sizes[1:])):
             return self._factor_held(delta, rank)
@@ -198,7 +198,7 @@ class Extraction:
         return factored, math.fsum(squares)
 
     def _differences(self, delta: WeightDelta, inputs: Tensor | None) -> Iterator[Difference]:
-        """Yield D of each matrix of a weight, its columns multiplied by the weights of their inputs, if any."""
+        """Yield D for each matrix of a weight, with columns times the weights of their inputs, if any."""
         kind, shape = delta.weight.kind, delta.weight.spec.shape
         for e, sides in enumerate(delta.matrices):
             difference = matrix_difference(*sides, self._work.device)
@@ -231,7 +231,7 @@ class Extraction:
 
 
 class _Room:
-    """Memory that threads take some of; one that finds too little waits, and what is more than all takes all."""
+    """A budget of memory for threads. A thread waits until there is enough; a request above the total takes all."""
 
     def __init__(self, size: int) -> None:
         self._size, self._free, self._changed = size, size, threading.Condition()
@@ -251,7 +251,7 @@ class _Room:
 
 
 def _whole_spectrum(matrices: Iterable[Tensor], cost: int) -> SingularValues:
-    """Return all singular values of a matrix or of a stack, and what noise of unknown size in them stays below."""
+    """Return all singular values of a matrix or a stack, and the threshold for noise of unknown size."""
     edges, squares = list[float](), torch.zeros(0, dtype=torch.float64)
     for D in matrices:
         m, n = D.flatten(1).shape

@@ -1,8 +1,8 @@
-"""`init` starts an adapter from a base's files alone, by every method of the literature that needs no data.
+"""Run `init`: initialize an adapter from a base's files, by all published methods that need no data.
 
-The adapter is planned from headers; then the factors of one weight after another are computed. Methods that take their
-factors out of the base write that residual too: it is the merge of the initial adapter with weight -1, so it streams,
-is rounded once, and can be undone.
+The adapter is planned from headers, and factors are computed one weight at a time. Methods that take their factors out
+of the base also write the residual. It is the merge of the initial adapter with weight -1, so it streams, is rounded
+once, and can be undone.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ COARSE = 1e-5  # relative distance of residual + adapter from the base, above wh
 
 
 def run_init(call: Init) -> InitReport:
-    """Initialize an adapter for chosen weights of a base, from its files alone."""
+    """Initialize an adapter for selected weights of a base, from its files alone."""
     budget = parse_count(call.params)
     _check_numbers(call.rank, budget, call.alpha)
     with ExitStack() as opened:
@@ -153,7 +153,7 @@ def run_init(call: Init) -> InitReport:
 
 
 def _open_trainable(base: str | os.PathLike[str], to: str | None, opened: ExitStack) -> tuple[Checkpoint, Format]:
-    """Open a model and choose its adapter's format; raise an error for names under which nothing is trained."""
+    """Open a model and choose its adapter's format. Raise an error for names that no trainer uses."""
     checkpoint = open_model(base, "init starts one for a model", opened)
     if checkpoint.is_gguf:
         message, remedy = "is a GGUF model, under whose names nothing is trained", "convert it, and start from that"
@@ -170,7 +170,7 @@ def _card(
     """Return the adapter's model card.
 
     Args:
-        base: with the name by which it was given.
+        base: with the name that the user gave.
         options: words of the command.
     """
     given, model = base
@@ -229,7 +229,7 @@ def _check_kinds(weights: Sequence[ModelWeight], method: str, dora: bool) -> Non
 def _check_residual(
     base: Checkpoint, residual: str | os.PathLike[str], adapter: Path, dtype: str | None, undo: bool, force: bool
 ) -> Path:
-    """Return the residual's path, after refusing all that can be refused before the factors are computed."""
+    """Return the residual's path, after all checks that need no factors."""
     path, is_file = check_output_name(residual)
     if is_file:
         raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
@@ -250,7 +250,7 @@ def _check_residual(
 
 
 class _Initialization:
-    """The initial factors of each weight, what is reported of them, and the residual that they leave."""
+    """The initial factors of each weight, their rows of the report, and the residual."""
 
     def __init__(
         self,
@@ -275,7 +275,7 @@ class _Initialization:
     def write_residual(
         self, place: Path, adapter: tuple[Path, bool], card: Callable[[], bytes] | None
     ) -> ResidualReport:
-        """Write the residual base with the initial adapter in it, then the adapter, which has DoRA's magnitudes too."""
+        """Write the residual base with the initial adapter in it, then the adapter, with DoRA's magnitudes."""
         size = self._residual_bytes()
         factors = sum(spec.nbytes for spec in self._starter.specs.values())
         require_free_space(place.absolute().parent, size + 2 * factors)
@@ -299,7 +299,7 @@ class _Initialization:
         return self._residual
 
     def _residual_bytes(self) -> int:
-        """Return the size of the residual's tensors: what gets factors is plain in it, and what is fused with that."""
+        """Return the size of the residual's tensors. Weights with factors, and those fused with them, are plain."""
         base = self._base
         coded = [n for each in self._adapted_weights for n in each.weight.names if n in base.weights]
         coded_names = base.weights.keys() - with_siblings(base, coded)
@@ -345,7 +345,7 @@ class _Initialization:
         return (self._dtype,) if self._dtype else tuple(sorted(types))
 
     def _provenance(self, sha256: str, scales_sha256: str) -> str:
-        """Return what made the residual, with the hashes of the base's files."""
+        """Return the provenance of the residual, with the hashes of the base's files."""
         paths = paths_of(self._base.shards)
         with closing(map_in_order(sha256_file, paths, worker_count())) as hashes:
             of = {path.name: digest for path, digest in zip(paths, hashes, strict=True)}

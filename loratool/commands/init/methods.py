@@ -1,8 +1,8 @@
-"""Make an adapter's first B and A from a weight's shape or its values: a function for each method of INITS.
+"""Initial B and A of an adapter from a weight's shape or values: a function for each method of INITS.
 
 Formulas are PEFT's (`peft/tuners/lora/layer.py`, 0.21): a weight W is (out, in), its delta s B A with s = alpha / r, or
 alpha / sqrt(r) under rsLoRA. Every kind of weight comes as a stack of E such matrices (`weight_kinds.WEIGHT_KINDS`).
-What is random follows from the seed and the weight's name alone, so that neither the order nor the selection shows.
+Random numbers depend only on the seed and the weight's name, not on the order or the selection of weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...numerics.svd import least_triplets, truncated_svds
 
 @dataclass(frozen=True)
 class InitWeight:
-    """A weight to make factors for, as a stack of E matrices."""
+    """A weight that needs factors, as a stack of E matrices."""
 
     sizes: tuple[int, int, int]  # (E, out, in)
     embedding: bool
@@ -42,7 +42,7 @@ class InitialFactors:
 
 
 def _random_A(weight: InitWeight, rank: int, draw: Draw, a: Callable[[int, int, int], Tensor]) -> InitialFactors:
-    """Return B = 0 and A as `a` draws it; of an embedding A = 0 and B normal, as for nn.Embedding itself."""
+    """Return B = 0 and A as `a` draws it. For an embedding return A = 0 and a normal B, as for nn.Embedding."""
     E, out, inp = weight.sizes
     if weight.embedding:
         return InitialFactors(torch.zeros(rank, E, inp, dtype=torch.float32), draw.normal("B", rank, E, out).float())
@@ -96,7 +96,7 @@ def _milora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialF
 def _split_triplets(
     weight: InitWeight, rank: int, scale: float, triplets: list[tuple[Tensor, Tensor, Tensor]], gap: float
 ) -> InitialFactors:
-    """Return B = U sqrt(S / s), A = sqrt(S / s) V^T of each matrix; zeros where it has fewer than r."""
+    """Return B = U sqrt(S / s), A = sqrt(S / s) V^T of each matrix, padded with zeros to rank r."""
     E, out, inp = weight.sizes
     A, B = torch.zeros(rank, E, inp, dtype=torch.float32), torch.zeros(rank, E, out, dtype=torch.float32)
     for e, (U, S, V) in enumerate(triplets):
@@ -130,7 +130,7 @@ def _olora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFa
 
 @dataclass(frozen=True)
 class InitMethod:
-    """A way to make the first factors, and what it takes to train them."""
+    """A method of initialization, with its requirements for training."""
 
     make: Callable[[InitWeight, int, float, Draw], InitialFactors]  # (weight, r, s, draw) -> factors
     reads: bool = False  # it needs the weights' values

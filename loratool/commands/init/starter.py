@@ -1,6 +1,6 @@
-"""Choose from headers which weights of a base get factors and of which rank, and make the adapter's tensors.
+"""Select from headers the weights of a base that get factors, with their ranks, and compute the adapter's tensors.
 
-The factors come one weight at a time, when the writer asks for them.
+Factors are computed one weight at a time, when the writer requests them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ TEXT_TO_TEXT = frozenset(
 
 
 def task_type(kind: ModelClass | None) -> str | None:
-    """Return PEFT's task type for a class; None if there is none for it."""
+    """Return PEFT's task type for a class. None if there is none."""
     if kind is None:
         return None
     if kind.name.endswith("ForConditionalGeneration") and kind.model_type in TEXT_TO_TEXT:
@@ -79,7 +79,7 @@ def assign_ranks(
 ) -> dict[str, int]:
     """Return each candidate's rank: that of the first pattern that matches, else `rank`.
 
-    With `params`, `rank` gives way to the largest rank for which the adapter has at most so many parameters.
+    With `params`, the largest rank within that many parameters replaces `rank`.
 
     Raises:
         UsageError: a pattern matches no candidate, `params` is too few, or a rank cannot be a candidate's.
@@ -163,7 +163,7 @@ class AdaptedWeight:
 def make_adapted_weights(
     candidates: Sequence[ModelWeight], ranks: Mapping[str, int], alpha: float | None, rslora: bool
 ) -> tuple[list[AdaptedWeight], FactorLayout]:
-    """Give each candidate its wrapper, rank and scale; alpha None is each one's own rank."""
+    """Return each candidate with its wrapper, rank and scale. `alpha` None means alpha = rank."""
     by_name = {each.in_model: each for each in candidates}
     kinds = {name: each.kind for name, each in by_name.items()}
     bare = {name for name, each in by_name.items() if each.bare}
@@ -178,10 +178,10 @@ def make_adapted_weights(
 
 
 class AdapterInitializer:
-    """The adapter's tensors by name, computed a weight at a time, in the order in which they are written.
+    """The adapter's tensors by name, computed one weight at a time, in the order of writing.
 
-    On a CPU each core has a weight of its own: products with a few columns wait for the memory, and two cores on one
-    product for each other. `done` is called with each weight's bytes.
+    On a CPU each core works on its own weight: products with few columns wait for memory, and two cores on one product
+    for each other. `done` is called with each weight's bytes.
     """
 
     def __init__(
@@ -221,9 +221,9 @@ class AdapterInitializer:
         return self._last[key]
 
     def load_any(self, key: str) -> Tensor:
-        """Return a tensor in any order, but of each weight its magnitude last.
+        """Return a tensor in any order, but each weight's magnitude last.
 
-        The factors of a weight that is not the last one asked for are computed again.
+        Only the factors of the last weight are cached. Others are computed again.
         """
         if key in self.magnitudes:
             return self.magnitudes[key]
@@ -252,7 +252,7 @@ class AdapterInitializer:
         return self._init.make(given, adapted.rank, adapted.scale, Draw(self._seed, adapted.weight.name))
 
     def _of_each_matrix(self, adapted: AdaptedWeight) -> InitialFactors:
-        """Return the factors that need the weight's values, and keep its magnitudes; one matrix is in memory."""
+        """Return the factors that need the weight's values, and store its magnitudes. One matrix is in memory."""
         weight, (_, out, inp), factors = adapted.weight, adapted.weight.sizes, list[InitialFactors]()
         for parts in weight.matrices(self._base.ref):
             rows = [read_float32(part, self._device) for part in parts]
@@ -271,7 +271,7 @@ def adapter_config(
 ) -> dict[str, Any]:
     """Return PEFT's adapter_config.json.
 
-    `kind` is the class that it wraps, `name` the base's, `flags` are use_dora and use_rslora.
+    `kind` is the wrapped class, `name` that of the base, and `flags` are use_dora and use_rslora.
     """
     fields: dict[str, Any] = {} if alpha is None else {"lora_alpha": alpha, "alpha_pattern": {}}
     return lora_config(
@@ -288,7 +288,7 @@ def adapter_config(
 def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[float, float]]:
     """Return name -> (||W' + s B A - W||^2, ||W||^2) for each weight W and its residual W'.
 
-    plan: of the merge that took the factors out; result: what it wrote.
+    plan: of the merge that took the factors out; result: its output.
     """
     load = UpdateLoader(torch.device("cpu"))
 
@@ -326,7 +326,7 @@ def plan_start(
     starter: AdapterInitializer,
     config: Mapping[str, Any],
 ) -> tuple[AdapterContent, tuple[str, ...]]:
-    """Return what `init` writes in format `to`, and notes for the user; `config` is PEFT's adapter_config.json."""
+    """Return the output of `init` in format `to`, and notes for the user. `config` is PEFT's adapter_config.json."""
     specs = {**starter.specs, **starter.magnitude_specs}
     is_image = is_image_adapter(base, to)
     if to.key == Peft.key and not is_image:

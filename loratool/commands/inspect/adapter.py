@@ -1,7 +1,7 @@
-"""Inspect an adapter in depth: what its deltas are, from the factors, and what is wrong with it.
+"""Inspect an adapter in depth: measure its deltas from the factors, and list its problems.
 
-The factors are read, one module at a time; with a base also the weights that they change. Whatever would make a merge
-fail, or do something else than its author meant, is a line in `problems`.
+Factors are read one module at a time; with a base, so are the weights that they change. `problems` has a line for
+everything that would make a merge fail, or give another result than the author meant.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ NAMES_SHOWN = 4
 
 
 def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
-    """Describe an adapter that could be opened; what is wrong with it is in the report.
+    """Describe an open adapter. The report has its problems.
 
     Raises:
         InputError: the base cannot be read.
@@ -118,7 +118,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
 def _hold_against(
     adapter: Adapter, base: Checkpoint, name: str, problems: list[str]
 ) -> tuple[Coverage, Binding | None]:
-    """Return the coverage from the names alone, and the binding if the shapes fit too."""
+    """Return the coverage by names, and the binding if the shapes fit too."""
     tie = find_tie(base)
     specs, coded = bindable(base, tie)
     matches, missing = resolve_modules(with_coded(specs, coded), adapter, base.configs)
@@ -155,7 +155,7 @@ def _hold_against(
 
 
 def _faults(adapter: Adapter) -> list[str]:
-    """List what a merge refuses, a line for all modules with the same fault."""
+    """Return the faults that a merge refuses, with a line for all modules with the same fault."""
     modules: dict[str, list[str]] = {}
     for module, update in adapter.updates.items():
         if update.fault:
@@ -170,7 +170,7 @@ def _faults(adapter: Adapter) -> list[str]:
 
 
 def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[Placed]]) -> tuple[str, ...]:
-    """Say which of the modules change a quantized weight, and what a merge makes of it."""
+    """Return a note on the modules that change quantized weights, and on how a merge writes these."""
     codecs = {m: [ref.weight.kind for ref, *_ in placed if ref.weight] for m, placed in weights.items()}
     coded = [module for module, keys in codecs.items() if keys]
     if not coded:
@@ -184,7 +184,7 @@ def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[Placed]]) -> tu
 def _measure(
     adapter: Adapter, placed_by_module: Mapping[str, Sequence[Placed]], module: str
 ) -> tuple[ModuleReport, list[str]]:
-    """Return the figures of a module, and what is wrong with it."""
+    """Return the figures of a module, and its faults."""
     placed, problems = placed_by_module.get(module, ()), list[str]()
     spec, weights = adapter.updates[module], [*{ref.name: ref for ref, *_ in placed}.values()]
     norm = rank = relative = None
@@ -223,7 +223,7 @@ def _measure(
 
 
 def _norm_without_factors(adapter: Adapter, spec: UpdateSpec, placed: Sequence[Placed]) -> float | None:
-    """Return ||D|| of an update that has no factors; None if only a base would tell it, and there is none."""
+    """Return ||D|| of an update without factors. None if it depends on a base, and there is none."""
     if spec.cls in (AddDelta, Diff):
         (name,) = spec.tensors.values()
         return math.sqrt(squared_norm(TensorRef(adapter.file, name))) * abs(spec.scale)
@@ -233,7 +233,7 @@ def _norm_without_factors(adapter: Adapter, spec: UpdateSpec, placed: Sequence[P
 
 
 def _norm_of_change(placed: Sequence[Placed]) -> float | None:
-    """Return ||W' - W||, with the weights read by blocks of rows; None if the weights are not finite."""
+    """Return ||W' - W||, with weights read by blocks of rows. None if the weights are not finite."""
     load, parts = UpdateLoader(torch.device("cpu")), []
     for weight, placement, _ in placed:
         columns = weight.spec.size // placement.rows
@@ -247,7 +247,7 @@ def _norm_of_change(placed: Sequence[Placed]) -> float | None:
 
 
 def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[TensorRef]) -> float | None:
-    """Return ||D|| of new values, by how far they are from the base's; None if that cannot be told."""
+    """Return ||D|| of new values, their distance from the base's. None if it is not known."""
     value = TensorRef(adapter.file, spec.tensors["value"])
     if len(weights) != 1 or not value.spec.shape or not {value.spec.dtype, weights[0].spec.dtype} <= set(FLOATS):
         return None
@@ -269,7 +269,7 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
 
 
 def _delta_norm(update: Update) -> tuple[float, float | None]:
-    """Return ||D|| and the effective rank of D, of an update that has factors; None if float64 does not hold them."""
+    """Return ||D|| and the effective rank of D, for an update with factors. None if float64 overflows."""
     S = update.singular_values()
     assert S is not None, "an update with a rank has factors"
     norm = float(S.norm())
@@ -279,7 +279,7 @@ def _delta_norm(update: Update) -> tuple[float, float | None]:
 
 
 def _zero_updates(details: Mapping[str, ModuleReport]) -> list[str]:
-    """List updates of 0: such an adapter was never trained, or was saved before it was."""
+    """Return problems with updates of 0: such an adapter was not trained, or was saved before training."""
     zero = [name for name, each in details.items() if each.norm == 0 and each.rank]
     if not zero:
         return []
@@ -291,7 +291,7 @@ def _zero_updates(details: Mapping[str, ModuleReport]) -> list[str]:
 
 
 def _config_problems(adapter: Adapter) -> list[str]:
-    """Compare the modules that the config names with those that are there."""
+    """Return problems with modules that the config names and the file does not have, and vice versa."""
     problems = _unused_patterns(adapter)
     targets = adapter.config.peft.get("target_modules")
     if not targets or targets == "all-linear":
@@ -312,7 +312,7 @@ def _config_problems(adapter: Adapter) -> list[str]:
 
 
 def _unused_patterns(adapter: Adapter) -> list[str]:
-    """List entries of rank_pattern and alpha_pattern that are for no module, so that it has the default instead."""
+    """Return problems with entries of rank_pattern and alpha_pattern that match no module: the default applies then."""
     paths = [path for m, u in adapter.updates.items() if u.rank or u.fault for path in (m, f"{m}.weight")]
     problems = []
     for key in ("rank_pattern", "alpha_pattern"):
@@ -329,7 +329,7 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def _groups(adapter: Adapter, details: Mapping[str, ModuleReport]) -> list[AdapterGroup]:
-    """Group updates whose names differ only in numbers, in the order in which a group's first module comes."""
+    """Group updates whose names differ only in numbers, in the order of each group's first module."""
     members: dict[tuple[object, ...], list[tuple[UpdateSpec, tuple[int, ...]]]] = {}
     for module, update in adapter.updates.items():
         parts, numbers = split_numbers(module, underscores=adapter.flattened)
@@ -362,7 +362,7 @@ def _groups(adapter: Adapter, details: Mapping[str, ModuleReport]) -> list[Adapt
 
 
 def _alpha(adapter: Adapter, update: UpdateSpec) -> float | None:
-    """Return the alpha of an update; None if its file, which could have one, has none, and so alpha is the rank."""
+    """Return the alpha of an update. None if the file could have one and does not, so that alpha is the rank."""
     divisor = update.cls.divisor(update)
     if not divisor or update.fault or (update.scale == 1 and _has_no_alphas(adapter)):
         return None

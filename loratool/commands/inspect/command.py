@@ -1,7 +1,7 @@
-"""`inspect` describes what is in a checkpoint, from headers alone; for an adapter it calls `inspect_adapter`.
+"""Run `inspect`: describe a checkpoint from headers alone, or call `inspect_adapter`.
 
-Names that differ only in numbers are one group, so that a model of 90,000 tensors reads like its config.
-Nothing here may import torch or numpy: the command answers before they would have loaded.
+Names that differ only in numbers are one group, so that a model of 90,000 tensors has a short table. Nothing here may
+import torch or numpy: the command is done before they would have loaded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def run_inspect(call: Inspect) -> CheckpointReport | AdapterInspection | MethodReport:
-    """Describe a checkpoint, an adapter or the output of another method, whichever the tensors' names tell."""
+    """Describe a checkpoint, an adapter or the output of another method. The tensors' names decide which it is."""
     if holds_adapter(call.path):
         if other := open_other(call.path):
             file, fields, key, method = other
@@ -130,7 +130,7 @@ def _inspect_checkpoint(checkpoint: Checkpoint, path: str) -> CheckpointReport:
 
 
 def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, _Weight]]:
-    """Yield every weight under its own name, in the order of the files."""
+    """Yield every weight under its name, in the order of the files."""
     unread = {coded.tensors[0]: (name, coded) for name, coded in checkpoint.coded.items()}
     companions = {tensor for coded in checkpoint.coded.values() for tensor in coded.tensors[1:]} - unread.keys()
     for name, spec in checkpoint.specs.items():
@@ -148,13 +148,13 @@ def _weights(checkpoint: Checkpoint) -> Iterator[tuple[str, _Weight]]:
 
 @lru_cache(maxsize=1024)
 def _plain_weight(spec: TensorSpec) -> _Weight:
-    """Share equal weights, of which a mixture of experts has tens of thousands."""
+    """Return a plain weight, cached: a mixture of experts has tens of thousands of equal ones."""
     return _Weight(spec, spec.size, spec.nbytes, None, len(spec.shape))
 
 
 @lru_cache(maxsize=1024)
 def _coded_weight(shape: tuple[int, ...], parts: tuple[TensorSpec, ...], codec: str) -> _Weight:
-    """Share equal coded weights. parts: their stored tensors, the codes first."""
+    """Return a coded weight, cached. parts: its stored tensors, the codes first."""
     codes, nbytes = TensorSpec(parts[0].dtype, shape), sum(part.nbytes for part in parts)
     return _Weight(codes, codes.size, nbytes, codec, len(shape))
 
@@ -183,7 +183,7 @@ def _plain_groups(specs: Mapping[str, TensorSpec]) -> Iterator[Group]:
 
 
 def _groups(weights: Iterable[tuple[str, _Weight]]) -> Iterator[Group]:
-    """Group weights whose names differ only in numbers, in the order in which a group's first one comes."""
+    """Group weights whose names differ only in numbers, in the order of each group's first one."""
     members: dict[tuple[tuple[str, ...], _Weight], list[tuple[tuple[int, ...], int]]] = {}
     for name, weight in weights:
         parts, numbers = split_numbers(name)

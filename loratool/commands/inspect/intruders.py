@@ -1,6 +1,6 @@
-"""Count the intruder dimensions that a change brings into a weight, and say what they mean.
+"""Count the intruder dimensions that a change brings into a weight.
 
-W' of an adapter is the number that a merge would round: that of all its updates of these rows, of DoRA too.
+W' of an adapter is the unrounded result of a merge, with all its updates of these rows, also DoRA.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MatrixPair = tuple[Callable[[], Tensor], Callable[[], Tensor]]  # read W' and W 
 
 
 def count_intruders(name: str, pairs: Iterable[MatrixPair], rule: IntruderRule, device: torch.device) -> IntruderCount:
-    """Count what is new in each W', a matrix at a time; `name` seeds the random starts."""
+    """Count the intruder dimensions of each W', a matrix at a time. `name` seeds the random starts."""
     examined = new = undecided = 0
     first: int | None = None
     squares, energy, matrices = torch.zeros(0, dtype=torch.float64), 0.0, 0
@@ -46,10 +46,10 @@ def count_intruders(name: str, pairs: Iterable[MatrixPair], rule: IntruderRule, 
 
 
 def place_matrices(base: Checkpoint, adapter: Adapter, selection: Selection) -> Mapping[str, Sequence[Placed]]:
-    """Return what each module changes, `together` with what changes the same rows.
+    """Return the placement of each module, with the updates of the same rows in `together`.
 
     Raises:
-        InputError: a module changes some rows of another, so that neither's rows are one matrix; or as `bind`.
+        InputError: a module changes some rows of another, so that neither is a matrix by itself; or as `bind`.
     """
     placed = placed_modules(base, bind_adapter(base, adapter, selection))
     return {module: [each._replace(together=_of_same_rows(each)) for each in found] for module, found in placed.items()}
@@ -69,7 +69,7 @@ def _of_same_rows(placed: Placed) -> tuple[Placement, ...]:
 
 
 def matrices_of(placed: Sequence[Placed], device: torch.device) -> Iterator[MatrixPair]:
-    """Yield for each matrix that a module changes how W' and W are read."""
+    """Yield functions that read W' and W, for each matrix that a module changes."""
     load = UpdateLoader(torch.device("cpu"))
     for weight, placement, together in placed:
         columns = weight.spec.size // placement.rows
@@ -90,7 +90,7 @@ def _read(
     """Return a placement's rows as (out, in) in float32, by blocks.
 
     Raises:
-        InputError: they have nan, inf or more than float32 can.
+        InputError: they have nan, inf or numbers beyond float32.
     """
     columns, count = weight.spec.size // placement.rows, placement.stop - placement.start
     out = torch.empty(count, columns, dtype=torch.float32, device=device)

@@ -1,8 +1,8 @@
-"""`inspect --spectra` reports the singular values of a model's matrices, or of an adapter's deltas.
+"""Run `inspect --spectra`: report the singular values of a model's matrices, or of an adapter's deltas.
 
-A delta's come from its factors; a weight's from the eigenvalues of the smaller of W^T W and W W^T in float64, which
-resolve them down to 1e-8 of the largest. One matrix is in memory at a time. Beside a base it also counts which leading
-singular vectors of the merged weights the adapter brings in.
+Those of a delta come from its factors. Those of a weight come from the eigenvalues of the smaller of W^T W and W W^T
+in float64, which resolve them down to 1e-8 of the largest. One matrix is in memory at a time. With a base it also
+counts the leading singular vectors of merged weights that the adapter adds.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _adapter_rows(
     rule: IntruderRule | None,
     device: torch.device,
 ) -> SpectrumRows:
-    """Yield a row for each update, beside a base (`placed`) with what is new in it."""
+    """Yield a row for each update. With a base (`placed`) it has the counts of intruder dimensions."""
 
     def measure(update: UpdateSpec) -> Spectrum:
         S = load_singular_values(adapter, update, device)
@@ -141,7 +141,7 @@ def _model_rows(model: Checkpoint, weights: Sequence[ModelWeight], device: torch
 
 
 def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int, noise: float) -> Spectrum:
-    """Summarize the singular values S of a stack: (E, k), falling; `noise` as in `spectrum_points`."""
+    """Summarize the singular values S of a stack: (E, k), descending. `noise` is as in `spectrum_points`."""
     norm = float(torch.linalg.vector_norm(S))
     spectrum = spectrum_points(S.square().sum(0), len(S), noise=noise)
     S = S.square().mean(0).sqrt().cpu()

@@ -1,8 +1,8 @@
 """Run the command `merge`: write W' = RN(W + sum of weight * delta), streamed from files to files.
 
-It plans from headers alone and refuses all that can be refused before the first byte is written. Then untouched ranges
-are copied inside the kernel, and adapted matrices pass by blocks of rows, so that memory does not depend on the model's
-size. The result's bytes depend on nothing but the inputs (`numerics.decide`).
+It plans from headers, and does all checks before the first byte is written. Then the kernel copies untouched ranges,
+and adapted matrices are streamed by blocks of rows, so that memory does not depend on the model's size. The bytes of
+the result depend only on the inputs (`numerics.decide`).
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def merge_card(
     """Return the card of a merge.
 
     Args:
-        commands: lines of a shell: what made it, and what verifies it.
-        report: of the merge; the figures of a dry run are not known.
+        commands: lines for a shell: the merge, and its verification.
+        report: of the merge; a dry run has no figures.
     """
     folders = [base.root if base.has_side_files else None]
     folders += [folder_of(adapter.name, adapter.file.path) for adapter, _ in adapters]
@@ -117,7 +117,7 @@ def merge_card(
 
 
 def _library(base: Checkpoint) -> str:
-    """Return the hub's name of what loads the model, empty if the files do not tell."""
+    """Return the hub's name of the library that loads the model. Empty if the files do not show it."""
     if base.parts or "_class_name" in base.config:
         return usual_format("pipeline").key
     if is_of_mlx(base):
@@ -196,12 +196,12 @@ def write_merged(
     """Write the merged model of a plan.
 
     Args:
-        call: says how, with the base's name in the report; its other inputs are in the plan.
+        call: the options, and the name of the base for the report; its other inputs are in the plan.
         place: the output's path, and whether it is a file.
         described: the call for the journal.
-        like: the quantized model as which the output is stored, opened.
-        card: makes the model card of a folder of the report.
-        beside: name in the output's folder -> a file that is copied there.
+        like: the open quantized model whose format the output gets.
+        card: makes the model card of a folder from the report.
+        beside: name in the output's folder -> a file to copy there.
     """
     path, is_file = place
     base, dtype = os.fspath(call.base), MERGE_DTYPES[call.dtype]
@@ -267,7 +267,7 @@ def _provenance(plan: MergePlan) -> str:
 
 
 def _check_factors(plan: MergePlan, workers: int) -> None:
-    """Read every factor and value once, so that a damaged one is refused before the first byte is written."""
+    """Read every factor and value once, to refuse damaged ones before the first byte is written."""
     placements = {id(p.update): p for found in plan.requested.values() for p in found}.values()
     _check_small_tensors(((p.adapter.file, name) for p in placements for name in p.update.stored), workers)
     for placement in placements:
@@ -284,7 +284,7 @@ def _check_factors(plan: MergePlan, workers: int) -> None:
 
 
 def _check_scales(plan: MergePlan, workers: int) -> None:
-    """Read what stands beside the codes that are touched, so that what is damaged is refused before the first byte."""
+    """Read the tensors beside touched codes, to refuse damaged ones before the first byte is written."""
     touched = sorted(plan.changed & plan.base.weights.keys())
     beside = (tensor for name in touched for tensor in plan.base.weights[name].tensors[1:])
     _check_small_tensors(((plan.base.shard_of[tensor], tensor) for tensor in beside), workers)
@@ -293,7 +293,7 @@ def _check_scales(plan: MergePlan, workers: int) -> None:
 
 
 def _check_small_tensors(tensors: Iterable[tuple[WeightsFile, str]], workers: int) -> None:
-    """Let files know which of their small tensors are finite."""
+    """Read small tensors once, and record which are finite."""
     names: dict[WeightsFile, list[str]] = {}
     for file, name in tensors:
         names.setdefault(file, []).append(name)
@@ -325,7 +325,7 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
 
 
 def _execute(plan: MergePlan, output: Output, call: Merge, card: Callable[[MergeReport], bytes] | None) -> MergeReport:
-    """Write the output, last of all its card, which has the report's figures."""
+    """Write the output. Its card is last, as it has the report's figures."""
     workers, device = call.workers or worker_count(), choose_device(call.device)
     changes: dict[str, list[RoundingStats]] = defaultdict(list)
     steps: Counter[str] = Counter()
@@ -374,7 +374,7 @@ def _execute(plan: MergePlan, output: Output, call: Merge, card: Callable[[Merge
 
 
 def _encode(plan: MergePlan, name: str, load: UpdateLoader) -> ChangedTensor:
-    """Return the codes of a weight as the imitated model has it."""
+    """Return the codes of a weight in the format of the `like` model."""
     assert plan.like
     parts = plan.like.parts_of(name)
     dtype = getattr(torch, DTYPE_NAMES[plan.encoded[name]])
@@ -385,7 +385,7 @@ def _encode(plan: MergePlan, name: str, load: UpdateLoader) -> ChangedTensor:
 def _hash_the_rest(
     undo: UndoWriter, plan: MergePlan, output: Output, targets: Mapping[str, BinaryIO], workers: int
 ) -> None:
-    """Hash those bytes of the changed tensors that are in no record, so that an edit of them is found too."""
+    """Hash the bytes of changed tensors that are in no record, so that later edits of them are found too."""
     places = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
 
     def sha256(part: UnrecordedBytes) -> str:

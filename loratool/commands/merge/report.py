@@ -1,4 +1,4 @@
-"""Report what a merge did: a row for each changed tensor, how much of the delta survived rounding, and warnings."""
+"""Report a merge: a row for each changed tensor, the share of the delta that rounding kept, and warnings."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _read_hash(adapter: Adapter) -> str:
 
 
 def _is_changed(plan: MergePlan, row: TensorReport) -> bool:
-    """Return whether a tensor has another value than in the base; without statistics it was replaced."""
+    """Return whether a tensor differs from the base. One without statistics was replaced."""
     return 0 not in row.shape and (row.name not in plan.base.specs or row.changed != 0)
 
 
@@ -142,7 +142,7 @@ def _block_measures(size: int, blocks: Sequence[RoundingStats]) -> tuple[float |
 
 
 def _sum(values: Iterable[float]) -> float:
-    """Return the exactly rounded sum, which does not depend on the order of the blocks; inf if one overflows."""
+    """Return the exactly rounded sum, which does not depend on the order of blocks. inf if a block overflows."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):
@@ -168,7 +168,7 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
 
 
 def _rounding_warning(plan: MergePlan, rows: Sequence[TensorReport], kept: float) -> Iterator[str]:
-    """Yield a warning if rounding loses a part of the delta, of which `kept` is left in all."""
+    """Yield a warning if rounding loses a part of the delta. `kept` is the total share that is kept."""
     weak = [row for row in rows if row.kept is not None and row.kept < KEPT_ENOUGH]
     if not weak:
         return
@@ -185,7 +185,7 @@ def _rounding_warning(plan: MergePlan, rows: Sequence[TensorReport], kept: float
 
 
 def _narrow_tensors(plan: MergePlan, output: Output) -> list[str]:
-    """Return the tensors of the output whose numbers have 8 bits or fewer, of which none are codes."""
+    """Return the plain tensors of the output with numbers of 8 bits or fewer."""
     models = [each for each in (plan.base, plan.like) if each]
     codes = {tensor for each in models for weight in each.weights.values() for tensor in weight.tensors}
     return [

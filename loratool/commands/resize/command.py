@@ -1,7 +1,7 @@
-"""`resize` gives an adapter another rank, from its factors alone: exact truncation, or zeros where the rank grows.
+"""Run `resize`: change an adapter's rank by exact truncation of its factors, or by padding with zeros.
 
-The best of a lower rank is the top of the delta's SVD, which a core of r x r gives; nobody need form B @ A. A rule
-sees the singular values of all modules first; then each module's factors are made as they are written.
+The best factors of a lower rank are the top of the delta's SVD, computed from an r x r core, without forming B @ A. A
+rule sees the singular values of all modules first. Then each module's factors are computed as they are written.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ from .call import Resize
 
 
 def run_resize(call: Resize) -> ResizeReport:
-    """Write the adapter with other ranks; alpha is each module's rank afterwards."""
+    """Write the adapter with other ranks. Afterwards alpha is each module's rank."""
     budgets = {"params": parse_count(call.params), "size": parse_size(call.size)}
     rule = read_rule({"rank": call.rank, "energy": call.energy, **budgets}, call.rank_rule)
     if rule is None:
@@ -122,7 +122,7 @@ def run_resize(call: Resize) -> ResizeReport:
 
 
 def _refuse_products(kinds: Mapping[str, str]) -> None:
-    """Raise InputError for modules whose factors are products of the numbers that were rounded."""
+    """Raise InputError for modules whose factors are products of rounded numbers."""
     for module, kind in kinds.items():
         raise InputError(
             f"is {kind}, and the rule noise is of LoRA's own factors",
@@ -132,7 +132,7 @@ def _refuse_products(kinds: Mapping[str, str]) -> None:
 
 
 def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeReport) -> bytes:
-    """Return the output's model card; `words` are those of its command."""
+    """Return the output's model card. `words` are those of its command."""
     name = shown_name(source.name)
     facts = [
         *source_facts([(source, "the adapter before")]),
@@ -212,7 +212,7 @@ class _Resizing:
         )
 
     def _noise(self, module: str) -> float:
-        """Return what rounding the factors to the types that they are stored in has made at most, over a stack."""
+        """Return a bound of the rounding noise of the stored factors, over a stack."""
         update = self._updates[module]
         B_type, A_type = (self._source.file.stored_type(update.tensors[role]) for role in "BA")
         if not {A_type, B_type} <= FLOAT_STEPS.keys():
@@ -236,7 +236,7 @@ class _Resizing:
         return EditedAdapter(self._source, self._updates, ranks, factors, self._carried, self._dtype)
 
     def measure(self, ranks: Mapping[str, int]) -> None:
-        """Compute all that `write` does, and write nothing."""
+        """Compute everything that `write` does, and write nothing."""
         with closing(map_in_order(self._edited(ranks).factors, self._updates, self._workers)) as results:
             deque(results, maxlen=0)
 

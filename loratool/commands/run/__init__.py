@@ -1,1 +1,1 @@
-"""Run the command `run`: recipes, files that say what commands do in the words of their options."""
+"""Run the command `run`: recipes, files with commands and their options."""

@@ -1,7 +1,7 @@
-"""Run a recipe: its steps one after the other, all checked before the first of them writes a byte.
+"""Run a recipe: its steps in order, after all are checked, before the first writes a byte.
 
-A step that fails stops the run; what earlier steps wrote stays, and the error says so. A dry run plans every step, and
-of one that reads what an earlier step would write it checks what can be: its words, its other inputs, its output.
+A step that fails stops the run. The outputs of earlier steps stay, and the error says so. A dry run plans every step.
+If a step reads the output of an earlier one, it checks the rest: its words, its other inputs, its output.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def run_recipe(call: Run) -> RunReport:
 
 
 def open_recipe(recipe: StrPath, force: bool, dry_run: bool) -> tuple[Step, ...]:
-    """Read and check a recipe; errors say in which file."""
+    """Read and check a recipe. Errors name the file."""
     try:
         return plan_steps(read_recipe(Path(recipe)), force, dry_run)
     except LoratoolError as error:
@@ -45,7 +45,7 @@ def open_recipe(recipe: StrPath, force: bool, dry_run: bool) -> tuple[Step, ...]
 def run_steps(
     steps: Sequence[Step], dry_run: bool, progress_of: Callable[[Step], Progress | None]
 ) -> Iterator[StepReport]:
-    """Yield the report of each step as it is done, up to a verification that says no."""
+    """Yield the report of each step when it is done. A failed verification ends the run."""
     done: list[StepReport] = []
     for step in steps:
         where = f"\nin step {step.number} of {len(steps)}, {step.command}{_kept(done, dry_run)}" if steps[1:] else ""
@@ -77,6 +77,6 @@ def _run_step(step: Step, dry_run: bool, progress: Progress | None) -> StepRepor
 
 
 def _kept(done: Sequence[StepReport], dry_run: bool) -> str:
-    """Return what an error says of the steps before."""
+    """Return the text of an error on the outputs of earlier steps."""
     outs = [step.out for step in done if step.out]
     return f"; done before, and kept: {', '.join(outs)}" if outs and not dry_run else ""

@@ -1,8 +1,7 @@
-"""Read a recipe's file, YAML or JSON, as plain values: nothing in it is run, and no key counts twice.
+"""Read a recipe's file, YAML or JSON, as plain values. Nothing in it is run, and repeated keys are refused.
 
-YAML is read by the rules of its version 1.2, in which `no` is a word, 1e-3 a number and 0-15 a text. Aliases are
-values that stand for others, and a few of them can stand for more than any memory holds, so what they stand for is
-counted before it is made.
+YAML is read by the rules of version 1.2, where `no` is a word, 1e-3 a number and 0-15 a text. A few aliases can expand
+to more values than memory holds, so the values are counted before they are built.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ SCALARS = {
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe's file, whose ending tells YAML from JSON.
+    """Read a recipe's file. Its ending decides between YAML and JSON.
 
     Raises:
         UsageError: it has another ending.
@@ -104,7 +103,7 @@ def _parse_yaml(text: str) -> Any:
         raise MachineError("PyYAML is not installed, which reads YAML", remedy=NEEDS_YAML) from error
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-        """Stop at too many values when they are read, since reading them takes long."""
+        """A loader that stops at too many values, as reading them takes long."""
 
         count = 0
 
@@ -137,14 +136,14 @@ def yaml_resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 def _inner(node: Node) -> list[Node]:
-    """Return the nodes that a list or a mapping has, a mapping's keys too."""
+    """Return the nodes in a list or a mapping, with a mapping's keys."""
     if isinstance(node.value, str):
         return []
     return [each for item in node.value for each in (item if isinstance(item, tuple) else (item,))]
 
 
 def _count(node: Node, counts: dict[int, int]) -> int:
-    """Return how many values a node stands for; `counts` has those of the nodes that were counted, 0 inside of one."""
+    """Return how many values a node expands to. `counts` caches nodes; 0 marks a node that is being counted."""
     if id(node) not in counts:
         counts[id(node)] = 0
         counts[id(node)] = 1 + sum(_count(each, counts) for each in _inner(node))
@@ -154,7 +153,7 @@ def _count(node: Node, counts: dict[int, int]) -> int:
 
 
 def _value(node: Node) -> Any:
-    """Return the plain value of a node, whose aliases are resolved."""
+    """Return the plain value of a node, with aliases resolved."""
     kind = node.tag.removeprefix(TAG)
     if kind == "map" and not isinstance(node.value, str):
         return _unique([(_value(key), _value(value)) for key, value in node.value])

@@ -1,8 +1,8 @@
-"""Turn a recipe into checked steps: commands with their arguments, what each reads and writes, in order.
+"""Parse a recipe into checked steps: commands with their arguments, inputs and outputs, in order.
 
-A step is a command with the words of its options, without the dashes: `max-shard-size: 5GB`, `no-undo: true`. Paths
-are those of the command line too, so that relative ones start at the working folder. A step may read what an earlier
-one writes, by the same path; such a file need not be there yet.
+A step is a command with the words of its options, without dashes: `max-shard-size: 5GB`, `no-undo: true`. Paths are as
+on the command line: relative ones start at the working folder. A step can read the output of an earlier one by the same
+path, before that exists.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ADAPTER_WORDS = ("path", "weight", "weights")
 
 @dataclass(frozen=True)
 class Step:
-    """A command with its arguments, checked as far as they can be without opening a file.
+    """A command with its arguments, checked as far as possible without opening files.
 
     Attributes:
         number: counted from 1.
@@ -70,20 +70,20 @@ def function_for(command: str) -> Callable[..., Any]:
 
 
 def arguments_by_word(function: Callable[..., Any]) -> dict[str, Argument]:
-    """Return the arguments of a command by their words."""
+    """Return the arguments of a command by word."""
     return {each.word: each for name, each in arguments_of(function).items() if name not in OF_THE_RUN}
 
 
 def plan_steps(recipe: Mapping[str, Any], force: bool = False, dry_run: bool = False) -> tuple[Step, ...]:
-    """Check a recipe in full, before the first byte of the first step is written.
+    """Return the steps of a recipe, after all checks that are possible before the first step runs.
 
     Args:
-        force: whether every output that exists may be replaced.
+        force: whether existing outputs may be replaced.
         dry_run: whether nothing will be written, so that outputs may exist.
 
     Raises:
         UsageError: a word or a value is wrong, or outputs and inputs contradict each other.
-        InputError: an input is not there, and no earlier step writes it.
+        InputError: an input does not exist, and no earlier step writes it.
         NeedsFlag: an output exists.
     """
     steps: list[Step] = []
@@ -102,7 +102,7 @@ def plan_steps(recipe: Mapping[str, Any], force: bool = False, dry_run: bool = F
 
 @contextmanager
 def _in_step(number: int | None) -> Iterator[None]:
-    """Let errors say in which of several steps they are."""
+    """Add the number of the step to errors, if there are several steps."""
     try:
         yield
     except LoratoolError as error:
@@ -112,7 +112,7 @@ def _in_step(number: int | None) -> Iterator[None]:
 
 
 def _steps_in(recipe: Mapping[str, Any]) -> Sequence[Any]:
-    """Return a recipe's steps: its list `steps`, or the one that it is itself."""
+    """Return a recipe's steps: the list `steps`, or the recipe itself as the only step."""
     if "steps" not in recipe:
         return [recipe]
     steps, others = recipe["steps"], recipe.keys() - {"steps"}
@@ -186,18 +186,18 @@ def _read_adapter(value: Any) -> Any:
 
 @dataclass
 class _Places:
-    """Hold the paths that steps write and read, links resolved -> the number of the step, the last that reads it."""
+    """The paths that steps write and read, with links resolved -> the number of the step, the last one that reads."""
 
     written: dict[str, int] = field(default_factory=dict)
     read: dict[str, int] = field(default_factory=dict)
 
     def writers(self, path: str) -> list[int]:
-        """Return the steps that write what is at `path`, or a folder around it."""
+        """Return the steps that write `path`, or a folder around it."""
         place = Path(os.path.realpath(path))
         return [self.written[str(each)] for each in (place, *place.parents) if str(each) in self.written]
 
     def add(self, step: Step, dry_run: bool) -> None:
-        """Add a step, or refuse an output that another step or the disk has, as far as a look at the paths tells."""
+        """Add a step. Refuse its output if another step writes it, or if it exists, by the paths."""
         self.read.update((os.path.realpath(path), step.number) for path in step.reads)
         for path in step.writes:
             place = Path(os.path.realpath(path))
@@ -216,12 +216,12 @@ class _Places:
 
 
 def is_taken(place: Path) -> bool:
-    """Return whether something is at an output's path; an empty folder is nothing."""
+    """Return whether an output's path exists. An empty folder does not count."""
     return place.exists() and not (place.is_dir() and not any(place.iterdir()))
 
 
 def _check_inputs(step: Step, places: _Places) -> None:
-    """Raise InputError for an input that is not there, and that no earlier step writes."""
+    """Raise InputError for an input that does not exist and that no earlier step writes."""
     for path in step.reads:
         writers = places.writers(path)
         if any(number < step.number for number in writers):

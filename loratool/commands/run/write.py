@@ -1,4 +1,4 @@
-"""Write the recipe of a call, which makes the same bytes when it is run."""
+"""Write the recipe of a call. Running it makes the same bytes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ BREAKS = frozenset("\x85\u2028\u2029")  # line breaks to YAML, which PyYAML writ
 
 
 def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: str) -> dict[str, Any]:
-    """Return a call as a recipe: what is not the default, in the words of the options.
+    """Return a call as a recipe: all options that are not the default, by word.
 
     Args:
         arguments: by the function's keywords.
-        out: what the call wrote.
+        out: the output of the call.
     """
     known = arguments_of(function)
     values = read_arguments(function, (), arguments)
@@ -44,7 +44,7 @@ def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: s
 
 
 def _plain(argument: Argument, value: Any) -> Any:
-    """Return a value of a call as YAML and JSON have it."""
+    """Return a value of a call for YAML and JSON."""
     if argument.type == ADAPTERS_TYPE:
         return [_adapter(shareable(each.path), each.weight, each.module_weights) for each in parse_adapters(value)]
     if argument.type == PATH_TYPE:
@@ -65,7 +65,7 @@ def _adapter(path: str, weight: float, weights: Mapping[str, float]) -> str | di
 
 
 def check_recipe_path(path: Path, force: bool, dry_run: bool) -> None:
-    """Refuse a file for a recipe before the call that it is of.
+    """Refuse a path for a recipe, before the call runs.
 
     Raises:
         UsageError: it has another ending, cannot be written, or is another file, or nothing is written.
@@ -86,7 +86,7 @@ def check_recipe_path(path: Path, force: bool, dry_run: bool) -> None:
 
 
 def _is_recipe(path: Path) -> bool:
-    """Return whether a file is a recipe: not a config.json of an input, say, which the output's --force would take."""
+    """Return whether a file is a recipe, and not, for example, an input's config.json that --force would replace."""
     try:
         return not read_recipe(path).keys().isdisjoint({"command", "steps"})
     except LoratoolError:
@@ -100,7 +100,7 @@ def write_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
 
 
 def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:
-    """Return a recipe's file; MachineError if PyYAML is needed and not installed."""
+    """Return the bytes of a recipe's file. Raise MachineError if PyYAML is needed and not installed."""
     if path.suffix.lower() not in YAML_ENDINGS:
         text = json.dumps(recipe, indent=2, ensure_ascii=False) + "\n"
         return text.encode(errors="backslashreplace")  # half a character, of a path that is no UTF-8, as JSON has it

@@ -1,1 +1,1 @@
-"""Run the command `verify`."""
+"""Run the command `unmerge`."""

@@ -1,8 +1,8 @@
 """Run the command `unmerge`: restore the base as it was before a merge, from the merged model and the undo file.
 
-It streams as `merge` does: each changed tensor is restored from its undo records, each record is checked against the
-hashes of the bytes that the merge read and wrote, and all else is copied under the base's headers. A base that does not
-come back exactly is refused.
+It streams as `merge` does. Each changed tensor is restored from its undo records, which are checked against the hashes
+of the bytes that the merge read and wrote. All other tensors are copied under the base's headers. A base that would not
+be exact is refused.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _described(call: Unmerge, merged: str | os.PathLike[str], requests: Sequence
 
 
 def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[Path]:
-    """Return the undo file of a merged model, and those of the merges before it.
+    """Return the undo files of a merged model: that of the merge, and those of earlier merges.
 
     Args:
         named: the value of --undo.
@@ -212,7 +212,7 @@ def _missing_adapter(
 
 
 def _base_files(undo: UndoFile) -> list[OutputFile]:
-    """Return the base's files as they were, with a safetensors file of the same tensors for each torch file."""
+    """Return the base's files, with a safetensors file of the same tensors for each torch file."""
     files = []
     for shard, layout in zip(undo.index["shards"], undo.layouts, strict=True):
         name, prefix = shard["name"], prefix_of(shard["name"])
@@ -248,7 +248,7 @@ def _check_names(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile]
 
 
 def _is_module(merged: Checkpoint, name: str) -> bool:
-    """Return whether a file is that of a dense layer beside the transformer, which the merged model has too."""
+    """Return whether a file is that of a dense layer beside the transformer, and the merged model has it too."""
     return matches(name, DENSE) and (merged.root / name).is_file() and prefix_of(name) != f"{merged.folder.name}/"
 
 
@@ -292,9 +292,9 @@ def _plan_output(
 
 
 def _replaced(merged: Checkpoint, undo: UndoFile) -> Iterator[LeftBehind]:
-    """Yield the merged model's side files that are others in the base, since a user can have edited them.
+    """Yield the merged model's side files that differ from the base's, as a user may have edited them.
 
-    An index, which each merge writes anew, and a card that nobody has edited are not among them.
+    It omits an index, which each merge rewrites, and an unedited card.
     """
     names = {*undo.side, *undo.index["new_side"], CARD} if merged.has_side_files else set()
     for name in sorted(name for name in names if not name.endswith(".index.json")):
@@ -307,7 +307,7 @@ def _replaced(merged: Checkpoint, undo: UndoFile) -> Iterator[LeftBehind]:
 
 
 def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
-    """Return the index of shards that were torch files, since the base's index names those."""
+    """Return a new index for shards that were torch files, as the base's index names the torch files."""
     if len(files) == 1:
         return {}
     stem = files[0].name.removeprefix(prefix).partition("-")[0]
@@ -320,7 +320,7 @@ def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
 def _plan_tensors(
     merged: Checkpoint, undo: UndoFile, specs: Mapping[str, TensorSpec], adapters: Sequence[Adapter], load: UpdateLoader
 ) -> tuple[dict[str, TensorRef], dict[str, ChangedTensor]]:
-    """Return where each tensor of the base comes from, and the tensors that have to be restored.
+    """Return the source of each tensor of the base, and the tensors to restore.
 
     Raises:
         InputError: a tensor has another type or shape than the merge wrote, or was added since.
@@ -354,7 +354,7 @@ def _plan_tensors(
 
 
 def _recoded_parts(merged: Checkpoint, undo: UndoFile, name: str) -> Parts:
-    """Return a weight that the merge wrote as codes, as the merged model stores it."""
+    """Return the parts of a weight that the merge wrote as codes, as stored in the merged model."""
     recoded = undo.index["tensors"][name]["recoded"]
     weight = merged.weights.get(recoded["weight"])
     fits = weight and (weight.tensors[0], weight.codec.key) == (name, recoded["codec"])
@@ -366,7 +366,7 @@ def _recoded_parts(merged: Checkpoint, undo: UndoFile, name: str) -> Parts:
 
 
 def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
-    """Raise InputError if bytes that no undo record covers were edited."""
+    """Raise InputError if bytes outside of undo records were edited."""
 
     def sha256(part: UnrecordedBytes) -> str:
         file = merged.shard_of[part.tensor]

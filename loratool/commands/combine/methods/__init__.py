@@ -1,1 +1,1 @@
-"""Implement the methods that combine several adapters' changes of one matrix into one."""
+"""Methods that combine several adapters' changes of one matrix into one."""

@@ -1,8 +1,8 @@
-"""Combine changes by their singular vectors and inner products, which rotations leave alone: TSV, Iso-C, Iso-CTS, WUDI.
+"""Combine changes by their singular vectors and inner products, which rotations keep: TSV, Iso-C, Iso-CTS, WUDI.
 
-Such a method makes of the cores M_i the core of what it makes of the changes U M_i V^T. It is of w_i D_i: a weight
-scales a change before anything else, and what has no weight, or is 0, is not there. Directions are those above
-float64's rounding; published code takes a change's further singular vectors too, which are arbitrary at low rank.
+From the cores M_i such a method computes the core of its result for the changes U M_i V^T. Weights come first: the
+inputs are w_i D_i, and changes that are 0 or have weight 0 are left out. Directions are those above float64's rounding.
+Published code also uses a change's further singular vectors, which are arbitrary at low rank.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def wudi(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
 
 
 def _weighted(deltas: Sequence[WeightedDelta]) -> Tensor:
-    """Return the changes that are not 0, each with its weight, (T, R, R')."""
+    """Return the nonzero changes times their weights, (T, R, R')."""
     M: Tensor = torch.stack([delta.dense() * delta.weight for delta in deltas])
     return M[torch.linalg.matrix_norm(M) > 0]
 

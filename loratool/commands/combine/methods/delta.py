@@ -1,4 +1,4 @@
-"""Hold what a method is given of each adapter: its weighted change of one matrix, or the core that stands for it."""
+"""The input of methods: an adapter's weighted change of one matrix, or the core that stands for it."""
 
 from __future__ import annotations
 

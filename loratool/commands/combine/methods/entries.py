@@ -1,8 +1,8 @@
-"""Combine changes entry by entry, with signs that are elected and entries that are left out: TIES, DARE and their like.
+"""Combine changes entry by entry, with elected signs and pruned entries: TIES, DARE and similar methods.
 
-The same functions run on the changes themselves and on their cores, whose entries are their coordinates in a common
-space. Signs are elected and entries left out by the D_i, and what is summed are the w_i D_i. Where the entries to keep
-are counted, core space's own code keeps one more, and where a sum of signs is 0 it asks the whole matrix.
+The same functions run on the changes and on their cores, whose entries are coordinates in a common space. The D_i elect
+signs and choose the entries to prune; the sum is over w_i D_i. The published code of core space keeps one entry more,
+and uses the full matrix if a sum of signs is 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Deltas = Callable[[], Iterator[Tensor]]
 
 
 def _keep_largest(deltas: Sequence[WeightedDelta], density: float) -> Deltas:
-    """Keep the fraction `density` of the entries of each D, the largest, and all others equal to the smallest kept."""
+    """Keep the largest entries of each D, a fraction `density`, with all entries equal to the smallest kept one."""
     thresholds: dict[int, float] = {}
 
     def pruned() -> Iterator[Tensor]:
@@ -84,7 +84,7 @@ def _keep_by_rank(deltas: Sequence[WeightedDelta], density: float) -> Deltas:
 
 
 def _probabilities(rows: Tensor, density: float) -> Tensor:
-    """Return `density` - SPREAD for the least of each row, + SPREAD for the largest, with equal steps, in float64."""
+    """Return `density` - SPREAD (least entry of a row) to + SPREAD (largest), in equal steps, in float64."""
     n = rows.shape[1]
     steps = torch.linspace(density - SPREAD, density + SPREAD, n, dtype=torch.float64, device=rows.device)
     order = rows.abs().argsort(dim=1, stable=True)
@@ -99,7 +99,7 @@ def _weights(deltas: Sequence[WeightedDelta]) -> list[float]:
 
 
 def _relative_weights(deltas: Sequence[WeightedDelta]) -> list[float]:
-    """Return the weights times a power of two, the largest below 1: float32 may not hold sums of those given."""
+    """Return the weights times a power of two, the largest below 1, so that float32 can hold their sums."""
     exponent = math.frexp(max(_weights(deltas)))[1]
     return [math.ldexp(weight, -exponent) for weight in _weights(deltas)]
 
@@ -158,7 +158,7 @@ def magnitude(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
 def della(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
     """Return DELLA (Deep et al., 2024): entries drawn by their rank in the row, then votes and mean by weight.
 
-    What is kept is divided by its own probability, as the authors have it; mergekit rescales the matrix's L1 norm.
+    Kept entries are divided by their probabilities, as in the authors' code. mergekit rescales the matrix's L1 norm.
     """
     weights = _relative_weights(deltas)
     return _elect_signs(_keep_by_rank(deltas, density), weights, weights)

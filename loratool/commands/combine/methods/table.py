@@ -1,7 +1,7 @@
-"""List the methods of `combine`, each with what it acts on, and those of other tools that it has not.
+"""The methods of `combine`, each with what it acts on, and the unsupported methods of other tools.
 
-The papers' formulas are applied to the changes D_i = s_i B_i A_i. Applied to B and A separately, as in some tools, they
-would depend on the choice of factors, and a weighted sum of factors would have cross terms B_i A_j.
+The formulas of papers are applied to the changes D_i = s_i B_i A_i. If applied to B and A separately, as in some tools,
+they would depend on the choice of factors, and a weighted sum of factors would have cross terms B_i A_j.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class CombineMethod:
 
     @property
     def dense(self) -> bool:
-        """Say whether the result has no low rank, so that (out, in) matrices are formed."""
+        """Whether the result has no low rank, so that (out, in) matrices are formed."""
         return self.acts_on == "entries"
 
 
