@@ -157,7 +157,7 @@ class EditMetadata(Call["MetadataReport"]):
 
 @dataclass(frozen=True)
 class InspectFor(Call["RuntimeInspection"]):
-    """Tell from headers what a runtime does with an adapter.
+    """Report from headers what a runtime does with an adapter.
 
     Args:
         path: The adapter: a folder or a file.

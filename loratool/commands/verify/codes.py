@@ -1,8 +1,8 @@
-"""Judge a weight that the merged model stores as codes: by the codes that a merge writes, else by what they keep.
+"""Judge a weight that the merged model stores as codes: by the codes of a merge, else by the share of the delta.
 
-A merge rounds to codes in two ways that have one result: with the scales of a base of codes, and anew from plain
-numbers. Its steps run here again, and their codes are compared. Scales of others' making leave only a measure: whether
-each code is about the nearest to the merge that its scales allow, and which share of the delta is in them.
+A merge has two deterministic ways to round to codes: with the scales of a coded base, and with new scales from plain
+numbers. Both run here again, and the codes are compared. Scales that other programs chose allow only measures: whether
+each code is about the nearest to the merge for its scale, and the share of the delta that the codes keep.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class CodesVerdict:
     """The verdict on a weight of codes.
 
     Attributes:
-        verdict: as `TensorVerdict.verdict`; empty for a weight that is the base's, and should be.
+        verdict: as `TensorVerdict.verdict`; empty for a weight that equals the base's and should.
         asked: <D, D>.
-        kept: <W' - W, D>, where the codes have the base's scales, else None.
+        kept: <W' - W, D>, if the codes have the base's scales, else None.
         moves: whether the merge changes codes or numbers.
     """
 
@@ -115,7 +115,7 @@ def judge_codes(plan: MergePlan, name: str, merged: TensorRef, load: UpdateLoade
     """Return the verdict on a weight that the merged model stores as codes.
 
     Args:
-        sure: another weight has shown already that the merge changes the model, so that this need not be asked.
+        sure: another weight has shown that the merge changes the model, so that this one need not.
     """
     source, placements = plan.sources[name], plan.placements.get(name, ())
     base_parts, merged_parts = source.parts, merged.parts
@@ -160,7 +160,7 @@ def judge_codes(plan: MergePlan, name: str, merged: TensorRef, load: UpdateLoade
 
 
 def _layout(parts: Parts) -> tuple[Any, ...]:
-    """Return what two weights share whose codes mean the same numbers if their other tensors are equal."""
+    """Return the layout of a weight. If layouts and the other tensors are equal, equal codes mean equal numbers."""
     weight = parts.weight
     specs = [parts[role].spec for role in weight.roles]
     return weight.codec.key, weight.spec, weight.roles, dict(weight.detail), specs
@@ -188,7 +188,7 @@ def _same_padding(first: Parts, second: Parts) -> bool:
 
 
 def _run(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Tensor, Any]]:
-    """Run a merge's steps on all rows; yield the first row of each block, its codes, and the step's result."""
+    """Run a merge's steps on all rows. Yield the first row of each block, its codes, and the step's result."""
     work, form = Workspace(torch.device("cpu")), tensor.scattered
     assert form
     for part in tensor.ranges():
@@ -206,7 +206,7 @@ def _run(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Tensor
 def _count_codes(
     source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader, alike: bool
 ) -> CodeCount:
-    """Compare the codes of a merge into codes with those that are stored. alike: all other tensors are equal."""
+    """Compare the codes of a merge with the stored ones. alike: whether all other tensors are equal."""
     base_parts, codec, shape = source.parts, theirs.weight.format, source.spec.shape
     assert base_parts
     count = CodeCount(shape, shape[-1])
@@ -224,7 +224,7 @@ def _count_codes(
 
 @np.errstate(all="ignore")
 def _rounded_before(replay: Replay, merged: TensorRef, wrong: int) -> str | None:
-    """Return how a sum was rounded before codes with the base's scales were made of it; None if that explains no code.
+    """Return in words how a sum was rounded before it was encoded with the base's scales. None if nothing fits.
 
     Args:
         wrong: codes that are not the nearest to the exact sum.
@@ -272,7 +272,7 @@ def _merged_codes(
 def _judge_encoded(
     source: TensorRef, placements: Sequence[Placement], theirs: Parts, load: UpdateLoader, sure: bool
 ) -> CodesVerdict | None:
-    """Return the verdict on plain numbers that became codes, if they are what a merge encodes anew; else None."""
+    """Return the verdict on plain numbers that became codes. None if they differ from those of a merge."""
     codec = theirs.weight.format
     quantizer = codec.quantizer(theirs)
     if quantizer is None or quantizer.specs() != {role: tensor.spec for role, tensor in theirs.tensors.items()}:
@@ -293,7 +293,7 @@ def _judge_encoded(
 
 
 def _encoded(tensor: ChangedTensor, source: TensorRef, theirs: Parts) -> list[RoundingStats] | None:
-    """Return what rounding did to the blocks of a merge that is encoded as it is stored; None if it is not."""
+    """Return the rounding statistics of a merge with the same encoding. None if the stored codes differ from it."""
     codec, roundings = theirs.weight.format, []
     fold = tensor.columns // source.spec.shape[-1]
     for first, out, (stats, pieces) in _run(tensor, source):
@@ -307,7 +307,7 @@ def _encoded(tensor: ChangedTensor, source: TensorRef, theirs: Parts) -> list[Ro
 
 
 def _holds(tensor: StoredTensor, start: int, data: bytes) -> bool:
-    """Return whether a stored tensor has these bytes from the byte `at` on."""
+    """Return whether a stored tensor has these bytes from the byte `start` on."""
     size = tensor.spec.nbytes // max(1, tensor.spec.size)
     if start + len(data) > tensor.spec.nbytes or (start + len(data)) % size:
         return False
@@ -316,7 +316,7 @@ def _holds(tensor: StoredTensor, start: int, data: bytes) -> bool:
 
 @dataclass
 class _Measure:
-    """How far numbers of codes, W', are from a merge, X = W + D: sums over a weight."""
+    """The distance of dequantized numbers, W', from a merge, X = W + D: sums over a weight."""
 
     strays: CodeCount  # codes far from the nearest to X
     apart: int = 0  # codes that are not the nearest
@@ -357,7 +357,7 @@ class _Measure:
 
 
 def _finite(x: Wide) -> Wide:
-    """Return numbers with 0 for those that are inf or nan, which no sum counts."""
+    """Return numbers with 0 in place of inf and nan, so that sums ignore these."""
     return np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -367,7 +367,7 @@ def _squared(x: Wide) -> float:
 
 @np.errstate(all="ignore")
 def _measure(plan: MergePlan, name: str, merged: TensorRef, how: str, load: UpdateLoader) -> CodesVerdict:
-    """Return the verdict on codes that no merge of ours writes, by their numbers. how: they were made, in words."""
+    """Return the verdict on codes that no merge of ours writes, by their numbers. how: their origin, in words."""
     placements, shape = plan.placements.get(name, ()), merged.spec.shape
     sums = _Measure(CodeCount(shape, shape[-1]))
     assert merged.parts

@@ -1,9 +1,9 @@
-"""Verify tensor by tensor that a model is this base merged with these adapters, and tell what is wrong if it is not.
+"""Verify tensor by tensor that a model is this base merged with these adapters, and diagnose what is wrong.
 
 All files are streamed. A tensor is exact if it has the bits of our replay of the merge. It is right with another
 rounding if one way of `roundings.ROUNDINGS` explains all of its weights. Else it is wrong, and `diagnosis.diagnose`
-says how. Codes are judged by `codes`: of those that others chose, only the share of the delta that they keep is told.
-No verdict depends on that of another tensor, so that torchrun's ranks share the tensors, and rank 0 sums up.
+describes the fault. `codes` judges quantized weights. If another program chose the codes, it only measures the share of
+the delta that they keep. Verdicts are independent, so torchrun's ranks share the tensors, and rank 0 sums up.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ HEADS = {
 def is_optional(name: str, shape: Sequence[int], architecture: str) -> bool:
     """Return whether a model of class `architecture` is complete without a tensor of this name and shape.
 
-    architecture: the name of a class of transformers; empty if it is not known.
+    Args:
+        architecture: a class of transformers; empty if it is not known.
     """
     if BUFFERS.search(name) or (MASKS.search(name) and len(shape) == 4):
         return True
@@ -95,7 +96,7 @@ NOTHING_REQUESTED = "the delta is zero everywhere: the base itself is the base w
 
 
 def run_verify(call: Verify) -> VerifyReport:
-    """Prove that `merged` is `base` with `adapters` added, or say what is wrong with it."""
+    """Prove that `merged` is `base` with `adapters` added, or report what is wrong."""
     with ExitStack() as opened:
         checkpoint, weighted = open_inputs(
             call.base, parse_adapters(call.adapters, parse_words(call.drop)), call.alpha, opened
@@ -121,7 +122,7 @@ def run_verify(call: Verify) -> VerifyReport:
 
 
 def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
-    """Raise InputError for a merged model that was quantized since the merge, to codes that cannot be read."""
+    """Raise InputError for a merged model that was quantized after the merge, to codes that cannot be read."""
     known = {tensor for weight in base.weights.values() for tensor in weight.tensors}
     for coded in merged.coded.values():
         if coded.fault and known & {*coded.tensors}:
@@ -136,12 +137,12 @@ def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
 
 @dataclass
 class _Finding:
-    """The verdict on one tensor, and what the report sums up beside it.
+    """The verdict on one tensor, with values for the totals of the report.
 
     Attributes:
-        verdict: None for an untouched tensor that is the base's.
-        asked: its requested delta is not zero.
-        moves: some replayed weight is not the base's; without it what is asked for proves nothing.
+        verdict: None for an untouched tensor that equals the base's.
+        asked: whether its requested delta is not zero.
+        moves: whether some replayed weight differs from the base's; if none does, a match proves nothing.
         recoded: <D, D> and <W' - W, D> of a weight with the base's scales.
     """
 
@@ -152,7 +153,7 @@ class _Finding:
 
 
 def _digest(described: Mapping[str, str], read: Iterable[WeightsFile], sizes: Mapping[str, int]) -> str:
-    """Return a digest of what is verified, which is the same for all ranks."""
+    """Return a digest of the inputs, which is the same on all ranks."""
     content = [described, [each.nbytes for file in read for each in file.members], list(sizes.items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -160,7 +161,7 @@ def _digest(described: Mapping[str, str], read: Iterable[WeightsFile], sizes: Ma
 def _in_parallel(
     verifier: _TensorVerifier, sizes: Mapping[str, int], job: Job, workers: int, progress: Progress | None
 ) -> Iterator[tuple[str, _Finding]]:
-    """Yield the tensors of `sizes`, which is in bytes, that this rank gets, the largest first, with what is found."""
+    """Yield this rank's tensors of `sizes` (in bytes), the largest first, with the findings."""
     names, total = sorted(sizes, key=sizes.__getitem__, reverse=True), sum(sizes.values())
     numbered = chosen(iter(names), job.numbers("tensors"))
     with closing(run_threads(numbered, lambda: verifier, workers, ahead=0)) as runs:
@@ -172,10 +173,10 @@ def _in_parallel(
 
 
 def _gathered(job: Job, findings_here: Mapping[str, _Finding], names: Iterable[str]) -> dict[str, _Finding]:
-    """Return what all ranks have found, by names in their order.
+    """Return the findings of all ranks, in the order of `names`.
 
     Raises:
-        RankDone: to all ranks but 0.
+        RankDone: on all ranks but 0.
     """
     fields_by_name = {
         name: (each.verdict and (each.verdict.verdict, each.verdict.detail), each.asked, each.moves, each.recoded)
@@ -233,13 +234,13 @@ def _report(
 
 
 def _spelled(adapter: Adapter, weight: float) -> str:
-    """Return an adapter as the command line takes it."""
+    """Return an adapter with its weights as a word of the command line."""
     weights = spell_weight(weight, adapter.module_weights)
     return adapter.name if weights == "1" else f"{adapter.name}:{weights}"
 
 
 def _notes(findings: Collection[_Finding]) -> tuple[str, ...]:
-    """Return what the user should know of the delta as a whole."""
+    """Return notes on the whole delta."""
     if not any(each.asked for each in findings):
         return (NOTHING_REQUESTED,)
     recoded = [each.recoded for each in findings if each.recoded]
@@ -257,12 +258,12 @@ def _may_be_missing(model: Checkpoint, name: str, spec: TensorSpec) -> bool:
 
 
 def _goes_with_codes(plan: MergePlan, merged: Checkpoint, name: str) -> bool:
-    """Return whether a tensor is no weight, but what a quantized model has beside them: its marker, a cache's scale."""
+    """Return whether a tensor is no weight, but a companion in quantized models: a marker, a cache's scale."""
     return bool(merged.weights) and not plan.base.weights and name.endswith((SCALED_FILE, *CACHE_SCALES))
 
 
 def _is_tied_on_load(plan: MergePlan, merged: Checkpoint, name: str) -> bool:
-    """Return whether a tensor that is not stored equals one that loaders tie it to, as config.json says."""
+    """Return whether a missing tensor equals one that loaders tie it to by config.json."""
     tie = find_tie(plan.base)
     if tie is None or find_tie(merged) is None:
         return False
@@ -274,7 +275,7 @@ def _is_tied_on_load(plan: MergePlan, merged: Checkpoint, name: str) -> bool:
 
 
 def _is_copy(plan: MergePlan, merged: Checkpoint, name: str) -> bool:
-    """Return whether an extra tensor is a tied matrix, or its bias, saved under another of its names."""
+    """Return whether an extra tensor is a tied matrix, or its bias, saved under another name."""
     tie = find_tie(plan.base)
     module, _, role = name.rpartition(".")
     if tie is None or module.split(".")[-1] not in COPIES:
@@ -286,7 +287,7 @@ def _is_copy(plan: MergePlan, merged: Checkpoint, name: str) -> bool:
 
 
 class _TensorVerifier:
-    """A function from a tensor's name to what is found of it."""
+    """A function from a tensor's name to its finding."""
 
     def __init__(self, plan: MergePlan, merged: Checkpoint) -> None:
         self._plan, self._found = plan, merged
@@ -302,7 +303,7 @@ class _TensorVerifier:
         return finding
 
     def _judge(self, name: str, finding: _Finding) -> TensorVerdict | None:
-        """Return the verdict on a tensor, None for an untouched one that is the base's; add the rest to its finding."""
+        """Return the verdict on a tensor, None for an untouched one equal to the base's, and fill its finding."""
         source, merged = self._plan.sources[name], self._found.ref(name)
         changed = name in self._plan.changed
         if changed and name not in self._plan.placements:
@@ -345,9 +346,9 @@ class _TensorVerifier:
         return Replay(self._plan.sources[name], self._plan.placements.get(name, ()), self._load)
 
     def _stored(self, name: str, source: TensorRef, merged: TensorRef) -> list[torch.dtype]:
-        """Return the other float types that the weight has in the base and in adapters that replace it.
+        """Return the other float types of the weight, in the base and in adapters that replace it.
 
-        Codes have those that others decode them to.
+        For codes these are the types to which other programs dequantize.
         """
         base = self._plan.base.specs.get(name)
         kinds = [base.dtype] if base else []
@@ -360,7 +361,7 @@ class _TensorVerifier:
         return [getattr(torch, TORCH_FLOATS[kind]) for kind in others]
 
     def _as_stored(self, name: str, source: TensorRef, merged: TensorRef, unsupported: int) -> TensorVerdict | None:
-        """Return the verdict on an untouched tensor with the base's values, by its type; None for the base's type.
+        """Return the verdict on an untouched tensor with the base's values, by its type. None for the base's type.
 
         Args:
             unsupported: how many weights of the base the merged tensor's type cannot hold.
@@ -400,7 +401,7 @@ class _TensorVerifier:
 
 
 def _decoded_in_float32(replay: Replay, merged: TensorRef) -> bool:
-    """Return whether all weights are those of a base of codes, rounded to float32 first, as others decode them."""
+    """Return whether all weights are those of a coded base, rounded to float32 first, as other programs dequantize."""
     return all(
         bool(same_bits(block.base.float().to(block.merged.dtype), block.merged).all())
         for block in replay.blocks(merged)
@@ -408,7 +409,7 @@ def _decoded_in_float32(replay: Replay, merged: TensorRef) -> bool:
 
 
 def _stored_types(plan: MergePlan, merged: Checkpoint) -> dict[str, set[str]]:
-    """Map each type in the base to the types that such tensors have in the merged model."""
+    """Return each type in the base -> the types of those tensors in the merged model."""
     kinds: dict[str, set[str]] = {}
     for name in plan.sources:
         if name in merged.specs and not plan.sources[name].weight and name not in merged.weights:

@@ -1,7 +1,7 @@
-"""Say what is wrong with a tensor that no rounding explains.
+"""Diagnose a tensor that no rounding explains.
 
-A fault changes the placements, and what `merge` would then write is its prediction; the fault with the nearest
-prediction names what is wrong. If none is near, the sizes of the delta that is asked for and of the one found tell.
+A fault changes the placements. Its prediction is what `merge` would then write, and the fault with the nearest
+prediction is the diagnosis. If none is near, the sizes of the requested and the actual delta are compared.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ CLOSE = 0.9  # the cosine above which one delta counts as a multiple of the othe
 
 
 def describe_ulps(ulps: float) -> str:
-    """Return in words how far the farthest weight is off; inf means that it is, or should be, not finite."""
+    """Return in words how far the farthest weight is off. inf means that it is, or should be, not finite."""
     if not math.isfinite(ulps):
         return "inf or nan among them"
     return f"by up to {plural(round(ulps), 'ulp') if ulps < MANY else f'{measure(ulps)} ulps'}"
@@ -96,7 +96,7 @@ def diagnose(plan: MergePlan, name: str, merged: TensorRef, outside: int, ulps_o
     Args:
         outside: how many weights no rounding explains.
         ulps_off: by how many ulps the farthest of them is off.
-        sketches: those made so far for this plan, to which it adds.
+        sketches: a cache for this plan.
     """
     fault = find_fault(plan, name, merged, sketches)
     if fault:
@@ -116,7 +116,7 @@ def diagnose(plan: MergePlan, name: str, merged: TensorRef, outside: int, ulps_o
 
 
 def find_fault(plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches) -> str | None:
-    """Return the fault that tells by far better than the requested merge what a tensor is; None for none."""
+    """Return the fault that predicts a tensor far better than the requested merge. None if no fault does."""
     misses = _distance(_replay(plan, name, plan.placements[name]), merged)
     fault, nearest = _likeliest_fault(plan, name, merged, misses, sketches)
     return fault if nearest < NEARER * misses else None
@@ -133,7 +133,7 @@ def _distance(replay: Replay, merged: TensorRef, sample: bool = False) -> float:
 
 
 def _rounded(block: ReplayBlock, merged: TensorRef) -> Tensor:
-    """Return the rows of a replay in the merged tensor's type, or as the nearest of its codes have them."""
+    """Return the rows of a replay in the merged tensor's type, or rounded to its codes."""
     if merged.parts is None:
         return block.expected[0]
     grid, X = CodedRows(merged.parts, block.first, block.base.shape[1]), block.reals[0].numpy()
@@ -143,7 +143,7 @@ def _rounded(block: ReplayBlock, merged: TensorRef) -> Tensor:
 def _likeliest_fault(
     plan: MergePlan, name: str, merged: TensorRef, misses: float, sketches: Sketches
 ) -> tuple[str, float]:
-    """Return the best of FAULTS and OTHERS, and the squared distance of its prediction; ("", inf) if there is none."""
+    """Return the best of FAULTS and OTHERS, and the squared distance of its prediction. ("", inf) if there is none."""
     placements, faults = plan.placements[name], {"": math.inf}
     is_square = len(merged.spec.shape) == 2 and merged.spec.shape[0] == merged.spec.shape[1]
     for title, fault in FAULTS.items():
@@ -159,7 +159,7 @@ def _likeliest_fault(
 
 
 def _likeliest_other(plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches) -> tuple[str, float]:
-    """Return the best of OTHERS by a few rows of each tensor of the same shape, and what it misses over all rows."""
+    """Return the best of OTHERS by a few rows of each tensor of the same shape, and its distance over all rows."""
     mine, tried, others = plan.placements[name], {}, {}
     for other, source in plan.sources.items():
         theirs = plan.placements.get(other, ())
@@ -184,9 +184,9 @@ def _nearest_others(
     others: Mapping[str, tuple[Placement, ...]],
     sketches: Sketches,
 ) -> list[str]:
-    """Return the few of `others` that a tensor is likely to be, or to have the delta of; all where sketches don't tell.
+    """Return the few of `others` that are likely equal to a tensor, or have its delta. All if sketches do not decide.
 
-    Each tensor is sketched once: to replay each for each other would take the square of their number.
+    Each tensor is sketched once, as replaying all pairs would take quadratic time.
     """
     placements = (plan.placements[name], *others.values())
     if len(others) <= TRIED or merged.parts or not all(p.update.additive for tensor in placements for p in tensor):

@@ -1,7 +1,7 @@
-"""Replay a merge block by block beside the merged model, and each adapter's delta with bounds of others' errors.
+"""Replay a merge block by block beside the merged model, and each adapter's delta with error bounds.
 
-`Replay` gives what `merge` would write, and that before it is rounded. `AdapterDeltas` keeps the updates separate, so
-that `rounding_bounds` can round each in its way.
+`Replay` returns the rows that `merge` would write, before and after rounding. `AdapterDeltas` keeps the updates
+separate, so that `rounding_bounds` can round each by itself.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ReplayBlock:
 
     @cached_property
     def expected(self) -> tuple[Tensor, RoundingStats]:
-        """The rows as `merge` writes them, (rows, n) in the merged model's type, and how rounding changed them."""
+        """The rows as `merge` writes them, (rows, n) in the merged model's type, with rounding statistics."""
         out = torch.empty_like(self.merged)
         if self.piece is not None:
             return out, self.piece.merge(self.base, self.first, out, self.work)
@@ -68,7 +68,7 @@ class Replay:
             self.rows = source.spec.size // source.spec.shape[-1]
 
     def blocks(self, merged: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
-        """Yield the blocks of a tensor beside `merged`; with `sample` one small block from the middle only."""
+        """Yield the blocks of a tensor beside `merged`. With `sample` yield only one small block from the middle."""
         merged = merged.as_stored(getattr(torch, DTYPE_NAMES[merged.spec.dtype]))  # compared in the type that it has
         work, columns = Workspace(torch.device("cpu")), self.source.spec.size // max(1, self.rows)
         height = max(1, min(ROWS, NUMBERS // max(1, columns)))
@@ -85,7 +85,7 @@ class Replay:
 
 @dataclass(frozen=True)
 class DeltaBounds:
-    """One adapter's delta of a block, with bounds of the errors of others. Tensors are (rows, n) in float64."""
+    """One adapter's delta of a block, with bounds of other programs' errors. Tensors are (rows, n) in float64."""
 
     change: Tensor  # the delta, of a DoRA what is added before the norm
     slack: Tensor  # an upper bound of the error of float32 arithmetic
@@ -109,7 +109,7 @@ class AdapterDelta(DeltaBounds):
 
 @dataclass(frozen=True)
 class _Loaded:
-    """An update of a placement, and what it adds."""
+    """An update of a placement, and the sum that it adds."""
 
     placement: Placement
     added: Update  # of a DoRA that without its norm
@@ -117,7 +117,7 @@ class _Loaded:
     kept: dict[tuple[torch.dtype | None, bool], _Added] = field(default_factory=dict)
 
     def of(self, kind: torch.dtype | None, absolute: bool = False) -> _Added:
-        """Return what is added with its tensors rounded to `kind`, and then, if `absolute`, without their signs."""
+        """Return the sum with tensors rounded to `kind` and then, if `absolute`, without signs."""
         if (kind, absolute) not in self.kept:
             update = self.added if kind is None else self.added.map(lambda each: each.to(kind))
             update = update.map(torch.abs) if absolute else update
@@ -128,7 +128,7 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Added:
-    """The sum that an update adds, of its terms, and of its delta if it has one."""
+    """The sum that an update adds: its terms, and its delta if it has one."""
 
     update: Update
     terms: list[Term]
@@ -146,7 +146,7 @@ class _Added:
         return total
 
     def factors(self, placement: Placement, columns: int) -> tuple[Tensor, Tensor, float] | None:
-        """Return left, right and scale of scale * left @ right, which it adds; None if it has no factors."""
+        """Return left, right and scale of scale * left @ right, the sum. None if there are no factors."""
         if len(self.terms) == 1:
             (term,) = self.terms
             return term.left, term.right[:, :columns], float(term.scale)
@@ -161,7 +161,7 @@ class _Added:
 
 
 class AdapterDeltas:
-    """The deltas of one tensor, each by itself."""
+    """The separate deltas of one tensor."""
 
     def __init__(self, load: UpdateLoader) -> None:
         self._load = load
@@ -170,7 +170,7 @@ class AdapterDeltas:
         self._made: dict[torch.dtype | None, list[AdapterDelta]] = {}  # of that block, by the type of factors
 
     def of(self, block: ReplayBlock, kind: torch.dtype | None = None) -> list[AdapterDelta]:
-        """Return the deltas of additive updates, and what a DoRA adds, with their tensors rounded to `kind`."""
+        """Return the deltas of additive updates, and the sums inside DoRAs, with tensors rounded to `kind`."""
         if self._block is not block:
             placements = [p for p in block.inside if adds(p)]
             self._loaded = {id(p): self._loaded.get(id(p)) or self._added(p) for p in placements}
@@ -208,20 +208,20 @@ def _bound(block: ReplayBlock, loaded: _Loaded, kind: torch.dtype | None) -> Ada
 
 
 def normalizes_rows(placement: Placement) -> bool:
-    """Return whether a DoRA with weight 1 divides the whole row by its norm, rather than going part of the way."""
+    """Return whether a DoRA has weight 1, so that it divides rows by their norms, not just a part of the way."""
     return norm_axis(placement) is not None and placement.weight == 1
 
 
 def adds(placement: Placement) -> bool:
-    """Return whether an update adds something, if only on the way to a DoRA."""
+    """Return whether an update adds something, directly or inside a DoRA."""
     return placement.update.additive or norm_axis(placement) is not None
 
 
 def columns_of_a_norm(placement: Placement, columns: int) -> int:
-    """Return how many columns share a norm of a DoRA's columns: the kernel of one input."""
+    """Return how many columns share a norm in a DoRA along inputs: the kernel of one input."""
     return columns // placement.update.specs["magnitude"].size if norm_axis(placement) == 1 else 1
 
 
 def norm_axis(placement: Placement) -> int | None:
-    """Return of what an update needs norms, as `Update.norm_axis` does."""
+    """Return the axis of the norms that an update needs, as `Update.norm_axis`."""
     return placement.update.cls.norm_axis(placement.update, placement.transposed)

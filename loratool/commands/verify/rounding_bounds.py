@@ -1,7 +1,7 @@
-"""Bound each weight of a merged tensor by an interval, as others round on the way to it.
+"""Bound each weight of a merged tensor by an interval, for the ways in which other programs round.
 
-An interval starts from the exact numbers, is widened by what float32 arithmetic can be off at most, and is rounded
-where the way of rounding does.
+An interval starts from the exact numbers, is widened by the largest error of float32 arithmetic, and is rounded
+wherever the way of rounding does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Interval:
-    """The least and the largest values of some numbers, in float64."""
+    """Lower and upper bounds of numbers, in float64."""
 
     low: Tensor  # (rows, n), of norms (rows, 1) or (1, n)
     high: Tensor
@@ -47,19 +47,19 @@ class Interval:
         return Interval(self.low - by, self.high + by)
 
     def rounded(self, *types: torch.dtype) -> Interval:
-        """Return the interval after one rounding to each of the types; rounding keeps the order of numbers."""
+        """Return the interval after rounding to each of the types in turn. Rounding keeps the order of numbers."""
         low, high = self.low, self.high
         for dtype in types:
             low, high = cast(low, dtype), cast(high, dtype)
         return Interval(low, high)
 
     def times(self, *factors: Tensor | float) -> Interval:
-        """Return the interval of the product with a number that is one of the factors, or between them."""
+        """Return the interval of products with a factor, or with any factor between the given ones."""
         ends = torch.stack([factor * end for factor in factors for end in (self.low, self.high)])
         return Interval(ends.amin(0), ends.amax(0))
 
     def squares(self, dim: int, together: int = 1) -> Interval:
-        """Return the interval of the sum of squares along a dimension, which is kept, and over so many columns each."""
+        """Return the interval of sums of squares along a dimension, which is kept, each over that many columns."""
         low, high = self.low.abs(), self.high.abs()
         least = torch.where(self.low * self.high <= 0, 0.0, torch.minimum(low, high))
         ends = (x.square().sum(dim, True) for x in (least, torch.maximum(low, high)))
@@ -73,7 +73,7 @@ class Interval:
 
 
 class Predictions:
-    """The intervals that ways of rounding predict for the weights of one tensor."""
+    """The intervals that ways of rounding predict for the weights of a tensor."""
 
     def __init__(self, replay: Replay, merged: TensorRef, load: UpdateLoader) -> None:
         self._replay, self._found, self.deltas = replay, merged, AdapterDeltas(load)
@@ -83,8 +83,8 @@ class Predictions:
         """Return the interval of each weight of a block, (rows, n).
 
         Args:
-            order: id() of adapters, as they are added if `way` adds them apart.
-            slack: a factor of what float32 may be off.
+            order: id() of adapters, in the order of addition if `way` adds them separately.
+            slack: a factor of float32's error bound.
         """
         dtype, deltas = block.merged.dtype, self.deltas.of(block, way.factors)
         start, moving = self._start(block, way, deltas)
@@ -106,9 +106,9 @@ class Predictions:
     def _start(
         self, block: ReplayBlock, way: Rounding, deltas: Sequence[AdapterDelta]
     ) -> tuple[Interval, list[DeltaBounds]]:
-        """Return the interval that deltas are added to, and the delta of an update that is not additive.
+        """Return the interval to which deltas are added, and the delta of a non-additive update.
 
-        That delta is empty if its weight is 1; else it goes a part of the way from W to the update's value.
+        That delta is empty if its weight is 1. Else it is a part of the way from W to the update's value.
         """
         W = cast(block.base, way.base)
         X, a = block.reals
@@ -159,7 +159,7 @@ class Predictions:
 
 
 def bound_delta(delta: DeltaBounds, way: Rounding, slack: float = 1.0) -> Interval:
-    """Return the interval of a delta, (rows, n), rounded as `way` does; `slack` scales the bound of other errors."""
+    """Return the interval of a delta, (rows, n), rounded as by `way`. `slack` scales the bound of other errors."""
     interval = Interval(delta.change, delta.change).widened(delta.slack * slack)
     if way.product and delta.scale:
         interval = interval.times(1 / delta.scale).rounded(way.product).times(delta.scale)
@@ -167,7 +167,7 @@ def bound_delta(delta: DeltaBounds, way: Rounding, slack: float = 1.0) -> Interv
 
 
 def bound_norms(squares: Interval, count: int, way: Rounding) -> Interval:
-    """Return the interval of norms from that of sums of `count` squares.
+    """Return the interval of norms, from that of sums of `count` squares.
 
     The random errors of a float32 sum grow with the square root of `count`.
     """

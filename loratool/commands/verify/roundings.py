@@ -1,4 +1,4 @@
-"""List the ways of rounding on the way to a merged weight that are right, as a table.
+"""The table of acceptable ways of rounding for a merged weight.
 
 A way predicts an interval for each weight (`rounding_bounds.Predictions`).
 """
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Rounding:
-    """The roundings of a merge as types; None or no type where nothing is rounded."""
+    """The types to which a merge rounds at each step. None, or no type, for steps without rounding."""
 
     base: torch.dtype  # W
     factors: torch.dtype | None  # A and B, before they are multiplied
@@ -70,10 +70,10 @@ DORA_ROUNDINGS = {
 def list_roundings(
     kind: torch.dtype, others: Sequence[torch.dtype], dora: bool, several: bool
 ) -> list[tuple[str, Rounding]]:
-    """Return the ways of rounding on a base of type `kind` with their titles, the likeliest first, no way twice.
+    """Return the distinct ways of rounding on a base of type `kind` with their titles, the likeliest first.
 
     Args:
-        others: types that the base may have been rounded to first.
+        others: types to which the base may have been rounded first.
         dora: whether a DoRA divides rows by their norms.
         several: whether more than one adapter changes the tensor.
     """

@@ -1,8 +1,8 @@
 """Decide whether one way of rounding explains every weight of a merged tensor.
 
-The intervals of `rounding_bounds` are worst cases, so wide in float32 that an altered weight can hide in one. So the
-number of weights that differ from our replay, and their distance, must also be what float32 arithmetic causes:
-`ReplayErrors` does the arithmetic in a few ways and compares.
+The intervals of `rounding_bounds` are worst cases. In float32 they are so wide that an altered weight can hide in one.
+So the number of weights that differ from our replay, and their distance, must also be plausible for float32:
+`ReplayErrors` runs the arithmetic in a few ways and compares.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def same_bits(first: Tensor, second: Tensor) -> Tensor:
 
 
 def next_toward(x: Tensor, goal: Tensor) -> Tensor:
-    """Return the next number of x's type toward `goal` (float64), in float64; torch.nextafter takes no float8."""
+    """Return the next number of x's type toward `goal` (float64), in float64. torch.nextafter takes no float8."""
     if x.element_size() > 1:
         return torch.nextafter(x, goal.to(x.dtype)).double()
     sizes = torch.arange(128, dtype=torch.uint8).view(x.dtype).double()
@@ -52,10 +52,10 @@ def ulp_of(x: Tensor) -> Tensor:
 
 
 def max_ulps_off(expected: Tensor, actual: Tensor, where: Tensor) -> float:
-    """Return how many steps between numbers of its type the farthest of `actual` is off `expected`.
+    """Return the largest distance in ulps between `actual` and `expected`.
 
     Returns:
-        At least 1, since bits differ; inf if either is inf or nan, 0 for no weights.
+        At least 1, as bits differ; inf if either is inf or nan, 0 for no weights.
     """
     expected, actual = expected[where].to(actual.dtype), actual[where]
     if not actual.numel():
@@ -68,9 +68,9 @@ def max_ulps_off(expected: Tensor, actual: Tensor, where: Tensor) -> float:
 
 
 class ReplayErrors:
-    """A test that the weights that differ from our replay are as many, and as near to a tie, as float32 causes.
+    """A test that float32 explains how many weights differ from our replay, and how near they are to a tie.
 
-    Errors are in units of F32 times the sizes that were summed.
+    Errors are in units of F32 times the sizes of the terms.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class ReplayErrors:
         self.expected = self.largest = torch.zeros(1, dtype=torch.float64)  # by way: changed weights; largest error
 
     def add(self, block: ReplayBlock, deltas: Sequence[AdapterDelta]) -> None:
-        """Take in a block with its deltas."""
+        """Add a block with its deltas."""
         (X, a), actual, wanted = block.reals, block.merged, block.expected[0]
         known = X.isfinite() & actual.double().isfinite()
         zero = torch.zeros_like(X)
@@ -113,7 +113,7 @@ class ReplayErrors:
 
 @dataclass
 class RoundingCandidate:
-    """A way of rounding, with the order in which adapters are added, and the weights that it leaves unexplained."""
+    """A way of rounding, with an order of addition of adapters, and the weights that it does not explain."""
 
     title: str
     way: Rounding
@@ -139,8 +139,8 @@ def try_roundings(
     """Try all ways of rounding on one tensor.
 
     Args:
-        stored: types that others may have rounded the base to first: if the base and an adapter that replaces its
-            weights have two types, loaders cast the one to the other.
+        stored: types to which others may have rounded the base first: if the base and an adapter that replaces its
+            weights have two types, loaders cast one to the other.
     """
     candidates, predictions, errors = (
         _list_candidates(replay, stored),
@@ -177,7 +177,7 @@ def _list_candidates(replay: Replay, stored: Sequence[torch.dtype]) -> list[Roun
 
 
 def _where_stray(block: ReplayBlock) -> Tensor:
-    """Return which weights no rounding explains, in untouched rows and in what is not finite."""
+    """Return which weights no rounding explains, in untouched rows and among weights that are not finite."""
     X, base, actual = block.reals[0], block.base.double(), block.merged.double()
     if block.piece is None:
         return ~(same_bits(block.expected[0], block.merged) | (base.isnan() & actual.isnan()))
@@ -185,7 +185,7 @@ def _where_stray(block: ReplayBlock) -> Tensor:
 
 
 def _test(block: ReplayBlock, candidates: Sequence[RoundingCandidate], predictions: Predictions) -> None:
-    """Count the weights of a block that each candidate leaves unexplained, if it is the first or left none so far."""
+    """Count the weights of a block that each candidate does not explain, if it is the first or explained all so far."""
     actual, known = block.merged.double(), block.reals[0].isfinite()
     first: Interval | None = None
     for candidate in candidates:
