@@ -76,7 +76,7 @@ COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by c
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
-whole: list[str] = []  # outputs that the command has made, and not yet their page
+written_without_page: list[str] = []  # outputs that are written, and not yet their page
 
 FIRST_CONTACT = """\
 loratool works on LoRA adapters and the models under them, on disk.
@@ -190,7 +190,7 @@ def _signal_reporter(argv: list[str]) -> Callable[[int, Exception | None], int]:
         from . import as_json
 
     def tell(number: int, left: Exception | None) -> int:
-        error = Interrupted(number, left, _staying(argv))
+        error = Interrupted(number, left, _output_status(argv))
         with suppress(OSError):
             if is_debugging():
                 faulthandler.dump_traceback()
@@ -203,11 +203,11 @@ def _signal_reporter(argv: list[str]) -> Callable[[int, Exception | None], int]:
     return tell
 
 
-def _staying(argv: list[str]) -> str:
+def _output_status(argv: list[str]) -> str:
     """Return a text on outputs that stay: resumable ones, and those without only their page. Empty if none do."""
     goes_on = "the next run replaces them" if _command_name(argv) == "run" else "the same command with --resume goes on"
     stay = [f"{' and '.join(resumable_outputs)} stay: {goes_on}"] if resumable_outputs else []
-    return "; ".join([*stay, *(f"{out} is written and whole, only its page is not" for out in whole)])
+    return "; ".join([*stay, *(f"{out} is written and whole, only its page is not" for out in written_without_page)])
 
 
 def _write_line(stream: TextIO, text: str) -> None:
@@ -232,7 +232,7 @@ def _call(argv: list[str]) -> int:
     from ..errors import LoratoolError, MachineError, UsageError
 
     resumable_outputs.clear()
-    whole.clear()
+    written_without_page.clear()
     if is_debugging():
         _show_log()
     try:
@@ -307,7 +307,7 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
     """Print an error and return its exit code, even if stdout and stderr are closed."""
     from .messages import print_error, show_traceback
 
-    if stays := _staying(argv):
+    if stays := _output_status(argv):
         error.remedy = f"{error.remedy}; {stays}" if error.remedy else stays
     speaker = ""
     if RANKED in os.environ:

@@ -23,7 +23,7 @@ from ...views.parts.document import Line, TextSpan, line, path
 from ...views.parts.numbers import nbytes
 from ...views.parts.report import WritingReport
 from ...views.parts.writing import command_line
-from .. import whole
+from .. import written_without_page
 from ..as_json import print_json, to_json
 from ..messages import MAX_WARNINGS, print_hint, show_traceback, variables_of, warn, warning_line
 from ..options import WeightedPath
@@ -62,11 +62,11 @@ def _reason(error: Exception) -> str:
 def _write_page(report: Report, place: str, status: str | None) -> Line:
     from ...commands.report_files import write_report
 
-    whole.extend(filter(None, [_written_by(report)]))
+    written_without_page.extend(filter(None, [_written_by(report)]))
     try:
         size = write_report(report, place, command=typed_call(), status=status)
     finally:
-        whole.clear()
+        written_without_page.clear()
     return line("page  ", path(place), f"  {nbytes(size)}")
 
 

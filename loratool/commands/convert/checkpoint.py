@@ -49,7 +49,7 @@ from ..inputs import is_of_mlx
 from ..namings import MODEL_NAMINGS
 from .call import ConvertModel
 from .denoiser import RenamedDenoiser, place_denoiser, rename_denoiser
-from .shared_tensors import dropped_names, find_shared_storage
+from .shared_tensors import find_shared_storage, omitted_names
 
 CONFIG = "config.json"
 
@@ -132,7 +132,7 @@ class HubModel:
 def as_on_hub(base: Checkpoint) -> HubModel:
     """Return a model of MLX with single experts instead of stacks. Other models are returned unchanged."""
     types = base.model_types
-    names, stacks = mlx_names(types), {name: found for name in base.stored if (found := _hub_name(name, types))}
+    names, stacks = mlx_names(types), {name: hub_name for name in base.stored if (hub_name := _hub_name(name, types))}
     if is_of_mlx(base) and names and (names.shifted or names.scaled):
         what = "norms with 1 added" if names.shifted else "weights that it has multiplied"
         return HubModel(base, 0, (f"it is mlx-lm's, with {what}: transformers would read it wrong",))
@@ -211,7 +211,7 @@ def run_convert_model(call: ConvertModel) -> CheckpointConvertReport:
         inputs = paths_of(opened.shards)
         exists = check_output_path(path, is_file, inputs, call.force, is_model=True, dry_run=call.dry_run)
         shared = find_shared_storage(base, removed)
-        edits = OutputEdits(shared=shared, left_out=dropped_names(base, shared), removed=removed)
+        edits = OutputEdits(shared=shared, left_out=omitted_names(base, shared), removed=removed)
         edits, notes = _decode(base, edits, chosen)
         notes += (*hub.notes, *(note_of_a_file(edits) if is_file else ()))
         origin = provenance("convert", {"dtype": chosen, "to": naming or container}, opened.metadata.get("loratool"))

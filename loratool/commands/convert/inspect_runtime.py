@@ -77,7 +77,11 @@ def _of_format(path: str | os.PathLike[str], adapter: Adapter, runtime: Runtime)
     if adapter.format != wanted.key:
         says = f"the format, {adapter.format}, is not {wanted.key}, which it reads"
         yield Finding("format", "refuses", says, "convert --for writes that")
-    elif wanted.can.folder and (found := resolve(path)).is_file() and not found.with_name(CONFIG_NAME).exists():
+    elif (
+        wanted.can.folder
+        and (folder_file := resolve(path)).is_file()
+        and not folder_file.with_name(CONFIG_NAME).exists()
+    ):
         says = f"it is a single file, and has to be in a folder with its {CONFIG_NAME}"
         yield Finding("format", "refuses", says, "convert --for writes one")
 

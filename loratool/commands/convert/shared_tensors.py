@@ -65,7 +65,7 @@ def _by_metadata(base: Checkpoint, shard: WeightsFile, removed: Collection[str])
     return {name: stored for name, stored in shared.items() if stored not in shared}
 
 
-def dropped_names(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str]:
+def omitted_names(base: Checkpoint, shared: Mapping[str, str]) -> Collection[str]:
     """Return the shared tensors that a safetensors file omits: those that the model's loader ties by itself.
 
     Without a config these are all tensors with the spec of the stored one, as in the official library.

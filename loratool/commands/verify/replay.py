@@ -114,16 +114,16 @@ class _Loaded:
     placement: Placement
     added: Update  # of a DoRA that without its norm
     magnitude: Tensor | None  # m of a DoRA, one for each row of the update, or column if the base stores (in, out)
-    kept: dict[tuple[torch.dtype | None, bool], _Added] = field(default_factory=dict)
+    cache: dict[tuple[torch.dtype | None, bool], _Added] = field(default_factory=dict)
 
     def of(self, kind: torch.dtype | None, absolute: bool = False) -> _Added:
         """Return the sum with tensors rounded to `kind` and then, if `absolute`, without signs."""
-        if (kind, absolute) not in self.kept:
+        if (kind, absolute) not in self.cache:
             update = self.added if kind is None else self.added.map(lambda each: each.to(kind))
             update = update.map(torch.abs) if absolute else update
             how = self.placement.weight, self.placement.transposed
-            self.kept[kind, absolute] = _Added(update, update.terms(*how), update.delta(*how))
-        return self.kept[kind, absolute]
+            self.cache[kind, absolute] = _Added(update, update.terms(*how), update.delta(*how))
+        return self.cache[kind, absolute]
 
 
 @dataclass(frozen=True)
