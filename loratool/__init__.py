@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .commands.combine.call import combine
     from .commands.convert.call import convert, convert_model, edit_metadata, inspect_for
     from .commands.count.call import count
+    from .commands.demo.call import demo
     from .commands.diff.call import diff, diff_spectra
     from .commands.extract.call import extract
     from .commands.init.call import init
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .views.convert import ConvertReport
     from .views.convert_model import CheckpointConvertReport
     from .views.count import CountReport
+    from .views.demo import DemoReport
     from .views.diff_adapters import AdapterDiff
     from .views.diff_models import CheckpointDiff
     from .views.diff_several import AdaptersDiff
@@ -74,6 +76,8 @@ _HOMES = {
     "convert_model": "commands.convert.call",
     "CountReport": "views.count",
     "count": "commands.count.call",
+    "DemoReport": "views.demo",
+    "demo": "commands.demo.call",
     "MergeReport": "views.merge",
     "MetadataReport": "views.metadata",
     "edit_metadata": "commands.convert.call",
@@ -118,6 +122,7 @@ __all__ = [
     "CombineReport",
     "ConvertReport",
     "CountReport",
+    "DemoReport",
     "ExtractReport",
     "InitReport",
     "InputError",
@@ -141,6 +146,7 @@ __all__ = [
     "convert",
     "convert_model",
     "count",
+    "demo",
     "diff",
     "diff_spectra",
     "edit_metadata",

@@ -54,7 +54,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("inputs", "report_files"),
         ("cards",),
         ("opened",),
-        ("merge", "unmerge", "verify", "inspect", "count", "convert"),
+        ("merge", "unmerge", "verify", "inspect", "count", "convert", "demo"),
         ("diff", "resize", "extract", "init"),
         ("combine",),
         ("run",),
@@ -64,12 +64,13 @@ FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands 
 MAX_ROOMS, MAX_ARROWS = 14, 67
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
-    "errors durable numerics.spectrum architectures files binding adapters.adapter adapters.updates adapters.patterns "
-    "adapters.expressions adapters.formats transform.rank_rules transform.base commands.arguments commands.choices "
-    "commands.namings commands.inputs commands.opened commands.guide commands.count commands.inspect.command "
-    "commands.report_files commands.calls commands.adapter_requests commands.convert.command views cli "
+    "errors durable numerics.spectrum architectures files binding adapters.adapter adapters.updates "
+    "adapters.patterns adapters.expressions adapters.formats transform.rank_rules transform.base commands.arguments "
+    "commands.choices commands.namings commands.inputs commands.opened commands.guide commands.count "
+    "commands.inspect.command commands.report_files commands.calls commands.adapter_requests "
+    "commands.convert.command views cli "
     + " ".join(f"commands.{each}.call" for each in "merge unmerge verify extract init resize combine convert".split())
-    + " commands.diff.call commands.inspect.call commands.run.call"
+    + " commands.diff.call commands.inspect.call commands.run.call commands.demo.call"
 ).split()
 HEAVY = (
     "binding.weights.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "

@@ -76,6 +76,8 @@ loratool.count("base", params="20M", layers=[0, 1])
 nbytes: int = loratool.write_report(merged, Path("merge.html"), command="loratool merge base adapter")
 again = loratool.read_report("merge.html")
 print(again.document().verdict, again.kept if isinstance(again, loratool.MergeReport) else nbytes)
+examples: loratool.DemoReport = loratool.demo(Path("demo"), force=True)
+print([part.what for part in examples.parts])
 ran: loratool.RunReport = loratool.run("recipe.yaml", dry_run=True)
 try:
     loratool.merge("base", "adapter")

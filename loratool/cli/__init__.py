@@ -48,6 +48,7 @@ SECTIONS = {
         "run": "A recipe: what these commands do, from a file.",
     },
     "Help": {
+        "demo": "Small models and adapters to try all of this on.",
         "guide": "How things work, with examples.",
     },
 }
@@ -59,6 +60,7 @@ GUIDES = {
     "combine": "combine",
     "convert": "formats",
     "count": "parameter-counts",
+    "demo": "merging",
     "diff": "init-and-resize",
     "extract": "extract",
     "init": "init-and-resize",

@@ -33,6 +33,7 @@ REPORTS = {
         "views.metadata.MetadataReport",
     ),
     "count": ("views.count.CountReport",),
+    "demo": ("views.demo.DemoReport",),
     "diff": (
         "views.diff_adapters.AdapterDiff",
         "views.diff_several.AdaptersDiff",

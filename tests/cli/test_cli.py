@@ -239,6 +239,7 @@ EACH = {
     "combine": "combine {adapter} {adapter} -o {tmp}/out",
     "convert": "convert {base} --dtype fp32 -o {tmp}/out",
     "count": "count {base}",
+    "demo": "demo {tmp}/demo",
     "diff": "diff {adapter} {adapter}",
     "extract": "extract {base} {llama}/tuned -o {tmp}/out",
     "guide": "guide hub",

@@ -73,6 +73,7 @@ convert {llama}/base --to torch -o {tmp}/torch                                  
 convert {tmp}/torch --dtype fp16 --max-shard-size 100KB -o {tmp}/shards                       CheckpointConvertReport 0
 convert {tmp}/zero2 -o {tmp}/whole                                                            CheckpointConvertReport 0
 count {llama}/base                                                                            CountReport 0
+demo {tmp}/demo                                                                               DemoReport 0
 count {gpt2}/base/config.json --params 4K --target c_attn                                     CountReport 0
 diff {tmp}/kinds {tmp}/kinds --base {tmp}/odd                                                 AdapterDiff 0
 diff {tmp}/kinds {tmp}/other --fail-above 0.1                                                 AdapterDiff 1
@@ -402,7 +403,14 @@ RAISED: list[tuple[BaseException, str, int]] = [
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     two = dict.fromkeys(("diff", "extract", "merge", "unmerge"), "a b")
-    inputs = {**two, "verify": "a b c", "convert": "a --to peft", "resize": "a --rank 4", "run": "a.json"}
+    inputs = {
+        **two,
+        "verify": "a b c",
+        "convert": "a --to peft",
+        "resize": "a --rank 4",
+        "run": "a.json",
+        "demo": "a/b",
+    }
     argv = [verb, *inputs.get(verb, "a").split(), "--json"]
     for error, kind, code in RAISED:
 
@@ -417,7 +425,7 @@ def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest
         monkeypatch.setattr(f"loratool.commands.{called.get(verb, f'{verb}.command.run_{verb}')}", fail)
         check_error(run(*argv), verb, kind, code)
     monkeypatch.undo()
-    check_error(run(*argv), verb, *(("usage", 2) if verb == "guide" else ("input", 3)))
+    check_error(run(*argv), verb, *(("usage", 2) if verb in ("guide", "demo") else ("input", 3)))
     check_error(run(*argv, "--absent"), verb, "usage", 2)
 
 

@@ -98,6 +98,7 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "convert_model": {"source": BASE, **writing},
         "edit_metadata": {"source": ADAPTER, "set": {"a": "b"}, "out": f"{out}.safetensors", "dry_run": True},
         "count": {"path": BASE},
+        "demo": {"folder": out, "dry_run": True},
         "diff": {"a": ADAPTER, "b": ADAPTER},
         "diff_spectra": {"a": BASE, "b": merged, "layers": [0]},
         "inspect": {"path": ADAPTER},

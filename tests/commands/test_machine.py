@@ -129,6 +129,7 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "delta": lambda m, out: opened_as_text(loratool.open_adapter(m / "one")),
     "weights": lambda m, out: opened_as_text(loratool.open_checkpoint(m / "coded")),
     "count": lambda m, out: loratool.count(m / "base", rank=4),
+    "demo": lambda m, out: loratool.demo(out),
     "inspect for a program": lambda m, out: loratool.inspect_for(m / "one", runtime="vllm", base=m / "base"),
     "run": lambda m, out: loratool.run(write_recipe(m, out)),
     "convert model": lambda m, out: loratool.convert_model(m / "base", out, dtype="bf16"),
@@ -186,7 +187,7 @@ def layers(verb: Any) -> Iterator[Any]:
 def test_every_verb_requires_ieee(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what only writes and reads."""
     verbs = [each for name in loratool.__all__ if inspect.isfunction(each := getattr(loratool, name))]
-    assert len(verbs) == 21
+    assert len(verbs) == 22
     decorated = require_ieee(len).__code__  # type: ignore[attr-defined]
     without = [verb for verb in verbs if all(each.__code__ is not decorated for each in layers(verb))]
     monkeypatch.setattr("loratool.commands.calls.require_ieee", lambda work: lambda: f"required by {work.__self__}")

@@ -148,6 +148,7 @@ SCENARIOS = {
     "a page alone": _of(
         "resize adapter --rank 1 --dry-run --html out.html", "inspect adapter --html out.html", "out.html"
     ),
+    "demo": _of("demo out", "demo base/../out", "out"),  # whose adapters name their bases in another way
     "run a recipe": _of("run recipe.json", "run former.json", "out", "next"),
 }
 

@@ -64,6 +64,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("combine", "adapter", "adapter", "-o", "out"): ("out",),
     ("init", "base", "--rank", "2", "-o", "out"): ("out",),
     ("count", "base"): (),
+    ("demo", "out"): ("out",),
 }
 
 
