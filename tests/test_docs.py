@@ -20,6 +20,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_command
 
+import loratool
 from loratool.cli import COMMANDS, GUIDES, cli, schemas
 
 FOLDER = ROOT / "loratool" / "guides"
@@ -69,9 +70,28 @@ def scratch(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that pages use as `demo/...`."""
+    folder = tmp_path_factory.mktemp("made") / "demo"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder.parent)
+        loratool.demo("demo")
+    return folder
+
+
+@pytest.fixture
+def place(scratch: Path, demo: Path) -> Path:
+    """The folder in which a page's commands run, with `demo/` and `fixtures/`."""
+    place = scratch / "place"
+    shutil.copytree(demo, place / "demo")
+    (place / "fixtures").symlink_to(ROOT / "fixtures")
+    return place
+
+
 def in_shell(command: str, scratch: Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     path = f"{scratch / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, **environment}
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(["bash", "-eo", "pipefail", "-c", command], cwd=cwd, env=env, capture_output=True, text=True)
 
 
@@ -97,7 +117,7 @@ def alike(one: str, two: str) -> bool:
     return all(x == y or abs(x - y) <= 0.02 * max(x, y) for x, y in pairs)
 
 
-def outcome(kind: str, command: str, scratch: Path, names: dict[str, Any]) -> tuple[int, str, str]:
+def outcome(kind: str, command: str, scratch: Path, place: Path, names: dict[str, Any]) -> tuple[int, str, str]:
     """Exit code, stdout and stderr; what needs no shell runs in this process, which has torch already.
 
     names: those that the page's blocks of Python have in common.
@@ -109,16 +129,19 @@ def outcome(kind: str, command: str, scratch: Path, names: dict[str, Any]) -> tu
     if command.startswith("loratool "):
         result = run_command(*shlex.split(command)[1:])
         return result.exit_code, result.stdout, result.stderr
-    done = in_shell(command, scratch, ROOT)
+    done = in_shell(command, scratch, place)
     return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("name", DOCS)
-def test_every_command_of_a_page(name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_every_command_of_a_page(name: str, scratch: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its top, in a folder that has the demo's files, unless the page makes them itself."""
+    monkeypatch.chdir(place)
+    if any(command.split() == ["loratool", "demo", "demo"] for _, command, _ in commands(name)):
+        shutil.rmtree("demo")
     names: dict[str, Any] = {}
     for kind, command, pasted in commands(name):
-        code, stdout, stderr = outcome(kind, in_scratch(command, scratch), scratch, names)
+        code, stdout, stderr = outcome(kind, in_scratch(command, scratch), scratch, place, names)
         assert code == 0 and stdout, f"{command}: {stderr}"
         text = stdout.replace(f"{scratch}/", SCRATCH)
         assert pasted is None or same(text, pasted), f"{command}\n{text}\nis not\n{pasted}"
@@ -247,25 +270,24 @@ class TestInCI:
         assert "torch --index-url https://download.pytorch.org/whl/cpu" in steps[2]["run"]
         assert (ROOT / steps[1]["with"]["cache-dependency-path"]).is_file()
 
-    def test_the_job_runs_and_its_checks_say_no(self, scratch: Path, tmp_path: Path) -> None:
+    def test_the_job_runs_and_its_checks_say_no(self, scratch: Path, place: Path) -> None:
         job, steps = self.steps()
-        (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
         runs = {step["name"]: step["run"] for step in steps if "run" in step and step["name"] != "Install"}
         assert len(runs) == 5
         for name, run in runs.items():
-            done = in_shell(run, scratch, tmp_path, **job["env"])
+            done = in_shell(run, scratch, place, **job["env"])
             assert done.returncode == 0, f"{name}: {done.stdout} {done.stderr}"
-        pages = {path.name for path in tmp_path.glob(steps[-1]["with"]["path"])}
+        pages = {path.name for path in place.glob(steps[-1]["with"]["path"])}
         assert steps[-1]["uses"].startswith("actions/upload-artifact@") and steps[-1]["if"] == "always()"
         assert pages == {"merge.html", "verify.html", "diff.html"}
-        shard = tmp_path / "merged" / "model-00002-of-00002.safetensors"
+        shard = place / "merged" / "model-00002-of-00002.safetensors"
         with open(shard, "r+b") as file:
             file.seek(-1, os.SEEK_END)
             last = file.read(1)[0]
             file.seek(-1, os.SEEK_END)
             file.write(bytes([last ^ 64]))
         for name in ("The bytes are those that were released", "It is the base with the adapter, and no other"):
-            assert in_shell(runs[name], scratch, tmp_path, **job["env"]).returncode == 1
+            assert in_shell(runs[name], scratch, place, **job["env"]).returncode == 1
 
     def test_its_variables_are_options(self) -> None:
         names = set(re.findall(r"LORATOOL_([A-Z]+)_([A-Z_]+)", TEXTS["ci"])) - {("COMMAND", "OPTION"), ("COMPLETE", "")}
