@@ -154,6 +154,24 @@ class Interrupted(LoratoolError):
         self.exit_code = 128 + signal_number
 
 
+# Where loratool is. What is empty is not public yet: then an install is one of a clone, and links are relative.
+# `python tests/lib/project_texts.py --write` writes README and guides anew after a change.
+INDEX_NAME = ""  # on Python's package index: loratool, once a release is there
+REPOSITORY = ""  # as https://github.com/OWNER/loratool
+SITE = ""  # of the guides as pages, as https://OWNER.github.io/loratool
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra: from the index, from the repository, or in a clone of it."""
+    wanted = f"loratool[{extra}] @ git+{REPOSITORY}" if REPOSITORY else f".[{extra}]"
+    return f"pip install '{f'{INDEX_NAME}[{extra}]' if INDEX_NAME else wanted}'"
+
+
+def install_remedy(extra: str) -> str:
+    """Return the remedy of an error that an extra would mend."""
+    return f"{install_command(extra)}{'' if INDEX_NAME or REPOSITORY else ' in a clone of loratool'}"
+
+
 DEBUG = "LORATOOL_DEBUG"  # the one variable of the environment that sets no option
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, cast
 
 from ..durable.fileio import open_for_reading, read_into, size, write_at
 from ..durable.partial import partial_file
-from ..errors import InputError, MachineError, NeedsFlag, UsageError, brief
+from ..errors import InputError, MachineError, NeedsFlag, UsageError, brief, install_remedy
 from ..files.containers.safetensors_file import MAX_PARSED, parse_json
 from ..files.output.output import naming_output
 from ..files.output.paths import check_place
@@ -99,7 +99,7 @@ def check_page_path(path: StrPath) -> None:
     if place.suffix.lower() not in PAGES:
         raise UsageError(f"{place.suffix or 'no ending'} is no name for a page", culprit=str(path), remedy=NAME_A_PAGE)
     if find_spec("jinja2") is None:
-        raise MachineError("a page needs Jinja2", culprit="--html", remedy="pip install 'loratool[html]'")
+        raise MachineError("a page needs Jinja2", culprit="--html", remedy=install_remedy("html"))
     check_place(place, is_file=True, remedy=OTHER_PAGE)
     if os.path.lexists(place):
         with open_for_reading(place) as file:

@@ -256,7 +256,7 @@ def test_without_jinja_it_is_refused_before_any_work(
     before = sorted(os.listdir())
     result = run(*command.split(), "--html", "x.html")
     assert (result.exit_code, result.stdout) == (5, "")
-    assert result.stderr.splitlines()[-1] == "hint: pip install 'loratool[html]'"
+    assert result.stderr.splitlines()[-1] == "hint: pip install '.[html]' in a clone of loratool"
     assert sorted(os.listdir()) == before
     assert run(*command.split()).exit_code == 0
 

@@ -143,7 +143,7 @@ def test_a_page_needs_its_package(
     for call in (check_page_path, lambda path: loratool.write_report(report, path)):
         with pytest.raises(MachineError) as error:
             call(tmp_path / "a.html")
-        assert str(error.value) == "--html: a page needs Jinja2\npip install 'loratool[html]'"
+        assert str(error.value) == "--html: a page needs Jinja2\npip install '.[html]' in a clone of loratool"
 
 
 class Foreign(loratool.MergeReport):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...durable.fileio import open_for_reading
-from ...errors import InputError, MachineError, UsageError
+from ...errors import InputError, MachineError, UsageError, install_remedy
 from ...files.hub.cache import NO_SUCH
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ LONGEST = 20  # digits of a whole number
 MOST_VALUES = 10_000  # in a file, aliases counted as what they stand for
 
 TOO_MANY = f"it has more than {MOST_VALUES:,} values"
-
-NEEDS_YAML = "pip install 'loratool[recipes]'"
 
 TAG = "tag:yaml.org,2002:"
 
@@ -100,7 +98,7 @@ def _parse_yaml(text: str) -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise MachineError("PyYAML is not installed, which reads YAML", remedy=NEEDS_YAML) from error
+        raise MachineError("PyYAML is not installed, which reads YAML", remedy=install_remedy("recipes")) from error
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         """A loader that stops at too many values, as reading them takes long."""

@@ -11,13 +11,13 @@ from typing import Any
 
 from ...durable.fileio import write_at
 from ...durable.partial import partial_file
-from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError, shell_word
+from ...errors import LoratoolError, MachineError, NeedsFlag, UsageError, install_remedy, shell_word
 from ...files.hub.names import shareable
 from ...files.output.output import naming_output
 from ...files.output.paths import check_place
 from ..adapter_requests import ADAPTERS_TYPE, parse_adapters
 from ..arguments import PATH_TYPE, Argument, arguments_of, changed, read_arguments
-from .read import ENDINGS, NEEDS_YAML, YAML_ENDINGS, read_recipe, yaml_resolvers
+from .read import ENDINGS, YAML_ENDINGS, read_recipe, yaml_resolvers
 from .steps import OF_THE_RUN
 
 OTHER = "name another file with --save-recipe"
@@ -107,7 +107,7 @@ def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:
     try:
         import yaml
     except ImportError as error:
-        raise MachineError("PyYAML is not installed, which writes YAML", remedy=NEEDS_YAML) from error
+        raise MachineError("PyYAML is not installed, which writes YAML", remedy=install_remedy("recipes")) from error
     stream, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
     layout = {"sort_keys": False, "width": float("inf"), "default_flow_style": False, "allow_unicode": is_read_back}
     dumper = yaml.SafeDumper(stream, **layout)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...durable.fileio import reading
 from ...durable.partial import set_aside
-from ...errors import InputError, MachineError, shell_word
+from ...errors import InputError, MachineError, install_remedy, shell_word
 from .names import HubName, parse_hub_name
 from .snapshots import Cached, is_offline, look_up
 
@@ -56,7 +56,7 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
         from .download import download  # imported late: most runs download nothing
     except ImportError as error:  # huggingface_hub is missing or too old
         what = f"{_describe_missing(cached)}; to download it, install the extra `hub`"
-        raise MachineError(what, culprit=text, remedy="pip install 'loratool[hub]'") from error
+        raise MachineError(what, culprit=text, remedy=install_remedy("hub")) from error
     except ValueError as error:  # huggingface_hub reads its variables when it is imported
         remedy = "look at HF_ENDPOINT and the other variables of the environment that begin with HF_"
         raise MachineError(f"huggingface_hub does not start: {error}", culprit=text, remedy=remedy) from error

@@ -135,7 +135,7 @@ def test_without_pyyaml_json_is_read_and_yaml_names_the_extra(tmp_path: Path, mo
     for call in (lambda: read(tmp_path, "a: 1"), lambda: encode(tmp_path / "a.yaml", {})):
         with pytest.raises(MachineError, match="PyYAML") as error:
             call()
-        assert error.value.remedy == "pip install 'loratool[recipes]'"
+        assert error.value.remedy == "pip install '.[recipes]' in a clone of loratool"
 
 
 @pytest.mark.parametrize("ending", [".yaml", ".json"])

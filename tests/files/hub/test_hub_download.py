@@ -308,7 +308,7 @@ def test_without_the_extra(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delitem(sys.modules, "loratool.files.hub.download", raising=False)
     with pytest.raises(MachineError) as caught:
         resolve("org/name")
-    assert caught.value.remedy == "pip install 'loratool[hub]'" and hub.log == []
+    assert caught.value.remedy == "pip install '.[hub]' in a clone of loratool" and hub.log == []
 
 
 def test_a_variable_that_huggingface_hub_does_not_take(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
