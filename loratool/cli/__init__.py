@@ -30,7 +30,7 @@ SECTIONS = {
     "Look": {
         "inspect": "What is in a model or adapter, and what is wrong with it.",
         "diff": "How adapters, or two models, differ.",
-        "count": "What LoRA and its rivals would train of a model.",
+        "count": "How many parameters LoRA and other methods would train.",
         "verify": "Whether a model is a base with adapters merged.",
     },
     "Merge": {
@@ -38,18 +38,18 @@ SECTIONS = {
         "unmerge": "Restore the base of a merge, bit for bit.",
     },
     "Make and change adapters": {
-        "extract": "From a full fine-tune: the best of its rank.",
-        "init": "For training: PiSSA, DoRA and others, from the base alone.",
-        "resize": "To another rank.",
-        "combine": "Several into one: exactly, or by TIES, DARE, TSV, Iso-C, WUDI.",
-        "convert": "To another format, for another program; a model too.",
+        "extract": "Extract the best LoRA of a given rank from a full fine-tune.",
+        "init": "Write an adapter to train: LoRA, PiSSA, DoRA and others.",
+        "resize": "Change the rank of an adapter.",
+        "combine": "Make one adapter of several: exactly, or by TIES, DARE, TSV and others.",
+        "convert": "Write an adapter or a model in another format, for another program.",
     },
     "Automate": {
-        "run": "A recipe: what these commands do, from a file.",
+        "run": "Run a recipe: a file that says what these commands do.",
     },
     "Help": {
-        "demo": "Small models and adapters to try all of this on.",
-        "guide": "How things work, with examples.",
+        "demo": "Write small models and adapters to try the commands on.",
+        "guide": "Read the manual, a page for each job.",
     },
 }
 
@@ -57,19 +57,19 @@ COMMANDS = {name: line for commands in SECTIONS.values() for name, line in comma
 
 # command -> the guide that its help names
 GUIDES = {
-    "combine": "combine",
+    "combine": "combine-two",
     "convert": "formats",
-    "count": "parameter-counts",
-    "demo": "merging",
+    "count": "before-training",
+    "demo": "tutorial",
     "diff": "init-and-resize",
-    "extract": "extract",
-    "init": "init-and-resize",
-    "inspect": "merging",
+    "extract": "extract-adapter",
+    "init": "before-training",
+    "inspect": "healthy",
     "merge": "merging",
-    "resize": "init-and-resize",
+    "resize": "shrink",
     "run": "recipes",
-    "unmerge": "merging",
-    "verify": "merging",
+    "unmerge": "undo",
+    "verify": "prove",
 }
 
 RANKED = "TORCHELASTIC_RUN_ID"  # `streaming.ranks.RUN_ID`, without the time that its import takes

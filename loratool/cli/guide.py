@@ -29,13 +29,13 @@ PATH = Option(
     cls=Command, params=[click.Argument(["topic"], required=False, shell_complete=_complete), PATH, JSON, JSON_SCHEMA]
 )
 def guide(topic: str | None, path: bool, json: bool) -> None:
-    """Read the guides, each on one topic; without TOPIC they are listed.
+    """Read the manual, a page for each job; without TOPIC the pages are listed.
 
     A terminal gets the text laid out, through PAGER if that is set, a pipe or a file the Markdown itself.
 
     \b
       loratool guide
-      loratool guide extract
+      loratool guide tutorial
       loratool guide --path
     """
     from ..commands.guide import guide as run

@@ -11,13 +11,47 @@ from ..errors import UsageError
 
 FOLDER = Path(__file__).parent.parent / "guides"
 
-# what explains and needs not be read for any use; all others are for use
-BACKGROUND = ("numerics", "undo-format", "parameter-counts", "benchmarks", "architecture")
+# kind of page -> its pages, in the order in which they are listed
+PAGES = {
+    "Tutorial": ("tutorial",),
+    "How-to": (
+        "healthy",
+        "undo",
+        "merge-quantized",
+        "two-styles",
+        "combine-two",
+        "extract-adapter",
+        "shrink",
+        "kohya-to-diffusers",
+        "vllm",
+        "ollama",
+        "prove",
+        "resume",
+        "many-machines",
+        "before-training",
+    ),
+    "Reference": (
+        "merging",
+        "extract",
+        "init-and-resize",
+        "combine",
+        "formats",
+        "image-models",
+        "quantized",
+        "runtimes",
+        "recipes",
+        "ci",
+        "hub",
+        "python",
+        "undo-format",
+    ),
+    "Explanation": ("numerics", "scale", "parameter-counts", "benchmarks", "architecture"),
+}
 
 
 @dataclass(frozen=True)
 class GuideTopic:
-    """A guide: the name of its file, the sentence that it opens with, and whether it is background only."""
+    """A guide: the name of its file, the sentence that it opens with, and whether it only explains."""
 
     topic: str
     sentence: str
@@ -46,7 +80,7 @@ def guide(topic: str | None = None) -> GuideReport:
         raise UsageError(f"no guide {topic!r}", remedy=f"loratool guide {near[0]}" if near else "loratool guide")
     return GuideReport(
         folder=str(FOLDER),
-        topics=tuple(GuideTopic(name, _first_sentence(text), name in BACKGROUND) for name, text in texts.items()),
+        topics=tuple(GuideTopic(name, _first_sentence(text), name in PAGES["Explanation"]) for name, text in texts.items()),
         topic=topic,
         text=None if topic is None else texts[topic],
     )

@@ -19,15 +19,17 @@ OTHER_GUIDE = re.compile(r"\[([\w-]+)\]\(\1\.md\)")  # a link, of which a termin
 
 
 def print_guides(report: GuideReport) -> None:
-    """Print a line for each guide, or more on a narrow terminal. Guides for use come first."""
+    """Print a line for each guide, or more on a narrow terminal, under the kind of page."""
+    from ...commands.guide import PAGES
+
     width = min(terminal_width(sys.stdout), WIDEST) if sys.stdout.isatty() else sys.maxsize
-    names = max(len(topic.topic) for topic in report.topics)
-    for title, background in (("Use", False), ("Background", True)):
-        print(title)
-        for topic in report.topics:
-            if topic.background is background:
-                head = f"  {topic.topic:{names}}  "
-                print(textwrap.fill(topic.sentence, width, initial_indent=head, subsequent_indent=" " * len(head)))
+    sentences = {topic.topic: topic.sentence for topic in report.topics}
+    indent = max(map(len, sentences)) + 4
+    for kind, names in PAGES.items():
+        print(kind)
+        for name in names:
+            head = f"  {name}".ljust(indent)
+            print(textwrap.fill(sentences[name], width, initial_indent=head, subsequent_indent=" " * indent))
 
 
 def print_guide(text: str) -> None:
