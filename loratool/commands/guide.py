@@ -80,7 +80,9 @@ def guide(topic: str | None = None) -> GuideReport:
         raise UsageError(f"no guide {topic!r}", remedy=f"loratool guide {near[0]}" if near else "loratool guide")
     return GuideReport(
         folder=str(FOLDER),
-        topics=tuple(GuideTopic(name, _first_sentence(text), name in PAGES["Explanation"]) for name, text in texts.items()),
+        topics=tuple(
+            GuideTopic(name, _first_sentence(text), name in PAGES["Explanation"]) for name, text in texts.items()
+        ),
         topic=topic,
         text=None if topic is None else texts[topic],
     )
