@@ -30,7 +30,7 @@ class DemoPart:
 class DemoReport(WritingReport):
     """The result of `demo`."""
 
-    shown_by: ClassVar[str] = "demo_document"
+    document_function: ClassVar[str] = "demo_document"
     rows: ClassVar[str] = "parts"
 
     out: str
