@@ -540,12 +540,12 @@ def classify_checkpoint(base: Checkpoint) -> tuple[list[str], list[LeftBehind]]:
     """Return the side files of a model or pipeline that are copied, and those that are not."""
     if not base.parts:
         return classify_side_files(base.folder, base.weight_files)
-    travels, left = classify_side_files(base.folder, (), [part.folder.name for part in base.parts])
+    copied, left = classify_side_files(base.folder, (), [part.folder.name for part in base.parts])
     for part in base.parts:
         names, rest = classify_side_files(part.folder, part.weight_files)
-        travels += [part.prefix + name for name in names]
+        copied += [part.prefix + name for name in names]
         left += [replace(each, name=part.prefix + each.name) for each in rest]
-    return travels, left
+    return copied, left
 
 
 def split_into_shards(specs: Mapping[str, TensorSpec], max_bytes: int | None) -> list[list[str]]:

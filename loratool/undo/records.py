@@ -77,7 +77,7 @@ def bytes_of(x: Tensor) -> memoryview:
 class _Asked:
     """Weights of a block whose runs may have several numbers, and approximations of their D."""
 
-    at: Positions | None  # flat positions, rising; None for all
+    flat: Positions | None  # flat positions, rising; None for all
     change: npt.NDArray[Any]  # D in the GEMM's type, nan where nothing is known
     reach: float | Wide  # of each matrix, or of all
 
@@ -85,7 +85,7 @@ class _Asked:
         """Yield positions and D of at most ASKED weights at a time, which bounds the memory."""
         for start in range(0, len(self.change), ASKED):
             some = self.change[start : start + ASKED]
-            yield np.arange(start, start + len(some)) if self.at is None else self.at[start : start + ASKED], some
+            yield np.arange(start, start + len(some)) if self.flat is None else self.flat[start : start + ASKED], some
 
 
 @dataclass(frozen=True)
@@ -242,10 +242,10 @@ class Recorder:
         flags, index, count = [], [], []  # flags: bits, and how many of them are before each edge
         ends = np.zeros_like(edges)  # places in longer runs before each edge
         for part in asked.parts():
-            at, _, runs = _runs_of(out, x, first, *part, asked.reach, self._form, size)
-            code = take(base, at)
+            flat, _, runs = _runs_of(out, x, first, *part, asked.reach, self._form, size)
+            code = take(base, flat)
             uncounted = np.flatnonzero(runs.count == every(self._form))
-            is_zero, inside = code.take(uncounted) == 0, np.searchsorted(at, edges)
+            is_zero, inside = code.take(uncounted) == 0, np.searchsorted(flat, edges)
             flags.append((is_zero, np.searchsorted(uncounted, inside)))
             runs.count[uncounted[is_zero]] = 1  # which needs no more bits
             many = np.flatnonzero(runs.count > 1)
@@ -318,7 +318,7 @@ def _together(parts: Sequence[Codes]) -> Codes:
 
 
 def _joined(parts: list[tuple[Positions | None, npt.NDArray[Any]]]) -> tuple[Positions | None, npt.NDArray[Any]]:
-    positions = [at for at, _ in parts if at is not None]
+    positions = [flat for flat, _ in parts if flat is not None]
     change = np.concatenate([change for _, change in parts])
     parts.clear()
     return np.concatenate(positions) if positions else None, change
@@ -327,17 +327,17 @@ def _joined(parts: list[tuple[Positions | None, npt.NDArray[Any]]]) -> tuple[Pos
 @np.errstate(all="ignore")
 def _taken(hit: Tensor | None, change: Tensor, shift: float, start: int) -> tuple[Positions | None, npt.NDArray[Any]]:
     """Return the block positions where a tile's mask is set, None for all, and D there. start: of the tile."""
-    at = None if hit is None else positions(hit)
-    if at is None:
+    flat = None if hit is None else positions(hit)
+    if flat is None:
         D: npt.NDArray[Any] = change.cpu().numpy().copy()
     else:
-        D = change.numpy().take(at) if not change.is_cuda else change[torch.from_numpy(at).cuda()].cpu().numpy()
-        at += start
+        D = change.numpy().take(flat) if not change.is_cuda else change[torch.from_numpy(flat).cuda()].cpu().numpy()
+        flat += start
     if math.isfinite(shift):
         D -= D.dtype.type(shift)
     else:
         D.fill(np.nan)
-    return at, D
+    return flat, D
 
 
 def may_have_several(result: Tensor, like: Tensor, near: Tensor) -> Tensor:
@@ -371,7 +371,7 @@ def _runs_of(
     out: Tensor,
     x: Reals,
     first: int,
-    at: Positions,
+    flat: Positions,
     change: npt.NDArray[Any],
     reach: float | Wide,
     form: Form,
@@ -382,14 +382,14 @@ def _runs_of(
     Args:
         size: weights of a matrix, if each matrix has its own reach.
     """
-    result, odd = take(out, at), at[:0]
+    result, odd = take(out, flat), flat[:0]
     infinite = (result & form.size) >= form.inf
     if infinite.any():
-        odd = at[infinite]
-        at, result, change = (y[~infinite] for y in (at, result, change))
+        odd = flat[infinite]
+        flat, result, change = (y[~infinite] for y in (flat, result, change))
     if isinstance(reach, np.ndarray):
-        reach = reach.astype(change.dtype).take(at // size)
-    return at, odd, find_runs(x, result, at, first, out.shape[1], change, reach, form)
+        reach = reach.astype(change.dtype).take(flat // size)
+    return flat, odd, find_runs(x, result, flat, first, out.shape[1], change, reach, form)
 
 
 def _planes(index: Codes, count: Codes, ends: Positions) -> Iterator[tuple[npt.NDArray[np.bool_], Positions]]:
@@ -418,10 +418,10 @@ def guess_double(merged: Tensor, x: Reals, first: int) -> Codes:
     return guess
 
 
-def _without_delta(merged: Tensor, at: Positions, x: Reals, first: int, to: Form) -> Codes:
+def _without_delta(merged: Tensor, flat: Positions, x: Reals, first: int, to: Form) -> Codes:
     """Return RN(W' - D) of finite weights at flat positions of a block."""
-    form, i = FORMS[merged.dtype], at // merged.shape[1]
-    return decide(replace(x, sign=-1), take(merged, at), form, i + first, at - i * merged.shape[1], to)
+    form, i = FORMS[merged.dtype], flat // merged.shape[1]
+    return decide(replace(x, sign=-1), take(merged, flat), form, i + first, flat - i * merged.shape[1], to)
 
 
 @dataclass(frozen=True)
@@ -450,9 +450,9 @@ def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
     else:
         asked, doubtful, farthest = go_back(merged, x, out, work), 0, 1
         for part in asked.parts():
-            at, odd, runs = _runs_of(merged, x, 0, *part, asked.reach, form)
+            flat, odd, runs = _runs_of(merged, x, 0, *part, asked.reach, form)
             put(out, odd, take(merged, odd))
-            put(out, at, _without_delta(merged, at, x, 0, form))
+            put(out, flat, _without_delta(merged, flat, x, 0, form))
             doubtful += int((runs.count > 1).sum())
             farthest = max(farthest, int(runs.count[runs.count < every(form)].max(initial=1)))
     overflowed = ~finite(out) & finite(merged)
@@ -520,22 +520,23 @@ class Restorer:
         data, read, all_numbers = self._reader.bits(), 0, every(self._form)
         longer: list[tuple[Positions, Codes, Codes]] = []
         for part in asked.parts():
-            at, odd, runs = _runs_of(merged, x, 0, *part, asked.reach, self._form)
+            flat, odd, runs = _runs_of(merged, x, 0, *part, asked.reach, self._form)
             put(out, odd, take(merged, odd))
-            put(out, at, number(runs.start, self._form))
+            put(out, flat, number(runs.start, self._form))
             uncounted = np.flatnonzero(runs.count == all_numbers)
             is_zero = data[read : read + len(uncounted)]
             if len(is_zero) < len(uncounted):
                 raise ValueError("ends too early")
             read += len(uncounted)
             runs.count[uncounted[is_zero]] = 1
-            put(out, at[uncounted[is_zero]], np.zeros(int(is_zero.sum()), self._form.code))
+            put(out, flat[uncounted[is_zero]], np.zeros(int(is_zero.sum()), self._form.code))
             many = np.flatnonzero(runs.count > 1)
-            longer.append((at.take(many), runs.start.take(many), runs.count.take(many)))
-        at, start, count = (_together(side) for side in zip(*longer, strict=True)) if longer else ([_together([])] * 3)
+            longer.append((flat.take(many), runs.start.take(many), runs.count.take(many)))
+        columns = zip(*longer, strict=True) if longer else [()] * 3
+        flat, start, count = (_together(column) for column in columns)
         index = _from_planes(data[read:], count)
         raw: Codes = index.astype(f"u{np.dtype(self._form.code).itemsize}").view(self._form.code)
-        put(out, at, np.where(count == all_numbers, raw, number(start + index, self._form)))
+        put(out, flat, np.where(count == all_numbers, raw, number(start + index, self._form)))
 
     def recoded(self, written: Codes, out: Tensor) -> None:
         """Write the former codes into `out` from those that a merge wrote, both in the shape of `CodedRows.read`."""

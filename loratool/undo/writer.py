@@ -87,7 +87,7 @@ class UndoWriter:
     def finish(self, target: BinaryIO, plan: MergePlan, output: Output) -> int:
         """Write the file, and return its size."""
         write_at(target, memoryview(MAGIC), 0)
-        at, rows = len(MAGIC), bytearray()
+        position, rows = len(MAGIC), bytearray()
         index = make_index(plan, output)
         index["untouched"] = {name: [each[part] for part in sorted(each)] for name, each in self._untouched.items()}
         journals = list(self._journals)
@@ -95,26 +95,26 @@ class UndoWriter:
             entry["row"] = len(rows) // ROW.size
             tiles = _tiles(plan, name, entry)
             for tensor, first in _unchanged(plan, name, entry, tiles):
-                at = _copy(plan.base, tensor, first, target, at, rows)
+                position = _copy(plan.base, tensor, first, target, position, rows)
             records = sorted(PENDING.iter_unpack(self._records.get(name, b"")))
             if [start for start, *_ in records] != [start for start, _ in tiles.records()]:
                 raise AssertionError(f"{name}: its records are not all here, or not its own")
             for _, journal, offset, nbytes, digest, words in records:
-                copy_range(journals[journal], offset, target, at, nbytes)
+                copy_range(journals[journal], offset, target, position, nbytes)
                 rows += ROW.pack(nbytes, digest, words)
-                at += nbytes
+                position += nbytes
             if name in self._written:
                 entry["written"] = self._written[name]
         index["table"] = bytes(rows)
         for owner, key in _blobs(index):
             data = owner[key]
-            owner[key] = [at, len(data), hashlib.sha256(data).hexdigest()]
-            write_at(target, memoryview(data), at)
-            at += len(data)
+            owner[key] = [position, len(data), hashlib.sha256(data).hexdigest()]
+            write_at(target, memoryview(data), position)
+            position += len(data)
         data = _encoded(index)
-        end = TRAILER.pack(at, len(data), hashlib.sha256(data).digest(), END)
-        write_at(target, memoryview(data + end), at)
-        return at + len(data) + len(end)
+        end = TRAILER.pack(position, len(data), hashlib.sha256(data).digest(), END)
+        write_at(target, memoryview(data + end), position)
+        return position + len(data) + len(end)
 
 
 FAR, HASH = 1 << 48, "f" * 64  # placeholders in the index of `largest_undo`, at least as long as any value

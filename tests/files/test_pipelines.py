@@ -292,7 +292,7 @@ def test_what_an_edit_puts_beside_the_weights(tmp_path: Path) -> None:
     expected = {f"layers.{i}.weight": (first, second)[i % 2] for i in range(4)}
     assert places == {**expected, "layers.1.scale": second, "new": second}
     assert json.loads(output.extras["generation_config.json"]) == {"top_k": 5}
-    assert "absent.json" not in output.extras and "generation_config.json" not in output.travels
+    assert "absent.json" not in output.extras and "generation_config.json" not in output.side_files
     assert json.loads(output.extras["model.safetensors.index.json"])["weight_map"] == places
 
 

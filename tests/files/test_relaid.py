@@ -26,13 +26,13 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> RelaidFile:
     folder = write_model(tmp_path_factory.mktemp("relaid"), {"w": W, "v": V, "half": W.half()}, {})
     base = open_checkpoint(folder)
     w, v, half = (StoredStack(base.ref(name), ROWS, COLUMNS) for name in ("w", "v", "half"))
-    crossed = StoredStack(base.ref("w"), E * COLUMNS, ROWS, crossed=COLUMNS)
+    crossed = StoredStack(base.ref("w"), E * COLUMNS, ROWS, transposed_rows=COLUMNS)
     tensors = {
         "as it is": RelaidTensor((E, ROWS, COLUMNS), (w,)),
         "second": RelaidTensor((ROWS, COLUMNS), (w,), first=1),
         "reversed": RelaidTensor((E, ROWS, COLUMNS), (w,), list(range(ROWS))[::-1]),
         "both": RelaidTensor((E, 2 * ROWS, COLUMNS), (w, v), SHUFFLED),
-        "turned": RelaidTensor((E, COLUMNS, 2 * ROWS), (w, v), SHUFFLED, turned=True),
+        "turned": RelaidTensor((E, COLUMNS, 2 * ROWS), (w, v), SHUFFLED, transposed=True),
         "less one": RelaidTensor((ROWS, COLUMNS), (w,), added=-1.0, first=2),
         "crossed": RelaidTensor((E * COLUMNS, ROWS), (crossed,)),
         "two types": RelaidTensor((2 * ROWS, COLUMNS), (half, w)),

@@ -78,10 +78,10 @@ class GgufFolder:
         config = base.config | {"dtype": TORCH_FLOATS[dtype or nbytes.most_common(1)[0][0]]}
         index = {name: data for name, data in output.extras.items() if name != CONFIG}
         beside = {} if output.is_file else {CONFIG: encode_json(config)}
-        travels = {} if output.is_file else self.tokenizer
-        beside_gguf = (LeftBehind(name, path.stat().st_size, BESIDE) for name, path in output.travels.items())
-        left = (*output.left_behind, *(each for each in beside_gguf if each.name not in travels))
-        return replace(output, extras=index | beside, travels=travels, left_behind=left)
+        side_files = {} if output.is_file else self.tokenizer
+        beside_gguf = (LeftBehind(name, path.stat().st_size, BESIDE) for name, path in output.side_files.items())
+        left = (*output.left_behind, *(each for each in beside_gguf if each.name not in side_files))
+        return replace(output, extras=index | beside, side_files=side_files, left_behind=left)
 
     def notes(self, output: Output) -> Iterator[str]:
         """Yield notes on what a loader needs besides the output."""

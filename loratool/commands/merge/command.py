@@ -233,7 +233,7 @@ def write_merged(
     read += like.shards if like else ()
     output = replace(
         output,
-        travels={**output.travels, **(beside or {})},
+        side_files={**output.side_files, **(beside or {})},
         inputs=read,
         configs=(*output.configs, *(adapter.config for adapter, _ in plan.adapters)),
         call=described,

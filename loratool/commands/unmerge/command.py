@@ -256,12 +256,12 @@ def _plan_output(
     merged: Checkpoint, undo: UndoFile, chain: Sequence[Path], files: Sequence[OutputFile], path: Path, is_file: bool
 ) -> Output:
     extras = dict(undo.side)
-    travels: dict[str, Path] = {}
+    side_files: dict[str, Path] = {}
     left: list[LeftBehind] = []
     ours = {*extras, *undo.index["new_side"], CARD}  # what the merge wrote
     if not is_file and merged.has_side_files:
         names, rest = classify_checkpoint(merged)
-        travels = {n: merged.folder / n for n in names if n not in ours}
+        side_files = {n: merged.folder / n for n in names if n not in ours}
         left = [each for each in rest if merged.folder / each.name not in chain and each.name not in ours]
     shards = zip(undo.index["shards"], undo.layouts, strict=True)
     of_torch = {prefix_of(shard["name"]) for shard, layout in shards if layout is None}
@@ -282,7 +282,7 @@ def _plan_output(
         specs=undo.specs,
         files=tuple(files),
         extras=extras,
-        travels=travels,
+        side_files=side_files,
         left_behind=tuple(left),
         carried=carried,
     )

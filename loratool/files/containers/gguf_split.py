@@ -68,9 +68,9 @@ def _check(parts: list[GgufFile]) -> None:
     """Raise InputError if parts' numbers contradict their names, or if two parts have a tensor in common."""
     holders: dict[str, str] = {}
     for number, part in enumerate(parts):
-        own, count = _whole(part, NUMBER, 0), _whole(part, COUNT, 1)
-        if (own, count) != (number, len(parts)):
-            message = f"is part {own} of {count} by its fields, counted from 0, and not {number} of {len(parts)}"
+        stated, count = _whole(part, NUMBER, 0), _whole(part, COUNT, 1)
+        if (stated, count) != (number, len(parts)):
+            message = f"is part {stated} of {count} by its fields, counted from 0, and not {number} of {len(parts)}"
             raise InputError(message, culprit=str(part.path), remedy="download the parts anew")
         for name in part.specs:
             if name in holders:

@@ -165,7 +165,7 @@ def classify_side_files(
     Raises:
         InputError: a file to copy cannot be read, or a module of sentence-transformers is outside the folder.
     """
-    travels: list[str] = []
+    copied: list[str] = []
     left: list[LeftBehind] = []
     modules = module_folders(folder)
     with reading(folder):
@@ -174,11 +174,11 @@ def classify_side_files(
             reasons = {name: _why_left(folder, name, modules) for name in names}
             if entry.is_dir() and names and None not in reasons.values():
                 names, reasons = [entry.name + "/"], {entry.name + "/": _why_folder(entry)}
-            travels += [name for name in names if reasons[name] is None]
+            copied += [name for name in names if reasons[name] is None]
             left += [LeftBehind(name, _nbytes(folder / name), why) for name in names if (why := reasons[name])]
-    for name in travels:
+    for name in copied:
         _require_file(folder / name)
-    return travels, left
+    return copied, left
 
 
 def _require_file(path: Path) -> None:

@@ -68,7 +68,7 @@ class Output:
     specs: Mapping[str, TensorSpec]  # of the stored tensors
     files: tuple[OutputFile, ...]
     extras: Mapping[str, bytes]  # name of a small file -> its content
-    travels: Mapping[str, Path]  # name of a side file -> the file to copy
+    side_files: Mapping[str, Path]  # name of a side file -> the file to copy
     left_behind: tuple[LeftBehind, ...]  # the base's side files that are not copied
     provenance: str = ""  # the value of the metadata key `loratool`
     undo: Path | None = None  # the new undo file
@@ -102,7 +102,7 @@ class Output:
     def head(self) -> dict[str, dict[str, Any]]:
         """Return the head of the run's journal: everything that determines the output's bytes, by name."""
         places = sorted(place.name for place in self.undo_places)  # names only: the folder may be given in many ways
-        layout = hashlib.sha256(repr((self.is_file, bool(self.undo), places, sorted(self.travels))).encode())
+        layout = hashlib.sha256(repr((self.is_file, bool(self.undo), places, sorted(self.side_files))).encode())
         for file in self.files:
             layout.update(repr((file.name, file.nbytes, hashlib.sha256(file.header).hexdigest())).encode())
         for name, data in sorted(self.extras.items()):
@@ -113,7 +113,7 @@ class Output:
     @property
     def needed_bytes(self) -> int:
         """Return the free bytes that the output needs on the disk, without the new undo file."""
-        beside = sum(origin.stat().st_size for origin in (*self.travels.values(), *self.carried.values()))
+        beside = sum(origin.stat().st_size for origin in (*self.side_files.values(), *self.carried.values()))
         beside += sum(len(data) for data in self.extras.values())
         held = occupied(partial_path(self.path))  # bytes of a run that died; they are replaced or resumed
         return max(0, self.nbytes + beside - held)
@@ -240,7 +240,7 @@ def _refuse_twins(folder: Path, output: Output, late: Mapping[str, bytes]) -> No
 
     Their names differ only in case, or in how Unicode composes a letter.
     """
-    names = {*(file.name for file in output.files), *output.travels, *output.extras, *late}
+    names = {*(file.name for file in output.files), *output.side_files, *output.extras, *late}
     alike: dict[str, list[str]] = {}
     for name in sorted(names):
         alike.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
@@ -271,9 +271,9 @@ def naming_output(path: Path) -> Iterator[None]:
 
 
 def _write_side_files(output: Output, folder: Path, late: Mapping[str, bytes]) -> None:
-    for name in (*output.travels, *output.extras):
+    for name in (*output.side_files, *output.extras):
         disk.make_folder((folder / name).parent)
-    for name, origin in output.travels.items():
+    for name, origin in output.side_files.items():
         copy_file(origin, folder / name)
     for name, data in {**output.extras, **late}.items():
         write_file(folder / name, data)

@@ -96,21 +96,21 @@ def plan_output(
     }
     files: tuple[OutputFile, ...] = ()
     extras: dict[str, bytes] = {}
-    travels, left = _side_files(base, is_file, edits)
+    side_files, left = _side_files(base, is_file, edits)
     for part in base.models:
         component_specs = {name: spec for name, spec in specs.items() if name.startswith(part.prefix)}
         planned, index = _plan_files(part, request, component_specs)
         files, extras = (*files, *planned), {**extras, **index}
         config = edits.configs.get(part.prefix, part.config)
         config = edited_config({**config, **edits.top}, edits.config, TORCH_FLOATS[dtype] if dtype else None)
-        if config != part.config and f"{part.prefix}config.json" in travels and not base.is_gguf:
+        if config != part.config and f"{part.prefix}config.json" in side_files and not base.is_gguf:
             extras[f"{part.prefix}config.json"] = encode_json(config)
-            del travels[f"{part.prefix}config.json"]
-    for name in travels.keys() & edits.extras.keys():
+            del side_files[f"{part.prefix}config.json"]
+    for name in side_files.keys() & edits.extras.keys():
         extras[name] = encode_json(edits.extras[name])
-        del travels[name]
-    for name in sorted(travels.keys() & edits.dropped.keys()):
-        left.append(LeftBehind(name, travels.pop(name).stat().st_size, edits.dropped[name]))
+        del side_files[name]
+    for name in sorted(side_files.keys() & edits.dropped.keys()):
+        left.append(LeftBehind(name, side_files.pop(name).stat().st_size, edits.dropped[name]))
     written = {name: spec for name, spec in specs.items() if name not in absent}
     unplaced = written.keys() - {name for file in files for name in file.begin}
     if unplaced:
@@ -125,7 +125,7 @@ def plan_output(
         specs=written,
         files=files,
         extras=extras,
-        travels=travels,
+        side_files=side_files,
         left_behind=tuple(each for each in left if base.folder / each.name not in carried),
         provenance=provenance,
         undo=place,
@@ -156,8 +156,8 @@ def put_inside(output: Output, model: Checkpoint) -> Output:
         output,
         files=tuple(replace(file, name=f"{inner}/{file.name}") for file in output.files),
         extras={placed(name): data for name, data in output.extras.items()},
-        travels={name: model.outer / name for name in names if name not in output.extras}
-        | {placed(name): origin for name, origin in output.travels.items()},
+        side_files={name: model.outer / name for name in names if name not in output.extras}
+        | {placed(name): origin for name, origin in output.side_files.items()},
         left_behind=(*left, *(replace(each, name=f"{inner}/{each.name}") for each in output.left_behind)),
         undo=output.undo and inside(output.undo),
         carried={inside(place): origin for place, origin in output.carried.items()},

@@ -178,20 +178,21 @@ def _join(name: str, shares: Sequence[_Share]) -> tuple[TensorSpec, Boxes]:
     """
     first = shares[0]
     if any(
-        (each.spec.dtype, each.tensor_shape, each.placements)
+        (share.spec.dtype, share.tensor_shape, share.placements)
         != (first.spec.dtype, first.tensor_shape, first.placements)
-        for each in shares
+        for share in shares
     ):
         raise InputError("has another type, shape or placement on one rank than on another", culprit=name)
-    mesh = [1 + max(each.coordinate[d] for each in shares) for d in range(len(first.placements))]
+    mesh = [1 + max(share.coordinate[d] for share in shares) for d in range(len(first.placements))]
     copies: dict[tuple[int, ...], list[Chunk]] = {}  # offsets of a box -> its copies: a mesh may repeat it
-    for each in shares:
-        offsets, sizes = _box(each, mesh)
-        if sizes != each.spec.shape:
-            why = f"{each.file.path.name} has {each.spec.shape} of it, which should be {sizes} of {each.tensor_shape}"
+    for share in shares:
+        offsets, sizes = _box(share, mesh)
+        if sizes != share.spec.shape:
+            should = f"{sizes} of {share.tensor_shape}"
+            why = f"{share.file.path.name} has {share.spec.shape} of it, which should be {should}"
             raise InputError(why, culprit=name)
-        if each.spec.size:
-            copies.setdefault(offsets, []).append(Chunk(each.file, each.begin, offsets, sizes))
+        if share.spec.size:
+            copies.setdefault(offsets, []).append(Chunk(share.file, share.begin, offsets, sizes))
     if not first.placements:
         _require_equal(name, shares)
     require_tiling(name, first.tensor_shape, [(chunk.offsets, chunk.sizes) for chunk, *_ in copies.values()])

@@ -50,9 +50,9 @@ class Boxes:
 
     def __init__(self, shape: tuple[int, ...], width: int, chunks: Iterable[Chunk]) -> None:
         runs = [_Runs(chunk, shape, width) for chunk in chunks if math.prod(chunk.sizes)]
-        self._runs = sorted(runs, key=lambda each: each.start)
-        self._starts = [each.start for each in self._runs]
-        self._stops = list(accumulate((each.stop for each in self._runs), max))
+        self._runs = sorted(runs, key=lambda run: run.start)
+        self._starts = [run.start for run in self._runs]
+        self._stops = list(accumulate((run.stop for run in self._runs), max))
 
     @property
     def first(self) -> tuple[int, int] | None:
