@@ -41,7 +41,7 @@ _others = threading.RLock()  # held in the blocks of threads other than the main
 
 @contextmanager
 def unless_done(undo: Callable[[], object], stays: Callable[[], str] = str) -> Iterator[None]:
-    """Call `undo` if the block raises, or if a signal stops the process before its end; its OSErrors are ignored.
+    """Call `undo` if the block raises, or if a signal stops the process before the end; ignore its OSErrors.
 
     Args:
         stays: names the partial output that another run can resume, or returns "". If there is one and the run died,

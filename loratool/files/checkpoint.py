@@ -116,7 +116,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     shard_of: Mapping[str, WeightsFile] = None  # type: ignore[assignment]  # stored tensor -> the file that has it
     stored: Mapping[str, TensorSpec] = None  # type: ignore[assignment]  # in file order, shard by shard
     weights: Mapping[str, StoredWeight] = None  # type: ignore[assignment]  # those of several tensors, by logical name
-    faults: Mapping[str, str] = None  # type: ignore[assignment]  # of codes that make no weight: what is wrong
+    faults: Mapping[str, str] = None  # type: ignore[assignment]  # name of codes that no codec reads -> their fault
     specs: Mapping[str, TensorSpec] = None  # type: ignore[assignment]  # of the weights, in the order of `stored`
     _parts: dict[str, Parts] = None  # type: ignore[assignment]  # those that were asked for
 
@@ -475,7 +475,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
         return Checkpoint(path, folder, False, shards, (weights.name, index), config)
     if isinstance(file, GgufFile):
         parts, config = open_parts(file), {}
-        with suppress(InputError):  # only who needs the config is told what is wrong with it: `gguf_model`
+        with suppress(InputError):  # a fault of the config is an error only where it is needed: `gguf_model`
             config = gguf_config(parts)
         return Checkpoint(path, folder, not path.is_dir() and len(parts) == 1, parts, None, config)
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):

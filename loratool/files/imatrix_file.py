@@ -57,7 +57,7 @@ class ImatrixFile:
         """
         self.path = resolve(name)
         self._sums: dict[str, _Floats] = {}
-        self._counts: dict[str, _Floats | int] = {}  # where they stand, or of the older form the number itself
+        self._counts: dict[str, _Floats | int] = {}  # their place, or in the older format the number
         with ExitStack() as opened:
             if (first := first_bytes(self.path)).startswith(MAGIC):
                 gguf = GgufFile(self.path)

@@ -150,7 +150,7 @@ def _code_steps(weight: TensorRef, start: int, stop: int) -> torch.Tensor:
     ordinals = codec.ordinals(parts, codes[:, :columns])
     low, high = int(ordinals.min()), int(ordinals.max())
     step = ordinals.dtype.type(low < high)
-    near = codes.copy()  # the padding stays, of which a row's scales may be made
+    near = codes.copy()  # keeps the padding, which may have a row's scales
     near[:, :columns] = codec.from_ordinals(parts, ordinals + np.where(ordinals < (low + high) / 2, step, -step))
     steps = torch.from_numpy(codec.values(parts, first, codes) - codec.values(parts, first, near))
     return steps.float().abs_().view(stop - start, -1)
@@ -162,8 +162,8 @@ class Comparison:
 
     equal: bool  # same dtype or format of codes, and same values
     norms: tuple[float, float, float] = (0.0, 0.0, 0.0)  # ||ONE||, ||TWO||, ||TWO - ONE||, over finite numbers
-    largest: float | None = 0.0  # max|TWO - ONE| over finite numbers; None if a dtype is no float: no distance is known
-    max_ulps: int | None = 0  # None for float64, for what is no float, and if the dtypes differ
+    largest: float | None = 0.0  # max|TWO - ONE| over finite numbers; None if a dtype is not a float
+    max_ulps: int | None = 0  # None for float64, for a dtype that is not a float, and if the dtypes differ
     changed: int = 0  # number of values that differ
     not_finite: int = 0  # number of values that are nan or inf on one side and not so on the other
 
@@ -171,7 +171,7 @@ class Comparison:
 def compare(one: TensorRef, two: TensorRef) -> Comparison:
     """Compare two tensors of one shape by blocks of rows.
 
-    If a dtype is no float, only `equal` and `changed` are computed, from the bits; of two dtypes all count as changed.
+    If a dtype is not a float, only `equal` and `changed` are computed, from the bits; if dtypes differ, all changed.
     """
     import torch
 

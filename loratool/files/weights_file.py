@@ -31,9 +31,9 @@ class WeightsFile:
     specs: dict[str, TensorSpec]  # in the order of the bytes
     begin: dict[str, int]  # tensor -> its first byte in the file
     metadata: dict[str, str] | None  # None if the file has none
-    ignored: tuple[str, ...] = ()  # names of all that a torch file has beside the weights
-    file_format: str = "safetensors"  # a key of `output.CONTAINERS`, or what a training run's state calls itself
-    scattered: bool = False  # the bytes of a tensor lie in several files or places: `read_bytes` puts them together
+    ignored: tuple[str, ...] = ()  # names of everything that a torch file has beside the weights
+    file_format: str = "safetensors"  # a key of `output.CONTAINERS`, or the format of a training run's state
+    scattered: bool = False  # a tensor's bytes are in several files or places; `read_bytes` concatenates them
     finite: frozenset[str] = frozenset()  # tensors that were read, and found to have no nan and no infinity
     prefix: str = ""  # the folder of a pipeline's component and a slash, before the names in the file
 

@@ -92,8 +92,8 @@ def _by_bits(
 
     Args:
         a, error: a and a bound on its error; None for a = 1.
-        low: a lower part of D: change + low has an error of `reach`. It tells on which side an end is that is a number
-            of the format. Only for a = 1.
+        low: a lower part of D: change + low has an error of `reach`. If an end is a number of the format, it decides
+            whether that number is in the run. Only for a = 1.
     """
     kind, bits, bias = (np.int32, 24, 127) if change.dtype == np.float32 else (np.int64, 53, 1023)
     # of a normal number x: x's bits >> shift = zero + ordinal; below the second binade: x = ordinal * step

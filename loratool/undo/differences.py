@@ -50,7 +50,7 @@ def _in_bits(numbers: Codes, width: int) -> bytes:
 
 
 def pack_code_differences(difference: Codes) -> bytes:
-    """Pack int16 numbers, most of them 0 or near it: a byte that tells the layout, then the numbers.
+    """Pack int16 numbers, most of them 0 or near it: a byte for the layout, then the numbers.
 
     SPARSE: the numbers that are not 0, and the gaps before them. Any other byte is the width of all numbers, folded as
     in `pack_differences`. The largest number of this width marks one that is stored in full at the end.

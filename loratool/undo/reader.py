@@ -98,7 +98,7 @@ def unrecorded(name: str, entry: Mapping[str, Any], runs: Iterable[tuple[int, in
         runs: the rows that have records, rising.
     """
     spec, rows = spec_of(entry["spec"]), counted_rows(entry)
-    if "recoded" in entry:  # the records tell codes, which need not lie row by row
+    if "recoded" in entry:  # the records have codes, which may be in another order than rows
         rows, runs = 1, ()
     width, done = spec.nbytes // max(1, rows), 0
     for start, stop in (*runs, (rows, rows)):
@@ -157,7 +157,7 @@ def belongs(undo: Path, model: Path) -> bool:
 
 
 class UndoFile:
-    """An undo file, of which opening reads and checks only the index.
+    """An undo file; opening reads and checks only the index.
 
     Attributes:
         specs: the base's stored tensors.
@@ -198,7 +198,7 @@ class UndoFile:
         text = self.bytes(first, length)
         require(hashlib.sha256(text).digest() == digest, "its index is another")
         if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
-            raise ValueError("its index is a pile of brackets")  # each of which takes the memory of a hundred
+            raise ValueError("its index is a pile of brackets")  # each takes a hundred bytes of memory
         index = parse_json(text, self.path, most=MOST_INDEX)
         require(index["version"] == VERSION, "its index is of another version")
         return index, first

@@ -49,7 +49,7 @@ class UndoTable:
     """The rows of a table.
 
     Args:
-        rows: as they are in the file.
+        rows: the bytes in the file.
         starts: the first byte of each stretch.
     """
 

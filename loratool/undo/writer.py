@@ -3,8 +3,8 @@
     bytes 0..15   `loratool undo 3\n`: the file's type, and the version of its layout
     payload       tensor by tensor, sorted by name: what no record can restore, unchanged (stored tensors of a weight of
                   codes, or rows that were cut off); then the records, rows rising (`undo.records`)
-    blobs         the table, which has a row for each record and each 64 MiB of what is unchanged (`undo.table`);
-                  then the base's headers, then its side files, as they are, then its model card, compressed
+    blobs         the table, which has a row for each record and each 64 MiB of unchanged bytes (`undo.table`);
+                  then the base's headers, then its side files, unchanged, then its model card, compressed
     index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
     last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
 

@@ -225,8 +225,8 @@ class StoredWeight:
     spec: TensorSpec  # of the weight: its shape, and "F64" or a narrower type that holds all its numbers
     tensors: tuple[str, ...]  # names, the codes first
     roles: tuple[str, ...] = ("codes",)  # the codec's role of each tensor
-    detail: Mapping[str, Any] = field(default_factory=dict, hash=False)  # what its layout is, as the codec needs it
-    note: str = ""  # what the user should know: that the config says otherwise
+    detail: Mapping[str, Any] = field(default_factory=dict, hash=False)  # the layout, as the codec needs it
+    note: str = ""  # a note for the user: the config contradicts the tensors
 
     @property
     def names(self) -> dict[str, str]:

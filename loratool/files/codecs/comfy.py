@@ -169,7 +169,7 @@ class ComfyMxfp8(ComfyTiled):
 
 
 class ComfyNvfp4(ComfyTiled):
-    """e2m1, the first code in the high nibble, times e4m3, times one scale of the whole weight."""
+    """e2m1, the first code in the high nibble, times e4m3, times one scale of the weight."""
 
     key = "comfy-nvfp4"
     format = "nvfp4"

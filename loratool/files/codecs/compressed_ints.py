@@ -1,6 +1,6 @@
 """Read and write compressed-tensors' integers, packed in words or one byte each; modelopt's int8 is the same.
 
-Scales and zero points are of groups of columns, rows, blocks or the whole tensor. Sources: compressed-tensors 0.20,
+Scales and zero points are of groups of columns, rows, blocks or the complete tensor. Sources: compressed-tensors 0.20,
 compressors/pack_quantized, compressors/naive_quantized, quantization/lifecycle/forward_helpers.py.
 """
 

@@ -68,7 +68,7 @@ class IntQuantizer(Quantizer):
         return qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), self.bits, self.is_symmetric)
 
     def coded(self, numbers: Tensor, scale: Tensor, zero: Tensor | None) -> Codes:
-        """Return the codes of numbers as they are stored, (rows, columns)."""
+        """Return the codes of numbers in the stored type, (rows, columns)."""
 
         def spread(blocks: Tensor) -> Tensor:
             high, wide = self.block[0], self.block[1] or numbers.shape[1]

@@ -108,7 +108,7 @@ class GgufFile(WeightsFile):
         return value if isinstance(value, str) else None
 
     def described_fields(self) -> dict[str, str]:
-        """Return each field in a few words; of a long text and a long array only what it is."""
+        """Return each field as text; a long text or array only as its length."""
         return {key: _described(value) for key, value in self.fields.items()}
 
     def entry(self, key: str) -> bytes:

@@ -151,7 +151,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": rebuild_from_type,
     "torch.Size": lambda size=(): size,
-    # objects beside the weights of a training checkpoint, which are dropped
+    # objects beside the weights of a training checkpoint, which are ignored
     **dict.fromkeys(
         """torch.device torch.serialization._get_layout collections.Counter _codecs.encode
         builtins.set builtins.frozenset builtins.bytearray builtins.complex

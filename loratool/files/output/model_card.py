@@ -39,7 +39,7 @@ class ModelCard:
     title: str
     facts: Sequence[str]  # the entries of a list
     commands: Sequence[str]  # lines of a shell
-    metadata: Mapping[str, str | Sequence[str]] = field(default_factory=dict)  # of the hub; what is empty is left out
+    metadata: Mapping[str, str | Sequence[str]] = field(default_factory=dict)  # for the hub; empty values are omitted
 
     def encode(self) -> bytes:
         """Return the file's bytes."""

@@ -54,7 +54,7 @@ def find_foreign_file(folder: Path, origins: Collection[Path], contents: Mapping
             return name
         names.append(name)
         weights = weights or matches(inner_name, FOREIGN_WEIGHTS)
-    return names[0] if names and not weights else None  # configs or scripts without weights are no output of ours
+    return names[0] if names and not weights else None  # configs or scripts without weights are not an output of ours
 
 
 def _is_by_name(name: str) -> bool:

@@ -41,7 +41,7 @@ def opener(path: Path) -> type[ShardedFile] | None:
 
 
 def find_state(folder: Path) -> Path | None:
-    """Return the file by which a training run's weights in a folder are opened; None if there is no such state.
+    """Return the file by which a training run's weights in a folder are opened; None without one.
 
     Raises:
         InputError: there are several, or only states without weights or in unsupported formats.
