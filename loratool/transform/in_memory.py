@@ -58,15 +58,15 @@ def open_converted(
     """
     source, to = state.adapter, FORMATS[request.to]
     with request_for(command):
-        output = plan_convert(_in_other_names(state, request.to), request, folder, opened, family)
+        output = plan_convert(_with_standard_names(state, request.to), request, folder, opened, family)
     adapter = with_scales_of(output, to.opened(source.name, source.file, content(output)))
     return Transformed(adapter, {m: output.log.get(m, Change((m,))) for m in adapter.updates}, state.notes)
 
 
-def _in_other_names(state: Transformed, to: str) -> Transformed:
+def _with_standard_names(state: Transformed, to: str) -> Transformed:
     """Return an adapter with the names that formats other than its own have for its modules."""
     source = state.adapter
-    named = source if source.format == to else FORMATS[source.format].in_other_names(source)
+    named = source if source.format == to else FORMATS[source.format].with_standard_names(source)
     return state if named is source else start(named)
 
 
@@ -119,7 +119,7 @@ def convert_to_common_format(
     _require_known(adapters, family)
     request = ConvertRequest(to or adapters[0].format, exclude)
     with request_for("combine"):
-        states = [_in_other_names(state, request.to) for state in states]
+        states = [_with_standard_names(state, request.to) for state in states]
     converted = [open_converted(state, request, "combine", folder, opened, family) for state in states]
     known = [module for adapter in adapters for module in adapter.updates]
     new_modules = [module for state in converted for module in state.adapter.updates]

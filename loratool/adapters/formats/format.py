@@ -203,7 +203,7 @@ class Format(ABC):
             raise UsageError(f"{self.key} adapters are single files", culprit=str(path), remedy=f"name it X{ending}")
         return path, is_file
 
-    def in_other_names(self, adapter: Adapter) -> Adapter:
+    def with_standard_names(self, adapter: Adapter) -> Adapter:
         """Return the adapter with the module names of other formats; `adapter` is one that `read` returned.
 
         Raises:

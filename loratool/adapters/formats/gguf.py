@@ -119,7 +119,7 @@ class LlamaCpp(Format):
                 return native
             raise
 
-    def in_other_names(self, adapter: Adapter) -> Adapter:
+    def with_standard_names(self, adapter: Adapter) -> Adapter:
         """Return an adapter of the file's names under transformers' names, if the file's fields suffice.
 
         Raises:

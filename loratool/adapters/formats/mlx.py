@@ -133,7 +133,7 @@ class Mlx(Format):
         own = (*(stacks if stays else ()), *rows)
         return Adapter(name, self.key, seen, settings.config, updates, notes=settings.notes, own_names=own)
 
-    def in_other_names(self, adapter: Adapter) -> Adapter:
+    def with_standard_names(self, adapter: Adapter) -> Adapter:
         if adapter.own_names:
             raise NeedsFlag(
                 f"is of mlx-lm's own model, and only the model's config tells what it is elsewhere ({adapter.name})",

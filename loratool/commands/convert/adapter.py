@@ -145,7 +145,7 @@ def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: Ex
     """Plan and write the output of an open adapter. `opened` closes the files that the plan opens."""
     to = FORMATS[request.to]
     if to.key != source.format:  # before --rename and --exclude, which go by these names
-        source = FORMATS[source.format].in_other_names(source)
+        source = FORMATS[source.format].with_standard_names(source)
     runtime = RUNTIMES.get(request.runtime or "")
     path, is_file = _served_output(runtime, call.out) if runtime else to.output(call.out, "converted")
     read = [*paths_of([source.file]), *_files_of(call.base, call.initial)]

@@ -58,7 +58,7 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
         sha256 = {each.name: each.sha256 for each in adapters}
         if len({each.format for each in adapters}) > 1:
             with without_base_option() if call.others else nullcontext():
-                adapters = [FORMATS[each.format].in_other_names(each) for each in adapters]
+                adapters = [FORMATS[each.format].with_standard_names(each) for each in adapters]
         modules = [module for adapter in adapters for module in adapter.updates]
         states = by_meaning(adapters, selection)
         comparable, aliases = [state.adapter for state in states], _file_names(states)
