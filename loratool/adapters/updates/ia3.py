@@ -79,7 +79,7 @@ class IA3(Update):
         """Return the update of the bias: PEFT multiplies a layer's output, LyCORIS only its weight."""
         side = _side_of(spec)
         of_outputs = not side.inputs and not side.difference
-        return replace(spec, module=bias, transposed=False, base=None, if_there=True) if of_outputs else None
+        return replace(spec, module=bias, transposed=False, base=None, optional=True) if of_outputs else None
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

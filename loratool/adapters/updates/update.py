@@ -59,7 +59,7 @@ class UpdateSpec:
     detail: Detail | None = None
     base: str | None = None  # tensor in the adapter's file that replaces the weight under the update
     fault: str | None = None  # why it cannot be merged, if a damaged file is read leniently
-    if_there: bool = False  # a base may lack the tensor that it changes
+    optional: bool = False  # a base may lack the tensor that it changes
     everywhere: bool = False  # it changes all uses of a matrix, including a tied head
     parameter: bool = False  # PEFT's config lists the weight as a parameter, since PEFT mistakes the module's type
 

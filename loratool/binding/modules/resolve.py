@@ -167,7 +167,7 @@ def resolve_modules(
     """
     matches, rest, absent = _resolve_image(specs, adapter)
     by_name, missing = _resolve_names(specs, adapter, rest, configs) if rest else ({}, [])
-    missing = [module for module in (*absent, *missing) if not adapter.updates[module].if_there]
+    missing = [module for module in (*absent, *missing) if not adapter.updates[module].optional]
     return {**matches, **by_name}, missing
 
 
