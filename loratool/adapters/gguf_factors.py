@@ -99,12 +99,12 @@ def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) 
             return (B.mT, A.mT) if part.weight.crossed else (A, B)
         return A if columns is None else A[:, :, columns], B[:, numbers]
 
-    detail = Stack(E, turned=False) if update.cls.stack else None
+    detail = Stack(E, transposed=False) if update.cls.stack else None
     shape = E, len(numbers), update.rank, width
     if part.weight.heads:  # one matrix of transformers
         sides = len(numbers) // heads, width
         out, width = reversed(sides) if part.weight.crossed else sides
-        detail, shape = Stack(heads, turned=False), (heads, out, update.rank, width)
+        detail, shape = Stack(heads, transposed=False), (heads, out, update.rank, width)
 
     def magnitude() -> Tensor:
         return adapter.file.tensor(update.tensors["magnitude"]).flatten()[numbers]
@@ -158,7 +158,7 @@ def stack_of_singles(adapter: Adapter, single: Mapping[int, tuple[Part, UpdateSp
         pairs = ((_typed(_pair(adapter, u), dtype), Place(expert=number)) for number, (_, u) in single.items())
         return place_pairs(pairs, shape)
 
-    return MadeUpdate(part.module, first, shape, dtype, load, Stack(experts, turned=False), False)
+    return MadeUpdate(part.module, first, shape, dtype, load, Stack(experts, transposed=False), False)
 
 
 def joined_parts(
@@ -203,6 +203,6 @@ def joined_parts(
     # a layer of transformers may store (in, out) although GGUF does not; PEFT takes Llama 4's for (out, in) anyway
     transposed = members[0][0].weight.turned
     swapped = first.cls.stack and transposed and bool(PEFT_TAKES_AS_PLAIN.intersection(model.model_types))
-    detail = Stack(E, turned=transposed and not swapped) if first.cls.stack else None
+    detail = Stack(E, transposed=transposed and not swapped) if first.cls.stack else None
     shape = (E, width, rank, rows) if swapped else (E, rows, rank, width)
     return MadeUpdate(path, first, shape, dtype, load, detail, True if first.transposed else None)

@@ -84,6 +84,6 @@ def stores_transposed(model_types: Collection[str], module: str) -> bool | None:
     """
     for model_type in model_types:
         if model_type in CONV1D_MODULES:
-            is_turned = module.startswith(MLX_PREFIXES.get(model_type, "."))
-            return module.rpartition(".")[2] in CONV1D_MODULES[model_type] and not is_turned
+            is_mlx_layout = module.startswith(MLX_PREFIXES.get(model_type, "."))
+            return module.rpartition(".")[2] in CONV1D_MODULES[model_type] and not is_mlx_layout
     return False if model_types and LINEAR_MODEL_TYPES.issuperset(model_types) else None

@@ -68,7 +68,7 @@ HALVED_EXPERTS = {"ernie4_5_vl_moe": (".text_moe.experts.", ".vision_moe.experts
 TRANSPOSED_EXPERTS = frozenset({"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
 
 # Types whose class has (expert, out, in) and whose files have either layout: a stack that does not fit is transposed.
-TURNED_TO_FIT = frozenset({"qwen3_vl_moe_text"})
+TRANSPOSED_TO_FIT = frozenset({"qwen3_vl_moe_text"})
 
 # Types whose `gate_up_proj` alternates rows of gate and up; in all others gate is before up.
 INTERLEAVED_EXPERTS = frozenset({"gpt_oss"})

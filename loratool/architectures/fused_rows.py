@@ -200,8 +200,8 @@ def _mlx_share(name: str, model_types: Collection[str]) -> Share | None:
     share = find_share(path, model_types)
     if share is None or share.stack == path:
         return None
-    turned = share.parts > 1 and not TRANSPOSED_EXPERTS.isdisjoint(model_types)
-    return replace(share, interleaved=True) if turned else share
+    is_transposed = share.parts > 1 and not TRANSPOSED_EXPERTS.isdisjoint(model_types)
+    return replace(share, interleaved=True) if is_transposed else share
 
 
 def _ends(path: str, end: str) -> bool:

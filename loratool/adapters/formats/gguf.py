@@ -270,4 +270,4 @@ def _update(
         if not lenient:
             raise
         return unpaired(module, roles, file, error)
-    return replace(spec, detail=replace(spec.detail, turned=False)) if isinstance(spec.detail, Stack) else spec
+    return replace(spec, detail=replace(spec.detail, transposed=False)) if isinstance(spec.detail, Stack) else spec

@@ -108,13 +108,13 @@ class Mlx(Format):
             share = (None if stays else find_share(path, types)) or Share(path, 0, 1)
             stacks.setdefault(share.stack, (share, {}))[1][share.part] = module
         transposed = {key: file.specs[key].shape[::-1] for roles in layers.values() for key in roles.values()}
-        new_tensors = {key: made_of(file, key, shape, _turned) for key, shape in transposed.items()}
+        new_tensors = {key: made_of(file, key, shape, _transpose) for key, shape in transposed.items()}
         seen = virtual_file(file, new_tensors, file.metadata or {})
         updates = {path: _layer(path, roles, seen, settings, options) for path, roles in layers.items()}
-        is_turned = not stays and not PEFT_TAKES_AS_PLAIN.isdisjoint(types)
+        is_transposed = not stays and not PEFT_TAKES_AS_PLAIN.isdisjoint(types)
         for stack, (share, modules) in stacks.items():
             tensors = {part: modules_by_path[modules[part]] for part in sorted(modules)}
-            layout = StackLayout(0, share.parts, share.interleaved, is_turned)
+            layout = StackLayout(0, share.parts, share.interleaved, is_transposed)
             try:
                 pairs = {part: MlxPair.of(modules[part], roles, file) for part, roles in tensors.items()}
                 joined = JoinedStack.of(stack, pairs, layout)
@@ -257,8 +257,10 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
         if key.endswith(FACTORS):
             raise InputError("is a factor, and the config's fine_tune_type is full", culprit=key)
         path = module_path(canonical(key, types))
-        is_turned = stores_transposed(types, path) if len(spec.shape) == 2 else not TRANSPOSED_EXPERTS.isdisjoint(types)
-        if is_turned and len(spec.shape) > 1:
+        is_transposed = (
+            stores_transposed(types, path) if len(spec.shape) == 2 else not TRANSPOSED_EXPERTS.isdisjoint(types)
+        )
+        if is_transposed and len(spec.shape) > 1:
             raise InputError(f"lies otherwise than in the files of a {types[0]}", culprit=key, remedy=FUSE)
         updates[path] = UpdateSpec(ReplaceTensor, path, {"value": key}, {"value": spec})
     return updates
@@ -279,7 +281,7 @@ def _sort(file: WeightsFile, kind: str) -> dict[str, dict[str, str]]:
     return modules
 
 
-def _turned(stored: Tensor) -> Tensor:
+def _transpose(stored: Tensor) -> Tensor:
     return stored.T if stored.dim() == 2 else stored
 
 

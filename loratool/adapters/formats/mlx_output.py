@@ -93,7 +93,7 @@ def _specs(content: AdapterContent, module: _Module, rank: int) -> dict[str, Ten
     A, B = content.specs[module.A], content.specs[module.B]
     if module.experts:
         width, out = share_sides(A.shape, B.shape, module.layout)
-        of_A, of_B = (B, A) if module.layout.turned else (A, B)
+        of_A, of_B = (B, A) if module.layout.transposed else (A, B)
         one, two = (module.experts, rank, width), (module.experts, out, rank)
         return {"lora_a": replace(of_A, shape=one), "lora_b": replace(of_B, shape=two)}
     found = {"lora_a": replace(A, shape=(A.shape[1], rank)), "lora_b": replace(B, shape=(rank, B.shape[0]))}
@@ -120,7 +120,9 @@ def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
         entry = _Module(A, B, magnitude, experts, StackLayout(), tuple(range(rank)))
         path = canonical(module, types)
         if is_stack and types:
-            modules |= _shares(content, path, entry, names, _is_turned(types, str(config.peft.get("peft_version"))))
+            modules |= _shares(
+                content, path, entry, names, _mistakes_layout(types, str(config.peft.get("peft_version")))
+            )
         else:
             modules[mlx_path(path, names) if types else path] = entry
     if len(scales) != 1:
@@ -143,7 +145,7 @@ def _shares(
     return {target: replace(stack, layout=layout, ranks=tuple(own)) for (target, layout), own in each if own}
 
 
-def _is_turned(types: tuple[str, ...], version: str) -> bool:
+def _mistakes_layout(types: tuple[str, ...], version: str) -> bool:
     """Return whether PEFT mistook the class's stacks for (expert, out, in), or for (expert, in, out).
 
     Up to 0.18 it took all stacks for (expert, in, out) (peft PR 3083).

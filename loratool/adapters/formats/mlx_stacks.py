@@ -29,7 +29,7 @@ class StackLayout:
     part: int = 0
     parts: int = 1
     interleaved: bool = False  # rows part, part + parts, ... of each matrix; else an equal share of them
-    turned: bool = False  # the parameter is (expert, in, out), and PEFT takes it for (expert, out, in)
+    transposed: bool = False  # the parameter is (expert, in, out), and PEFT takes it for (expert, out, in)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class JoinedStack:
         (first, *_) = self.pairs.values()
         count, spec = self.rank * self.experts, first.file.specs[first.A]
         sides = first.rows * self.layout.parts, first.width
-        out, width = sides[::-1] if self.layout.turned else sides
+        out, width = sides[::-1] if self.layout.transposed else sides
         return {"A": replace(spec, shape=(count, width)), "B": replace(spec, shape=(out, count))}
 
     def made(self, names: Mapping[str, str]) -> dict[str, MadeTensor]:
@@ -107,7 +107,7 @@ class JoinedStack:
             (pair, Place(start, _rows(replace(self.layout, part=part), pair.rows)))
             for (part, pair), start in zip(self.pairs.items(), firsts, strict=True)
         ]
-        if (role == "A") is not self.layout.turned:
+        if (role == "A") is not self.layout.transposed:
             sides = ((p.file.tensor(p.A).reshape(E, p.rank, -1), place) for p, place in places)
             side = place_A(sides, (E, self.rank, first.width))
         else:
@@ -121,14 +121,14 @@ def cut_share(A: Tensor, B: Tensor, experts: int, layout: StackLayout) -> tuple[
     rank = len(A) // experts
     rank_side = A.reshape(experts, rank, -1)
     other = B.reshape(len(B), rank, experts).permute(2, 1, 0)  # (E, r, out)
-    inputs, outputs = (other, rank_side) if layout.turned else (rank_side, other)
+    inputs, outputs = (other, rank_side) if layout.transposed else (rank_side, other)
     rows = outputs.shape[2] // layout.parts
     return inputs.contiguous(), outputs[:, :, _rows(layout, rows)].mT.contiguous()
 
 
 def share_sides(A: tuple[int, ...], B: tuple[int, ...], layout: StackLayout) -> tuple[int, int]:
     """Return (in, out) of a share of factors of these shapes."""
-    width, out = (B[0], A[1]) if layout.turned else (A[1], B[0])
+    width, out = (B[0], A[1]) if layout.transposed else (A[1], B[0])
     return width, out // layout.parts
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
-from .tucker import turned
+from .tucker import transposed_terms
 from .update import PeftMethod, Update, UpdateSpec
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class AdaLoRA(Update):
 
         scale = Fraction(self.scale) * Fraction(weight)
         terms = [Term(self.B, right, scale) for right in multiply_exactly(self.E, self.A)]
-        return turned(terms) if transposed else terms
+        return transposed_terms(terms) if transposed else terms
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B.double()[None] * self.scale, (self.E.double() * self.A.double())[None]

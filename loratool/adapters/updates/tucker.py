@@ -66,7 +66,7 @@ class Tucker(Update):
 
         scale = Fraction(self.scale) * Fraction(weight)
         terms = tucker_terms(self.B.flatten(1), self.mid, self.A.flatten(1), scale)
-        return turned(terms) if transposed else terms
+        return transposed_terms(terms) if transposed else terms
 
     def factors(self) -> tuple[Tensor, Tensor]:
         B, A = tucker_factors(self.B.flatten(1), self.mid, self.A.flatten(1))
@@ -79,7 +79,7 @@ def tucker_factors(up: Tensor, mid: Tensor, down: Tensor) -> tuple[Tensor, Tenso
     return up.double().contiguous(), (core.transpose(1, 2) @ down.double()).transpose(1, 2).flatten(1)
 
 
-def turned(terms: Sequence[Term]) -> list[Term]:
+def transposed_terms(terms: Sequence[Term]) -> list[Term]:
     """Return the terms of the transposed product."""
     from ...numerics.products import Term
 
@@ -90,4 +90,4 @@ def sum_terms(terms: Sequence[Term], transposed: bool) -> Products:
     """Return the sum of terms, or of their transposes."""
     from ...numerics.products import Products
 
-    return Products(turned(terms) if transposed else terms)
+    return Products(transposed_terms(terms) if transposed else terms)

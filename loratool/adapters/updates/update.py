@@ -43,7 +43,7 @@ class Stack(Detail):
     """Factors of several matrices in one tensor."""
 
     experts: int
-    turned: bool | None = None  # the base has them as (expert, in, out); None if it depends on the family
+    transposed: bool | None = None  # the base has them as (expert, in, out); None if it depends on the family
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
-from .tucker import turned
+from .tucker import transposed_terms
 from .update import PeftMethod, Update, UpdateSpec, require_rank
 
 if TYPE_CHECKING:
@@ -81,4 +81,4 @@ class VeRA(Update):
         lefts = multiply_exactly(self.b[:, None], self.B[: len(self.b)])
         rights = multiply_exactly(self.d[:, None], self.A)
         terms = [Term(left, right, Fraction(weight)) for left in lefts for right in rights]
-        return turned(terms) if transposed else terms
+        return transposed_terms(terms) if transposed else terms

@@ -248,8 +248,8 @@ def _orient_stack(
         raise _shape_error(adapter, update, spec, base)
     if len(fitting) == 1:
         return fitting[0]
-    if isinstance(update.detail, Stack) and update.detail.turned is not None:
-        return update.detail.turned
+    if isinstance(update.detail, Stack) and update.detail.transposed is not None:
+        return update.detail.transposed
     if _is_transposed_family(model_types) and base.endswith(".weight") and find_share(base, model_types):  # MLX's
         raise InputError("its experts are square, and lie otherwise than in transformers' class", culprit=base)
     version = re.match(r"(\d+)\.(\d+)", str(adapter.config.peft.get("peft_version")))
@@ -285,7 +285,7 @@ def _orient(
     known = update.transposed
     if known is None:
         known = False if len(spec.shape) > 2 else stores_transposed(model_types, base.removesuffix(".weight"))
-    fitting = [turned for turned in (False, True) if fits(shape[::-1] if turned else shape)]
+    fitting = [transposed for transposed in (False, True) if fits(shape[::-1] if transposed else shape)]
     if not fitting or (known is not None and known not in fitting):
         layout = {None: "", False: " as (out, in)", True: " as (in, out)"}[known]
         raise _shape_error(adapter, update, spec, base, layout)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ...adapters.weight_kinds import stack_shape, weight_kind
-from ...architectures.experts import TURNED_TO_FIT, expert_part
+from ...architectures.experts import TRANSPOSED_TO_FIT, expert_part
 from ...architectures.fused_rows import RowPart
 from ...architectures.prefixes import module_path
 from ...architectures.roles import weight_role
@@ -118,7 +118,7 @@ def weight_of_tensor(base: Checkpoint, name: str, spec: TensorSpec, in_model: Cl
     if not role:
         return None
     kind = weight_kind(base.model_types, module_path(name), "linear" if role == "router" else role)
-    kind = "experts-turned" if kind == "experts" and _is_turned(base, name, spec) else kind
+    kind = "experts-turned" if kind == "experts" and _is_transposed(base, name, spec) else kind
     pieces: tuple[tuple[Piece, ...], ...] = ((Piece(name),),)
     if kind.startswith("experts"):
         rows = spec.shape[1]
@@ -127,9 +127,9 @@ def weight_of_tensor(base: Checkpoint, name: str, spec: TensorSpec, in_model: Cl
     return ModelWeight(name, path, role, kind, bare, spec, pieces)
 
 
-def _is_turned(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
-    """Return whether a stack in a file of TURNED_TO_FIT is (expert, in, out), by the layer's input size."""
-    width = next((base.configs[t].get("hidden_size") for t in base.model_types if t in TURNED_TO_FIT), None)
+def _is_transposed(base: Checkpoint, name: str, spec: TensorSpec) -> bool:
+    """Return whether a stack in a file of TRANSPOSED_TO_FIT is (expert, in, out), by the layer's input size."""
+    width = next((base.configs[t].get("hidden_size") for t in base.model_types if t in TRANSPOSED_TO_FIT), None)
     place = 1 if name.endswith("down_proj") else 2  # the axis of the width in (expert, out, in)
     return width is not None and spec.shape[place] != width == spec.shape[3 - place]
 
