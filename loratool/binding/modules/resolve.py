@@ -383,5 +383,5 @@ def _reasons(absent: Iterable[str], specs: Mapping[str, TensorSpec], configs: Co
         if part and part.permuted:
             reasons[module] = f"its rows are in {name}, in another order than transformers' class has them"
         elif part:
-            reasons[module] = f"it is rows of {name}, and this update replaces whole tensors alone"
+            reasons[module] = f"it is part of {name}; this update can only replace a whole tensor"
     return reasons
