@@ -59,16 +59,16 @@ class Expressions:
 
     Args:
         names: the expressions' names in errors.
-        whole: a match must reach the text's end.
+        to_end: a match must reach the text's end.
         before: an expression that must match before each of them.
 
     Raises:
         InputError: an expression cannot be matched in bounded time.
     """
 
-    def __init__(self, parsed: Iterable[Parsed], names: Sequence[str], whole: bool = False, before: str = "") -> None:
+    def __init__(self, parsed: Iterable[Parsed], names: Sequence[str], to_end: bool = False, before: str = "") -> None:
         self._states: list[State] = []
-        self._whole, self._left = whole, MAX_WORK
+        self._to_end, self._left = to_end, MAX_WORK
         self._closed: dict[tuple[frozenset[int], tuple[bool, ...]], tuple[frozenset[int], frozenset[int]]] = {}
         self._asks: dict[frozenset[int], tuple[int, ...]] = {}
         self._transitions: dict[tuple[frozenset[int], str], frozenset[int]] = {}
@@ -86,15 +86,15 @@ class Expressions:
         """Return the indices of the expressions that match."""
         answers: dict[tuple[int, int], bool] = {}
         self._left += WORK_A_TEXT
-        return self._run(self._start, text, 0, answers, self._whole)
+        return self._run(self._start, text, 0, answers, self._to_end)
 
     def _run(
-        self, states: frozenset[int], text: str, start: int, answers: dict[tuple[int, int], bool], whole: bool
+        self, states: frozenset[int], text: str, start: int, answers: dict[tuple[int, int], bool], to_end: bool
     ) -> frozenset[int]:
         matches: frozenset[int] = frozenset()
         for position in range(start, len(text) + 1):
             open_, ended = self._close(states, text, position, answers)
-            if ended and (position == len(text) or not whole):
+            if ended and (position == len(text) or not to_end):
                 matches |= ended
             if position == len(text) or not open_:
                 break

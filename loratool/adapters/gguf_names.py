@@ -158,11 +158,11 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
     )
 
 
-def _renamed(adapter: Adapter, made: Sequence[MadeUpdate], kept: Mapping[str, UpdateSpec]) -> Adapter:
-    """Return the adapter with its updates replaced by `made`, except those in `kept`."""
-    updates = {each.module: each.spec() for each in made}
+def _renamed(adapter: Adapter, renamed: Sequence[MadeUpdate], kept: Mapping[str, UpdateSpec]) -> Adapter:
+    """Return the adapter with its updates replaced by `renamed`, except those in `kept`."""
+    updates = {each.module: each.spec() for each in renamed}
     specs = {name: u.specs[role] for u in updates.values() for role, name in u.tensors.items()}
-    by_name = {name: each for each in made for name in updates[each.module].tensors.values()}
+    by_name = {name: each for each in renamed for name in updates[each.module].tensors.values()}
     copied = {name for update in kept.values() for name in update.stored}
     copied |= {update.base for update in updates.values() if update.base}
     specs |= {name: adapter.file.specs[name] for name in copied}

@@ -107,7 +107,7 @@ class Targets:
     @cached_property
     def _matcher(self) -> Expressions:
         assert self._expression is not None
-        return Expressions([parse(self._expression, self._expression)], [self._expression], whole=True)
+        return Expressions([parse(self._expression, self._expression)], [self._expression], to_end=True)
 
 
 def endings(module: str) -> Iterator[str]:

@@ -43,20 +43,20 @@ def truncated_factors(
     rank: int,
     dtype: torch.dtype,
     weighted: Weighted | None = None,
-    own: tuple[Tensor, Tensor] | None = None,
+    unchanged: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Figures]:
     """Return the best factors of a given rank and type for a stack D: B (E, out, rank) and A (E, rank, in).
 
     Args:
         module: the module's name, for messages.
         weighted: D weighted, to keep what is best for the outputs.
-        own: factors of D, returned unchanged if they have the rank and nothing is weighted.
+        unchanged: factors of D, returned unchanged if they have the rank and nothing is weighted.
 
     Raises:
         NeedsFlag, InputError: as `round_factors`.
     """
     C, inputs = weighted or (D, None)
-    factors = own if own and not weighted and own[0].shape[-1] == rank else C.truncated(rank)
+    factors = unchanged if unchanged and not weighted and unchanged[0].shape[-1] == rank else C.truncated(rank)
     B, A = factors
     B, A = round_factors(module, (B, A if inputs is None else A / inputs), dtype)
     energy, kept_energy = (float(S.square().sum()) for S in (C.S, C.S[..., :rank]))

@@ -213,12 +213,16 @@ def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | Non
     theirs = denoiser.components[1:] if denoiser else ()
     own_prefix = "diffusion_model."  # of the denoiser in ComfyUI's repacks, and of the modules in it
     encoders = PREFIXES | {
-        (prefix + each.comfy[len(own_prefix) :] if each.comfy.startswith(own_prefix) else each.comfy): (
-            each.name,
-            each.encoder,
+        (
+            prefix + component_row.comfy[len(own_prefix) :]
+            if component_row.comfy.startswith(own_prefix)
+            else component_row.comfy
+        ): (
+            component_row.name,
+            component_row.encoder,
         )
-        for each in theirs
-        if each.comfy
+        for component_row in theirs
+        if component_row.comfy
     }
     prefixes = {name: next((p for p in encoders if name.startswith(p)), "") for name in modules}
     has_encoders = any(prefixes.values())

@@ -100,7 +100,7 @@ def test_an_expression_matches_what_re_matches_and_ends(count: int) -> None:
         text = expression(rng)
         prefix, inner = rng.choice(["", "(?i)", "(?x)"]), rf"(.*\.)?({text})$"
         found = Expressions([parse(inner, text)], [text])
-        whole = Expressions([parse(prefix + text, text)], [text], whole=True)
+        whole = Expressions([parse(prefix + text, text)], [text], to_end=True)
         for _ in range(5):
             name = "".join(rng.choice(["a", "b", ".", "ab", "0", "A", "\n", "c"]) for _ in range(rng.randrange(7)))
             assert bool(found.matching(name)) == bool(re.match(inner, name)), (text, name)

@@ -129,16 +129,16 @@ class Format(ABC):
         """Return the shape of DoRA's magnitudes along the rows; `ones` has a 1 for each size of a kernel."""
         return (1, rows, *ones) if ones else (rows,)
 
-    def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
+    def names(self, source: Adapter, updates: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
         """Return the output name of each tensor of a language model's adapter -> its module and role.
 
         The role of a weight under the factors (`UpdateSpec.base`) is `base`; `misfits` refuses tensors without a name.
         """
         if self.can.components == "many":
             raise UsageError(f"{self.key} files are for image models")
-        return {self.tensor_name(m, role): (m, role) for m, update in kept.items() for role in update.tensors}
+        return {self.tensor_name(m, role): (m, role) for m, update in updates.items() for role in update.tensors}
 
-    def misfits(self, source: Adapter, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any]) -> dict[str, str]:
+    def misfits(self, source: Adapter, updates: Mapping[str, UpdateSpec], model: Mapping[str, Any]) -> dict[str, str]:
         """Return the modules of a language model's adapter that the format cannot store, each with the reason.
 
         Args:
@@ -147,9 +147,9 @@ class Format(ABC):
         Raises:
             NeedsFlag: the answer depends on the base.
         """
-        columns = (module for module, update in kept.items() if update.along_inputs and not self.can.input_norms)
+        columns = (module for module, update in updates.items() if update.along_inputs and not self.can.input_norms)
         # given the base's file, the new weight is compared with the base's
-        based = {module: update for module, update in kept.items() if update.base and not self.can.named_by_model}
+        based = {module: update for module, update in updates.items() if update.base and not self.can.named_by_model}
         named = {module for module, role in self.names(source, based).values() if role == "base"} if based else set()
         return {
             **dict.fromkeys(columns, "DoRA with norms of its inputs"),

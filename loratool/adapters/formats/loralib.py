@@ -86,9 +86,9 @@ class Loralib(Format):
                 updates[module] = spec_from_roles(module, roles, file, config, is_embedding, lenient=options.lenient)
         return Adapter(name, self.key, file, config, updates)
 
-    def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
+    def names(self, source: Adapter, updates: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
         named, names = adapter_names(source.file.specs), {}
-        for module, update in kept.items():
+        for module, update in updates.items():
             for role, key in update.tensors.items():
                 name = saved_name(key, named).replace(".base_layer.", ".")
                 names[self.tensor_name(module, role) if role in self.ends else name] = module, role

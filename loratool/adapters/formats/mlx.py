@@ -143,8 +143,8 @@ class Mlx(Format):
             )
         return adapter
 
-    def misfits(self, source: Adapter, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any]) -> dict[str, str]:
-        return find_misfits(source.name, kept, model, source.format == self.key)
+    def misfits(self, source: Adapter, updates: Mapping[str, UpdateSpec], model: Mapping[str, Any]) -> dict[str, str]:
+        return find_misfits(source.name, updates, model, source.format == self.key)
 
     def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:
         types = tuple(nested_configs(model))

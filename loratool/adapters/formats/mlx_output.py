@@ -172,7 +172,9 @@ def _config(content: AdapterContent, kind: str, lora: Mapping[str, Any]) -> dict
     return {**named, **former, "fine_tune_type": kind, "num_layers": layers, "lora_parameters": lora}
 
 
-def find_misfits(source: str, kept: Mapping[str, UpdateSpec], model: Mapping[str, Any], is_mlx: bool) -> dict[str, str]:
+def find_misfits(
+    source: str, updates: Mapping[str, UpdateSpec], model: Mapping[str, Any], is_mlx: bool
+) -> dict[str, str]:
     """Return the modules that a file of MLX cannot store, each with the reason.
 
     Args:
@@ -184,9 +186,9 @@ def find_misfits(source: str, kept: Mapping[str, UpdateSpec], model: Mapping[str
         NeedsFlag: the answer depends on the base.
     """
     types = tuple(nested_configs(model))
-    dora = any(update.cls is DoRA for update in kept.values())
+    dora = any(update.cls is DoRA for update in updates.values())
     reasons: dict[str, str] = {}
-    for module, update in kept.items():
+    for module, update in updates.items():
         last = module.rpartition(".")[2]
         if not types and not is_mlx and (update.cls.stack or last in INPUT_EMBEDDINGS):
             what = "a stack of experts" if update.cls.stack else "an embedding, which the head may be tied to"

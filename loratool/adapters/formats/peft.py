@@ -198,10 +198,10 @@ class Peft(Format):
         notes, missing = (*_notes(updates, layers), *beside), announced_but_absent(config, updates)
         return Adapter(name, self.key, file, config, updates, notes=notes, missing=missing)
 
-    def names(self, source: Adapter, kept: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
+    def names(self, source: Adapter, updates: Mapping[str, UpdateSpec]) -> dict[str, tuple[str, str]]:
         named, names = adapter_names(source.file.specs), {}
-        wrappers = wrappers_of([module for module, update in kept.items() if update.cls.stack])
-        for module, update in kept.items():
+        wrappers = wrappers_of([module for module, update in updates.items() if update.cls.stack])
+        for module, update in updates.items():
             owner, _, parameter = module.rpartition(".")
             for role, key in update.tensors.items():
                 if source.format == self.key:
@@ -211,7 +211,7 @@ class Peft(Format):
                 elif role in self.ends:
                     # other formats have transposed factors only for embeddings
                     name = f"{module}.lora_embedding_{role}" if update.transposed else self.tensor_name(module, role)
-                elif owner in kept and kept[owner].rank:
+                elif owner in updates and updates[owner].rank:
                     name = f"{owner}.base_layer.{parameter}"
                 else:
                     name = saved_name(key, named)

@@ -101,7 +101,10 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
             plain = _OF_GPT_OSS.sub(r"\1.self_attn.", name) if of_gpt_oss else name
             put_tensor(tensors, re.sub(r"(?:model\.)?unembed_tokens\.", "lm_head.", plain), copied(file, name))
     stacks: dict[str, dict[str, Pair]] = {}
-    of = {stem: {each: _unstacked(file, roles) for each, roles in own.items()} for stem, own in by_stem.items()}
+    of = {
+        stem: {each: _unstacked(file, roles) for each, roles in pairs_by_key.items()}
+        for stem, pairs_by_key in by_stem.items()
+    }
     counts = {len(experts) for pairs in of.values() for experts in pairs.values()} - {0}
     if len(counts) > 1:
         raise InputError(f"has stacks of {sorted(counts)} experts", culprit=str(file.path))
@@ -111,9 +114,11 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         if of_gpt_oss:
             gates, ups = pairs.get("w1", {}), pairs.get("w3", {})
             both = {n: _interleaved(stem, gates.get(n), ups.get(n)) for n in range(count) if n in gates or n in ups}
-            for parameter, own in (("gate_up_proj", both), ("down_proj", pairs.get("w2", {}))):
-                if own:
-                    stacks.setdefault(stem, {})[parameter] = stack(f"{stem}.{parameter}", own, count, {fields.get("r")})
+            for parameter, pairs_by_key in (("gate_up_proj", both), ("down_proj", pairs.get("w2", {}))):
+                if pairs_by_key:
+                    stacks.setdefault(stem, {})[parameter] = stack(
+                        f"{stem}.{parameter}", pairs_by_key, count, {fields.get("r")}
+                    )
             continue
         for each, experts in pairs.items():
             for number, pair in experts.items():

@@ -96,9 +96,9 @@ class LoHa(Update):
         from ...numerics.exact_factors import tucker_terms
         from ...numerics.products import Term
 
-        one = Fraction(1)
+        unit = Fraction(1)
         sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)
-        return [[Term(a, b, one)] if t is None else tucker_terms(a.T, t, b, one) for a, b, t in sides]
+        return [[Term(a, b, unit)] if t is None else tucker_terms(a.T, t, b, unit) for a, b, t in sides]
 
     def delta(self, weight: float, transposed: bool) -> RowsOfDelta:
         from ...numerics.composed import Hadamard

@@ -324,12 +324,12 @@ class Update(ABC):
         import torch
 
         changed: dict[str, Any] = {}
-        for each in fields(self):  # type: ignore[arg-type]  # all kinds are dataclasses
-            value = getattr(self, each.name)
+        for attribute in fields(self):  # type: ignore[arg-type]  # all kinds are dataclasses
+            value = getattr(self, attribute.name)
             if isinstance(value, torch.Tensor):
-                changed[each.name] = function(value)
+                changed[attribute.name] = function(value)
             elif isinstance(value, Update):
-                changed[each.name] = value.map(function)
+                changed[attribute.name] = value.map(function)
         return replace(self, **changed)  # type: ignore[type-var]
 
 

@@ -94,14 +94,14 @@ def refuse_unsaid(
     base: Checkpoint,
     in_model: ClassNames,
     factored: Mapping[str, str],
-    whole: Mapping[str, str],
+    kept_exactly: Mapping[str, str],
     uses: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Refuse an adapter with a tensor that PEFT would not find or would mistake for another.
 
     Args:
         factored: the weights with factors, name in the file -> name in the class.
-        whole: the tensors that are kept exactly, name in the file -> name in the class.
+        kept_exactly: the tensors that are kept exactly, name in the file -> name in the class.
         uses: weights with factors for several modules -> the names of these modules in the class.
 
     Raises:
@@ -109,10 +109,10 @@ def refuse_unsaid(
         InputError: nothing would be left, or PEFT loads no adapter of this family.
     """
     refuse_family(base)
-    problems = names_not_found(base, in_model, factored, whole) | _without_module(base, in_model, uses or {})
+    problems = names_not_found(base, in_model, factored, kept_exactly) | _without_module(base, in_model, uses or {})
     if not problems:
         return
-    kept = [module_path(name) for name in (*factored, *whole) if name not in problems]
+    kept = [module_path(name) for name in (*factored, *kept_exactly) if name not in problems]
     first, reason = next(iter(problems.items()))
     others = f", and {len(problems) - 1} more that PEFT cannot be told of" if problems.keys() - {first} else ""
     if not any(name not in problems for name in factored):
@@ -129,13 +129,13 @@ def refuse_family(base: Checkpoint) -> None:
 
 
 def names_not_found(
-    base: Checkpoint, in_model: ClassNames, factored: Mapping[str, str], whole: Mapping[str, str]
+    base: Checkpoint, in_model: ClassNames, factored: Mapping[str, str], kept_exactly: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the tensors that PEFT would not find, name in the file -> reason."""
-    family, both = in_model.family, {**factored, **whole}
+    family, both = in_model.family, {**factored, **kept_exactly}
     reshaped = [RESHAPED[t] for t in base.model_types if t in RESHAPED]
     # others are targeted by an expression (`target_modules`), but in some types PEFT accepts only last names
-    named = both if family in STACKED_BY_PEFT else whole
+    named = both if family in STACKED_BY_PEFT else kept_exactly
     doubtful = _named_twice(base, in_model, named.values()) | _unknown_order(factored.values())
     layers = Layers.find(both.values(), base.config)
     reasons = {}
@@ -145,7 +145,7 @@ def names_not_found(
             reasons[name] = f"is of an MTP layer, and transformers loads none of a {family}"
         elif any(re.search(pattern, module) for pattern in reshaped):
             reasons[name] = f"PEFT finds no module of a {family} for it"
-        elif name in whole and path.endswith(".bias"):
+        elif name in kept_exactly and path.endswith(".bias"):
             continue
         elif path in doubtful:
             reasons[name] = f"PEFT cannot tell {module} from other modules"

@@ -48,9 +48,9 @@ def find_candidates(
     eligible = [weight for weight in every if weight.role and weight.name not in unfit]
     unnamed = find_unnamed(base, in_model, selection.target)
     for pattern in selection.target:
-        there = (weight for weight in eligible if weight.names[0] not in unnamed)
+        in_layers = (weight for weight in eligible if weight.names[0] not in unnamed)
         if not any(
-            weight.role == "linear" if pattern == "all-linear" else weight.is_named(pattern) for weight in there
+            weight.role == "linear" if pattern == "all-linear" else weight.is_named(pattern) for weight in in_layers
         ):
             loaded = (weight for weight in eligible if unnamed.get(weight.names[0]) != MTP)
             ends = {path.rpartition(".")[2] for weight in loaded for path in weight.paths}
