@@ -78,8 +78,10 @@ class Adapter:
         other = f"{owner.rpartition('.')[0]}.{last}"
         if other not in others or not all(self.updates[m].cls is ReplaceTensor for m in (module, other)):
             return False
-        one, two = (self.updates[path].tensors["value"] for path in (module, other))
-        return self.file.specs[one] == self.file.specs[two] and self.file.read(one) == self.file.read(two)
+        value, other_value = (self.updates[path].tensors["value"] for path in (module, other))
+        return self.file.specs[value] == self.file.specs[other_value] and self.file.read(value) == self.file.read(
+            other_value
+        )
 
     @cached_property
     def sha256(self) -> str:

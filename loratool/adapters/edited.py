@@ -255,7 +255,7 @@ def edited_adapter_config(edited: EditedAdapter) -> dict[str, object]:
     new = lora_config(modules, {name: ranks[name] for name in sorted(parameters)})
     keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters", "use_rslora")
     rest = {key: value for key, value in edited.template.config.peft.items() if key not in keys}
-    there = edited.specs()
-    new |= {field: True for mark, field in SAID_BY_FIELDS.items() if any(name.endswith(mark) for name in there)}
-    made = {k: v for k, v in new.items() if k not in rest}
-    return {**edited.template.config.own, **made, **rest, **edited.fields, "peft_type": "LORA"}
+    specs = edited.specs()
+    new |= {field: True for mark, field in SAID_BY_FIELDS.items() if any(name.endswith(mark) for name in specs)}
+    defaults = {k: v for k, v in new.items() if k not in rest}
+    return {**edited.template.config.own, **defaults, **rest, **edited.fields, "peft_type": "LORA"}

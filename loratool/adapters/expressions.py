@@ -189,8 +189,8 @@ class Expressions:
             return self._add("split", None, *(self._sequence(branch, flags, after) for branch in argument[1]))
         if name == "SUBPATTERN":
             _, more, fewer, inner = argument
-            kept = flags & ~_parser.TYPE_FLAGS if more & _parser.TYPE_FLAGS else flags
-            return self._sequence(inner, (kept | more) & ~fewer, after)
+            inherited = flags & ~_parser.TYPE_FLAGS if more & _parser.TYPE_FLAGS else flags
+            return self._sequence(inner, (inherited | more) & ~fewer, after)
         if name in ("MAX_REPEAT", "MIN_REPEAT"):
             least, most, inner = argument
             return self._repeat(least, most, inner, flags, after)

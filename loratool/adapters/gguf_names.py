@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 def has_own_names(adapter: Adapter) -> bool:
     """Return whether an adapter has the names of a GGUF file."""
     key = adapter.config.own.get(ARCHITECTURE)
-    own = ARCHITECTURES.get(str(key))
-    return key is not None and (own is None or any(m.startswith("blk.") or own.find(m) for m in adapter.updates))
+    architecture = ARCHITECTURES.get(str(key))
+    return key is not None and (
+        architecture is None or any(m.startswith("blk.") or architecture.find(m) for m in adapter.updates)
+    )
 
 
 def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapter:
@@ -68,8 +70,8 @@ def to_gguf_names(adapter: Adapter, model: GgufModel) -> tuple[Adapter, dict[str
     """
     updates, origins = gguf_updates(adapter, model)
     used = {module for parts in origins.values() for module in parts}
-    kept = {module: update for module, update in adapter.updates.items() if module not in used}
-    return _renamed(adapter, updates, kept), origins
+    unfit = {module: update for module, update in adapter.updates.items() if module not in used}
+    return _renamed(adapter, updates, unfit), origins
 
 
 def gguf_updates(adapter: Adapter, model: GgufModel) -> tuple[list[MadeUpdate], dict[str, tuple[str, ...]]]:
@@ -158,12 +160,12 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
     )
 
 
-def _renamed(adapter: Adapter, renamed: Sequence[MadeUpdate], kept: Mapping[str, UpdateSpec]) -> Adapter:
-    """Return the adapter with its updates replaced by `renamed`, except those in `kept`."""
+def _renamed(adapter: Adapter, renamed: Sequence[MadeUpdate], unfit: Mapping[str, UpdateSpec]) -> Adapter:
+    """Return the adapter with its updates replaced by `renamed`, except those in `unfit`."""
     updates = {each.module: each.spec() for each in renamed}
     specs = {name: u.specs[role] for u in updates.values() for role, name in u.tensors.items()}
     by_name = {name: each for each in renamed for name in updates[each.module].tensors.values()}
-    copied = {name for update in kept.values() for name in update.stored}
+    copied = {name for update in unfit.values() for name in update.stored}
     copied |= {update.base for update in updates.values() if update.base}
     specs |= {name: adapter.file.specs[name] for name in copied}
     last: list[dict[str, Tensor]] = [{}]  # one module's, assigned at once: a merge loads in several threads
@@ -182,4 +184,4 @@ def _renamed(adapter: Adapter, renamed: Sequence[MadeUpdate], kept: Mapping[str,
         return pair[name]
 
     file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})
-    return replace(adapter, file=file, updates={**updates, **kept}, flattened=False)
+    return replace(adapter, file=file, updates={**updates, **unfit}, flattened=False)

@@ -68,8 +68,8 @@ class GgufModel:
         if architecture is None:
             return None
         facts = Facts.of_metadata(architecture.key, fields)
-        own = [found[0] for m in modules if (found := architecture.find(m) or architecture.find(f"{m}.weight"))]
-        if architecture.lacks(facts, own):
+        weights = [row[0] for m in modules if (row := architecture.find(m) or architecture.find(f"{m}.weight"))]
+        if architecture.lacks(facts, weights):
             return None
         width = fields.get(f"{architecture.key}.embedding_length")
         return cls(architecture, facts, architecture.model_types, width if type(width) is int else 0)
@@ -109,8 +109,8 @@ class GgufModel:
             return None
         if known[1] not in self._layers:
             self._layers[known[1]] = self._index(known[1])
-        found = self._layers[known[1]].items()
-        return next(((path, parts) for path, parts in found if any(part.module == tensor for part in parts)), None)
+        in_layer = self._layers[known[1]].items()
+        return next(((path, parts) for path, parts in in_layer if any(part.module == tensor for part in parts)), None)
 
     def _in_class(self, path: str) -> str:
         """Return a path as transformers' class has it; the language model may be a part of the class."""

@@ -169,7 +169,7 @@ def common_metadata(sources: Sequence[Mapping[str, str]]) -> tuple[dict[str, str
     for metadata in sources:
         for key, value in metadata.items():
             values.setdefault(key, []).append(value)
-    common = {key: found[0] for key, found in values.items() if len(set(found)) == 1}
+    common = {key: candidates[0] for key, candidates in values.items() if len(set(candidates)) == 1}
     differing = [key for key in values if key not in common]
     if "modelspec.trigger_phrase" in differing:
         common["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(values["modelspec.trigger_phrase"]))
@@ -184,6 +184,6 @@ def _joined(frequencies: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int
     for folders in frequencies:
         for folder, tags in folders.items():
             known = tags.items() if isinstance(tags, dict) else ()
-            own = {tag: count for tag, count in known if type(count) is int and 0 <= count < 1 << 63}
-            counts.setdefault(folder, Counter()).update(own)
-    return {folder: dict(own) for folder, own in counts.items()}
+            valid = {tag: count for tag, count in known if type(count) is int and 0 <= count < 1 << 63}
+            counts.setdefault(folder, Counter()).update(valid)
+    return {folder: dict(valid) for folder, valid in counts.items()}

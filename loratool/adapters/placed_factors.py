@@ -28,11 +28,11 @@ class Place:
     rows: slice | list[int] = field(default_factory=lambda: slice(None))
     expert: int | EllipsisType = ...  # one expert, or all
 
-    def put_A(self, A: Tensor, whole: Tensor) -> None:
-        whole[self.expert, self.start : self.start + A.shape[-2], :] = A
+    def put_A(self, A: Tensor, full: Tensor) -> None:
+        full[self.expert, self.start : self.start + A.shape[-2], :] = A
 
-    def put_B(self, B: Tensor, whole: Tensor) -> None:
-        whole[self.expert, self.rows, self.start : self.start + B.shape[-1]] = B
+    def put_B(self, B: Tensor, full: Tensor) -> None:
+        full[self.expert, self.rows, self.start : self.start + B.shape[-1]] = B
 
 
 def starts(ranks: Sequence[int], shared: bool = False) -> list[int]:

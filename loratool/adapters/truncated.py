@@ -60,8 +60,8 @@ def truncated_factors(
     B, A = factors
     B, A = round_factors(module, (B, A if inputs is None else A / inputs), dtype)
     energy, kept_energy = (float(S.square().sum()) for S in (C.S, C.S[..., :rank]))
-    lost = rounding_distance(C, factors, (B, A if inputs is None else A.double() * inputs))
-    error = float(torch.linalg.vector_norm(lost)) / math.sqrt(energy) if energy else 0.0
+    distance = rounding_distance(C, factors, (B, A if inputs is None else A.double() * inputs))
+    error = float(torch.linalg.vector_norm(distance)) / math.sqrt(energy) if energy else 0.0
     figures = Figures(
         norm=float(torch.linalg.vector_norm(D.S)),
         energy=energy,

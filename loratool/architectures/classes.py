@@ -261,5 +261,5 @@ def _moves_of_text(name: str, kind: str, body: str, head: str) -> Moves:
     """Return the moves from a model for images or sound, with the text backbone at `body`, to the text class."""
     if is_backbone(name):
         return ((body, ""),)
-    own = f"{BACKBONES.get(kind, 'model')}."
-    return ((body, own), (head, "lm_head.")) if name.endswith(LM_ENDS) else ((body, own),)
+    prefix = f"{BACKBONES.get(kind, 'model')}."
+    return ((body, prefix), (head, "lm_head.")) if name.endswith(LM_ENDS) else ((body, prefix),)

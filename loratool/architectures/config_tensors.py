@@ -369,8 +369,8 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     flags = _flags(config, family, sizes)
 
     def shapes_of(rows: ShapeRows, prefix: str = "") -> dict[str, tuple[int, ...]]:
-        found = [(name, dims) for name, dims, *needs in rows if flags.issuperset(needs)]
-        return {prefix + name: tuple(sizes[d] for d in dims.split()) for name, dims in found}
+        present = [(name, dims) for name, dims, *needs in rows if flags.issuperset(needs)]
+        return {prefix + name: tuple(sizes[d] for d in dims.split()) for name, dims in present}
 
     is_lm = model_class(config) == family.lm
     prefix = family.prefix if is_lm else ""

@@ -70,8 +70,8 @@ def close_under_fusion(touched: Collection[str], coded: Collection[str]) -> dict
 
 def experts_module(module: str) -> str | None:
     """Return the path of the module with a layer's experts, given its path or that of one of its matrices."""
-    path, found, _ = f".{module}.".rpartition(f".{EXPERTS}.")
-    return f"{path}.{EXPERTS}"[1:] if found else None
+    path, marker, _ = f".{module}.".rpartition(f".{EXPERTS}.")
+    return f"{path}.{EXPERTS}"[1:] if marker else None
 
 
 def fused_paths(modules: Collection[str]) -> Iterator[str]:

@@ -54,8 +54,10 @@ class _Part:
             ending = [each for name, each in paths.items() if name.endswith(end + path)]
             return (_all_rows(self.tensors[ending[0]], self.shapes),) if len(ending) == 1 else ()
         located = None if self.table.up_attention else locate(self.table, path)
-        there = [module for module in located.diffusers if module in self._whole] if located else []
-        return _rows_in_base(located, self._columns[there[0]], self._whole, self._pieces) if located and there else ()
+        present = [module for module in located.diffusers if module in self._whole] if located else []
+        return (
+            _rows_in_base(located, self._columns[present[0]], self._whole, self._pieces) if located and present else ()
+        )
 
     @cached_property
     def _spellings(self) -> dict[str, str]:
@@ -91,8 +93,8 @@ class _Part:
     @cached_property
     def _whole(self) -> dict[str, int]:
         """diffusers' module -> its number of rows, if all of them are in the base."""
-        whole = {module: rows[0].whole for module, rows in self._pieces.items()}
-        return {m: whole[m] for m, rows in self._pieces.items() if sum(r.stop - r.start for r in rows) == whole[m]}
+        counts = {module: rows[0].whole for module, rows in self._pieces.items()}
+        return {m: counts[m] for m, rows in self._pieces.items() if sum(r.stop - r.start for r in rows) == counts[m]}
 
     @cached_property
     def _columns(self) -> dict[str, int]:
@@ -133,8 +135,8 @@ class ImageModules:
         if part is None:
             return ()
         end = "_bias" if flat else ".bias"
-        found = part.rows(path, flat)
-        return found or (_biases(part.rows(path.removesuffix(end), flat), self.shapes) if path.endswith(end) else ())
+        rows = part.rows(path, flat)
+        return rows or (_biases(part.rows(path.removesuffix(end), flat), self.shapes) if path.endswith(end) else ())
 
     def holds(self, path: str, flat: bool) -> bool:
         """Return whether any component has the module."""
@@ -205,8 +207,12 @@ def _split(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, ModelFamily | Non
     if any("/" in name for name in modules):
         for folder, component in FOLDERS.items():
             inside = {n: path.removeprefix(f"{folder}/") for n, path in paths.items() if n.startswith(f"{folder}/")}
-            own = {path: shapes[name] for name, path in inside.items()}
-            table = _of_folders(family_of_names(own), shapes) if component in DENOISERS else _encoder_of(own)
+            inside_shapes = {path: shapes[name] for name, path in inside.items()}
+            table = (
+                _of_folders(family_of_names(inside_shapes), shapes)
+                if component in DENOISERS
+                else _encoder_of(inside_shapes)
+            )
             yield from ((component, table, path, name) for name, path in inside.items() if name in modules)
         return
     prefix, denoiser = _find_denoiser({path: shapes[name] for name, path in paths.items()})

@@ -145,8 +145,8 @@ def stacks_of(path: str, names: MlxNames) -> list[str]:
     owner, _, parameter = path.rpartition(".")
     if not f".{owner}".endswith(".experts"):
         return []
-    there = [last for last, (name, *_) in names.shares.items() if name == parameter]
-    return [mlx_path(f"{owner.removesuffix('experts')}{names.experts}.{last}", names) for last in there]
+    lasts = [last for last, (name, *_) in names.shares.items() if name == parameter]
+    return [mlx_path(f"{owner.removesuffix('experts')}{names.experts}.{last}", names) for last in lasts]
 
 
 def mlx_path(path: str, names: MlxNames) -> str:

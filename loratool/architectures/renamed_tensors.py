@@ -91,8 +91,8 @@ def count_missing(family: ModelFamily, names: Iterable[str], prefix: str = "") -
     Only some variants have all of them, so a base can lack some.
     """
     paths = {name.removeprefix(prefix) for name in names}
-    found = filter(None, (locate(family, path.rpartition(".")[0]) for path in paths))
-    present = {module for each in found for module in each.diffusers}
+    located = filter(None, (locate(family, path.rpartition(".")[0]) for path in paths))
+    present = {module for each in located for module in each.diffusers}
     outside = filter(None, (locate(family, name, Naming.MAKER) for name in (*family.outside, *family.alike)))
     listed = {module for each in outside for module in each.diffusers}
     return len(listed - present) + sum(paths.isdisjoint(names) for names in family.outside_tensors.items())
@@ -302,8 +302,8 @@ def _listed(family: ModelFamily) -> tuple[tuple[str, str], ...]:
 
 def _number_in(template: str, path: str) -> str | None:
     """Return the number at `{i}` in a path, empty for a template without it; None if the path does not match."""
-    found = _pattern(template).fullmatch(path)
-    return "".join(found.groups()) if found else None
+    match = _pattern(template).fullmatch(path)
+    return "".join(match.groups()) if match else None
 
 
 @lru_cache(maxsize=4096)

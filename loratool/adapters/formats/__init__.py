@@ -76,8 +76,8 @@ class ModelGiven(InputError):
 def written_formats() -> dict[str, Format]:
     """Return the writable formats by key; the usual formats of bases come first, in the order of BASES."""
     order = {each: i for i, each in enumerate(BASES)}
-    found = sorted(FORMATS.values(), key=lambda each: order.get(each.can.usual_for or "", len(order)))
-    return {each.key: each for each in found if each.can.writes}
+    formats = sorted(FORMATS.values(), key=lambda each: order.get(each.can.usual_for or "", len(order)))
+    return {each.key: each for each in formats if each.can.writes}
 
 
 def loaded_by(runtime: str) -> Format:
@@ -97,8 +97,8 @@ def capabilities(adapter: Adapter) -> Capabilities:
 
 def is_adapter(names: Iterable[str]) -> bool:
     """Return whether a format claims the names. No format claims only biases, which can be a shard of a model."""
-    own = _without_extras(names)
-    return any(format.claims(own) for format in FORMATS.values())
+    without_extras = _without_extras(names)
+    return any(format.claims(without_extras) for format in FORMATS.values())
 
 
 def _without_extras(names: Iterable[str]) -> list[str]:
@@ -150,8 +150,8 @@ def open_other(name: str | os.PathLike[str]) -> tuple[WeightsFile, dict[str, Any
     file = open_weights(weights)
     try:
         # files of image models have no config beside them
-        own = _without_extras(file.specs)
-        image = any(f.claims(own) for f in FORMATS.values() if f.can.components == "many")
+        without_extras = _without_extras(file.specs)
+        image = any(f.claims(without_extras) for f in FORMATS.values() if f.can.components == "many")
         fields = {} if image else find_config(file)[0]
         if other := other_method(file.specs, fields):
             return file, fields, *other

@@ -53,8 +53,8 @@ class AdapterHub(Format):
         if not is_adapterhub_lora(fields):
             method = OTHER_METHODS["LORAS"]
             raise InputError(f"holds {method.title}, which {method.reason}", culprit=name, remedy=method.remedy)
-        own = fields["config"]
-        rank, matrices, alpha = own.get("r"), own.get("attn_matrices"), own.get("alpha")
+        config_fields = fields["config"]
+        rank, matrices, alpha = config_fields.get("r"), config_fields.get("attn_matrices"), config_fields.get("alpha")
         if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not isinstance(matrices, list):
             raise InputError(f"its {CONFIG_NAME} has no r, alpha or attn_matrices that can be used", culprit=name)
         matches = {tensor: _NAME.fullmatch(tensor) for tensor in file.specs}

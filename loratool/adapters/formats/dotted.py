@@ -92,8 +92,8 @@ class DottedFormat(Format, ABC):
                 raise InputError("has an alpha and no factors", culprit=module)
             for spec in module_updates(path, roles, file, config, f"{path}.bias", options.lenient):
                 if config.peft.get("use_dora") and spec.rank and spec.cls is not DoRA and not options.lenient:
-                    said = "config" if "" in configs else "metadata"
-                    raise InputError(f"has no magnitude, but the {said} sets use_dora", culprit=module)
+                    place = "config" if "" in configs else "metadata"
+                    raise InputError(f"has no magnitude, but the {place} sets use_dora", culprit=module)
                 full = module + spec.module.removeprefix(path)
                 if full in updates:
                     raise InputError(f"{name} has two updates for it", culprit=full)
@@ -150,8 +150,8 @@ def _are_bare(names: Sequence[str]) -> bool:
     A name with PEFT's prefix needs a suffix that PEFT never writes, or an alpha beside the factors, as OneTrainer
     writes it.
     """
-    there = set(names)
-    alphas = any(f"{name.removesuffix('.alpha')}.lora_A.weight" in there for name in names if name.endswith(".alpha"))
+    present = set(names)
+    alphas = any(f"{name.removesuffix('.alpha')}.lora_A.weight" in present for name in names if name.endswith(".alpha"))
     if any(name.endswith(PEFTS) for name in names) and not alphas:
         return False
     if any(name.startswith(PEFT_PREFIX) for name in names) and not any(name.endswith(NOT_PEFTS) for name in names):
@@ -246,8 +246,8 @@ def _config_of(
         config, path = configs[""], component_of(module)[1]
     if stored is None and config is not None:
         if alpha is not None and config.alpha is not None and alpha != config.alpha:
-            said = "config" if "" in configs else "metadata"
-            raise UsageError(f"--alpha {alpha:g} contradicts the {said}'s {config.alpha:g}", culprit=name)
+            place = "config" if "" in configs else "metadata"
+            raise UsageError(f"--alpha {alpha:g} contradicts the {place}'s {config.alpha:g}", culprit=name)
         return (config if config.alpha is not None else replace(config, alpha=alpha)), path
     if stored is not None and config is not None:
         _refuse_contradiction(roles["alpha"], stored, config, path)

@@ -191,8 +191,8 @@ class LlamaCpp(Format):
 
 def _fields_of(file: WeightsFile) -> dict[str, Any]:
     """Return the fields of an adapter; raise InputError for another file's."""
-    said = (file.metadata or {}).get("gguf", "{}")
-    fields = file.fields if isinstance(file, GgufFile) else parse_json(said.encode(), file.path)
+    stored = (file.metadata or {}).get("gguf", "{}")
+    fields = file.fields if isinstance(file, GgufFile) else parse_json(stored.encode(), file.path)
     for key, wanted in ((TYPE, "adapter"), (KIND, "lora")):
         if fields.get(key) != wanted:
             raise InputError(f"has the {key} {fields.get(key)!r}, and not {wanted!r}", culprit=str(file.path))
@@ -253,8 +253,8 @@ def _as_matrices(file: WeightsFile, lenient: bool) -> tuple[VirtualFile, int]:
             return tensor
         return tensor.flatten(0, 1) if name.endswith(ENDS["A"]) else tensor.permute(1, 2, 0).flatten(1).contiguous()
 
-    made = VirtualFile(file, specs, load, file.metadata or {}, dict.fromkeys(coded, EIGHT_BITS))
-    return made, next(iter(counts.values()), 0)
+    matrices = VirtualFile(file, specs, load, file.metadata or {}, dict.fromkeys(coded, EIGHT_BITS))
+    return matrices, next(iter(counts.values()), 0)
 
 
 def _update(

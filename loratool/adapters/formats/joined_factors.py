@@ -32,7 +32,9 @@ def join(parts: Sequence[tuple[Pair, slice]], rows: int) -> Pair:
     """Return the factors of one matrix of `rows` rows; each part fills some rows and has separate ranks."""
     ranks = [part.A.spec.shape[0] for part, _ in parts]
     first = parts[0][0]
-    places = [(part, Place(start, own)) for (part, own), start in zip(parts, starts(ranks), strict=True)]
+    places = [
+        (part, Place(start, rows_of_part)) for (part, rows_of_part), start in zip(parts, starts(ranks), strict=True)
+    ]
     A = TensorSpec(first.A.spec.dtype, (sum(ranks), first.A.spec.shape[1]))
     B = TensorSpec(first.B.spec.dtype, (rows, sum(ranks)))
     return Pair(

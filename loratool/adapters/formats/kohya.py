@@ -75,8 +75,8 @@ class Kohya(Format):
             if options.alpha is not None and value is not None and options.alpha != value:
                 raise UsageError(f"--alpha {options.alpha:g} contradicts the file's {stored} = {value:g}", culprit=name)
             value = options.alpha if value is None else value
-            own = AdapterConfig(alpha=value or None, rank_is_alpha=True)
-            for spec in module_updates(module, roles, file, own, f"{module}_bias", options.lenient):
+            stored_config = AdapterConfig(alpha=value or None, rank_is_alpha=True)
+            for spec in module_updates(module, roles, file, stored_config, f"{module}_bias", options.lenient):
                 if spec.module in updates:
                     raise InputError(f"{name} has two updates for it", culprit=spec.module)
                 updates[spec.module] = spec
@@ -141,5 +141,5 @@ def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[st
 
 def rank_and_alpha(ranks: Iterable[int], alphas: Iterable[float]) -> dict[str, str]:
     """Return sd-scripts' metadata for the ranks and alphas of a file."""
-    found = {"ss_network_dim": {*map(str, ranks)}, "ss_network_alpha": {*map(str, alphas)}}
-    return {key: values.pop() if len(values) == 1 else "Dynamic" for key, values in found.items()}
+    sides = {"ss_network_dim": {*map(str, ranks)}, "ss_network_alpha": {*map(str, alphas)}}
+    return {key: values.pop() if len(values) == 1 else "Dynamic" for key, values in sides.items()}

@@ -41,8 +41,8 @@ class Litgpt(Format):
 
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether names of litgpt's modules in layers are among these."""
-        found = [_NAME.fullmatch(name) for name in names if name.endswith((".lora_A", ".lora_B"))]
-        return any(match and match[1] and match[2] in (FUSED, *IN_LAYERS) for match in found)
+        matches = [_NAME.fullmatch(name) for name in names if name.endswith((".lora_A", ".lora_B"))]
+        return any(match and match[1] and match[2] in (FUSED, *IN_LAYERS) for match in matches)
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.
@@ -107,8 +107,8 @@ def _parts(file: WeightsFile, tensor: str, side: str, rank: int, enabled: Mappin
     return parts
 
 
-def _number(said: Mapping[str, Any], field: str, folder: Path) -> int:
-    value = said.get(field)
+def _number(settings: Mapping[str, Any], field: str, folder: Path) -> int:
+    value = settings.get(field)
     if type(value) is not int or value < 1:
         raise InputError(f"its {HYPERPARAMETERS} or {MODEL} does not say {field}", culprit=str(folder))
     return value

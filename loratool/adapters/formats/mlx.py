@@ -130,8 +130,8 @@ class Mlx(Format):
         _refuse_scaled(updates, types)
         seen = virtual_file(file, new_tensors, file.metadata or {})
         rows = [path for path, update in updates.items() if update.everywhere and not types]
-        own = (*(stacks if stays else ()), *rows)
-        return Adapter(name, self.key, seen, settings.config, updates, notes=settings.notes, own_names=own)
+        unnamed = (*(stacks if stays else ()), *rows)
+        return Adapter(name, self.key, seen, settings.config, updates, notes=settings.notes, own_names=unnamed)
 
     def with_standard_names(self, adapter: Adapter) -> Adapter:
         if adapter.own_names:

@@ -94,10 +94,10 @@ def _specs(content: AdapterContent, module: _Module, rank: int) -> dict[str, Ten
     if module.experts:
         width, out = share_sides(A.shape, B.shape, module.layout)
         of_A, of_B = (B, A) if module.layout.transposed else (A, B)
-        one, two = (module.experts, rank, width), (module.experts, out, rank)
-        return {"lora_a": replace(of_A, shape=one), "lora_b": replace(of_B, shape=two)}
-    found = {"lora_a": replace(A, shape=(A.shape[1], rank)), "lora_b": replace(B, shape=(rank, B.shape[0]))}
-    return {**found, "m": content.specs[module.magnitude]} if module.magnitude else found
+        shape_A, shape_B = (module.experts, rank, width), (module.experts, out, rank)
+        return {"lora_a": replace(of_A, shape=shape_A), "lora_b": replace(of_B, shape=shape_B)}
+    specs = {"lora_a": replace(A, shape=(A.shape[1], rank)), "lora_b": replace(B, shape=(rank, B.shape[0]))}
+    return {**specs, "m": content.specs[module.magnitude]} if module.magnitude else specs
 
 
 def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
@@ -142,7 +142,11 @@ def _shares(
         return {target: replace(stack, layout=layout) for target, layout in layouts.items()}
     ranks = share_ranks(content.load(stack.A), content.load(stack.B), stack.experts, list(layouts.values()))
     each = zip(layouts.items(), ranks, strict=True)
-    return {target: replace(stack, layout=layout, ranks=tuple(own)) for (target, layout), own in each if own}
+    return {
+        target: replace(stack, layout=layout, ranks=tuple(ranks_of_share))
+        for (target, layout), ranks_of_share in each
+        if ranks_of_share
+    }
 
 
 def _mistakes_layout(types: tuple[str, ...], version: str) -> bool:
@@ -150,23 +154,23 @@ def _mistakes_layout(types: tuple[str, ...], version: str) -> bool:
 
     Up to 0.18 it took all stacks for (expert, in, out) (peft PR 3083).
     """
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found and (int(found[1]), int(found[2])) < (0, 19):
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match and (int(match[1]), int(match[2])) < (0, 19):
         return TRANSPOSED_EXPERTS.isdisjoint(types)
     return not PEFT_TAKES_AS_PLAIN.isdisjoint(types)
 
 
 def _config(content: AdapterContent, kind: str, lora: Mapping[str, Any]) -> dict[str, Any]:
     """Return MLX's config, with the other fields of the adapter's former config."""
-    own = not content.config.keys().isdisjoint(MARKS)
-    former = {key: value for key, value in content.config.items() if own and key not in PEFT_FIELDS}
+    is_mlx = not content.config.keys().isdisjoint(MARKS)
+    former = {key: value for key, value in content.config.items() if is_mlx and key not in PEFT_FIELDS}
     base = content.config.get("base_model_name_or_path")
     inner = content.model.get("text_config")
     for config in (content.model, inner if isinstance(inner, dict) else {}):
         counts = [config[key] for key in LAYERS if type(config.get(key)) is int]
         if counts:
             break
-    numbers = [int(found[1]) for key in lora["keys"] if (found := re.search(r"\.(\d{1,9})\.", key))]
+    numbers = [int(match[1]) for key in lora["keys"] if (match := re.search(r"\.(\d{1,9})\.", key))]
     layers = counts[0] if counts else max([*numbers, -1]) + 1
     named = {"model": base} if isinstance(base, str) and base else {}
     return {**named, **former, "fine_tune_type": kind, "num_layers": layers, "lora_parameters": lora}

@@ -167,8 +167,8 @@ def refused_tensor(tensor: str, name: str) -> InputError:
 def peft_type(fields: Mapping[str, Any]) -> Any:
     """Return the method that a config names: a `peft_type`, a key of OTHER_METHODS, or None."""
     kind = fields.get("peft_type")
-    if kind is None and isinstance(own := fields.get("config"), dict):  # AdapterHub nests a config
-        architecture = str(own.get("architecture") or "")
+    if kind is None and isinstance(nested := fields.get("config"), dict):  # AdapterHub nests a config
+        architecture = str(nested.get("architecture") or "")
         if is_adapterhub_lora(fields):
             return "LORA"
         return _ARCHITECTURES.get(architecture, architecture.upper())

@@ -154,8 +154,8 @@ class Peft(Format):
                 flags="--alpha A",
             )
         config = parse_config(name, fields, options.alpha)
-        said = fields if config.alpha is None else {**fields, "lora_alpha": config.alpha}
-        today = next(filter(None, (form(file, said, options.model) for form in FORMS)), None)
+        with_alpha = fields if config.alpha is None else {**fields, "lora_alpha": config.alpha}
+        today = next(filter(None, (form(file, with_alpha, options.model) for form in FORMS)), None)
         if today:
             tensors, fields = today
             file, config = virtual_file(file, tensors, {}), parse_config(name, fields, None)
@@ -279,8 +279,8 @@ def adapter_names(keys: Iterable[str]) -> set[str]:
 def saved_name(key: str, named: Collection[str]) -> str:
     """Return the key under which PEFT saves a tensor: without PEFT_PREFIX, wrapper and adapter name."""
     path = _without_wrapper(WRAPPED.sub("", key), named)
-    for pattern, kept in _NAMED_ENDS:
-        path = pattern.sub(kept, path)
+    for pattern, end in _NAMED_ENDS:
+        path = pattern.sub(end, path)
     return path
 
 
@@ -468,8 +468,10 @@ def wrappers_of(parameters: Iterable[str]) -> dict[str, str]:
         owners.setdefault(path.rpartition(".")[0], []).append(path.rpartition(".")[2])
     return {
         f"{owner}.{parameter}": wrapper
-        for owner, own in owners.items()
-        for parameter, wrapper in nested(owner, own, (*DECLARED, *sorted({*own} - {*DECLARED}))).items()
+        for owner, parameters_of_owner in owners.items()
+        for parameter, wrapper in nested(
+            owner, parameters_of_owner, (*DECLARED, *sorted({*parameters_of_owner} - {*DECLARED}))
+        ).items()
     }
 
 

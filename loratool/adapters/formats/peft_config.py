@@ -189,8 +189,8 @@ def _flag(name: str, fields: Mapping[str, Any], field: str) -> bool | None:
 def _number(name: str, fields: Mapping[str, Any], field: str, types: tuple[type, ...]) -> Any:
     value = fields.get(field)
     if value is not None and not _is_number(value, types):
-        whole = "a number" if float in types else "a whole number"
-        raise InputError(f"its config sets {field} to {brief(value)}, which is not {whole}", culprit=name)
+        expected = "a number" if float in types else "a whole number"
+        raise InputError(f"its config sets {field} to {brief(value)}, which is not {expected}", culprit=name)
     return value
 
 

@@ -118,8 +118,8 @@ def block_diagonals(
 def _on_diagonal(stacked: Tensor, blocks: int) -> Tensor:
     import torch
 
-    whole: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
-    return whole
+    full: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
+    return full
 
 
 def standalone(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, MadeTensor], dict[str, Any]] | None:
@@ -142,8 +142,8 @@ def standalone(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, 
         listed = {"modules_to_save": sorted({*saved, *modules}) if isinstance(saved, list) else saved}
     else:
         listed = {"trainable_token_indices": dict.fromkeys(modules, fields.get("token_indices"))}
-    kept = {field: value for field, value in fields.items() if field not in ("token_indices", "init_weights")}
-    return tensors, {**kept, **listed, "peft_type": "LORA", "target_modules": []}
+    others = {field: value for field, value in fields.items() if field not in ("token_indices", "init_weights")}
+    return tensors, {**others, **listed, "peft_type": "LORA", "target_modules": []}
 
 
 def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:

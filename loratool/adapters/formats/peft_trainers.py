@@ -72,8 +72,10 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
             if set(roles) != {"A", "B"}:
                 raise InputError("has no partner", culprit=next(iter(roles.values())))
         pairs = {n: Pair(copied(file, roles["A"]), copied(file, roles["B"])) for n, roles in experts.items()}
-        said = {ranks.value(f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}s.{n}", fields.get("r")) for n in experts}
-        stacks.setdefault(stem, {})[parameter] = stack(f"{stem}.{parameter}", pairs, count, said)
+        stated_ranks = {
+            ranks.value(f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}s.{n}", fields.get("r")) for n in experts
+        }
+        stacks.setdefault(stem, {})[parameter] = stack(f"{stem}.{parameter}", pairs, count, stated_ranks)
     return with_stacks(tensors, stacks, count, fields)
 
 
@@ -133,8 +135,10 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
             "has q, k and v together, and its scale, by the root of a rank, is of one of them", culprit=fused[0]
         )
     modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
-    more = {field: {f"^{re.escape(path)}": 3 * fields[said] for path in fused} if fields.get(said) is not None else {}
-            for field, said in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))}  # fmt: skip
+    more = {
+        field: {f"^{re.escape(path)}": 3 * fields[default] for path in fused} if fields.get(default) is not None else {}
+        for field, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    }
     ranks = {**more["rank_pattern"], **(fields.get("rank_pattern") or {})}
     return tensors, {**fields, **more, "rank_pattern": ranks, "target_modules": sorted(modules)}
 
@@ -216,8 +220,8 @@ def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -
         raise InputError(f"A is {A} and B is {B}: no experts of rank {rank}", culprit=path)
 
     def one(place: slice) -> Pair:
-        ours = made_of(file, B_name, (rank, B[0]), lambda whole: whole[:, place].T)
-        return Pair(ours, made_of(file, A_name, (A[1], rank), lambda whole: whole[place].T))
+        ours = made_of(file, B_name, (rank, B[0]), lambda packed: packed[:, place].T)
+        return Pair(ours, made_of(file, A_name, (A[1], rank), lambda packed: packed[place].T))
 
     return {number: one(slice(number * rank, (number + 1) * rank)) for number in range(A[0] // rank)}
 

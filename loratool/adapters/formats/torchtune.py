@@ -88,8 +88,8 @@ def _recipe_of(file: WeightsFile) -> dict[str, Any]:
     """Return rank and alpha of the run's recipe in the folder above those of the epochs; {} without a recipe."""
     folder = file.path.absolute().parent
     recipe = next((each / RECIPE for each in (folder, folder.parent) if (each / RECIPE).is_file()), None)
-    said = read_plain_yaml(recipe, "model") if recipe else {}
-    numbers = {"r": said.get("lora_rank"), "lora_alpha": said.get("lora_alpha")}
+    settings = read_plain_yaml(recipe, "model") if recipe else {}
+    numbers = {"r": settings.get("lora_rank"), "lora_alpha": settings.get("lora_alpha")}
     return {field: value for field, value in numbers.items() if type(value) is int}
 
 
@@ -134,8 +134,8 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
     if kind not in INTERLEAVED:
         known = ", ".join(INTERLEAVED)
         raise InputError(f"is of {kind}: in which order its rows are is known for {known}", culprit=tensor)
-    found, is_query = heads_of(model), module == ROTATED[0]
-    heads = found.queries if is_query else found.keys
+    counts, is_query = heads_of(model), module == ROTATED[0]
+    heads = counts.queries if is_query else counts.keys
     if not heads:
         field = (QUERIES if is_query else KEYS)[0]
         raise InputError(f"has rows in heads, and the model's config.json does not say {field}", culprit=tensor)

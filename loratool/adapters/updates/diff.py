@@ -37,5 +37,5 @@ class Diff(Update):
         from ...numerics.stored import Stored
 
         matrix = self.value.reshape(len(self.value), -1)
-        whole = matrix.T if transposed else matrix
-        return lambda start, stop: Stored(whole[start:stop].contiguous(), weight)
+        oriented = matrix.T if transposed else matrix
+        return lambda start, stop: Stored(oriented[start:stop].contiguous(), weight)

@@ -87,8 +87,8 @@ class DoRA(Update):
     @classmethod
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> DoRA:
         inner = cls.without_norm(spec)
-        own = {role: tensors[role] for role in inner.tensors}
-        return cls(inner.cls.make(inner, own), tensors["magnitude"])
+        inner_tensors = {role: tensors[role] for role in inner.tensors}
+        return cls(inner.cls.make(inner, inner_tensors), tensors["magnitude"])
 
     @classmethod
     def norm_axis(cls, spec: UpdateSpec, transposed: bool) -> int:

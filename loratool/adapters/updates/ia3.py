@@ -102,8 +102,8 @@ class IA3(Update):
     def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[None, Factor]:
         from ...numerics.decide import Factor
 
-        w, one = Fraction(weight), Fraction(int(self.side.difference))
-        numbers = [1 + w * (Fraction(x) + one - 1) for x in self.vector.double().tolist()]
+        w, offset = Fraction(weight), Fraction(int(self.side.difference))
+        numbers = [1 + w * (Fraction(x) + offset - 1) for x in self.vector.double().tolist()]
         if self.side.inputs is not transposed:
             return None, Factor.of_columns(numbers).repeated(columns // len(numbers))
         return None, Factor.of_rows(numbers[rows])

@@ -75,8 +75,8 @@ class LoHa(Update):
             core = specs.get(f"hada_t{side}")
             inner = a[:1] if core else a[1:2]
             if len(a) != 2 or len(b) != 2 or inner != b[:1] or b[0] == 0 or (core and core.shape[:2] != (b[0], b[0])):
-                said = f", t{side} is {core.shape}" if core else ""
-                raise InputError(f"w{side}_a is {a}, w{side}_b is {b}{said}: no product", culprit=module)
+                core_text = f", t{side} is {core.shape}" if core else ""
+                raise InputError(f"w{side}_a is {a}, w{side}_b is {b}{core_text}: no product", culprit=module)
             sides.append((a[1] if core else a[0], b[1], core.shape[2:] if core else ()))
         if sides[0] != sides[1]:
             raise InputError(f"its two products are {sides[0]} and {sides[1]}", culprit=module)
@@ -104,8 +104,8 @@ class LoHa(Update):
         from ...numerics.composed import Hadamard
 
         scale = Fraction(self.scale) * Fraction(weight)
-        one, two = (sum_terms(terms, transposed) for terms in self._sides())
-        return lambda start, stop: Hadamard(one.rows(start, stop), two.rows(start, stop), scale)
+        left, right = (sum_terms(terms, transposed) for terms in self._sides())
+        return lambda start, stop: Hadamard(left.rows(start, stop), right.rows(start, stop), scale)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)

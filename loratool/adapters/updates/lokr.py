@@ -147,8 +147,8 @@ class LoKr(Update):
     def singular_values(self) -> Tensor:
         from ...numerics.factored_svd import singular_values
 
-        one, two = (singular_values(*side) for side in (self._first(), self._second()))
-        every: Tensor = (one[:, None] * two).flatten().sort(descending=True).values
+        left, right = (singular_values(*side) for side in (self._first(), self._second()))
+        every: Tensor = (left[:, None] * right).flatten().sort(descending=True).values
         return every[None] * abs(self.scale)
 
 

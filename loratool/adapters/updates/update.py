@@ -171,8 +171,10 @@ class Update(ABC):
 
         A convolution with a kernel of 1 counts as a linear layer, because its update may be written for one.
         """
-        own = without_ones(spec.shape[1:] if cls.stack else spec.shape)
-        return own == without_ones(shape) or (cls.flattened and own == (*shape[:1], math.prod(shape[1:])))
+        changed_shape = without_ones(spec.shape[1:] if cls.stack else spec.shape)
+        return changed_shape == without_ones(shape) or (
+            cls.flattened and changed_shape == (*shape[:1], math.prod(shape[1:]))
+        )
 
     @classmethod
     def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
@@ -316,8 +318,8 @@ class Update(ABC):
         """Return the singular values of each matrix's change, (E, k), largest first; None without factors."""
         from ...numerics.factored_svd import singular_values
 
-        found = self.factors()
-        return None if found is None else singular_values(*found)
+        factors = self.factors()
+        return None if factors is None else singular_values(*factors)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Update:
         """Return the update with a function applied to each of its tensors."""

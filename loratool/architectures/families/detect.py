@@ -92,7 +92,10 @@ def _evidence(
     names = [name for path in paths for name in to_diffusers(family, path)]
     numbers = _numbers(family, names)
     telling = bool(family.telling) and any(re.search(family.telling, name) for name in names)
-    complete = [found == set(range(len(found))) and len(found) in counts for found, counts in numbers]
+    complete = [
+        numbers_of_stack == set(range(len(numbers_of_stack))) and len(numbers_of_stack) in counts
+        for numbers_of_stack, counts in numbers
+    ]
     # The only stack of another family may begin with as many blocks as one of several stacks has.
     all_blocks = (
         bool(complete) and all(complete) and len(complete) >= min(2, sum(bool(b.counts) for b in family.blocks))
@@ -112,7 +115,7 @@ def has_sizes(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, 
     """Return whether a known model of a family has the blocks and columns of `modules` (as for `detect`)."""
     every = list(modules)
     names = [n for component, path, _ in every if component in DENOISERS for n in to_diffusers(family, path)]
-    fewer = all(max(found) < max(counts) for found, counts in _numbers(family, names))
+    fewer = all(max(blocks) < max(counts) for blocks, counts in _numbers(family, names))
     return fewer and _widths_agree(family, every)
 
 
@@ -133,9 +136,9 @@ def _is_of_one_naming(family: ModelFamily, paths: Iterable[str]) -> bool:
     """Return whether all paths have one naming, the maker's, diffusers' or ComfyUI's, as in any one file."""
     if family.up_attention:
         return True
-    found = [located for path in paths if (located := locate(family, path))]
-    own = [(each.path, each) for each in found]
-    return any(all(path in each.names(naming) or not _named(each) for path, each in own) for naming in Naming)
+    located_all = [located for path in paths if (located := locate(family, path))]
+    named_paths = [(each.path, each) for each in located_all]
+    return any(all(path in each.names(naming) or not _named(each) for path, each in named_paths) for naming in Naming)
 
 
 def _named(located: Located) -> bool:

@@ -60,14 +60,18 @@ def locate(family: ModelFamily, path: str, naming: Naming | None = None) -> Loca
     flat = path.replace(".", "_")
     if family.up_attention:
         return _unet_index(family).get(flat) if flat.startswith(UNET_STARTS) else None
-    found = _of_table(family, flat, naming)
-    return next((each for each in found if each.path == path), *found[:1]) if found else _locate_by_end(family, path)
+    candidates = _of_table(family, flat, naming)
+    return (
+        next((each for each in candidates if each.path == path), *candidates[:1])
+        if candidates
+        else _locate_by_end(family, path)
+    )
 
 
 def to_diffusers(family: ModelFamily, path: str) -> tuple[str, ...]:
     """Return diffusers' modules that have a module's rows; a path that is not in the table is returned unchanged."""
-    found = locate(family, path)
-    return found.diffusers if found else (sgm_to_diffusers(path) if family.up_attention else path,)
+    located = locate(family, path)
+    return located.diffusers if located else (sgm_to_diffusers(path) if family.up_attention else path,)
 
 
 def kernel_of(family: ModelFamily, path: str) -> tuple[int, ...]:
@@ -91,8 +95,8 @@ def parts_of(
     for ratio, fused in located.rows:
         sizes = rows_of_runs(fused, columns, rows, known, queries)
         if sizes is None and not rows:
-            whole = next((r * columns for end, r in located.family.ratios.items() if located.path.endswith(end)), 0)
-            sizes = rows_of_runs(fused, columns, whole, known, queries) if whole else None
+            total = next((r * columns for end, r in located.family.ratios.items() if located.path.endswith(end)), 0)
+            sizes = rows_of_runs(fused, columns, total, known, queries) if total else None
         if sizes is None or (ratio and sum(sizes) != ratio * columns):
             continue
         spans, start = [], 0
@@ -124,7 +128,7 @@ def rows_of_runs(
         if rest:
             return None
         sizes = [share if rule is None else size for size, rule in zip(sizes, rules, strict=True)]
-    wrong = any(size and size != made for size, made in zip(sizes_known, sizes, strict=True))
+    wrong = any(size and size != actual for size, actual in zip(sizes_known, sizes, strict=True))
     return None if wrong or min(sizes) < 1 or (rows and sum(sizes) != rows) else tuple(sizes)
 
 
@@ -132,8 +136,8 @@ def names_maker(family: ModelFamily, path: str) -> bool:
     """Return whether a path is in the maker's or ComfyUI's naming and not also in diffusers'."""
     if family.up_attention:
         return sgm_to_diffusers(path) != path
-    found = locate(family, path)
-    return found is not None and path in (*found.maker, *found.comfy) and path not in found.diffusers
+    located = locate(family, path)
+    return located is not None and path in (*located.maker, *located.comfy) and path not in located.diffusers
 
 
 def names_of(family: ModelFamily, blocks: int = 2) -> Mapping[str, Located]:
@@ -146,8 +150,8 @@ def names_of(family: ModelFamily, blocks: int = 2) -> Mapping[str, Located]:
         for name in names
         for number in range(blocks if "{i}" in name.template else 1)
     ]
-    found = {path.replace(".", "_"): locate(family, path) for path in paths}
-    return {flat: each for flat, each in found.items() if each}
+    by_name = {path.replace(".", "_"): locate(family, path) for path in paths}
+    return {flat: each for flat, each in by_name.items() if each}
 
 
 @lru_cache(maxsize=16)
@@ -203,8 +207,8 @@ def _of_table(family: ModelFamily, flat: str, naming: Naming | None) -> tuple[Lo
     for name in _index(family).get(NUMBER.sub("#", flat), ()):
         places = PLACE.findall(name.template)
         block = {number for place, number in zip(places, numbers, strict=True) if place == "{i}"}
-        own = [number if place == "{i}" else place for place, number in zip(places, numbers, strict=True)]
-        if own == numbers and all(BLOCK.fullmatch(number) for number in block):
+        block_numbers = [number if place == "{i}" else place for place, number in zip(places, numbers, strict=True)]
+        if block_numbers == numbers and all(BLOCK.fullmatch(number) for number in block):
             candidates.append(name.located(family, *block))
     candidates = [each for each in candidates if naming and each.path in each.names(naming)] or candidates
     return tuple(candidates) if all(each.rows == candidates[0].rows for each in candidates) else ()
@@ -247,9 +251,9 @@ def _names(family: ModelFamily) -> Iterator[_Name]:
         }
     outside = {**family.outside, **{name: name for name in family.alike}}
     outside |= {_leafless(name): _leafless(tensor) for name, tensor in family.outside_tensors.items()}
-    for found, named in ((maker, outside), (comfy, family.outside_comfy), (alias, family.outside_aliases)):
-        found |= {name: ((0, _absolute("", rows)),) for name, rows in named.items()}
-    makers, comfys = (_names_by_module(found) for found in (maker, comfy))
+    for table, named in ((maker, outside), (comfy, family.outside_comfy), (alias, family.outside_aliases)):
+        table |= {name: ((0, _absolute("", rows)),) for name, rows in named.items()}
+    makers, comfys = (_names_by_module(table) for table in (maker, comfy))
     comfys = makers | comfys
     diffusers: dict[str, Alternatives] = {module: ((0, _absolute("", module)),) for module in makers}
     for naming in (maker, comfy, alias, diffusers):
@@ -289,8 +293,10 @@ def _locate_by_end(family: ModelFamily, path: str) -> Located | None:
                     stem = path.removesuffix(end).removesuffix(".")
                     fused = _absolute(stem, rows)
                     modules = tuple(run.module for run in _runs(fused))
-                    own = ((0, fused),) if end == name else ((0, Fused((path,))),)
-                    return Located(family, path, (_join(stem, name),), modules if end == name else (path,), own)
+                    alternatives = ((0, fused),) if end == name else ((0, Fused((path,))),)
+                    return Located(
+                        family, path, (_join(stem, name),), modules if end == name else (path,), alternatives
+                    )
     return None
 
 

@@ -317,7 +317,7 @@ def _gemma4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     kinds = {
         kind: sorted({n for n, each in zip(heads, windowed, strict=True) if each is kind}) for kind in (True, False)
     }
-    if any(len(found) > 1 for found in kinds.values()):
+    if any(len(values) > 1 for values in kinds.values()):
         raise InputError(f"has layers with numbers of heads that Gemma 4 has not: {heads[:8]}", culprit=model.name)
     full = [i for i in range(layers) if not windowed[i]]
     config = {
@@ -379,8 +379,8 @@ def _falcon(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of Falcon's block, one of three: newer ones have groups of heads, the newest has two norms."""
     heads, norms = config["num_kv_heads"], 2 if model.has("blk.0.attn_norm_2.weight") else 1
     newer = norms == 2 or heads not in (1, config["num_attention_heads"])
-    found: dict[str, Any] = {"new_decoder_architecture": newer, "multi_query": newer or heads == 1}
-    return found | {"num_ln_in_parallel_attn": norms if newer else None}
+    fields: dict[str, Any] = {"new_decoder_architecture": newer, "multi_query": newer or heads == 1}
+    return fields | {"num_ln_in_parallel_attn": norms if newer else None}
 
 
 def _exaone4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,8 +55,8 @@ class Facts:
         def number(name: str, default: int = 0) -> int:
             value = fields.get(f"{key}.{name}", default)
             each = [*value] if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-            found = each[0] if each and each.count(each[0]) == len(each) else 0  # per layer, if all are equal
-            return found if type(found) is int and 0 < found < LARGEST else 0
+            common = each[0] if each and each.count(each[0]) == len(each) else 0  # per layer, if all are equal
+            return common if type(common) is int and 0 < common < LARGEST else 0
 
         heads, values = number("attention.head_count"), number("attention.value_length_mla")
         nope = max(0, number("attention.key_length_mla") - number("rope.dimension_count")) if values else 0

@@ -146,8 +146,8 @@ def _find_class(
     if not likely:
         possible = [classifier_class(model_type, declared, task) for task in tasks_of_head(model_type, names)]
         likely = [name for name in possible if name]
-        own = [declared_class(words) for words in owners]
-        likely = [name for name in likely if name in own] or likely
+        declared_by_owners = [declared_class(words) for words in owners]
+        likely = [name for name in likely if name in declared_by_owners] or likely
     likely = list(dict.fromkeys(likely))
     if len(likely) != 1 and declared.endswith(ALL_ENDS) and len(classes) < 2:
         return declared, likely
@@ -158,8 +158,8 @@ def _require_known(base: Checkpoint, declared: str, architecture: str) -> None:
     """Raise InputError if a family has no class of this name; unknown families and remote code may have any class."""
     if not architecture.isidentifier():
         raise InputError("is no name of a class", culprit=architecture)
-    own = classes_of({**base.config, "architectures": []}).values()
-    known = [*classes_of_tasks(base.model_type), *(each.name for each in own if each.model_type == base.model_type)]
+    classes = classes_of({**base.config, "architectures": []}).values()
+    known = [*classes_of_tasks(base.model_type), *(each.name for each in classes if each.model_type == base.model_type)]
     stem = known[0].rpartition("For")[0].removesuffix("Text") if known else ""
     has_own = not known or not (declared or stem).startswith(stem) or "auto_map" in base.config
     if has_own or architecture in (*known, declared):
@@ -182,7 +182,7 @@ def _labels(
         raise InputError(f"has {count} row{'s' * (count != 1)}, and --labels names {len(chosen)}", culprit=head.name)
     if len({*chosen}) != len(chosen):
         raise InputError("--labels names a label twice", culprit=head.name)
-    names = chosen or next((found for words in owners if (found := _names(words, count))), ())
+    names = chosen or next((labels for words in owners if (labels := _names(words, count))), ())
     former = config.get("id2label")
     fields: dict[str, Any] = {}
     if names:

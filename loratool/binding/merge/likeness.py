@@ -78,14 +78,14 @@ def _differences(base: Checkpoint, like: Checkpoint) -> tuple[str, ...]:
     """Return notes for the user on fields of the same model that differ between the two configs."""
     if base.config and not like.config:
         return (f"{like.path} has no config, so that the output's does not say what is quantized, and how",)
-    own, other = _of_the_model(base.config), _of_the_model(like.config)
-    names = sorted(key for key in own.keys() & other.keys() if own[key] != other[key])
+    fields, other = _of_the_model(base.config), _of_the_model(like.config)
+    names = sorted(key for key in fields.keys() & other.keys() if fields[key] != other[key])
     return (f"the config is that of {like.path}, which has another {', '.join(names)} than BASE",) if names else ()
 
 
 def _of_the_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in _OF_STORAGE}
-    return {key: _of_the_model(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+    fields = {key: value for key, value in config.items() if key not in _OF_STORAGE}
+    return {key: _of_the_model(value) if isinstance(value, Mapping) else value for key, value in fields.items()}
 
 
 def _plain_spec(source: TensorSpec, stored: TensorSpec, dtype: str | None) -> TensorSpec:

@@ -121,7 +121,7 @@ def plan_merge(
     warnings = (*resolved.warnings, *warned, *named.warnings)
     warnings += tuple(note for adapter, _ in adapters for note in adapter.notes)
     for adapter, _ in adapters:
-        changed = [name for name, found in binding.placements.items() if any(p.adapter is adapter for p in found)]
+        changed = [name for name, placed in binding.placements.items() if any(p.adapter is adapter for p in placed)]
         warnings += tuple(f"{adapter.name}: {line}" for line in absent_from_adapter(base.specs, adapter, changed))
     for shard in base.shards:
         if shard.ignored:

@@ -49,7 +49,7 @@ def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]
 def dotted_path(flat: str) -> str | None:
     """Return the dotted path of a known module for its flattened path, in any naming."""
     tables = (*FAMILIES.values(), *ENCODERS.values())
-    return next((found.path for table in tables if (found := locate(table, flat))), None)
+    return next((located.path for table in tables if (located := locate(table, flat))), None)
 
 
 def _which_clip(update: UpdateSpec, path: str) -> str:

@@ -47,8 +47,8 @@ class Fit:
     @property
     def is_wrong(self) -> bool:
         """Return whether most modules do not fit; components that the base lacks do not count."""
-        there = {component_of(module)[0] for module in self.matches}
-        absent = [module for module in self.absent if not there or component_of(module)[0] in there]
+        components = {component_of(module)[0] for module in self.matches}
+        absent = [module for module in self.absent if not components or component_of(module)[0] in components]
         return 2 * (len(absent) + len(self.misfits)) > len(absent) + len(self.matches)
 
 
@@ -93,8 +93,13 @@ def misfit_error(
     if misfit:
         return misfit
     absent = [module for fit in fits for module in fit.absent]
-    kept = [path for fit in fits for m, found in fit.matches.items() for path in (m, module_path(found[0].name))]
-    patterns = exclude_patterns(absent, [*kept, *map(module_path, added)])
+    fitting = [
+        path
+        for fit in fits
+        for m, found_matches in fit.matches.items()
+        for path in (m, module_path(found_matches[0].name))
+    ]
+    patterns = exclude_patterns(absent, [*fitting, *map(module_path, added)])
     modules = {module for fit in fits for module in fit.adapter.updates}
     names = " and ".join(fit.adapter.name for fit in fits if fit.absent)
     message = f"{len(absent):,} of {len(modules):,} modules are not in the base:\n"
@@ -129,16 +134,16 @@ def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str,
         first = next(iter(fit.misfits.values()))
         if total == 1:
             return first
-        said = f"{len(fit.misfits):,} of {total:,} modules have other shapes in {where}, like {first.culprit}: "
-        return InputError(said + first.message, culprit=adapter.name, remedy=_base_of(adapter, family))
+        text = f"{len(fit.misfits):,} of {total:,} modules have other shapes in {where}, like {first.culprit}: "
+        return InputError(text + first.message, culprit=adapter.name, remedy=_base_of(adapter, family))
     lines = "\n".join(_lines(fit.absent, specs, reasons))
     message = f"{len(fit.absent):,} of {total:,} modules are not in {where}:\n{lines}"
     return InputError(message, culprit=adapter.name, remedy=_base_of(adapter, family))
 
 
 def _base_of(adapter: Adapter, family: str | None = None) -> str:
-    own = f"its modules are those of {family}: " if family else ""
-    return _named_base(adapter) or f"{own}is this the base that it was trained on?"
+    family_text = f"its modules are those of {family}: " if family else ""
+    return _named_base(adapter) or f"{family_text}is this the base that it was trained on?"
 
 
 def _named_base(adapter: Adapter) -> str:
@@ -146,8 +151,8 @@ def _named_base(adapter: Adapter) -> str:
     if adapter.config.base_model:
         return f"its config names its base: {adapter.config.base_model}"
     metadata = adapter.file.metadata or {}
-    told = next(filter(None, (named_base(metadata.get(key)) for key in TELLING)), None)
-    return f"its metadata names its base: {told[:80]}" if told else ""
+    named = next(filter(None, (named_base(metadata.get(key)) for key in TELLING)), None)
+    return f"its metadata names its base: {named[:80]}" if named else ""
 
 
 def _lines(modules: Sequence[str], specs: Mapping[str, TensorSpec], reasons: Mapping[str, str]) -> list[str]:
@@ -169,10 +174,10 @@ def _lines(modules: Sequence[str], specs: Mapping[str, TensorSpec], reasons: Map
     return lines + ([f"  and {rest} group{'s' * (rest > 1)} more"] if rest > 0 else [])
 
 
-def exclude_patterns(modules: Sequence[str], kept: Sequence[str]) -> list[str]:
-    """Return patterns for all of `modules` and nothing of `kept`.
+def exclude_patterns(modules: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Return patterns for all of `modules` and nothing of `others`.
 
-    kohya's prefixes and last names are preferred; if they would match `kept`, the full path is used.
+    kohya's prefixes and last names are preferred; if they would match `others`, the full path is used.
     """
     patterns: list[str] = []
     for module in modules:
@@ -181,7 +186,7 @@ def exclude_patterns(modules: Sequence[str], kept: Sequence[str]) -> list[str]:
         candidates = [f"{prefix}*" for prefix in KOHYA_PREFIXES if module.startswith(prefix)]
         candidates += [name for name in (module.rpartition(".")[2], module) if re.fullmatch(r"[\w./-]+", name)]
         candidates.append(f"re:^{re.escape(module)}$")
-        free = (p for p in candidates if not any(matches_pattern(p, path) for path in kept))
+        free = (p for p in candidates if not any(matches_pattern(p, path) for path in others))
         patterns.append(next(free, candidates[-1]))
     return patterns
 

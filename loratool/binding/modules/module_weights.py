@@ -98,17 +98,17 @@ def _unused(adapter: str, name: str, weight: float, paths: Iterable[str]) -> Usa
 
 def spell_weight(weight: float, weights: ModuleWeights) -> str:
     """Format a weight as the command line takes it: `0.8`, `0.8,te1=0.4,down_proj=0`."""
-    return ",".join([f"{weight:g}", *(f"{name}={own:g}" for name, own in weights)])
+    return ",".join([f"{weight:g}", *(f"{name}={module_weight:g}" for name, module_weight in weights)])
 
 
 def by_component(weights: ModuleWeights) -> dict[str, float]:
     """Return component or pattern -> weight, in order."""
-    return {WEIGHED[name][0] if name in WEIGHED else name: own for name, own in weights}
+    return {WEIGHED[name][0] if name in WEIGHED else name: weight for name, weight in weights}
 
 
 def by_name(components: Mapping[str, float]) -> ModuleWeights:
     """Return the weights from which `by_component` returns `components`."""
-    return tuple((_NARROW.get(component, component), own) for component, own in components.items())
+    return tuple((_NARROW.get(component, component), weight) for component, weight in components.items())
 
 
 def record_weights(weights: ModuleWeights) -> dict[str, object]:
@@ -120,4 +120,7 @@ def record_weights(weights: ModuleWeights) -> dict[str, object]:
 
 def recorded_weights(fields: Mapping[str, Any]) -> ModuleWeights:
     """Return the weights from which `record_weights` returns `fields`."""
-    return (*by_name(fields.get("components", {})), *((name, own) for name, own in fields.get("module_weights", ())))
+    return (
+        *by_name(fields.get("components", {})),
+        *((name, weight) for name, weight in fields.get("module_weights", ())),
+    )

@@ -126,15 +126,20 @@ def bind(
     named = [(m, every, absent) for adapter, _, every, absent in resolved for m in adapter.updates]
     left_out = [m for m, every, absent in named if m not in used and (m in every or m in absent)]
     for (_, _, every, _), selected in zip(resolved, chosen, strict=True):
-        left_out += [match.name for module, kept in selected.items() for match in every[module] if match not in kept]
+        left_out += [
+            match.name
+            for module, selected_matches in selected.items()
+            for match in every[module]
+            if match not in selected_matches
+        ]
     placed = {name: tuple(placements[name]) for name in specs if name in placements}
     return Binding(placed, tuple(left_out), added, quantized)
 
 
 def _select_matches(selection: Selection, matches: Mapping[str, Sequence[Match]]) -> dict[str, tuple[Match, ...]]:
     """Return the selected matches of each module, by the adapter's path or the base's."""
-    found = {m: tuple(s for s in each if selection.selects(m, module_path(s.name))) for m, each in matches.items()}
-    return {module: kept for module, kept in found.items() if kept}
+    selected = {m: tuple(s for s in each if selection.selects(m, module_path(s.name))) for m, each in matches.items()}
+    return {module: matches_of_module for module, matches_of_module in selected.items() if matches_of_module}
 
 
 def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> None:
@@ -185,8 +190,8 @@ def _resolve_image(
         components, path = components_of(module)
         flat = adapter.flattened or "." not in path
         of = path.removesuffix(SCALE) if update.cls is ReplaceTensor else path
-        found = (modules.find(each, of, flat) for each in components or ("unet", "text_encoder"))
-        where = next(filter(None, found), ())
+        candidates = (modules.find(each, of, flat) for each in components or ("unet", "text_encoder"))
+        where = next(filter(None, candidates), ())
         if where and (update.additive or not update.cls.whole):
             matches[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
         elif update.cls is ReplaceTensor and len(where) == 1 and where[0].whole == specs[where[0].tensor].shape[0]:
@@ -214,8 +219,8 @@ def _resolve_names(
     ways = [plain]
     if not all(known(m, path) for m, path in plain.items()):
         for each in classes_of(next(iter(configs.values()), {})).values() if not adapter.flattened else ():
-            whole = {m: path if known(m, path) else each.whole(path) for m, path in plain.items()}
-            ways.append({m: canonical(path, model_types) for m, path in whole.items()})
+            in_main_class = {m: path if known(m, path) else each.whole(path) for m, path in plain.items()}
+            ways.append({m: canonical(path, model_types) for m, path in in_main_class.items()})
         if not adapter.flattened:  # of a model for images or sound, on its language model alone, and the reverse
             for start, other in ((_WRAPPED_TEXT, "model."), (_TEXT, "model.language_model.")):
                 ways.append({m: path if known(m, path) else start.sub(other, path) for m, path in plain.items()})
@@ -336,8 +341,11 @@ def _index(
                 several.setdefault(rows.module.replace(".", separator), []).append(_match_rows(name, spec, rows))
     for halves in (HALVED_EXPERTS[each] for each in model_types if each in HALVED_EXPERTS):
         for path in [path for path in several if ".experts." in path]:
-            one, other = _halve(several.pop(path))
-            several |= {path.replace(".experts.", halves[0]): one, path.replace(".experts.", halves[1]): other}
+            first_half, second_half = _halve(several.pop(path))
+            several |= {
+                path.replace(".experts.", halves[0]): first_half,
+                path.replace(".experts.", halves[1]): second_half,
+            }
     return index, {module: tuple(matches) for module, matches in several.items()}
 
 

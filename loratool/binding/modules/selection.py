@@ -107,8 +107,8 @@ def matches_pattern(pattern: str, path: str) -> bool:
 
 def _layer(path: str) -> int | None:
     """Return the first number among the path's parts, dotted or flattened: `model.layers.3.mlp` -> 3."""
-    found = re.search(r"(?:^|[._])(\d{1,9})(?=[._]|$)", path)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|[._])(\d{1,9})(?=[._]|$)", path)
+    return int(match[1]) if match else None
 
 
 def parse_patterns(values: str | Sequence[str]) -> tuple[str, ...]:

@@ -48,8 +48,8 @@ class ClassNames:
         side, _, rest = name.partition(".")
         if side in self._sides:
             return f"{side}.{canonical(rest, self._sides[side])}"
-        found = canonical(name, self._types)
-        return found if self._is_whole else in_task_model(found, self._base.model_type)
+        path = canonical(name, self._types)
+        return path if self._is_whole else in_task_model(path, self._base.model_type)
 
     def absent(self) -> tuple[str, ...]:
         """Return a sentence on the tensors that the class lacks; empty if it has all."""

@@ -194,12 +194,14 @@ def _unknown_order(names: Collection[str]) -> set[str]:
     stacks: dict[str, set[str]] = {}
     for owner, _, parameter in (name.rpartition(".") for name in names if not name.endswith(".weight")):
         stacks.setdefault(owner, set()).add(parameter)
-    unknown = {owner for owner, own in stacks.items() if len(own) > 1 and not own.issubset(DECLARED)}
+    unknown = {
+        owner for owner, parameters in stacks.items() if len(parameters) > 1 and not parameters.issubset(DECLARED)
+    }
     return {name for name in names if name.rpartition(".")[0] in unknown}
 
 
-def exclude_all(modules: Sequence[str], kept: Sequence[str]) -> str:
-    """Return --exclude options for all of `modules` and nothing of `kept`.
+def exclude_all(modules: Sequence[str], others: Sequence[str]) -> str:
+    """Return --exclude options for all of `modules` and nothing of `others`.
 
     Modules that differ only in numbers share one pattern.
     """
@@ -208,7 +210,7 @@ def exclude_all(modules: Sequence[str], kept: Sequence[str]) -> str:
     for module in general.values():
         last = module.rpartition(".")[2]
         number = "re:^" + r"\d+".join(map(re.escape, NUMBER.split(module))) + "$"
-        free = [p for p in (last, number) if not any(matches_pattern(p, path) for path in kept)]
+        free = [p for p in (last, number) if not any(matches_pattern(p, path) for path in others)]
         group = [each for each in modules if matches_pattern(number, each)]
         options.update(dict.fromkeys(free[:1] or group))
     return " ".join(f"--exclude {shell_word(pattern)}" for pattern in options)

@@ -88,18 +88,20 @@ def resolve_shared(
             continue
         first = next(iter(changed.values()))
         if len(names) > 1 and not all(equal_changes(first, changed.get(name, ())) for name, _ in uses):
-            apart |= {p.update.module: stored for found in changed.values() for p in found}
+            apart |= {p.update.module: stored for placed in changed.values() for p in placed}
         resolved[stored] = first
     if apart:
-        raise _not_alike(base, apart, {p.update.module for found in placements.values() for p in found} - apart.keys())
+        raise _not_alike(
+            base, apart, {p.update.module for placed in placements.values() for p in placed} - apart.keys()
+        )
     return {name: resolved[name] for name in base.specs if name in resolved} | resolved
 
 
-def _not_alike(base: Checkpoint, apart: Mapping[str, str], kept: Collection[str]) -> NeedsFlag | InputError:
-    """Return the error for modules with differing changes (`apart`: module -> tensor); `kept` can be merged."""
+def _not_alike(base: Checkpoint, apart: Mapping[str, str], mergeable: Collection[str]) -> NeedsFlag | InputError:
+    """Return the error for modules with differing changes (`apart`: module -> tensor); `mergeable` can be merged."""
     stored = next(iter(apart.values()))
     shared = " and ".join(name for name, _ in find_shared(base)[stored])
     message = f"is one tensor of several layers, which the adapter does not change alike: {shared}"
-    if not kept:
+    if not mergeable:
         return InputError(message, culprit=stored)
-    return NeedsFlag(message, culprit=stored, flags=exclude_all([*apart], [*kept]))
+    return NeedsFlag(message, culprit=stored, flags=exclude_all([*apart], [*mergeable]))

@@ -66,21 +66,21 @@ def resolve_tie(
         return ResolvedTie(placements)
     if apart and not tie.inputs:
         return ResolvedTie(placements)  # these are two matrices in spite of the config
-    rest = {name: found for name, found in placements.items() if name not in (tie.embedding, *others)}
+    rest = {name: placed for name, placed in placements.items() if name not in (tie.embedding, *others)}
     requested = {name: placements.get(name, ()) for name in others}
     rows = placements.get(tie.tokens, ()) if tie.tokens and not apart else ()
     embedding = (*embedding, *_mirror_all(rows, embedding))
-    sides = {name: (*found, *_mirror_all(rows, found)) for name, found in requested.items()}
+    sides = {name: (*placed, *_mirror_all(rows, placed)) for name, placed in requested.items()}
     followed = [
-        found for name, found in sides.items() if found or name not in tie.inputs or not embedding or tie.is_called
+        placed for name, placed in sides.items() if placed or name not in tie.inputs or not embedding or tie.is_called
     ]
     shared = embedding if embedding or tie.is_called else sides.get(tie.inputs[0], ())
-    if followed and all(equal_changes(shared, found) for found in followed):
+    if followed and all(equal_changes(shared, placed) for placed in followed):
         return ResolvedTie(
             {**rest, **dict.fromkeys((tie.embedding, *copies), shared)}, (), _forgotten_bias(base, tie, rows)
         )
-    both = embedding + tuple(p for found in requested.values() for p in found)
-    separate = {name: found for name, found in ((tie.embedding, embedding), *sides.items()) if found}
+    both = embedding + tuple(p for placed in requested.values() for p in placed)
+    separate = {name: placed for name, placed in ((tie.embedding, embedding), *sides.items()) if placed}
     embedding_alone = bool(embedding and tie.inputs) and not any(sides.get(name) for name in tie.inputs)
     options = _working_options(tie, separate, both, embedding_alone)
     if (
@@ -104,8 +104,8 @@ def _untie(
     placements: Mapping[str, tuple[Placement, ...]],
 ) -> ResolvedTie:
     """Write every side as a separate matrix, or only those that differ if config.json still ties them."""
-    untied = [name for name, found in sides.items() if not (tie.keeps_flag and equal_changes(embedding, found))]
-    placements = {name: found for name, found in placements.items() if name in untied or name in base.specs}
+    untied = [name for name, placed in sides.items() if not (tie.keeps_flag and equal_changes(embedding, placed))]
+    placements = {name: placed for name, placed in placements.items() if name in untied or name in base.specs}
     named = ", ".join(untied)
     if tie.bias:
         untied.append(tie.bias[1])
@@ -139,7 +139,7 @@ def _unify_bias_names(tie: Tie, placements: Mapping[str, tuple[Placement, ...]])
     if tie.bias is None or tie.bias[1] not in placements:
         return placements
     name, again = tie.bias
-    unified = {other: found for other, found in placements.items() if other != again}
+    unified = {other: placed for other, placed in placements.items() if other != again}
     for placement in placements[again]:
         same = [p for p in placements.get(name, ()) if p.adapter is placement.adapter]
         if same and not any(_equal_updates(p, placement) for p in same):
@@ -158,7 +158,11 @@ def _working_options(
 ) -> dict[str, str]:
     """Return the values of --tied with which the merge succeeds, each with its text for the error's remedy."""
     options = {}
-    if tie.separable and not embedding_alone and all(_add_placements(name, found) for name, found in separate.items()):
+    if (
+        tie.separable
+        and not embedding_alone
+        and all(_add_placements(name, placed) for name, placed in separate.items())
+    ):
         options["untie"] = f"--tied untie writes {'every matrix' if tie.inputs else 'both matrices'}"
     if _add_placements(tie.embedding, both):
         options["share"] = (
@@ -206,8 +210,8 @@ def _mirror_all(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -
     def holds(placement: Placement) -> bool:
         return placement.update.everywhere or placement.update.cls is ReplaceRows
 
-    there = {id(p.adapter) for p in head if holds(p)}
-    return [p for p in embedding if holds(p) and id(p.adapter) not in there]
+    adapters = {id(p.adapter) for p in head if holds(p)}
+    return [p for p in embedding if holds(p) and id(p.adapter) not in adapters]
 
 
 def equal_changes(embedding: tuple[Placement, ...], head: tuple[Placement, ...]) -> bool:
@@ -240,8 +244,8 @@ def _equal_updates(left: Placement, right: Placement) -> bool:
 
 def _equal_transposed(placement: Placement, a: UpdateSpec, b: UpdateSpec, role: str, other: str) -> bool:
     file = placement.adapter.file
-    one, two = file.tensor(a.tensors[role]), file.tensor(b.tensors[other])
-    return one.shape == two.T.shape and bool((one == two.T).all())
+    left, right = file.tensor(a.tensors[role]), file.tensor(b.tensors[other])
+    return left.shape == right.T.shape and bool((left == right.T).all())
 
 
 def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping[str, int]) -> dict[str, Any]:

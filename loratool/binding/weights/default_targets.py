@@ -45,7 +45,7 @@ def find_unnamed(base: Headers, in_model: ClassNames | None, patterns: Sequence[
     def is_named(patterns: Sequence[str], paths: Collection[str]) -> bool:
         return any(matches_pattern(pattern, path) for pattern in patterns for path in paths)
 
-    others = {path for name, found in spellings.items() if groups.get(name) != MTP for path in found}
+    others = {path for name, paths_of in spellings.items() if groups.get(name) != MTP for path in paths_of}
     of_mtp = [pattern for pattern in naming if not is_named([pattern], others)]
     return {n: group for n, group in groups.items() if not is_named(of_mtp if group == MTP else naming, spellings[n])}
 
@@ -67,5 +67,5 @@ def kept_whole(
     for name, owner in owners.items():
         if owner in saved or is_bare_router(base, owner):
             members.setdefault(owner, []).append(name)
-    whole = [names for names in members.values() if all(is_plain(base, n, base.specs[n]) for n in names)]
-    return {name: tuple(names) for names in whole for name in names}
+    complete = [names for names in members.values() if all(is_plain(base, n, base.specs[n]) for n in names)]
+    return {name: tuple(names) for names in complete for name in names}

@@ -167,7 +167,7 @@ class InputMoments:
         if first not in self._found:
             is_sure = len(self._models) == 1
             meanings = [each for model in self._models if (each := _meaning(model, first, is_sure)) is not None]
-            agreed = len({tuple((each.tensor, each.expert) for each in found) for found in meanings}) == 1
+            agreed = len({tuple((each.tensor, each.expert) for each in places) for places in meanings}) == 1
             self._found[first] = meanings[0] if agreed else []
         number = LAYER.search(module)
         layer = f"blk{number[0]}." if number else ""

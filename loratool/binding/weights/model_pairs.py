@@ -63,8 +63,8 @@ def missing_prefix(mine: set[str], theirs: set[str], prefixes: Iterable[str]) ->
     if len(mine & theirs) * 2 >= min(len(mine), len(theirs)):
         return None
     either = sorted({"", *prefixes})  # sorted, so that the result for a tie is the same in every run
-    found = [(a, b) for a in either for b in either if a != b]
-    best = max(found, key=lambda ab: len(mine & {ab[0] + p.removeprefix(ab[1]) for p in theirs}), default=None)
+    pairs = [(a, b) for a in either for b in either if a != b]
+    best = max(pairs, key=lambda ab: len(mine & {ab[0] + p.removeprefix(ab[1]) for p in theirs}), default=None)
     if best is None or not mine & {best[0] + p.removeprefix(best[1]) for p in theirs}:
         return None
     return best
