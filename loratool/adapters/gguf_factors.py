@@ -96,14 +96,14 @@ def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) 
         A, B = (B.mT, A.mT) if is_swapped else (A, B)
         if part.weight.heads:
             A, B = A.expand(heads, -1, -1), B[:, numbers].view(heads, -1, B.shape[2])
-            return (B.mT, A.mT) if part.weight.crossed else (A, B)
+            return (B.mT, A.mT) if part.weight.heads_transposed else (A, B)
         return A if columns is None else A[:, :, columns], B[:, numbers]
 
     detail = Stack(E, transposed=False) if update.cls.stack else None
     shape = E, len(numbers), update.rank, width
     if part.weight.heads:  # one matrix of transformers
         sides = len(numbers) // heads, width
-        out, width = reversed(sides) if part.weight.crossed else sides
+        out, width = reversed(sides) if part.weight.heads_transposed else sides
         detail, shape = Stack(heads, transposed=False), (heads, out, update.rank, width)
 
     def magnitude() -> Tensor:
@@ -130,7 +130,7 @@ def _labels_are_swapped(adapter: Adapter, update: UpdateSpec, part: Part, model:
             culprit=update.module,
         )
     version = re.match(r"0\.(\d+)", str(adapter.config.peft.get("peft_version")))
-    if inner == outer and version and int(version[1]) < 19 and not part.weight.turned:
+    if inner == outer and version and int(version[1]) < 19 and not part.weight.transposed:
         raise InputError(
             f"of {adapter.name} has square experts and is of PEFT {version[0]}, which took them as (in, out)",
             culprit=update.module,
@@ -201,7 +201,7 @@ def joined_parts(
         return (B.mT, A.mT) if swapped else (A, B)
 
     # a layer of transformers may store (in, out) although GGUF does not; PEFT takes Llama 4's for (out, in) anyway
-    transposed = members[0][0].weight.turned
+    transposed = members[0][0].weight.transposed
     swapped = first.cls.stack and transposed and bool(PEFT_TAKES_AS_PLAIN.intersection(model.model_types))
     detail = Stack(E, transposed=transposed and not swapped) if first.cls.stack else None
     shape = (E, width, rank, rows) if swapped else (E, rows, rank, width)

@@ -57,7 +57,7 @@ class _Part:
         shape = self.ref.spec.shape
         if self.weight.heads:
             heads, rows, columns = shape
-            return (1, heads * columns, rows) if self.weight.crossed else (1, heads * rows, columns)
+            return (1, heads * columns, rows) if self.weight.heads_transposed else (1, heads * rows, columns)
         stack, inner = (shape[0], shape[1:]) if self.is_stack else (1, shape)
         return (stack, *inner) if len(inner) == 2 else (stack, inner[0], 1)
 
@@ -68,7 +68,7 @@ class _Part:
     @property
     def piece(self) -> StoredStack:
         _, rows, columns = self.matrices
-        return StoredStack(self.ref, rows, columns, self.ref.spec.shape[-1] if self.weight.crossed else 0)
+        return StoredStack(self.ref, rows, columns, self.ref.spec.shape[-1] if self.weight.heads_transposed else 0)
 
 
 def with_names_of_one(sides: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -196,7 +196,7 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
     for part in others:
         if (part.matrices[0], part.matrices[2]) != (stack, columns):
             raise InputError(f"is {part.ref.spec}, and {first.name} {first.ref.spec}", culprit=part.name)
-    rows, transposed = sum(part.matrices[1] for part in parts), weight.turned and columns > 1
+    rows, transposed = sum(part.matrices[1] for part in parts), weight.transposed and columns > 1
     is_vector = len(first.ref.spec.shape) - first.is_stack == 1
     shape = (rows,) if is_vector else (columns, rows) if transposed else (rows, columns)
     pieces, order = tuple(part.piece for part in parts), _order(hf, parts, facts, rows)

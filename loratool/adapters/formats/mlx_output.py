@@ -141,10 +141,10 @@ def _shares(
     if len(layouts) == 1:
         return {target: replace(stack, layout=layout) for target, layout in layouts.items()}
     ranks = share_ranks(content.load(stack.A), content.load(stack.B), stack.experts, list(layouts.values()))
-    each = zip(layouts.items(), ranks, strict=True)
+    used_ranks = zip(layouts.items(), ranks, strict=True)
     return {
         target: replace(stack, layout=layout, ranks=tuple(ranks_of_share))
-        for (target, layout), ranks_of_share in each
+        for (target, layout), ranks_of_share in used_ranks
         if ranks_of_share
     }
 

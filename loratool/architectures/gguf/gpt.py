@@ -15,10 +15,10 @@ GPT2 = (
     Weight("output", "lm_head"),
     Weight("blk.{n}.attn_norm", f"{BLOCK}.ln_1"),
     Weight("blk.{n}.ffn_norm", f"{BLOCK}.ln_2"),
-    Weight("blk.{n}.attn_qkv", f"{BLOCK}.attn.c_attn", turned=True),
-    Weight("blk.{n}.attn_output", f"{BLOCK}.attn.c_proj", turned=True),
-    Weight("blk.{n}.ffn_up", f"{BLOCK}.mlp.c_fc", turned=True),
-    Weight("blk.{n}.ffn_down", f"{BLOCK}.mlp.c_proj", turned=True),
+    Weight("blk.{n}.attn_qkv", f"{BLOCK}.attn.c_attn", transposed=True),
+    Weight("blk.{n}.attn_output", f"{BLOCK}.attn.c_proj", transposed=True),
+    Weight("blk.{n}.ffn_up", f"{BLOCK}.mlp.c_fc", transposed=True),
+    Weight("blk.{n}.ffn_down", f"{BLOCK}.mlp.c_proj", transposed=True),
 )
 
 STARCODER = tuple(Weight(each.gguf, each.hf) for each in GPT2)

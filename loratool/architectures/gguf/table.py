@@ -109,9 +109,9 @@ class Weight:
     hf: str  # the name in transformers' files
     rows: str = ""  # key of ROW_ORDERS; empty if the order is the same
     columns: str = ""  # the same for columns
-    turned: bool = False  # transformers' files store it as (in, out), a stack as (experts, in, out)
+    transposed: bool = False  # transformers' files store it as (in, out), a stack as (experts, in, out)
     heads: bool = False  # GGUF has a matrix for each head, one after the other
-    crossed: bool = False  # each matrix of a head is (in, out)
+    heads_transposed: bool = False  # each matrix of a head is (in, out)
     bare: bool = False
     change: str = ""  # how its numbers change: a key of CHANGES; adapters have no such tensors
 
