@@ -51,7 +51,7 @@ def core_space(changes: Sequence[FactoredSVD]) -> CoreSpace:
     cut = [_of_its_rank(change) for change in changes]
     U, left = _basis([change.U * change.S.sqrt() for change in cut])
     V, right = _basis([change.V * change.S.sqrt() for change in cut])
-    return CoreSpace(U, V, torch.stack([one @ two.mT for one, two in zip(left, right, strict=True)]))
+    return CoreSpace(U, V, torch.stack([of_left @ of_right.mT for of_left, of_right in zip(left, right, strict=True)]))
 
 
 def _of_its_rank(change: FactoredSVD) -> FactoredSVD:

@@ -31,7 +31,7 @@ TINY = 2.0**-700  # of a smaller factor the tail, or itself, may have been flush
 SLACK = 1 + 1e-9  # times a bound, for the roundings of the bound itself
 CHUNK = 1 << 13  # numbers processed at a time, so that all arrays stay in a core's cache
 
-Each = Any  # a float; of several matrices, one below the other, a tensor with a number for each row, (rows, 1)
+PerMatrix = Any  # a float; of several matrices, one below the other, a tensor with a number for each row, (rows, 1)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DenseDelta:
 
     sizes: Wide
     errors: Wide
-    fill: Callable[[slice, Each, Tensor], None]
+    fill: Callable[[slice, PerMatrix, Tensor], None]
     squares: Wide | None = None
 
 

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .decide import Each, Reals
+from .decide import PerMatrix, Reals
 from .forms import FORMS, Codes, Positions, Wide, bits, codes, fraction, widen
 from .products import LEAST_OF, UNIT_OF, ProductRows
-from .rounding_stats import dot_each
+from .rounding_stats import dot_by_matrix
 from .workspace import Workspace
 
 TILE = {torch.float32: 1 << 19, torch.float64: 1 << 18}  # weights that fit the caches, and outweigh the calls
@@ -56,9 +56,9 @@ class Bounds:
         slight: whether D is so small beside W that W + D in this type has lost most of its digits.
     """
 
-    shift: Each
-    span: Each
-    curve: Each = 0.0
+    shift: PerMatrix
+    span: PerMatrix
+    curve: PerMatrix = 0.0
     apart: Apart | None = None
     slight: bool = False
 
@@ -144,14 +144,14 @@ class DenseRows:
             shift = span = np.inf  # nothing is decided
         return Bounds(shift, span, curve, None, slight)
 
-    def fill(self, base: Tensor, row: int, shift: Each, work: Workspace) -> tuple[Tensor, Tensor, Wide]:
+    def fill(self, base: Tensor, row: int, shift: PerMatrix, work: Workspace) -> tuple[Tensor, Tensor, Wide]:
         """Return a * W + D + shift and D + shift of some rows from row `row` on, in buffers of `work`, and <W, W>.
 
         <W, W> is of each matrix. If there are several matrices, the rows are all rows.
         """
         total, change = (work.take(name, self.kind, *base.shape) for name in ("total", "change"))
         widen(base, total)
-        squared = dot_each(total, total, self.matrices)
+        squared = dot_by_matrix(total, total, self.matrices)
         self.delta.fill(slice(row, row + len(base)), shift, change)
         if self.factor:
             total.mul_(self._a[row : row + len(base)] if self.factor.axis == 0 else self._a)
@@ -174,14 +174,14 @@ class DenseRows:
         return hit
 
 
-def _curved(x: Tensor, curve: Each, out: Tensor) -> Tensor:
+def _curved(x: Tensor, curve: PerMatrix, out: Tensor) -> Tensor:
     """Return x + curve * x**2."""
     if isinstance(curve, Tensor):
         return torch.addcmul(x, x * curve, x, out=out)
     return torch.addcmul(x, x, x, value=curve, out=out)
 
 
-def each_number(x: Each, matrices: int) -> Wide:
+def each_number(x: PerMatrix, matrices: int) -> Wide:
     """Return the number of each matrix."""
     numbers: Wide = x.view(matrices, -1)[:, 0].double().cpu().numpy() if isinstance(x, Tensor) else np.full(matrices, x)
     return numbers

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .decide import Each, Reals, decide
+from .decide import PerMatrix, Reals, decide
 from .dense import Bounds, DenseRows, each_number, mask_apart, midpoints
 from .forms import FORMS, Codes, Positions, Wide, bits, codes, finite, wide, widen
-from .rounding_stats import RoundingStats, count_different, dot_each, set_quiet_nan
+from .rounding_stats import RoundingStats, count_different, dot_by_matrix, set_quiet_nan
 from .workspace import Workspace
 
 ARITHMETIC_VERSION = 2  # named in every output: raise it when a result's bits can change
@@ -34,7 +34,7 @@ class Tile:
     base: Tensor  # (rows, n)
     out: Tensor  # (rows, n), not final where `hit` is set
     change: Tensor  # (rows, n), D + shift
-    shift: Each
+    shift: PerMatrix
     hit: Tensor  # (rows, n), bool: undecided by the GEMM
     undecided: Positions  # the flat positions where `hit` is set
     ties: Tensor | None  # (rows, n), bool: sums that are midpoints, if the GEMM is exact
@@ -142,20 +142,20 @@ class RowMerge:
             change_squared: Wide = squares[first : first + len(base)].reshape(matrices, -1).sum(1)
             if not bounds.slight:
                 residual = upper.sub_(_mixable(out, upper.dtype, work))
-                return change_squared - dot_each(residual, change, matrices), change_squared
+                return change_squared - dot_by_matrix(residual, change, matrices), change_squared
         weight = _mixable(base, upper.dtype, work)
         moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(weight)
         if squares is not None and not self.x.factor:
             more = moved.view(matrices, -1).sum(1).double().cpu().numpy()
             shift = each_number(bounds.shift, matrices)
-            kept = dot_each(moved, change, matrices) - shift * more
+            kept = dot_by_matrix(moved, change, matrices) - shift * more
             vanishing = change_squared <= np.square(LOST * shift) * (base.numel() // matrices)
             return np.where(vanishing & np.isfinite(kept), 0.0, kept), change_squared
-        asked = upper.sub_(weight) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
-        return dot_each(moved, asked, matrices), dot_each(asked, asked, matrices)
+        requested = upper.sub_(weight) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
+        return dot_by_matrix(moved, requested, matrices), dot_by_matrix(requested, requested, matrices)
 
     def _not_finite(
-        self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: Each, hit: Tensor, work: Workspace
+        self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: PerMatrix, hit: Tensor, work: Workspace
     ) -> Sums:
         """Copy W's inf and nan, except where a is 0; mark all else that is not finite as undecided. Return the sums."""
         odd = ~finite(base)
@@ -178,9 +178,9 @@ class RowMerge:
             moved += torch.where(fine, (a.to(odd.device) - 1) * weight, 0.0)
         matrices = self.dense.matrices
         return {
-            "base_squared": dot_each(weight, weight, matrices),
-            "change_squared": dot_each(moved, moved, matrices),
-            "kept": dot_each(result - weight, moved, matrices),
+            "base_squared": dot_by_matrix(weight, weight, matrices),
+            "change_squared": dot_by_matrix(moved, moved, matrices),
+            "kept": dot_by_matrix(result - weight, moved, matrices),
             "changed": count_different(out, base, work, matrices),
             "not_finite": odd.view(matrices, -1).sum(1).cpu().numpy(),
         }

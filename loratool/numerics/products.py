@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .decide import LEAST, PAIR, SLACK, DenseDelta, Each, Factor, U, anything
+from .decide import LEAST, PAIR, SLACK, DenseDelta, Factor, PerMatrix, U, anything
 from .error_free import halves, two_product, two_sum
 from .forms import FORMS, Codes, Form, Positions, Wide, codes, exponent, integers, power, wide
 
@@ -323,10 +323,10 @@ class ProductRows:
         right, wide = self.products.right_of(kind, device), torch.from_numpy(self.left)
         left = torch.cat([wide, wide.new_zeros(len(wide), 1)], 1).to(kind).to(device)
 
-        shifted: Each = None
+        shifted: PerMatrix = None
         matrices = self.products.matrices
 
-        def fill(rows: slice, shift: Each, out: Tensor) -> None:
+        def fill(rows: slice, shift: PerMatrix, out: Tensor) -> None:
             nonlocal shifted
             if shift is not shifted:
                 left[:, -1:] = shifted = shift  # the GEMM adds it as one more rank

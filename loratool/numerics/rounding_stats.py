@@ -132,7 +132,7 @@ def dot(x: Tensor, y: Tensor) -> float:
     return float(torch.dot(x.view(-1), y.view(-1)))
 
 
-def dot_each(x: Tensor, y: Tensor, matrices: int) -> Wide:
+def dot_by_matrix(x: Tensor, y: Tensor, matrices: int) -> Wide:
     """Return <x, y> of each matrix; x and y hold `matrices` matrices, one below the other."""
     if matrices == 1:
         return np.array([dot(x, y)])
@@ -150,7 +150,7 @@ def count_different(x: Tensor, base: Tensor, work: Workspace, matrices: int = 1)
         np.not_equal(codes(x), codes(base), out=hit)
     else:
         kind = torch.float64 if 8 in (x.itemsize, base.itemsize) else torch.float32
-        first, second = (work.take(name, kind, *x.shape).copy_(each) for name, each in (("one", x), ("two", base)))
+        first, second = (work.take(name, kind, *x.shape).copy_(source) for name, source in (("one", x), ("two", base)))
         np.not_equal(first.numpy(), second.numpy(), out=hit)
     by_matrix = hit.reshape(matrices, -1)
     return np.array([np.count_nonzero(row) for row in by_matrix])  # by axis numpy takes ten times as long

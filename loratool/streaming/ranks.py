@@ -97,7 +97,7 @@ class _SharedStore:
         self._store = store
 
     def set(self, key: str, value: str, /) -> None:
-        first, *others = [value[at : at + PART] for at in range(0, len(value), PART)] or [""]
+        first, *others = [value[start : start + PART] for start in range(0, len(value), PART)] or [""]
         with _reached():
             for number, part in enumerate(others):
                 self._store.set(f"{PREFIX}{key}/part {number}", part)
@@ -105,10 +105,10 @@ class _SharedStore:
 
     def get(self, key: str, /) -> bytes:
         with _reached():
-            found = self._store.get(PREFIX + key)
-            count, mark, first = found.partition(b"\n")
+            stored = self._store.get(PREFIX + key)
+            count, mark, first = stored.partition(b"\n")
             if not mark:  # a counter
-                return found
+                return stored
             return first + b"".join(self._store.get(f"{PREFIX}{key}/part {number}") for number in range(int(count)))
 
     def add(self, key: str, amount: int, /) -> int:

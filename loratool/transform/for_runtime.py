@@ -76,8 +76,8 @@ def prepare_for_runtime(
     init = runtime.names != "whole" and base_mutating_init(source.config) is not None
     if runtime.names != "whole":  # a trained weight under the factors was refused above
         state = without_bases(state)
-    asked = request.plain or request.initial is not None or request.rank is not None
-    return state, replace(request, plain=asked or dora or init), base
+    is_requested = request.plain or request.initial is not None or request.rank is not None
+    return state, replace(request, plain=is_requested or dora or init), base
 
 
 def _needs_base(message: str, module: str) -> NeedsFlag:

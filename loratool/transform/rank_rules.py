@@ -109,18 +109,18 @@ BUDGETS = ("params", "size")  # for all matrices together
 
 
 def read_rule(
-    given: Mapping[str, float | None], rank_rule: tuple[str, float] | None = None
+    requested: Mapping[str, float | None], rank_rule: tuple[str, float] | None = None
 ) -> tuple[str, float] | None:
     """Return the one rule that was requested, and its value; None for none.
 
     Args:
-        given: rule or budget -> its value, None if it was not requested.
-        rank_rule: a rule with its value, in place of one in `given`.
+        requested: rule or budget -> its value, None if it was not requested.
+        rank_rule: a rule with its value, in place of one in `requested`.
 
     Raises:
         UsageError: there are two rules, or a value is out of range.
     """
-    chosen = [(name, float(min(value, MOST))) for name, value in given.items() if value is not None]
+    chosen = [(name, float(min(value, MOST))) for name, value in requested.items() if value is not None]
     chosen += [rank_rule] if rank_rule else []
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(name for name, _ in chosen)} exclude each other")
