@@ -160,7 +160,7 @@ def counted(state: Transformed) -> Counter[str]:
     assert isinstance(file, LazyFile)
 
     def make_of(module: str) -> None:
-        each = file._made[module]
+        each = file._planned[module]
 
         def make() -> object:
             counts[module] += 1
@@ -169,7 +169,7 @@ def counted(state: Transformed) -> Counter[str]:
         made[module] = replace(each, make=make)
 
     made: dict[str, object] = {}
-    for module in file._made:
+    for module in file._planned:
         make_of(module)
-    file._made = made
+    file._planned = made
     return counts

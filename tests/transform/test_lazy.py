@@ -110,7 +110,7 @@ class TestMaking:
             state = step(state)
             file = state.adapter.file
             assert isinstance(file, LazyFile)
-            file._made = {module: watch(file, each) for module, each in file._made.items()}
+            file._planned = {module: watch(file, each) for module, each in file._planned.items()}
         for update in state.adapter.updates.values():
             for name in update.tensors.values():
                 state.adapter.file.tensor(name)
