@@ -29,16 +29,16 @@ from .parts.writing import dry_run_mark, listed, weighted, wrote_adapter
 
 @dataclass(frozen=True)
 class ModuleCombine:
-    """One module: D is the method's result, and D' what is written.
+    """One module: D is the method's result, and D' the written change.
 
     Attributes:
-        ranks: of the adapters, 0 where one lacks the module.
-        rank: of what is written.
+        ranks: of the adapters; 0 if one does not have the module.
+        rank: of the output.
         norm: ||D||.
         kept: the share of ||D||^2 that the rank holds; with --imatrix of ||D W||^2, W the weights of the inputs. By the
             rank method `ctm` the share of the changes' energy, each by its own norm, in the directions that they share.
         error: ||D' - D|| / ||D||.
-        weighted_error: the same of D' W and D W; None without --imatrix, or if it tells nothing of the inputs.
+        weighted_error: the same for D' W and D W; None without --imatrix, or if it does not have the inputs.
         spectrum: the curve of D's singular values, with --imatrix of D W's; of a method of entries as far as `rank`.
     """
 
@@ -57,19 +57,19 @@ class CombineReport(WritingReport):
     """The result of `combine`.
 
     Attributes:
-        kept, error, weighted_error: over all modules, the last over those that have it; by the rank method `ctm`, kept
-            is the mean of what each keeps.
+        kept, error, weighted_error: over all modules, the last over those that have it; for the rank method `ctm`, kept
+            is the mean over the changes.
         parameters, nbytes: of the output.
-        carried: tensors beside the factors, added up or as they were.
-        left_out: what --drop, --target and --exclude leave out.
-        components: of each adapter, components and patterns with another weight than its own; the last that matches a
-            module wins.
-        dtypes: of what is written, scalars left out, the commonest first.
-        metadata_left_out: keys in which files differ.
+        carried: tensors other than factors, added up or copied unchanged.
+        left_out: modules that --drop, --target and --exclude exclude.
+        components: of each adapter, components and patterns with another weight than the adapter; the last that matches
+            a module wins.
+        dtypes: of the output without scalars, the commonest first.
+        metadata_left_out: keys in which the files differ.
         rank_method: a key of RANK_METHODS.
         imatrix: the file that --imatrix named.
-        unweighted: modules of whose inputs it tells nothing.
-        shared: what the changes have in common, with their weights; None but of a dry run of several adapters.
+        unweighted: modules whose inputs it does not have.
+        shared: the overlaps of the weighted changes; only in a dry run of several adapters, else None.
         sha256: an adapter -> the hash of its weights file.
     """
 

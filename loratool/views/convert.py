@@ -22,12 +22,12 @@ class ModuleConvert:
     """One module of the output.
 
     Attributes:
-        sources: the modules of the adapter that it is made of.
-        how: the same change, to the bit, if it is `exact` (the very factors), `split`, `fused` or `swapped` (other
+        sources: the modules of the adapter that it is made from.
+        how: bitwise the same change, if it is `exact` (the very factors), `split`, `fused` or `swapped` (other
             rows: `module_map.TargetModule`), `folded` (the scale in the factors) or `expanded` (factors of another kind
             multiplied out to LoRA's); not so if it is `rounded` (a scale or type that it could not have) or
             `truncated` to a rank.
-        error: ||D' - D|| / ||D||, of D' as written; 0 of the same change.
+        error: ||D' - D|| / ||D||, for D' as written; 0 for the same change.
     """
 
     name: str

@@ -19,7 +19,7 @@ from .parts.writing import dry_run_mark, labelled, listed, not_copied, outcome
 
 @dataclass(frozen=True)
 class CastTensor:
-    """A tensor that has another type now. flushed: numbers that became 0, None in a dry run."""
+    """A tensor with a new type. flushed: how many numbers became 0; None in a dry run."""
 
     name: str
     shape: tuple[int, ...]

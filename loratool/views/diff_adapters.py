@@ -22,7 +22,7 @@ from .parts.writing import listed
 
 @dataclass(frozen=True)
 class ValueDiff:
-    """A tensor that is no factor: a trained bias, a replaced weight, trained rows, DoRA's magnitudes.
+    """A tensor other than a factor: a trained bias, a replaced weight, trained rows, DoRA's magnitudes.
 
     Attributes:
         norm_a, norm_b: None on a side without it.
@@ -64,7 +64,7 @@ class ModuleDiff:
         rank_a, rank_b, norm_a, norm_b: the rank and ||D||, 0 on a side without the module.
         distance: ||D_B - D_A||.
         relative: ||D_B - D_A|| / max(||D_A||, ||D_B||); 1 if it is on one side only.
-        same: whether that is 0 but for float32's rounding, whatever the factors.
+        same: whether that is 0 up to float32's rounding.
         angles_left, angles_right: between the spans of the deltas on the output and the input side, in radians, rising,
             to 6 digits; None for stacks of experts and where a delta is 0.
         phi: None where the angles are.
@@ -104,11 +104,11 @@ class AdapterDiff(Report):
         fields: a field of the configs that differs -> the two values.
         norm_a, norm_b, distance, cosine: of all factors together.
         relative: the distance over the larger norm.
-        pair: what both have in common, over all modules; None without factors.
-        phi: the mean over the modules whose ranks are the commonest.
+        pair: the overlaps of both, over all modules; None without factors.
+        phi: the mean over the modules with the commonest ranks.
         worst: the largest relative distance of any module or tensor, 1 if it is on one side only.
-        left_out: what --drop left out of both.
-        above: what `worst` is above, of --fail-above.
+        left_out: modules that --drop excluded from both.
+        above: the limit of --fail-above, if `worst` is above it.
         sha256: an adapter -> the hash of its weights file.
     """
 

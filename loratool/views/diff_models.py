@@ -19,7 +19,7 @@ from .parts.writing import listed
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """A tensor that differs between two checkpoints; of quantized weights the numbers are compared, not the codes.
+    """A tensor that differs between two checkpoints. Quantized weights are compared as numbers, not as codes.
 
     Attributes:
         dtype_a, dtype_b: of a quantized weight, that of its codes.
@@ -28,7 +28,7 @@ class TensorDiff:
         largest: the largest absolute difference; None where `relative` is.
         steps: the most ulps between two values; None where `relative` is, for float64 and if the types differ.
         changed: how many values differ; None if the shapes differ, or types that are not both floating-point.
-        odd: how many are nan or inf on one side and not so on the other.
+        odd: how many are nan or inf on one side and not on the other.
         codec_a, codec_b: the format of a quantized weight, None for a plain tensor.
     """
 
@@ -55,8 +55,8 @@ class CheckpointDiff(Report):
         equal: how many do not.
         relative: over the tensors that are compared; None if none is.
         worst: the largest of any of these; None if none is.
-        compared: how many that are: those of both sides, without the ones that cannot be compared and those whose codes
-            are equal but cannot be read.
+        compared: how many tensors that is: those of both sides that can be compared, without those whose codes are
+            equal but cannot be read.
         above: the limit of --fail-above, if the check said no.
     """
 

@@ -40,7 +40,7 @@ class ModuleSpread:
         cosine: the least of two adapters that have it; None if only one has.
         pair: these two, counted from 0.
         relative: the largest ||D_j - D_i|| / max(||D_i||, ||D_j||) of two; 1 if one of them lacks it.
-        same: whether that is 0 but for float32's rounding, whatever the factors.
+        same: whether that is 0 up to float32's rounding.
         interference, random_interference: as of `Shared`; None if only one has it.
     """
 
@@ -78,13 +78,13 @@ class AdaptersDiff(Report):
     Attributes:
         ranks: of each adapter, rank -> how many modules have it.
         norms: of all factors together.
-        lacking: of each adapter, the modules that others have and it has not.
+        lacking: of each adapter, its missing modules: those that only others have.
         fields: a field of the configs that differs -> the values.
-        shared: cosines and interference, and what they mean.
+        shared: cosines and interference, and their meaning.
         relatives: T rows of T: the distance over the larger norm, of all factors together.
         worst: the largest relative distance of two in any module or tensor, 1 if one of them lacks it.
-        left_out: what --drop left out of any.
-        above: what `worst` is above, of --fail-above.
+        left_out: modules that --drop excluded from any adapter.
+        above: the limit of --fail-above, if `worst` is above it.
         sha256: an adapter -> the hash of its weights file.
     """
 

@@ -41,8 +41,8 @@ class SpectraDiff(Report):
     Attributes:
         weights: those that differ.
         equal: how many of the selected weights do not.
-        not_compared: selected weights that the tuned model has not, or in another shape.
-        left_out: weights that a pattern alone selects -> what they are: experts, convolutions, ...
+        not_compared: selected weights that the tuned model does not have, or has in another shape.
+        left_out: weights that only a pattern selects -> their kind: experts, convolutions, ...
         top, threshold: as in `SpectraReport`.
     """
 

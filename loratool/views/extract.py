@@ -34,18 +34,18 @@ class ModuleExtract:
     Attributes:
         relative: ||D|| / ||W||; None if W = 0.
         kept: the share of ||D||^2 that the factors hold, exactly; with --imatrix of ||D W||^2, W the inputs' weights.
-        residual: the norm of what the factors do not hold.
+        residual: the norm of the part that the factors do not hold.
         error: the same, relative to ||D||.
-        weighted_error: ||(D - D') W|| / ||D W||; None without --imatrix, or if it tells nothing of the inputs.
-        gap: how far `kept` is from the best of this rank, relative.
+        weighted_error: ||(D - D') W|| / ||D W||; None without --imatrix, or if it does not have the inputs.
+        gap: the relative distance of `kept` from the best of this rank.
         how: how `gap` is known: exact, certified or an estimate.
-        effective_rank: that of the factors, by the singular values that `kept` is of.
+        effective_rank: of the factors, by the same singular values as `kept`.
         noise: what singular values that rounding either model to its type or codes has made stay below; with the rank
             rule `noise` and float32 on both sides, the threshold for noise of unknown size, if there are rows and
             columns enough to tell. Over a stack, the root of the mean of its squares.
         above_noise: how many of the computed singular values are larger than `noise`; None of weighted ones.
         stored: the relative error that the factors' type adds.
-        rank_50, rank_90: about what rank would keep that much; None where it is not known, or as much is kept.
+        rank_50, rank_90: estimates of the ranks that keep 50% and 90%; None if unknown, or if as much is kept.
         spectrum: the curve of the singular values that `kept` is of, as many of the largest as were computed.
     """
 
@@ -80,12 +80,12 @@ class ExtractReport(WritingReport):
         relative: ||D|| / ||W|| over the matrices that changed; None if W = 0.
         parameters, nbytes: of the adapter.
         exact: tensors that are kept exactly.
-        left_out: what changed and is not in the adapter, with its norm; None if that cannot be told.
+        left_out: changed tensors that are not in the adapter -> the norm of the change; None if unknown.
         unchanged: how many tensors are equal on both sides.
-        only_base, only_tuned: tensors of one side alone.
-        dtypes: of what is written, scalars left out, the commonest first.
+        only_base, only_tuned: tensors on one side only.
+        dtypes: of the output without scalars, the commonest first.
         imatrix: the file that --imatrix named.
-        unweighted: modules of whose inputs it tells nothing, which have the best of their change itself.
+        unweighted: modules whose inputs it does not have; they have the best factors of the plain change.
     """
 
     document_function: ClassVar[str] = "extract_document"

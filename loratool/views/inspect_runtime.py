@@ -20,8 +20,8 @@ class Finding:
         what: one of FINDINGS.
         outcome: a key of OUTCOMES.
         says: a sentence.
-        remedy: what `convert --for` writes instead, or why it cannot.
-        modules: which it is about, in the adapter's names; empty for all.
+        remedy: the output of `convert --for` instead, or the reason why there is none.
+        modules: the modules concerned, by the adapter's names; empty for all.
     """
 
     what: str
@@ -33,14 +33,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class RuntimeInspection(Report):
-    """The result of `inspect --for`: what a runtime does with an adapter as it is.
+    """The result of `inspect --for`: what a runtime does with an unconverted adapter.
 
     Attributes:
         version: of the runtime, whose facts these are.
-        checked: whether its own functions were run or its source was read.
+        checked: whether its functions were run or its source was read.
         modules: how many the adapter has.
-        findings: what would not be applied as it was trained; none if the runtime applies all of it.
-        notes: what was not compared.
+        findings: parts that would not be applied as trained; empty if the runtime applies the full adapter.
+        notes: facts that were not compared.
     """
 
     document_function: ClassVar[str] = "runtime_document"

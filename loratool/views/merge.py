@@ -20,7 +20,7 @@ from .parts.writing import command_line, dry_run_mark, labelled, listed, not_cop
 
 @dataclass(frozen=True)
 class TensorReport:
-    """The result for one tensor; W is the weight that it starts from, D the requested delta, W' the result.
+    """The result for one tensor: W is the original weight, D the requested delta, W' the result.
 
     A number is None if its denominator is 0, and in a dry run.
 
@@ -28,9 +28,9 @@ class TensorReport:
         update: the kinds of its updates (`updates.UPDATES`), `untied` or `added`.
         relative: ||D|| / ||W||.
         changed: the share of weights that differ.
-        kept: <W' - W, D> / <D, D>, what rounding left of the delta (1 is all of it).
+        kept: <W' - W, D> / <D, D>, the share of the delta that rounding kept (1 is all of it).
         source_dtype: the type of W as the base stores it, or the codec of its codes; empty if the base has none.
-        nbytes: in the output, with the tensors beside codes.
+        nbytes: in the output, with the companions of codes.
         missed: ||W' - (W + D)|| / ||D||, only of weights that are rounded to codes with the base's scales.
     """
 
@@ -74,13 +74,13 @@ class MergeReport(WritingReport):
         changed: how many of `tensors` have another value than in the base, or are new; None in a dry run.
         kept: over all adapted tensors.
         copied: how many tensors are untouched.
-        undo_bytes: of the undo file; in a dry run the most that it can have.
-        quantized: what became of coded weights: a key of WAYS, or `like`; None if the merge touches none.
+        undo_bytes: of the undo file; in a dry run an upper bound.
+        quantized: how coded weights were written: a key of WAYS, or `like`; None if the merge touches none.
         base_nbytes: of the base's tensors.
-        not_copied: names of `left_behind`: what is beside the base and not in the output.
-        notes: what was chosen and is worth a line, but no warning.
-        decoded: how many weights became plain numbers though no adapter changes them, or with `like` codes.
-        sizes: the bytes of the output's tensors for each key of WAYS that can be had, if the merge touches codes.
+        not_copied: names of `left_behind`: files beside the base that were not copied.
+        notes: choices that are no warnings.
+        decoded: how many weights were dequantized though no adapter changes them, or with `like` encoded.
+        sizes: the bytes of the output's tensors for each possible key of WAYS, if the merge touches codes.
         free_bytes: on the output's disk, in a dry run.
     """
 

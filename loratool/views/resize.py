@@ -33,9 +33,9 @@ class ModuleResize:
     Attributes:
         norm: ||D||.
         kept: the share of ||D||^2 that the new rank holds; with --imatrix of ||D W||^2, W the inputs' weights.
-        error: ||D' - D|| / ||D|| of what is written, its type's rounding included.
-        weighted_error: the same of D' W and D W; None without --imatrix, or if it tells nothing of the inputs.
-        effective_rank: by the singular values that `kept` is of.
+        error: ||D' - D|| / ||D|| of the output, with the rounding to its type.
+        weighted_error: the same for D' W and D W; None without --imatrix, or if it does not have the inputs.
+        effective_rank: by the same singular values as `kept`.
         spectrum: the curve of these.
     """
 
@@ -57,12 +57,12 @@ class ResizeReport(WritingReport):
     Attributes:
         kept, error, weighted_error: over all modules; the last over those that have it.
         parameters, nbytes: of the output.
-        carried: tensors beside the factors, which are kept along.
-        left_out: what --drop left out.
-        dtypes: of what is written, scalars left out, the commonest first.
+        carried: tensors other than factors, copied unchanged.
+        left_out: modules that --drop excluded.
+        dtypes: of the output without scalars, the commonest first.
         adapter_nbytes: of the tensors in the adapter's file.
         imatrix: the file that --imatrix named.
-        unweighted: modules of whose inputs it tells nothing, which have the best of their change itself.
+        unweighted: modules whose inputs it does not have; they have the best factors of the plain change.
         sha256: the adapter -> the hash of its weights file.
     """
 

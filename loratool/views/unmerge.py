@@ -20,11 +20,11 @@ class UnmergeReport(WritingReport):
     Attributes:
         restored: how many tensors were changed back.
         removed: the tensors that the base does not have.
-        exact_files: whether the files too are the base's, byte for byte; not so if the base was a torch file.
-        not_copied: names of `left_behind`: what is beside the merged model and not in the output.
+        exact_files: whether the files equal the base's byte for byte; false if the base was a torch file.
+        not_copied: names of `left_behind`: files beside the merged model that were not copied.
         approximate: whether the delta was subtracted and rounded, without an undo file.
         doubtful: how many weights can then be wrong.
-        farthest: by at most how many ulps each, or by more where the delta is much larger than the weight.
+        farthest: the largest error of each in ulps; more if the delta is much larger than the weight.
     """
 
     document_function: ClassVar[str] = "unmerge_document"

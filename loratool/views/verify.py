@@ -24,7 +24,7 @@ class TensorVerdict:
 
     Attributes:
         verdict: exact, rounding, wrong, or requantized for codes that no merge of ours writes, which prove nothing.
-        detail: which rounding, what is wrong, or how codes were made and which share of the delta they keep.
+        detail: the rounding, the fault, or the origin of the codes and the share of the delta that they keep.
     """
 
     name: str
@@ -39,13 +39,13 @@ class VerifyReport(Report):
     Attributes:
         status: proven, wrong or inconclusive.
         tensors: those that the adapters change, and all that are wrong.
-        untouched: how many tensors are the base's, and should be.
+        untouched: how many tensors equal the base's, and should.
         rounding: the ways of rounding that were found.
-        not_compared: buffers and pretraining heads that one of the models may be without, and is, and what only a
-            quantized model has beside its weights.
-        left_out: what --drop left out of the adapters.
-        adapters: with their weights, as the command line takes them.
-        notes: what is worth a line, but no warning.
+        not_compared: optional buffers and pretraining heads that one of the models does not have, and companions of
+            quantized weights.
+        left_out: modules that --drop excluded from the adapters.
+        adapters: with their weights, as words of the command line.
+        notes: facts that are no warnings.
         sha256: an adapter -> the hash of its weights file.
     """
 

@@ -73,7 +73,7 @@ def run_resize(call: Resize) -> ResizeReport:
     budgets = {"params": parse_count(call.params), "size": parse_size(call.size)}
     rule = read_rule({"rank": call.rank, "energy": call.energy, **budgets}, call.rank_rule)
     if rule is None:
-        raise NeedsFlag("resize needs to be told to what", flags="--rank N")
+        raise NeedsFlag("resize: give --rank, --energy, --params or --size", flags="--rank N")
     if rule[0] == "noise" and call.imatrix is not None:
         raise UsageError(NOISE_IS_PLAIN)
     if rule[0] == "noise" and call.to is not None:
