@@ -1,4 +1,4 @@
-"""The report of `demo`: which files it wrote, and what to try on them."""
+"""Report on the files of `demo`, with commands to try on them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DemoReport(WritingReport):
 
 
 def demo_document(report: DemoReport, verbose: bool) -> Document:
-    """Make the document of a demo."""
+    """Return the document of a demo."""
     return Document(
         subject=line("small models and adapters -> ", path(report.out), dry_run_mark(report)),
         lists=(*_parts(report), *_commands(report)),
