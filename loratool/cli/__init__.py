@@ -58,7 +58,7 @@ COMMANDS = {name: line for commands in SECTIONS.values() for name, line in comma
 # command -> the guide that its help names
 GUIDES = {
     "combine": "combine-two",
-    "convert": "formats",
+    "convert": "kohya-to-diffusers",
     "count": "before-training",
     "demo": "tutorial",
     "diff": "init-and-resize",
