@@ -51,7 +51,7 @@ WEIGHT_KINDS: dict[str, WeightKind] = {
     "embedding": WeightKind(lambda D: D.T.unsqueeze(0), ("lora_embedding_A", "lora_embedding_B"), _linear),
     "head": WeightKind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
     "experts": WeightKind(lambda D: D, _WEIGHTS, _experts),
-    "experts-turned": WeightKind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out), with PEFT's knowledge
+    "experts-turned": WeightKind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out), as PEFT expects
 }
 
 

@@ -30,7 +30,7 @@ LEGACY: RenameRules = (
     (r"\.weight_v$", ".parametrizations.weight.original1"),
 )
 
-# An adapter of the language model alone (`...ForCausalLM`) on a file of the multimodal model.
+# An adapter of only the language model (`...ForCausalLM`) on a file of the multimodal model.
 _TEXT: RenameRules = ((r"^model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))", "model.language_model."),)
 
 # Until 4.51 the language model was a causal LM with its head inside, beside the tower: neither had `model.`.

@@ -221,7 +221,7 @@ def _resolve_names(
         for each in classes_of(next(iter(configs.values()), {})).values() if not adapter.flattened else ():
             in_main_class = {m: path if known(m, path) else each.whole(path) for m, path in plain.items()}
             ways.append({m: canonical(path, model_types) for m, path in in_main_class.items()})
-        if not adapter.flattened:  # of a model for images or sound, on its language model alone, and the reverse
+        if not adapter.flattened:  # a model for images or sound and only its language model, or the reverse
             for start, other in ((_WRAPPED_TEXT, "model."), (_TEXT, "model.language_model.")):
                 ways.append({m: path if known(m, path) else start.sub(other, path) for m, path in plain.items()})
         backbones = [prefix for each in model_types if (prefix := BACKBONES.get(each))]
