@@ -230,7 +230,7 @@ class TestColours:
         plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
         assert (
             "\x1b[1m" in text
-            and "loratool combine fixtures/llama/adapter" in plain
+            and "loratool combine demo/adapter" in plain
             and "(image-models.md)" not in plain
         )
         assert "```" not in plain and max(map(len, plain.splitlines())) <= 120
