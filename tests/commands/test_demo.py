@@ -140,6 +140,17 @@ class TestPlace:
         (tmp_path / "empty").mkdir()
         assert run("demo", tmp_path / "empty").exit_code == 0
 
+    def test_remedies_name_no_option_that_it_does_not_have(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "link").symlink_to(tmp_path)
+        told = run("demo", tmp_path / "link")
+        assert told.exit_code == 2 and f"hint: {tmp_path / 'link' / 'demo'} writes into it" in told.stderr
+        monkeypatch.setattr("loratool.durable.fileio.free_bytes", lambda folder: 1000)
+        told = run("demo", tmp_path / "out")
+        assert told.exit_code == 5 and "hint: free some space, or name another folder" in told.stderr
+        assert not (tmp_path / "out").exists()
+
     def test_the_commands_that_it_names_run(self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         lines = run("demo", "a b/").stdout.splitlines()

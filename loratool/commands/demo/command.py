@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ...durable import disk
-from ...durable.fileio import require_free_space, write_file
+from ...durable.fileio import lacking_space, write_file
 from ...durable.partial import partial_folder, set_aside
-from ...errors import NeedsFlag, UsageError
+from ...errors import MachineError, NeedsFlag, UsageError
 from ...files.output.output import naming_output
 from ...files.output.paths import check_place
 from ...views.demo import DemoPart, DemoReport
@@ -26,13 +26,14 @@ OTHER_FOLDER = "name another folder"
 def run_demo(call: Demo) -> DemoReport:
     """Write the demo's models and adapters into a folder."""
     path = Path(call.folder)
-    check_place(path, False, "demo", OTHER_FOLDER)
+    check_place(path, False, "demo", OTHER_FOLDER, option="")
     contents = demo_files(path.as_posix())
     contents[NOTE] = _note().encode()
     exists = _check_former(path, contents, call.force, call.dry_run)
     nbytes = sum(map(len, contents.values()))
     if not call.dry_run:
-        require_free_space(path.absolute().parent, nbytes)
+        if lack := lacking_space(path.absolute().parent, nbytes):
+            raise MachineError(lack, culprit=str(path), remedy=f"free some space, or {OTHER_FOLDER}")
         with naming_output(path), partial_folder(path) as folder:
             for name, data in contents.items():
                 disk.make_folder((folder / name).parent)

@@ -152,14 +152,15 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
     return path, path.suffix in suffixes
 
 
-def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str = OTHER) -> None:
+def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str = OTHER, option: str = "-o ") -> None:
     """Raise UsageError for a path that cannot become a file or folder, even with --force.
 
-    The parent folder is missing or not writable, the name is too long, or something of another kind is at the path or
-    where the output is built.
+    The parent folder is missing or not writable, the name is too long, the path leads through what it names, or
+    something of another kind is at the path or where the output is built.
 
     Args:
         inside: a name to suggest for the output in a folder, if the path is a link to one or is mounted.
+        option: what stands before a path on the command line.
     """
     _require_name(os.fspath(path), remedy)
     parent = path.absolute().parent
@@ -171,9 +172,13 @@ def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str =
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError("nothing can be written into this folder", culprit=str(parent), remedy=remedy)
     _require_short(path, remedy)
+    # out/../out is gone as soon as out is set aside
+    through = [each for each in path.parents if each.name not in ("", "..")] if ".." in path.parts else []
+    if path.exists() and any(each.samefile(path) for each in through):
+        raise UsageError("leads through the folder that it names", culprit=str(path), remedy="name it without ..")
     kind, wanted = _kind(path), FILE if is_file else FOLDER
     leads_on = not is_file and path.is_dir()
-    into = f"-o {shell_word(path / inside)} writes into it, or {remedy}" if leads_on else remedy
+    into = f"{option}{shell_word(path / inside)} writes into it, or {remedy}" if leads_on else remedy
     if kind not in (None, wanted):
         raise UsageError(f"is {kind}, which {wanted} would replace", culprit=str(path), remedy=into)
     if kind and os.path.ismount(path):

@@ -330,6 +330,13 @@ class TestWhatLeadsOn:
         loratool.merge("base", "adapter", "link/../base")
         assert Path("far/base/model.safetensors").is_file()
 
+    def test_an_output_whose_path_leads_through_itself(self, work: Path, run: Run) -> None:
+        """Set aside, the folder would be no longer on the way to where the new one is built."""
+        told = "merged/../merged: leads through the folder that it names"
+        hint = refused(run, work, "merge base adapter --force -o merged/../merged", told)
+        assert hint == "hint: name it without .."
+        assert run("merge", "base", "adapter", "--force", "-o", "base/../merged").exit_code == 0
+
     def test_the_hint_of_a_link_and_a_mount_can_be_followed(
         self, work: Path, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
