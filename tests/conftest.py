@@ -41,6 +41,7 @@ settings.load_profile("same")
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
 SHARED = ROOT.parent / "shared" / "data"
+FOLDERS = itertools.count()
 
 # Runs the command line and ends with its peak RSS in kB on stderr. (What wait4 tells of a child includes its
 # parent's RSS at the fork, which here is pytest's.)
@@ -173,6 +174,15 @@ def few(every: Iterable[Any], *default: Any) -> list[Any]:
     return [each if each in default else slow(each) for each in every]
 
 
+def spread(every: Iterable[Any], count: int) -> list[Any]:
+    """Return all cases (a tuple is one of several parameters), slow but for so many that lie evenly among them."""
+    every = [*every]
+    default = {round(i * (len(every) - 1) / max(1, count - 1)) for i in range(count)}
+    return [
+        each if i in default else slow(*(each if isinstance(each, tuple) else (each,))) for i, each in enumerate(every)
+    ]
+
+
 def covering(*dimensions: Iterable[Any], never: Callable[..., bool] = lambda *case: False) -> list[Any]:
     """Return the product as parameters, slow but for a few in which any two values of two dimensions meet.
 
@@ -278,6 +288,19 @@ def watch(browser: Any) -> Iterator[Any]:
     watch = Watch(browser)
     yield watch
     watch.close()
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("module")
+
+
+@pytest.fixture
+def tmp_path(module_folder: Path, request: pytest.FixtureRequest) -> Path:
+    """Return a new folder. pytest's own fixture reads the names of all tests' folders each time, thousands of them."""
+    folder = module_folder / f"{next(FOLDERS)}-{request.node.originalname}"[:60]
+    folder.mkdir()
+    return folder
 
 
 @pytest.fixture(autouse=True)

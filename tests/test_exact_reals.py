@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import spread
 from lib.oracles.fractions_oracle import (
     FORMATS,
     Add,
@@ -481,7 +482,7 @@ EVERY = [
 SETTINGS = ("kind", "base", "factor", "out", "weight")
 
 
-@pytest.mark.parametrize(SETTINGS, SOME, ids=id_of)
+@pytest.mark.parametrize(SETTINGS, spread(SOME, 11), ids=id_of)
 def test_merges_round_the_exact_real_once(
     tmp_path: Path, kind: str, base: Any, factor: Any, out: Any, weight: Any
 ) -> None:

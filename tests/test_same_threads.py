@@ -20,7 +20,7 @@ from typing import Any
 import click
 import pytest
 import torch
-from conftest import factors, weights, write_kohya, write_model, write_peft
+from conftest import factors, few, weights, write_kohya, write_model, write_peft
 from lib.files.imatrix_files import write_binary
 from safetensors.torch import save_file
 from torch import Tensor
@@ -206,7 +206,10 @@ def differing(
     return {place: names for place, each in found.items() if (names := [n for n in each if each[n] != first[n]])}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name",
+    few(EXAMPLES, "merge of DoRA", "extract of a rank", "convert of an image model", "init by mica", "combine by ties"),
+)
 def test_bytes_are_those_of_one_thread(
     name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

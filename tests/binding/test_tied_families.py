@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bits, load_model
+from conftest import bits, load_model, spread
 from lib.models.language_families import TOKENS, made
 from lib.models.language_families import answer as answer_to
 from lib.models.peft_models import agree, config_of, load, peft, transformers, wrap, write_base
@@ -73,7 +73,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return base
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), spread(CASES, 14))
 def test_untied_it_answers_as_base_and_adapter(bases: Any, tmp_path: Path, name: str, kind: str) -> None:
     cls, base = getattr(transformers, name), bases(name)
     before = files_of(base)

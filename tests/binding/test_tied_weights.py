@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bits, load_model
+from conftest import bits, load_model, spread
 from lib.models.peft_models import (
     FAMILIES,
     Pair,
@@ -88,7 +88,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Pair
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", spread(FAMILIES, 1))
 def test_untied_where_the_sides_part(pairs: Any, tmp_path: Path, family: str, kind: str) -> None:
     """A tied pair stays one matrix only if both sides get the same values; the answers are those before the merge."""
     pair = pairs(family, kind)

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 import pytest
-from conftest import FIXTURES, factors, weights, write_model, write_peft
+from conftest import FIXTURES, factors, slow, weights, write_model, write_peft
 from lib.harness.terminal import run_in_terminal
 
 import loratool
@@ -209,16 +209,16 @@ def test_a_closed_pipe_is_silent() -> None:
 @pytest.mark.parametrize(
     ("shell", "code"),
     [
-        ("{L} inspect absent --json | true; exit ${{PIPESTATUS[0]}}", 3),
+        slow("{L} inspect absent --json | true; exit ${{PIPESTATUS[0]}}", 3),
         ("{L} merge --json | true; exit ${{PIPESTATUS[0]}}", 2),
-        ("{L} inspect absent 2>&1 >/dev/null | true; exit ${{PIPESTATUS[0]}}", 3),
+        slow("{L} inspect absent 2>&1 >/dev/null | true; exit ${{PIPESTATUS[0]}}", 3),
         ("{L} inspect absent --json >/dev/full", 3),
         ("{L} inspect {base} --json >/dev/full", 5),
-        ("{L} inspect {base} --json >&-", 0),
-        ("{L} merge {base} {adapter} -o {tmp}/o >&-", 0),
+        slow("{L} inspect {base} --json >&-", 0),
+        slow("{L} merge {base} {adapter} -o {tmp}/o >&-", 0),
         ("{L} merge {base} {adapter} -o {tmp}/o --json 2>&-", 0),
         ("PYTHONIOENCODING=ascii {L} merge {tmp}/b\u00e9 {adapter} -o {tmp}/o\u00e9", 0),
-        ("PYTHONIOENCODING=ascii {L} inspect absent\u00e9 --json", 3),
+        slow("PYTHONIOENCODING=ascii {L} inspect absent\u00e9 --json", 3),
         ("{L} inspect $'absent\\xff' --json", 3),
         ("LORATOOL_INSPECT_JSON=1 {L} inspect absent | grep -q '\"ok\": false'; exit ${{PIPESTATUS[1]}}", 0),
     ],

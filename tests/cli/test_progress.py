@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES
+from conftest import FIXTURES, slow
 from lib.harness.terminal import open_terminal, run_in_terminal, screen
 
 from loratool.cli import progress
@@ -129,7 +129,7 @@ def test_a_bar_is_of_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("option", ["", "--quiet", "--json"])
+@pytest.mark.parametrize("option", ["", slow("--quiet"), slow("--json")])
 def test_a_real_terminal(tmp_path: Path, option: str) -> None:
     """With the delay at nothing: the bar is there and gone, and with --json or --quiet never was."""
     code = "import sys; from loratool.cli import main, progress; progress.DELAY = progress.REDRAW = -1.0; main()"

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import factors, weights, write_model, write_peft
+from conftest import factors, spread, weights, write_model, write_peft
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import loratool
@@ -158,7 +158,7 @@ def outcome(call: Callable[[Path, Path], Any], models: Path, folder: Path) -> tu
     return report if isinstance(report, str) else json.dumps(report.to_dict()), files
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", spread(CALLS, 12))
 def test_no_byte_depends_on_what_the_caller_set(name: str, models: Path, tmp_path: Path) -> None:
     plain = outcome(CALLS[name], models, tmp_path / "here")
     for setting, is_set in SETTINGS.values():

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, factors, weights, write_model, write_peft
+from conftest import FIXTURES, factors, slow, weights, write_model, write_peft
 from lib.models.sharded_model import digest, write_adapter_of_two, write_sharded_model
 
 import loratool
@@ -196,7 +196,8 @@ class TestFailure:
 
     @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
     @pytest.mark.parametrize(
-        ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+        ("sent", "code"),
+        [(signal.SIGINT, 130), slow(signal.SIGTERM, 143), slow(signal.SIGHUP, 129), (signal.SIGKILL, -9)],
     )
     def test_a_signal_in_the_middle(self, tmp_path: Path, adapter: Path, sent: signal.Signals, code: int) -> None:
         """Ctrl-C leaves nothing; other signals and a kill what --resume goes on with, or the next run replaces."""

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from conftest import factors, run_command, weights, write_model, write_peft
+from conftest import factors, few, run_command, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -696,7 +696,7 @@ def test_what_resume_sees_of_an_input(what: str, large: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes and hard links are POSIX's")
-@pytest.mark.parametrize("what", NOT_SEEN)
+@pytest.mark.parametrize("what", few(NOT_SEEN, "a bit between the pages", "another file with the same bytes"))
 def test_what_resume_does_not_see_of_an_input(what: str, large: Path, reused: list[int]) -> None:
     """As the guide `scale` says: no mode, link or inode; nor bytes between the pages, which `verify` does find."""
     merge("out")

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import factors, weights, write_model, write_peft
+from conftest import factors, slow, weights, write_model, write_peft
 from lib.models.gguf_models import llama_weights, write_llama
 from scenarios import Files, files_of
 from torch.distributed import FileStore
@@ -238,7 +238,7 @@ def campaign(run: Run, number: int, seed: int) -> None:
     assert items > kills, "no run went on"
 
 
-@pytest.mark.parametrize("name", ["merge", "merge over a file", "unmerge", "convert"])
+@pytest.mark.parametrize("name", [slow("merge"), "merge over a file", "unmerge", slow("convert")])
 def test_some_kills(stage: Path, name: str) -> None:
     campaign(RUNS[name], 5, 28)
 

@@ -185,4 +185,4 @@ def is_finite(case: Case, ran: Ran, work: Path) -> Iterator[str]:
 
 
 def test_codecs(fuzz: Fuzzer) -> None:
-    fuzz(make, 12, is_finite)
+    fuzz(make, 6, is_finite)

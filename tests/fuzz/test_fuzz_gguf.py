@@ -198,11 +198,11 @@ def written(case: Case, ran: Ran, work: Path) -> Iterator[str]:
 
 
 def test_gguf_headers(fuzz: Fuzzer) -> None:
-    fuzz(make_file, 8, agree)
+    fuzz(make_file, 4, agree)
 
 
 def test_gguf_in_commands(fuzz: Fuzzer) -> None:
-    fuzz(make_case, 8, written)
+    fuzz(make_case, 4, written)
 
 
 def test_gguf_splits(fuzz: Fuzzer) -> None:

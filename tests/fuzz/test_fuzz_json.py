@@ -178,7 +178,7 @@ def renamed(old: str, new: str | Callable[[re.Match[str]], str]) -> dict[str, Te
 
 
 def test_json_files(fuzz: Fuzzer) -> None:
-    fuzz(make_case, 12)
+    fuzz(make_case, 6)
 
 
 def test_json_of_pipelines(fuzz: Fuzzer) -> None:
@@ -186,4 +186,4 @@ def test_json_of_pipelines(fuzz: Fuzzer) -> None:
 
 
 def test_json_of_metadata(fuzz: Fuzzer) -> None:
-    fuzz(make_metadata, 8)
+    fuzz(make_metadata, 4)

@@ -163,7 +163,7 @@ def make_argument(rng: random.Random) -> Case:
 
 
 def test_names_in_files(fuzz: Fuzzer) -> None:
-    fuzz(make_case, 12)
+    fuzz(make_case, 6)
 
 
 def test_names_of_arguments(fuzz: Fuzzer) -> None:

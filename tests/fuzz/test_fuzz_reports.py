@@ -101,4 +101,4 @@ def test_reports(fuzz: Fuzzer) -> None:
         elif "report" in found and found["report"] != held(data):
             yield "what was read is not what stands in the file"
 
-    fuzz(make, 12, judge)
+    fuzz(make, 6, judge)

@@ -139,7 +139,7 @@ def test_safetensors_headers(fuzz: Fuzzer) -> None:
         file = damaged(rng, everything()["base/model.safetensors"])
         return Case({"x.safetensors": file}, ("inspect", "x.safetensors"))
 
-    fuzz(make, 20, agree)
+    fuzz(make, 10, agree)
 
 
 def test_safetensors_in_commands(fuzz: Fuzzer) -> None:

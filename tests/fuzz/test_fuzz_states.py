@@ -232,11 +232,11 @@ def make_ranks(rng: random.Random) -> Case:
 
 
 def test_dcp(fuzz: Fuzzer) -> None:
-    fuzz(make_dcp, 6)
+    fuzz(make_dcp, 3)
 
 
 def test_zero(fuzz: Fuzzer) -> None:
-    fuzz(make_zero, 6)
+    fuzz(make_zero, 3)
 
 
 def test_ranks(fuzz: Fuzzer) -> None:

@@ -217,8 +217,8 @@ def refused(case: Case, ran: Ran, work: Path) -> Iterator[str]:
 
 
 def test_torch_files(fuzz: Fuzzer) -> None:
-    fuzz(make_damaged, 20, as_torch_loads(fuzz.server))
+    fuzz(make_damaged, 10, as_torch_loads(fuzz.server))
 
 
 def test_hostile_pickles(fuzz: Fuzzer) -> None:
-    fuzz(make_hostile, 20, refused)
+    fuzz(make_hostile, 10, refused)

@@ -221,7 +221,7 @@ def is_base(case: Case, ran: Ran, work: Path) -> Iterator[str]:
 
 
 def test_undo_unmerge(fuzz: Fuzzer) -> None:
-    fuzz(make_forged, 6, is_base)
+    fuzz(make_forged, 3, is_base)
 
 
 def test_undo_beside(fuzz: Fuzzer) -> None:

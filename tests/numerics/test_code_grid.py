@@ -8,6 +8,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
+from conftest import spread
 from lib.hostile.hostile_reals import CPU, changes, normal
 
 from loratool.numerics.code_grid import guess_codes, round_to_codes
@@ -80,7 +81,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", spread(LEVELS, 3))
 def test_no_code_is_nearer(levels: str, size: str) -> None:
     grid, former, W, terms = hard_case(levels, SIZES[size])
     made, stats = round_to_codes(Reals(Products(terms).rows(0, M)), W, former, grid, Workspace(CPU))

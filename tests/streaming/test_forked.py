@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, factors, weights, write_model, write_peft
+from conftest import FIXTURES, factors, slow, weights, write_model, write_peft
 
 import loratool
 from loratool import InputError, MachineError, NeedsFlag
@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("workers", [2, 3, 7])
+@pytest.mark.parametrize("workers", [slow(2), 3, slow(7)])
 def test_outputs_are_those_of_threads(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     reports = []
     for name, worth in (("threads", 1 << 60), ("forks", 0)):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import factors, write_kohya, write_peft
+from conftest import factors, spread, write_kohya, write_peft
 from lib.files.lycoris_files import base_of, roles_of, write_lycoris
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import merge_utils
@@ -145,7 +145,7 @@ class TestCat:
         expect_sum(tmp_path / "out", [(adapter, 1.0)])
         assert report.error < 1e-7 and report.kept == 1
 
-    @pytest.mark.parametrize("one", KINDS)
+    @pytest.mark.parametrize("one", spread(KINDS, 5))
     @pytest.mark.parametrize("two", ["rslora with patterns", "another rank and other targets", "half of the experts"])
     def test_two_of_any_kinds_are_the_weighted_sum(self, one: str, two: str, tmp_path: Path) -> None:
         a, b = train(tmp_path / "a", 1, **KINDS[one]), train(tmp_path / "b", 2, **KINDS[two])

@@ -280,7 +280,7 @@ def merged(base: Path, adapter: Path, out: Path, alpha: float | None = None) -> 
 
 @pytest.mark.parametrize(
     ("family", "forms"),
-    [(family, WITH_TEXT) for family in FAMILIES]
+    [(family, WITH_TEXT) if family in ("sdxl", "flux") else slow(family, WITH_TEXT) for family in FAMILIES]
     + [(family, ALONE) if family == "sd3" else slow(family, ALONE) for family in FAMILIES],
     ids=lambda value: {WITH_TEXT: "all", ALONE: "denoiser"}.get(value),
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_model
+from conftest import load_model, slow
 from lib.files import lycoris_files as files
 from lib.files.lycoris_files import Base, Numbers, Roles
 from lib.models.image_layouts import (
@@ -140,7 +140,7 @@ def read(path: Path, family: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("naming", ["maker", "diffusers"])
 @pytest.mark.parametrize(
-    ("family", "container"), [("flux", "kohya"), ("sd3", "dotted"), ("sdxl", "kohya"), ("sd1", "dotted")]
+    ("family", "container"), [("flux", "kohya"), slow("sd3", "dotted"), slow("sdxl", "kohya"), ("sd1", "dotted")]
 )
 def test_each_module_of_another_kind(family: str, naming: str, container: str, tmp_path: Path) -> None:
     check(tmp_path, family, 1, naming, container)

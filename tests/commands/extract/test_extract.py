@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, SHARED, bits, factors, load_model, needs_shared, weights, write_model, write_peft
+from conftest import FIXTURES, SHARED, bits, factors, load_model, needs_shared, spread, weights, write_model, write_peft
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -113,7 +113,7 @@ def low_rank_and_tail(shape: tuple[int, ...], tail: float) -> Tensor:
     return D / D.norm() + rest * (tail / rest.norm())
 
 
-@pytest.mark.parametrize("tail", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
+@pytest.mark.parametrize("tail", spread([1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7], 3))
 @pytest.mark.parametrize(
     ("shape", "rule"),
     [

@@ -146,7 +146,7 @@ def test_ranks_find_what_one_process_finds(
     shutil.rmtree(tmp_path / "out")
     first, *others = on_ranks(count, lambda job: run())
     assert first == wanted and files(tmp_path / "out") == written
-    assert [type(each) for each in others] == [RankDone] * (count - 1)
+    assert [type(each) for each in others] == [RankDone] * (count - 1), others
     assert left(tmp_path) == ["out"]
 
 

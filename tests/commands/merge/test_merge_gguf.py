@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import factors, run_command, weights, write_peft
+from conftest import factors, run_command, slow, weights, write_peft
 from lib.files.ggml_blocks import KINDS, NUMBERS, Array, blocks_of
 from lib.files.gguf_bytes import floats, gguf, tensor
 from lib.oracles.fractions_oracle import FORMATS, low_rank, real_of, round_to_code
@@ -167,7 +167,7 @@ def test_codes_are_requantized_with_the_scales_that_are_there(kind: str, tmp_pat
     assert loratool.verify(base, adapter, out).status == "proven"
 
 
-@pytest.mark.parametrize("size", [1e3, 1e14], ids=str)
+@pytest.mark.parametrize("size", [slow(1e3), 1e14], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_under_a_huge_change_are_no_farther_and_come_back(kind: str, size: float, tmp_path: Path) -> None:
     """Each weight becomes the last level, with none of its neighbors in a byte touched; then all come off."""

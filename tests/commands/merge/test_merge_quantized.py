@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, bits, factors, load_model, run_command, weights, write_peft
+from conftest import FIXTURES, ROOT, bits, factors, load_model, run_command, slow, weights, write_peft
 from lib.models.coded_models import (
     EACH,
     FRESH,
@@ -106,7 +106,7 @@ def test_what_each_way_would_weigh_is_what_it_weighs(way: str, tmp_path: Path) -
     assert [report.sizes[way], *planned] == [weighed] * 4
 
 
-@pytest.mark.parametrize("size", [3.0, 1e14], ids=str)
+@pytest.mark.parametrize("size", [3.0, slow(1e14)], ids=str)
 @pytest.mark.parametrize("vector", EACH)
 def test_requantized_codes_are_the_nearest_and_come_off(vector: str, size: float, tmp_path: Path) -> None:
     base = write_base(vector, tmp_path / "base")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, covering, factors, load_model, slow, weights, write_model, write_peft
+from conftest import FIXTURES, covering, factors, few, load_model, slow, spread, weights, write_model, write_peft
 from lib.models.peft_models import FAMILIES, kinds, kinds_of_families, write_pair
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -199,7 +199,7 @@ PEFT_WAYS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("case", PEFT_WAYS)
+@pytest.mark.parametrize("case", spread(PEFT_WAYS, 3))
 def test_each_of_pefts_ways(tmp_path: Path, case: str) -> None:
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     family, dtype, factor_dtype, kind, *safe = case.split()
@@ -451,7 +451,7 @@ def test_faults_are_named_where_rounding_leaves_little_of_them(
     assert named.verdict == "wrong" and re.search(message, named.detail), named.detail
 
 
-@pytest.mark.parametrize("relative", [1.0, slow(1e-1), 1e-2, slow(1e-3), 1e-4])
+@pytest.mark.parametrize("relative", few([1.0, 1e-1, 1e-2, 1e-3, 1e-4], 1e-2))
 def test_one_step_anywhere_in_an_exact_tensor(tmp_path: Path, relative: float, dtype: torch.dtype) -> None:
     """A float32 weight next to a tie cannot be told from one that others round there."""
     base, adapter = write_inputs(tmp_path, dtype, relative=relative)

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import few
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -463,7 +464,9 @@ NASTY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", NASTY, ids=str)
+@pytest.mark.parametrize(
+    "case", few(NASTY, *NASTY.keys() - {"dicts in dicts", "tuples in tuples", "colliding keys"}), ids=str
+)
 def test_a_hostile_pickle_is_refused_at_little_cost(tmp_path: Path, case: str) -> None:
     path = zipped(tmp_path / "x.pt", b"\x80\2" + NASTY[case])
     tracemalloc.start()
