@@ -231,7 +231,7 @@ def campaign(stage: Range, seed: int, number: int) -> None:
 
 
 def test_some_signals(stage: Range) -> None:
-    campaign(stage, 13, 4)
+    campaign(stage, 26, 4)
 
 
 @pytest.mark.slow
