@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from lib.project_texts import INSTALL, JOB, LINK, texts, with_installs, with_links
+from lib.project_texts import INSTALL, JOB, LINK, as_now, texts, with_links
 
 import loratool
 from loratool import errors as project
@@ -65,15 +65,16 @@ def test_pages_follow_the_constants_both_ways(names: tuple[str, ...], monkeypatc
     relative = [to for _, to in links if not re.match("https?:|#", to)]
     assert bool(relative) is not bool(names)
     assert with_links(readme) == readme and with_links(readme).count("](") == README.count("](")
+    pictures = [to for text in changed.values() for mark, _, to in LINK.findall(text) if mark]
+    begin = f"{REPOSITORY}/raw/main/" if names else ""
+    assert all(re.fullmatch(rf"{begin or '(../../)?'}fixtures/pictures/[a-z]+.(svg|png)", to) for to in pictures)
     if names:
-        assert all("/raw/main/" in to for mark, to in links if mark)
         assert any(to == f"{SITE}/hub.html" for _, to in links) is ("SITE" in names)
         assert any(to == f"{REPOSITORY}/blob/main/LICENSE" for _, to in links)
-    back = {path: with_installs(text) for path, text in changed.items()}
+    assert {path: as_now(path, text) for path, text in changed.items()} == changed
     put((), monkeypatch)
-    assert {path: with_installs(text) for path, text in back.items() if path.name != "README.md"} == {
-        path: with_installs(path.read_text()) for path in changed if path.name != "README.md"
-    }
+    guides = [path for path in changed if path.name != "README.md"]
+    assert [as_now(path, changed[path]) for path in guides] == [as_now(path, path.read_text()) for path in guides]
 
 
 @pytest.mark.parametrize("names", SET)

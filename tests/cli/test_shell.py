@@ -229,6 +229,7 @@ class TestColours:
         text = in_a_terminal(["guide", "combine"], COLUMNS="200")
         plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
         assert "\x1b[1m" in text and "loratool combine demo/adapter" in plain and "(image-models.md)" not in plain
+        assert "\nPicture: of two adapters' gains, " in plain and "combining.svg" not in plain
         assert "```" not in plain and max(map(len, plain.splitlines())) <= 120
 
     def test_a_file_has_none_and_whole_lines(self) -> None:

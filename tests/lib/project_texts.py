@@ -16,11 +16,14 @@ if __name__ == "__main__":
 from loratool import errors as project  # noqa: E402
 
 GUIDES = ROOT / "loratool" / "guides"
+UP = "../../"  # from a guide to the repository
 
 # An install of an extra, in any of the ways of `errors.install_command`
 INSTALL = re.compile(r"(?<!-q )pip install '(?:loratool|\.)\[([a-z,]+)\](?: @ git\+[^']+)?'")
 
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+
+FILE = re.compile(r"^https://[^/]+/[^/]+/loratool/(?:blob|raw)/main/")  # what goes before a path of the repository
 
 JOB = re.compile(r"```yaml\n.*?```", re.DOTALL)  # a job of CI, which runs in a clone
 
@@ -35,7 +38,7 @@ def with_installs(text: str) -> str:
 
 
 def link(path: str, is_picture: bool) -> str:
-    """Return a link from the README to a file of the repository, or to its guide on the site."""
+    """Return a link to a file of the repository, or to its guide on the site; by its path if neither is known."""
     guide = path.removeprefix("loratool/guides/")
     if project.SITE and guide != path and ".md" in guide:
         return f"{project.SITE}/{guide.replace('.md', '.html')}"
@@ -43,10 +46,8 @@ def link(path: str, is_picture: bool) -> str:
 
 
 def path_of(link: str) -> str:
-    """Return the path in the repository that a link of the README leads to, however it is written."""
-    for begin in (f"{project.REPOSITORY}/blob/main/", f"{project.REPOSITORY}/raw/main/"):
-        if project.REPOSITORY and link.startswith(begin):
-            return link.removeprefix(begin)
+    """Return the path in the repository that a link leads to, however it is written and whoever has the repository."""
+    link = FILE.sub("", link)
     if project.SITE and link.startswith(f"{project.SITE}/"):
         return "loratool/guides/" + link.removeprefix(f"{project.SITE}/").replace(".html", ".md")
     return link
@@ -64,11 +65,25 @@ def with_links(text: str) -> str:
     return LINK.sub(linked, text)
 
 
+def with_pictures(text: str) -> str:
+    """Return a guide with the links of its pictures as they are now: neither wheel nor site has the files."""
+
+    def linked(found: re.Match[str]) -> str:
+        mark, words, to = found.groups()
+        path = path_of(to.removeprefix(UP))
+        return f"![{words}]({'' if project.REPOSITORY else UP}{link(path, True)})" if mark else found[0]
+
+    return LINK.sub(linked, text)
+
+
+def as_now(path: Path, text: str) -> str:
+    """Return the text of README or a guide as it has to be."""
+    return with_links(with_installs(text)) if path.name == "README.md" else with_pictures(with_installs(text))
+
+
 def texts() -> dict[Path, str]:
     """Return README and guides as they have to be."""
-    guides = {path: with_installs(path.read_text()) for path in sorted(GUIDES.glob("*.md"))}
-    readme = ROOT / "README.md"
-    return {readme: with_links(with_installs(readme.read_text())), **guides}
+    return {path: as_now(path, path.read_text()) for path in (ROOT / "README.md", *sorted(GUIDES.glob("*.md")))}
 
 
 if __name__ == "__main__":
