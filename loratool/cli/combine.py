@@ -9,8 +9,8 @@ combine = command_of(
     call.combine,
     """\
 By default it is the exact sum of the weighted changes, whatever their ranks, targets and scales; weights may be
-negative. The other methods act on the changes B A themselves, module by module; `loratool guide combine` says
-which to use when. With --rank they run on the changes compressed to so many directions, and nothing is cut after.
+negative. The other methods act on the changes B A themselves, module by module; `loratool guide which-method`
+says which to use when. With --rank they run on the changes compressed to so many directions, and nothing is cut after.
 Image models' adapters may be of several formats: their modules meet by what they mean. Components and modules
 take weights of their own, as in merge, by the names of each adapter's own file.
 

@@ -26,6 +26,7 @@ PAGES = {
         "vllm",
         "ollama",
         "prove",
+        "github-actions",
         "resume",
         "many-machines",
         "before-training",
@@ -44,8 +45,11 @@ PAGES = {
         "hub",
         "python",
         "undo-format",
+        "numerics",
+        "parameter-counts",
+        "benchmarks",
     ),
-    "Explanation": ("numerics", "scale", "parameter-counts", "benchmarks", "architecture"),
+    "Explanation": ("rounding", "which-method", "spectra", "scale", "architecture"),
 }
 
 

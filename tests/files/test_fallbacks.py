@@ -302,10 +302,11 @@ CLOSED = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-", "all": "<&- >&- 2>&
 
 
 def call(folder: Path, before: str, after: str, **options: Any) -> None:
-    """Run the README's merge and unmerge in processes of their own, in a folder whose names are no ASCII."""
+    """Merge and unmerge the demo's files in processes of their own, in a folder whose names are no ASCII."""
+    loratool.demo(demo := folder / "demo")
     base, adapter = folder / "gr\u00f6\u00dfe", folder / "\u5927"
-    shutil.copytree(LLAMA / "base", base)
-    shutil.copytree(LLAMA / "adapter", adapter)
+    shutil.copytree(demo / "base", base)
+    shutil.copytree(demo / "adapter", adapter)
     python = shlex.quote(sys.executable)
     merged, restored = folder / "\u00fc", folder / "z"
     for command in (["merge", base, adapter, "-o", merged], ["unmerge", merged, adapter, "-o", restored]):
@@ -315,9 +316,10 @@ def call(folder: Path, before: str, after: str, **options: Any) -> None:
         done = subprocess.run(["bash", "-c", line], capture_output=True, env=environment, **options)
         assert done.returncode == 0, done.stderr
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    pinned = re.findall(r"^([0-9a-f]{64})  \$out/(\S+)$", (ROOT / "loratool/guides/ci.md").read_text(), re.MULTILINE)
+    job = (ROOT / "loratool/guides/github-actions.md").read_text()
+    pinned = re.findall(r"([0-9a-f]{64})  merged/(\S+)$", job, re.MULTILINE)
     assert [(state(merged)[name], name) for name in names] == pinned
-    assert state(restored) == state(LLAMA / "base")
+    assert state(restored) == state(demo / "base")
 
 
 @pytest.mark.slow
