@@ -85,10 +85,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(scratch: Path, demo: Path) -> Path:
-    """The folder in which a page's commands run, with `demo/` and `fixtures/`."""
+    """The folder in which a page's commands run, with `demo/`."""
     place = scratch / "place"
     shutil.copytree(demo, place / "demo")
-    (place / "fixtures").symlink_to(ROOT / "fixtures")
     return place
 
 
@@ -344,14 +343,14 @@ def parsed_by_torchrun(call: list[str]) -> tuple[Any, list[str]]:
     return options, options.training_script_args
 
 
-class TestScale:
-    """The recipes of the guide `scale`, as far as one machine can try them."""
+class TestManyMachines:
+    """The calls of the pages many-machines, slurm and kubernetes, as far as one machine can try them."""
 
     def calls(self) -> list[list[str]]:
-        joined = [block.replace("\\\n", " ") for block in blocks("scale", "bash")]
-        lines = [line.partition("torchrun ")[2] for text in joined for line in text.splitlines() if "torchrun " in line]
-        pod = list(yaml.safe_load_all(blocks("scale", "yaml")[0]))[-1]["spec"]["template"]["spec"]["containers"][0]
-        return [*(["torchrun", *shlex.split(line)] for line in lines), [*pod["command"], *pod["args"]]]
+        scripts = [blocks(name, "bash")[0].replace("\\\n", " ") for name in ("many-machines", "slurm")]
+        calls = [re.search("torchrun .*", script) for script in scripts]
+        pod = list(yaml.safe_load_all(blocks("kubernetes", "yaml")[0]))[-1]["spec"]["template"]["spec"]["containers"][0]
+        return [*(shlex.split(call[0]) for call in calls if call), [*pod["command"], *pod["args"]]]
 
     def test_every_call_is_one_that_restarts_and_goes_on(self) -> None:
         calls = self.calls()
@@ -363,15 +362,15 @@ class TestScale:
             assert options.rdzv_endpoint.endswith(":29500")
             assert merge == ["merge", "/shared/base", "/shared/adapter", "-o", "/shared/merged", "--resume"]
 
-    def test_the_how_to_page_has_the_same_call(self) -> None:
-        several, alone = (block.replace("\\\n", " ").rstrip() for block in blocks("many-machines", "bash"))
-        assert shlex.split(several.partition("torchrun ")[2]) in [call[1:] for call in self.calls()]
+    def test_the_call_on_one_machine(self) -> None:
+        alone = blocks("many-machines", "bash")[1]
         assert "--standalone" in alone and parsed_by_torchrun(shlex.split(alone))[1][0] == "merge"
 
     def test_the_options_in_its_table_are_torchruns(self) -> None:
         from torch.distributed.run import get_args_parser
 
-        named = set(re.findall(r"--(?:nnodes|nproc-per-node|max-restarts|master-addr|rdzv-\w+)", TEXTS["scale"]))
+        text = TEXTS["many-machines"]
+        named = set(re.findall(r"--(?:nnodes|nproc-per-node|max-restarts|master-addr|rdzv-\w+)", text))
         assert named == {*(f"--rdzv-{name}" for name in ("backend", "endpoint", "id")), "--nnodes"} | {
             "--nproc-per-node",
             "--max-restarts",
@@ -380,7 +379,7 @@ class TestScale:
         assert named <= set(get_args_parser()._option_string_actions)
 
     def test_its_job_finds_its_pods_and_its_files(self) -> None:
-        claim, service, job = yaml.safe_load_all(blocks("scale", "yaml")[0])
+        claim, service, job = yaml.safe_load_all(blocks("kubernetes", "yaml")[0])
         pod = job["spec"]["template"]["spec"]
         assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
         assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
@@ -393,9 +392,9 @@ class TestScale:
         assert pod["subdomain"] == service["metadata"]["name"]
         assert f"{name}-0.{pod['subdomain']}:29500" in pod["containers"][0]["args"]
 
-    @pytest.mark.parametrize("number", range(2))
-    def test_bash_reads_its_scripts(self, number: int) -> None:
-        script = blocks("scale", "bash")[number]
+    @pytest.mark.parametrize("name", ["many-machines", "slurm"])
+    def test_bash_reads_its_script(self, name: str) -> None:
+        script = blocks(name, "bash")[0]
         assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
 
     @pytest.mark.slow
@@ -411,7 +410,7 @@ class TestScale:
         for name, text in stand_ins.items():
             (scratch / "bin" / name).write_text("#!/bin/bash\n" + text)
             (scratch / "bin" / name).chmod(0o755)
-        script = blocks("scale", "bash")[1].replace("--nproc-per-node 4", "--nproc-per-node 1")
+        script = blocks("slurm", "bash")[0].replace("--nproc-per-node 4", "--nproc-per-node 1")
         script = script.replace("/shared/base", str(ROOT / "fixtures/llama/base"))
         script = script.replace("/shared/adapter", str(ROOT / "fixtures/llama/adapter"))
         script = script.replace("/shared", str(tmp_path)).replace("29500", str(free_port()))

@@ -29,6 +29,8 @@ PAGES = {
         "github-actions",
         "resume",
         "many-machines",
+        "slurm",
+        "kubernetes",
         "before-training",
     ),
     "Reference": (
