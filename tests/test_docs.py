@@ -425,6 +425,48 @@ class TestManyMachines:
             assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+def test_the_page_on_qwen3(scratch: Path, tmp_path: Path) -> None:
+    """Its calls of loratool run on small models under their names in a cache of the hub, and answer as PEFT does."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from lib.models import peft_models as models
+
+    sizes = {**models.EXPERT_SIZES, "head_dim": 8, "vocab_size": 32, "intermediate_size": 24}
+    dense = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, tie_word_embeddings=True))
+    stacks = [models.GATE_UP, models.DOWN, models.ROUTER]
+    cases = {  # output -> names of base and adapter, model, config of the adapter
+        "merged": ("Qwen/Qwen3-0.6B", "org/adapter", dense, {"target_modules": ["q_proj", "lm_head"]}),
+        "merged-moe": (
+            "Qwen/Qwen3-30B-A3B",
+            "org/moe-adapter",
+            models.qwen3_moe(),
+            {"target_modules": ["q_proj"], "target_parameters": stacks},
+        ),
+    }
+    answers, bases = {}, {}
+    for out, (base, adapter, model, config) in cases.items():
+        folders = []
+        for name in (base, adapter):
+            place = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+            folders.append(place / "snapshots" / ("0123abcd" * 5))
+            folders[-1].mkdir(parents=True)
+            (place / "refs").mkdir()
+            (place / "refs" / "main").write_text(folders[-1].name)
+        bases[out] = models.write_base(folders[0], model)
+        wrapped = models.wrap(models.load(bases[out], type(model), **models.EAGER), **config)
+        wrapped.save_pretrained(folders[1])
+        answers[out] = models.answer(wrapped)
+    lines = [line for text in blocks("qwen3", "bash") for line in text.splitlines() if line.startswith("loratool ")]
+    assert len(lines) == 6
+    for line in lines:
+        done = in_shell(line, scratch, tmp_path, HF_HUB_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+    for out, (*_, model, _) in cases.items():
+        merged = models.load(tmp_path / out, type(model), **models.EAGER)
+        assert models.agree(models.answer(merged), answers[out]) and not merged.config.tie_word_embeddings
+    for path in bases["merged"].iterdir():
+        assert (tmp_path / "original" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_the_picture_of_a_page_is_shown_and_small() -> None:
     """tests/browser holds that it is what fixtures/pictures.py makes."""
     assert all("fixtures/pictures/page.png)" in TEXTS[name] for name in ("README", "merging"))

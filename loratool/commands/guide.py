@@ -17,6 +17,7 @@ PAGES = {
     "How-to": (
         "healthy",
         "undo",
+        "qwen3",
         "merge-quantized",
         "two-styles",
         "combine-two",
