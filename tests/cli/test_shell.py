@@ -226,9 +226,9 @@ class TestColours:
         assert "\x1b" not in in_a_terminal(["inspect", BASE], TERM="dumb")
 
     def test_a_terminal_gets_a_guide_laid_out(self) -> None:
-        text = in_a_terminal(["guide", "combine"], COLUMNS="200")
+        text = in_a_terminal(["guide", "which-method"], COLUMNS="200")
         plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
-        assert "\x1b[1m" in text and "loratool combine demo/adapter" in plain and "(image-models.md)" not in plain
+        assert "\x1b[1m" in text and "loratool diff demo/adapter" in plain and "(combine-two.md)" not in plain
         assert "\nPicture: of two adapters' gains, " in plain and "combining.svg" not in plain
         assert "```" not in plain and max(map(len, plain.splitlines())) <= 120
 
