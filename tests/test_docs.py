@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import os
@@ -19,6 +20,9 @@ import click
 import pytest
 import yaml
 from conftest import ROOT, run_command
+from lib import guide_tables, markdown
+from rich.console import Console
+from rich.markdown import Markdown
 
 import loratool
 from loratool.cli import COMMANDS, GUIDES, cli, schemas
@@ -47,6 +51,7 @@ def commands(name: str) -> list[tuple[str, str, str | None]]:
     """(kind of block, command, what is pasted below it) of a page in order, but for the README's two that set up."""
     found: list[tuple[str, str, str | None]] = []
     for kind, text in BLOCK.findall(TEXTS[name]):
+        text = re.sub(r" *\\\n *", " ", text) if kind in ("console", "sh") else text
         if kind == "console":
             for part in text.split("$ ")[1:]:
                 command, _, pasted = part.partition("\n")
@@ -128,7 +133,7 @@ def outcome(kind: str, command: str, scratch: Path, place: Path, names: dict[str
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
             exec(command, names)
         return 0, stdout.getvalue(), ""
-    if command.startswith("loratool ") and " || " not in command:
+    if command.startswith("loratool ") and not re.search(r" \|\|? ", command):
         result = run_command(*shlex.split(command)[1:])
         return result.exit_code, result.stdout, result.stderr
     done = in_shell(command, scratch, place)
@@ -299,34 +304,84 @@ class TestInCI:
         for name in ("The bytes are those that were released", "The result is the base with the adapter"):
             assert in_shell(runs[name], scratch, place, **job["env"]).returncode == 1
 
-    def test_its_variables_are_options(self) -> None:
-        names = set(re.findall(r"LORATOOL_([A-Z]+)_([A-Z_]+)", TEXTS["ci"])) - {("COMMAND", "OPTION"), ("COMPLETE", "")}
-        assert names
-        for verb, option in names:
-            command = cli.get_command(click.Context(cli), verb.lower())
-            assert command and option.lower() in {each.name for each in command.params}
-
-    def test_its_exit_codes_are_the_schemas(self) -> None:
-        table = TEXTS["ci"][TEXTS["ci"].index("| exit code |") :].split("\n\n")[0]
-        codes = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", table, re.MULTILINE) for code in row.split(",")}
-        assert codes == {0, 1, *(code for kind in schemas.ERRORS.values() for code in kind)}
-
     @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
     def test_its_completions(self, shell: str, scratch: Path) -> None:
-        """As it stands in the table, in each shell that is here."""
-        line = re.search(rf"^\| {shell} \| .* \| `(.*)` \|$", TEXTS["ci"], re.MULTILINE)
+        """As it stands in the list, in each shell that is here."""
+        line = re.search(rf"^- {shell}, in .*: `([^`]*)`$", TEXTS["ci"], re.MULTILINE)
         assert line and f"_LORATOOL_COMPLETE={shell}_source loratool" in line[1]
         if not shutil.which(shell):
             pytest.skip(f"{shell} is not here")
         setup = {"bash": "", "zsh": "autoload -Uz compinit; compinit -u -D; ", "fish": ""}[shell]
         asked = {"bash": "complete -p loratool", "zsh": "echo $_comps[loratool]", "fish": "complete -C 'loratool unm'"}
-        script = setup + line[1].replace("\\|", "|") + "; " + asked[shell]
+        script = setup + line[1] + "; " + asked[shell]
         path = f"{scratch / 'bin'}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run([shell, "-c", script], env={**os.environ, "PATH": path}, capture_output=True, text=True)
         assert (
             done.returncode == 0
             and {"bash": "-F _loratool", "zsh": "_loratool", "fish": "unmerge"}[shell] in done.stdout
         )
+
+
+class TestTables:
+    @pytest.mark.parametrize("name", guide_tables.TABLES)
+    def test_they_are_what_the_code_says(self, name: str) -> None:
+        assert guide_tables.written(name) == TEXTS[name], "python tests/lib/guide_tables.py --write"
+
+    def test_every_mark_is_of_a_table(self) -> None:
+        marks = {(name, mark) for name in TOPICS for mark in re.findall(r"guide_tables\.py: (.*) -->", TEXTS[name])}
+        assert marks == {(name, mark) for name, tables in guide_tables.TABLES.items() for mark in tables}
+
+    @pytest.mark.parametrize("name", [name for name in PAGES["Reference"] if name not in ("combine", "extract")])
+    def test_they_fit_a_page_and_a_terminal(self, name: str) -> None:
+        """A column that is too narrow for a word of it ends in an ellipsis in a terminal."""
+        rows = [line for line in BLOCK.sub("", TEXTS[name]).splitlines() if line.startswith("|")]
+        assert [row for row in rows if len(row) > markdown.WIDEST] == []
+        terminal = Console(width=80, file=io.StringIO())
+        terminal.print(Markdown("\n\n".join(re.findall(r"(?:^\|.*\n)+", TEXTS[name], re.MULTILINE))))
+        assert "…" not in terminal.file.getvalue()  # type: ignore[attr-defined]
+
+
+class TestReference:
+    def test_every_exit_code_has_a_section(self) -> None:
+        titles = re.findall(r"^## ([\d, and]+): ", TEXTS["exit-codes"], re.MULTILINE)
+        codes = [int(code) for title in titles for code in re.findall(r"\d+", title)]
+        assert codes == [0, 1, *sorted(code for kind in schemas.ERRORS.values() for code in kind)]
+
+    def test_the_variables_in_examples_are_options(self) -> None:
+        text = TEXTS["environment"] + TEXTS["ci"] + TEXTS["json"]
+        names = set(re.findall(r"\bLORATOOL_([A-Z]+)_([A-Z_]+)", text)) - {("COMMAND", "OPTION")}
+        assert names
+        for verb, option in names:
+            command = cli.get_command(click.Context(cli), verb.lower())
+            assert command and option.lower() in {each.name for each in command.params}
+
+    def test_the_environment_is_what_the_package_reads(self) -> None:
+        listed = re.findall(r"^- ((?:`[A-Z_]+`(?:, )?)+):", TEXTS["environment"], re.MULTILINE)
+        told = {name for names in listed for name in re.findall(r"`(\w+)`", names)}
+        assert {name for name in told if not name.endswith("_")} == variables_read()
+
+
+def variables_read() -> set[str]:
+    """Return the names of environment variables in the functions of the package that use the environment."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "loratool").rglob("*.py")]
+    constants = {
+        target.id: node.value.value
+        for tree in trees
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    reading = [node for node in functions if re.search(r"\bos\.(environ|getenv)\b", ast.unparse(node))]
+    words = [
+        node.value if isinstance(node, ast.Constant) else constants.get(node.id)
+        for function in reading
+        for node in ast.walk(function)
+        if isinstance(node, ast.Constant | ast.Name)
+    ]
+    found = {word for word in words if isinstance(word, str) and re.fullmatch(r"_?[A-Z][A-Z_]*[A-Z]", word)}
+    return found - {"LORATOOL", "_JSON", "ON", "YES", "TRUE"}  # a beginning, an end, and values
 
 
 def parsed_by_torchrun(call: list[str]) -> tuple[Any, list[str]]:

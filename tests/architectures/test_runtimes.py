@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import ROOT
-from lib.oracles.matrix import applied, runtimes
 
 from loratool.adapters.formats import FORMATS
 from loratool.architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
@@ -48,10 +46,3 @@ class TestRow:
 
 def test_a_format_is_loaded_by_runtimes_that_there_are() -> None:
     assert {key for each in FORMATS.values() for key in each.loaded_by} <= RUNTIMES.keys()
-
-
-def test_the_guide_prints_the_table() -> None:
-    guide = (ROOT / "loratool" / "guides" / "runtimes.md").read_text()
-    assert applied() in guide and runtimes() in guide, "python tests/lib/oracles/matrix.py writes it anew"
-    for outcome, says in OUTCOMES.items():
-        assert f"| {outcome} | {says} |" in guide

@@ -1,4 +1,4 @@
-"""Hold the table of language models in the guide `formats` to what transformers has, and try one of each kind."""
+"""Hold the table of language models in the guide `families` to what transformers has, and try one of each kind."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, few, slow
+from lib import markdown
 from lib.models.language_families import (
     GUIDE,
-    MARKS,
+    MARK,
     NONE,
     RIGHT,
     VERBS,
     WRONG,
+    Row,
     check_extract,
     is_wrong,
+    laid_out,
     load,
     made,
     outcome,
@@ -55,25 +58,49 @@ KINDS = [
 ]
 
 
-def stated() -> list[tuple[tuple[str, str], tuple[str, ...]]]:
+Said = tuple[tuple[str, ...], frozenset[str]]  # the cells of a row, and the texts below the table
+
+
+def read_table(text: str) -> dict[str, Said]:
+    """Return name -> what a table of `laid_out` says."""
+    said: dict[str, tuple[str, ...]] = {}
+    below: dict[str, set[str]] = {}
+    for line in text.replace("\n  ", " ").splitlines():
+        if line.startswith("| `"):
+            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            assert name not in said
+            said[name] = tuple(cells)
+        elif found := re.match(r"- ((?:`[^`]+`(?: \(\w+\))?(?:, )?)+): (.*)", line):
+            for name in re.findall(r"`[^`]+`(?: \(\w+\))?", found[1]):
+                below.setdefault(name, set()).add(found[2])
+    assert below.keys() <= said.keys()
+    return {name: (cells, frozenset(below.get(name, ()))) for name, cells in said.items()}
+
+
+def stated() -> list[tuple[tuple[str, str], Said]]:
     """Return of each class in the guide's table what it says of it."""
-    text = GUIDE.read_text().partition(MARKS[0])[2].partition(MARKS[1])[0]
+    text = markdown.between(GUIDE.read_text(), MARK)
     versions = re.findall(r"(?:transformers|PEFT) (\S+),", text)
     if [version("transformers"), version("peft")] != versions:
         pytest.skip(f"the table is of transformers and PEFT {versions}, which are not installed")
     found = []
-    for line in text.splitlines():
-        *cells, types = (cell.strip() for cell in line.strip("|").split("|"))
-        for name, table in re.findall(r"`([^`]+)`(?: \((\w+)\))?", types):
-            classes = [(table, name)] if table else [each for each in tables() if each[1] == name]
-            found += [(each, tuple(cells)) for each in classes]
+    for name, said in read_table(text).items():
+        ((model_type, table),) = re.findall(r"`([^`]+)`(?: \((\w+)\))?", name)
+        classes = [(table, model_type)] if table else [each for each in tables() if each[1] == model_type]
+        found += [(each, said) for each in classes]
     return found
+
+
+def said_of(found: Row) -> Said:
+    """Return what the guide has to say of a class."""
+    name = f"`{found.type}`"
+    return read_table(laid_out({name: outcome(found)}))[name]
 
 
 def test_every_type_stands_in_one_row() -> None:
     found = stated()
     assert Counter(family for family, _ in found) == Counter(tables()), "language_families.py --write writes it anew"
-    assert not any(cell.startswith(WRONG) for _, cells in found for cell in cells)
+    assert not any(cell.startswith(WRONG) for _, (cells, _) in found for cell in cells)
 
 
 @pytest.mark.parametrize("family", few(KINDS, KINDS[0], ("causal", "gpt_oss"), ("masked", "nomic_bert")), ids="-".join)
@@ -81,7 +108,7 @@ def test_each_kind_is_right(family: tuple[str, str]) -> None:
     found = row(*family)
     assert [getattr(found, verb) for verb in VERBS] == [RIGHT] * 4, found
     assert found.compared == "logits"
-    assert outcome(found) == dict(stated())[family]
+    assert said_of(found) == dict(stated())[family]
 
 
 @pytest.mark.parametrize("change", ["a tensor is gone", "a tensor is scaled"])
@@ -105,7 +132,7 @@ def test_what_is_wrong_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_type_is_right_or_refused(family: tuple[str, str]) -> None:
     found = row(*family)
     assert not is_wrong(found), found
-    assert outcome(found) == dict(stated())[family]
+    assert said_of(found) == dict(stated())[family]
     for verb in VERBS:
         if getattr(found, verb).startswith(NONE):
             pytest.skip(getattr(found, verb))
@@ -189,4 +216,4 @@ def test_layers_with_one_tensor_can_be_left_out(tmp_path: Path) -> None:
 def test_the_readme_counts_the_classes_of_the_table() -> None:
     """The number that the README claims is the table's own."""
     (claimed,) = re.findall(r"(\d+) classes of transformers", (ROOT / "README.md").read_text())
-    assert f"{claimed} classes:" in GUIDE.read_text().partition(MARKS[0])[2]
+    assert f"{claimed} classes:" in markdown.between(GUIDE.read_text(), MARK)

@@ -225,6 +225,12 @@ class TestColours:
         assert "\x1b[1m" in in_a_terminal(["inspect", BASE])
         assert "\x1b" not in in_a_terminal(["inspect", BASE], TERM="dumb")
 
+    def test_a_link_is_a_name_in_a_terminal(self) -> None:
+        text = in_a_terminal(["guide", "formats"])
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+        assert "The guide families lists" in plain and "see Sharded states" in " ".join(plain.split())
+        assert ".md#" not in plain and "<!--" not in plain
+
     def test_a_terminal_gets_a_guide_laid_out(self) -> None:
         text = in_a_terminal(["guide", "which-method"], COLUMNS="200")
         plain = re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_model, write_model, write_peft
+from conftest import load_model, write_model, write_peft
 from lib.files.gguf_bytes import floats, tensor, write
 from lib.models.gguf_models import (
     HEADS,
@@ -29,7 +29,6 @@ from torch import Tensor
 
 import loratool
 from loratool.architectures.gguf import ARCHITECTURES
-from loratool.architectures.gguf.config_table import CONFIGS
 from loratool.architectures.gguf.table import Facts, Weight
 from loratool.commands.convert.command import convert
 from loratool.commands.diff.call import diff
@@ -385,13 +384,6 @@ def test_extract_takes_gguf_models_in_16_or_32_bits(tmp_path: Path, run: Run) ->
     coded = write(tmp_path / "q.gguf", llama_fields(), tensors)
     refused = run("extract", base, coded, "-o", tmp_path / "c")
     assert refused.exit_code == 3 and "in codes, whose rounding would be extracted" in refused.stderr
-
-
-def test_the_guide_lists_the_architectures() -> None:
-    guide = (ROOT / "loratool" / "guides" / "formats.md").read_text()
-    _, _, table = guide.partition("| general.architecture | becomes |\n|---|---|\n")
-    found = [line.strip("| ").split(" | ") for line in table.splitlines()]
-    assert found == [[f"`{key}`", ", ".join(row.architecture for row in rows)] for key, rows in CONFIGS.items()]
 
 
 def test_a_split_model(tmp_path: Path) -> None:

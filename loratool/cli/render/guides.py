@@ -15,7 +15,8 @@ from ..surface import WIDEST, terminal_width
 if TYPE_CHECKING:
     from ...commands.guide import GuideReport
 
-OTHER_GUIDE = re.compile(r"\[([\w-]+)\]\(\1\.md\)")  # a link, of which a terminal shows the topic
+OTHER_GUIDE = re.compile(r"\[([\w-]+)\]\(\1\.md(?:#[\w-]+)?\)")  # a link, of which a terminal shows the topic
+SAME_GUIDE = re.compile(r"\[([^\]]+)\]\(#[\w-]+\)")  # a link, of which a terminal shows the title
 PICTURE = re.compile(r"!\[([^\]]*)\]\([^)]*\)")  # of which a terminal shows the words
 
 
@@ -42,7 +43,8 @@ def print_guide(text: str) -> None:
     from rich.markdown import Markdown
 
     console = Console()
-    text = PICTURE.sub(r"*Picture: \1.*", OTHER_GUIDE.sub(r"`\1`", text))
+    text = SAME_GUIDE.sub(r"\1", OTHER_GUIDE.sub(r"`\1`", text))
+    text = PICTURE.sub(r"*Picture: \1.*", text)
     with console.capture() as captured:  # rich would turn a closed pipe into exit 1
         laid_out = Markdown(text, code_theme="ansi_dark", hyperlinks=False)
         console.print(laid_out, width=min(console.width, WIDEST))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lib import markdown
 from lib.models import dit_models, families
 from lib.models.dit_spellings import SPELLINGS, Cell, Subject, cells, known_refusal, outcome, same, telling_widths
 from safetensors.torch import save_file
@@ -184,8 +185,9 @@ def test_an_embedding_is_one_in_a_pipeline_too() -> None:
 
 def test_the_guide_has_every_family_and_spelling() -> None:
     """A family is counted if diffusers has its class; a UNet's is held by the tests of `families.unet`."""
-    text = families.GUIDE.read_text().partition(families.MARKS[0])[2].partition(families.MARKS[1])[0]
-    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()]
+    guides = (families.FAMILY_GUIDE, families.SPELLING_GUIDE)
+    text = "".join(markdown.between(guide.read_text(), families.MARK) for guide in guides)
+    rows = [line.split(" | ")[0].removeprefix("| ").strip() for line in text.splitlines()]
     for key, family in families.FAMILIES.items():
         assert family.up_attention or key in dit_models.TELLING or not family.diffusers_class
         assert (family.title in rows) == (key in dit_models.TELLING)

@@ -41,7 +41,7 @@ ROWS = {
     for line in TABLE.partition("\n## ")[0].splitlines()
     if line.startswith("| `") and (cells := [cell.strip() for cell in line.strip("|").split(" | ")])
 }
-SIZE, RANK, MERGE, DIFF, RESIZE, COMBINE, CONVERT = range(7)
+SIZE, RANK, DIFF, RESIZE, COMBINE, CONVERT = range(6)
 WIDE, NARROW = torch.float32, torch.bfloat16
 
 # row of the table -> kinds of lycoris_files, those of PEFT with a prefix

@@ -230,7 +230,8 @@ def test_older_versions_of_comfyui_cast_plain_weights_of_a_scaled_file(way: str,
 
 def test_the_guides_table_is_true(tmp_path: Path) -> None:
     guide = (ROOT / "loratool" / "guides" / "quantized.md").read_text()
-    rows = (line.strip("| ").split(" | ") for line in guide.splitlines() if line.startswith("| `"))
+    lines = (line.strip("|").split(" | ") for line in guide.splitlines() if line.startswith("| `"))
+    rows = ([cell.strip() for cell in line] for line in lines)
     told = {row[0].strip("`"): row[2:] for row in rows if row[0].strip("`") in CODECS}
     assert told.keys() == {key for key, codec in CODECS.items() if isinstance(codec, CodeFormat)}
     for vector in READ:

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from lib.models.sharded_model import write_adapter_of_two, write_sharded_model
 from safetensors.torch import load_file
 
 import loratool
 from loratool.errors import UsageError
 from loratool.files.folder import side_files
-from loratool.files.folder.side_files import SIDE_FILES as TABLE
 from loratool.files.folder.side_files import edited_config
 
 
@@ -255,14 +253,6 @@ def test_nested_configs_follow() -> None:
         "dtype": {"a": 1},
     }
     assert edited_config(config, {}, "float32") == expected
-
-
-def test_the_guide_has_the_table() -> None:
-    """Every kind, in the order in which they are tried."""
-    travels = {None: "yes", 10_000_000: "up to 10 MB"}
-    rows = [(row.kind, " ".join(f"`{name}`" for name in row.patterns), row.left or travels[row.limit]) for row in TABLE]
-    table = "".join(f"| {kind} | {names} | {what} |\n" for kind, names, what in rows)
-    assert f"|---|---|---|\n{table}\n" in (ROOT / "loratool/guides/merging.md").read_text()
 
 
 @pytest.mark.parametrize("command", ["merge", "unmerge", "convert", "init"])

@@ -2,8 +2,8 @@
 
     python tests/lib/models/families.py [CASE ...] [--write]
 
-The checks are those of `dit_spellings`, which the tests hold one by one. `--write` puts the tables into the guide
-`image-models`; without it they are printed. It ends with 1 if anything is wrong, which it then names.
+The checks are those of `dit_spellings`, which the tests hold one by one. `--write` puts the tables into the guides
+`families` and `image-models`; without it they are printed. It ends with 1 if anything is wrong, which it then names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,12 +25,13 @@ import diffusers
 import torch
 from conftest import ROOT
 
+from lib import markdown
 from lib.models import dit_models
 from lib.models.dit_spellings import SPELLINGS, Subject, cells, outcome, telling_widths
 from loratool.architectures.families import FAMILIES
 
-GUIDE = ROOT / "loratool" / "guides" / "image-models.md"
-MARKS = ("<!-- from tests/lib/models/families.py -->\n", "<!-- until here -->\n")
+FAMILY_GUIDE, SPELLING_GUIDE = (ROOT / "loratool" / "guides" / f"{name}.md" for name in ("families", "image-models"))
+MARK = "<!-- from tests/lib/models/families.py -->\n"
 VERBS = (
     "merge",
     "unmerge",
@@ -66,35 +67,56 @@ def told(states: Counter[str]) -> str:
     return ", ".join(f"{states[s]}" if s == "right" else f"{states[s]} {s}" for s in STATES if states[s])
 
 
-def tables(rows: Iterable[Row]) -> str:
-    """Return the tables of families and of spellings, and the sums, as Markdown."""
-    by_verb: dict[tuple[str, str], Counter[str]] = {}
+def tables(rows: Iterable[Row]) -> tuple[str, str]:
+    """Return the tables of families and of spellings as Markdown."""
+    by_family: dict[str, dict[str, Counter[str]]] = {}
     by_spelling: dict[str, Counter[str]] = {}
-    sums: Counter[str] = Counter()
     for case, verb, spelling, state, _ in rows:
-        by_verb.setdefault((dit_models.family_of(case), verb), Counter())[state] += 1
-        sums[state] += 1
+        by_family.setdefault(dit_models.family_of(case), {}).setdefault(verb, Counter())[state] += 1
         if spelling:
             by_spelling.setdefault(spelling, Counter())[state] += 1
-    lines = ["| family | " + " | ".join(VERBS) + " |", "|---" * (len(VERBS) + 1) + "|"]
-    for key, family in FAMILIES.items():
-        if any(dit_models.family_of(case) == key for case in dit_models.MODELS):
-            counts = " | ".join(told(by_verb.get((key, verb), Counter())) for verb in VERBS)
-            lines.append(f"| {family.title} | {counts} |")
-    lines += ["", "| spelling | prefix | names | A and B | alpha | checks |", "|---" * 6 + "|"]
+    titled = {family.title: by_family[key] for key, family in FAMILIES.items() if key in by_family}
+    return of_families(titled), of_spellings(by_spelling)
+
+
+def of_families(found: Mapping[str, Mapping[str, Counter[str]]]) -> str:
+    """Return the table of families, that of their commands, and the sums.
+
+    Args:
+        found: title -> command -> counts of states.
+    """
+    by_verb = {verb: _sum(counts.get(verb, Counter()) for counts in found.values()) for verb in VERBS}
+    lines = []
+    for title, counts in found.items():
+        total = _sum(counts.values())
+        others = [f"{verb} {counts[verb][s]}{' wrong' * (s == 'wrong')}" for s in STATES[1:] for verb in VERBS
+                  if counts.get(verb, Counter())[s]]  # fmt: skip
+        lines.append((title, f"{total['right']}", ", ".join(others)))
+    sums = ", ".join(f"{_sum(by_verb.values())[s]} {s}" for s in STATES)
+    verbs = [(verb, *(f"{counts[s]}" for s in STATES)) for verb, counts in by_verb.items()]
+    tables = (markdown.table(("family", "right", "refused"), lines), markdown.table(("command", *STATES), verbs))
+    return f"{tables[0]}\nBy command, {sums}:\n\n{tables[1]}"
+
+
+def of_spellings(found: Mapping[str, Counter[str]]) -> str:
+    """Return the table of spellings, and that of their checks.
+
+    Args:
+        found: spelling -> counts of states.
+    """
+    lines, checks = [], []
     for name, spelling in SPELLINGS.items():
         prefix = f"`{spelling.prefix}`" if spelling.prefix else "none"
-        ends = ", ".join(f"`{end}`" for end in spelling.ends)
-        checks = told(by_spelling.get(name, Counter()))
-        lines.append(f"| {name} | {prefix} | {spelling.naming} | {ends} | {spelling.alpha or 'none'} | {checks} |")
-    return "\n".join([*lines, "", f"{sums['right']} right, {sums['refused']} refused, {sums['wrong']} wrong.", ""])
+        end = spelling.ends[0].strip(".")
+        A = f"`{end.removesuffix('.weight')}`" + ("" if end.endswith(".weight") else " alone")
+        lines.append((name, prefix, spelling.naming, A, spelling.alpha or "none"))
+        checks.append((name, *(f"{found.get(name, Counter())[state]}" for state in STATES)))
+    spellings = markdown.table(("spelling", "prefix", "names", "A", "alpha"), lines)
+    return f"{spellings}\nChecks:\n\n{markdown.table(('spelling', *STATES), checks)}"
 
 
-def write(text: str) -> None:
-    """Put the tables between the guide's marks."""
-    before, _, rest = GUIDE.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    GUIDE.write_text(f"{before}{MARKS[0]}{text}{MARKS[1]}{after}")
+def _sum(counts: Iterable[Counter[str]]) -> Counter[str]:
+    return sum(counts, Counter())
 
 
 def main(arguments: list[str]) -> int:
@@ -106,10 +128,11 @@ def main(arguments: list[str]) -> int:
             rows += found
             states = Counter(state for *_, state, _ in found)
             print(f"{found[0][0]}: {told(states)}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    if "--write" in arguments:
-        write(tables(rows))
-    else:
-        print(tables(rows))
+    for guide, text in zip((FAMILY_GUIDE, SPELLING_GUIDE), tables(rows), strict=True):
+        if "--write" in arguments:
+            markdown.put(guide, MARK, text)
+        else:
+            print(text)
     for case, verb, _, state, message in rows:
         if state != "right":
             print(f"{state}: {case} {verb} {message}", file=sys.stderr)

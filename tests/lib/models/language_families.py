@@ -3,9 +3,9 @@
     python tests/lib/models/language_families.py [TYPE ...] [--write]
 
 A row says of a class whether `merge`, `extract` and `init` are right by PEFT's own loading, merging and answering, are
-refused, or wrong. `--write` puts the rows, those that say the same as one, into the guide `formats`. With
-`--cache FILE` rows are kept there: types that are named are tried again, without names those that have no row. It ends
-with 1 if anything is wrong, which it then names.
+refused, or wrong. `--write` puts the rows into the guide `families`. With `--cache FILE` rows are kept there: types
+that are named are tried again, without names those that have no row. It ends with 1 if anything is wrong, which it then
+names.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from lib import markdown
 from lib.models.tiny import NOT_BUILT, build, perturb, stacks, tables
 from loratool import NeedsFlag
 from loratool.binding.modules.selection import parse_patterns
 from loratool.errors import LoratoolError
 
-GUIDE = ROOT / "loratool" / "guides" / "formats.md"
-MARKS = ("<!-- from tests/lib/models/language_families.py -->\n", "<!-- until here -->\n")
+GUIDE = ROOT / "loratool" / "guides" / "families.md"
+MARK = "<!-- from tests/lib/models/language_families.py -->\n"
 VERBS = ("merge", "extract", "every", "init")
+SHORT = 16  # characters of what gets no factors, if the table has it
 RIGHT, WRONG, REFUSED, NONE, NOT = "right", "wrong", "refused", "none", "not built"
 NEVER_TARGETED = {"experts", "convolutions"}  # by all-linear
 TOKENS = torch.arange(8, 24)[None]
@@ -364,24 +366,58 @@ def read(cache: Path | None) -> dict[tuple[str, str], Row]:
     return {(each.table, each.type): each for each in rows}
 
 
-def grouped(rows: Iterable[Row]) -> str:
-    """Return the rows as Markdown, those that say the same as one."""
-    import peft
-    import transformers
-
+def named(rows: Iterable[Row]) -> dict[str, tuple[str, ...]]:
+    """Return name -> cells: a type, with its table in brackets if the classes of a type differ."""
     rows = list(rows)
     outcomes: dict[str, set[tuple[str, ...]]] = {}
     for each in rows:
         outcomes.setdefault(each.type, set()).add(outcome(each))
-    groups: dict[tuple[str, ...], dict[str, None]] = {}
-    for each in rows:
-        name = f"`{each.type}`" if len(outcomes[each.type]) == 1 else f"`{each.type}` ({each.table})"
-        groups.setdefault(outcome(each), {})[name] = None
-    lines = [f"transformers {transformers.__version__}, PEFT {peft.__version__}, {len(rows)} classes:", ""]
-    lines += ["| merge | extract | extract, every matrix | init | without factors | types |", "|---" * 6 + "|"]
-    for cells, names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
-        lines.append(f"| {' | '.join(cells)} | {', '.join(sorted(names))} |")
-    return "\n".join([*lines, ""])
+    return {
+        f"`{each.type}`" if len(outcomes[each.type]) == 1 else f"`{each.type}` ({each.table})": outcome(each)
+        for each in rows
+    }
+
+
+def report(rows: Iterable[Row]) -> str:
+    """Return what was found as Markdown."""
+    import peft
+    import transformers
+
+    rows = list(rows)
+    head = f"transformers {transformers.__version__}, PEFT {peft.__version__}, {len(rows)} classes:"
+    return f"{head}\n\n{laid_out(named(rows))}"
+
+
+def laid_out(cells: Mapping[str, tuple[str, ...]]) -> str:
+    """Return a table with a row for each name, and below it the reasons and long cells, those that are the same once.
+
+    Args:
+        cells: name -> the cells of `outcome`.
+    """
+    lines, reasons, long = [], {}, {}
+    for name, (*states, without) in sorted(cells.items(), key=lambda item: item[0].replace("`", "")):
+        lines.append((name, *map(short, states), without if len(without) <= SHORT else "below"))
+        by_text: dict[str, list[str]] = {}
+        for column, text in zip(VERBS, states, strict=True):
+            if ": " in text:
+                by_text.setdefault(text, []).append(column)
+        for text, columns in by_text.items():
+            which = "" if text.startswith(NOT) else f"{', '.join(columns)} "
+            reasons.setdefault(f"{which}{text}", []).append(name)
+        if len(without) > SHORT:
+            long.setdefault(without, []).append(name)
+    parts = [markdown.table(("type", *VERBS, "no factors"), lines)]
+    for title, items in (("Refused, none and not built:", reasons), ("No factors, where the table has *below*:", long)):
+        parts.append(
+            f"{title}\n\n" + "".join(markdown.bullet(f"{', '.join(names)}: {text}") for text, names in items.items())
+        )
+    return "\n".join(parts)
+
+
+def short(state: str) -> str:
+    """Return a state as the table has it. Its reason is below the table."""
+    word = state.partition(":")[0].replace(f"{RIGHT} for the rest", "rest").replace(" (weights)", "*")
+    return "-" if word in (NOT, "") else word
 
 
 def outcome(each: Row) -> tuple[str, ...]:
@@ -399,13 +435,6 @@ def outcome(each: Row) -> tuple[str, ...]:
     return (*short, ", ".join([*each.beside, *(f"`{end}`" for end in ends)]))
 
 
-def write(text: str) -> None:
-    """Put the table between the guide's marks."""
-    before, _, rest = GUIDE.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    GUIDE.write_text(f"{before}{MARKS[0]}{text}{MARKS[1]}{after}")
-
-
 def main(arguments: list[str]) -> int:
     cache = Path(arguments.pop(arguments.index("--cache") + 1)) if "--cache" in arguments else None
     chosen = [each for each in arguments if each not in ("--write", "--cache")]
@@ -418,9 +447,9 @@ def main(arguments: list[str]) -> int:
             if cache:
                 cache.write_text("".join(json.dumps(asdict(each)) + "\n" for each in rows.values()))
     if "--write" in arguments:
-        write(grouped(rows.values()))
+        markdown.put(GUIDE, MARK, report(rows.values()))
     else:
-        print(grouped(rows.values()))
+        print(report(rows.values()))
     wrong = [each for each in rows.values() if is_wrong(each)]
     for each in wrong:
         print(f"wrong: {each}", file=sys.stderr)

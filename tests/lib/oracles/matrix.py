@@ -1,37 +1,31 @@
-"""Make the tables in the guide `formats`, one by converting a small adapter of each to each.
+"""Make the tables of formats and runtimes, one by converting a small adapter of each format to each.
 
-    python tests/lib/oracles/matrix.py
-
-A cell is what `convert` reported, with the flags that it asked for first, or that it refused.
+`tests/lib/guide_tables.py` writes them into the guides. A cell of the matrix is what `convert` reported, with the flags
+that it asked for first, or that it refused.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import factors, weights, write_peft
 from safetensors.torch import save_file
 from torch import Tensor
 
 import loratool
+from lib import markdown
+from lib.files import gguf_bytes
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import FORMATS, loaded_by, written_formats
 from loratool.adapters.updates import UPDATES
 from loratool.architectures.runtimes.runtime import FEATURES
 from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.files.output.output import CONTAINERS
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-from conftest import factors, weights, write_peft
-
-from lib.files import gguf_bytes
 
 Q, Q_SHAPE = "model.layers.0.self_attn.q_proj", (6, 8)
 DOWN_UP, A_B = ("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")
@@ -244,56 +238,60 @@ def _how(report: loratool.ConvertReport) -> str:
 
 
 def matrix(folder: Path) -> str:
-    """Return the matrix as Markdown."""
-    lines = [
-        "| from \\ to | " + " | ".join(f"`{column}`" for column in columns()) + " |",
-        "|---" * (len(columns()) + 1) + "|",
-    ]
+    """Return the matrix as Markdown: a table for each set of targets that some adapters convert to."""
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for i, (name, make) in enumerate(READABLE.items()):
         adapter, out = make(folder / f"{i}"), folder / "out.safetensors"
-        lines.append(f"| {name} | " + " | ".join(cell(adapter, column, out)[0] for column in columns()) + " |")
-    return "\n".join(lines)
+        cells = {column: cell(adapter, column, out)[0] for column in columns()}
+        flags = dict.fromkeys(flag for said in cells.values() for flag in re.findall(r"with (`--[a-z-]+`)", said))
+        possible = {column: _shortened(said) for column, said in cells.items() if said != "impossible"}
+        named = f"{name} ({', '.join(flags)})" if flags else name
+        groups.setdefault(tuple(possible), []).append((named, *possible.values()))
+    tables = []
+    for targets, rows in groups.items():
+        heads = [target.replace("peft --plain", "plain") for target in targets]
+        tables.append(markdown.table(("from", *heads), rows))
+    return "\n".join(tables)
 
 
-ALPHAS = {
-    "tensor": "a tensor of each module",
-    "config": "the config",
-    "metadata": "the metadata",
-    "none": "not there",
-}
+def _shortened(said: str) -> str:
+    """Return a cell in a word: what the row's name says is left out, and one component is a star."""
+    said = re.sub(r", with `--[a-z-]+`", "", said).removeprefix("needs ").replace(", one component", "*")
+    return re.sub(r"exact, (split|fused)", r"\1", said)
 
 
 def held() -> str:
     """Return what files of each format hold as Markdown, from `Capabilities`."""
-    lines = ["| format | of | updates | alpha | initialization | written |", "|---" * 6 + "|"]
+    rows = []
     for key, each in FORMATS.items():
         can = each.can
-        of = "an image model, all components" if can.components == "many" else "one model, or one component"
         kinds = ", ".join(kind for kind, cls in UPDATES.items() if cls in can.kinds)
-        written = ("a folder or a file" if can.folder else "a file") if can.writes else "no"
-        said = "said" if can.starts else "not said"
-        lines.append(f"| `{key}` | {of} | {kinds} | {ALPHAS[can.alpha]} | {said} | {written} |")
-    return "\n".join(lines)
+        written = ("folder, file" if can.folder else "file") if can.writes else "no"
+        components = "all" if can.components == "many" else "one"
+        rows.append((f"`{key}`", components, kinds, can.alpha, "yes" if can.starts else "no", written))
+    return markdown.table(("format", "models", "updates", "alpha", "init", "written"), rows)
+
+
+SIDE_BY_SIDE = 5  # runtimes whose columns fit a terminal
 
 
 def applied() -> str:
-    """Return what each runtime does with what an adapter may have as Markdown, from RUNTIMES."""
-    rows = RUNTIMES.values()
-    lines = ["| | " + " | ".join(f"`{row.key}`" for row in rows) + " |", "|---" * (len(RUNTIMES) + 1) + "|"]
-    for feature, title in FEATURES.items():
-        lines.append(f"| {title} | " + " | ".join(row.reads[feature] for row in rows) + " |")
-    lines.append("| a module that it does not have | " + " | ".join(row.miss for row in rows) + " |")
-    return "\n".join(lines)
+    """Return what each runtime does with what an adapter may have as Markdown, from RUNTIMES, some in each table."""
+    rows, tables = [*RUNTIMES.values()], []
+    for some in (rows[:SIDE_BY_SIDE], rows[SIDE_BY_SIDE:]):
+        lines = [(title, *(row.reads[feature] for row in some)) for feature, title in FEATURES.items()]
+        lines.append(("a missing module", *(row.miss for row in some)))
+        tables.append(markdown.table(("", *(f"`{row.key}`" for row in some)), lines))
+    return "\n".join(tables)
 
 
 def runtimes() -> str:
     """Return which version of each runtime is known and how as Markdown, from RUNTIMES."""
-    lines = ["| `--for` | | version | known | written as |", "|---" * 5 + "|"]
-    known = {"run": "its functions were run", "read": "its source was read"}
+    rows = []
     for row in RUNTIMES.values():
-        written = loaded_by(row.key).key + (", with a Modelfile" if row.modelfile else "")
-        lines.append(f"| `{row.key}` | {row.title} | {row.version} | {known[row.checked]} | {written} |")
-    return "\n".join(lines)
+        written = loaded_by(row.key).key + (", Modelfile" if row.modelfile else "")
+        rows.append((f"`{row.key}`", row.title, row.version, row.checked, written))
+    return markdown.table(("`--for`", "program", "version", "known", "written as"), rows)
 
 
 # Software that we did not write, and the test that holds a format to it. Of adapters by keys of FORMATS
@@ -324,20 +322,13 @@ MODELS_CHECKED = {
 
 
 def checked() -> str:
-    """Return what is read, written and merged, and what holds that, as Markdown."""
-    lines = ["| format | read | written | merged | checked against | in tests/ |", "|---" * 6 + "|"]
-    for key, each in FORMATS.items():
-        against, test = ADAPTERS_CHECKED[key]
-        written = ("a folder or a file" if each.can.folder else "a file") if each.can.writes else "no"
-        lines.append(f"| `{key}` adapters | yes | {written} | into models | {against} | `{test}` |")
-    for name, (written, against, test) in MODELS_CHECKED.items():
-        lines.append(f"| {name} models | yes | {written} | take adapters | {against} | `{test}` |")
-    return "\n".join(lines)
+    """Return the software that holds each format, and the test, as Markdown."""
+    adapters = {f"`{key}`": row for key, row in ADAPTERS_CHECKED.items()}
+    models = {f"{name} models": row[1:] for name, row in MODELS_CHECKED.items()}
+    rows = {**adapters, **models}.items()
+    return "".join(markdown.bullet(f"{name}: {against} (`{test}`)") for name, (against, test) in rows)
 
 
-if __name__ == "__main__":
-    print(checked(), end="\n\n")
-    print(applied(), runtimes(), sep="\n\n", end="\n\n")
-    print(held(), end="\n\n")
-    with tempfile.TemporaryDirectory() as folder:
-        print(matrix(Path(folder)))
+def models() -> str:
+    """Return which models are written as what, as Markdown."""
+    return markdown.table(("model", "written"), [(name, row[0]) for name, row in MODELS_CHECKED.items()])
