@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .code_levels import Codes
 from .decide import Reals
 from .dense import DenseRows
-from .forms import FORMS, Codes, Wide, codes, fraction, widen
+from .forms import FORMS, IntArray, Wide, fraction, numpy_bits, widen
 from .rounding_stats import RoundingStats
 from .workspace import Workspace
 
@@ -36,10 +37,10 @@ class CodeGrid(Protocol):
     def values(self, row: int, codes: Codes) -> Wide:
         """Return the numbers of codes (rows, n) of rows from `row` on."""
 
-    def ordinals(self, codes: Codes) -> Codes:
+    def ordinals(self, codes: Codes) -> IntArray:
         """Return integers in the order of the codes' numbers."""
 
-    def from_ordinals(self, ordinals: Codes) -> Codes:
+    def from_ordinals(self, ordinals: IntArray) -> Codes:
         """Return the codes of integers; the inverse of `ordinals`."""
 
 
@@ -130,7 +131,7 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
             yield here, *_ends(low, high)
 
     form = FORMS[merged.dtype]
-    stored = codes(merged.cpu())
+    stored = numpy_bits(merged.cpu())
 
     def exact(i: int, j: int) -> float:
         if (stored[i, j] & form.size) >= form.inf:
@@ -156,8 +157,8 @@ def _factor(x: Reals, rows: slice) -> Wide | None:
 def _ends(low: Wide, high: Wide) -> tuple[Wide, Wide]:
     """Return the ends of intervals, with -inf to inf where an end is not finite."""
     if not (math.isfinite(float(low.sum())) and math.isfinite(float(high.sum()))):
-        odd = ~(np.isfinite(low) & np.isfinite(high))
-        low[odd], high[odd] = -np.inf, np.inf
+        not_finite = ~(np.isfinite(low) & np.isfinite(high))
+        low[not_finite], high[not_finite] = -np.inf, np.inf
     return low, high
 
 

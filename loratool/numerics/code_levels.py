@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from .forms import Codes, Wide
+from .forms import IntArray, Wide
+
+Codes = npt.NDArray[Any]  # codes of quantized weights, one for each number, of an integer type
 
 
 class Levels(Protocol):
@@ -27,10 +30,10 @@ class Levels(Protocol):
         Ties go to even codes, or to the lower number in a table that is not `even`.
         """
 
-    def ordinals(self, codes: Codes) -> Codes:
+    def ordinals(self, codes: Codes) -> IntArray:
         """Return integers in the order of the codes' numbers: -0 before +0, equal ones by falling code, nan last."""
 
-    def from_ordinals(self, ordinals: Codes) -> Codes:
+    def from_ordinals(self, ordinals: IntArray) -> Codes:
         """Return the codes of ordinals; raise IndexError if an ordinal has no code."""
 
 
@@ -54,10 +57,10 @@ class Integers:
         np.clip(rounded, self.low, self.high, out=rounded)
         return np.where(np.isnan(rounded), self.offset, rounded).astype(self.kind)
 
-    def ordinals(self, codes: Codes) -> Codes:
+    def ordinals(self, codes: Codes) -> IntArray:
         return codes.astype(np.int16)
 
-    def from_ordinals(self, ordinals: Codes) -> Codes:
+    def from_ordinals(self, ordinals: IntArray) -> Codes:
         _require_within(ordinals, *(self.readable or (self.low, self.high)))
         return ordinals.astype(self.kind)
 
@@ -86,7 +89,7 @@ class Table:
         return np.lexsort((-np.arange(len(size)), ~np.signbit(self._wide), size)).astype(np.int16)
 
     @cached_property
-    def _ranks(self) -> Codes:
+    def _ranks(self) -> IntArray:
         ranks = np.empty(len(self._order), np.int16)
         ranks[self._order] = np.arange(len(self._order), dtype=np.int16)
         return ranks
@@ -139,15 +142,15 @@ class Table:
         codes, steps = self._steps
         return int(codes[np.searchsorted(steps[:-1], 0.0, side="right")])
 
-    def ordinals(self, codes: Codes) -> Codes:
+    def ordinals(self, codes: Codes) -> IntArray:
         return self._ranks.take(codes)
 
-    def from_ordinals(self, ordinals: Codes) -> Codes:
+    def from_ordinals(self, ordinals: IntArray) -> Codes:
         _require_within(ordinals, 0, len(self.numbers) - 1)
         return self._order.take(ordinals).astype(np.uint8)
 
 
-def _require_within(ordinals: Codes, low: int, high: int) -> None:
+def _require_within(ordinals: IntArray, low: int, high: int) -> None:
     if len(ordinals) and (int(ordinals.min()) < low or int(ordinals.max()) > high):
         raise IndexError(f"has a code beyond {low} to {high}")
 

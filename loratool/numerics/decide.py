@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .error_free import two_product, two_sum
-from .forms import FORMS, Codes, Form, Positions, Wide, codes, fraction, rounded, signed, wide
+from .forms import FORMS, Bits, Form, Positions, Wide, fraction, numpy_bits, rounded, signed, wide
 
 U = 2.0**-53  # unit roundoff of float64
 PAIR = 2.0**-98  # no pair of numbers is off by more of their size, roundings of pairs included
@@ -175,16 +175,16 @@ class Reals:
 
 
 @np.errstate(all="ignore")
-def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Form) -> Codes:
+def decide(x: Reals, bits: Bits, form: Form, i: Positions, j: Positions, to: Form) -> Bits:
     """Return RN(X) of the weights at rows i and columns j, as bit patterns; an overflow is the pattern of inf.
 
     Args:
-        code: the bit patterns of W there, in `form`; finite, except where a is 0.
+        bits: the bit patterns of W there, in `form`; finite, except where a is 0.
         to: the form of the result.
     """
     if not len(i):
-        return np.empty(0, to.code)
-    weight, (high, low, bound) = wide(code, form), x.near(i, j)
+        return np.empty(0, to.bits_type)
+    weight, (high, low, bound) = wide(bits, form), x.near(i, j)
     minus_zero = np.zeros(len(i), np.bool_)
     unchanged = (high == -low) & (bound == 0)  # D = 0: W's own bits stay
     if x.factor:
@@ -203,10 +203,10 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
         rest, rounding = two_sum(rest, low.take(part))
         total, rest = two_sum(total, rest)
         out[part], sure[part] = nearest(total, rest, (bound.take(part) + np.abs(rounding)) * SLACK, to)
-    size = code & form.size
-    if form.bits == 53:
+    size = bits & form.size
+    if form.precision == 53:
         sure &= (size >= 1 << 52) | (size == 0)  # a subnormal W may have been flushed
-    out = np.where(minus_zero, -to.size - 1, _with_unchanged(out, code, unchanged, form, to)).astype(to.code)
+    out = np.where(minus_zero, -to.size - 1, _with_unchanged(out, bits, unchanged, form, to)).astype(to.bits_type)
     if form == to:
         sure |= unchanged
     x.steps["near"] += len(i)
@@ -225,42 +225,42 @@ def decide(x: Reals, code: Codes, form: Form, i: Positions, j: Positions, to: Fo
         rest, e2 = two_sum(rest, more)
         total, rest = two_sum(total, rest)
         decided, sure = nearest(total, rest, (bound + rounding + np.abs(e1) + np.abs(e2)) * SLACK, to)
-        out[undecided] = _with_unchanged(decided, code[undecided], unchanged & (rounding == 0), form, to)
-        undecided = undecided[~sure | ((form.bits == 53) & (size[undecided] > 0) & (size[undecided] < 1 << 52))]
+        out[undecided] = _with_unchanged(decided, bits[undecided], unchanged & (rounding == 0), form, to)
+        undecided = undecided[~sure | ((form.precision == 53) & (size[undecided] > 0) & (size[undecided] < 1 << 52))]
     x.steps["exact"] += len(undecided)
     for k in undecided:
-        out[k] = _as_fraction(x, code[k], form, int(i[k]), int(j[k]), to)
+        out[k] = _as_fraction(x, bits[k], form, int(i[k]), int(j[k]), to)
     return out
 
 
-def _with_unchanged(out: Codes, code: Codes, unchanged: npt.NDArray[np.bool_], form: Form, to: Form) -> Codes:
+def _with_unchanged(out: Bits, bits: Bits, unchanged: npt.NDArray[np.bool_], form: Form, to: Form) -> Bits:
     """Return results with W's own bits where W is unchanged; in another form, with its sign of zero."""
     if form == to:
-        return np.where(unchanged, code, out)
-    return np.where(unchanged & (code == -form.size - 1), -to.size - 1, out)
+        return np.where(unchanged, bits, out)
+    return np.where(unchanged & (bits == -form.size - 1), -to.size - 1, out)
 
 
-def _as_fraction(x: Reals, code: Codes, form: Form, i: int, j: int, to: Form) -> Codes:
-    weight = fraction(code, form) if (code & form.size) < form.inf else Fraction(0)  # not finite only where a is 0
+def _as_fraction(x: Reals, bits: Bits, form: Form, i: int, j: int, to: Form) -> Bits:
+    weight = fraction(bits, form) if (bits & form.size) < form.inf else Fraction(0)  # not finite only where a is 0
     exact = x.exact(weight, i, j)
-    minus = exact < 0 or (exact == 0 and code < 0 and x.keeps(i, j))
+    minus = exact < 0 or (exact == 0 and bits < 0 and x.keeps(i, j))
     return signed(min(rounded(exact, to), to.inf), minus, to)
 
 
-def _by_casts(total: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
+def _by_casts(total: Wide, bound: Wide, form: Form) -> tuple[Bits, Bits]:
     """Decide results of 16 bits by two casts. torch casts in two roundings, so the bound includes float32's."""
-    if form.bits > 11:
-        return np.empty(len(total), form.code), np.zeros(len(total), np.bool_)
+    if form.precision > 11:
+        return np.empty(len(total), form.bits_type), np.zeros(len(total), np.bool_)
     reach = bound * SLACK + np.abs(total) * 2.0**-23.8 + 2.0**-120
     kind = next(kind for kind, its in FORMS.items() if its == form)
-    low, high = (codes(torch.from_numpy(end).to(kind)) for end in (total - reach, total + reach))
+    low, high = (numpy_bits(torch.from_numpy(end).to(kind)) for end in (total - reach, total + reach))
     sure = (high == low) & np.isfinite(total)
     if form.inf == form.size:  # there is no inf, and torch's cast stops at the largest number, or gives a nan
         sure &= (high & form.size) < form.inf - 1
     return high, sure
 
 
-def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Codes, Codes]:
+def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Bits, Bits]:
     """Return RN(total + rest +- bound) as bit patterns, and where that is certain.
 
     |rest| is at most half a step of `total`. All steps are on the grid of the binade of `total`, where ldexp, floor and
@@ -270,11 +270,11 @@ def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Codes, Co
     rest = np.where(total < 0, -rest, rest)
     e = np.maximum(((total.view(np.int64) >> 52) & 2047) - 1023, form.least)
     e -= (at_power & (rest < 0)) & (e > form.least)
-    up = (form.bits - 1 - e).astype(np.intc)
+    up = (form.precision - 1 - e).astype(np.intc)
     unit = np.ldexp(1.0, up)
     steps, reach = np.ldexp(np.abs(total), up), bound * unit
     floor = np.floor(steps)
-    if form.bits == 53:
+    if form.precision == 53:
         over = np.zeros(len(total), np.bool_)
         sure = (np.abs(rest) * unit + reach < 0.49) | (bound == 0)
     else:
@@ -282,9 +282,9 @@ def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Codes, Co
         tie = past == 0
         over = np.where(tie, (rest > 0) | ((rest == 0) & (floor % 2 == 1)), past > 0)
         sure = np.where(tie, (np.abs(rest) > bound) | (bound == 0), np.abs(past + rest * unit) > reach * SLACK)
-    sure &= (floor > 1 << (form.bits - 1)) | (reach < 0.2)  # the lower binade's midpoints may be near
+    sure &= (floor > 1 << (form.precision - 1)) | (reach < 0.2)  # the lower binade's midpoints may be near
     sure &= (np.abs(total) > LEAST) & (np.abs(total) > 2 * bound) & np.isfinite(steps)
     sure |= (total == 0) & (rest == 0) & (bound == 0)
-    start = (e - form.least) << (form.bits - 1)
+    start = (e - form.least) << (form.precision - 1)
     ordinal = np.minimum(start + np.where(sure, floor, 0).astype(np.int64) + over, form.inf)
     return signed(ordinal, total < 0, form), sure

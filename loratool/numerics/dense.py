@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .decide import PerMatrix, Reals
-from .forms import FORMS, Codes, Positions, Wide, bits, codes, fraction, widen
+from .forms import FORMS, Bits, Positions, Wide, fraction, numpy_bits, tensor_bits, widen
 from .products import LEAST_OF, UNIT_OF, ProductRows
 from .rounding_stats import dot_by_matrix
 from .workspace import Workspace
@@ -170,7 +170,7 @@ class DenseRows:
         differ(out, lower, hit)
         form = FORMS[out.dtype]
         if form.inf == form.size:  # there is no inf, and torch's cast stops at the largest number, or gives a nan
-            hit |= (bits(out) & form.size) >= form.inf - 1
+            hit |= (tensor_bits(out) & form.size) >= form.inf - 1
         return hit
 
 
@@ -190,23 +190,23 @@ def each_number(x: PerMatrix, matrices: int) -> Wide:
 def differ(x: Tensor, y: Tensor, hit: Tensor) -> Tensor:
     """Write into a mask where two tensors' bits differ, and return it; numpy takes a sixth of torch's time."""
     if hit.is_cuda:
-        return torch.ne(bits(x), bits(y), out=hit)
-    np.not_equal(codes(x), codes(y), out=hit.numpy())
+        return torch.ne(tensor_bits(x), tensor_bits(y), out=hit)
+    np.not_equal(numpy_bits(x), numpy_bits(y), out=hit.numpy())
     return hit
 
 
 def mask_apart(base: Tensor, row: int, apart: Apart, work: Workspace) -> Tensor:
     """Return where an exact GEMM may be wrong, in some rows of a block from row `row` on."""
-    mask, form, code = work.take("hit", torch.bool, *base.shape), FORMS[base.dtype], codes(base)
+    mask, form, bits = work.take("hit", torch.bool, *base.shape), FORMS[base.dtype], numpy_bits(base)
     hit = mask.numpy()
     if apart.ordinal > 1:
-        size = np.bitwise_and(code, form.size, out=codes(work.take("size", base.dtype, *base.shape)))
+        size = np.bitwise_and(bits, form.size, out=numpy_bits(work.take("size", base.dtype, *base.shape)))
         size -= 1  # of 0 it is the largest without a sign
         np.less(size.view(f"u{size.itemsize}"), apart.ordinal - 1, out=hit)
     else:
         hit[...] = False
     if apart.negative_zeros:
-        hit |= code == -form.size - 1
+        hit |= bits == -form.size - 1
     hit[apart.rows[row : row + len(base)]] = True
     columns = base.shape[1]
     hit.reshape(apart.matrices, -1, columns)[apart.columns // columns, :, apart.columns % columns] = True
@@ -222,17 +222,20 @@ def _apart(rows: ProductRows, base: Tensor, first: int, size: float) -> Apart | 
     least = int(np.frexp(size)[1]) - 53 if np.isfinite(size) else 1024
     low, columns = rows.lowest[first : first + len(base)] - 1, rows.products.lowest  # the significands are +-1/2
     usual = np.sort(low)[len(low) // APART]
-    odd = np.flatnonzero(columns < least - usual)
-    if least <= -100 or least > 900 or len(odd) * (APART // 2) > len(columns):
+    outliers = np.flatnonzero(columns < least - usual)
+    if least <= -100 or least > 900 or len(outliers) * (APART // 2) > len(columns):
         return None
-    # |W| from 2**(least + bits - 1) on has no lower bit
-    ordinal = max(0, (least + form.bits - form.least) << (form.bits - 1)) if least > form.least - form.bits + 1 else 0
-    return Apart(low < usual, odd, rows.products.matrices, ordinal, int(codes(base).min(initial=0)) == -form.size - 1)
+    # |W| from 2**(least + precision - 1) on has no lower bit
+    above = least + form.precision - form.least
+    ordinal = above << (form.precision - 1) if above > 1 else 0
+    return Apart(
+        low < usual, outliers, rows.products.matrices, ordinal, int(numpy_bits(base).min(initial=0)) == -form.size - 1
+    )
 
 
 def midpoints(total: Tensor, work: Workspace) -> Tensor:
     """Return where a float64 is a midpoint of float32: its low 29 bits are 2**28."""
-    low = codes(work.take("low", torch.int32, *total.shape))
+    low = numpy_bits(work.take("low", torch.int32, *total.shape))
     np.left_shift(total.view(torch.int32).numpy()[:, ::2], 3, out=low)
     mask = work.take("tie", torch.bool, *total.shape)
     np.equal(low, np.int32(-(1 << 31)), out=mask.numpy())
@@ -241,19 +244,19 @@ def midpoints(total: Tensor, work: Workspace) -> Tensor:
 
 def largest_of(x: Tensor) -> float:
     """Return the largest finite |x|, from bits."""
-    form, code = FORMS[x.dtype], bits(x)
+    form, bits = FORMS[x.dtype], tensor_bits(x)
     if not x.numel():
         return 0.0
     if x.is_cuda:
-        size = code & form.size
+        size = bits & form.size
         most = int(size.max())
     else:  # numpy's, several times as fast
-        patterns: Codes = code.numpy()
+        patterns: Bits = bits.numpy()
         most = max(int(patterns.max()), int(patterns.view(f"u{patterns.itemsize}").max()) & form.size)
     if most >= form.inf:
-        size = code & form.size
+        size = bits & form.size
         most = int(torch.where(size < form.inf, size, 0).max())
-    return float(fraction(form.code(most), form))
+    return float(fraction(form.bits_type(most), form))
 
 
 def _width(base: Tensor, size: float) -> float:

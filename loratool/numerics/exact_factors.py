@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .error_free import halves
-from .forms import FORMS, Wide, codes, wide
+from .forms import FORMS, Wide, numpy_bits, wide
 from .products import Term
 
 REACH = 98  # `Products` can balance products of halves of float64 numbers from 2**-98 to 2**98
@@ -35,13 +35,13 @@ def multiply_exactly(first: Tensor, second: Tensor) -> list[Tensor]:
 
 def _parts(x: Tensor) -> list[Wide]:
     """Return the numbers, or the two halves of each."""
-    code, form = codes(x.cpu().contiguous()), FORMS[x.dtype]
-    if form.bits < 53:
-        return [wide(code, form)]
-    size = code & form.size
+    bits, form = numpy_bits(x.cpu().contiguous()), FORMS[x.dtype]
+    if form.precision < 53:
+        return [wide(bits, form)]
+    size = bits & form.size
     if not ((size == 0) | ((size >= (1023 - REACH) << 52) & (size <= (1023 + REACH) << 52))).all():
         raise ValueError(f"a factor in float64 is beyond 2**-{REACH} and 2**{REACH}")
-    return list(halves(wide(code, form)))
+    return list(halves(wide(bits, form)))
 
 
 def tucker_terms(up: Tensor, mid: Tensor, down: Tensor, scale: Fraction) -> list[Term]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 # Arrays of bit patterns are of the signed integer type of their width, -0.0 being the least.
-Codes = npt.NDArray[Any]
+Bits = npt.NDArray[Any]
+IntArray = npt.NDArray[Any]  # exponents, places and differences, of any integer type
 Wide = npt.NDArray[np.float64]
 Positions = npt.NDArray[np.intp]
 
@@ -25,9 +26,9 @@ Positions = npt.NDArray[np.intp]
 class Form(NamedTuple):
     """A binary format of numbers."""
 
-    bits: int  # of the significand, the hidden one included
+    precision: int  # bits of the significand, the hidden one included
     least: int  # exponent of the least normal number, which is 2**least
-    code: type  # numpy's integer type of the bit patterns
+    bits_type: type  # numpy's integer type of the bit patterns
     size: int  # the mask of all bits but the sign; the masked bits are the ordinal of |x| among the numbers
     inf: int  # the ordinal after that of the largest number
 
@@ -44,7 +45,7 @@ FORMS = {
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def bits(x: Tensor) -> Tensor:
+def tensor_bits(x: Tensor) -> Tensor:
     """Return the bit patterns of a tensor as signed integers, a view in its shape."""
     return x.view(_INTEGERS[x.element_size()])
 
@@ -52,7 +53,7 @@ def bits(x: Tensor) -> Tensor:
 def finite(x: Tensor) -> Tensor:
     """Return where a tensor is neither inf nor nan; torch.isfinite does not support e4m3."""
     form = FORMS[x.dtype]
-    return (bits(x) & form.size) < form.inf
+    return (tensor_bits(x) & form.size) < form.inf
 
 
 @cache
@@ -69,30 +70,30 @@ def widen(x: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def codes(x: Tensor) -> Codes:
+def numpy_bits(x: Tensor) -> Bits:
     """Return the bit patterns of a CPU tensor as signed integers, a view in its shape."""
-    return bits(x).numpy()
+    return tensor_bits(x).numpy()
 
 
-def integers(code: Codes, form: Form) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def integers(bits: Bits, form: Form) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return (m, e) with the value m * 2**e of each number; inf counts as the number after the largest."""
-    size = code.astype(np.int64) & form.size
-    exponent = size >> (form.bits - 1)
-    m = (size & ((1 << (form.bits - 1)) - 1)) + (np.minimum(exponent, 1) << (form.bits - 1))
-    return np.where(code < 0, -m, m), np.maximum(exponent, 1) + (form.least - form.bits)
+    size = bits.astype(np.int64) & form.size
+    exponent = size >> (form.precision - 1)
+    m = (size & ((1 << (form.precision - 1)) - 1)) + (np.minimum(exponent, 1) << (form.precision - 1))
+    return np.where(bits < 0, -m, m), np.maximum(exponent, 1) + (form.least - form.precision)
 
 
-def wide(code: Codes, form: Form) -> Wide:
+def wide(bits: Bits, form: Form) -> Wide:
     """Return the values in float64; subnormal numbers are right even if this thread flushes them."""
-    if form.bits == 53:
-        return code.view(np.float64)
-    if form.bits == 24 and _keeps_subnormals():
-        return code.view(np.float32).astype(np.float64)
-    if form.code is np.int16 and _keeps_subnormals():
-        kind = torch.bfloat16 if form.bits == 8 else torch.float16
-        return torch.from_numpy(code).view(kind).double().numpy()
-    m, e = integers(code, form)
-    values: Wide = np.copysign(m.astype(np.float64) * ((e + 1023) << 52).view(np.float64), code)  # an integer has no -0
+    if form.precision == 53:
+        return bits.view(np.float64)
+    if form.precision == 24 and _keeps_subnormals():
+        return bits.view(np.float32).astype(np.float64)
+    if form.bits_type is np.int16 and _keeps_subnormals():
+        kind = torch.bfloat16 if form.precision == 8 else torch.float16
+        return torch.from_numpy(bits).view(kind).double().numpy()
+    m, e = integers(bits, form)
+    values: Wide = np.copysign(m.astype(np.float64) * ((e + 1023) << 52).view(np.float64), bits)  # an integer has no -0
     return values
 
 
@@ -105,9 +106,9 @@ def power(e: int) -> Fraction:
     return Fraction(1 << e) if e >= 0 else Fraction(1, 1 << -e)
 
 
-def fraction(code: Any, form: Form) -> Fraction:
+def fraction(bits: Any, form: Form) -> Fraction:
     """Return the value of one number."""
-    m, e = integers(np.asarray(code), form)
+    m, e = integers(np.asarray(bits), form)
     return int(m) * power(int(e))
 
 
@@ -120,24 +121,24 @@ def exponent(x: Fraction) -> int:
 def rounded(x: Fraction, form: Form) -> int:
     """Return the ordinal of |x| rounded to nearest, ties to even; the form's `inf` or more if that overflows."""
     e = max(exponent(x), form.least) if x else form.least
-    return ((e - form.least) << (form.bits - 1)) + round(abs(x) / power(e - form.bits + 1))
+    return ((e - form.least) << (form.precision - 1)) + round(abs(x) / power(e - form.precision + 1))
 
 
-def signed(ordinal: Any, negative: Any, form: Form) -> Codes:
+def signed(ordinal: Any, negative: Any, form: Form) -> Bits:
     """Return the bit pattern of an ordinal with a sign, or of arrays of them."""
-    patterns: Codes = np.where(negative, ordinal | ~form.size, ordinal).astype(form.code)
+    patterns: Bits = np.where(negative, ordinal | ~form.size, ordinal).astype(form.bits_type)
     return patterns
 
 
-def place(code: Codes, form: Form) -> Codes:
+def place(bits: Bits, form: Form) -> IntArray:
     """Return the places of numbers in their order: -1 for -0.0, 0 for +0.0, 1 for the least positive number."""
-    places: Codes = (code & form.size) ^ (code >> (8 * code.itemsize - 1))
+    places: IntArray = (bits & form.size) ^ (bits >> (8 * bits.itemsize - 1))
     return places
 
 
-def number(place: Codes, form: Form) -> Codes:
+def number(place: IntArray, form: Form) -> Bits:
     """Return the bit patterns of places."""
-    shifted: Any = place.astype(form.code)
+    shifted: Any = place.astype(form.bits_type)
     sign = shifted >> (8 * shifted.itemsize - 1)
-    patterns: Codes = (shifted ^ sign) | (sign & ~form.code(form.size))
+    patterns: Bits = (shifted ^ sign) | (sign & ~form.bits_type(form.size))
     return patterns

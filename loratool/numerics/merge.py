@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .decide import PerMatrix, Reals, decide
 from .dense import Bounds, DenseRows, each_number, mask_apart, midpoints
-from .forms import FORMS, Codes, Positions, Wide, bits, codes, finite, wide, widen
+from .forms import FORMS, Bits, Positions, Wide, finite, numpy_bits, tensor_bits, wide, widen
 from .rounding_stats import RoundingStats, count_different, dot_by_matrix, set_quiet_nan
 from .workspace import Workspace
 
@@ -119,15 +119,15 @@ class RowMerge:
             ties = midpoints(upper, work) if watcher else None
         else:
             hit = dense.settle(upper, bounds, out, work)
-        if self._to.bits == 53:
+        if self._to.precision == 53:
             hit.fill_(True)
         kept, change_squared = self._sums(base, out, upper, change, first, bounds, work)
         changed = count_different(out, base, work, dense.matrices)
         sums: Sums = {"base_squared": squared, "change_squared": change_squared, "kept": kept, "changed": changed}
-        odd = ~np.isfinite(squared + kept)
-        if odd.any():
+        not_finite = ~np.isfinite(squared + kept)
+        if not_finite.any():
             recounted = self._not_finite(base, out, change, first, bounds.shift, hit, work)
-            sums = {name: np.where(odd, value, sums.get(name, 0)) for name, value in recounted.items()}
+            sums = {name: np.where(not_finite, value, sums.get(name, 0)) for name, value in recounted.items()}
         undecided = positions(hit)
         if watcher:
             watcher.tile(Tile(base, out, change, bounds.shift, hit, undecided, ties, row * base.shape[1]), dense)
@@ -158,31 +158,31 @@ class RowMerge:
         self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: PerMatrix, hit: Tensor, work: Workspace
     ) -> Sums:
         """Copy W's inf and nan, except where a is 0; mark all else that is not finite as undecided. Return the sums."""
-        odd = ~finite(base)
+        not_finite = ~finite(base)
         if self.x.factor:
             a = torch.from_numpy(self.x.factor.value)
             a = a[first : first + len(base), None] if self.x.factor.axis == 0 else a[None]
-            odd &= (a != 0).to(odd.device)
+            not_finite &= (a != 0).to(not_finite.device)
         if out.dtype == base.dtype:
-            bits(out).copy_(torch.where(odd, bits(base), bits(out)))
+            tensor_bits(out).copy_(torch.where(not_finite, tensor_bits(base), tensor_bits(out)))
         else:
-            out.copy_(torch.where(odd, base.to(out.dtype), out))
-            set_quiet_nan(out, odd & base.isnan())
-        infinite = (bits(out) & self._to.size) >= self._to.inf
+            out.copy_(torch.where(not_finite, base.to(out.dtype), out))
+            set_quiet_nan(out, not_finite & base.isnan())
+        infinite = (tensor_bits(out) & self._to.size) >= self._to.inf
         hit |= infinite
-        hit &= ~odd
+        hit &= ~not_finite
         fine = finite(base) & ~infinite
         weight, result = (torch.where(fine, x.double(), 0.0) for x in (base, out))
         moved = torch.where(fine, change.double() - shift, 0.0)
         if self.x.factor:
-            moved += torch.where(fine, (a.to(odd.device) - 1) * weight, 0.0)
+            moved += torch.where(fine, (a.to(not_finite.device) - 1) * weight, 0.0)
         matrices = self.dense.matrices
         return {
             "base_squared": dot_by_matrix(weight, weight, matrices),
             "change_squared": dot_by_matrix(moved, moved, matrices),
             "kept": dot_by_matrix(result - weight, moved, matrices),
             "changed": count_different(out, base, work, matrices),
-            "not_finite": odd.view(matrices, -1).sum(1).cpu().numpy(),
+            "not_finite": not_finite.view(matrices, -1).sum(1).cpu().numpy(),
         }
 
     @np.errstate(all="ignore")
@@ -190,26 +190,26 @@ class RowMerge:
         """Write W' at these flat positions, and return the differences of the statistics."""
         i = undecided // base.shape[1]
         j = undecided - i * base.shape[1]
-        code, former = take(base, undecided), take(out, undecided)
-        decided = decide(self.x, code, self._form, i + first, j, self._to)
+        bits, former = take(base, undecided), take(out, undecided)
+        decided = decide(self.x, bits, self._form, i + first, j, self._to)
         put(out, undecided, decided)
         matrices = self.dense.matrices
         which = undecided // (base.numel() // matrices)
-        changed = self._changed(decided, code).astype(np.int8) - self._changed(former, code)
+        changed = self._changed(decided, bits).astype(np.int8) - self._changed(former, bits)
         changed = np.bincount(which, changed, matrices).astype(np.intp)
         overflowed = np.flatnonzero((decided & self._to.size) == self._to.inf)
         if not len(overflowed):
             return {"changed": changed}
         which, largest = which[overflowed], np.zeros(matrices)
-        i, j, code = i[overflowed] + first, j[overflowed], code[overflowed]
-        weight = np.where((code & self._form.size) < self._form.inf, wide(code, self._form), 0.0)
+        i, j, bits = i[overflowed] + first, j[overflowed], bits[overflowed]
+        weight = np.where((bits & self._form.size) < self._form.inf, wide(bits, self._form), 0.0)
         a = self.x.factor.at(i, j)[0] if self.x.factor else 1.0
         np.maximum.at(largest, which, np.abs(a * weight + self.x.delta.near(i, j)[0]))
         return {"changed": changed, "overflowed": np.bincount(which, minlength=matrices), "largest": largest}
 
-    def _changed(self, result: Codes, code: Codes) -> npt.NDArray[np.bool_]:
+    def _changed(self, result: Bits, bits: Bits) -> npt.NDArray[np.bool_]:
         differs: npt.NDArray[np.bool_] = (
-            result != code if self._to == self._form else wide(result, self._to) != wide(code, self._form)
+            result != bits if self._to == self._form else wide(result, self._to) != wide(bits, self._form)
         )
         return differs
 
@@ -241,18 +241,18 @@ def positions(hit: Tensor) -> Positions:
     return np.flatnonzero(hit.numpy())
 
 
-def take(x: Tensor, places: Positions) -> Codes:
+def take(x: Tensor, places: Positions) -> Bits:
     """Return the bit patterns at flat positions."""
-    flat = bits(x).reshape(-1)
+    flat = tensor_bits(x).reshape(-1)
     if not x.is_cuda:
         return flat.numpy().take(places)
-    patterns: Codes = flat[torch.from_numpy(places).to(x.device)].cpu().numpy()
+    patterns: Bits = flat[torch.from_numpy(places).to(x.device)].cpu().numpy()
     return patterns
 
 
-def put(x: Tensor, places: Positions, code: Codes) -> None:
+def put(x: Tensor, places: Positions, bits: Bits) -> None:
     """Write the bit patterns at flat positions of a contiguous tensor."""
     if x.is_cuda:
-        bits(x).view(-1)[torch.from_numpy(places).to(x.device)] = torch.from_numpy(code).to(x.device)
+        tensor_bits(x).view(-1)[torch.from_numpy(places).to(x.device)] = torch.from_numpy(bits).to(x.device)
     else:
-        codes(x).reshape(-1)[places] = code
+        numpy_bits(x).reshape(-1)[places] = bits

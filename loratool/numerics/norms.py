@@ -23,7 +23,7 @@ from torch import Tensor
 from .decide import LEAST, SLACK, Delta, Factor, U
 from .dense import TILE
 from .error_free import two_product, two_sum
-from .forms import FORMS, Wide, codes, exponent, fraction, integers, power, wide
+from .forms import FORMS, Wide, exponent, fraction, integers, numpy_bits, power, wide
 from .products import ProductRows, norms
 from .workspace import Workspace
 
@@ -174,14 +174,14 @@ def _pair_squares(delta: Delta, base: Tensor, line: Line) -> tuple[Fraction, Fra
     """Return the ends of an interval around the sum of the squares of W + D in a line; None if it is unbounded."""
     rows, columns = (np.arange(*part.indices(length)) for part, length in zip(line, base.shape, strict=True))
     i, j = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
-    code, form = codes(base[line].cpu().contiguous()).reshape(-1), FORMS[base.dtype]
+    bits, form = numpy_bits(base[line].cpu().contiguous()).reshape(-1), FORMS[base.dtype]
     high, low, bound = delta.nearer(i, j)
-    sums, rest = two_sum(wide(code, form), high)
+    sums, rest = two_sum(wide(bits, form), high)
     rest, rounding = two_sum(rest, low)
     sums, rest = two_sum(sums, rest)
     bound = bound + np.abs(rounding)
     square, e = two_product(sums, sums)
-    zero = ((code & form.size) == 0) & (high == 0) & (low == 0) & (bound == 0)
+    zero = ((bits & form.size) == 0) & (high == 0) & (low == 0) & (bound == 0)
     # (sums + rest)**2 is taken without the square of the rest, and the double product is rounded
     error = (2 * (np.abs(sums) + np.abs(rest)) + bound) * bound + square * (4 * U * U)
     if not (square < LARGEST_SQUARE).all() or not np.isfinite(error).all():
@@ -203,18 +203,18 @@ def short_root(x: Fraction) -> Fraction:
 
 def _exact_squares(delta: Delta, base: Tensor, i: slice, j: slice) -> Fraction:
     """Return the sum of the squares of W + D in some rows and columns."""
-    code, form = codes(base[i, j].cpu().contiguous()), FORMS[base.dtype]
+    bits, form = numpy_bits(base[i, j].cpu().contiguous()), FORMS[base.dtype]
     if not isinstance(delta, ProductRows):
         rows, columns = (range(*part.indices(length)) for part, length in zip((i, j), base.shape, strict=True))
-        places = zip(code.reshape(-1), ((a, b) for a in rows for b in columns), strict=True)
+        places = zip(bits.reshape(-1), ((a, b) for a in rows for b in columns), strict=True)
         return sum(((fraction(w, form) + delta.exact(*place)) ** 2 for w, place in places), Fraction(0))
-    if len(code) > 1 and code.shape[1] > 1:  # integers take one line at a time
+    if len(bits) > 1 and bits.shape[1] > 1:  # integers take one line at a time
         columns = range(*j.indices(base.shape[1]))
         return sum((_exact_squares(delta, base, i, slice(b, b + 1)) for b in columns), Fraction(0))
-    if not (code & form.size).any() and not (delta.live[i].any() and delta.products.live[j].any()):
+    if not (bits & form.size).any() and not (delta.live[i].any() and delta.products.live[j].any()):
         return Fraction(0)
     change, least = delta.exact_line(i, j)
-    m, e = integers(code.reshape(-1), form)
+    m, e = integers(bits.reshape(-1), form)
     low = min(least, int(e.min(initial=0)))
     total = (change << (least - low)) + (m.astype(object) << (e - low).astype(object))
     return int((total * total).sum()) * power(2 * low)
@@ -247,19 +247,19 @@ def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> 
         norm: n, (k,), as `row_norms` returns it.
         weight: w.
     """
-    code, form = codes(magnitude.cpu().contiguous()), FORMS[magnitude.dtype]
-    m, size, up = wide(code, form), np.abs(norm), np.where(norm < 0, TINY_BY, 0).astype(np.intc)
+    bits, form = numpy_bits(magnitude.cpu().contiguous()), FORMS[magnitude.dtype]
+    m, size, up = wide(bits, form), np.abs(norm), np.where(norm < 0, TINY_BY, 0).astype(np.intc)
     quotient = np.where(norm == 0, 0.0, m / size)
     back, e = two_product(quotient, size)
     value, low = two_product(quotient, np.full_like(quotient, weight))
     tail = np.ldexp(low + np.where(norm == 0, 0.0, ((m - back) - e) / size) * weight, up)
     is_whole = (np.abs(back) > 2.0**-700) & (np.abs(value) > 2.0**-700)  # else the tail may have been flushed
-    known = (norm == 0) | ((code & form.size) == 0)
+    known = (norm == 0) | ((bits & form.size) == 0)
     value = np.where((norm < 0) & ~(is_whole | known), np.inf, np.ldexp(value, up))
 
     def exact(k: int) -> Fraction:
         n = norm_of(float(norm[k]))
-        return Fraction(weight) * fraction(code[k], form) / n if n else Fraction(0)
+        return Fraction(weight) * fraction(bits[k], form) / n if n else Fraction(0)
 
     def exact_total(k: int) -> Fraction:
         return 1 - Fraction(weight) + exact(k)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .decide import LEAST, PAIR, SLACK, DenseDelta, Factor, PerMatrix, U, anything
 from .error_free import halves, two_product, two_sum
-from .forms import FORMS, Codes, Form, Positions, Wide, codes, exponent, integers, power, wide
+from .forms import FORMS, Bits, Form, IntArray, Positions, Wide, exponent, integers, numpy_bits, power, wide
 
 GATHER = 1 << 15  # numbers of a factor read at a time, so that they stay in a core's cache
 LEAST_OF = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
@@ -58,7 +58,7 @@ class _Side:
     """A term's factors as bit patterns, and its scale as significand * 2**exponent + tail."""
 
     left: Tensor  # (m, r)
-    right: Codes  # (n, r)
+    right: Bits  # (n, r)
     forms: tuple[Form, Form]
     scale: Fraction
     columns: Factor | None
@@ -83,7 +83,7 @@ def split_scale(scale: Fraction) -> tuple[float, int, float]:
 def _side(term: Term) -> _Side:
     significand, e, tail = split_scale(term.scale)
     forms = FORMS[term.left.dtype], FORMS[term.right.dtype]
-    right = codes(term.right.T.contiguous())
+    right = numpy_bits(term.right.T.contiguous())
     return _Side(
         left=term.left,
         right=right,
@@ -99,8 +99,8 @@ def _side(term: Term) -> _Side:
 
 def _is_usual(side: _Side) -> bool:
     """Return whether all factors but 0 are 2**-300 or more; only float64 ones can be smaller."""
-    factors = zip((codes(side.left.contiguous()), side.right), side.forms, strict=True)
-    sizes = [code & form.size for code, form in factors if form.bits == 53]
+    factors = zip((numpy_bits(side.left.contiguous()), side.right), side.forms, strict=True)
+    sizes = [bits & form.size for bits, form in factors if form.precision == 53]
     return all(bool(((size == 0) | (size >= 723 << 52)).all()) for size in sizes)
 
 
@@ -129,8 +129,8 @@ class Products:
         self.rank = ranks[-1]
         self.scaled = any(side.columns or side.by_rows for side in self.sides)
         # sums of such products may be exact in float64, and so is a power of two times them
-        bits = [left.bits + right.bits for left, right in self._forms]
-        self.narrow = not self.scaled and all(count <= BITS_OF_EXACT_SUMS for count in bits)
+        precisions = [left.precision + right.precision for left, right in self._forms]
+        self.narrow = not self.scaled and all(count <= BITS_OF_EXACT_SUMS for count in precisions)
         self.binary = self.narrow and all(side.is_power for side in self.sides)
         self._halves = [self._balance(side) for side in self.sides]  # (matrices, r) exponents for each right side
         # else balancing can underflow a factor, and all is left to the integers
@@ -155,16 +155,16 @@ class Products:
     def _forms(self) -> list[tuple[Form, Form]]:
         return [side.forms for side in self.sides]
 
-    def _balance(self, side: _Side) -> Codes:
+    def _balance(self, side: _Side) -> IntArray:
         """Return, for each matrix, the powers of two that balance the sizes of each rank's column and row."""
         exponents = []
-        for code, form in zip((codes(side.left.contiguous()), side.right), side.forms, strict=True):
-            most = _by_matrix(code & form.size, self.matrices).max(1, initial=0)
+        for bits, form in zip((numpy_bits(side.left.contiguous()), side.right), side.forms, strict=True):
+            most = _by_matrix(bits & form.size, self.matrices).max(1, initial=0)
             if most.max(initial=0) >= form.inf:
                 raise ValueError("a factor has inf or nan")
-            m, e = integers(most.astype(form.code), form)
+            m, e = integers(most.astype(form.bits_type), form)
             exponents.append(np.where(m == 0, 0, e + np.frexp(m.astype(np.float64))[1]))
-        half: Codes = (exponents[0] + side.exponent - exponents[1]) // 2
+        half: IntArray = (exponents[0] + side.exponent - exponents[1]) // 2
         return half
 
     def rows(self, start: int, stop: int, ratio: Factor | None = None) -> ProductRows:
@@ -204,7 +204,7 @@ class Products:
         return right.mT @ right
 
     @cached_property
-    def lowest(self) -> Codes:
+    def lowest(self) -> IntArray:
         return lowest_bits(self.plain_right, self.matrices * self.shape[1])
 
     @cached_property
@@ -227,7 +227,7 @@ class Products:
         """
         plain, scaled = [], np.empty((stop - start, self.rank))
         for side, ranks, half in zip(self.sides, self.ranks, self._halves, strict=True):
-            x = _scaled(wide(codes(side.left[start:stop].contiguous()), side.forms[0]), side.exponent - half)
+            x = _scaled(wide(numpy_bits(side.left[start:stop].contiguous()), side.forms[0]), side.exponent - half)
             plain.append(x)
             np.multiply(x, side.significand, out=scaled[:, ranks])
             if side.by_rows and ratio:
@@ -245,7 +245,7 @@ def _by_matrix(x: npt.NDArray[Any], matrices: int) -> npt.NDArray[Any]:
 
 
 @np.errstate(all="ignore")
-def _scaled(x: Wide, e: Codes) -> Wide:
+def _scaled(x: Wide, e: IntArray) -> Wide:
     """Return rows times powers of two, e being (matrices, r)."""
     e = e.astype(np.intc)[:, None]  # the one type of exponents that ldexp takes everywhere
     parts = _by_matrix(x, len(e))
@@ -257,10 +257,10 @@ def _scaled(x: Wide, e: Codes) -> Wide:
 def norms(x: Wide) -> Wide:
     """Return an upper bound of each row's norm, nearly equal to it."""
     squares: Wide = np.einsum("ij,ij->i", x, x)
-    odd = np.flatnonzero(~((squares > 1e-200) & (squares < 1e200)))  # squares may have been out of range
-    most = np.abs(x[odd]).max(1, initial=LEAST)
+    out_of_range = np.flatnonzero(~((squares > 1e-200) & (squares < 1e200)))  # of float64
+    most = np.abs(x[out_of_range]).max(1, initial=LEAST)
     roots: Wide = np.sqrt(squares)
-    roots[odd] = np.sqrt(np.square(x[odd] / most[:, None]).sum(1)) * most
+    roots[out_of_range] = np.sqrt(np.square(x[out_of_range] / most[:, None]).sum(1)) * most
     roots *= SLACK + x.shape[1] * 1e-15
     return roots
 
@@ -270,16 +270,16 @@ def largest(x: Wide) -> float:
     return max(float(x.max(initial=0.0)), -float(x.min(initial=0.0)))
 
 
-def lowest_bits(parts: Sequence[Wide], rows: int) -> Codes:
+def lowest_bits(parts: Sequence[Wide], rows: int) -> IntArray:
     """Return the exponent of the lowest bit in each row of all parts."""
-    lowest: Codes = np.full(rows, EXPONENTS)
+    lowest: IntArray = np.full(rows, EXPONENTS)
     for part in parts:
         step = max(1, GATHER // max(1, part.shape[1]))
         for start in range(0, rows, step):  # in parts, as the intermediate results are several times as large
             x, least = part[start : start + step], lowest[start : start + step]
-            code = x.view(np.int64)
-            m = (code & ((1 << 52) - 1)) | (1 << 52)
-            e = ((code >> 52) & 2047) - 1076 + np.frexp((m & -m).astype(np.float64))[1]
+            bits = x.view(np.int64)
+            m = (bits & ((1 << 52) - 1)) | (1 << 52)
+            e = ((bits >> 52) & 2047) - 1076 + np.frexp((m & -m).astype(np.float64))[1]
             e[x == 0] = EXPONENTS
             np.minimum(least, e.min(1, initial=EXPONENTS), out=least)
     return np.maximum(lowest, -EXPONENTS)
@@ -306,7 +306,7 @@ class ProductRows:
         self.live = products.may_be_live(self.row_norms)
 
     @cached_property
-    def lowest(self) -> Codes:
+    def lowest(self) -> IntArray:
         return lowest_bits(self._plain, self.shape[0])
 
     @np.errstate(all="ignore")
@@ -375,9 +375,9 @@ class ProductRows:
         of_right = self.products.right_rows(i, j)
         high, low, bound = np.zeros((3, len(i)))
         for side in self.products.sides:
-            left = codes(side.left[self.start : self.start + self.shape[0]].contiguous())
+            left = numpy_bits(side.left[self.start : self.start + self.shape[0]].contiguous())
             parts = [
-                [x] if form.bits < 53 else list(halves(x))
+                [x] if form.precision < 53 else list(halves(x))
                 for x, form in (
                     (wide(np.ascontiguousarray(left.T.take(i, 1)), side.forms[0]), side.forms[0]),
                     (wide(np.ascontiguousarray(side.right.T.take(of_right, 1)), side.forms[1]), side.forms[1]),
@@ -401,7 +401,7 @@ class ProductRows:
                 high, e = two_sum(high, np.ldexp(part, np.intc(e0)))
                 low, e = two_sum(low, e)
                 bound += np.abs(e)
-            in_range = abs(e0) < 500 and all(form.bits < 53 for form in side.forms)  # else something may be flushed
+            in_range = abs(e0) < 500 and all(form.precision < 53 for form in side.forms)  # else it may flush
             bound += np.ldexp(error, np.intc(e0)) + (0.0 if in_range else np.ldexp(LEAST, np.intc(max(e0, 0))))
         return high, low, bound * SLACK
 
@@ -417,7 +417,7 @@ class ProductRows:
             total += value
         return total
 
-    def exact_line(self, i: slice, j: slice) -> tuple[Codes, int]:
+    def exact_line(self, i: slice, j: slice) -> tuple[IntArray, int]:
         """Return (m, e) with m * 2**e the numbers of D in one row or one column; m are Python's integers.
 
         There must be one matrix only.
@@ -430,11 +430,11 @@ class ProductRows:
         zero = np.zeros(max(len(range(*i.indices(self.shape[0]))), len(range(*j.indices(self.shape[1])))), object)
         return sum((numbers << (e - least) for numbers, e in parts), zero), least
 
-    def _integer_products(self, i: slice, j: slice) -> Iterator[tuple[_Side, Codes, int]]:
+    def _integer_products(self, i: slice, j: slice) -> Iterator[tuple[_Side, IntArray, int]]:
         """Yield (side, m, e) with m * 2**e the numbers of left @ right in one row or one column."""
         for side in self.products.sides:
-            left = codes(side.left[self.start : self.start + self.shape[0]][i].contiguous())
-            sides = [integers(code, form) for code, form in zip((left, side.right[j]), side.forms, strict=True)]
+            left = numpy_bits(side.left[self.start : self.start + self.shape[0]][i].contiguous())
+            sides = [integers(bits, form) for bits, form in zip((left, side.right[j]), side.forms, strict=True)]
             least = [int(e.min(initial=0)) for _, e in sides]
             x, y = (m.astype(object) << (e - low).astype(object) for (m, e), low in zip(sides, least, strict=True))
             yield side, (x * y).sum(1), sum(least)

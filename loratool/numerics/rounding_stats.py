@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .decide import CHUNK, nearest
-from .forms import FORMS, Wide, bits, codes, finite
+from .forms import FORMS, Wide, finite, numpy_bits, tensor_bits
 from .workspace import Workspace
 
 
@@ -72,7 +72,7 @@ def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
         return RoundingStats()
     if out.dtype != base.dtype:
         set_quiet_nan(out, base.isnan())
-    overflowed = ((bits(out) & form.size) >= form.inf).logical_and_(finite(base))
+    overflowed = ((tensor_bits(out) & form.size) >= form.inf).logical_and_(finite(base))
     count = int(overflowed.sum())
     return RoundingStats(overflowed=count, largest=float(base[overflowed].double().abs().max()) if count else 0.0)
 
@@ -80,7 +80,7 @@ def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
 def set_quiet_nan(out: Tensor, where: Tensor) -> None:
     """Write the format's quiet nan, positive and without payload; a cast's bits would depend on the processor."""
     form = FORMS[out.dtype]
-    bits(out).masked_fill_(where, form.inf | 1 << (form.bits - 2))
+    tensor_bits(out).masked_fill_(where, form.inf | 1 << (form.precision - 2))
 
 
 def _round_to_odd(x: Tensor) -> Tensor:
@@ -97,11 +97,11 @@ def _round_to_odd(x: Tensor) -> Tensor:
 
 @np.errstate(all="ignore")
 def _cast_double(base: Tensor, out: Tensor) -> None:
-    """Cast float64 in one rounding; torch takes two on some processors. An overflow gets the code of inf."""
+    """Cast float64 in one rounding; torch takes two on some processors. An overflow gets the bits of inf."""
     out.copy_(base)
     flat, result, form = base.reshape(-1).cpu().numpy(), torch.empty(base.shape, dtype=out.dtype), FORMS[out.dtype]
-    patterns = codes(result).reshape(-1)
-    patterns[...] = codes(out.cpu().contiguous()).reshape(-1)
+    patterns = numpy_bits(result).reshape(-1)
+    patterns[...] = numpy_bits(out.cpu().contiguous()).reshape(-1)
     for start in range(0, len(flat), CHUNK):
         part = slice(start, start + CHUNK)
         zero = np.zeros(len(flat[part]))
@@ -143,11 +143,11 @@ def dot_by_matrix(x: Tensor, y: Tensor, matrices: int) -> Wide:
 def count_different(x: Tensor, base: Tensor, work: Workspace, matrices: int = 1) -> npt.NDArray[np.intp]:
     """Return how many values of each matrix differ, by their bits if the types are equal."""
     if x.is_cuda or x.itemsize == 1:
-        differ = x.double() != base.double() if x.dtype != base.dtype else bits(x) != bits(base)
+        differ = x.double() != base.double() if x.dtype != base.dtype else tensor_bits(x) != tensor_bits(base)
         return differ.view(matrices, -1).sum(1).cpu().numpy()
     hit = work.take("different", torch.bool, *x.shape).numpy()
     if x.dtype == base.dtype:
-        np.not_equal(codes(x), codes(base), out=hit)
+        np.not_equal(numpy_bits(x), numpy_bits(base), out=hit)
     else:
         kind = torch.float64 if 8 in (x.itemsize, base.itemsize) else torch.float32
         first, second = (work.take(name, kind, *x.shape).copy_(source) for name, source in (("one", x), ("two", base)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .decide import LEAST, SLACK, Delta, DenseDelta, U
 from .error_free import two_product, two_sum
-from .forms import FORMS, Positions, Wide, codes, fraction, wide
+from .forms import FORMS, Positions, Wide, fraction, numpy_bits, wide
 from .products import LEAST_OF, UNIT_OF
 
 
@@ -29,8 +29,8 @@ class Stored:
         self._value, self._weight = value.cpu().contiguous(), weight
         self._index, self._is_whole = np.arange(len(value)) if index is None else index, index is None
         self.shape = len(self._index), value.shape[1]
-        code, form = codes(self._value), FORMS[value.dtype]
-        self._most = wide((code & form.size).max(1, initial=0).astype(form.code), form)  # of each row of V
+        bits, form = numpy_bits(self._value), FORMS[value.dtype]
+        self._most = wide((bits & form.size).max(1, initial=0).astype(form.bits_type), form)  # of each row of V
         most = float(self._most.max(initial=0.0))
         self.largest = max(most, most * abs(weight), abs(weight))
 
@@ -58,12 +58,12 @@ class Stored:
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         row = self._index.take(i)
-        code = (
-            codes(self._value)[np.maximum(row, 0), j]
+        bits = (
+            numpy_bits(self._value)[np.maximum(row, 0), j]
             if len(self._value)
-            else np.zeros(len(i), FORMS[self._value.dtype].code)
+            else np.zeros(len(i), FORMS[self._value.dtype].bits_type)
         )
-        value = np.where(row >= 0, wide(code, FORMS[self._value.dtype]), 0.0)
+        value = np.where(row >= 0, wide(bits, FORMS[self._value.dtype]), 0.0)
         if self._weight == 1:
             size = value.view(np.int64) & np.int64(2**63 - 1)
             subnormal = (size > 0) & (size < 1 << 52)  # in float64: may be flushed
@@ -78,7 +78,7 @@ class Stored:
         row = int(self._index[i])
         if row < 0:
             return Fraction(0)
-        return Fraction(self._weight) * fraction(codes(self._value)[row, j], FORMS[self._value.dtype])
+        return Fraction(self._weight) * fraction(numpy_bits(self._value)[row, j], FORMS[self._value.dtype])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..numerics.decide import CHUNK, LEAST, SLACK, Reals, U, decide
 from ..numerics.error_free import two_sum
-from ..numerics.forms import Codes, Form, Positions, Wide, number, place
+from ..numerics.forms import Bits, Form, IntArray, Positions, Wide, number, place
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Runs:
         count: how many numbers each has; `every(form)` for a run that counts as all numbers.
     """
 
-    start: Codes
-    count: Codes
+    start: IntArray
+    count: IntArray
 
 
 def every(form: Form) -> int:
@@ -42,7 +42,7 @@ def every(form: Form) -> int:
 
 def find_runs(
     x: Reals,
-    result: Codes,
+    result: Bits,
     flat: Positions,
     first: int,
     columns: int,
@@ -80,14 +80,14 @@ def find_runs(
 
 @np.errstate(all="ignore")
 def _by_bits(
-    result: Codes,
+    result: Bits,
     change: npt.NDArray[Any],
     reach: float | Wide,
     form: Form,
     a: Wide | None = None,
     error: Wide | None = None,
     low: npt.NDArray[Any] | None = None,
-) -> tuple[Codes, Codes, npt.NDArray[np.bool_]]:
+) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
     """Return the start and count of each run, and whether both are certain.
 
     Args:
@@ -95,21 +95,21 @@ def _by_bits(
         low: a lower part of D: change + low has an error of `reach`. If an end is a number of the format, it decides
             whether that number is in the run. Only for a = 1.
     """
-    kind, bits, bias = (np.int32, 24, 127) if change.dtype == np.float32 else (np.int64, 53, 1023)
+    kind, precision, bias = (np.int32, 24, 127) if change.dtype == np.float32 else (np.int64, 53, 1023)
     # of a normal number x: x's bits >> shift = zero + ordinal; below the second binade: x = ordinal * step
-    shift, zero = bits - form.bits, (form.least + bias - 1) << (form.bits - 1)
-    half, second, minus_zero = 1 << (shift - 1), 2 << (form.bits - 1), kind(np.iinfo(kind).min)
-    step = change.dtype.type(2.0 ** (form.least - form.bits + 1))
+    shift, zero = precision - form.precision, (form.least + bias - 1) << (form.precision - 1)
+    half, second, minus_zero = 1 << (shift - 1), 2 << (form.precision - 1), kind(np.iinfo(kind).min)
+    step = change.dtype.type(2.0 ** (form.least - form.precision + 1))
     apart = 2.0 ** (40 if kind is np.int32 else 400)  # a beyond it or its inverse: quotients or a itself lose bits
-    start: Codes = np.empty(len(change), kind)
-    count: Codes = np.empty(len(change), kind)
+    start: IntArray = np.empty(len(change), kind)
+    count: IntArray = np.empty(len(change), kind)
     known = np.empty(len(change), np.bool_)
-    roundings = change.dtype.type(2.0 ** (4 - bits))
+    roundings = change.dtype.type(2.0 ** (4 - precision))
     for k in range(0, len(change), CHUNK):
         part = slice(k, k + CHUNK)
-        code: Any = result[part].astype(kind)
+        bits: Any = result[part].astype(kind)
         off: Any = reach[part] if isinstance(reach, np.ndarray) else change.dtype.type(reach)
-        size, sign = code & form.size, code & minus_zero
+        size, sign = bits & form.size, bits & minus_zero
         # all of this with the sign of W': the cell of X is (inner, outer), and D is `d`
         middle, d = (size + zero) << shift, (change[part].view(kind) ^ sign).view(change.dtype)
         inner, outer = (middle - half).view(change.dtype), (middle + half).view(change.dtype)
@@ -126,7 +126,7 @@ def _by_bits(
             sure &= ~straddles
             e1, e2 = np.where(falls, -e2, e1), np.where(falls, -e1, e2)  # of the nearer end, and of the farther
             near, far = np.abs(np.where(falls, outer, inner)), np.abs(np.where(falls, inner, outer))
-            open_ends = code & 1  # ties go to even
+            open_ends = bits & 1  # ties go to even
             below = (near.view(kind) - 1 + ((e1 > 0) | ((e1 == 0) & (open_ends == 1)))) >> shift
             last = (far.view(kind) - ((e2 < 0) | ((e2 == 0) & (open_ends == 1)))) >> shift
             margin = off
@@ -175,7 +175,7 @@ def _less(x: Wide, d: Wide, low: Wide) -> tuple[Wide, Wide, Wide]:
     return s, e, np.abs(rest)
 
 
-def _closer(x: Reals, result: Codes, i: Positions, j: Positions, form: Form) -> tuple[Codes, Codes]:
+def _closer(x: Reals, result: Bits, i: Positions, j: Positions, form: Form) -> tuple[IntArray, IntArray]:
     """Return the start and count of each run from `near`, or by bisection if that does not decide."""
     high, low, bound = x.delta.near(i, j)
     off = (bound + np.abs(low) + np.abs(high) * (16 * U)) * SLACK + LEAST
@@ -196,8 +196,8 @@ def _closer(x: Reals, result: Codes, i: Positions, j: Positions, form: Form) -> 
 
 
 def _by_halves(
-    x: Reals, result: Codes, i: Positions, j: Positions, form: Form, guess: tuple[Codes, Codes]
-) -> tuple[Codes, Codes]:
+    x: Reals, result: Bits, i: Positions, j: Positions, form: Form, guess: tuple[IntArray, IntArray]
+) -> tuple[IntArray, IntArray]:
     """Return the start and count of each run by bisection with `decide`. guess: probable starts and counts."""
     start = np.zeros(len(result), np.int64)
     count = np.full(len(result), every(form))
@@ -208,11 +208,11 @@ def _by_halves(
             exact = x.factor.exact(int((i, j)[x.factor.axis][k]))  # which float64 may not hold
             a[k] = (exact > 0) - (exact < 0)
         falls, stands = a < 0, a == 0
-    holds_zero = stands | (decide(x, np.zeros(len(i), form.code), form, i, j, form) == result)
+    holds_zero = stands | (decide(x, np.zeros(len(i), form.bits_type), form, i, j, form) == result)
     some = np.flatnonzero(~holds_zero)
     i, j, target, falls = i[some], j[some], place(result[some], form).astype(np.int64), falls[some]
 
-    def is_past(places: Codes, which: Positions, after: int) -> npt.NDArray[np.bool_]:
+    def is_past(places: IntArray, which: Positions, after: int) -> npt.NDArray[np.bool_]:
         """Return whether RN(X) of the numbers at these places is W' + `after` or more; or less, where a < 0."""
         result_places = place(decide(x, number(places, form), form, i[which], j[which], form), form).astype(np.int64)
         goal = target[which]

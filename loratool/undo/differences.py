@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from ..numerics.forms import Codes
+from ..numerics.forms import IntArray
 
 UNIT = 1 << 12  # differences of one width
 RARE = 32  # if fewer than one in RARE differ from 0, listing them with their gaps is shorter
@@ -17,7 +17,7 @@ IN_FULL = 20  # about the bits of a difference that is stored in full
 SPARSE = 255  # marks a sparse list, where else a width is
 
 
-def pack_differences(difference: Codes) -> bytes:
+def pack_differences(difference: IntArray) -> bytes:
     """Pack signed integers in units of UNIT numbers: a byte with a width, then each number in that many bits.
 
     A difference d of n bits, modulo 2**n, is stored as 2 d for d >= 0 and as -2 d - 1 for d < 0.
@@ -30,26 +30,27 @@ def pack_differences(difference: Codes) -> bytes:
     return b"".join(parts)
 
 
-def _folded(difference: Codes) -> Codes:
+def _folded(difference: IntArray) -> IntArray:
     """Return 2 d for d >= 0 and -2 d - 1 for d < 0, unsigned."""
-    folded: Codes = ((difference << 1) ^ (difference >> (8 * difference.itemsize - 1))).view(f"u{difference.itemsize}")
+    signs = difference >> (8 * difference.itemsize - 1)
+    folded: IntArray = ((difference << 1) ^ signs).view(f"u{difference.itemsize}")
     return folded
 
 
-def _unfolded(numbers: Codes) -> Codes:
+def _unfolded(numbers: IntArray) -> IntArray:
     """Return the signed integers that `_folded` folded."""
     signed = f"i{numbers.itemsize}"
-    unfolded: Codes = (numbers >> 1).view(signed) ^ -(numbers & 1).astype(signed)
+    unfolded: IntArray = (numbers >> 1).view(signed) ^ -(numbers & 1).astype(signed)
     return unfolded
 
 
-def _in_bits(numbers: Codes, width: int) -> bytes:
+def _in_bits(numbers: IntArray, width: int) -> bytes:
     """Return unsigned integers in `width` bits each; zeros pad the last byte."""
     flags = (numbers[:, None] >> np.arange(width, dtype=numbers.dtype)) & 1 == 1
     return np.packbits(flags, bitorder="little").tobytes()
 
 
-def pack_code_differences(difference: Codes) -> bytes:
+def pack_code_differences(difference: IntArray) -> bytes:
     """Pack int16 numbers, most of them 0 or near it: a byte for the layout, then the numbers.
 
     SPARSE: the numbers that are not 0, and the gaps before them. Any other byte is the width of all numbers, folded as
@@ -90,7 +91,7 @@ class Reader:
         data = np.frombuffer(self.take(self.rest), np.uint8)
         return np.unpackbits(data, bitorder="little").astype(np.bool_)
 
-    def differences(self, count: int, code: type) -> Codes:
+    def differences(self, count: int, code: type) -> IntArray:
         """Read `count` numbers of a signed integer type that `pack_differences` packed."""
         kind = np.dtype(code)
         numbers = np.empty(count, f"u{kind.itemsize}")
@@ -102,7 +103,7 @@ class Reader:
             self._from_bits(width, unit)
         return _unfolded(numbers)
 
-    def _from_bits(self, width: int, out: Codes) -> None:
+    def _from_bits(self, width: int, out: IntArray) -> None:
         """Read unsigned integers of `width` bits each into `out`.
 
         Raises:
@@ -115,7 +116,7 @@ class Reader:
         rows = numbers.reshape(len(out), width).astype(out.dtype)
         out[...] = (rows << np.arange(width, dtype=out.dtype)).sum(1, dtype=out.dtype)
 
-    def code_differences(self, count: int) -> Codes:
+    def code_differences(self, count: int) -> IntArray:
         """Read `count` numbers that `pack_code_differences` packed."""
         width, differences = self.take(1)[0], np.zeros(count, np.int16)
         if width == SPARSE:

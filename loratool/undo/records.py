@@ -35,9 +35,24 @@ from ..durable.journal import StoredBytes
 from ..errors import InputError
 from ..files.codecs.codec import CodeFormat, Parts
 from ..numerics.code_grid import guess_codes
+from ..numerics.code_levels import Codes
 from ..numerics.decide import LEAST, Reals, decide
 from ..numerics.dense import Bounds, DenseRows, each_number, mask_apart, midpoints
-from ..numerics.forms import FORMS, Codes, Form, Positions, Wide, bits, codes, finite, number, place, wide, widen
+from ..numerics.forms import (
+    FORMS,
+    Bits,
+    Form,
+    IntArray,
+    Positions,
+    Wide,
+    finite,
+    number,
+    numpy_bits,
+    place,
+    tensor_bits,
+    wide,
+    widen,
+)
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
@@ -120,10 +135,10 @@ class CodedRows:
         apart = codes.reshape(len(codes) * self.fold, -1)
         return self.format.values(self.parts, (self.start + row) * self.fold, apart).reshape(codes.shape)
 
-    def ordinals(self, codes: Codes) -> Codes:
+    def ordinals(self, codes: Codes) -> IntArray:
         return self.format.ordinals(self.parts, codes)
 
-    def from_ordinals(self, ordinals: Codes) -> Codes:
+    def from_ordinals(self, ordinals: IntArray) -> Codes:
         return self.format.from_ordinals(self.parts, ordinals)
 
     def read(self, count: int) -> Codes:
@@ -209,7 +224,7 @@ class Recorder:
         self._payloads[0] += norms.astype("<f8").tobytes()
 
     def tile(self, tile: Tile, dense: DenseRows) -> None:
-        if self._form.bits == 53 or self._rows:
+        if self._form.precision == 53 or self._rows:
             return
         change, shift = tile.change.view(-1), tile.shift
         if isinstance(shift, Tensor):  # a number for each row
@@ -227,7 +242,7 @@ class Recorder:
     def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
         if self._rows:
             self._record_codes(out, x, first)
-        elif self._form.bits == 53:
+        elif self._form.precision == 53:
             apart = place(take_all(base), self._form) - place(guess_double(out, x, first), self._form)
             for k, difference in enumerate(apart.reshape(len(self._payloads), -1)):
                 self._payloads[k] += pack_differences(difference)
@@ -243,16 +258,16 @@ class Recorder:
         ends = np.zeros_like(edges)  # places in longer runs before each edge
         for part in asked.parts():
             flat, _, runs = _runs_of(out, x, first, *part, asked.reach, self._form, size)
-            code = take(base, flat)
+            bits = take(base, flat)
             uncounted = np.flatnonzero(runs.count == every(self._form))
-            is_zero, inside = code.take(uncounted) == 0, np.searchsorted(flat, edges)
+            is_zero, inside = bits.take(uncounted) == 0, np.searchsorted(flat, edges)
             flags.append((is_zero, np.searchsorted(uncounted, inside)))
             runs.count[uncounted[is_zero]] = 1  # which needs no more bits
             many = np.flatnonzero(runs.count > 1)
-            code, numbers = code.take(many), runs.count.take(many)
-            places = place(code, self._form) - runs.start.take(many)
+            bits, numbers = bits.take(many), runs.count.take(many)
+            places = place(bits, self._form) - runs.start.take(many)
             raw = np.flatnonzero(numbers == every(self._form)) if len(uncounted) else uncounted
-            places[raw] = code.take(raw).view(f"u{code.itemsize}")
+            places[raw] = bits.take(raw).view(f"u{bits.itemsize}")
             index.append(places)
             count.append(numbers)
             ends += np.searchsorted(many, inside)
@@ -307,13 +322,13 @@ def record_recoded(rows: CodedRows, former: Codes, written: Codes, change: Round
     return RecordedBlock(change, payload, digest, word_sum(bytes_of(torch.from_numpy(written))))
 
 
-def take_all(x: Tensor) -> Codes:
+def take_all(x: Tensor) -> Bits:
     """Return all bit patterns of a tensor, flat."""
-    patterns: Codes = bits(x.contiguous()).cpu().numpy().reshape(-1)
+    patterns: Bits = tensor_bits(x.contiguous()).cpu().numpy().reshape(-1)
     return patterns
 
 
-def _together(parts: Sequence[Codes]) -> Codes:
+def _together(parts: Sequence[IntArray]) -> IntArray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
@@ -347,12 +362,11 @@ def may_have_several(result: Tensor, like: Tensor, near: Tensor) -> Tensor:
     the cell to be on the grid. That is a tie, and no step with an error bound above 0 decides a tie.
     """
     form = FORMS[result.dtype]
-    exponent = form.size & -(1 << (form.bits - 1))
+    exponent = form.size & -(1 << (form.precision - 1))
     if result.is_cuda:
-        return near | ((bits(result) & exponent) >= (bits(like) & form.size))
+        return near | ((tensor_bits(result) & exponent) >= (tensor_bits(like) & form.size))
     hit = near.numpy()
-    power, size = bits(result).numpy() & form.code(exponent), bits(like).numpy() & form.code(form.size)
-    hit |= power >= size
+    hit |= (numpy_bits(result) & form.bits_type(exponent)) >= (numpy_bits(like) & form.bits_type(form.size))
     return near
 
 
@@ -382,17 +396,17 @@ def _runs_of(
     Args:
         size: weights of a matrix, if each matrix has its own reach.
     """
-    result, odd = take(out, flat), flat[:0]
+    result, not_finite = take(out, flat), flat[:0]
     infinite = (result & form.size) >= form.inf
     if infinite.any():
-        odd = flat[infinite]
+        not_finite = flat[infinite]
         flat, result, change = (y[~infinite] for y in (flat, result, change))
     if isinstance(reach, np.ndarray):
         reach = reach.astype(change.dtype).take(flat // size)
-    return flat, odd, find_runs(x, result, flat, first, out.shape[1], change, reach, form)
+    return flat, not_finite, find_runs(x, result, flat, first, out.shape[1], change, reach, form)
 
 
-def _planes(index: Codes, count: Codes, ends: Positions) -> Iterator[tuple[npt.NDArray[np.bool_], Positions]]:
+def _planes(index: IntArray, count: IntArray, ends: Positions) -> Iterator[tuple[npt.NDArray[np.bool_], Positions]]:
     """Yield bit planes: the lowest bits of all places, the next bits of those in runs of more than two numbers, ...
 
     Args:
@@ -406,19 +420,19 @@ def _planes(index: Codes, count: Codes, ends: Positions) -> Iterator[tuple[npt.N
         bit += 1
 
 
-def guess_double(merged: Tensor, x: Reals, first: int) -> Codes:
+def guess_double(merged: Tensor, x: Reals, first: int) -> Bits:
     """Return a guess of a float64 W that writer and reader both compute: RN(W' - D), or W' if a is not 1."""
-    form, code = FORMS[merged.dtype], take_all(merged)
-    guess: Codes = wide(code, form).view(np.int64).copy()
+    form, bits = FORMS[merged.dtype], take_all(merged)
+    guess: Bits = wide(bits, form).view(np.int64).copy()
     if not x.factor:
-        finite = np.flatnonzero((code & form.size) < form.inf)
+        finite = np.flatnonzero((bits & form.size) < form.inf)
         for start in range(0, len(finite), TOGETHER):
             some = finite[start : start + TOGETHER]
             guess[some] = _without_delta(merged, some, x, first, FORMS[torch.float64])
     return guess
 
 
-def _without_delta(merged: Tensor, flat: Positions, x: Reals, first: int, to: Form) -> Codes:
+def _without_delta(merged: Tensor, flat: Positions, x: Reals, first: int, to: Form) -> Bits:
     """Return RN(W' - D) of finite weights at flat positions of a block."""
     form, i = FORMS[merged.dtype], flat // merged.shape[1]
     return decide(replace(x, sign=-1), take(merged, flat), form, i + first, flat - i * merged.shape[1], to)
@@ -442,16 +456,16 @@ class Doubted:
 def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
     """Write RN(W' - D) into `out`, both (rows, n), the rows of `x`, which is additive."""
     form = FORMS[merged.dtype]
-    if form.bits == 53:
+    if form.precision == 53:
         guess = guess_double(merged, x, 0)
-        bits(out).copy_(torch.from_numpy(guess).view(out.shape))
+        tensor_bits(out).copy_(torch.from_numpy(guess).view(out.shape))
         doubtful = int(np.count_nonzero(guess != take_all(merged)))
         farthest = 1 + bool(doubtful)
     else:
         asked, doubtful, farthest = go_back(merged, x, out, work), 0, 1
         for part in asked.parts():
-            flat, odd, runs = _runs_of(merged, x, 0, *part, asked.reach, form)
-            put(out, odd, take(merged, odd))
+            flat, not_finite, runs = _runs_of(merged, x, 0, *part, asked.reach, form)
+            put(out, not_finite, take(merged, not_finite))
             put(out, flat, _without_delta(merged, flat, x, 0, form))
             doubtful += int((runs.count > 1).sum())
             farthest = max(farthest, int(runs.count[runs.count < every(form)].max(initial=1)))
@@ -506,22 +520,23 @@ class Restorer:
             rows = rows.with_padding(padding)
         _put_codes(rows.unpack(self._reader, guess_codes(merged, x, 0, rows, work), padding), out)
 
-    def _from_guess(self, guess: Codes, out: Tensor) -> None:
-        restored = number(place(guess, self._form) + self._reader.differences(len(guess), self._form.code), self._form)
-        bits(out).copy_(torch.from_numpy(restored).view(bits(out).shape))
+    def _from_guess(self, guess: Bits, out: Tensor) -> None:
+        differences = self._reader.differences(len(guess), self._form.bits_type)
+        restored = number(place(guess, self._form) + differences, self._form)
+        tensor_bits(out).copy_(torch.from_numpy(restored).view(tensor_bits(out).shape))
 
     def block(self, merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> None:
         """Write W into `out` from W', `merged`; both (rows, n), of one type, with the rows of `x`."""
         if self._rows:
             return self._to_codes(self._rows, merged, x, out, work)
-        if self._form.bits == 53:
+        if self._form.precision == 53:
             return self._from_guess(guess_double(merged, x, 0), out)
         asked = go_back(merged, x, out, work)
         data, read, all_numbers = self._reader.bits(), 0, every(self._form)
-        longer: list[tuple[Positions, Codes, Codes]] = []
+        longer: list[tuple[Positions, IntArray, IntArray]] = []
         for part in asked.parts():
-            flat, odd, runs = _runs_of(merged, x, 0, *part, asked.reach, self._form)
-            put(out, odd, take(merged, odd))
+            flat, not_finite, runs = _runs_of(merged, x, 0, *part, asked.reach, self._form)
+            put(out, not_finite, take(merged, not_finite))
             put(out, flat, number(runs.start, self._form))
             uncounted = np.flatnonzero(runs.count == all_numbers)
             is_zero = data[read : read + len(uncounted)]
@@ -529,13 +544,13 @@ class Restorer:
                 raise ValueError("ends too early")
             read += len(uncounted)
             runs.count[uncounted[is_zero]] = 1
-            put(out, flat[uncounted[is_zero]], np.zeros(int(is_zero.sum()), self._form.code))
+            put(out, flat[uncounted[is_zero]], np.zeros(int(is_zero.sum()), self._form.bits_type))
             many = np.flatnonzero(runs.count > 1)
             longer.append((flat.take(many), runs.start.take(many), runs.count.take(many)))
         columns = zip(*longer, strict=True) if longer else [()] * 3
         flat, start, count = (_together(column) for column in columns)
         index = _from_planes(data[read:], count)
-        raw: Codes = index.astype(f"u{np.dtype(self._form.code).itemsize}").view(self._form.code)
+        raw: Bits = index.astype(f"u{np.dtype(self._form.bits_type).itemsize}").view(self._form.bits_type)
         put(out, flat, np.where(count == all_numbers, raw, number(start + index, self._form)))
 
     def recoded(self, written: Codes, out: Tensor) -> None:
@@ -556,10 +571,10 @@ class Restorer:
 
 
 def _put_codes(restored: Codes, out: Tensor) -> None:
-    codes(out)[...] = restored.view(codes(out).dtype).reshape(tuple(out.shape))
+    numpy_bits(out)[...] = restored.view(numpy_bits(out).dtype).reshape(tuple(out.shape))
 
 
-def _from_planes(data: npt.NDArray[np.bool_], count: Codes) -> Codes:
+def _from_planes(data: npt.NDArray[np.bool_], count: IntArray) -> IntArray:
     """Return the places that `_planes` yielded.
 
     Raises:

@@ -12,9 +12,9 @@ from conftest import spread
 from lib.hostile.hostile_reals import CPU, changes, normal
 
 from loratool.numerics.code_grid import guess_codes, round_to_codes
-from loratool.numerics.code_levels import E4M3, INT8, Integers, Levels
+from loratool.numerics.code_levels import E4M3, INT8, Codes, Integers, Levels
 from loratool.numerics.decide import Reals
-from loratool.numerics.forms import Codes, Wide
+from loratool.numerics.forms import Wide
 from loratool.numerics.products import Products, Term
 from loratool.numerics.workspace import Workspace
 

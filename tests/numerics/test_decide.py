@@ -29,8 +29,7 @@ from lib.oracles.fractions_oracle import FORMATS, Replace, codes, merge_codes
 
 from loratool.numerics import decide as steps
 from loratool.numerics.decide import Factor, Reals, anything, decide, nearest
-from loratool.numerics.forms import FORMS, Codes, Form, Positions, Wide, rounded, signed
-from loratool.numerics.forms import codes as bit_patterns
+from loratool.numerics.forms import FORMS, Bits, Form, Positions, Wide, numpy_bits, rounded, signed
 from loratool.numerics.products import ProductRows, Products
 from loratool.numerics.stored import Stored
 
@@ -57,10 +56,10 @@ def hard_sums(form: Form, count: int = 400) -> tuple[Wide, Wide, Wide]:
     """Return totals, rests and bounds on and beside numbers, midpoints and powers of two, of all signs and sizes."""
     g = np.random.default_rng(0)
     e = np.where(g.random(count) < 0.5, g.integers(max(form.least, -300) - 2, 100, count), 0)
-    steps = np.where(g.random(count) < 0.3, 0, g.integers(0, 1 << (form.bits - 1), count))
+    steps = np.where(g.random(count) < 0.3, 0, g.integers(0, 1 << (form.precision - 1), count))
     halves = g.choice([0.0, 0.5, 0.25, -0.25, -0.5, 2.0**-12, -(2.0**-12), 2.0**-26], count)
-    unit = np.ldexp(1.0, e - form.bits + 1)
-    total = g.choice([-1.0, 1.0], count) * ((1 << (form.bits - 1)) + steps + halves) * unit
+    unit = np.ldexp(1.0, e - form.precision + 1)
+    total = g.choice([-1.0, 1.0], count) * ((1 << (form.precision - 1)) + steps + halves) * unit
     ulp = np.abs(total) * 2.0**-53
     rest = ulp * g.choice([0.0, 0.0, 1.0, -1.0, 2.0**-30, -(2.0**-30)], count) * 0.5
     bound = g.choice([0.0, 0.0, 2.0**-40, 0.2, 0.24, 0.26, 0.3, 0.45, 0.49, 0.6], count) * unit
@@ -110,18 +109,18 @@ class TestWhatIsSure:
 BLIND = {"near": (), "nearer": ("near",), "exact": ("near", "nearer")}
 
 
-def decided(W: torch.Tensor, out: torch.dtype, delta: ProductRows) -> tuple[Codes, dict[str, int]]:
+def decided(W: torch.Tensor, out: torch.dtype, delta: ProductRows) -> tuple[Bits, dict[str, int]]:
     """Return W' of the finite weights as `decide` has it, and how often each step was asked."""
     form, i, j = FORMS[W.dtype], *every_place()
-    code = bit_patterns(W).ravel()
+    code = numpy_bits(W).ravel()
     fine = (code & form.size) < form.inf
     x = Reals(delta)
-    found = bit_patterns(torch.zeros(SHAPE, dtype=out)).ravel().copy()
+    found = numpy_bits(torch.zeros(SHAPE, dtype=out)).ravel().copy()
     found[fine] = decide(x, code[fine], form, i[fine], j[fine], FORMS[out])
     return found, x.steps
 
 
-def is_right(W: torch.Tensor, out: torch.dtype, found: Codes, expected: list[int] | None) -> bool:
+def is_right(W: torch.Tensor, out: torch.dtype, found: Bits, expected: list[int] | None) -> bool:
     mask = (1 << FORMATS[out].bits) - 1
     fine = W.isfinite().ravel().tolist()
     assert expected is not None
@@ -176,7 +175,7 @@ def test_a_multiple_of_the_weight(base: torch.dtype, value: torch.dtype, weight:
     V = torch.where(V.isfinite(), V * torch.from_numpy(g.choice([-1, 1], SHAPE)), 1.0).to(value)
     expected = merge_codes(W, base, [Replace(V, weight)])
     form, i, j = FORMS[base], *every_place()
-    code = bit_patterns(W).ravel()
+    code = numpy_bits(W).ravel()
     fine = np.ones(len(code), np.bool_) if weight == 1 else (code & form.size) < form.inf
     with flushing(flush):
         x = Reals(Stored(V, weight), Factor.of_rows([1 - F(weight)] * SHAPE[0]))
@@ -203,4 +202,4 @@ def test_nothing_to_decide() -> None:
 def test_codes_of_the_oracle_are_ours() -> None:
     """The tests compare the two: signed here, unsigned there."""
     W = hard_weights(FP32)["bits"]
-    assert [int(x) & 0xFFFFFFFF for x in bit_patterns(W).ravel()] == codes(W)
+    assert [int(x) & 0xFFFFFFFF for x in numpy_bits(W).ravel()] == codes(W)

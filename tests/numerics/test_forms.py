@@ -11,36 +11,36 @@ from lib.hostile.hostile_reals import both_ways, flushing, id_of
 from lib.oracles.fractions_oracle import FORMATS, Format, Refused, log2_floor, real_of, round_to_code
 
 from loratool.numerics import forms
-from loratool.numerics.forms import FORMS, Codes, Form
+from loratool.numerics.forms import FORMS, Bits, Form
 
-EDGES = 1 << 4  # of codes looked at on both sides of where something changes
+EDGES = 1 << 4  # so many bit patterns are tested on both sides of an edge
 
 
-def some_codes(dtype: torch.dtype) -> Codes:
+def some_bits(dtype: torch.dtype) -> Bits:
     """Return all bit patterns of a short type, and of a long one those around its edges and some others."""
     form = FORMS[dtype]
-    if form.bits < 24:
-        return np.arange(-form.size - 1, form.size + 1).astype(form.code)
-    normal = 1 << (form.bits - 1)
-    around = [0, normal, 2 * normal, 700 * normal if form.bits == 53 else 100 * normal, form.inf]
+    if form.precision < 24:
+        return np.arange(-form.size - 1, form.size + 1).astype(form.bits_type)
+    normal = 1 << (form.precision - 1)
+    around = [0, normal, 2 * normal, 700 * normal if form.precision == 53 else 100 * normal, form.inf]
     sizes = [x + np.arange(-EDGES, EDGES) for x in around] + [np.random.default_rng(0).integers(0, form.inf, 99)]
     size = np.concatenate(sizes)
     size = size[(size >= 0) & (size <= form.size)]
-    return np.concatenate([size, ~form.size | size]).astype(form.code)
+    return np.concatenate([size, ~form.size | size]).astype(form.bits_type)
 
 
-def oracle_code(code: int, form: Format) -> int:
-    return int(code) % (1 << form.bits)
+def oracle_bits(bits: int, form: Format) -> int:
+    return int(bits) % (1 << form.bits)
 
 
 @pytest.mark.parametrize("dtype", FORMS, ids=id_of)
-def test_a_code_means_what_ieee_says(dtype: torch.dtype) -> None:
-    form, its, code = FORMS[dtype], FORMATS[dtype], some_codes(dtype)
-    code = code[:: 97 if len(code) > 4000 else 1]
-    code = code[(code & form.size) < form.inf]
-    m, e = forms.integers(code, form)
-    for k, each in enumerate(code):
-        number = real_of(oracle_code(each, its), its)
+def test_bits_mean_what_ieee_says(dtype: torch.dtype) -> None:
+    form, its, bits = FORMS[dtype], FORMATS[dtype], some_bits(dtype)
+    bits = bits[:: 97 if len(bits) > 4000 else 1]
+    bits = bits[(bits & form.size) < form.inf]
+    m, e = forms.integers(bits, form)
+    for k, each in enumerate(bits):
+        number = real_of(oracle_bits(each, its), its)
         assert int(m[k]) * F(2) ** int(e[k]) == number == forms.fraction(each, form)
 
 
@@ -48,21 +48,21 @@ def test_a_code_means_what_ieee_says(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", FORMS, ids=id_of)
 def test_wide_keeps_every_number(dtype: torch.dtype, flush: bool) -> None:
     """numpy widens what it knows, torch bfloat16; subnormal numbers are not flushed either."""
-    form, code = FORMS[dtype], some_codes(dtype)
-    code = code[(code & form.size) < form.inf]
-    expected = torch.from_numpy(code).view(dtype).double().numpy().copy()
+    form, bits = FORMS[dtype], some_bits(dtype)
+    bits = bits[(bits & form.size) < form.inf]
+    expected = torch.from_numpy(bits).view(dtype).double().numpy().copy()
     with flushing(flush):
-        found = forms.wide(code, form)
+        found = forms.wide(bits, form)
     assert np.array_equal(found.view(np.int64), expected.view(np.int64))
 
 
 @pytest.mark.parametrize("dtype", FORMS, ids=id_of)
 def test_places_are_in_the_order_of_the_numbers(dtype: torch.dtype) -> None:
-    form, code = FORMS[dtype], some_codes(dtype)
-    code = np.unique(np.append(code[:: 41 if len(code) > 4000 else 1], code[code & form.size < 3]))
-    place = forms.place(code, form)
-    assert np.array_equal(forms.number(place, form), code)
-    finite = np.unique(place[(code & form.size) < form.inf])
+    form, bits = FORMS[dtype], some_bits(dtype)
+    bits = np.unique(np.append(bits[:: 41 if len(bits) > 4000 else 1], bits[bits & form.size < 3]))
+    place = forms.place(bits, form)
+    assert np.array_equal(forms.number(place, form), bits)
+    finite = np.unique(place[(bits & form.size) < form.inf])
     numbers = [forms.fraction(each, form) for each in forms.number(finite, form)]
     assert numbers == sorted(numbers) and set(np.flatnonzero([x == 0 for x in numbers])) == set(
         np.flatnonzero((finite == 0) | (finite == -1))
@@ -74,13 +74,13 @@ def around(dtype: torch.dtype) -> list[F]:
     """Return numbers, midpoints and what is beside them, in and beyond the range."""
     form, g = FORMS[dtype], np.random.default_rng(1)
     sizes = [*range(6), *(int(x) for x in g.integers(0, form.inf - 1, 20)), *range(form.inf - 4, form.inf - 1)]
-    sizes += [each << (form.bits - 1) for each in range(1, 5)]
+    sizes += [each << (form.precision - 1) for each in range(1, 5)]
     found = []
     for size in sizes:
-        low, high = (forms.fraction(form.code(each), form) for each in (size, size + 1))
+        low, high = (forms.fraction(form.bits_type(each), form) for each in (size, size + 1))
         middle, hair = (low + high) / 2, (high - low) * F(2) ** -200
         found += [low, low + hair, middle - hair, middle, middle + hair, high - hair]
-    top = forms.fraction(form.code(form.inf - 1), form)
+    top = forms.fraction(form.bits_type(form.inf - 1), form)
     return [*found, top + (top - found[-6]) / 2, top * 2, F(1, 3), F(2) ** -4000]
 
 
@@ -95,14 +95,14 @@ def test_rounded_is_the_nearest_ties_to_even(dtype: torch.dtype) -> None:
         except Refused:
             assert found >= form.inf
         for negative in (False, True):
-            code = forms.signed(min(found, form.inf), negative, form)
-            assert (int(code) & form.size, int(code) < 0) == (min(found, form.inf), negative)
+            bits = forms.signed(min(found, form.inf), negative, form)
+            assert (int(bits) & form.size, int(bits) < 0) == (min(found, form.inf), negative)
 
 
 def test_a_form_is_the_machines() -> None:
     """Significands, exponents and codes of `torch.finfo`."""
     for dtype, form in FORMS.items():
         info = torch.finfo(dtype)
-        assert (info.eps, info.tiny) == (2.0 ** (1 - form.bits), 2.0**form.least) and isinstance(form, Form)
-        largest = torch.from_numpy(np.array([form.inf - 1], form.code)).view(dtype)
+        assert (info.eps, info.tiny) == (2.0 ** (1 - form.precision), 2.0**form.least) and isinstance(form, Form)
+        largest = torch.from_numpy(np.array([form.inf - 1], form.bits_type)).view(dtype)
         assert largest.double().item() == info.max

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from loratool.numerics import dense
 from loratool.numerics.decide import Factor, Reals, decide
-from loratool.numerics.forms import FORMS
-from loratool.numerics.forms import codes as bit_patterns
+from loratool.numerics.forms import FORMS, numpy_bits
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.norms import magnitude_ratio
 from loratool.numerics.products import Products, Term
@@ -184,8 +183,8 @@ def test_factors_of_w_beyond_float32(a: tuple[float, float]) -> None:
     D = weights(2, 40, seed=2).double() * torch.tensor([[1e-9], [1e12]])
     x = Reals(Stored(D, 1.0), Factor.of_rows([Fraction(each) for each in a]))
     i, j = (at.reshape(-1) for at in np.indices(W.shape))
-    wanted = decide(x, bit_patterns(W).reshape(-1), FORMS[BF16], i, j, FORMS[BF16])
-    assert (bit_patterns(merged(W, x)[0]).reshape(-1) == wanted).all()
+    wanted = decide(x, numpy_bits(W).reshape(-1), FORMS[BF16], i, j, FORMS[BF16])
+    assert (numpy_bits(merged(W, x)[0]).reshape(-1) == wanted).all()
 
 
 def test_a_float32_of_fewer_bits_is_not_trusted() -> None:
@@ -233,16 +232,16 @@ def test_nan_in_another_type_is_the_quiet_one(dtype: torch.dtype, to: torch.dtyp
     """Whichever it was: processors differ in what a cast leaves of sign and payload."""
     W, (A, B) = weights(2, 40, dtype=dtype), factors(2, 40, 2)
     inf = FORMS[dtype].inf
-    bit_patterns(W)[:, ::7] = [inf + 1, inf | 5, -1, -3, inf | inf >> 1, -2]
+    numpy_bits(W)[:, ::7] = [inf + 1, inf | 5, -1, -3, inf | inf >> 1, -2]
     made, cast = merged(W, product_of(A, B), to)[0], torch.empty_like(W, dtype=to)
     cast_rounded(W, cast, Workspace(CPU))
     quiet = {BF16: 0x7FC0, FP16: 0x7E00, FP32: 0x7FC00000}[to]
     for out in (made, cast):
         where = W.isnan().numpy()
         if dtype == to:
-            assert (bit_patterns(out)[where] == bit_patterns(W)[where]).all()
+            assert (numpy_bits(out)[where] == numpy_bits(W)[where]).all()
         else:
-            assert (bit_patterns(out)[where] == quiet).all()
+            assert (numpy_bits(out)[where] == quiet).all()
 
 
 def test_a_ratio_below_float64_beside_factors_that_make_it_count() -> None:

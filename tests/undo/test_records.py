@@ -19,7 +19,7 @@ from torch import Tensor
 
 from loratool.errors import InputError
 from loratool.numerics.decide import Factor, Reals, decide
-from loratool.numerics.forms import FORMS, Codes, codes, number, place
+from loratool.numerics.forms import FORMS, Bits, number, numpy_bits, place
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.stored import Stored, Sum
@@ -217,10 +217,10 @@ def deltas(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 class Found:
     """The run of each finite W', from what every finite W gives."""
 
-    result: Codes
-    start: Codes
-    count: Codes
-    holds_zero: Codes  # bool
+    result: Bits
+    start: Bits
+    count: Bits
+    holds_zero: Bits  # bool
 
 
 def brute_force(x: Reals, i: int, j: int, dtype: torch.dtype) -> Found:
@@ -291,20 +291,18 @@ class TestRuns:
         D = D.to(g.choice([FP64, FP32, BF16])).double() if g.random() < 0.7 else (W.double() * 0.5).to(dtype).double()
         D = torch.where(D.abs() < torch.finfo(dtype).max / 4, D, 0.5)
         x, i, j = scaled(D, a), np.zeros(40, np.int64), np.arange(40)
-        result = decide(x, codes(W)[0], form, i, j, form)
+        result = decide(x, numpy_bits(W)[0], form, i, j, form)
         fine = np.flatnonzero((result & form.size) < form.inf)
         runs = find_runs(x, result[fine], j[fine], 0, 40, D[0].numpy()[fine], 0.0, form)
         first, count = runs.start.astype(np.int64), runs.count.astype(np.int64)
-        whole = count == every(form)
-        assert (
-            whole | ((first <= place(codes(W)[0], form)[fine]) & (place(codes(W)[0], form)[fine] < first + count))
-        ).all()
+        whole, places = count == every(form), place(numpy_bits(W)[0], form)[fine]
+        assert (whole | ((first <= places) & (places < first + count))).all()
         keeps = np.array([x.keeps(0, int(k)) for k in j])[fine]
         for at, inside in ((first, True), (first + count - 1, True), (first - 1, False), (first + count, False)):
             some = np.flatnonzero(~whole & (at >= -form.inf) & (at < form.inf) & ~keeps)
             made = decide(x, number(at[some], form), form, i[some], j[fine][some], form)
             assert ((made == result[fine][some]) == inside).all()
-        zero = decide(x, np.zeros(len(fine), form.code), form, i[: len(fine)], j[fine], form)
+        zero = decide(x, np.zeros(len(fine), form.bits_type), form, i[: len(fine)], j[fine], form)
         assert (whole == (((zero == result[fine]) | (a == 0)) & ~keeps)).all()
 
     def test_rows_under_two_updates(self) -> None:
@@ -334,7 +332,7 @@ class TestDoubts:
         back = torch.empty_like(W)
         doubted = subtract(out, forward, back, Workspace(CPU))
         sizes, few = [], [1]
-        for k, result in enumerate(codes(out).reshape(-1)):
+        for k, result in enumerate(numpy_bits(out).reshape(-1)):
             found = brute_force(forward, 0, k, dtype)
             at = int(np.flatnonzero(found.result == result)[0])
             sizes.append(found.count[at])

@@ -22,7 +22,8 @@ from ...binding.merge.merge_plan import MergePlan
 from ...binding.modules.placement import Placement
 from ...files.codecs.codec import Parts, Quantizer, StoredTensor
 from ...files.tensor_ref import TensorRef
-from ...numerics.forms import Codes, Wide
+from ...numerics.code_levels import Codes
+from ...numerics.forms import Wide
 from ...numerics.rounding_stats import RoundingStats
 from ...numerics.workspace import Workspace
 from ...streaming.encode import encode_tensor

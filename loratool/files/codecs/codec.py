@@ -87,14 +87,14 @@ class StoredTensor:
         import numpy as np
         import torch
 
-        from ...numerics.forms import FORMS, codes, wide, widen
+        from ...numerics.forms import FORMS, numpy_bits, wide, widen
 
         numbers = self.numbers(first, count)
         form = FORMS.get(numbers.dtype)
         if form and numbers.itemsize == 1:  # `wide` knows no nan of these
             return widen(numbers, torch.empty(numbers.shape, dtype=torch.float64)).numpy()
         with np.errstate(invalid="ignore"):  # a damaged tensor may have signaling nan
-            return wide(codes(numbers), form).copy() if form else numbers.numpy().astype(np.float64)
+            return wide(numpy_bits(numbers), form).copy() if form else numbers.numpy().astype(np.float64)
 
     def box(self, rows: int, width: int, start: int, stop: int, first: int = 0) -> Codes:
         """Return columns start:stop of `rows` rows of `width` numbers from `first` on, as `integers`.
@@ -123,7 +123,7 @@ class StoredTensor:
         from ...numerics.forms import FORMS, wide
 
         form = FORMS[getattr(torch, DTYPE_NAMES[self.spec.dtype])]
-        return wide(self.box(rows, width, start, stop).view(form.code), form)
+        return wide(self.box(rows, width, start, stop).view(form.bits_type), form)
 
 
 @dataclass(frozen=True)

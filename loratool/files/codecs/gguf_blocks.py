@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...numerics.code_levels import Integers, Levels, Table
-from ...numerics.forms import Codes, Wide
+from ...numerics.code_levels import Codes, Integers, Levels, Table
+from ...numerics.forms import Wide
 from ..dtypes import BLOCK_TYPES
 from .codec import StoredTensor
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ...errors import InputError
-from ...numerics.forms import Codes
+from ...numerics.code_levels import Codes
 from .codec import Parts, Piece, Quantizer
 from .gguf_blocks import LAYOUTS
 
