@@ -34,7 +34,7 @@ class ModelClass:
         start, to = next((move for move in self.moves if ended.startswith(move[0])), ("", None))
         return "" if to is None else (to + ended.removeprefix(start)).removesuffix(".")
 
-    def whole(self, path: str) -> str:
+    def in_main_class(self, path: str) -> str:
         """Return the path in the main class for a path in this class; unchanged if this class has no such path."""
         dotted = f"{path}."  # so that a head's module matches its prefix
         moves = ((start, to) for start, to in self.moves if to is not None and dotted.startswith(to))

@@ -44,7 +44,7 @@ class RowPart:
     start: int  # rows [start, stop) of the tensor
     stop: int
     skip: int  # they are rows [skip, skip + stop - start) of the module
-    whole: int  # number of rows of the module
+    module_rows: int  # number of rows of the module
     permuted: bool = False  # the module has them in another order
 
 

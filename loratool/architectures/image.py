@@ -33,7 +33,7 @@ class ModuleRows:
     start: int  # rows [start, stop) of the tensor
     stop: int
     skip: int  # the number of row `start` in the module
-    whole: int  # number of rows of the module
+    module_rows: int  # number of rows of the module
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ class _Part:
             ending = [each for name, each in paths.items() if name.endswith(end + path)]
             return (_all_rows(self.tensors[ending[0]], self.shapes),) if len(ending) == 1 else ()
         located = None if self.table.up_attention else locate(self.table, path)
-        present = [module for module in located.diffusers if module in self._whole] if located else []
+        present = [module for module in located.diffusers if module in self._complete] if located else []
         return (
-            _rows_in_base(located, self._columns[present[0]], self._whole, self._pieces) if located and present else ()
+            _rows_in_base(located, self._columns[present[0]], self._complete, self._pieces)
+            if located and present
+            else ()
         )
 
     @cached_property
@@ -86,14 +88,14 @@ class _Part:
             located = locate(self.table, path) if self.table else None
             rows, width, *_ = (*self.shapes[name], 1)
             for span in (parts_of(located, width, rows) if located else None) or ():
-                piece = ModuleRows(name, span.start, span.stop, span.skip, span.whole)
+                piece = ModuleRows(name, span.start, span.stop, span.skip, span.module_rows)
                 pieces.setdefault(span.module, []).append(piece)
         return pieces
 
     @cached_property
-    def _whole(self) -> dict[str, int]:
+    def _complete(self) -> dict[str, int]:
         """diffusers' module -> its number of rows, if all of them are in the base."""
-        counts = {module: rows[0].whole for module, rows in self._pieces.items()}
+        counts = {module: rows[0].module_rows for module, rows in self._pieces.items()}
         return {m: counts[m] for m, rows in self._pieces.items() if sum(r.stop - r.start for r in rows) == counts[m]}
 
     @cached_property

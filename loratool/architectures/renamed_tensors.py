@@ -66,7 +66,7 @@ def rename_tensors(
     pieces: dict[str, list[ModuleRows]] = {}
     for path in (path for path in unprefixed if path not in unused):
         for span in _spans(family, path, naming, unprefixed, prefix):
-            rows = ModuleRows(prefix + path, span.start, span.stop, span.skip, span.whole)
+            rows = ModuleRows(prefix + path, span.start, span.stop, span.skip, span.module_rows)
             pieces.setdefault(span.module, []).append(rows)
     by_diffusers = {name: _joined(name, rows, shapes) for name, rows in pieces.items()}
     if to is Naming.DIFFUSERS:
@@ -177,7 +177,7 @@ def _joined(name: str, rows: Iterable[ModuleRows], shapes: Mapping[str, Shape]) 
     first, done = pieces[0], 0
     shape = shapes[first.tensor]
     for before, piece in zip([first, *pieces], pieces, strict=False):
-        if piece.skip < done or piece.whole != first.whole:
+        if piece.skip < done or piece.module_rows != first.module_rows:
             raise InputError(f"is {name}, and so is {before.tensor}", culprit=piece.tensor)
         if piece.skip > done:
             break
@@ -185,8 +185,8 @@ def _joined(name: str, rows: Iterable[ModuleRows], shapes: Mapping[str, Shape]) 
             message = f"is {shapes[piece.tensor]} and {first.tensor} is {shape}, and both are rows of {name}"
             raise InputError(message, culprit=piece.tensor)
         done += piece.stop - piece.start
-    if done != first.whole:
-        message = f"has {done} rows of the {first.whole} of {name}, and no tensor has the others"
+    if done != first.module_rows:
+        message = f"has {done} rows of the {first.module_rows} of {name}, and no tensor has the others"
         raise InputError(message, culprit=first.tensor)
     return RenamedTensor((done, *shape[1:]) if shape else (), tuple(pieces))
 

@@ -312,7 +312,7 @@ def _without(adapter: Adapter, components: Collection[str]) -> Adapter:
     excluded = [module for module in adapter.updates if module not in remaining.updates]
     needed = {name for update in remaining.updates.values() for name in update.stored}
     adapter.file.hide({name for module in excluded for name in adapter.updates[module].stored} - needed)
-    return replace(remaining, extras=(), left_out=(*excluded, *adapter.extras))
+    return replace(remaining, extras=(), excluded=(*excluded, *adapter.extras))
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ class TransformersView:
     """A GGUF model as one of transformers."""
 
     checkpoint: Checkpoint  # of one virtual file
-    left_out: tuple[str, ...]  # tensors of the GGUF file whose values are in the config
+    in_config: tuple[str, ...]  # tensors of the GGUF file whose values are in the config
 
 
 @dataclass(frozen=True)

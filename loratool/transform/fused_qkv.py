@@ -90,10 +90,11 @@ def _split(source: SourceModule, located: Located, sizes: Sizes) -> list[TargetM
         if of_table is None and any("queries" in fused.sizes for _, fused in located.rows):
             raise _base_tells(source.path, next(m for m in located.diffusers if m not in known))
         count = len(located.diffusers)
-        terms = " + ".join(map(str, [span.whole for span in of_table] if of_table else [rows // count] * count))
+        terms = " + ".join(map(str, [span.module_rows for span in of_table] if of_table else [rows // count] * count))
         raise InputError(f"has {rows} rows, which are not {terms}: it is of another model", culprit=source.path)
     return [
-        TargetModule("", span.module, span.whole, (RowSlice(source, span.start, span.stop),), "split") for span in spans
+        TargetModule("", span.module, span.module_rows, (RowSlice(source, span.start, span.stop),), "split")
+        for span in spans
     ]
 
 
@@ -106,7 +107,7 @@ def _fuse(path: str, parts: Mapping[str, SourceModule], sizes: Sizes) -> TargetM
         raise InputError(f"would have parts of {alike[0]} and {alike[1]} rows, which no model has", culprit=path)
     width = next(iter(parts.values())).update.shape[1]
     of_table = parts_of(located, width, known={}) or ()  # by the table alone, if the width determines all parts
-    base = {span.module: span.whole for span in of_table} or _of_base(located, sizes)
+    base = {span.module: span.module_rows for span in of_table} or _of_base(located, sizes)
     wrong = next((module for module in rows if base.get(module, rows[module]) != rows[module]), None)
     if wrong:
         whose = f"{located.family.title}'s matrices" if of_table else "the base"
@@ -115,7 +116,7 @@ def _fuse(path: str, parts: Mapping[str, SourceModule], sizes: Sizes) -> TargetM
     spans = parts_of(located, width, known={**base, **rows})
     if spans is None:
         raise _base_tells(path, next(m for m in located.diffusers if m not in rows and m not in base))
-    placed = [RowSlice(parts[s.module], 0, s.whole, s.start) for s in spans if s.module in parts]
+    placed = [RowSlice(parts[s.module], 0, s.module_rows, s.start) for s in spans if s.module in parts]
     return fuse_modules("", path, placed, spans[-1].stop)
 
 

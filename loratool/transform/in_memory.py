@@ -33,7 +33,7 @@ from .expand import expand
 from .lazy import Transformed, loss_of, start, with_scales_of
 from .log import Change
 from .module_map import TargetModule, plan_target_modules
-from .output import content, left_out
+from .output import content, unused_modules
 from .plan import plan_convert
 from .regroup import regroup
 from .request import ConvertRequest, alpha_notes, request_for
@@ -99,7 +99,7 @@ class CommonFormat:
 
     states: Sequence[Transformed]
     exclude: tuple[str, ...]  # the patterns that apply to the new names
-    dropped: Sequence[str] = ()  # modules that were excluded by their former names
+    excluded: Sequence[str] = ()  # modules that were excluded by their former names
 
 
 def convert_to_common_format(
@@ -133,7 +133,7 @@ def convert_to_common_format(
     return CommonFormat(
         alike,
         tuple(rest),
-        [m for former, state in zip(states, converted, strict=True) for m in left_out(former.adapter, state)],
+        [m for former, state in zip(states, converted, strict=True) for m in unused_modules(former.adapter, state)],
     )
 
 

@@ -60,12 +60,12 @@ def plan_target_modules(sources: list[SourceModule], family: str, naming: Naming
     spans = [(source, table := _table_of(source, family), _spans(source, table)) for source in settled]
     _refuse_twice(spans)
     of_denoiser = [module_spans for source, _, module_spans in spans if source.component in DENOISERS]
-    part_rows = {span.module: span.whole for module_spans in of_denoiser for span in module_spans}
+    part_rows = {span.module: span.module_rows for module_spans in of_denoiser for span in module_spans}
     slices: dict[tuple[str, str], list[RowSlice]] = {}
     rows: dict[tuple[str, str], int] = {}
     for source, table, module_spans in spans:
         for span in module_spans:
-            placed = [(span.module, span.whole, RowSlice(source, span.start, span.stop, span.skip))]
+            placed = [(span.module, span.module_rows, RowSlice(source, span.start, span.stop, span.skip))]
             if naming is not Naming.DIFFUSERS and table is FAMILIES[family]:
                 placed = _in_naming(source, table, span, part_rows, naming)
             for path, size, part in placed:
@@ -135,7 +135,7 @@ def _in_naming(
         other = locate(table, path)
         parts = parts_of(other, source.update.shape[1], known=part_rows) if other else None
         if parts is None:
-            raise InputError(f"has {span.whole} rows, too many for its part of {path}", culprit=source.module)
+            raise InputError(f"has {span.module_rows} rows, too many for its part of {path}", culprit=source.module)
         for part in parts:
             low, high = (
                 max(part.skip, span.skip),

@@ -64,7 +64,7 @@ def rows(state: Settled) -> tuple[ModuleConvert, ...]:
     return tuple(report_rows)
 
 
-def left_out(source: Adapter, state: Transformed) -> tuple[str, ...]:
+def unused_modules(source: Adapter, state: Transformed) -> tuple[str, ...]:
     """Return the modules of the opened adapter that are not in the output, not even in part."""
     used = {module for change in state.log.values() for module in change.sources}
     return tuple(module for module in source.updates if module not in used)

@@ -165,7 +165,7 @@ def _names_class(source: Adapter, request: ConvertRequest) -> bool:
         return False
     # a config.json alone was needed for the source's names; the names of a class need the weights
     is_config = request.base is not None and request.base.is_config
-    return not (is_config and FORMATS[source.format].can.told_by_model)
+    return not (is_config and FORMATS[source.format].can.depends_on_base)
 
 
 def _check_options(source: Adapter, target: TargetModel, request: ConvertRequest, names_class: bool) -> None:
@@ -174,8 +174,10 @@ def _check_options(source: Adapter, target: TargetModel, request: ConvertRequest
     dora = request.plain and any(source_module.update.cls is DoRA for source_module in target.wanted)
     is_image = target.family is not None
     may_be_image = is_image or not target.is_single
-    uses_base = request.layout or names_class or dora or may_be_image or source_can.told_by_model or to.told_by_model
-    if target.family is not None and to.told_by_model:
+    uses_base = (
+        request.layout or names_class or dora or may_be_image or source_can.depends_on_base or to.depends_on_base
+    )
+    if target.family is not None and to.depends_on_base:
         message = f"is of {FAMILIES[target.family].title}, and {request.to}'s files are for language models"
         raise InputError(message, culprit=source.name)
     if target.family is not None and request.layout:

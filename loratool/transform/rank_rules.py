@@ -25,14 +25,14 @@ class SingularValues:
     squares: tuple[float, ...]  # sigma^2, falling; summed over the stack
     total: float  # ||D||^2, including values that are not in `squares`
     cost: int  # parameters per rank
-    whole: bool  # no singular value is missing from `squares`
+    complete: bool  # no singular value is missing from `squares`
     noise: float | None = None  # the edge of the noise; of a stack, the root of the sum of its matrices' squares
 
 
 def fixed_rank(spectrum: SingularValues, value: float) -> int | None:
     """Return `value`, or the matrix's rank if that is lower."""
     known = len(spectrum.squares)
-    return min(int(value), known) if spectrum.whole or known >= value else None
+    return min(int(value), known) if spectrum.complete or known >= value else None
 
 
 def energy_rank(spectrum: SingularValues, value: float) -> int | None:
@@ -42,18 +42,18 @@ def energy_rank(spectrum: SingularValues, value: float) -> int | None:
         energy += square
         if energy >= wanted:
             return k
-    return len(spectrum.squares) if spectrum.whole else None
+    return len(spectrum.squares) if spectrum.complete else None
 
 
 def ratio_rank(spectrum: SingularValues, value: float) -> int | None:
     """Count the sigmas above sigma_1 / value (kohya's networks/resize_lora.py, index_sv_ratio, returns one more)."""
     count = sum(math.sqrt(square) * value > math.sqrt(spectrum.squares[0]) for square in spectrum.squares)
-    return count if spectrum.whole or count < len(spectrum.squares) else None
+    return count if spectrum.complete or count < len(spectrum.squares) else None
 
 
 def cumulative_rank(spectrum: SingularValues, value: float) -> int | None:
     """Return the least k whose sigmas sum to `value` of their total (kohya's index_sv_cumulative returned one more)."""
-    if not spectrum.whole:
+    if not spectrum.complete:
         return None
     sigmas = [math.sqrt(square) for square in spectrum.squares]
     total, wanted = 0.0, value * math.fsum(sigmas) * (1 - 1e-12)
@@ -73,7 +73,7 @@ def noise_rank(spectrum: SingularValues, value: float) -> int | None:
     """Count the sigmas above `value` times the edge of the noise (`numerics/rounding_noise.py`); the count may be 0."""
     assert spectrum.noise is not None, "only who knows the noise offers the rule"
     count = sum(square > (value * spectrum.noise) ** 2 for square in spectrum.squares)
-    return count if spectrum.whole or count < len(spectrum.squares) else None
+    return count if spectrum.complete or count < len(spectrum.squares) else None
 
 
 # name -> a function from (singular values, value of the option) to a rank, or to None if it needs more values

@@ -94,7 +94,7 @@ def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, Update
         kinds = ", ".join(dict.fromkeys(updates[module].kind for module in unsupported))
         raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", unsupported, among=updates)
     misfits = dict(FORMATS[request.to].misfits(source, updates, request.model))
-    if can.told_by_model or request.layout:  # other conversions check the names against the weights
+    if can.depends_on_base or request.layout:  # other conversions check the names against the weights
         layers = Layers.find((), request.model)
         reason = f"of a layer that the base does not have, by the {layers.count} layers of its config.json"
         misfits |= dict.fromkeys(filter(layers.is_beyond, updates), reason)

@@ -151,7 +151,7 @@ def _tensors(source: Adapter, base: Checkpoint | None, updates: Mapping[str, Upd
         return {}
     specs, _ = bindable(base, find_tie(base))
     matches, _ = resolve_modules(specs, source.only(updates), base.configs)
-    path_in_model = ClassNames(base).whole
+    path_in_model = ClassNames(base).in_main_class
     return {
         module: [module_path(path_in_model(match.name)) for match in matched] for module, matched in matches.items()
     }

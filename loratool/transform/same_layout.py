@@ -118,6 +118,6 @@ def _targets(group: _Group, fused: SourceModule, known: Mapping[int, int], fuses
         return [fuse_modules("", located.path, placed, rows)]
     assert group.fused is not None
     return [
-        TargetModule("", span.module, span.whole, (RowSlice(group.fused, span.start, span.stop),), "split")
+        TargetModule("", span.module, span.module_rows, (RowSlice(group.fused, span.start, span.stop),), "split")
         for span in spans
     ]

@@ -225,7 +225,9 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     base = plan.base
     adapters = sort_adapters(plan.adapters)
     inner = f"{base.folder.name}/" if base.outer else ""
-    names = {*(name.removeprefix(inner) for name in output.extras), *plan.edits.files, *plan.edits.dropped} - {CARD}
+    names = {*(name.removeprefix(inner) for name in output.extras), *plan.edits.files, *plan.edits.skipped_files} - {
+        CARD
+    }
     for model in () if base.given_as_file else base.models:
         names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
     paths = {name: (base.root if is_of_whole(name) else base.folder) / name for name in sorted(names)}
@@ -341,7 +343,7 @@ def _fits(placement: Placement, spec: TensorSpec) -> bool:
     update, shape = placement.update, placement.update.shape
     if update.cls.stack is not (placement.expert is not None):
         return False
-    if update.cls.whole and not update.additive:
+    if update.cls.in_stored_layout and not update.additive:
         takes_all_rows = (placement.start, placement.stop, placement.skip) == (0, placement.rows, 0)
         if placement.transposed or placement.rows != (*spec.shape, 1)[0]:
             return False

@@ -132,7 +132,7 @@ def same_rows(found: Mapping[str, Tensor], single: Mapping[str, Tensor], compone
         if where:
             ours = torch.full((len(tensor),), -1.0)
             for rows in where:
-                assert rows.whole == len(tensor)
+                assert rows.module_rows == len(tensor)
                 column = single[rows.tensor].reshape(len(single[rows.tensor]), -1)[:, 0]
                 ours[rows.skip : rows.skip + rows.stop - rows.start] = column[rows.start : rows.stop]
             assert torch.equal(ours, tensor.reshape(len(tensor), -1)[:, 0].float()), name

@@ -275,7 +275,7 @@ def in_class(name: str, shape: Sequence[int], configs: Mapping[str, Mapping[str,
     """Return the parameters of the class that have rows of a tensor of the file -> how many they have, if known."""
     rows = row_parts(name, tuple(configs), configs, shape[-2:][0]) if len(shape) else ()
     stack, bias = len(shape) == 3, name.endswith("bias")
-    return {part.module + ("" if stack or bias else ".weight"): part.whole for part in rows} or {
+    return {part.module + ("" if stack or bias else ".weight"): part.module_rows for part in rows} or {
         joined(name, configs): None
     }
 

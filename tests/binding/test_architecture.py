@@ -48,7 +48,7 @@ def check(family: tuple[str, str], name: str, folder: Path) -> loratool.ExtractR
     with_what_is_named(lambda **o: loratool.init(base, start, rank=1, architecture=name, **o))
     known = classes_of({**model.config.to_dict(), "architectures": [kind.__name__]})[name]
     there = {*model.state_dict(), *load_model(tuned)}
-    without(kind, model, folder, [each if each in there else known.whole(each) for each in report.left_out])
+    without(kind, model, folder, [each if each in there else known.in_main_class(each) for each in report.left_out])
     loratool.merge(base, adapter, folder / "merged", undo=False)
     ours, disk = load_model(folder / "merged"), load_model(tuned)
     assert all(torch.allclose(ours[key], W, rtol=1e-4, atol=1e-6) for key, W in disk.items())

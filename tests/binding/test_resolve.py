@@ -93,7 +93,7 @@ def test_what_does_not_bind_is_listed_with_the_exclude_that_lets_the_rest_pass(t
     assert patterns
     binding = bound(tmp_path, base, modules, Selection(exclude=parse_patterns([patterns[1]])))
     assert list(binding.placements) == list(base)
-    assert sorted(binding.left_out) == sorted(modules[2:])
+    assert sorted(binding.excluded) == sorted(modules[2:])
 
 
 @pytest.mark.parametrize("odd", ["x.a,b", "x.*", "x.re:(", "a?", "it's", "x.k"])
@@ -109,7 +109,7 @@ def test_the_exclude_that_is_advised_works_on_any_name(tmp_path: Path, odd: str)
     words = shlex.split(str(caught.value.remedy).partition(": ")[2])
     exclude = parse_patterns([word for word in words if word != "--exclude"])
     binding = bind(base, {}, [(first, 1.0), (second, 1.0)], Selection(exclude=exclude))
-    assert list(binding.placements) == list(base) and set(binding.left_out) == {odd, "gone"}
+    assert list(binding.placements) == list(base) and set(binding.excluded) == {odd, "gone"}
 
 
 def test_a_wrong_adapter_is_refused_without_a_flag(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_kohya_text_encoder_part_is_left_out_by_one_pattern(tmp_path: Path) ->
     with pytest.raises(NeedsFlag, match=r"--exclude 'lora_te_\*'"):
         bind(base_of("a.q"), {}, [(adapter, 1.0)], EVERYTHING)
     binding = bind(base_of("a.q"), {}, [(adapter, 1.0)], Selection(exclude=("lora_te_*",)))
-    assert list(binding.placements) == ["a.q.weight"] and len(binding.left_out) == 20
+    assert list(binding.placements) == ["a.q.weight"] and len(binding.excluded) == 20
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (6, 5), (24,), (6, 4, 2)])

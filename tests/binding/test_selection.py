@@ -65,4 +65,4 @@ def test_selection_limits_what_is_bound(tmp_path: Path) -> None:
     base = {f"{module}.weight": TensorSpec("F32", (6, 4)) for module in modules}
     adapter = open_adapter(write_peft(tmp_path / "a", {module: factors(6, 4, 2) for module in modules}))
     binding = bind(base, {}, [(adapter, 1.0)], Selection(target=("q",), layers=frozenset({1})))
-    assert list(binding.placements) == ["l.1.q.weight"] and sorted(binding.left_out) == ["l.0.k", "l.0.q", "l.1.k"]
+    assert list(binding.placements) == ["l.1.q.weight"] and sorted(binding.excluded) == ["l.0.k", "l.0.q", "l.1.k"]

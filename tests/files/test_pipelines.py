@@ -253,7 +253,7 @@ def test_shared_tensors_are_one_storage_in_a_torch_file(tmp_path: Path) -> None:
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         assert sorted(file.keys()) == ["a.weight", "c.weight"] and (file.metadata() or {})["b.weight"] == "a.weight"
     assert torch.equal(load_file(tmp_path / "out.safetensors")["a.weight"], x)
-    edits = OutputEdits(shared={"b.weight": "a.weight"}, left_out=["b.weight"])
+    edits = OutputEdits(shared={"b.weight": "a.weight"}, skipped_tensors=["b.weight"])
     output = plan_output(
         open_checkpoint(tmp_path / "x.bin"), tmp_path / "y.bin", True, "", [], edits=edits, container="torch"
     )

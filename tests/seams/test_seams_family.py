@@ -211,8 +211,8 @@ def test_rows_add_up(key: str) -> None:
             if spans is None:
                 continue
             assert [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])] and spans[-1].stop == rows
-            assert all(s.skip >= 0 and s.skip + s.stop - s.start <= s.whole for s in spans)
-            assert parts_of(located, columns, known={span.module: span.whole for span in spans}) == spans
+            assert all(s.skip >= 0 and s.skip + s.stop - s.start <= s.module_rows for s in spans)
+            assert parts_of(located, columns, known={span.module: span.module_rows for span in spans}) == spans
 
 
 def test_what_no_shape_has_is_not_guessed() -> None:
@@ -222,7 +222,7 @@ def test_what_no_shape_has_is_not_guessed() -> None:
     assert parts_of(qkv, 8, 25) is None and parts_of(qkv, 8) is None
     assert parts_of(qkv, 8, known={"transformer_blocks.0.attn.to_q": 8, "transformer_blocks.0.attn.to_k": 4}) is None
     assert parts_of(phi, 8, 16) is None and parts_of(phi, 8, 16, queries=9) is None
-    assert [span.whole for span in parts_of(phi, 8, 16, queries=8) or ()] == [8, 4, 4]
+    assert [span.module_rows for span in parts_of(phi, 8, 16, queries=8) or ()] == [8, 4, 4]
 
 
 @pytest.mark.usefixtures("toy")

@@ -50,7 +50,7 @@ class Capabilities:
     one_scale: bool = False  # all modules have one scale and one rank
     input_norms: bool = False  # files distinguish DoRA along the inputs from DoRA along the outputs
     zero_alpha_is_rank: bool = False  # an alpha of 0 means the rank
-    told_by_model: bool = False  # names or row order depend on config.json of --base
+    depends_on_base: bool = False  # names or row order depend on config.json of --base
     named_by_model: bool = False  # names are those of a file of the base, so that writing needs the base
     slices: bool = False  # files do not record which slices of a fused module are adapted; --enable-lora gives them
 

@@ -68,7 +68,7 @@ class LlamaCpp(Format):
         components="one",
         alpha="metadata",
         kernels=False,
-        told_by_model=True,
+        depends_on_base=True,
         named_by_model=True,
     )
     ends = ENDS

@@ -69,7 +69,7 @@ class Mlx(Format):
         alpha="config",
         folder=True,
         kernels=False,
-        told_by_model=True,
+        depends_on_base=True,
         one_scale=True,
     )
     ends = ENDS

@@ -49,7 +49,7 @@ class Torchtune(Format):
         components="one",
         alpha="config",
         kernels=False,
-        told_by_model=True,
+        depends_on_base=True,
     )
 
     def claims(self, names: Iterable[str]) -> bool:

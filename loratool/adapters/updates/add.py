@@ -25,7 +25,7 @@ class AddDelta(Update):
 
     kind = "add"
     roles = ("value",)
-    whole = True
+    in_stored_layout = True
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

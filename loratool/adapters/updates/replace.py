@@ -26,7 +26,7 @@ class ReplaceTensor(Update):
     kind = "replace"
     roles = ("value",)
     additive = False
-    whole = True
+    in_stored_layout = True
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ class ReplaceRows(Update):
     kind = "rows"
     roles = ("value",)
     additive = False
-    whole = True
+    in_stored_layout = True
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

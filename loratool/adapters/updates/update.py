@@ -143,7 +143,7 @@ class Update(ABC):
     additive: ClassVar[bool] = True  # a tensor can have any number of such updates, which are summed; else only one
     stack: ClassVar[bool] = False  # it changes a stack of matrices
     flattened: ClassVar[bool] = False  # its columns may include a kernel of a size that its tensors do not show
-    whole: ClassVar[bool] = False  # it changes a tensor in the stored layout, whether transposed or not
+    in_stored_layout: ClassVar[bool] = False  # it changes a tensor in the stored layout, whether transposed or not
 
     @classmethod
     @abstractmethod

@@ -49,7 +49,7 @@ class Span:
     stop: int
     module: str  # diffusers'
     skip: int  # the number of row `start` in it
-    whole: int  # its number of rows
+    module_rows: int  # its number of rows
 
 
 def locate(family: ModelFamily, path: str, naming: Naming | None = None) -> Located | None:

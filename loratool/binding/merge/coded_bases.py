@@ -221,12 +221,12 @@ def _edit_configs(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, st
     """Return the edits with configs that list the weights that are plain now."""
     configs: dict[str, Mapping[str, Any]] = {}
     extras: dict[str, Mapping[str, Any]] = {}
-    dropped: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for part in base.models:
         present = [name for name in QUANTIZERS if part.declared and (part.folder / name).is_file()]
         if is_decoded(part, decoded):
             configs[part.prefix] = without_quantization(part.config)
-            dropped |= {part.prefix + name: "the output has no codes" for name in present}
+            skipped |= {part.prefix + name: "the output has no codes" for name in present}
         elif part.declared and any(name.startswith(part.prefix) for name in decoded):
             contents = {"config.json": part.config} if find_declared(part.config) else {}
             contents |= {name: read_json_file(part.folder / name) for name in present if name in CONFIG_FILES}
@@ -235,7 +235,11 @@ def _edit_configs(base: Checkpoint, edits: OutputEdits, decoded: Mapping[str, st
             configs[part.prefix] = extras.pop(f"{part.prefix}config.json", part.config)
     paths = {module_path(name) for name in decoded}
     return replace(
-        edits, configs=configs, extras=extras, dropped={**edits.dropped, **dropped}, decoded_modules=frozenset(paths)
+        edits,
+        configs=configs,
+        extras=extras,
+        skipped_files={**edits.skipped_files, **skipped},
+        decoded_modules=frozenset(paths),
     )
 
 

@@ -38,7 +38,7 @@ class MergePlan:
     requested: Mapping[str, tuple[Placement, ...]]  # all placements, before replacements became sources
     sources: Mapping[str, TensorRef]  # the source of each tensor of the output
     placements: Mapping[str, tuple[Placement, ...]]  # the placements to apply to the sources
-    left_out: tuple[str, ...]  # modules that --drop and the selection exclude
+    excluded: tuple[str, ...]  # modules that --drop and the selection exclude
     added: tuple[str, ...]  # tensors that the base lacks
     untied: tuple[str, ...]  # tensors that the base stores only under another name
     warnings: tuple[str, ...]
@@ -134,7 +134,7 @@ def plan_merge(
         requested=resolved.placements,
         sources=sources,
         placements=placements,
-        left_out=(*(name for adapter, _ in adapters for name in adapter.left_out), *binding.left_out),
+        excluded=(*(name for adapter, _ in adapters for name in adapter.excluded), *binding.excluded),
         added=tuple(binding.added),
         untied=tuple(name for name in resolved.untied if name not in base.specs),
         warnings=warnings,

@@ -98,7 +98,7 @@ def place_update(
     if update.cls is ReplaceTensor:
         rows = _place_replaced_rows(adapter, update, spec, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
-    if update.cls.whole and not match.rows:
+    if update.cls.in_stored_layout and not match.rows:
         _check_value(adapter, update, target, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
     if update.along_inputs:

@@ -38,7 +38,7 @@ class Binding:
     """The base tensors of all updates of all adapters."""
 
     placements: Mapping[str, tuple[Placement, ...]]  # by base tensor
-    left_out: tuple[str, ...]  # module paths that the selection excludes
+    excluded: tuple[str, ...]  # module paths that the selection excludes
     added: Mapping[str, tuple[Adapter, UpdateSpec]]  # new tensors by name, for example a classifier
     quantized: Mapping[str, tuple[Adapter, str, str]]  # module -> (adapter, the quantized weight's name, its format)
 
@@ -124,16 +124,16 @@ def bind(
         )
     used = {module for selected in chosen for module in selected} | {update.module for _, update in added.values()}
     named = [(m, every, absent) for adapter, _, every, absent in resolved for m in adapter.updates]
-    left_out = [m for m, every, absent in named if m not in used and (m in every or m in absent)]
+    excluded = [m for m, every, absent in named if m not in used and (m in every or m in absent)]
     for (_, _, every, _), selected in zip(resolved, chosen, strict=True):
-        left_out += [
+        excluded += [
             match.name
             for module, selected_matches in selected.items()
             for match in every[module]
             if match not in selected_matches
         ]
     placed = {name: tuple(placements[name]) for name in specs if name in placements}
-    return Binding(placed, tuple(left_out), added, quantized)
+    return Binding(placed, tuple(excluded), added, quantized)
 
 
 def _select_matches(selection: Selection, matches: Mapping[str, Sequence[Match]]) -> dict[str, tuple[Match, ...]]:
@@ -192,9 +192,11 @@ def _resolve_image(
         of = path.removesuffix(SCALE) if update.cls is ReplaceTensor else path
         candidates = (modules.find(each, of, flat) for each in components or ("unet", "text_encoder"))
         where = next(filter(None, candidates), ())
-        if where and (update.additive or not update.cls.whole):
-            matches[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.whole)) for r in where)
-        elif update.cls is ReplaceTensor and len(where) == 1 and where[0].whole == specs[where[0].tensor].shape[0]:
+        if where and (update.additive or not update.cls.in_stored_layout):
+            matches[module] = tuple(Match(r.tensor, rows=(r.start, r.stop, r.skip, r.module_rows)) for r in where)
+        elif (
+            update.cls is ReplaceTensor and len(where) == 1 and where[0].module_rows == specs[where[0].tensor].shape[0]
+        ):
             matches[module] = (Match(where[0].tensor),)
         else:
             (absent if components and (update.rank or modules.holds(path, flat)) else rest).append(module)
@@ -219,7 +221,7 @@ def _resolve_names(
     ways = [plain]
     if not all(known(m, path) for m, path in plain.items()):
         for each in classes_of(next(iter(configs.values()), {})).values() if not adapter.flattened else ():
-            in_main_class = {m: path if known(m, path) else each.whole(path) for m, path in plain.items()}
+            in_main_class = {m: path if known(m, path) else each.in_main_class(path) for m, path in plain.items()}
             ways.append({m: canonical(path, model_types) for m, path in in_main_class.items()})
         if not adapter.flattened:  # a model for images or sound and only its language model, or the reverse
             for start, other in ((_WRAPPED_TEXT, "model."), (_TEXT, "model.language_model.")):
@@ -246,7 +248,12 @@ def _resolve_names(
         elif best[0][module] in stacks:
             stacked = stacks[best[0][module]]
             update = adapter.updates[module]
-            if stacked[0].rows and update.cls.whole and not update.additive and update.cls is not ReplaceTensor:
+            if (
+                stacked[0].rows
+                and update.cls.in_stored_layout
+                and not update.additive
+                and update.cls is not ReplaceTensor
+            ):
                 continue  # it has no part for a region of rows
             _require_complete(adapter, module, stacked)
             matches[module] = stacked
@@ -366,8 +373,8 @@ def fused_parts(name: str, spec: TensorSpec, configs: Configs) -> tuple[RowPart,
 def _match_rows(name: str, spec: TensorSpec, rows: RowPart) -> Match:
     if len(spec.shape) == 3:  # a stack: each matrix has these rows
         size = rows.stop - rows.start
-        return Match(name, None, rows.skip // size, rows.whole // size)
-    return Match(name, rows=(rows.start, rows.stop, rows.skip, rows.whole))
+        return Match(name, None, rows.skip // size, rows.module_rows // size)
+    return Match(name, rows=(rows.start, rows.stop, rows.skip, rows.module_rows))
 
 
 def strip_wrappers(path: str) -> str:

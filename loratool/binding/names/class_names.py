@@ -36,24 +36,24 @@ class ClassNames:
             self._sides = {side: _types_of(base.config.get(side)) for side in ("encoder", "decoder")}
         prefix = BACKBONES.get(base.model_type or "", "")
         has_prefix = bool(prefix) and any(strip_wrappers(name).startswith(f"{prefix}.") for name in base.specs)
-        self._is_whole = self.chosen is None or has_prefix
+        self._names_main_class = self.chosen is None or has_prefix
 
     def __call__(self, name: str) -> str:
-        path = self.whole(name)
+        path = self.in_main_class(name)
         return self.chosen.path(path) if self.chosen else path
 
-    def whole(self, name: str) -> str:
+    def in_main_class(self, name: str) -> str:
         """Return a tensor's name in the main class, which has all parts."""
         name = strip_wrappers(name)
         side, _, rest = name.partition(".")
         if side in self._sides:
             return f"{side}.{canonical(rest, self._sides[side])}"
         path = canonical(name, self._types)
-        return path if self._is_whole else in_task_model(path, self._base.model_type)
+        return path if self._names_main_class else in_task_model(path, self._base.model_type)
 
     def absent(self) -> tuple[str, ...]:
         """Return a sentence on the tensors that the class lacks; empty if it has all."""
-        owners = Counter(_top(self.whole(name)) for name in self._base.specs if not self(name))
+        owners = Counter(_top(self.in_main_class(name)) for name in self._base.specs if not self(name))
         if not owners or not self.chosen:
             return ()
         listed = ", ".join(f"{owner} ({count})" for owner, count in owners.items())

@@ -63,21 +63,21 @@ def find_candidates(
     anywhere = replace(selection, target=())
     named = {path for weight in every for path in weight.paths} | {*map(module_path, base.specs)}
     anywhere.require_used(named, str(base.path))
-    candidates, left_out = [], dict[str, str]()
+    candidates, skipped = [], dict[str, str]()
     for weight in every:
         asked = weight.role != "embedding" or _is_target(selection.target, weight)
         if weight.name in unfit and asked and select_weight(anywhere, weight):
-            left_out[weight.name] = unfit[weight.name]
+            skipped[weight.name] = unfit[weight.name]
     for weight in eligible:
         if not select_weight(anywhere, weight):
             continue
         if weight.names[0] not in unnamed and _is_target(selection.target, weight):
             candidates.append(weight)
         elif weight.names[0] in unnamed or ("all-linear" in selection.target and weight.role in UNTARGETED):
-            left_out[weight.name] = unnamed.get(weight.names[0]) or UNTARGETED[weight.role]
+            skipped[weight.name] = unnamed.get(weight.names[0]) or UNTARGETED[weight.role]
     if not candidates:
         raise InputError("the selection leaves no weight of the base", remedy="loosen --exclude or --layers")
-    return candidates, left_out
+    return candidates, skipped
 
 
 def _unfit(base: Checkpoint, in_model: ClassNames, weights: Sequence[ModelWeight]) -> dict[str, str]:

@@ -23,7 +23,7 @@ def find_unnamed(base: Headers, in_model: ClassNames | None, patterns: Sequence[
     A pattern that also matches tensors of other groups or of the layers, like q_proj, does not name MTP layers.
     """
     path_of = {
-        name: in_model.whole(name) if in_model else name for name in base.specs
+        name: in_model.in_main_class(name) if in_model else name for name in base.specs
     }  # a bare class has shorter paths
     layers = Layers.find(path_of.values(), base.config)
     groups = {}

@@ -149,11 +149,11 @@ def rearranged_weights(base: Checkpoint, in_model: ClassNames) -> dict[str, list
             fused.members[part.expert, part.part * rows] = Piece(name, (0, rows))
             continue
         for row in fused_parts(name, spec, base.configs):
-            if row.stop - row.start == row.whole:
+            if row.stop - row.start == row.module_rows:
                 split.append(_split(base, in_model, name, row))
                 continue
             path, count = f"{row.module}.weight" if len(spec.shape) == 2 else row.module, row.stop - row.start
-            fused = joined.setdefault(path, _Joined(path, row.whole, len(spec.shape) == 3))
+            fused = joined.setdefault(path, _Joined(path, row.module_rows, len(spec.shape) == 3))
             for e in range(spec.shape[0] if fused.stacked else 1):
                 fused.members[e, row.skip] = Piece(name, (e * count, (e + 1) * count))
     by_tensor: dict[str, list[ModelWeight]] = {}
@@ -197,7 +197,7 @@ def _split(base: Checkpoint, in_model: ClassNames, name: str, row: RowPart) -> M
     spec = base.specs[name]
     ending = "" if row.module.endswith(".bias") or len(spec.shape) == 3 else ".weight"
     path = in_model(row.module + ending)
-    shape = (row.whole, *spec.shape[1:])
+    shape = (row.module_rows, *spec.shape[1:])
     is_matrix = len(shape) == 2 and is_plain(base, name, spec) and not row.permuted and bool(path)
     role = weight_role(module_path(path), 2, True) if is_matrix else ""
     pieces = ((Piece(name, (row.start, row.stop)),),)

@@ -69,7 +69,7 @@ def run_combine(call: Combine) -> CombineReport:
     with ExitStack() as opened:
         loaded = tuple(zip(open_adapters(given, call.alpha, opened), (each.weight for each in given), strict=True))
         asked = loaded
-        dropped = [name for adapter, _ in loaded for name in adapter.left_out]
+        dropped = [name for adapter, _ in loaded for name in adapter.excluded]
         require_patterns_used((adapter, adapter.updates) for adapter, _ in loaded)
         of_modules = [{m: weight_of(adapter, weight, m) for m in adapter.updates} for adapter, weight in loaded]
         components = tuple(by_component(adapter.module_weights) for adapter, _ in loaded)
@@ -92,7 +92,7 @@ def run_combine(call: Combine) -> CombineReport:
             differing=differing,
             left_out=(
                 *dropped,
-                *alike.dropped,
+                *alike.excluded,
                 *aligned.left_out,
             ),
             warnings=(

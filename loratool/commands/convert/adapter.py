@@ -36,7 +36,7 @@ from ...streaming.ranks import current_job
 from ...streaming.workers import one_thread
 from ...transform.lazy import size_of_change, start
 from ...transform.numbers import Settled
-from ...transform.output import content, left_out, rows
+from ...transform.output import content, rows, unused_modules
 from ...transform.plan import plan_convert
 from ...transform.rename import new_paths
 from ...transform.request import ConvertRequest
@@ -154,7 +154,7 @@ def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: Ex
     Selection(request.exclude).require_used([*named], source.name, "--exclude")
     settled = plan_convert(start(source), request, path.absolute().parent, opened)
     written, modules = content(settled, request.model), rows(settled)
-    dropped = (*source.left_out, *left_out(source, settled))
+    dropped = (*source.excluded, *unused_modules(source, settled))
     if not call.dry_run:
         opened.enter_context(naming_output(path))
         words = (input_word(source.name), *options_of(call))

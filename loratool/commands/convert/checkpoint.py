@@ -211,7 +211,7 @@ def run_convert_model(call: ConvertModel) -> CheckpointConvertReport:
         inputs = paths_of(opened.shards)
         exists = check_output_path(path, is_file, inputs, call.force, is_model=True, dry_run=call.dry_run)
         shared = find_shared_storage(base, removed)
-        edits = OutputEdits(shared=shared, left_out=omitted_names(base, shared), removed=removed)
+        edits = OutputEdits(shared=shared, skipped_tensors=omitted_names(base, shared), removed=removed)
         edits, notes = _decode(base, edits, chosen)
         notes += (*hub.notes, *(note_of_a_file(edits) if is_file else ()))
         origin = provenance("convert", {"dtype": chosen, "to": naming or container}, opened.metadata.get("loratool"))
@@ -336,7 +336,7 @@ def _report(
         for each, spec in output.specs.items()
         if spec.dtype != former[each]
     )
-    apart = [name for name in edits.shared if to == "safetensors" and name not in edits.left_out]
+    apart = [name for name in edits.shared if to == "safetensors" and name not in edits.skipped_tensors]
     return CheckpointConvertReport(
         checkpoint=name,
         source_format=_container_of(base),
@@ -385,7 +385,7 @@ def _with_gguf(
         source_format=_container_of(opened),
         cast=tuple(replace(row, source_dtype=file.stored_type(row.name)) for row in report.cast),
         warnings=(*report.warnings, *gguf.notes(output)),
-        left_out=(*gguf.view.left_out, *report.left_out),
+        left_out=(*gguf.view.in_config, *report.left_out),
         renamed=len(file.specs),
     )
 

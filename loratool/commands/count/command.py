@@ -99,7 +99,7 @@ def run_count(call: Count) -> CountReport:
     model, budget = _open_model(call.path), parse_count(call.params)
     blocks = find_blocks(model.specs)
     groups = find_unnamed(model.headers, model.in_model, selection.target)
-    names = model.in_model.whole if model.in_model else str
+    names = model.in_model.in_main_class if model.in_model else str
     matrices = find_matrices(model.specs, blocks, model.tied, model.parts, groups, names)
     targets = find_targets(matrices, selection)
     _check_targets(targets, matrices, selection, None if call.params is not None else call.rank or RANK)

@@ -93,7 +93,7 @@ def diff_adapters(
         phi=mean_phi(modules),
         worst=worst,
         same=all(m.same for m in modules) and all(is_same_value(v.kind, v.relative) for v in values),
-        left_out=(*a.left_out, *b.left_out),
+        left_out=(*a.excluded, *b.excluded),
     )
 
 

@@ -43,7 +43,7 @@ def diff_several(
         relatives=as_rows(total.relatives) if total else (),
         worst=max([row.relative for row in modules] + [row.relative for row in values], default=0.0),
         same=all(row.same for row in modules) and all(is_same_value(row.kind, row.relative) for row in values),
-        left_out=tuple(name for adapter in adapters for name in adapter.left_out),
+        left_out=tuple(name for adapter in adapters for name in adapter.excluded),
     )
 
 

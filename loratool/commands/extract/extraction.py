@@ -128,7 +128,7 @@ class Extraction:
         return {
             name: min(2 * f.known, self._max_rank)
             for name, f in self.factored.items()
-            if ranks[name] == f.known < min(f.full, self._max_rank) and not f.spectrum.whole
+            if ranks[name] == f.known < min(f.full, self._max_rank) and not f.spectrum.complete
         }
 
     def _factor_each(self, turn: int, wanted: Mapping[str, int]) -> None:

@@ -261,7 +261,7 @@ def _provenance(plan: MergePlan) -> str:
     facts = {
         "adapters": [adapter_entry(adapter, weight) for adapter, weight in sort_adapters(plan.adapters)],
         "arithmetic": ARITHMETIC_VERSION,
-        "left_out": sorted(set(plan.left_out)),
+        "left_out": sorted(set(plan.excluded)),
     }
     return provenance("merge", facts, plan.base.metadata.get("loratool"))
 

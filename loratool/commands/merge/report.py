@@ -71,7 +71,7 @@ def build_report(
         copied=len(output.specs) - len(plan.written) - len(beside),
         undo=str(output.undo) if output.undo else None,
         undo_bytes=undo_bytes,
-        left_out=plan.left_out,
+        left_out=plan.excluded,
         files=tuple(file.name for file in output.files),
         not_copied=output.not_copied,
         warnings=tuple(warnings),

@@ -86,7 +86,7 @@ def run_resize(call: Resize) -> ResizeReport:
         (source,) = open_adapters(
             [AdapterRequest(os.fspath(call.adapter), drop=parse_words(call.drop))], call.alpha, opened
         )
-        former, left_out = source, source.left_out
+        former, left_out = source, source.excluded
         if call.to is None:
             require_writable(source)
         path, is_file = edited_output(source, call.to, call.out, "resized")

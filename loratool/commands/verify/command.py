@@ -226,7 +226,7 @@ def _report(
         extra=extra,
         not_compared=not_compared,
         warnings=(*plan.warnings, *_notes(findings.values())),
-        left_out=tuple(name for adapter, _ in plan.adapters for name in adapter.left_out),
+        left_out=tuple(name for adapter, _ in plan.adapters for name in adapter.excluded),
         adapters=tuple(_spelled(adapter, weight) for adapter, weight in plan.adapters),
         notes=tuple(notes_on_base(plan.base, [adapter for adapter, _ in plan.adapters])),
         sha256={adapter.name: adapter.sha256 for adapter, _ in plan.adapters},

@@ -42,7 +42,7 @@ def _divisor(placement: Placement) -> int:
 
 
 def _transposed(placement: Placement) -> Placement | None:
-    if not placement.update.additive or placement.update.cls.whole or len(placement.update.shape) < 2:
+    if not placement.update.additive or placement.update.cls.in_stored_layout or len(placement.update.shape) < 2:
         return placement
     rows, columns = placement.update.shape[0 if placement.expert is None else 1 :][:2]
     # What is fused is no square, though the tensor may be that has some rows of it.

@@ -147,11 +147,13 @@ class OutputEdits:
     top: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json alone: its class and labels
     files: Mapping[str, Path] = field(default_factory=dict)  # name of a side file -> the file to copy
     shared: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose bytes it shares
-    left_out: Collection[str] = ()  # tensors in `shared` that a safetensors file does not store (a torch file: none)
+    skipped_tensors: Collection[
+        str
+    ] = ()  # tensors in `shared` that a safetensors file does not store (a torch file: none)
     removed: Collection[str] = ()  # tensors of the base that no container stores
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # component's prefix -> config.json
     extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name of a JSON side file -> its content
-    dropped: Mapping[str, str] = field(default_factory=dict)  # side file that is not copied -> the reason
+    skipped_files: Mapping[str, str] = field(default_factory=dict)  # side file that is not copied -> the reason
     beside: Mapping[str, str] = field(default_factory=dict)  # new tensor -> the base's tensor in the same file
     metadata: Mapping[str, str] = field(default_factory=dict)  # of all files, before the base's
     decoded_modules: Collection[str] = ()  # modules whose weights are codes in the base, and numbers here

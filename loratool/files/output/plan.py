@@ -83,7 +83,7 @@ def plan_output(
         what = "a pipeline" if base.parts else "--max-shard-size"
         raise UsageError(f"{what} needs a folder as output", remedy="name a folder with -o")
     edits = edits or OutputEdits()
-    absent = edits.shared if container == "torch" else edits.left_out
+    absent = edits.shared if container == "torch" else edits.skipped_tensors
     request = _OutputRequest(is_file, container, provenance, changed, max_shard_bytes, absent, edits)
     decoded = base.weights.keys() & edits.specs.keys()
     parts = {tensor for name in base.weights.keys() - decoded for tensor in base.weights[name].tensors}
@@ -109,8 +109,8 @@ def plan_output(
     for name in side_files.keys() & edits.extras.keys():
         extras[name] = encode_json(edits.extras[name])
         del side_files[name]
-    for name in sorted(side_files.keys() & edits.dropped.keys()):
-        left.append(LeftBehind(name, side_files.pop(name).stat().st_size, edits.dropped[name]))
+    for name in sorted(side_files.keys() & edits.skipped_files.keys()):
+        left.append(LeftBehind(name, side_files.pop(name).stat().st_size, edits.skipped_files[name]))
     written = {name: spec for name, spec in specs.items() if name not in absent}
     unplaced = written.keys() - {name for file in files for name in file.begin}
     if unplaced:

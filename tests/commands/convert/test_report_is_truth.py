@@ -86,7 +86,7 @@ class Case:
 def language_ways() -> dict[str, Way]:
     one = {key: format.can for key, format in written_formats().items() if format.can.components == "one"}
     peft = usual_format("model").key
-    ways = {f"to {key}": Way(key, {"to": key}, can.told_by_model) for key, can in one.items()}
+    ways = {f"to {key}": Way(key, {"to": key}, can.depends_on_base) for key, can in one.items()}
     ways |= {f"{name} --plain": Way(way.to, {**way.options, "plain": True}, way.base) for name, way in ways.items()}
     ways[f"to {peft} --base"] = Way(peft, {"to": peft}, True)
     ways |= {f"to {peft} --layout {each}": Way(peft, {"to": peft, "layout": each}, True) for each in QKV_LAYOUTS}
@@ -442,7 +442,7 @@ def test_every_way_writes_something(way: str, folder: Path) -> None:
 @pytest.mark.parametrize("way", IMAGE_WAYS)
 def test_every_way_writes_an_image_models(way: str, folder: Path) -> None:
     found = problems_of(Case("flux lora", way), folder)
-    assert (found is None) == FORMATS[IMAGE_WAYS[way].to].can.told_by_model, "only those of language models refuse it"
+    assert (found is None) == FORMATS[IMAGE_WAYS[way].to].can.depends_on_base, "only those of language models refuse it"
     assert not found
 
 
