@@ -225,9 +225,8 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     base = plan.base
     adapters = sort_adapters(plan.adapters)
     inner = f"{base.folder.name}/" if base.outer else ""
-    names = {*(name.removeprefix(inner) for name in output.extras), *plan.edits.files, *plan.edits.skipped_files} - {
-        CARD
-    }
+    extras = {name.removeprefix(inner) for name in output.extras}
+    names = (extras | plan.edits.files.keys() | plan.edits.skipped_files.keys()) - {CARD}
     for model in () if base.given_as_file else base.models:
         names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
     paths = {name: (base.root if is_of_whole(name) else base.folder) / name for name in sorted(names)}

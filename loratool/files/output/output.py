@@ -147,9 +147,7 @@ class OutputEdits:
     top: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json alone: its class and labels
     files: Mapping[str, Path] = field(default_factory=dict)  # name of a side file -> the file to copy
     shared: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor whose bytes it shares
-    skipped_tensors: Collection[
-        str
-    ] = ()  # tensors in `shared` that a safetensors file does not store (a torch file: none)
+    skipped_tensors: Collection[str] = ()  # tensors in `shared` that safetensors files do not store
     removed: Collection[str] = ()  # tensors of the base that no container stores
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # component's prefix -> config.json
     extras: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name of a JSON side file -> its content
