@@ -29,14 +29,14 @@ class AdapterConfig:
     fan_in_fan_out: bool | None = None
     base_model: str | None = None
     peft: Mapping[str, Any] = field(default_factory=dict)  # all fields of PEFT's config; empty for other formats
-    own: Mapping[str, Any] = field(default_factory=dict)  # all fields of another format's config, unknown to PEFT
+    other_fields: Mapping[str, Any] = field(default_factory=dict)  # all fields of another format's config
     rank_is_alpha: bool = False  # a missing alpha means the rank
     base_mutating_inits: Mapping[str, str] = field(default_factory=dict)  # component of a diffusers file -> init
 
     @property
     def extra(self) -> dict[str, Any]:
         """Return all fields, PEFT's and the other format's."""
-        return {**self.own, **self.peft}
+        return {**self.other_fields, **self.peft}
 
     @cached_property
     def _ranks(self) -> Patterns:

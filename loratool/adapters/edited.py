@@ -258,4 +258,4 @@ def edited_adapter_config(edited: EditedAdapter) -> dict[str, object]:
     specs = edited.specs()
     new |= {field: True for mark, field in SAID_BY_FIELDS.items() if any(name.endswith(mark) for name in specs)}
     defaults = {k: v for k, v in new.items() if k not in rest}
-    return {**edited.template.config.own, **defaults, **rest, **edited.fields, "peft_type": "LORA"}
+    return {**edited.template.config.other_fields, **defaults, **rest, **edited.fields, "peft_type": "LORA"}

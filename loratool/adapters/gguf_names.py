@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def has_own_names(adapter: Adapter) -> bool:
     """Return whether an adapter has the names of a GGUF file."""
-    key = adapter.config.own.get(ARCHITECTURE)
+    key = adapter.config.other_fields.get(ARCHITECTURE)
     architecture = ARCHITECTURES.get(str(key))
     return key is not None and (
         architecture is None or any(m.startswith("blk.") or architecture.find(m) for m in adapter.updates)
@@ -46,7 +46,7 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
         InputError: the adapter is for another architecture, or no table has the names of the file's architecture.
     """
     if has_own_names(adapter):
-        key = adapter.config.own[ARCHITECTURE]
+        key = adapter.config.other_fields[ARCHITECTURE]
         if key != file.architecture:
             message = f"is for {key}, and {file.path.name} is {file.architecture}"
             raise InputError(message, culprit=adapter.name, remedy="is this the adapter's base?")
@@ -93,9 +93,10 @@ def gguf_updates(adapter: Adapter, model: GgufModel) -> tuple[list[MadeUpdate], 
         elif single.setdefault(parts[0].module, {}).setdefault(expert, (parts[0], update))[1] is not update:
             raise InputError(f"of {adapter.name} is there twice", culprit=module)
     origins: dict[str, tuple[str, ...]] = {each.module: (each.source.module,) for each in updates}
-    for each in updates:
-        if origins[each.module] != (each.source.module,) or each.module in single:
-            raise InputError(f"of {adapter.name} is there twice, as {each.module}", culprit=each.source.module)
+    for update_of_file in updates:
+        module, source = update_of_file.module, update_of_file.source.module
+        if origins[module] != (source,) or module in single:
+            raise InputError(f"of {adapter.name} is there twice, as {module}", culprit=source)
     updates += [stack_of_singles(adapter, each, model.facts.experts) for each in single.values()]
     origins |= {name: tuple(u.module for _, u in each.values()) for name, each in single.items()}
     return updates, origins
@@ -173,13 +174,13 @@ def _renamed(adapter: Adapter, renamed: Sequence[MadeUpdate], unfit: Mapping[str
     def load(name: str) -> Tensor:
         if name in copied:
             return adapter.file.tensor(name)
-        each = by_name[name]
-        tensors = updates[each.module].tensors
-        if each.magnitude and name == tensors["magnitude"]:
-            return each.magnitude()
+        part = by_name[name]
+        tensors = updates[part.module].tensors
+        if part.magnitude and name == tensors["magnitude"]:
+            return part.magnitude()
         pair = last[0]
         if name not in pair:
-            A, B = each.load()
+            A, B = part.load()
             last[0] = pair = {tensors["A"]: lay_A(A), tensors["B"]: lay_B(B)}
         return pair[name]
 

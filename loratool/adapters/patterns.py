@@ -83,9 +83,10 @@ class Patterns:
 
     @cached_property
     def _expressions(self) -> Expressions:
-        for each in self._others:
-            parse(each, each)  # parsed alone first, because the brackets below could balance one of the pattern's
-        return Expressions([parse(f"()({each})$", each) for each in self._others], self._others, before=r"(.*\.)?")
+        for pattern in self._others:
+            parse(pattern, pattern)  # parsed alone first, because the brackets below could balance one of the pattern's
+        parsed = [parse(f"()({pattern})$", pattern) for pattern in self._others]
+        return Expressions(parsed, self._others, before=r"(.*\.)?")
 
 
 class Targets:

@@ -71,7 +71,7 @@ def rename_tensors(
     by_diffusers = {name: _joined(name, rows, shapes) for name, rows in pieces.items()}
     if to is Naming.DIFFUSERS:
         renamed = {
-            name: replace(each, shape=_reshaped(family, name, each.shape)) for name, each in by_diffusers.items()
+            name: replace(tensor, shape=_reshaped(family, name, tensor.shape)) for name, tensor in by_diffusers.items()
         }
         return renamed, tuple(prefix + path for path in unused)
     unchanged = {path: _joined(path, [_all_rows(prefix + path, unprefixed[path])], shapes) for path in unused}

@@ -223,11 +223,11 @@ class _Data:
     """The data of a record; results take their bytes from it in order."""
 
     file: BinaryIO
-    at: int
+    offset: int
 
     def take(self, nbytes: int) -> StoredBytes:
-        self.at += nbytes
-        return StoredBytes(self.file, self.at - nbytes, nbytes)
+        self.offset += nbytes
+        return StoredBytes(self.file, self.offset - nbytes, nbytes)
 
 
 def _crc(file: BinaryIO, start: int, end: int) -> int:

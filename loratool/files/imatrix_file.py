@@ -35,11 +35,11 @@ HOW = "llama-imatrix of llama.cpp writes it: llama-imatrix -m MODEL.gguf -f TEXT
 class _Floats:
     """Some float32 numbers in the file."""
 
-    at: int  # the first byte
+    offset: int  # the first byte
     count: int
 
     def part(self, first: int, count: int) -> _Floats:
-        return _Floats(self.at + 4 * first, count)
+        return _Floats(self.offset + 4 * first, count)
 
 
 class ImatrixFile:
@@ -128,7 +128,7 @@ class ImatrixFile:
         import torch
 
         data = bytearray(4 * place.count)
-        read_into(self._file, memoryview(data), place.at)
+        read_into(self._file, memoryview(data), place.offset)
         return torch.frombuffer(data, dtype=torch.float32).double()
 
     def _list_gguf(self, file: GgufFile) -> None:
@@ -159,7 +159,7 @@ class ImatrixFile:
                 raise self._damaged(f"has {name} twice")
             if calls < 0 or count < 1:
                 raise self._damaged(f"claims {count} numbers of {calls} calls for {name}")
-            self._sums[name], self._counts[name] = _Floats(numbers.at, count), calls
+            self._sums[name], self._counts[name] = _Floats(numbers.offset, count), calls
             numbers.skip(4 * count)
         if numbers.left:
             numbers.next()  # how many chunks
@@ -186,20 +186,20 @@ class _Numbers:
     """Reads the older format from front to back."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path, self.at = file, path, 0
+        self._file, self._path, self.offset = file, path, 0
         self._end = os.fstat(file.fileno()).st_size
 
     @property
     def left(self) -> int:
-        return self._end - self.at
+        return self._end - self.offset
 
     def skip(self, nbytes: int) -> int:
         """Skip bytes and return where they begin; raise InputError if the file ends before."""
         if nbytes > self.left:
-            message = f"is cut off or damaged: {nbytes} bytes should follow byte {self.at}, and {self.left} do"
+            message = f"is cut off or damaged: {nbytes} bytes should follow byte {self.offset}, and {self.left} do"
             raise InputError(message, culprit=str(self._path), remedy=HOW)
-        self.at += nbytes
-        return self.at - nbytes
+        self.offset += nbytes
+        return self.offset - nbytes
 
     def next(self) -> int:
         """Read an int32."""

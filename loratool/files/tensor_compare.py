@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from ..numerics.rounding_noise import RoundingNoise
 
 
-def same_values(one: TensorRef, two: TensorRef) -> bool:
+def same_values(first: TensorRef, second: TensorRef) -> bool:
     """Return whether two tensors have equal values after the first is rounded to the dtype of the second."""
     import torch
 
-    if one.spec.shape != two.spec.shape:
+    if first.spec.shape != second.spec.shape:
         return False
-    if not one.spec.shape or not one.spec.size or one.spec.dtype not in FLOATS:
-        return one.spec == two.spec and one.file.read(one.name) == two.file.read(two.name)
-    pairs = zip(one.blocks(BLOCK), two.blocks(BLOCK), strict=True)
+    if not first.spec.shape or not first.spec.size or first.spec.dtype not in FLOATS:
+        return first.spec == second.spec and first.file.read(first.name) == second.file.read(second.name)
+    pairs = zip(first.blocks(BLOCK), second.blocks(BLOCK), strict=True)
     return all(torch.equal(_round(a, b.dtype), b) for a, b in pairs)
 
 
@@ -43,16 +43,16 @@ def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def same_bytes(one: TensorRef, two: TensorRef) -> bool:
+def same_bytes(first: TensorRef, second: TensorRef) -> bool:
     """Return whether two tensors have the same dtype and bytes, whatever their shapes."""
-    if (one.spec.dtype, one.spec.nbytes) != (two.spec.dtype, two.spec.nbytes):
+    if (first.spec.dtype, first.spec.nbytes) != (second.spec.dtype, second.spec.nbytes):
         return False
-    size = one.spec.nbytes
+    size = first.spec.nbytes
     buffers = [memoryview(bytearray(min(BLOCK, size))) for _ in range(2)]
     for done in range(0, size, BLOCK):
         parts = [buffer[: size - done] for buffer in buffers]
-        for part, each in zip(parts, (one, two), strict=True):
-            each.file.read_bytes(each.name, done, part)
+        for part, tensor in zip(parts, (first, second), strict=True):
+            tensor.file.read_bytes(tensor.name, done, part)
         if parts[0] != parts[1]:
             return False
     return True
@@ -91,20 +91,20 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
     step = max(1, BLOCK // (size // rows))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        one, two = (side.rows(start, stop).to(device) for side in (base, tuned))
-        wide = torch.float64 if torch.float64 in (one.dtype, two.dtype) else torch.float32
-        one, two = one.to(wide), two.to(wide)
-        D = out[start:stop].copy_(two - one)
-        squared.append(_sum_of_squares(one))
+        before, after = (side.rows(start, stop).to(device) for side in (base, tuned))
+        wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
+        before, after = before.to(wide), after.to(wide)
+        D = out[start:stop].copy_(after - before)
+        squared.append(_sum_of_squares(before))
         energy.append(_sum_of_squares(D))
-        for side, values, noise in zip((base, tuned), (one, two), noises, strict=True):
+        for side, values, noise in zip((base, tuned), (before, after), noises, strict=True):
             steps = _code_steps(side, start, stop) if side.parts else float_steps(values, side.spec.dtype)
             noise.append(noise_of_steps(steps.to(device)))
     total = math.fsum(energy)
     if not math.isfinite(total):
         raise InputError("holds nan or inf in one of the models", culprit=base.name)
-    one_noise, two_noise = (below_one_another(noise).at_most(total) for noise in noises)
-    return Difference(out.view(base.spec.shape), math.fsum(squared), one_noise + two_noise)
+    base_noise, tuned_noise = (below_one_another(noise).at_most(total) for noise in noises)
+    return Difference(out.view(base.spec.shape), math.fsum(squared), base_noise + tuned_noise)
 
 
 def matrix_difference(base: Sequence[TensorRef], tuned: Sequence[TensorRef], device: torch.device) -> Difference:
@@ -168,22 +168,22 @@ class Comparison:
     not_finite: int = 0  # number of values that are nan or inf on one side and not so on the other
 
 
-def compare(one: TensorRef, two: TensorRef) -> Comparison:
+def compare(first: TensorRef, second: TensorRef) -> Comparison:
     """Compare two tensors of one shape by blocks of rows.
 
     If a dtype is not a float, only `equal` and `changed` are computed, from the bits; if dtypes differ, all changed.
     """
     import torch
 
-    same_type = one.spec.dtype == two.spec.dtype and one.codec is two.codec
-    if not one.spec.size:
+    same_type = first.spec.dtype == second.spec.dtype and first.codec is second.codec
+    if not first.spec.size:
         return Comparison(same_type, max_ulps=None)
-    if not {one.spec.dtype, two.spec.dtype} <= set(FLOATS if one.spec.shape else TORCH_FLOATS):
-        changed = _count_different_bits(one, two) if same_type else one.spec.size
+    if not {first.spec.dtype, second.spec.dtype} <= set(FLOATS if first.spec.shape else TORCH_FLOATS):
+        changed = _count_different_bits(first, second) if same_type else first.spec.size
         return Comparison(same_type and not changed, largest=None, max_ulps=None, changed=changed)
-    counted = same_type and one.spec.dtype in ("BF16", "F16", "F32")
+    counted = same_type and first.spec.dtype in ("BF16", "F16", "F32")
     norms, largest, ulps, changed, not_finite = [], 0.0, 0, 0, 0
-    for a, b in zip(one.blocks(BLOCK), two.blocks(BLOCK), strict=True):
+    for a, b in zip(first.blocks(BLOCK), second.blocks(BLOCK), strict=True):
         if same_type and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             norms.append((norm(a),) * 2 + (0.0,))
             continue
@@ -202,14 +202,14 @@ def compare(one: TensorRef, two: TensorRef) -> Comparison:
     return Comparison(same_type and not changed, totals, largest, ulps if counted else None, changed, not_finite)  # type: ignore[arg-type]
 
 
-def _count_different_bits(one: TensorRef, two: TensorRef) -> int:
+def _count_different_bits(first: TensorRef, second: TensorRef) -> int:
     """Count the values of one dtype that differ in their bits; for a dtype below a byte, all if any."""
     import torch
 
-    a, b = (side.file.read(side.name) for side in (one, two))
+    a, b = (side.file.read(side.name) for side in (first, second))
     if a == b:
         return 0
-    size, width = one.spec.size, one.spec.nbytes // one.spec.size
+    size, width = first.spec.size, first.spec.nbytes // first.spec.size
     if not width:
         return size
     x, y = (torch.frombuffer(side, dtype=torch.uint8).view(size, width) for side in (a, b))

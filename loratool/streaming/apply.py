@@ -228,7 +228,7 @@ def restore_codes(
 def _restorer(
     undo: UndoFile, record: Record, name: str, dtype: torch.dtype, codes: CodedRows | None = None
 ) -> Restorer:
-    return Restorer(name, dtype, undo.bytes(record.at, record.length), record.sha256, record.sum, codes)
+    return Restorer(name, dtype, undo.bytes(record.offset, record.length), record.sha256, record.sum, codes)
 
 
 def _read_norms(undo: UndoFile, record: Record, name: str, dtype: torch.dtype, count: int) -> Wide:

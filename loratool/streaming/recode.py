@@ -76,7 +76,7 @@ def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
 
     def ranges() -> Iterator[RowRange]:
         for record in undo.records(name):
-            data = undo.bytes(record.at, record.length)
+            data = undo.bytes(record.offset, record.length)
             coded = CodedRows(parts, record.start, columns)
             restorer = Restorer(name, torch.float64, data, record.sha256, record.sum, coded)
             height = record.stop - record.start

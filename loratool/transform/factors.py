@@ -72,7 +72,8 @@ def _low_rank(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleF
     A, indices_of = _concatenate_rows([update.A.to(dtype) for update in updates])
     B = torch.zeros(target.rows, len(A), dtype=dtype)
     for part, side, indices in zip(target.parts, sides, indices_of, strict=True):
-        B[part.at : part.at + part.stop - part.start, indices] = side[part.start : part.stop].to(dtype)
+        stop = part.target_start + part.stop - part.start
+        B[part.target_start : stop, indices] = side[part.start : part.stop].to(dtype)
     return ModuleFactors(A, B, scale, exact=exact)
 
 

@@ -229,7 +229,7 @@ def _meaning(sources: list[SourceModule], family: str, to: Format) -> dict[str, 
     try:
         return {
             to.module_name(target.component, target.path, family): [
-                (part.source.module, part.start, part.stop, part.at) for part in target.parts
+                (part.source.module, part.start, part.stop, part.target_start) for part in target.parts
             ]
             for target in plan_target_modules(plain, family, to.naming(family))
         }

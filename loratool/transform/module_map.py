@@ -25,7 +25,7 @@ class RowSlice:
     source: SourceModule
     start: int  # the first row in the source
     stop: int  # the row after the last
-    at: int = 0  # the first row in the target
+    target_start: int = 0  # the first row in the target
 
 
 @dataclass(frozen=True)
@@ -151,15 +151,15 @@ def _in_naming(
 def _joined(parts: list[RowSlice]) -> tuple[RowSlice, ...]:
     """Return slices in the order of the target's rows; slices that continue each other become one."""
     joined: list[RowSlice] = []
-    for part in sorted(parts, key=lambda part: part.at):
+    for part in sorted(parts, key=lambda part: part.target_start):
         last = joined[-1] if joined else None
-        goes_on = last and (last.source, last.stop, last.at + last.stop - last.start) == (
+        goes_on = last and (last.source, last.stop, last.target_start + last.stop - last.start) == (
             part.source,
             part.start,
-            part.at,
+            part.target_start,
         )
         if last and goes_on:
-            joined[-1] = RowSlice(last.source, last.start, part.stop, last.at)
+            joined[-1] = RowSlice(last.source, last.start, part.stop, last.target_start)
         else:
             joined.append(part)
     return tuple(joined)
@@ -188,9 +188,9 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
         raise InputError(
             f"is {other.update.shape} and {first.path} {first.update.shape}: no parts of one matrix", culprit=other.path
         )
-    ordered = sorted(parts, key=lambda part: part.at)
-    ends = [part.at + part.stop - part.start for part in ordered]
-    starts = [part.at for part in ordered[1:]] + [rows]
+    ordered = sorted(parts, key=lambda part: part.target_start)
+    ends = [part.target_start + part.stop - part.start for part in ordered]
+    starts = [part.target_start for part in ordered[1:]] + [rows]
     wrong = next((p for p, end, start in zip(ordered, ends, starts, strict=True) if end > start), None)
     if wrong:
         raise InputError(

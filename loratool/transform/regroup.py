@@ -119,7 +119,7 @@ def _plan_module(
     detail = first.detail if first.cls is DoRA else None
     tensors = {role: name_of(role) for role in specs}
     update = replace(first, module=path, tensors=tensors, specs=specs, scale=factors.scale, detail=detail, base=None)
-    slices = tuple((part.source.module, part.start, part.stop, part.at) for part in target.parts)
+    slices = tuple((part.source.module, part.start, part.stop, part.target_start) for part in target.parts)
     return Made(update, make, modules, target.how, not factors.exact, slices=slices)
 
 
@@ -127,7 +127,7 @@ def _rounding(target: TargetModule, updates: Sequence[ModuleFactors], written: M
     """Return the rounding error of folding the slices' scales into B."""
     rows = torch.zeros(2, target.rows, dtype=torch.float64)
     for part, update in zip(target.parts, updates, strict=True):
-        place = slice(part.at, part.at + part.stop - part.start)
+        place = slice(part.target_start, part.target_start + part.stop - part.start)
         true = update.B.flatten(1)[part.start : part.stop].double() * update.scale, update.A.flatten(1)
         rounded = written.B.flatten(1)[place].double() * written.scale, written.A.flatten(1)
         row_losses = loss_between(true, rounded).rows

@@ -68,10 +68,10 @@ def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
         for reason, modules in unfit_modules(source, model).items():
             raise cannot_convert(source.name, f"have no place in GGUF ({reason})", modules, among=updates)
         state, key = _with_gguf_names(state, model), model.architecture.key
-        former = source.config.own if source.format == request.to else {}
+        former = source.config.other_fields if source.format == request.to else {}
         fields: Mapping[str, object] = {**former, ARCHITECTURE: key, **model.facts.metadata(key)}
     elif source.format == request.to:
-        fields = source.config.own
+        fields = source.config.other_fields
     else:
         raise NeedsFlag(
             f"has transformers' names, and in {request.to}'s files are those of the base's own file there",

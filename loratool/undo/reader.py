@@ -451,7 +451,7 @@ class UndoFile:
 
     def kept(self, name: str) -> tuple[StoredTensor, ...]:
         """Return the stored tensors of a coded weight that are here unchanged: the companions, or all."""
-        places = {tensor: stretches[0].at if stretches else 0 for tensor, stretches in self._copies(name)}
+        places = {tensor: stretches[0].offset if stretches else 0 for tensor, stretches in self._copies(name)}
         file = _Kept(self, {tensor: self.specs[tensor] for tensor in places}, places)
         return tuple(StoredTensor(file, tensor) for tensor in places)
 

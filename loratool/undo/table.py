@@ -33,13 +33,13 @@ class Stretch:
     """A stretch of the payload.
 
     Attributes:
-        at: its first byte in the undo file.
+        offset: of its first byte in the undo file.
         length: in bytes.
         sha256: of the bytes that it restores.
         sum: `fileio.word_sum` of the bytes of W'; 0 if it is not a record.
     """
 
-    at: int
+    offset: int
     length: int
     sha256: str
     sum: int

@@ -96,7 +96,7 @@ class TestWriting:
         loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=config(tmp_path / "m"))
         written = open_adapter(tmp_path / "x.gguf")
         assert torch.equal(written.file.tensor("blk.0.attn_v.weight.lora_b"), B)
-        assert written.config.own["general.file_type"] == number
+        assert written.config.other_fields["general.file_type"] == number
 
     def test_stacks_single_experts_with_zeros_for_those_that_lack(self, tmp_path: Path) -> None:
         A, B = pair(6, 8)
@@ -186,7 +186,7 @@ class TestScales:
         patterns = {"rank_pattern": {"up_proj": 3}, "alpha_pattern": {"up_proj": 3}}
         report, changes = self.scales(peft(tmp_path / "a", factors, lora_alpha=2, **patterns), tmp_path)
         assert [row.error for row in report.modules] == [0, 0]
-        assert open_adapter(tmp_path / "x.gguf").config.own["adapter.lora.alpha"] == 0
+        assert open_adapter(tmp_path / "x.gguf").config.other_fields["adapter.lora.alpha"] == 0
         A, B = factors["model.layers.0.mlp.up_proj"]
         assert torch.equal(changes["blk.0.ffn_up"], B.double() @ A.double())
 
@@ -268,7 +268,8 @@ class TestReading:
         path = gguf(tmp_path / "x.gguf", factors, **HEADS, **ALPHA, **{"general.name": "one"})
         loratool.convert(path, tmp_path / "y.gguf", to="gguf", plain=True)
         (one, two), name = (open_adapter(each) for each in (path, tmp_path / "y.gguf")), "general.name"
-        assert two.config.alpha == 2.0 and two.config.own[name] == "one" and one.updates.keys() == two.updates.keys()
+        assert two.config.alpha == 2.0 and two.config.other_fields[name] == "one"
+        assert one.updates.keys() == two.updates.keys()
         for module in one.updates:
             deltas = [stack_factors(each.load(each.updates[module])) for each in (one, two)]
             assert torch.equal(*(B @ A for B, A in deltas))

@@ -257,7 +257,7 @@ class TestParts:
         state = cut_ranks(start(opened(tmp_path, modules)), 1)
         fused = to_fuse(state.adapter, ["q"], "qkv", 24)["qkv"]
         other = to_fuse(state.adapter, ["v"], "qkv", 8)["qkv"].parts[0]
-        fused = replace(fused, parts=(*fused.parts, replace(other, at=16)))
+        fused = replace(fused, parts=(*fused.parts, replace(other, target_start=16)))
         state = regroup(state, {"qkv": fused})
         state = cut_ranks(state, 1)
         state = regroup(state, to_split(state.adapter, "qkv", {"q": 8, "k": 8, "v": 8}))

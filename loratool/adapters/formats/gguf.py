@@ -106,7 +106,8 @@ class LlamaCpp(Format):
         dotted = {field: value for field, value in fields.items() if "." in field}  # as PEFT's fields have none
         norms = [module for module, update in updates.items() if update.cls is ReplaceTensor]
         notes = (f"{', '.join(norms)}: a merge replaces these norms, and llama.cpp ignores them",) if norms else ()
-        native = Adapter(name, self.key, matrices, replace(config, own={**dotted, **counted}), updates, notes=notes)
+        config = replace(config, other_fields={**dotted, **counted})
+        native = Adapter(name, self.key, matrices, config, updates, notes=notes)
         if not options.model:
             return native
         try:
@@ -127,10 +128,10 @@ class LlamaCpp(Format):
         """
         if not has_own_names(adapter):
             return adapter
-        model = GgufModel.of_fields(adapter.config.own, adapter.updates)
+        model = GgufModel.of_fields(adapter.config.other_fields, adapter.updates)
         if model is None:
-            known = adapter.config.own[ARCHITECTURE] in ARCHITECTURES
-            message = f"has the names and rows of a GGUF file of {adapter.config.own[ARCHITECTURE]}"
+            known = adapter.config.other_fields[ARCHITECTURE] in ARCHITECTURES
+            message = f"has the names and rows of a GGUF file of {adapter.config.other_fields[ARCHITECTURE]}"
             if not known:
                 raise InputError(f"{message}, whose names in transformers are in no table", culprit=adapter.name)
             why = "with the model, of which the config.json will do"
@@ -138,8 +139,8 @@ class LlamaCpp(Format):
         return to_model_names(adapter, model)
 
     def edited_metadata(self, config: AdapterConfig, ranks: Mapping[str, int]) -> dict[str, str]:
-        each = {*ranks.values()}
-        return {ALPHA: str(each.pop()) if len(each) == 1 else "0"}  # with 0 the scale is 1, whatever the rank
+        values = {*ranks.values()}
+        return {ALPHA: str(values.pop()) if len(values) == 1 else "0"}  # with 0 the scale is 1, whatever the rank
 
     def as_file(self, content: AdapterContent) -> AdapterContent:
         """Return the tensors as the file stores them, and the fields as JSON under one key."""

@@ -78,8 +78,8 @@ class Litgpt(Format):
             if layer is not None and module == FUSED:
                 stem = f"model.layers.{layer}.self_attn"
                 tensors |= {
-                    f"{stem}.{each}_proj.lora_{side}.weight": part
-                    for each, part in _parts(file, tensor, side, rank, enabled).items()
+                    f"{stem}.{letter}_proj.lora_{side}.weight": part
+                    for letter, part in _parts(file, tensor, side, rank, enabled).items()
                 }
                 continue
             if layer is not None and module in IN_LAYERS:
@@ -94,15 +94,15 @@ class Litgpt(Format):
 
 
 def _parts(file: WeightsFile, tensor: str, side: str, rank: int, enabled: Mapping[str, int]) -> dict[str, MadeTensor]:
-    """Return the rows of a fused factor for each enabled one of q, k, v: A has `rank` rows of each, B its size."""
-    rows = {each: rank if side == "A" else size for each, size in enabled.items()}
+    """Return the rows of a fused factor for each enabled one of q, k, v: `rank` rows in A, its size in B."""
+    rows = {letter: rank if side == "A" else size for letter, size in enabled.items()}
     shape = file.specs[tensor].shape
     if len(shape) != 2 or shape[0] != sum(rows.values()):
         what = f"{shape[0] if shape else 0} rows, not {' + '.join(map(str, rows.values())) or 'none'}"
         raise InputError(f"has {what} of {', '.join(rows) or 'q, k and v, which are not adapted'}", culprit=tensor)
     parts, start = {}, 0
-    for each, count in rows.items():
-        parts[each] = made_of(file, tensor, (count, shape[1]), itemgetter(slice(start, start + count)))
+    for letter, count in rows.items():
+        parts[letter] = made_of(file, tensor, (count, shape[1]), itemgetter(slice(start, start + count)))
         start += count
     return parts
 

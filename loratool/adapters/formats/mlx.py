@@ -226,7 +226,7 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Setti
         rank=rank,
         alpha=options.alpha if scale is None else float(scale * (rank or 1)),
         base_model=named_base(fields.get("model")),
-        own={key: value for key, value in fields.items() if key not in PEFT_FIELDS},  # ignored by mlx-lm
+        other_fields={key: value for key, value in fields.items() if key not in PEFT_FIELDS},  # ignored by mlx-lm
     )
     return _Settings(kind, None if scale is None else float(scale), config, notes)
 

@@ -122,9 +122,9 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
                         f"{stem}.{parameter}", pairs_by_key, count, {fields.get("r")}
                     )
             continue
-        for each, experts in pairs.items():
+        for spelling, experts in pairs.items():
             for number, pair in experts.items():
-                path = f"{stem}.{number}.{names[each]}"
+                path = f"{stem}.{number}.{names[spelling]}"
                 put_tensor(tensors, f"{path}.lora_A.weight", pair.A)
                 put_tensor(tensors, f"{path}.lora_B.weight", pair.B)
     if stacks:

@@ -247,7 +247,7 @@ def _names(family: ModelFamily) -> Iterator[_Name]:
         }
         modules = [run.module for rows in (*block.names.values(), *block.alike) for run in _runs(_absolute("", rows))]
         alias |= {
-            _join(each, name): ((0, _absolute(stem_of_diffusers, name)),) for each in block.stems for name in modules
+            _join(stem, name): ((0, _absolute(stem_of_diffusers, name)),) for stem in block.stems for name in modules
         }
     outside = {**family.outside, **{name: name for name in family.alike}}
     outside |= {_leafless(name): _leafless(tensor) for name, tensor in family.outside_tensors.items()}

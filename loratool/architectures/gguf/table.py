@@ -54,8 +54,8 @@ class Facts:
 
         def number(name: str, default: int = 0) -> int:
             value = fields.get(f"{key}.{name}", default)
-            each = [*value] if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-            common = each[0] if each and each.count(each[0]) == len(each) else 0  # per layer, if all are equal
+            in_layers = [*value] if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            common = in_layers[0] if in_layers and in_layers.count(in_layers[0]) == len(in_layers) else 0
             return common if type(common) is int and 0 < common < LARGEST else 0
 
         heads, values = number("attention.head_count"), number("attention.value_length_mla")

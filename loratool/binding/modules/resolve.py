@@ -220,9 +220,9 @@ def _resolve_names(
 
     ways = [plain]
     if not all(known(m, path) for m, path in plain.items()):
-        for each in classes_of(next(iter(configs.values()), {})).values() if not adapter.flattened else ():
-            in_main_class = {m: path if known(m, path) else each.in_main_class(path) for m, path in plain.items()}
-            ways.append({m: canonical(path, model_types) for m, path in in_main_class.items()})
+        for model_class in classes_of(next(iter(configs.values()), {})).values() if not adapter.flattened else ():
+            in_main = {m: path if known(m, path) else model_class.in_main_class(path) for m, path in plain.items()}
+            ways.append({m: canonical(path, model_types) for m, path in in_main.items()})
         if not adapter.flattened:  # a model for images or sound and only its language model, or the reverse
             for start, other in ((_WRAPPED_TEXT, "model."), (_TEXT, "model.language_model.")):
                 ways.append({m: path if known(m, path) else start.sub(other, path) for m, path in plain.items()})

@@ -112,12 +112,12 @@ def refuse_unsaid(
     problems = names_not_found(base, in_model, factored, kept_exactly) | _without_module(base, in_model, uses or {})
     if not problems:
         return
-    kept = [module_path(name) for name in (*factored, *kept_exactly) if name not in problems]
+    usable = [module_path(name) for name in (*factored, *kept_exactly) if name not in problems]
     first, reason = next(iter(problems.items()))
     others = f", and {len(problems) - 1} more that PEFT cannot be told of" if problems.keys() - {first} else ""
     if not any(name not in problems for name in factored):
         raise InputError(f"{reason}{others}, and nothing else is left", culprit=first)
-    options = exclude_all([module_path(name) for name in problems], kept)
+    options = exclude_all([module_path(name) for name in problems], usable)
     raise NeedsFlag(f"{reason}{others}", culprit=first, flags=options)
 
 

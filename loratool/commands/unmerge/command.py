@@ -373,7 +373,7 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
         return sha256_range(file.file, file.begin[part.tensor] + part.start, part.length)
 
     for tensor, stretch in undo.copied():
-        if sha256_range(undo.file, stretch.at, stretch.length) != stretch.sha256:
+        if sha256_range(undo.file, stretch.offset, stretch.length) != stretch.sha256:
             raise InputError("is damaged: the rows that it copied are others", culprit=f"{undo.path}: {tensor}")
     written = undo.written()
     with closing(map_in_order(sha256, [part for part, _ in written], workers)) as hashes:

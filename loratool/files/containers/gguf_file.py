@@ -213,11 +213,11 @@ class _Cursor:
 
     def __init__(self, file: BinaryIO | None, path: Path, end: int, start: int = 0, window: bytes = b"") -> None:
         self.file, self.path, self.end = file, path, end
-        self.window, self.first, self.at = window, start, 0  # first: the window's place in the file
+        self.window, self.first, self.offset = window, start, 0  # first: the window's place in the file
 
     @property
     def place(self) -> int:
-        return self.first + self.at
+        return self.first + self.offset
 
     def require(self, nbytes: int, what: str) -> None:
         """Raise InputError unless `nbytes` bytes follow."""
@@ -231,31 +231,31 @@ class _Cursor:
 
     def take(self, nbytes: int, what: str = "what stands") -> bytes:
         self.require(nbytes, what)
-        if self.at + nbytes > len(self.window):
-            self.first, self.at = self.place, 0
+        if self.offset + nbytes > len(self.window):
+            self.first, self.offset = self.place, 0
             data = memoryview(bytearray(min(max(nbytes, WINDOW), self.end - self.first)))
             assert self.file  # without a file, the window has everything
             read_into(self.file, data, self.first)
             self.window = bytes(data)
-        self.at += nbytes
-        return self.window[self.at - nbytes : self.at]
+        self.offset += nbytes
+        return self.window[self.offset - nbytes : self.offset]
 
     def skip(self, nbytes: int, what: str) -> None:
         self.require(nbytes, what)
-        self.at += nbytes
+        self.offset += nbytes
 
     def skip_strings(self, count: int) -> None:
         """Skip strings; a million take a fraction of a second."""
         self.require(8 * count, f"an array of {count} strings")
         while count:
-            window, place, last = self.window, self.at, len(self.window) - 8
+            window, place, last = self.window, self.offset, len(self.window) - 8
             while count and place <= last:
                 place += 8 + _length(window, place)[0]
                 count -= 1
-            self.skip(place - self.at, "a string")
+            self.skip(place - self.offset, "a string")
             if count:
                 self.take(8, "a string's length")
-                self.at -= 8
+                self.offset -= 8
 
     def number(self, letter: str) -> Any:
         return struct.unpack(f"<{letter}", self.take(struct.calcsize(f"<{letter}")))[0]

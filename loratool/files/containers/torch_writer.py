@@ -35,13 +35,13 @@ class Entry:
     """An uncompressed entry of the archive."""
 
     name: bytes
-    at: int  # first byte of its local header
+    offset: int  # first byte of its local header
     nbytes: int  # of its content
 
     @property
     def begin(self) -> int:
         """Return the first byte of its content."""
-        return -(-(self.at + 30 + len(self.name) + 20 + 4) // ALIGNMENT) * ALIGNMENT
+        return -(-(self.offset + 30 + len(self.name) + 20 + 4) // ALIGNMENT) * ALIGNMENT
 
     @property
     def end(self) -> int:
@@ -49,14 +49,14 @@ class Entry:
 
     def local(self, crc: int) -> bytes:
         """Encode the local header, padded up to the content by an extra field with torch's id, FB."""
-        pad = self.begin - self.at - 30 - len(self.name) - 24
+        pad = self.begin - self.offset - 30 - len(self.name) - 24
         extra = struct.pack("<2H2Q2sH", 1, 16, self.nbytes, self.nbytes, b"FB", pad) + b"Z" * pad
         sizes = _ZIP64, _ZIP64, len(self.name), len(extra)
         return struct.pack("<4s5H3I2H", b"PK\3\4", _VERSION, 0, 0, 0, _DATE, crc, *sizes) + self.name + extra
 
     def listed(self, crc: int) -> bytes:
         """Encode the entry's record in the central directory."""
-        extra = struct.pack("<2H3Q", 1, 24, self.nbytes, self.nbytes, self.at)
+        extra = struct.pack("<2H3Q", 1, 24, self.nbytes, self.nbytes, self.offset)
         sizes = _ZIP64, _ZIP64, len(self.name), len(extra)
         fixed = struct.pack("<4s6H3I2H", b"PK\1\2", _VERSION, _VERSION, 0, 0, 0, _DATE, crc, *sizes)
         return fixed + struct.pack("<3H2I", 0, 0, 0, 0, _ZIP64) + self.name + extra
@@ -99,7 +99,7 @@ class Archive:
             while waiting and waiting[0][0] < entry.end:
                 checksums.append(waiting.popleft()[1:])
             checked.append((entry, joined_crc(checksums)))
-            yield entry.at, entry.local(checked[-1][1])
+            yield entry.offset, entry.local(checked[-1][1])
         lines = b"".join(entry.listed(crc) for entry, crc in checked)
         yield self._list_at, lines + _end(len(checked), len(lines), self._list_at)
 

@@ -220,11 +220,11 @@ def _require_equal(name: str, shares: Sequence[_Share]) -> None:
     """Raise InputError unless all ranks have the same bytes of a plain tensor."""
     first, size = shares[0], shares[0].spec.nbytes
     buffers = [memoryview(bytearray(min(BLOCK, size))) for _ in range(2)]
-    for each in shares[1:]:
+    for other in shares[1:]:
         for done in range(0, size, BLOCK):
             parts = [buffer[: size - done] for buffer in buffers]
-            for part, share in zip(parts, (first, each), strict=True):
+            for part, share in zip(parts, (first, other), strict=True):
                 read_into(share.file.file, part, share.begin + done)
             if parts[0] != parts[1]:
-                why = f"is not cut over the ranks, but {each.file.path.name} has other numbers than the first rank's"
+                why = f"is not cut over the ranks, but {other.file.path.name} has other numbers than the first rank's"
                 raise InputError(why, culprit=name)
