@@ -17,7 +17,7 @@ _LINK = re.compile(
     r"""\b((?:https?|hf):/{1,2}|[a-z][a-z0-9+.-]{0,15}://)([^\s'"<>\\/?#]*)([^\s'"<>\\]*)""", re.IGNORECASE
 )
 
-# A key and its value as of a query, in what is no link
+# A key and its value as in a query, outside of links
 _SECRET = re.compile(
     r"""([?&#;][\w.%-]{0,40}(?:token|secret|passw|key|credential|sig|auth)[\w.%-]{0,40}=)[^\s'"<>\\&]+""", re.IGNORECASE
 )
@@ -155,7 +155,7 @@ class Interrupted(LoratoolError):
 
 
 # Where loratool is. What is empty is not public yet: then an install is one of a clone, and links are relative.
-# `python tests/lib/project_texts.py --write` writes README and guides anew after a change.
+# `python tests/lib/project_texts.py --write` writes README and guides again after a change.
 INDEX_NAME = ""  # on Python's package index: loratool, once a release is there
 REPOSITORY = ""  # as https://github.com/OWNER/loratool
 SITE = ""  # of the guides as pages, as https://OWNER.github.io/loratool
@@ -198,7 +198,7 @@ class _Brief(reprlib.Repr):
 def shell_word(name: str | os.PathLike[str]) -> str:
     """Return a name quoted for a shell. Unprintable names need bash.
 
-    So what a file calls itself cannot act on the terminal, nor in the command that it is pasted into.
+    So a file's name cannot act on the terminal, nor in a command into which it is pasted.
     """
     text = os.fspath(name)
     return shlex.quote(text) if text.isprintable() else "$'" + "".join(map(_in_ansi_quotes, text)) + "'"

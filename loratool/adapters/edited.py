@@ -174,7 +174,7 @@ def require_writable(template: Adapter) -> None:
     """Raise NeedsFlag for a format that is read-only, or that cannot store the new ranks and scales."""
     can = FORMATS[template.format].can
     if can.alpha == "none" or not can.writes:
-        many, reason = can.components == "many", "whose files cannot say the new ranks and scales"
+        many, reason = can.components == "many", "whose files cannot record the new ranks and scales"
         raise NeedsFlag(
             f"is in {template.format}'s format, {reason if can.writes else 'which is only read'}",
             culprit=template.name,
@@ -202,9 +202,9 @@ def require_same_init(template: Adapter, ranks: Mapping[str, int]) -> None:
     for module, rank in ranks.items():
         init, update, reason = base_mutating_init_of(template.config, module), template.updates.get(module), None
         if init and update and update.rank != rank:
-            reason = "takes as many directions out of the base as the adapter has rank: of another rank"
+            reason = "removes as many directions from the base as the adapter has rank: at another rank"
         elif init and update and init.lower().startswith("olora") and update.scale != 1:
-            reason = "takes alpha / rank times its factors out of the base: at alpha = rank, as it would be written,"
+            reason = "subtracts alpha / rank times its factors from the base: at alpha = rank, as it would be written,"
         if reason:
             raise InputError(
                 f"was initialized with {init}, which {reason} it would be wrong on any base",

@@ -199,7 +199,7 @@ class Expressions:
             return self._look(direction, inner, name == "ASSERT", flags, after)
         if name == "FAILURE":
             return self._add("split", None)
-        raise self._refuse(f"has a {name.lower().replace('_', ' ')}, which is not matched here")
+        raise self._refuse(f"has a {name.lower().replace('_', ' ')}, which is not supported")
 
     def _repeat(self, least: int, most: int, inner: Parsed, flags: int, after: int) -> int:
         if most == _parser.MAXREPEAT:

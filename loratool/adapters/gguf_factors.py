@@ -126,15 +126,15 @@ def _labels_are_swapped(adapter: Adapter, update: UpdateSpec, part: Part, model:
     inner, outer = (out, width) if ends_in_model else (width, out)
     if model.width not in (inner, outer):
         raise InputError(
-            f"of {adapter.name} is {update.shape}, of which no side has the model's width {model.width}",
+            f"of {adapter.name} is {update.shape}: no side has the model's width {model.width}",
             culprit=update.module,
         )
     version = re.match(r"0\.(\d+)", str(adapter.config.peft.get("peft_version")))
     if inner == outer and version and int(version[1]) < 19 and not part.weight.transposed:
         raise InputError(
-            f"of {adapter.name} has square experts and is of PEFT {version[0]}, which took them as (in, out)",
+            f"of {adapter.name} has square experts and was written by PEFT {version[0]}, which took them as (in, out)",
             culprit=update.module,
-            remedy="merge it into the model of transformers",
+            remedy="merge it into the model in transformers' format",
         )
     return inner != model.width
 
@@ -175,7 +175,7 @@ def joined_parts(
             raise InputError(f"is {update.shape}, and {first.module} {first.shape}", culprit=update.module)
         if update.scale != first.scale:
             raise InputError(
-                f"and {first.module} are one matrix of transformers, and have the scales {update.scale:g} and "
+                f"and {first.module} are one matrix in transformers, but have the scales {update.scale:g} and "
                 f"{first.scale:g}",
                 culprit=update.module,
                 remedy="merge it into a GGUF file",

@@ -53,7 +53,7 @@ def in_names_of_file(adapter: Adapter, file: GgufFile, has_head: bool) -> Adapte
         return adapter
     model = GgufModel.of_fields(file.fields, [module_path(name) for name in file.specs])
     if model is None:
-        why = "its fields do not tell" if file.architecture in ARCHITECTURES else "are in no table"
+        why = "are not determined by its fields" if file.architecture in ARCHITECTURES else "are unknown"
         message = f"is {file.architecture or 'of no architecture'}, whose names and rows in transformers {why}"
         raise InputError(message, culprit=str(file.path), remedy="pass the model in transformers' format")
     return to_gguf_names(adapter, replace(model, facts=replace(model.facts, tied=not has_head)))[0]
@@ -89,7 +89,7 @@ def gguf_updates(adapter: Adapter, model: GgufModel) -> tuple[list[MadeUpdate], 
         if expert is None:
             updates += [part_of(adapter, update, part, model) for part in parts]
         elif expert >= model.facts.experts:
-            raise InputError(f"is an expert of a model that has {model.facts.experts}", culprit=module)
+            raise InputError(f"is an expert, and the model has only {model.facts.experts}", culprit=module)
         elif single.setdefault(parts[0].module, {}).setdefault(expert, (parts[0], update))[1] is not update:
             raise InputError(f"of {adapter.name} is there twice", culprit=module)
     origins: dict[str, tuple[str, ...]] = {each.module: (each.source.module,) for each in updates}
@@ -111,7 +111,7 @@ def unfit_modules(adapter: Adapter, model: GgufModel) -> dict[str, list[str]]:
         if reason is None and any(part.weight.heads for part in parts):
             reason = "a matrix for each head there, which llama.cpp multiplies without LoRA"
         if reason is None and model.is_head_tied and any(part.module == EMBEDDING for part in parts):
-            reason = "an embedding that is the head too, where llama.cpp stops at its factors"
+            reason = "an embedding that is also the head: llama.cpp stops at its factors"
         if reason:
             by_reason.setdefault(reason, []).append(module)
     return by_reason
@@ -148,9 +148,7 @@ def to_model_names(adapter: Adapter, model: GgufModel) -> Adapter:
     for module, update in adapter.updates.items():
         located = model.parts_with(module)
         if located is None:
-            raise InputError(
-                f"of {adapter.name} is no weight of {model.architecture.key} that its table knows", culprit=module
-            )
+            raise InputError(f"of {adapter.name} is not a known weight of {model.architecture.key}", culprit=module)
         path, parts_of[path] = located[0], located[1]
         part = next(each for each in parts_of[path] if each.module == module)
         if reason := _misfit(update, None, [part], False):

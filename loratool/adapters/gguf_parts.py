@@ -50,9 +50,7 @@ class GgufModel:
         if architecture is None:
             what = config.get("model_type") or "model without a model_type"
             known = ", ".join(kind for each in ARCHITECTURES.values() for kind in (*each.model_types, *each.wrappers))
-            raise InputError(
-                f"is a {what}, whose names and rows in GGUF are in no table (there are {known})", culprit=name
-            )
+            raise InputError(f"is a {what}, whose names and rows in GGUF are unknown (known are {known})", culprit=name)
         facts, fields = Facts.of_config(config), text_fields(config)
         if lacking := architecture.lacks(facts):
             raise InputError(f"its config.json does not tell its {' and '.join(lacking)}", culprit=name)
@@ -159,7 +157,7 @@ class Part:
             if rows % self.slots:
                 raise ValueError(f"{rows} rows are not {self.slots} equal slices")
         except ValueError as error:
-            raise InputError(f"{error}: it is of another model", culprit=culprit) from None
+            raise InputError(f"{error}: it belongs to another model", culprit=culprit) from None
         size = rows // self.slots
         return list(range(self.slot * size, (self.slot + 1) * size))
 
@@ -170,4 +168,4 @@ class Part:
         try:
             return ROW_ORDERS[self.weight.columns].numbers(facts, columns)
         except ValueError as error:
-            raise InputError(f"{error}: it is of another model", culprit=culprit) from None
+            raise InputError(f"{error}: it belongs to another model", culprit=culprit) from None

@@ -69,7 +69,7 @@ class Patterns:
             return
         if len(module) > MAX_MODULE or "\n" in module:
             raise InputError(
-                "is no path of a module, which the config's patterns could be for",
+                "is not a module path, so the config's patterns cannot match it",
                 culprit=module[:80],
                 remedy="rename its tensors",
             )

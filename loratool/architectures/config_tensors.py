@@ -363,7 +363,7 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         raise InputError(
             f"the family {str(model_type)[:40]!r} is not among those known by config.json alone "
             f"({', '.join(CONFIG_FAMILIES)})",
-            remedy="name the checkpoint: its shapes say all, whatever the family",
+            remedy="name the checkpoint: its shapes are enough for any family",
         )
     sizes, layers = _sizes(config, family)
     flags = _flags(config, family, sizes)
@@ -417,7 +417,7 @@ def _size(config: Mapping[str, Any], family: Family, name: str, default: int | N
     value = config_field(config, family, name)
     value = default if value is None else value
     if type(value) is not int or not minimum <= value <= MAX_SIZE:
-        raise InputError(f"config.json says {value!r}, which is no size", culprit=family.names.get(name, (name,))[0])
+        raise InputError(f"config.json says {value!r}, which is not a size", culprit=family.names.get(name, (name,))[0])
     return value
 
 

@@ -214,7 +214,7 @@ def _sizes(fused: FusedRows, model_type: str, configs: Configs, rows: int, name:
         shares = fused.shares(configs.get(model_type, {}), rows)
     except KeyError as error:
         raise InputError(
-            f"has the rows of {parts}, and the config of the {model_type} does not tell how many of each",
+            f"has the rows of {parts}, but the config of the {model_type} does not tell how many of each",
             culprit=name,
             remedy=f"give the base's config.json its {error.args[0]}",
         ) from None

@@ -54,7 +54,7 @@ def rename_tensors(
     if unknown:
         names = ", ".join(unknown[:NAMES_SHOWN]) + (", ..." if unknown[NAMES_SHOWN:] else "")
         more = f" (nor are others, {len(unknown)} in all: {names})" if unknown[1:] else ""
-        raise InputError(f"is in no table of {family.title}{more}: its other name is not known", culprit=unknown[0])
+        raise InputError(f"is not in the tables of {family.title}{more}: its other name is unknown", culprit=unknown[0])
     empty = next((name for name, shape in shapes.items() if 0 in shape), None)
     if empty is not None:
         raise InputError("has no numbers", culprit=empty)
@@ -186,7 +186,7 @@ def _joined(name: str, rows: Iterable[ModuleRows], shapes: Mapping[str, Shape]) 
             raise InputError(message, culprit=piece.tensor)
         done += piece.stop - piece.start
     if done != first.module_rows:
-        message = f"has {done} rows of the {first.module_rows} of {name}, and no tensor has the others"
+        message = f"has {done} of the {first.module_rows} rows of {name}, and no tensor has the others"
         raise InputError(message, culprit=first.tensor)
     return RenamedTensor((done, *shape[1:]) if shape else (), tuple(pieces))
 
@@ -213,7 +213,7 @@ def _in_maker_names(
             used[span.module] += span.stop - span.start
     for name, tensor in tensors.items():
         if used[name] != _rows(tensor):
-            message = f"is {name}, of which the maker's tensors have {used[name]} rows and not {_rows(tensor)}"
+            message = f"is {name}: the maker's tensors have {used[name]} of its rows and not {_rows(tensor)}"
             raise InputError(message, culprit=tensor.rows[0].tensor)
     renamed = {new: _joined(new, _cut(spans, tensors), shapes) for new, spans in parts.items()}
     flat = {new: parts[new][0].module for new in renamed if _shape_in_diffusers(family, parts[new][0].module)}
@@ -240,7 +240,7 @@ def _parts_of_maker(
         raise InputError(f"cannot become {module}, of {columns} columns and these rows: {sizes}", culprit=first)
     missing = next((span.module for span in spans if span.module not in present), None)
     if missing is not None:
-        raise InputError(f"is a part of {module}.{leaf}, and {missing}.{leaf} is not there", culprit=first)
+        raise InputError(f"is a part of {module}.{leaf}, but {missing}.{leaf} is missing", culprit=first)
     return tuple(replace(span, module=f"{span.module}.{leaf}") for span in spans)
 
 

@@ -62,7 +62,9 @@ def open_inputs(
     try:
         adapters = open_adapters(requests, alpha, opened, base=checkpoint)
     except ModelGiven as error:
-        error.remedy = f"to make an adapter of a full fine-tune: {command_line('extract', base, error.culprit or '')}"
+        error.remedy = (
+            f"to extract an adapter from a full fine-tune: {command_line('extract', base, error.culprit or '')}"
+        )
         raise
     return checkpoint, tuple(zip(adapters, (each.weight for each in requests), strict=True))
 
@@ -152,7 +154,7 @@ def open_base(
     opened.callback(model.close)
     if any(".base_layer." in tensor for tensor in model.specs):
         raise InputError(
-            "is a dump of a whole PeftModel, its weights under names that no loader knows",
+            "is a dump of a whole PeftModel, and no loader knows the names of its weights",
             culprit=os.fspath(name),
             remedy="save the model with merge_and_unload().save_pretrained, or pass the original base",
         )
@@ -283,7 +285,7 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
                 f"holds embeddings beside its modules, which no weight could hold: {_shortened(adapter.extras)}",
                 culprit=adapter.name,
                 flags="--drop extras",
-                why="to leave them out",
+                why="to exclude them",
             )
     if not drop:
         return list(adapters)

@@ -13,7 +13,7 @@ from typing import BinaryIO, cast
 
 from ..errors import InputError
 
-LIMIT = 512  # of Windows, whose C library cannot be asked
+LIMIT = 512  # of Windows, whose C library does not tell it
 
 SHARE = 4  # a fourth of the limit is kept open; libraries, worker processes and short reads use the rest
 
@@ -21,7 +21,7 @@ RECENT = 2  # reopened files that a thread keeps open: a copy has a source and a
 
 REPLACED = "was written to or replaced while it was read"
 
-WAIT = "run the command again when nothing writes there"
+WAIT = "run the command again when no program writes to it"
 
 
 def kept_open(file: BinaryIO, again: Callable[[], BinaryIO]) -> BinaryIO:

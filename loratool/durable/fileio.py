@@ -61,7 +61,7 @@ def write_at(file: BinaryIO, data: memoryview, offset: int) -> None:
     while done < len(data):
         n = disk.write_some(file, data[done:], offset + done)
         if not n:  # a loop without end otherwise
-            raise OSError(errno.EIO, "the system wrote nothing and told no error")
+            raise OSError(errno.EIO, "the system wrote nothing and reported no error")
         done += n
 
 
@@ -143,7 +143,7 @@ def is_beside(name: str) -> bool:
 def open_for_reading(path: Path) -> BinaryIO:
     with reading(path):
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise InputError("is a pipe or a device, and its bytes are asked for in any order", culprit=str(path))
+            raise InputError("is a pipe or a device, which cannot be read in any order", culprit=str(path))
         return open(path, "rb", buffering=0)
 
 

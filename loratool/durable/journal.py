@@ -43,7 +43,7 @@ MARK = b"lora"
 
 LONGEST = 1 << 28  # bytes of a record's text
 
-ANEW = "leave out --resume to begin anew"
+ANEW = "leave out --resume to begin again"
 
 SCALARS = (type(None), bool, int, float, str)
 
@@ -176,7 +176,7 @@ class Journal:
         try:
             return self._decode(parsed["results"], _Data(record.file, record.offset + record.nbytes))
         except (AttributeError, TypeError, ValueError, KeyError) as error:
-            message = "is damaged, or of another loratool"
+            message = "is damaged, or written by another version of loratool"
             raise InputError(message, culprit=str(self._folder), remedy=ANEW) from error
 
     def sync(self) -> None:
@@ -252,7 +252,9 @@ def read_head(path: Path) -> dict[str, Any] | None:
         head = json.loads(place.read_bytes())
         if isinstance(head, dict) and head.get("version") == VERSION:
             return head
-    raise UsageError("is damaged, or of another loratool", culprit=str(journal_path(path)), remedy=ANEW)
+    raise UsageError(
+        "is damaged, or written by another version of loratool", culprit=str(journal_path(path)), remedy=ANEW
+    )
 
 
 def require_same(path: Path, head: Mapping[str, Any]) -> bool:
@@ -275,7 +277,7 @@ def require_same(path: Path, head: Mapping[str, Any]) -> bool:
                 raise UsageError(
                     f"is of a run with other {kind}: {_difference(name, former.get(name), current.get(name))}",
                     culprit=str(journal_path(path)),
-                    remedy=f"call it as it was, or {ANEW}",
+                    remedy=f"repeat the former call, or {ANEW}",
                 )
     return True
 

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     import torch
 
 # of the layers of GPT-2: their weights are (in, out), but the layers that quantizers replace them with are not
-TRANSPOSED = "it is of a layer that stores (in, out), and nothing tells how its codes lie"
+TRANSPOSED = "it is of a layer that stores (in, out), and the layout of its codes is unknown"
 
 
 class Headers(Protocol):
@@ -441,7 +441,7 @@ def _open_component(pipeline: Path, name: str) -> Checkpoint:
         raise InputError(
             f"names {name}, but there is no such folder",
             culprit=str(pipeline / PIPELINE),
-            remedy="download the pipeline anew",
+            remedy="download the pipeline again",
         )
     try:
         weights = find_weights(folder)
@@ -480,7 +480,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
         return Checkpoint(path, folder, not path.is_dir() and len(parts) == 1, parts, None, config)
     if weights.name.endswith("_states.pt") and not any(spec.size for spec in file.specs.values()):
         file.close()
-        why = "is a part of a DeepSpeed ZeRO state, its weights elsewhere"
+        why = "is a part of a DeepSpeed ZeRO state, and the weights are in other files"
         raise InputError(why, culprit=str(path), remedy=f"name its folder, {shell_word(folder)}")
     return Checkpoint(path, folder, not path.is_dir(), (file,), None, config)
 
@@ -488,7 +488,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
 def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
     weight_map = index.get("weight_map")
     if weight_map is None and path.name.endswith("config.json"):
-        raise InputError("is a config alone, and the weights are needed", culprit=str(path), remedy="name its folder")
+        raise InputError("is only a config, but the weights are needed", culprit=str(path), remedy="name its folder")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError("has no weight_map from names to files", culprit=str(path))
     files = sorted(set(weight_map.values()))
@@ -525,7 +525,7 @@ def _check_index(path: Path, weight_map: Mapping[str, str], shards: list[Weights
     for shard in shards:
         for name in shard.specs:
             if name in holders:
-                raise InputError(f"{name} stands in both {holders[name]} and {shard.path.name}", culprit=str(path))
+                raise InputError(f"{name} is in both {holders[name]} and {shard.path.name}", culprit=str(path))
             holders[name] = shard.path.name
     for name, file in weight_map.items():
         if holders.get(name) != file:

@@ -96,9 +96,9 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     config, architecture = gguf_config(files), ARCHITECTURES.get(key)
     if architecture is None or not config:
         raise InputError(
-            f"is of the architecture {key or 'without a name'!r}, of which no table tells the names in transformers",
+            f"is of the architecture {key or 'without a name'!r}, whose names in transformers are unknown",
             culprit=str(base.path),
-            remedy="take the model in transformers' format",
+            remedy="use the model in transformers' format",
         )
     facts = Facts.of_metadata(key, files[0].fields)
     groups = _group(base, architecture, _other_names(key, config))
@@ -137,12 +137,12 @@ def _group(base: Checkpoint, architecture: Architecture, others: Mapping[str, st
         place = _place(architecture, name, others)
         if place is None:
             raise InputError(
-                f"is a tensor for which the table of {architecture.key} has no place",
+                f"is not in the table of {architecture.key}",
                 culprit=name,
                 remedy="convert the model's original files",
             )
         if name.endswith(UNTURNED.get(architecture.key, ())):
-            raise InputError("has its rows in an order that is not told", culprit=name)
+            raise InputError("has its rows in an unknown order", culprit=name)
         weight, hf = place
         groups.setdefault(hf, []).append(_Part(weight, name, _ref(base, name, companions)))
     return groups
@@ -169,7 +169,7 @@ def _ref(base: Checkpoint, name: str, companions: Set[str]) -> TensorRef:
         raise InputError(
             f"is {stored.spec.dtype}, which is not read ({base.faults.get(name, 'its numbers are of no known rule')})",
             culprit=name,
-            remedy="take the model in another type",
+            remedy="use the model in another type",
         )
     if weight is None or companions >= {*weight.tensors[1:]}:
         return base.ref(name)
@@ -186,11 +186,11 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
     for part in parts:
         dimensions = len(part.ref.spec.shape)
         if part.weight.change not in ("", *ADDED) or part.weight.columns:
-            raise InputError("has numbers or columns that are not turned back here", culprit=part.name)
+            raise InputError("has numbers or columns that cannot be converted back", culprit=part.name)
         if not part.ref.spec.size or dimensions not in (
             (3,) if part.weight.heads else (2, 3) if part.is_stack else (1, 2)
         ):
-            raise InputError(f"is {part.ref.spec}, which no such weight is", culprit=part.name)
+            raise InputError(f"is {part.ref.spec}, which such a weight cannot be", culprit=part.name)
     (first, *others), weight = parts, parts[0].weight
     stack, _, columns = first.matrices
     for part in others:
@@ -221,12 +221,12 @@ def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int
         try:
             numbers = ROW_ORDERS[part.weight.rows].numbers(facts, rows) if part.weight.rows else list(range(rows))
         except ValueError as error:
-            raise InputError(f"{error}: it is of another model", culprit=part.name) from None
+            raise InputError(f"{error}: it belongs to another model", culprit=part.name) from None
         if len(numbers) != part.matrices[1]:
             raise InputError(f"is {part.ref.spec}, where {len(numbers)} rows of {hf} belong", culprit=part.name)
         places += numbers
     if sorted(places) != list(range(rows)):
-        raise InputError(f"lacks other parts of {hf}", culprit=parts[0].name)
+        raise InputError(f"is missing other parts of {hf}", culprit=parts[0].name)
     order = [0] * rows
     for number, place in enumerate(places):
         order[place] = number
@@ -264,20 +264,20 @@ def _require_layers(
     for name, tensor in tensors.items():
         if match := LAYER.match(name):
             if int(match[2]) >= len(layers):
-                raise InputError(f"is of a layer that a model of {len(layers)} has not", culprit=name)
+                raise InputError(f"is of a layer that a model of {len(layers)} does not have", culprit=name)
             layers[int(match[2])][f"{match[1]}{{}}{match[3]}"] = tensor.shape
     every: dict[tuple[object, ...], dict[str, tuple[int, ...]]] = {}
     for kind, shapes in zip(kind_of, layers, strict=True):
         every.setdefault(kind, {}).update(shapes)
     for number, (kind, shapes) in enumerate(zip(kind_of, layers, strict=True)):
         if not shapes:
-            raise InputError(f"has no layer {number}", culprit=str(base.path), remedy="download the file anew")
+            raise InputError(f"has no layer {number}", culprit=str(base.path), remedy="download the file again")
         for name, shape in sorted(every[kind].items()):
             if shapes.get(name) != shape:
                 what = (
                     f"is {shapes[name]}, and in other layers {shape}"
                     if name in shapes
-                    else "is missing, which others have"
+                    else "is missing, but other layers have it"
                 )
                 raise InputError(what, culprit=name.format(number))
 
@@ -303,4 +303,4 @@ def _require_shapes(tensors: Mapping[str, RelaidTensor], config: Mapping[str, An
         if name in tensors and tensors[name].shape != shape:
             raise InputError(f"is {tensors[name].shape}, and its fields say {shape}", culprit=name)
         if name not in tensors and not name.startswith(NOT_IN_GGUF):
-            raise InputError("is missing, which its fields say is there", culprit=name)
+            raise InputError("is missing, but its fields say that it is there", culprit=name)

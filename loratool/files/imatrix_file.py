@@ -91,7 +91,7 @@ class ImatrixFile:
         count, rest = divmod(self.sizes[name], inputs) if inputs else (0, 0)
         if rest or not count:
             has = f"has {self.sizes[name]} inputs in {self.path.name}, and the model's {inputs}"
-            raise InputError(f"{has}: it is of another model", culprit=name)
+            raise InputError(f"{has}: it belongs to another model", culprit=name)
         return count
 
     def moments(self, name: str, inputs: int, first: int, count: int) -> Tensor:
@@ -116,7 +116,7 @@ class ImatrixFile:
             counts = self._read(place) if place.count == 1 else self._read(place.part(first, count))
         else:
             has = f"has {place.count} counts in {self.path.name} for {matrices} matrices"
-            raise InputError(f"{has}: it is of another model", culprit=name)
+            raise InputError(f"{has}: it belongs to another model", culprit=name)
         values = self._read(self._sums[name].part(first * inputs, count * inputs))
         for numbers in (values, counts):
             if not (numbers.isfinite() & (numbers >= 0)).all():
@@ -166,7 +166,7 @@ class ImatrixFile:
         if numbers.left:
             numbers.skip(max(0, numbers.next()))  # of the name of their text
         if numbers.left:
-            raise self._damaged(f"has {numbers.left} bytes behind its end")
+            raise self._damaged(f"has {numbers.left} bytes after its end")
 
     def _damaged(self, what: str) -> InputError:
         return InputError(what, culprit=str(self.path), remedy=HOW)
@@ -178,7 +178,7 @@ def _require_binary(path: Path, first: bytes) -> None:
     if 0 < entries <= MAX_TENSORS and 0 < length <= MAX_NAME:
         return
     kind, container = kind_of(first, path.name), container_of(first)
-    what = kind.what if kind else f"a file of {container}" if container else "no file of llama-imatrix"
+    what = kind.what if kind else f"a file of {container}" if container else "not a file of llama-imatrix"
     raise InputError(f"is {what}", culprit=str(path), remedy=HOW)
 
 

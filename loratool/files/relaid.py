@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-GAP = 8  # unneeded rows up to which one read continues
+GAP = 8  # one read continues over at most so many unneeded rows
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20  # numbers read at a time
 
-SHORT = 1 << 20  # numbers up to which float64 costs nothing
+SHORT = 1 << 20  # for at most so many numbers, float64 costs nothing
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ IN_RANGE = 2.0**60  # products of larger factors could overflow in float32
 BEYOND = 2.0**120  # larger bounds are near the end of float32
 APART = 256  # at most one in so many rows or columns is set apart
 MARGIN = 1.01  # for the roundings of `shift` itself
-SAMPLED = 1 << 11  # weights from which the size of a block's is estimated
+SAMPLED = 1 << 11  # weights that are sampled to estimate the size of a block's
 SPREAD = 2.0**14  # times the width of a curved bound: beyond that it may not hold
 
 
@@ -50,7 +50,7 @@ class Bounds:
 
     Attributes:
         shift: an upper bound of the errors in the block, added to each number.
-        span: the most by which `upper` exceeds X.
+        span: `upper` exceeds X by at most this.
         curve: factor of a bound that grows with the sum's square, else 0.
         apart: if it is not None, all sums but these are exact, and shift and span are 0.
         slight: whether D is so small beside W that W + D in this type has lost most of its digits.
@@ -94,7 +94,7 @@ class DenseRows:
         """Return the bounds for a block, (rows, n), whose first row is row `first` of these.
 
         Args:
-            backward: the block is W', from which D is subtracted.
+            backward: the block is W', and D is subtracted.
         """
         products, largest = self._products, largest_of(base)
         if (

@@ -48,7 +48,7 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
 class FactoredSVD:
     """The SVD B @ A = U diag(S) V^T with k = min(out, in, r).
 
-    Columns of U and V with S nearly 0 are arbitrary: they are no direction of B @ A.
+    Columns of U and V with S nearly 0 are arbitrary: they are not directions of B @ A.
     """
 
     U: Tensor  # (..., out, k), orthonormal columns

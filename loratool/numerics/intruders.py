@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .svd import BLOCK, SMALL, TINY, WIDE, Krylov, energy_of, gram, random_block, row_blocks
 
-ANGLE = 0.01  # by which a singular vector may be off, in radians
+ANGLE = 0.01  # a singular vector may be off by so much, in radians
 
 ROUNDING = 3e-7  # of float32 products, beside the largest eigenvalue of W W^T
 

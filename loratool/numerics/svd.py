@@ -18,7 +18,7 @@ from torch import Tensor
 
 TOLERANCE = 1e-4  # relative to the optimum's energy
 
-BLOCK = 16  # columns by which the basis grows in a step
+BLOCK = 16  # columns added to the basis in a step
 
 SMALL = 512  # with up to so many columns, the eigenvectors of D^T D are as cheap
 

@@ -82,7 +82,7 @@ class MergedRows:
             raise InputError(message, culprit=self.source.name, remedy=remedy)
         if not is_finite(out):
             message = "holds inf or nan, for which the format has no codes"
-            raise InputError(message, culprit=self.source.name, remedy="download the original anew")
+            raise InputError(message, culprit=self.source.name, remedy="download the original again")
 
 
 def encode_tensor(

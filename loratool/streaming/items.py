@@ -37,7 +37,7 @@ class CopyBytes:
         return self.source_offset + self.nbytes, self.target_offset + self.nbytes
 
     def read(self, first: int, out: memoryview) -> None:
-        """Fill `out` with what is copied, from a byte on."""
+        """Fill `out` with copied bytes, from a given byte on."""
         read_into(self.source, out, self.source_offset + first)
 
 
@@ -54,7 +54,7 @@ class GatherBytes:
     checked: bool = False  # the result is the CRC-32 of the bytes
 
     def read(self, first: int, out: memoryview) -> None:
-        """Fill `out` with what is copied, from a byte on."""
+        """Fill `out` with copied bytes, from a given byte on."""
         self.source.read_bytes(self.name, self.first + first, out)
 
 

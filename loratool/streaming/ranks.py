@@ -28,7 +28,7 @@ from typing import Protocol
 
 from ..errors import InputError, MachineError
 
-RUN_ID = "TORCHELASTIC_RUN_ID"  # the variable of the environment by which torchrun's ranks are known
+RUN_ID = "TORCHELASTIC_RUN_ID"  # the environment variable that marks torchrun's ranks
 
 PREFIX = "loratool/"  # of our keys in the store
 
@@ -40,7 +40,7 @@ BEAT = "beat"  # the key that counts while a rank lives
 
 CONNECTING = 60  # seconds until the store must have answered: torchrun opens it before it starts a rank
 
-BEATING, SILENCE = 5.0, 120.0  # seconds between beats, and without one until a rank is taken for dead
+BEATING, SILENCE = 5.0, 120.0  # seconds between heartbeats, and without one until a rank counts as dead
 
 TELLING = 60  # seconds after which a rank reports that it waits for others
 
@@ -50,7 +50,7 @@ POLL, LONGEST_POLL = 0.002, 0.25  # seconds between two polls of the store, at f
 
 
 class RankDone(BaseException):
-    """A rank other than 0 has done its part. It is no Exception, so that no handler of errors catches it."""
+    """A rank other than 0 has done its part. It is not an Exception, so no handler of errors catches it."""
 
 
 class Store(Protocol):
@@ -260,9 +260,9 @@ class Job:
             before, beat = beat, self.add(f"{BEAT}/{rank}", 0)
             heard = heard if beat == before else time.monotonic()
             if time.monotonic() - heard > SILENCE:
-                raise MachineError(f"nothing was heard of rank {rank} for {SILENCE:.0f} seconds")
+                raise MachineError(f"rank {rank} has not answered for {SILENCE:.0f} seconds")
             if self._is_another(rank):
-                remedy = "give torchrun --rdzv-backend c10d, by which nodes restart together"
+                remedy = "give torchrun --rdzv-backend c10d, so that nodes restart together"
                 raise MachineError(f"rank {rank} was restarted, and rank {self.rank} was not", remedy=remedy)
         raise AssertionError("looks have no end")
 

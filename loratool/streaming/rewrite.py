@@ -235,7 +235,7 @@ def refuse_overflow(
         raise NeedsFlag(message, culprit=tensor, flags=flags, why=", which holds them")
     remedy = "is this the adapter's base, and its alpha right?"
     if source.weight:
-        remedy = f"are its scales damaged? Only as codes ({source.weight.kind}) can it have such numbers"
+        remedy = f"are its scales damaged? It can have such numbers only as codes ({source.weight.kind})"
     elif source.spec.dtype != new:
         remedy = f"leave out --dtype: {source.spec.dtype} holds them"
     raise InputError(message, culprit=tensor, remedy=remedy)

@@ -167,12 +167,12 @@ class RowSegment:
     def _require_finite(self, base: Tensor) -> None:
         if not is_finite(base):
             name = self._source.name if self._source else ""
-            raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=name)
+            raise InputError("has rows with inf or nan, but DoRA needs their norms", culprit=name)
 
     def _in_range(self, norms: Wide) -> Wide:
         if not np.isfinite(norms).all():
             name = self._source.name if self._source else ""
-            message = "has a row or column whose norm, which DoRA needs, is beyond float64"
+            message = "has a row or column whose norm is beyond float64, but DoRA needs it"
             raise InputError(message, culprit=name)
         return norms
 

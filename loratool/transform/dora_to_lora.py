@@ -125,7 +125,7 @@ def _dora_delta(update: DoRA, W: Tensor, along_inputs: bool, module: str) -> Ten
         added = B[rows].float() @ right
         norms = torch.linalg.vector_norm((W[rows].double() + added.double()).view(-1, together * W.shape[1]), dim=1)
         if not is_finite(norms):
-            raise InputError("has rows with inf or nan, whose norm DoRA needs", culprit=module)
+            raise InputError("has rows with inf or nan, but DoRA needs their norms", culprit=module)
         g = torch.where(norms == 0, 0.0, magnitude[first : first + count] / norms)  # for a row of zeros any g is right
         g = g.repeat_interleave(together)
         W[rows] = ((g - 1.0)[:, None] * W[rows].double() + g[:, None] * added.double()).float()

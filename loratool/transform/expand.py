@@ -95,10 +95,10 @@ def _kernel(update: UpdateSpec, source: SourceModule | None, family: str | None)
     if source is None or family is None or source.component not in DENOISERS:
         if "conv" in update.module.lower():
             raise NeedsFlag(
-                f"is {update.kind} of what its name calls a convolution, whose kernel its factors do not tell",
+                f"is {update.kind} of a convolution by its name, but its factors do not tell the kernel",
                 culprit=update.module,
                 flags=f"--exclude {shell_word(update.module)}",
-                why="to leave it out",
+                why="to exclude it",
             )
         return ()
     kernel = kernel_of(FAMILIES[family], source.path)

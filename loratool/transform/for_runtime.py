@@ -68,9 +68,9 @@ def prepare_for_runtime(
         reasons = "; ".join(finding.says for finding in findings)
         options = exclude_all(refused, [*rest])
         raise NeedsFlag(
-            f"{runtime.title} cannot have {len(refused)} modules of {source.name} ({reasons}): {listed}",
+            f"{runtime.title} does not support {len(refused)} modules of {source.name} ({reasons}): {listed}",
             flags=options,
-            why="to leave them out; a merge has them in the base",
+            why="to exclude them; a merge applies them to the base",
         )
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in updates.values())
     init = runtime.names != "whole" and base_mutating_init(source.config) is not None
@@ -156,7 +156,9 @@ def _by_path(modules: Iterable[ServedModule]) -> dict[str, ServedModule]:
     for module in modules:
         other = by_path.setdefault(module.path, module)
         if other is not module:
-            raise InputError(f"{' and '.join((*other.sources, *module.sources))} would both be it", culprit=module.path)
+            raise InputError(
+                f"{' and '.join((*other.sources, *module.sources))} would both become this module", culprit=module.path
+            )
     return by_path
 
 
@@ -167,9 +169,7 @@ def _missing(
     if known is None:
         if lacking := _lacking(runtime, modules):
             path, what = lacking
-            raise _needs_base(
-                f"for {runtime.title} it has to have {what} beside it, and only the base tells its shape", path
-            )
+            raise _needs_base(f"needs {what} beside it for {runtime.title}, and only the base tells its shape", path)
         return []
     zeros = [*known.beside(modules, runtime.needs)]
     zeros += known.layers(modules) if runtime.every_layer else ()
@@ -194,7 +194,7 @@ def _require_taken(runtime: Runtime, base: Checkpoint | None, modules: Mapping[s
     """Raise InputError for a path or a rank that the runtime does not support, or a module that it leaves unset."""
     unknown = next((path for path in modules if not is_looked_up(runtime, path)), None)
     if unknown:
-        raise InputError(f"is no module that {runtime.title} looks up", culprit=unknown)
+        raise InputError(f"is not a module that {runtime.title} looks up", culprit=unknown)
     rank, largest = max((module.rank, path) for path, module in modules.items())
     if runtime.max_ranks and rank > max(runtime.max_ranks):
         raise InputError(
@@ -210,15 +210,15 @@ def _require_set(runtime: Runtime, base: Checkpoint, modules: Collection[str]) -
     """Raise InputError for a module of the base for which the runtime would use uninitialized memory."""
     if unset := unset_module(runtime, base, modules):
         raise InputError(
-            f"would compute with memory that is not set: {runtime.title} goes by last names, and the adapter has "
-            f"nothing for it",
+            f"would compute with uninitialized memory: {runtime.title} matches last names, and the adapter has "
+            "no factors for it",
             culprit=unset,
             remedy="merge the adapter into its base",
         )
 
 
 def unset_module(runtime: Runtime, base: Checkpoint, modules: Collection[str]) -> str | None:
-    """Return a module of the base for which a runtime, which goes by last names, would use uninitialized memory."""
+    """Return a module of the base for which a runtime, which matches last names, would use uninitialized memory."""
     if not (runtime.every_layer and runtime.targets == "last names"):
         return None
     lasts = {path.rpartition(".")[2] for path in modules}
@@ -230,7 +230,7 @@ def unset_module(runtime: Runtime, base: Checkpoint, modules: Collection[str]) -
 def _added_note(runtime: Runtime, added: Sequence[ServedModule]) -> tuple[str, ...]:
     if not added:
         return ()
-    what = f"{len(added)} modules of zeros are added, as for {runtime.title} they have to be beside the others"
+    what = f"{len(added)} modules of zeros are added, since {runtime.title} needs them beside the others"
     return (f"{what}: {added[0].path}",)
 
 
@@ -242,7 +242,7 @@ def _flag_notes(
         yield runtime.limit
     if reordered := [path for path, module in modules.items() if module.heads]:
         what = f"the rows of {len(reordered)} queries and keys are in the order of {runtime.title}, like {reordered[0]}"
-        yield f"{what}: the output is for nothing else, and says so"
+        yield f"{what}: the output is only for this runtime, and records that"
     rank = max(module.rank for module in modules.values())
     if runtime.rank_flag and rank > runtime.default_rank:
         value = next(value for value in runtime.max_ranks if value >= rank)

@@ -91,7 +91,7 @@ def _split(source: SourceModule, located: Located, sizes: Sizes) -> list[TargetM
             raise _base_tells(source.path, next(m for m in located.diffusers if m not in known))
         count = len(located.diffusers)
         terms = " + ".join(map(str, [span.module_rows for span in of_table] if of_table else [rows // count] * count))
-        raise InputError(f"has {rows} rows, which are not {terms}: it is of another model", culprit=source.path)
+        raise InputError(f"has {rows} rows, which are not {terms}: it belongs to another model", culprit=source.path)
     return [
         TargetModule("", span.module, span.module_rows, (RowSlice(source, span.start, span.stop),), "split")
         for span in spans

@@ -107,7 +107,7 @@ def _wanted(
         impossible = impossible + more
     columns = next((s.module for s in wanted if s.update.along_inputs and not can.input_norms), None)
     if columns:
-        message = f"is DoRA along the inputs, which {to}'s files cannot say"
+        message = f"is DoRA along the inputs, which {to}'s files cannot express"
         raise NeedsFlag(message, culprit=columns, flags="--plain --base BASE", why="with the model")
     unsupported = [s.module for s in wanted if s.update.cls not in can.kinds or (not can.kernels and _has_kernel(s))]
     unsupported += [s.module for s in wanted if s.update.base]  # a weight under the factors has no name in the format
@@ -131,9 +131,9 @@ def _refuse_mixed(to: Format, modules: Mapping[str, NewModule]) -> None:
         dora = [name for name, module in members.items() if module.dora]
         other = next((name for name in members if dora and name not in dora), None)
         if other:
-            message = f"is no DoRA, {dora[0]} is; {to.key}'s loader wants all modules of a model of one kind"
+            message = f"is not DoRA, but {dora[0]} is; {to.key}'s loader needs one kind for all modules of a model"
             free = " and ".join(key for key, other in written_formats().items() if other.can.alpha == "tensor")
-            remedy = f"--to {free} say it of each module; or add --plain --base BASE with the model"
+            remedy = f"use --to {free}, which record the kind of each module, or add --plain --base BASE with the model"
             raise InputError(message, culprit=other, remedy=remedy)
 
 

@@ -71,7 +71,7 @@ def choose_format(base: Checkpoint, to: str | None) -> Format:
                 remedy=f"pass --to {', '.join(others)} or {last}",
             )
     elif not weights:
-        raise InputError(f"is no image model: nothing could load it as {to}", culprit=str(base.path))
+        raise InputError(f"is not an image model: nothing can load it as {to}", culprit=str(base.path))
     return chosen
 
 
@@ -80,8 +80,8 @@ def _refuse_unknown(base: Checkpoint) -> None:
     known = "_class_name" in base.config or "architectures" in base.config or image_weights(base)
     if not known and all(name.startswith(DENOISER_PREFIXES[:2]) for name in base.specs):
         raise InputError(
-            "is a single file of an image model that is not known, with its makers' names, under which nothing loads "
-            "an adapter",
+            "is a single file of an unknown image model with its maker's names, and no loader finds an adapter by "
+            "these",
             culprit=str(base.path),
             remedy="pass the diffusers folder of the model's transformer, and the fine-tune's",
         )
@@ -158,7 +158,7 @@ def choose_family(
     named = request.architecture if request.architecture in FAMILIES else None
     if named and named not in fitting:
         other = next(iter(find_unknown_modules(sources, named)), sources[0].module)
-        raise InputError(f"is no module of {FAMILIES[named].title}, which --architecture names", culprit=other)
+        raise InputError(f"is not a module of {FAMILIES[named].title}, which --architecture names", culprit=other)
     if request.base is not None:
         if request.base.is_config:
             class_name = _class_of(request.model)
@@ -168,9 +168,7 @@ def choose_family(
                 of_base, class_name = _families_of(model), denoiser_class(model)
         if not set(of_base) & ({named} if named else set(fitting)):
             what = FAMILIES[named].title if named else " or ".join(FAMILIES[key].title for key in likely)
-            unknown = (
-                f"a {brief(class_name)}, which is no image model that is known" if class_name else "no image model"
-            )
+            unknown = f"a {brief(class_name)}, which is not a known image model" if class_name else "not an image model"
             of = FAMILIES[of_base[0]].title if of_base else f"{unknown} ({KNOWN})"
             raise InputError(f"is of {what} by its names, and {request.base.path} is {of}", culprit=name)
         return FamilyChoice(named or next(key for key in of_base if key in fitting))
@@ -261,7 +259,7 @@ def family_of(base: Checkpoint, to: Format) -> str:
     if not families:
         class_name = denoiser_class(base)
         named = f" ({brief(class_name)})" if class_name else ""
-        raise InputError(f"is no image model that is known{named}: {KNOWN}", culprit=str(base.path))
+        raise InputError(f"is not a known image model{named}: {KNOWN}", culprit=str(base.path))
     return families[0]
 
 

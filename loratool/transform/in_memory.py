@@ -83,8 +83,8 @@ def loss_warnings(states: Sequence[Transformed]) -> tuple[str, ...]:
         return notes
     return (
         *notes,
-        f"{len(errors)} modules of the input could not be carried to the bit; at most {max(errors):.0e} of a change is "
-        "lost by that, which `loratool convert` shows",
+        f"{len(errors)} modules of the input could not be converted exactly: at most {max(errors):.0e} of a change is "
+        "lost, as `loratool convert` shows",
     )
 
 
@@ -236,8 +236,10 @@ def common_family(adapters: Sequence[Adapter]) -> str | None:
     for (first, first_families), (second, second_families) in combinations(fitting, 2):
         if (first_families or second_families) and set(first_families).isdisjoint(second_families):
             both = first_families, second_families
-            names = [FAMILIES[keys[0]].title if keys else "no image model that is known" for keys in both]
-            raise InputError(f"is of {names[1]}, {first.name} of {names[0]}: no base is both's", culprit=second.name)
+            names = [FAMILIES[keys[0]].title if keys else "no known image model" for keys in both]
+            raise InputError(
+                f"is of {names[1]}, {first.name} of {names[0]}: they have no base in common", culprit=second.name
+            )
     common = [key for key in fitting[0][1] if all(key in families for _, families in fitting)] if fitting else []
     return common[0] if common else detect_family([source for modules in sources.values() for source in modules])
 
@@ -275,7 +277,7 @@ def by_meaning(adapters: Sequence[Adapter], selection: Selection) -> Sequence[Tr
         if unknown_selected := [m for m in adapter.updates if m in unknown and selection.selects(m)]:
             others = [module for other_adapter in adapters for module in other_adapter.updates if module not in unknown]
             raise NeedsFlag(
-                f"of {adapter.name} is in no image model that is known, and could be any of the other adapter's",
+                f"of {adapter.name} is in no known image model, and could be any of the other adapter's",
                 culprit=unknown_selected[0],
                 flags=exclude_options(exclude_patterns(unknown_selected, others)),
             )

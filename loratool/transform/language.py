@@ -23,7 +23,9 @@ def refuse_unsaid_init(source: Adapter, to: Format) -> None:
     """Raise NeedsFlag for an initialization that changed the base, if the format's files cannot record it."""
     init = base_mutating_init(source.config)
     if init and not to.can.starts:
-        message = f"was initialized with {init}, which changed the base under it, and {to.key}'s files cannot say so"
+        message = (
+            f"was initialized with {init}, which changed the base under it, and {to.key}'s files cannot record that"
+        )
         raise NeedsFlag(message, culprit=source.name, flags=INITIAL, why=WHAT_INITIAL)
 
 
@@ -34,7 +36,7 @@ def to_layout(state: Transformed, request: ConvertRequest) -> Transformed:
     pairs = [SourceModule(m, u, "", m) for m, u in updates.items() if u.cls in (LowRank, DoRA) and len(u.shape) == 2]
     parts, unlike = to_fuse_unlike(pairs) if request.layout == "fused" else ({}, [])
     if unlike:
-        what = "would be fused with parts that have no magnitude, and are DoRA or beside it"
+        what = "would be fused although some of their parts are DoRA and others have no magnitude"
         raise cannot_convert(source.name, what, unlike, among=parts)
     targets = plan_qkv(pairs, request.layout, _rows_of(request.base))
     regrouped = {target.path: target for target in targets if target.how != "exact"}

@@ -82,10 +82,10 @@ def refuse_column_norms(targets: Iterable[TargetModule]) -> None:
         columns = [part.source.module for part in target.parts if part.source.update.along_inputs]
         if columns and target.how in ("split", "fused"):
             raise NeedsFlag(
-                f"would be {target.how}, and is DoRA along the inputs, whose norms are of the whole",
+                f"would be {target.how}, but is DoRA along the inputs, whose norms are those of the complete module",
                 culprit=columns[0],
                 flags=f"--exclude {shell_word(','.join(columns))}",
-                why="to leave them out",
+                why="to exclude them",
             )
 
 
@@ -186,7 +186,8 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
     if other:
         first = parts[0].source
         raise InputError(
-            f"is {other.update.shape} and {first.path} {first.update.shape}: no parts of one matrix", culprit=other.path
+            f"is {other.update.shape} and {first.path} {first.update.shape}: not parts of one matrix",
+            culprit=other.path,
         )
     ordered = sorted(parts, key=lambda part: part.target_start)
     ends = [part.target_start + part.stop - part.start for part in ordered]
@@ -199,9 +200,9 @@ def fuse_modules(component: str, path: str, parts: list[RowSlice], rows: int) ->
     magnitudes = sum(part.source.update.cls is DoRA for part in parts)
     if magnitudes and (magnitudes < len(parts) or sum(part.stop - part.start for part in parts) != rows):
         raise NeedsFlag(
-            "is fused there, of parts of which some are DoRA: the others have no magnitude",
+            "is fused there, but only some of its parts are DoRA: the others have no magnitude",
             culprit=path,
             flags=f"--exclude {shell_word(','.join(part.source.module for part in parts))}",
-            why="to leave them out",
+            why="to exclude them",
         )
     return TargetModule(component, path, rows, tuple(ordered), "fused")

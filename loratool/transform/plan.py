@@ -124,9 +124,9 @@ def _plan_low_rank(
             remedy=ONLY_MERGED,
         )
     raise InputError(
-        f"is no adapter of an image model that is known ({KNOWN}), with modules like "
+        f"is not an adapter of a known image model ({KNOWN}): it has modules like "
         + min(source.updates, default="none")
-        + ("" if FORMATS[request.to].can.usual_for == "model" else f": nothing could load it as {request.to}"),
+        + ("" if FORMATS[request.to].can.usual_for == "model" else f": nothing can load it as {request.to}"),
         culprit=source.name,
     )
 
@@ -211,7 +211,7 @@ def _plan_image(
     planned = plan_image(state, family, request, sources, impossible, source.file.metadata or {}, start_of)
     planned = replace(planned, is_certain=target.choice.is_certain)
     also = " and ".join(target.choice.also)
-    assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules as well, and no {request.to} files"
+    assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules too, but no {request.to} files"
     return noted(planned, assumed) if also else planned
 
 
@@ -252,7 +252,7 @@ def _without_dora(state: Transformed, request: ConvertRequest, folder: Path, ope
     dora = [module for module, update in selected(state.adapter, request.exclude).items() if update.cls is DoRA]
     if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
         return state
-    message = f"is DoRA, whose change only the base tells ({len(dora)} modules)"
+    message = f"is DoRA, whose change depends on the base ({len(dora)} modules)"
     if request.layout:
         first = "first loratool convert with --plain --base BASE, without --layout"
         raise InputError(message, culprit=dora[0], remedy=first)
@@ -280,6 +280,6 @@ def _without_initial(state: Transformed, modules: Sequence[str], request: Conver
     init = next(filter(None, (base_mutating_init_of(source.config, module) for module in modules)), None)
     keeps = not request.plain and FORMATS[request.to].can.starts and init and init.lower().startswith(NAMED_INITS)
     if init and not keeps:
-        message = f"was initialized with {init}, which changed the base under it, and what is written could not say so"
+        message = f"was initialized with {init}, which changed the base under it, and the output could not record that"
         raise NeedsFlag(message, culprit=source.name, flags=INITIAL, why=WHAT_INITIAL)
     return state

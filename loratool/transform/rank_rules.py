@@ -88,7 +88,7 @@ RANK_RULES: dict[str, Callable[[SingularValues, float], int | None]] = {
 
 # rules of one file alone, which `combine` has not -> why
 OF_ONE_FILE = {
-    "noise": "it is of one file's rounding, and a combination is of several; resize the adapters by it first"
+    "noise": "it measures the rounding of one file, but a combination has several; resize the adapters by it first"
 }
 
 RULES_OF_SEVERAL = [rule for rule in RANK_RULES if rule not in OF_ONE_FILE]
@@ -103,7 +103,9 @@ MOST = 1 << 62  # beyond every disk
 
 MOST_RANK = 1 << 16  # beyond every matrix
 
-NOISE_IS_PLAIN = "the rule noise is of a change, and --imatrix takes the singular values of what it does to the outputs"
+NOISE_IS_PLAIN = (
+    "the rule noise measures a change, but with --imatrix the singular values are those of its effect on the outputs"
+)
 
 BUDGETS = ("params", "size")  # for all matrices together
 
@@ -128,7 +130,7 @@ def read_rule(
         if name not in (*RANK_RULES, *BUDGETS):
             raise UsageError(f"the rule {name!r} is none of {', '.join(RANK_RULES)}")
         if name == "rank" and not (value <= MOST_RANK and value.is_integer()):
-            raise UsageError(f"rank {value:g} is no whole number up to {MOST_RANK}")
+            raise UsageError(f"rank {value:g} is not a whole number up to {MOST_RANK}")
         if not value > 0 or (name in SHARES and value > 1) or (name == "sv_ratio" and value < 1) or math.isinf(value):
             raise UsageError(f"{name} {value:g} is out of range")
     return chosen[0] if chosen else None

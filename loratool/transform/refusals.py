@@ -8,7 +8,7 @@ from ..adapters.updates.update import UpdateSpec
 from ..errors import InputError, NeedsFlag, shell_word
 
 # the remedy for changes without factors
-ONLY_MERGED = "merge it into its base; of the merged model loratool extract BASE MERGED makes an adapter"
+ONLY_MERGED = "merge it into its base; then loratool extract BASE MERGED makes an adapter from the merged model"
 
 
 def cannot_convert(
@@ -26,6 +26,6 @@ def cannot_convert(
     """
     message = f"{len(modules)} modules of {name} {what}: {', '.join(modules[:3])}" + (", ..." if modules[3:] else "")
     if among is not None and not any(update.rank for module, update in among.items() if module not in modules):
-        return InputError(f"{message}; and nothing else is there to convert", culprit=modules[0])
+        return InputError(f"{message}; nothing else is left to convert", culprit=modules[0])
     exclude = exclude or f"--exclude {shell_word(','.join(modules))}"
-    return NeedsFlag(message, flags=exclude, why="to leave them out")
+    return NeedsFlag(message, flags=exclude, why="to exclude them")

@@ -44,7 +44,9 @@ def rename_modules(state: Transformed, renames: Sequence[str]) -> Transformed:
     paths = new_paths(updates, renames)
     for module, path in paths.items():
         if updates[module].cls.stack and module.rpartition(".")[2] != path.rpartition(".")[2]:
-            raise UsageError(f"is a stack of experts, and would be {path}, of another last name", culprit=module)
+            raise UsageError(
+                f"is a stack of experts, and would become {path}, which has another last name", culprit=module
+            )
     return with_paths(state, paths)
 
 
@@ -63,12 +65,12 @@ def new_paths(modules: Iterable[str], renames: Sequence[str]) -> dict[str, str]:
             raise UsageError("names no module", culprit=f"--rename {rename}", remedy=like)
         bad = next((new for module, new in changed.items() if not _is_path(new, module)), None)
         if bad is not None:
-            raise UsageError(f"gives {bad!r}, which is no path of a module", culprit=f"--rename {rename}")
+            raise UsageError(f"gives {bad!r}, which is not the path of a module", culprit=f"--rename {rename}")
         paths |= changed
     owners: dict[str, str] = {}
     for module, path in paths.items():
         if owners.setdefault(path, module) != module:
-            raise UsageError(f"{owners[path]} and {module} would both be it", culprit=path)
+            raise UsageError(f"{owners[path]} and {module} would both become this module", culprit=path)
     return paths
 
 

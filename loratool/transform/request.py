@@ -42,7 +42,7 @@ class ConvertRequest:
     base: Base | None = None  # the model: the rows of q, k and v, weights under DoRA, or names
     architecture: str | None = None  # the class of the base whose names the modules get; None is config.json's
     runtime: str | None = None  # the runtime that will load it, a key of RUNTIMES
-    rename: tuple[str, ...] = ()  # `PATTERN=PATH` of modules' paths, before all else
+    rename: tuple[str, ...] = ()  # `PATTERN=PATH` of modules' paths, applied first
 
     @property
     def model(self) -> Mapping[str, Any]:
@@ -99,7 +99,7 @@ def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, Update
         reason = f"of a layer that the base does not have, by the {layers.count} layers of its config.json"
         misfits |= dict.fromkeys(filter(layers.is_beyond, updates), reason)
     if request.to != source.format:
-        misfits |= {m: "a matrix that is the head too" for m, update in updates.items() if update.everywhere}
+        misfits |= {m: "a matrix that is also the head" for m, update in updates.items() if update.everywhere}
     if misfits:
         raise _misfit(source, request, updates, misfits)
     if not any(update.rank for update in updates.values()):

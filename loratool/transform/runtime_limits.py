@@ -122,7 +122,7 @@ def _outside_graph(source: Adapter, base: Checkpoint, updates: Mapping[str, Upda
 def _refusal(feature: str, outcome: str, modules: tuple[str, ...]) -> Finding:
     what = {**FEATURES, **OTHERS}[feature]
     says = f"{what} would be {OUTCOMES[outcome]}"
-    return Finding(feature, outcome, says, "only a merge into the base has them there", modules)
+    return Finding(feature, outcome, says, "only a merge into the base applies them there", modules)
 
 
 def feature_of(module: str, update: UpdateSpec, in_tower: Callable[[str], bool]) -> str:

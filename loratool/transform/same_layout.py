@@ -111,7 +111,7 @@ def _targets(group: _Group, fused: SourceModule, known: Mapping[int, int], fuses
     if spans is None:
         others = ", ".join(f"{module.rpartition('.')[2]} {size}" for module, size in named.items())
         raise InputError(
-            f"has {rows} rows, which those of the other adapter ({others}) are not part of", culprit=fused.module
+            f"has {rows} rows, and those of the other adapter ({others}) are not part of them", culprit=fused.module
         )
     if fuses:
         placed = [RowSlice(source, 0, source.update.shape[0], spans[i].start) for i, source in group.parts.items()]

@@ -163,7 +163,7 @@ class BaseModules:
         if self._in_model:
             return module_path(self._in_model(module_of_matches(self.base, module, matches)))
         if matches[0].rows:
-            message = f"is rows of {matches[0].name}, and a runtime's name for these is not known here"
+            message = f"is rows of {matches[0].name}, whose name in a runtime is unknown here"
             raise InputError(message, culprit=module)
         return module_path(strip_wrappers(matches[0].name))
 
@@ -203,7 +203,7 @@ class BaseModules:
         else:
             owner, last = self._stack(match.name)
             if last not in PARTS_OF_STACKS:
-                raise InputError("is a stack of experts whose rows are not known here", culprit=match.name)
+                raise InputError("is a stack of experts whose rows are unknown here", culprit=match.name)
             names = PARTS_OF_STACKS[last]
             if match.parts > 1 and not update.cls.stack:
                 names = names[match.part : match.part + 1]

@@ -238,7 +238,7 @@ def module_of_matches(base: Checkpoint, module: str, matches: Sequence[Match]) -
     paths = (part.module for part in parts if (part.start, part.skip) == (first.rows[0], first.rows[2]))
     path = next(paths, None)
     if path is None:
-        raise InputError(f"is a part of {first.name} in {base.path}, of which no class is known", culprit=module)
+        raise InputError(f"is a part of {first.name} in {base.path}, which has no known class", culprit=module)
     return path if path.endswith(".bias") else f"{path}.weight"
 
 

@@ -45,7 +45,7 @@ def require_copies(source: Adapter, request: ConvertRequest, updates: Mapping[st
     if not under or request.base is None:
         return
     if request.base.is_config:
-        message = "has a weight under its factors, which is to be compared with the base's"
+        message = "has a weight under its factors, which must be compared with the base's"
         raise NeedsFlag(message, culprit=under[0], flags="--base BASE", why="with the model and its weights")
     base = request.base.open("--base is the adapter's model")
     if trained := [module for module in under if not equals_base(source, updates[module], base)]:
@@ -74,10 +74,10 @@ def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
         fields = source.config.other_fields
     else:
         raise NeedsFlag(
-            f"has transformers' names, and in {request.to}'s files are those of the base's own file there",
+            f"has transformers' names, and the names in {request.to}'s files depend on the base",
             culprit=source.name,
             flags="--base BASE",
-            why="with the model, of which the config.json will do",
+            why="with the model (its config.json is enough)",
         )
     alpha = common_alpha(state.adapter.updates)
     settled = settle(with_scales(state, partial(_scale_and_quotient, alpha)), request.dtype or default_dtype(request))

@@ -56,7 +56,7 @@ def are_hashes(values: object, count: int) -> bool:
 
 
 def strange(name: str) -> str:
-    return f"it names {name!r}, which is no file of a model that a merge edits"
+    return f"it names {name!r}, which is not a file of a model that a merge edits"
 
 
 def is_place(name: str) -> bool:
@@ -75,7 +75,7 @@ def checked_spec(entry: Any) -> TensorSpec:
     spec = spec_of(entry)
     require(
         spec.dtype in (DTYPES | BLOCK_TYPES) and isinstance(entry[1], list) and all(map(is_count, spec.shape)),
-        f"{entry} is no type",
+        f"{entry} is not a type",
     )
     return spec
 
@@ -243,6 +243,6 @@ def check_extents(extents: Iterable[tuple[int, int]], start: int, end: int) -> N
     """Raise ValueError unless parts of a file, as (first byte, length), tile the bytes start:end."""
     done = start
     for first, length in sorted(extents):
-        require(first == done, f"nothing, or two records, lie at byte {done}")
+        require(first == done, f"nothing, or two records, are at byte {done}")
         done += length
-    require(done == end, f"nothing, or two records, lie at byte {done}")
+    require(done == end, f"nothing, or two records, are at byte {done}")

@@ -125,7 +125,7 @@ class Reader:
                 raise ValueError("has more places than numbers")
             places = np.cumsum(self.differences(some, np.int32).astype(np.int64) + 1) - 1
             if some and (places[0] < 0 or places[-1] >= count or (np.diff(places) < 1).any()):
-                raise ValueError("has places that are none")
+                raise ValueError("has invalid places")
             differences[places] = self.differences(some, np.int16)
             return differences
         if not 1 <= width <= WIDEST:

@@ -71,7 +71,7 @@ TRAILER = struct.Struct("<QQ32s8s")  # the index's offset, length and sha256, EN
 
 _WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error, EOFError)
 
-_APPROXIMATE = "take the one that the merge wrote, or subtract and round with --approximate, which is not exact"
+_APPROXIMATE = "use the one that the merge wrote, or subtract and round with --approximate, which is not exact"
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def card_packer() -> ModuleType:
         import bz2
     except ImportError as error:
         what = "this Python has no module bz2, by which an undo file has the base's model card"
-        raise MachineError(what, remedy="take a Python that was built with libbz2") from error
+        raise MachineError(what, remedy="use a Python that was built with libbz2") from error
     return bz2
 
 
@@ -187,7 +187,7 @@ class UndoFile:
         size = os.fstat(self.file.fileno()).st_size
         start = self.bytes(0, min(size, len(MAGIC)))
         if start[:-2] != MAGIC[:-2] or size < len(MAGIC) + TRAILER.size:
-            raise InputError("is no undo file", culprit=str(self.path))
+            raise InputError("is not an undo file", culprit=str(self.path))
         version = start[-2:-1].decode(errors="replace")
         if start[-1:] != b"\n" or version != str(VERSION):
             self._refuse_version(version)
@@ -196,9 +196,9 @@ class UndoFile:
             raise ValueError("its end is missing")
         require(2 * length <= MOST_INDEX, "its index is larger than any")
         text = self.bytes(first, length)
-        require(hashlib.sha256(text).digest() == digest, "its index is another")
+        require(hashlib.sha256(text).digest() == digest, "its index does not match its hash")
         if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
-            raise ValueError("its index is a pile of brackets")  # each takes a hundred bytes of memory
+            raise ValueError("its index is nested too deeply")  # each takes a hundred bytes of memory
         index = parse_json(text, self.path, most=MOST_INDEX)
         require(index["version"] == VERSION, "its index is of another version")
         return index, first
@@ -211,7 +211,10 @@ class UndoFile:
         index = self.index
         self._blobs: list[tuple[int, int]] = []  # (first byte, length) of headers and side files
         self._held = 0  # bytes of these
-        require(type(index["arithmetic"]) is int and type(index["file"]) is bool, "its arithmetic or file is none")
+        require(
+            type(index["arithmetic"]) is int and type(index["file"]) is bool,
+            "its arithmetic or file has the wrong type",
+        )
         for adapter in index["adapters"]:
             check_adapter(adapter)
         names = [shard["name"] for shard in index["shards"]]
@@ -283,7 +286,7 @@ class UndoFile:
         self._held += length  # counted before it is read: a thousand names could share one place
         require(self._held <= MOST_BLOBS, "its headers and side files are larger than any")
         data = self.bytes(first, length)
-        require(hashlib.sha256(data).hexdigest() == digest, "a header or a side file is another")
+        require(hashlib.sha256(data).hexdigest() == digest, "a header or a side file does not match its hash")
         return data
 
     def _card(self, place: Sequence[Any], nbytes: int) -> bytes:
@@ -294,7 +297,9 @@ class UndoFile:
             data: bytes = unpacked.decompress(packed, nbytes + 1)
         except OSError as error:
             raise ValueError("its model card is damaged") from error
-        require(len(data) == nbytes and unpacked.eof and not unpacked.unused_data, "its model card is another")
+        require(
+            len(data) == nbytes and unpacked.eof and not unpacked.unused_data, "its model card does not match its hash"
+        )
         return data
 
     def _check_shard(self, shard: Mapping[str, Any]) -> None:
@@ -326,7 +331,7 @@ class UndoFile:
             require(done <= len(self._table), "its table has fewer rows than its tensors")
             sizes = [min(HASH_PART, parts.stop - at) for parts in copies for at in parts]
             lengths = [stretch.length for stretch in self._table.rows(entry["row"], len(sizes))]
-            require(lengths == sizes, f"{name}: what stands here unchanged is not of its size")
+            require(lengths == sizes, f"{name}: its unchanged part is not of its size")
         require(done == len(self._table), "its table has more rows than its tensors")
 
     def _check_entry(self, name: str, entry: Mapping[str, Any]) -> Tiles:

@@ -496,7 +496,8 @@ class Restorer:
             yield
         except (ValueError, IndexError) as error:
             raise InputError(
-                f"cannot be restored: its record {error}; the merged file, an adapter or the undo file is another",
+                f"cannot be restored: its record {error}; the merged file, an adapter or the undo file is not that of "
+                "the merge",
                 culprit=self._name,
             ) from error
 
@@ -504,7 +505,7 @@ class Restorer:
         """Read the norms at the start of the record."""
         norms = np.frombuffer(self._reader.take(8 * count), "<f8").astype(np.float64)
         if not np.isfinite(norms).all():
-            raise ValueError("has norms that are none")
+            raise ValueError("has invalid norms")
         return norms
 
     def replaced(self, merged: Tensor, out: Tensor, work: Workspace) -> None:
@@ -565,7 +566,7 @@ class Restorer:
             raise InputError("is not what the merge wrote: the merged file was edited since", culprit=self._name)
         if self._reader.rest or hashlib.sha256(bytes_of(restored)).hexdigest() != self._sha256:
             raise InputError(
-                "does not come back as it was: the merged file, the undo file or an adapter is another",
+                "is not restored exactly: the merged file, the undo file or an adapter is not that of the merge",
                 culprit=self._name,
             )
 

@@ -98,7 +98,7 @@ class UndoWriter:
                 position = _copy(plan.base, tensor, first, target, position, rows)
             records = sorted(PENDING.iter_unpack(self._records.get(name, b"")))
             if [start for start, *_ in records] != [start for start, _ in tiles.records()]:
-                raise AssertionError(f"{name}: its records are not all here, or not its own")
+                raise AssertionError(f"{name}: its records are incomplete, or those of another tensor")
             for _, journal, offset, nbytes, digest, words in records:
                 copy_range(journals[journal], offset, target, position, nbytes)
                 rows += ROW.pack(nbytes, digest, words)

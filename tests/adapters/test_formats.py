@@ -206,10 +206,10 @@ BROKEN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         {f"{KEY}.lora_A.weight": A[:1], f"{KEY}.lora_B.weight": B[:, :1].contiguous()},
         "says rank 2",
     ),
-    "vector": ({f"{KEY}.lora_A.weight": A[0], f"{KEY}.lora_B.weight": B}, "no low-rank pair"),
+    "vector": ({f"{KEY}.lora_A.weight": A[0], f"{KEY}.lora_B.weight": B}, "not a low-rank pair"),
     "conv": (
         {f"{KEY}.lora_A.weight": torch.zeros(2, 4, 3, 3), f"{KEY}.lora_B.weight": torch.zeros(6, 2, 2, 1)},
-        "no low-rank pair",
+        "not a low-rank pair",
     ),
     "grouped conv": (
         {f"{KEY}.lora_A.weight": torch.zeros(2, 4, 3, 3), f"{KEY}.lora_B.weight": torch.zeros(6, 1, 1, 1)},
@@ -409,5 +409,5 @@ def test_what_is_refused_by_a_tensors_name_is_said_of_which_adapter(tmp_path: Pa
     ],
 )
 def test_a_model_that_a_format_has_no_files_of_is_refused(to: str, family: str, component: str, what: str) -> None:
-    with pytest.raises(InputError, match=f"is of {what}, of which there are no {to} files"):
+    with pytest.raises(InputError, match=f"is of {what}, and {to} files"):
         FORMATS[to].module_name(component, "proj_out", family)

@@ -441,7 +441,7 @@ LYCORIS = {
 def test_what_lycoris_adds_is_named_with_a_way_out(end: str, tmp_path: Path, run: Callable[..., Any]) -> None:
     a = write(tmp_path / "a.safetensors", **{f"{KOHYA}.{end}": torch.ones(2, 2)})
     result = run("convert", a, "--to", "comfy", "-o", tmp_path / "out.safetensors")
-    said = f"a tensor of {LYCORIS[end]}" if LYCORIS[end] else "no tensor of LoRA"
+    said = f"a tensor of {LYCORIS[end]}" if LYCORIS[end] else "not a LoRA tensor"
     assert (
         result.exit_code == 3 and f"{KOHYA}.{end}: is {said}" in result.stderr and "loratool extract" in result.stderr
     )

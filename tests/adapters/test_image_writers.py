@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[Case, type[LoratoolError], str]] = {
     "a suffix that is not known": (
         Case({**pair(f"diffusion_model.{PROJ}"), f"diffusion_model.{PROJ}.lora_C": A}, {}),
         InputError,
-        r"lora_C: is no tensor of LoRA",
+        r"lora_C: is not a LoRA tensor",
     ),
     "a base that has grown": (
         Case({**pair(f"diffusion_model.{PROJ}"), f"diffusion_model.{PROJ}.reshape_weight": torch.tensor([8, 8])}, {}),
@@ -330,14 +330,14 @@ def test_metadata_must_not_contradict_the_config_beside(prefix: str, others: Map
     (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **others}))
     with pytest.raises(InputError, match=f"its metadata sets {next(iter(others))} to .* beside it to") as found:
         open_adapter(folder)
-    assert found.value.remedy and found.value.remedy.endswith("remove the other")
+    assert found.value.remedy and found.value.remedy.endswith("remove the wrong one")
 
 
 def test_what_only_the_config_has_is_said(tmp_path: Path) -> None:
     case = one(pair(f"diffusion_model.{PROJ}"), PROJ, config={**CONFIG, "modules_to_save": ["img_in"]})
     adapter = open_adapter(write(tmp_path / "a", case))
     adapter.file.close()
-    assert adapter.missing == ("the config's modules_to_save names img_in, of which the file has nothing",)
+    assert adapter.missing == ("the config's modules_to_save names img_in, but the file has no tensors of it",)
 
 
 def test_two_prefixes_of_one_module(bases: tuple[Path, Path], tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_there_and_back_is_the_same_bytes(tmp_path: Path, dtype: torch.dtype) ->
     peft = write_peft(tmp_path / "peft", modules, lora_alpha=3)
     report = loratool.convert(peft, tmp_path / "mlx", to="mlx")
     assert {module.how for module in report.modules} == {"exact"}
-    assert report.notes == ("--base BASE would tell mlx-lm's names for the modules, which stay as they are",)
+    assert report.notes == ("the module names are copied unchanged; with --base BASE they become mlx-lm's",)
     loratool.convert(tmp_path / "mlx", tmp_path / "back", to="peft")
     one, two = (load_model(folder) for folder in (peft, tmp_path / "back"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -522,8 +522,8 @@ BAD_TENSORS: dict[str, tuple[dict[str, Tensor], str, str]] = {
     "other ranks": ({"q.lora_a": ints(6, 2), "q.lora_b": ints(3, 4)}, "lora", "do not share a rank"),
     "other experts": ({"s.lora_a": ints(3, 2, 6), "s.lora_b": ints(2, 4, 2)}, "lora", "no stack"),
     "empty": ({"q.lora_a": ints(6, 0), "q.lora_b": ints(0, 4)}, "lora", "do not share a rank|rank"),
-    "a vector": ({"q.lora_a": ints(6), "q.lora_b": ints(2, 4)}, "lora", "no low-rank pair"),
-    "a stranger": ({**pair("q", 6, 4), "q.bias": ints(4)}, "lora", "of no LoRA of MLX"),
+    "a vector": ({"q.lora_a": ints(6), "q.lora_b": ints(2, 4)}, "lora", "not a low-rank pair"),
+    "a stranger": ({**pair("q", 6, 4), "q.bias": ints(4)}, "lora", "not a tensor of MLX's LoRA"),
     "m and no DoRA": ({**pair("q", 6, 4), "q.m": ints(4)}, "lora", "has an m"),
     "DoRA without m": (pair("q", 6, 4), "dora", "has no m"),
     "m of other rows": ({**pair("q", 6, 4), "q.m": ints(5)}, "dora", "5 magnitudes for 4"),
@@ -552,9 +552,9 @@ def test_its_config_and_peft_s_are_told_apart(tmp_path: Path) -> None:
     swapped = (mlx / "adapter_config.json").read_text(), (peft / "adapter_config.json").read_text()
     (peft / "adapter_config.json").write_text(swapped[0])
     (mlx / "adapter_config.json").write_text(swapped[1])
-    with pytest.raises(InputError, match="is MLX's, and its tensors are not"):
+    with pytest.raises(InputError, match="is MLX's, but its tensors are not"):
         open_adapter(peft)
-    with pytest.raises(InputError, match="is not MLX's, as its tensors are"):
+    with pytest.raises(InputError, match="is not MLX's, although its tensors are"):
         open_adapter(mlx)
 
 

@@ -51,7 +51,7 @@ class TestLoralib:
 
     def test_a_weight_beside_its_factors_is_refused(self, tmp_path: Path) -> None:
         file = self.write(tmp_path / "a.bin", **{"model.layers.0.self_attn.q_proj.weight": weights(6, 4)})
-        with pytest.raises(InputError, match="whether they are in it"):
+        with pytest.raises(InputError, match="whether they are merged into it"):
             open_adapter(file, 3.0)
 
     def merged(self, path: Path, enabled: tuple[bool, ...]) -> Tensor:
@@ -150,7 +150,7 @@ class TestCloneofsimo:
     @pytest.mark.parametrize(
         ("count", "classes", "extra", "message"),
         [
-            (128, ["Attention", "GEGLU"], {}, "128 modules in unet, and the model 144"),
+            (128, ["Attention", "GEGLU"], {}, "128 modules in unet, but the model has 144"),
             (144, ["Attention", "ResnetBlock2D"], {}, "does not say unet"),
             (144, None, {}, "does not say unet"),
             (144, [["Attention"]], {}, "does not say unet"),

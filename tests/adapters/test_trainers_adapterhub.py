@@ -94,7 +94,7 @@ class TestReading:
         adapter = write_adapter(tmp_path / "adapter", pair(QUERY, 6, 4))
         (adapter / "pytorch_model_head.bin").write_bytes(b"")
         found = run("inspect", adapter)
-        assert found.exit_code == 0 and "adapterhub" in found.stdout and "is a head, which is not read" in found.stdout
+        assert found.exit_code == 0 and "adapterhub" in found.stdout and "is a head and is not read" in found.stdout
         found = run("resize", adapter, "--rank", 1, "-o", tmp_path / "out")
         assert found.exit_code == 4 and "--to peft" in found.stderr
         assert run("resize", adapter, "--rank", 1, "--to", "peft", "-o", tmp_path / "out").exit_code == 0
@@ -112,11 +112,11 @@ class TestReading:
         ({"vera_d": 0.1}, {}, "variant of LoRA"),
         ({"composition_mode": "scale", "r": 1}, {}, "variant of LoRA"),
         ({"architecture": "mtl_lora"}, {}, "variant of LoRA"),
-        ({"r": None}, {}, "no r, alpha or attn_matrices"),
-        ({"alpha": None}, {}, "no r, alpha or attn_matrices"),
-        ({"alpha": "8"}, {}, "no r, alpha or attn_matrices"),
+        ({"r": None}, {}, "no usable r, alpha or attn_matrices"),
+        ({"alpha": None}, {}, "no usable r, alpha or attn_matrices"),
+        ({"alpha": "8"}, {}, "no usable r, alpha or attn_matrices"),
         ({"r": 3}, {}, "the config says rank 3"),
-        ({}, {f"{QUERY}.loras.mine.gate.weight": weights(1, 4)}, "is no tensor of LoRA"),
+        ({}, {f"{QUERY}.loras.mine.gate.weight": weights(1, 4)}, "is not a LoRA tensor"),
         ({}, pair("encoder.layer.0.attention.self.key".replace("mine", "other"), 6, 4) | {
             f"{QUERY}.loras.other.lora_A": weights(2, 4), f"{QUERY}.loras.other.lora_B": weights(6, 2)
         }, "several adapters"),

@@ -143,7 +143,7 @@ def test_a_lora_of_tomorrow_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["transformer.h.0.mlp.experts.0.fc_1", "transformer.h.0.mlp.fc", "transformer.wte"])
 def test_unknown_names_are_refused(name: str, tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", {f"{name}.lora_A": weights(2, 16)})
-    with pytest.raises(InputError, match="of no model of Llama's shape"):
+    with pytest.raises(InputError, match="not a tensor of a litgpt model of Llama's shape"):
         open_adapter(tmp_path / "a")
 
 

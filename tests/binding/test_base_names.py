@@ -16,8 +16,8 @@ META, PLAIN, UNSLOTH = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1
 NAMES = [
     (PLAIN, PLAIN, None),
     (PLAIN.lower(), PLAIN, None),
-    (UNSLOTH, PLAIN, "the same model by its name, stored otherwise"),
-    ("unsloth/llama-3.1-8b-unsloth-bnb-4bit", PLAIN, "the same model by its name, stored otherwise"),
+    (UNSLOTH, PLAIN, "the same model by its name in another storage format"),
+    ("unsloth/llama-3.1-8b-unsloth-bnb-4bit", PLAIN, "the same model by its name in another storage format"),
     (PLAIN, META, "which is tuned to follow instructions by its name"),
     ("unsloth/Llama-3.1-8B-Instruct-bnb-4bit", PLAIN, "which is not tuned to follow instructions by its name"),
     ("NousResearch/Llama-3.1-8B", PLAIN, "of the same name"),

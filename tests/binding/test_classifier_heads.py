@@ -307,8 +307,8 @@ def test_labels_are_written_as_transformers_writes_them(rows: int, tmp_path: Pat
     [
         ({"labels": ["a", "b"]}, "score.weight: has 3 rows, and --labels names 2"),
         ({"labels": ["a", "b", "a"]}, "score.weight: --labels names a label twice"),
-        ({"architecture": "LlamaForSequenceClasification"}, "LlamaForSequenceClasification: is no class of a llama"),
-        ({"architecture": "no class"}, "no class: is no name of a class"),
+        ({"architecture": "LlamaForSequenceClasification"}, "LlamaForSequenceClasification: is not a class of a llama"),
+        ({"architecture": "no class"}, "no class: is not the name of a class"),
     ],
 )
 def test_a_choice_that_does_not_fit_is_refused(choice: Any, message: str, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_a_layer_beside_the_head_that_nobody_has_is_announced(tmp_path: Path) ->
 
 def test_a_single_file_says_that_its_config_is_missing(tmp_path: Path) -> None:
     report, _ = merge_head(tmp_path, LLAMA, task_type="SEQ_CLS", out="out.safetensors")
-    assert any("the base is wrong about the class and its labels" in line for line in report.warnings)
+    assert any("the base's config is wrong about the class and its labels" in line for line in report.warnings)
 
 
 def test_every_family_knows_its_classes() -> None:

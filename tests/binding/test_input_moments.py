@@ -137,7 +137,7 @@ def test_experts(tmp_path: Path) -> None:
         one = names.weights("model.layers.4.mlp.experts.2.down_proj", (1, 6, 4))
         assert one is not None and torch.allclose(one, rows[2:])
         for wrong in ((2, 6, 4), (4, 6, 3)):
-            with pytest.raises(InputError, match="it is of another model"):
+            with pytest.raises(InputError, match="it belongs to another model"):
                 own.weights(stack, wrong)
         with pytest.raises(InputError, match="has 3 matrices in .*, and .*7.down_proj is none of these"):
             names.weights("model.layers.4.mlp.experts.7.down_proj", (1, 6, 4))

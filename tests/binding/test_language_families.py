@@ -172,7 +172,7 @@ def test_one_of_the_layers_with_one_tensor(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["layers.1.shared_transf.self_attn.q_proj"])
     peft.get_peft_model(load(kind, tmp_path / "base"), config).save_pretrained(tmp_path / "peft")
     with pytest.raises(
-        InputError, match=r"is one tensor of several layers.*: model\.layers\.1\..* and model\.layers\.3\."
+        InputError, match=r"is one tensor that several layers share.*: model\.layers\.1\..* and model\.layers\.3\."
     ) as caught:
         loratool.merge(tmp_path / "base", tmp_path / "peft", tmp_path / "out")
     assert caught.value.culprit == "model.layers.1.shared_transf.self_attn.q_proj.weight"
@@ -205,7 +205,7 @@ def test_layers_with_one_tensor_can_be_left_out(tmp_path: Path) -> None:
     peft.get_peft_model(load(kind, tmp_path / "base"), peft.LoraConfig(target_modules="all-linear")).save_pretrained(
         tmp_path / "peft"
     )
-    with pytest.raises(NeedsFlag, match="is one tensor of several layers") as caught:
+    with pytest.raises(NeedsFlag, match="is one tensor that several layers share") as caught:
         loratool.merge(tmp_path / "base", tmp_path / "peft", tmp_path / "out")
     words = shlex.split(caught.value.remedy or "")[1:]
     assert words[::2] == ["--exclude"] * (len(words) // 2)

@@ -124,7 +124,7 @@ def test_a_component_that_the_base_does_not_have_makes_it_no_wrong_base(tmp_path
         {f"{n}.lora_{e}.weight": x.clone() for n in names for e, x in (("down", A), ("up", B))}, tmp_path / "style"
     )
     error = refusal(tmp_path, NeedsFlag)
-    assert error.remedy == "to leave them out: --exclude 'lora_unet_*'"
+    assert error.remedy == "to exclude them: --exclude 'lora_unet_*'"
 
 
 @pytest.mark.parametrize("columns", [60, 80])

@@ -130,7 +130,7 @@ def test_single_files_with_their_makers_names(module: str, prefix: str, tmp_path
 def test_a_single_file_of_an_unknown_image_model(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     save_file({"model.diffusion_model.stages.0.mix.weight": weights(8, 8)}, base)
-    with pytest.raises(InputError, match=r"(?s)single file of an image model that is not known.*diffusers folder"):
+    with pytest.raises(InputError, match=r"(?s)single file of an unknown image model.*diffusers folder"):
         loratool.init(base, tmp_path / "a", rank=2)
     assert not (tmp_path / "a").exists()
 

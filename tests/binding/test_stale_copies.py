@@ -13,8 +13,8 @@ from lib.models.mtp_models import DEEPSEEK, MODELS, D
 import loratool
 
 HEAD, COPY = "lm_head", "model.layers.2.shared_head.head.weight"
-LAYERS = "the MTP layers are as they were"
-COPIES = "copies of what changed are as they were"
+LAYERS = "the MTP layers are unchanged"
+COPIES = "copies of changed tensors are unchanged"
 
 
 def notes(folder: Path, family: str, shapes: dict[str, tuple[int, int]], **options: Any) -> tuple[str, ...]:

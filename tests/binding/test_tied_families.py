@@ -165,7 +165,7 @@ def test_the_shared_name_alone_is_refused(bases: Any, tmp_path: Path, run: Any, 
     if "modules_to_save" not in config:
         assert agree(answer(model), answer(load(base, cls)))
     done = run("merge", base, tmp_path / "a", "-o", tmp_path / "out")
-    assert done.exit_code == 4 and "shared.weight: is the embedding of encoder and decoder" in done.stderr
+    assert done.exit_code == 4 and "shared.weight: is the shared embedding of encoder and decoder" in done.stderr
     assert "--tied share" in done.stderr and not (tmp_path / "out").exists()
     assert run("merge", base, tmp_path / "a", "-o", tmp_path / "out", "--tied", "share").exit_code == 0
 

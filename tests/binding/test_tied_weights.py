@@ -353,7 +353,7 @@ def test_t5_with_a_head_of_its_own(flan: Path, tmp_path: Path, run: Any, config:
     if "lm_head" in str(config):
         assert done.exit_code == 0 and agree(seq2seq(load(tmp_path / "out", cls)), seq2seq(wrapped))
         return
-    assert done.exit_code == 4 and "shared.weight: is the embedding of encoder and decoder" in done.stderr
+    assert done.exit_code == 4 and "shared.weight: is the shared embedding of encoder and decoder" in done.stderr
     assert run("merge", flan, tmp_path / "a", "-o", tmp_path / "out", "--tied", "share").exit_code == 0
     merged = load_model(tmp_path / "out")
     assert torch.equal(merged[HEAD], load_model(flan)[HEAD])

@@ -416,7 +416,7 @@ def test_what_an_adapter_announces_and_lacks_is_said_by_every_verb(tmp_path: Pat
             result = run(*command, *more, *(["--force"] if more and command[0] != "verify" else []))
             assert result.exit_code == 0
             first, *others = result.stderr.splitlines()
-            assert re.fullmatch(r"warning: .* names lm_head, of which the file has nothing", first)
+            assert re.fullmatch(r"warning: .* names lm_head, but the file has no tensors of it", first)
             assert len(others) <= (command[0] == "unmerge")  # of an approximate one
 
 

@@ -27,15 +27,15 @@ MISTAKES = {
 
         loratool verify base taken adapter -> 3
         taken: is a model, not an adapter
-        to make an adapter of a full fine-tune: loratool extract base taken
+        to extract an adapter from a full fine-tune: loratool extract base taken
 
         loratool merge base tuned -> 3
         tuned: is a model, not an adapter
-        to make an adapter of a full fine-tune: loratool extract base tuned
+        to extract an adapter from a full fine-tune: loratool extract base tuned
 
         loratool merge gpt2 gpt2/model.safetensors -> 3
         gpt2/model.safetensors: is a model, not an adapter
-        to make an adapter of a full fine-tune: loratool extract gpt2 gpt2/model.safetensors
+        to extract an adapter from a full fine-tune: loratool extract gpt2 gpt2/model.safetensors
 
         loratool verify base adapter adapter -> 3
         adapter: is an adapter, but the last argument is the merged model
@@ -55,7 +55,7 @@ MISTAKES = {
     """,
     "missing config": """
         loratool merge base lost -o out -> 4
-        lost: has no adapter_config.json beside it, which says the alpha it was trained with
+        lost: has no adapter_config.json beside it, so the alpha that it was trained with is unknown
         put the adapter_config.json there, or pass --alpha
     """,
     "wrong base": """
@@ -75,7 +75,7 @@ MISTAKES = {
     "wrong alpha": """
         loratool merge base adapter --alpha 8 -o out -> 2
         adapter: --alpha 8 contradicts the config's lora_alpha 16
-        leave --alpha out; to change the adapter's strength, weigh it: adapter:0.5
+        leave --alpha out; to change the adapter's strength, give it a weight: adapter:0.5
 
         loratool merge base adapter:0,5 -o out -> 2
         ADAPTER[:WEIGHT]: '0,5' is not a weight, like 0.7
@@ -195,7 +195,7 @@ MISTAKES = {
     """,
     "an image model's adapter": """
         loratool merge base style.safetensors -o out -> 3
-        style.safetensors: is an adapter for SDXL, and the base is no image model
+        style.safetensors: is an adapter for SDXL, but the base is not an image model
         pass the image model that it was trained on
 
         loratool merge sdxl.safetensors adapter -o out -> 3

@@ -78,7 +78,7 @@ def test_half_a_character_has_no_name(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_command_of_a_hint(name: str, run: Run) -> None:
     shutil.copytree(FIXTURES / "llama" / "base", name)
     said = hint(run("merge", name, name, "-o", "out"), 3)
-    start = "to make an adapter of a full fine-tune: "
+    start = "to extract an adapter from a full fine-tune: "
     assert said.startswith(start)
     assert pasted(said.removeprefix(start)) == [b"extract", os.fsencode(name), os.fsencode(name)]
 
@@ -110,5 +110,5 @@ def test_an_option_with_names_from_a_file(name: str, run: Run) -> None:
     write_model(Path("base"), {"a.weight": weights(6, 4)}, {})
     write_peft(Path("adapter"), {"a": factors(6, 4, 2), f"b.{name}": factors(6, 4, 2)}, target_modules=["a"])
     said = hint(run("merge", "base", "adapter", "-o", "out"), 4)
-    words = pasted(f"loratool merge base adapter -o out {said.removeprefix('to leave them out: ')}")
+    words = pasted(f"loratool merge base adapter -o out {said.removeprefix('to exclude them: ')}")
     assert run(*map(os.fsdecode, words)).exit_code == 0

@@ -178,7 +178,7 @@ def test_a_call_that_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
         ("target", {"q_proj"}, "{'q_proj'} is not a pattern or a list of patterns"),
         ("exclude", [3], "3 is not a pattern, like q_proj or *.mlp.*"),
         ("layers", 3, "3 is not a list like 0-3,7, a range or a list of numbers"),
-        ("layers", [0, -1], "[0, -1] has what is no number of a layer"),
+        ("layers", [0, -1], "[0, -1] has something that is not a layer number"),
         ("layers", "1-", "'1-' is not a list like 0-3,7"),
         ("drop", 3, "3 is not a word or a list of words"),
         ("max_shard_size", "5 apples", "'5 apples' is not a size like 5GB or 500MiB, or a number of bytes"),

@@ -290,7 +290,7 @@ class TestDamage:
         for head in others:
             (journal("out") / "head.json").write_bytes(head)
             code, said = resume("out")
-            assert code == 2 and "out.loratool-journal" in said and "leave out --resume to begin anew" in said, head
+            assert code == 2 and "out.loratool-journal" in said and "leave out --resume to begin again" in said, head
             assert {**taken(), "out.loratool-journal/head.json": b""} == {**left, "out.loratool-journal/head.json": b""}
         merge("out")
         files = taken()
@@ -437,7 +437,7 @@ class TestOtherRun:
         for more in ([], ["--dry-run"]):
             code, said = resume("out", *words, *more)
             assert code == 2 and "out.loratool-journal: is of a run with other" in said, said
-            assert "call it as it was, or leave out --resume to begin anew" in said and taken() == left
+            assert "repeat the former call, or leave out --resume to begin again" in said and taken() == left
         assert named in said
         assert resume("out")[0] == 0
 

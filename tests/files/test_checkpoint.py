@@ -72,7 +72,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         {"layers.0.weight": weights(4, 3), "layers.1.weight": weights(4, 3), "layers.3.weight": weights(4, 3)},
     )
     (tmp_path / "x" / "model.safetensors").rename(folder / "model-00002-of-00002.safetensors")
-    with pytest.raises(InputError, match="layers.0.weight stands in both"):
+    with pytest.raises(InputError, match="layers.0.weight is in both"):
         open_checkpoint(folder)
 
 
@@ -148,7 +148,7 @@ def test_a_config_takes_the_memory_of_its_bytes(tmp_path: Path, monkeypatch: pyt
     tracemalloc.stop()
     with open(folder / "config.json", "r+b") as file:
         file.truncate(100_000_001)
-    with pytest.raises(InputError, match=r"is larger than 100 MB, and no config or index"):
+    with pytest.raises(InputError, match=r"is larger than 100 MB, which is too large for a config or index"):
         open_checkpoint(folder)
 
 
@@ -188,7 +188,7 @@ def test_the_part_of_a_state_without_weights(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     file = tmp_path / "s" / "mp_rank_00_model_states.pt"
     torch.save({"module": {"x.weight": torch.empty(0)}, "ds_version": "0.19"}, file)
-    with pytest.raises(InputError, match="is a part of a DeepSpeed ZeRO state, its weights elsewhere"):
+    with pytest.raises(InputError, match="is a part of a DeepSpeed ZeRO state, and the weights are in other files"):
         open_checkpoint(file)
 
 

@@ -120,7 +120,7 @@ def test_what_stands_beside_a_gguf_model_is_told(tmp_path: Path) -> None:
     assert {row.name: row.reason[:20] for row in report.left_behind} == {
         "tokenizer.json": "beside a GGUF model:",
         "notes.md": "beside a GGUF model:",
-        "figure.png": "of no kind that trav",
+        "figure.png": "of a kind that is no",
     }
     report = convert(folder, tmp_path / "whole", tokenizer=folder)
     assert {row.name for row in report.left_behind} == {"notes.md", "figure.png"}
@@ -173,7 +173,7 @@ def test_diff_of_an_unknown_architecture_is_by_its_own_names(tmp_path: Path) -> 
         write(tmp_path / f"{name}.gguf", {"general.architecture": "newest"}, tensors)
     found = diff(tmp_path / "a.gguf", tmp_path / "b.gguf")
     assert found.same and found.equal == len(tensors)
-    with pytest.raises(InputError, match="is of the architecture 'newest', of which no table"):
+    with pytest.raises(InputError, match="is of the architecture 'newest', whose names"):
         diff(write_model(tmp_path / "hf", llama_weights(), {}), tmp_path / "a.gguf")
 
 
@@ -182,7 +182,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] 
     "architecture": ({"general__architecture": "newest"}, lambda t: None, "architecture 'newest'"),
     "no architecture": ({"general__architecture": None}, lambda t: None, "architecture 'without a name'"),
     "a tensor without a row": ({}, lambda t: t.update({"blk.0.odd.weight": t["output.weight"]}), "blk.0.odd.weight"),
-    "no ending": ({}, lambda t: t.update({"blk.0.attn_q": t["token_embd.weight"]}), "has no place"),
+    "no ending": ({}, lambda t: t.update({"blk.0.attn_q": t["token_embd.weight"]}), "is not in the table"),
     "a layer too many": ({}, lambda t: t.update({"blk.2.attn_norm.weight": t["output_norm.weight"]}), "model of 2"),
     "a layer too few": ({"llama__block_count": 3}, lambda t: None, "has no layer 2"),
     "a tensor of one layer": ({}, lambda t: t.pop("blk.1.ffn_up.weight"), "layers.1.mlp.up_proj.weight: is missing"),
@@ -205,13 +205,13 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] 
     "factors": (
         {}, lambda t: t.update({"rope_freqs.weight": floats(np.array([1, 2, 3, 4.0]))}), "that are not Llama 3's"
     ),
-    "a window": ({"llama__attention__sliding_window": 16}, lambda t: None, "sliding_window, which no rule takes over"),
-    "both ways": ({"llama__attention__causal": False}, lambda t: None, "LlamaForCausalLM has always True"),
+    "a window": ({"llama__attention__sliding_window": 16}, lambda t: None, "for which config.json has no known field"),
+    "both ways": ({"llama__attention__causal": False}, lambda t: None, "LlamaForCausalLM always has True"),
     "a field of no rule": ({"llama__logit_scale": 0.5}, lambda t: None, "has 0.5 as llama.logit_scale"),
     "half of a head": ({"llama__rope__dimension_count": 4}, lambda t: None, "rotates 4 numbers of a head's 8"),
     "no theta": ({"llama__rope__freq_base": 0.0}, lambda t: None, "has 0.0 as llama.rope.freq_base"),
     "three dimensions": (
-        {}, lambda t: t.update({"blk.0.ffn_up.weight": floats(np.zeros((2, 24, 32)))}), "which no such weight is"
+        {}, lambda t: t.update({"blk.0.ffn_up.weight": floats(np.zeros((2, 24, 32)))}), "which such a weight cannot be"
     ),
     "integers": (
         {}, lambda t: t.update({"output_norm.weight": tensor(26, (32,), bytes(128))}), "I32, which is not read"
@@ -246,7 +246,7 @@ def test_heads_that_are_said_for_each_layer(tmp_path: Path) -> None:
     adapter = write_peft(tmp_path / "adapter", rows)
     loratool.merge(alike, adapter, tmp_path / "merged.gguf", undo=False)
     assert Facts.of_metadata("llama", {"llama.attention.head_count": [[1], [1]]}).heads == 0  # of JSON
-    with pytest.raises(InputError, match="its fields do not tell"):
+    with pytest.raises(InputError, match="are not determined by its fields"):
         loratool.merge(unlike, adapter, tmp_path / "no.gguf", undo=False)
 
 
@@ -306,7 +306,7 @@ def test_olmos_biases_are_refused(tmp_path: Path) -> None:
     tensors = {name: each for name, each in llama_tensors(llama_weights()).items() if "norm" not in name}
     convert(write(tmp_path / "m.gguf", fields, tensors), tmp_path / "out")
     tensors |= {f"blk.{i}.attn_{each}.bias": floats(np.zeros(32)) for i in range(LAYERS) for each in "qo"}
-    with pytest.raises(InputError, match="blk.0.attn_q.bias: has its rows in an order that is not told"):
+    with pytest.raises(InputError, match="blk.0.attn_q.bias: has its rows in an unknown order"):
         convert(write(tmp_path / "b.gguf", fields, tensors), tmp_path / "biased")
 
 
@@ -351,8 +351,8 @@ def test_no_peft_adapter_has_the_names_of_a_gguf_file(tmp_path: Path, run: Run) 
     adapter = write_peft(tmp_path / "a", {name.removesuffix(".weight"): (torch.ones(1, 32), torch.ones(32, 1))})
     for command in (("extract", one, two), ("convert", adapter, "--to", "peft", "--base", one)):
         refused = run(*command, "-o", tmp_path / "out")
-        assert refused.exit_code == 3 and "the architecture 'newest', of which no table" in refused.stderr
-        assert "take the model in transformers' format" in refused.stderr and not (tmp_path / "out").exists()
+        assert refused.exit_code == 3 and "the architecture 'newest', whose names" in refused.stderr
+        assert "use the model in transformers' format" in refused.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_gguf_parts_is_a_base(tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ HALVES: dict[str, tuple[str, tuple[int, ...] | None, str]] = {
     "other columns": ("ffn_up_exps", (EXPERTS, INSIDE, 6), "is"),
     "more rows": ("ffn_up_exps", (EXPERTS, INSIDE + 2, 8), "where 5 rows of"),
     "one half": ("ffn_up_exps", None, "where 2 rows of model.layers.0.block_sparse_moe.input_linear.weight belong"),
-    "no two halves": ("ffn_up_exps", (EXPERTS, INSIDE + 1, 8), "it is of another model"),
+    "no two halves": ("ffn_up_exps", (EXPERTS, INSIDE + 1, 8), "it belongs to another model"),
 }
 
 
@@ -479,7 +479,7 @@ def test_one_half_twice(tmp_path: Path) -> None:
     """A layer's number with zeros before it is the same layer's."""
     fields, tensors = experts_of("granitemoe", **GRANITE)
     tensors["blk.00.ffn_gate_exps.weight"] = tensors.pop("blk.0.ffn_up_exps.weight")
-    with pytest.raises(InputError, match=r"lacks other parts of model\.layers\.0\.block_sparse_moe\.input_linear"):
+    with pytest.raises(InputError, match=r"is missing other parts of model\.layers\.0\.block_sparse_moe\.input_linear"):
         read(write(tmp_path / "m.gguf", fields, tensors))
 
 
@@ -530,7 +530,7 @@ def test_columns_that_no_rule_turns_back(tmp_path: Path, monkeypatch: pytest.Mon
     table = ARCHITECTURES["llama"]
     weights = (replace(each, columns="even" if each.gguf.endswith("ffn_down") else "") for each in table.weights)
     monkeypatch.setitem(ARCHITECTURES, "llama", replace(table, weights=tuple(weights)))
-    with pytest.raises(InputError, match="has numbers or columns that are not turned back here"):
+    with pytest.raises(InputError, match="has numbers or columns that cannot be converted back"):
         read(write_llama(tmp_path / "m.gguf", llama_weights()))
 
 

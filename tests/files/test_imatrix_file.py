@@ -120,11 +120,11 @@ def entry(name: bytes, calls: int, count: int, values: bytes = b"\0" * 8) -> byt
 
 
 LIES = {
-    "empty": (b"", "is no file of llama-imatrix"),
-    "text": (b"hello, this is a text", "is no file"),
+    "empty": (b"", "is not a file of llama-imatrix"),
+    "text": (b"hello, this is a text", "is not a file"),
     "safetensors": (struct.pack("<Q", 40) + b'{"a":{"dtype":"F32"}}', "is a file of safetensors"),
     "web page": (b"<!DOCTYPE html><html>", "is an HTML page"),
-    "many entries": (struct.pack("<i", 1 << 30) + entry(b"a", 1, 2), "is no file"),
+    "many entries": (struct.pack("<i", 1 << 30) + entry(b"a", 1, 2), "is not a file"),
     "more entries than there are": (struct.pack("<i", 2) + entry(b"a", 1, 2), "cut off or damaged"),
     "long name": (struct.pack("<ii", 1, 1 << 16) + b"a", "cut off or damaged"),
     "more numbers than there are": (struct.pack("<i", 1) + entry(b"a", 1, (1 << 31) - 1), "cut off or damaged"),
@@ -135,7 +135,7 @@ LIES = {
     "a name in no encoding": (struct.pack("<i", 1) + entry(b"\xff\xfe", 1, 2), "not UTF-8"),
     "an empty name": (struct.pack("<i", 2) + entry(b"a", 1, 2) + entry(b"", 1, 2), "a name of 0 bytes"),
     "a name of less": (struct.pack("<i", 2) + entry(b"a", 1, 2) + struct.pack("<i", -5), "a name of -5 bytes"),
-    "more behind": (struct.pack("<i", 1) + entry(b"a", 1, 2) + tail() + b"x", "has 1 bytes behind"),
+    "more behind": (struct.pack("<i", 1) + entry(b"a", 1, 2) + tail() + b"x", "has 1 bytes after"),
     "a longer text": (struct.pack("<i", 1) + entry(b"a", 1, 2) + struct.pack("<ii", 3, 99), "cut off or damaged"),
 }
 
@@ -177,7 +177,7 @@ def test_a_number_that_no_square_has(number: float, at: str, tmp_path: Path) -> 
 def test_another_width(tmp_path: Path) -> None:
     file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", SUMS))
     for inputs in (0, 3, 8):
-        with pytest.raises(InputError, match="it is of another model"):
+        with pytest.raises(InputError, match="it belongs to another model"):
             file.matrices("blk.0.attn_q.weight", inputs)
     with pytest.raises(InputError, match="3 counts"):
         file.moments("blk.0.ffn_down_exps.weight", 3, 0, 2)

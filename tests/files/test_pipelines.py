@@ -88,7 +88,7 @@ def test_a_component_that_is_not_there(base: Path) -> None:
 @pytest.mark.parametrize("name", ["../vae", "a/b", "a\\b", ""])
 def test_a_component_elsewhere(base: Path, name: str) -> None:
     edit(base / "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
-    with pytest.raises(InputError, match="no folder beside it"):
+    with pytest.raises(InputError, match="not a folder beside it"):
         open_checkpoint(base)
 
 
@@ -222,7 +222,7 @@ def test_its_output_lies_in_that_folder_too(tmp_path: Path) -> None:
 def test_modules_that_lie_elsewhere(tmp_path: Path) -> None:
     base = sentence_model(tmp_path / "base")
     (base / "modules.json").write_text(json.dumps([{"path": "../other"}]))
-    with pytest.raises(InputError, match=r"names '\.\./other', which is no folder beside it"):
+    with pytest.raises(InputError, match=r"names '\.\./other', which is not a folder beside it"):
         open_checkpoint(base)
     for text in ("{", '{"a": 1}', "[" * 100_000, '[{"path": "1_Pooling"}]'):
         (base / "modules.json").write_text(text)

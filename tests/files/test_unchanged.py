@@ -92,7 +92,8 @@ def test_a_file_that_changes_under_a_verb_is_named(
     before, place = sorted(stage.iterdir()), weights_of(stage / read)
     on_first_write(monkeypatch, lambda: change(place))
     with pytest.raises(
-        InputError, match="written to or replaced while it was read|edited since|does not come back|cannot be restored"
+        InputError,
+        match="written to or replaced while it was read|edited since|is not restored exactly|cannot be restored",
     ) as e:
         VERBS[verb](stage)
     assert e.value.culprit == str(place) or (verb == "unmerge" and change is rewrite)  # whose hashes tell the tensor

@@ -111,16 +111,16 @@ def test_commands_write_it(tmp_path: Path, lora: Path) -> None:
 
 def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
     dora = matrix.READABLE["PEFT, DoRA"](tmp_path / "dora")
-    with pytest.raises(NeedsFlag, match="is DoRA, whose change only the base tells"):
+    with pytest.raises(NeedsFlag, match="is DoRA, whose change depends on the base"):
         loratool.convert(dora, tmp_path / "out", to="toy")
     saved = write_peft(tmp_path / "saved", {Q: factors(8, 8, 4)}, modules_to_save=["head"])
     file = saved / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.head.weight": torch.ones(2, 8)}, file)
     with pytest.raises(NeedsFlag, match="are more than toy's files can hold: head") as refused:
         loratool.convert(saved, tmp_path / "out", to="toy")
-    assert refused.value.remedy == "add --exclude head to leave them out"
+    assert refused.value.remedy == "add --exclude head to exclude them"
     new_weight = write_peft(tmp_path / "new", {Q: factors(8, 8, 4)})
     file = new_weight / "adapter_model.safetensors"
     save_file({**load_file(file), f"base_model.model.{Q}.base_layer.weight": torch.ones(8, 8)}, file)
-    with pytest.raises(InputError, match="a new weight under its factors, which toy has no place for"):
+    with pytest.raises(InputError, match="a new weight under its factors, which toy cannot store"):
         loratool.convert(new_weight, tmp_path / "out", to="toy")

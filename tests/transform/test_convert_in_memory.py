@@ -122,14 +122,14 @@ class TestResize:
         assert torch.allclose(found["q.lora_B"].double() @ found["q.lora_A"].double(), D, atol=1e-6)
 
     def test_what_nothing_could_load_is_refused(self, tmp_path: Path, run: Run) -> None:
-        with pytest.raises(InputError, match="nothing could load it as comfy"):
+        with pytest.raises(InputError, match="nothing can load it as comfy"):
             loratool.resize(FIXTURES / "llama" / "adapter", tmp_path / "a.safetensors", rank=2, to="comfy")
         with pytest.raises(InputError, match="first loratool convert with --exclude lora_te1"):
             loratool.resize(SDXL / "adapter.safetensors", tmp_path / "a", rank=2, to="peft")
         half = diffusers(tmp_path / "dora.safetensors", {f"{BLOCK}.attn.to_q": (6, 6)})
         save_file({**load_file(half), f"{BLOCK}.attn.to_q.lora_magnitude_vector": torch.ones(6)}, half)
         with pytest.raises(
-            InputError, match=f"(?s)parts of which some are DoRA.*convert with --exclude {BLOCK}.attn.to_q"
+            InputError, match=f"(?s)only some of its parts are DoRA.*convert with --exclude {BLOCK}.attn.to_q"
         ):
             loratool.resize(half, tmp_path / "a.safetensors", rank=2, to="kohya")
         half.unlink()
@@ -174,7 +174,7 @@ class TestCombine:
 
     def test_of_two_families_they_are_refused(self, tmp_path: Path) -> None:
         one = kohya(tmp_path / "a.safetensors", FUSED)
-        with pytest.raises(InputError, match=r"is of SDXL, .*a\.safetensors of Flux: no base is both's"):
+        with pytest.raises(InputError, match=r"is of SDXL, .*a\.safetensors of Flux: they have no base in common"):
             loratool.combine([one, SDXL / "adapter.safetensors"], tmp_path / "c.safetensors", to="kohya")
 
     def test_a_text_encoder_goes_by_the_other_ones_family(self, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ class TestCombine:
             (A2, B2), D = factors(6, 8, 3, seed=1), found.scale * found.B.double() @ found.A.double()
             assert torch.allclose(D, 2 * B.double() @ A.double() + B2.double() @ A2.double(), atol=1e-6)
         refused = run("combine", other, SDXL / "adapter.safetensors", "-o", tmp_path / "c")
-        assert refused.exit_code == 3 and "is of SDXL, " in refused.stderr and "no image model" in refused.stderr
+        assert refused.exit_code == 3 and "is of SDXL, " in refused.stderr and "no known image model" in refused.stderr
 
     def test_what_one_component_cannot_hold_can_be_excluded(self, tmp_path: Path) -> None:
         start = [SDXL / "adapter.safetensors"] * 2
@@ -295,7 +295,7 @@ class TestInit:
     @pytest.mark.parametrize(
         ("base", "options", "says"),
         [
-            ("llama/base", {"to": "kohya"}, "no image model: nothing could load it as kohya"),
+            ("llama/base", {"to": "kohya"}, "not an image model: nothing can load it as kohya"),
             ("llama/base", {"to": "what"}, "none of peft"),
             ("llama/base", {"to": "loralib", "dora": True}, "hold no DoRA"),
             ("llama/base", {"to": "loralib", "method": "pissa"}, "pissa is for PEFT's adapters"),

@@ -218,7 +218,7 @@ class TestAWeightUnderTheFactors:
         start = self.write(tmp_path / "a")
         with pytest.raises(NeedsFlag, match="a new weight under its factors") as refused:
             loratool.convert(start, tmp_path / "b.safetensors", to="loralib")
-        assert refused.value.remedy == "add --exclude words to leave them out"
+        assert refused.value.remedy == "add --exclude words to exclude them"
         loratool.convert(start, tmp_path / "b.safetensors", to="loralib", exclude="words")
 
     def test_an_image_models_is_refused(self, tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ class TestDora:
         tensors = load_file(self.kohya(tmp_path / "a.safetensors"))
         del tensors["lora_unet_down_blocks_0_resnets_0_conv1.dora_scale"]
         save_file(tensors, tmp_path / "a.safetensors")
-        with pytest.raises(InputError, match=r"conv1: is no DoRA"):
+        with pytest.raises(InputError, match=r"conv1: is not DoRA"):
             loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diffusers")
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfy")
 
@@ -566,7 +566,7 @@ class TestLayout:
             loratool.convert(start, tmp_path / "b", to="peft", layout="split", base=self.base(tmp_path / "right"))
 
     @pytest.mark.parametrize(
-        ("shapes", "message"), [(((5, 8), (5, 9)), "no parts of one matrix"), (((5, 8), (6, 8)), "which no model has")]
+        ("shapes", "message"), [(((5, 8), (5, 9)), "not parts of one matrix"), (((5, 8), (6, 8)), "which no model has")]
     )
     def test_parts_that_do_not_fit(self, shapes: Any, message: str, tmp_path: Path) -> None:
         (a, b), (c, d) = shapes
@@ -620,7 +620,7 @@ def test_dora_needs_weights_and_a_config_is_none(tmp_path: Path) -> None:
         loratool.convert(start, tmp_path / "b.gguf", to="gguf", base=base)
     assert raised.value.remedy == "add --plain"
     loratool.convert(start, tmp_path / "b.gguf", to="gguf", base=base, plain=True)
-    with pytest.raises(InputError, match=r"is a config alone, and the weights are needed\nname its folder"):
+    with pytest.raises(InputError, match=r"is only a config, but the weights are needed\nname its folder"):
         loratool.merge(base / "config.json", [start], tmp_path / "c")
 
 
@@ -721,11 +721,11 @@ def test_from_overrides_what_the_names_say(tmp_path: Path) -> None:
     A, B = factors(6, 8, 2)
     tensors = {"unet.blocks.0.attn.lora_A.weight": A, "unet.blocks.0.attn.lora_B.weight": B}
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(InputError, match="no adapter of an image model"):
+    with pytest.raises(InputError, match="not an adapter of a known image model"):
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "b", to="peft")
     loratool.convert(tmp_path / "a.safetensors", tmp_path / "b", to="peft", from_format="peft", alpha=3.0)
     assert torch.equal(change(tmp_path / "b", "unet.blocks.0.attn"), 1.5 * B.double() @ A.double())
-    with pytest.raises(InputError, match="is no tensor|is none of"):
+    with pytest.raises(InputError, match="is not a LoRA tensor|is none of"):
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "c", to="peft", from_format="kohya")
     with pytest.raises(UsageError, match="none of"):
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "c", to="peft", from_format="what")

@@ -212,5 +212,5 @@ def test_every_verb_that_takes_it_as_it_is_keeps_the_word(trained: tuple[Path, P
         use(out)
         assert torch.allclose(computed(out), expected, atol=1e-4)
         out.unlink()
-    with pytest.raises(InputError, match="of another rank"):
+    with pytest.raises(InputError, match="at another rank"):
         loratool.resize(end, tmp_path / "out.safetensors", rank=3)

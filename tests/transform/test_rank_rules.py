@@ -196,7 +196,7 @@ class TestNoiseOfFactors:
         with pytest.raises(UsageError, match="--to may split or join"):
             loratool.resize(source, tmp_path / "out", rank_rule=("noise", 1.0), to="kohya")
         found = run("combine", source, source, "--rank-rule", "noise", "-o", tmp_path / "out")
-        assert found.exit_code == 2 and "a combination is of several" in found.stderr
+        assert found.exit_code == 2 and "a combination has several" in found.stderr
         assert not (tmp_path / "out").exists()
 
     def test_products_are_refused_by_name(self, tmp_path: Path) -> None:

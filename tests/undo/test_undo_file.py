@@ -71,11 +71,11 @@ def put_card(undo: Path, packed: bytes, nbytes: Any) -> None:
 CARDS: dict[str, tuple[bytes, Any, str]] = {
     "damaged": (bz2.compress(CARD)[:20] + bytes(20), len(CARD), "its model card"),
     "no archive": (CARD, len(CARD), "its model card is damaged"),
-    "cut off": (bz2.compress(CARD)[:-9], len(CARD), "its model card is another"),
-    "longer": (bz2.compress(CARD + b"x"), len(CARD), "its model card is another"),
-    "shorter": (bz2.compress(CARD), len(CARD) + 1, "its model card is another"),
-    "something behind": (bz2.compress(CARD) + b"x", len(CARD), "its model card is another"),
-    "without end": (bz2.compress(bytes(1 << 24)), len(CARD), "its model card is another"),
+    "cut off": (bz2.compress(CARD)[:-9], len(CARD), "its model card does not match its hash"),
+    "longer": (bz2.compress(CARD + b"x"), len(CARD), "its model card does not match its hash"),
+    "shorter": (bz2.compress(CARD), len(CARD) + 1, "its model card does not match its hash"),
+    "something behind": (bz2.compress(CARD) + b"x", len(CARD), "its model card does not match its hash"),
+    "without end": (bz2.compress(bytes(1 << 24)), len(CARD), "its model card does not match its hash"),
     "of no bytes": (bz2.compress(CARD), -1, "its model card"),
     "of many bytes": (bz2.compress(CARD), 1 << 40, "its model card"),
 }
@@ -131,7 +131,7 @@ def test_other_versions_are_named(undo: Path, case: str) -> None:
 def test_what_is_no_undo_file(undo: Path) -> None:
     for data in (b"", b"loratool", b"x" * 999, undo.read_bytes()[:60]):
         undo.write_bytes(data)
-        assert "is no undo file" in str(refusal(undo))
+        assert "is not an undo file" in str(refusal(undo))
 
 
 SIDES: dict[str, tuple[str, Any]] = {
@@ -151,7 +151,7 @@ def test_an_index_that_is_not_that_of_the_files(undo: Path, case: str) -> None:
         data = json.dumps(content).encode().ljust(length)
         body, digest = body[:at] + data + body[at + length :], hashlib.sha256(data).hexdigest()
     undo.write_bytes(join_undo(body, {**index, "side": {**index["side"], name: [at, length, digest]}}))
-    assert f"it names '{name}', which is no file of a model that a merge edits" in str(refusal(undo))
+    assert f"it names '{name}', which is not a file of a model that a merge edits" in str(refusal(undo))
 
 
 def test_a_record_of_what_was_not_in_the_base(undo: Path) -> None:

@@ -210,7 +210,7 @@ def open_adapter(
         if is_pipeline(path) or any((path / index).is_file() for index in INDEX_NAMES):
             beside = next((each for each in ADAPTER_NAMES if (path / each).is_file()), None)
             if beside is None:
-                open_checkpoint(path).close()  # raises an error if it is no model either
+                open_checkpoint(path).close()  # raises an error if it is not a model either
             raise _model_for_adapter(name, beside)
         weights = find_adapter_file(path)
         notes = notes_on_choice(path, weights)
@@ -237,9 +237,9 @@ def open_adapter(
             only_for = (file.metadata or {}).get(ONLY_FOR, "")
             if only_for and not lenient and only_for != runtime:
                 raise InputError(
-                    f"is for {only_for} alone, in whose order the rows of its queries and keys are",
+                    f"is only for {only_for}: the rows of its queries and keys are in that runtime's order",
                     culprit=os.fspath(name),
-                    remedy="take the adapter that it was made of",
+                    remedy="use the adapter that it was converted from",
                 )
             return replace(adapter, extras=extras, notes=(*notes, *adapter.notes), only_for=only_for)
         if is_biases(file.specs):
@@ -272,5 +272,5 @@ def _model_for_adapter(name: str | os.PathLike[str], beside: str | None = None) 
     return ModelGiven(
         "is a model, not an adapter",
         culprit=os.fspath(name),
-        remedy=f"to make an adapter of a full fine-tune: loratool extract BASE {shell_word(name)}",
+        remedy=f"to extract an adapter from a full fine-tune: loratool extract BASE {shell_word(name)}",
     )

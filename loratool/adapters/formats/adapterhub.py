@@ -56,12 +56,12 @@ class AdapterHub(Format):
         config_fields = fields["config"]
         rank, matrices, alpha = config_fields.get("r"), config_fields.get("attn_matrices"), config_fields.get("alpha")
         if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not isinstance(matrices, list):
-            raise InputError(f"its {CONFIG_NAME} has no r, alpha or attn_matrices that can be used", culprit=name)
+            raise InputError(f"its {CONFIG_NAME} has no usable r, alpha or attn_matrices", culprit=name)
         matches = {tensor: _NAME.fullmatch(tensor) for tensor in file.specs}
         tensors, named, ranks = {}, set(), {}
         for tensor, match in matches.items():
             if match is None:
-                raise InputError(f"is no tensor of LoRA, and {name} does not say how it is used", culprit=tensor)
+                raise InputError(f"is not a LoRA tensor, and {name} does not say how it is used", culprit=tensor)
             module, adapter, side = match.groups()
             named.add(adapter)
             A, B = (f"{module}.loras.{adapter}.lora_{each}" for each in "AB")
@@ -83,5 +83,5 @@ class AdapterHub(Format):
             "base_model_name_or_path": fields.get("model_name"),
         }
         heads = [each for each in HEADS if (file.path.parent / each).is_file()]
-        notes = tuple(f"{each} beside it is a head, which is not read" for each in heads)
+        notes = tuple(f"{each} beside it is a head and is not read" for each in heads)
         return read_as_peft(self.key, name, file, tensors, config, options, notes)

@@ -58,20 +58,20 @@ class Cloneofsimo(Format):
             UsageError: an alpha was given.
         """
         if options.alpha is not None:
-            raise UsageError("--alpha is not for this format: its change is up @ down as it is", culprit=name)
+            raise UsageError("--alpha does not apply to this format: its change is up @ down, unscaled", culprit=name)
         by_component: dict[str, dict[int, dict[str, str]]] = {}
         for tensor in file.specs:
             match = KEY.fullmatch(tensor)
             if match is None:
-                raise InputError(f"is no factor; {name} holds more than LoRA", culprit=tensor)
+                raise InputError(f"is not a factor; {name} holds more than LoRA", culprit=tensor)
             by_component.setdefault(match[1], {}).setdefault(int(match[2]), {})[ROLES[match[3]]] = tensor
         updates: dict[str, UpdateSpec] = {}
         for component, numbered in by_component.items():
             modules = _modules(name, component, file, len(numbered))
             if set(numbered) != set(range(len(modules))):
                 raise InputError(
-                    f"has {len(numbered)} modules in {component}, and the model {len(modules)}: "
-                    "which are whose is unknown",
+                    f"has {len(numbered)} modules in {component}, but the model has {len(modules)}: "
+                    "they cannot be matched",
                     culprit=name,
                 )
             for number, roles in sorted(numbered.items()):

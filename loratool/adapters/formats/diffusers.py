@@ -58,8 +58,8 @@ class Diffusers(DottedFormat):
         if not unread:
             return notes
         t5 = all(encoders[modules[name].component] == "t5" for name in unread)
-        what = "T5" if t5 else "text encoder that is no CLIP"
-        first = f"{len(unread)} modules will not be read, {unread[0]} the first"
+        what = "T5" if t5 else "text encoder other than CLIP"
+        first = f"{len(unread)} modules will not be read, like {unread[0]}"
         return (*notes, f"diffusers loads no adapter of a {what}: {first}")
 
     def _alpha_notes(self, modules: Mapping[str, NewModule]) -> tuple[str, ...]:
@@ -69,6 +69,6 @@ class Diffusers(DottedFormat):
             return ()
         remedy = "--plain --base BASE" if any(module.dora for module in modules.values()) else "--plain"
         what = (
-            f"the alphas of {len(scaled)} modules are in the metadata alone, which diffusers reads and ComfyUI does not"
+            f"the alphas of {len(scaled)} modules are only in the metadata, which diffusers reads and ComfyUI does not"
         )
         return (f"{what}: it takes 1 as their scale; `loratool convert {remedy}` puts the scales into the factors",)

@@ -89,7 +89,7 @@ class DottedFormat(Format, ABC):
             config, path = _config_of(module, roles, file, configs, name, options.alpha)
             roles = {role: key for role, key in roles.items() if role != "alpha"}
             if not roles:
-                raise InputError("has an alpha and no factors", culprit=module)
+                raise InputError("has an alpha but no factors", culprit=module)
             for spec in module_updates(path, roles, file, config, f"{path}.bias", options.lenient):
                 if config.peft.get("use_dora") and spec.rank and spec.cls is not DoRA and not options.lenient:
                     place = "config" if "" in configs else "metadata"
@@ -264,5 +264,5 @@ def _refuse_contradiction(tensor: str, stored: float, config: AdapterConfig, pat
         raise InputError(
             f"is {stored:g}, but the config says {alpha:g}{scaled}",
             culprit=tensor,
-            remedy="which of them its trainer meant, the file does not say: remove the other",
+            remedy="the file does not say which of them its trainer meant: remove the wrong one",
         )

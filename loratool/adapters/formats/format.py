@@ -112,7 +112,7 @@ class Format(ABC):
         """
         if not prefix:
             part = "the denoiser" if component in DENOISERS else component
-            message = f"is of {part} of {FAMILIES[family].title}, of which there are no {self.key} files"
+            message = f"is for {part} of {FAMILIES[family].title}, and {self.key} has no files for it"
             raise InputError(message, culprit=path, remedy="convert to diffusers")
         return prefix
 
@@ -153,7 +153,7 @@ class Format(ABC):
         named = {module for module, role in self.names(source, based).values() if role == "base"} if based else set()
         return {
             **dict.fromkeys(columns, "DoRA with norms of its inputs"),
-            **dict.fromkeys(based.keys() - named, f"a new weight under its factors, which {self.key} has no place for"),
+            **dict.fromkeys(based.keys() - named, f"a new weight under its factors, which {self.key} cannot store"),
         }
 
     def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ class LlamaCpp(Format):
         try:
             model = GgufModel.of_config(options.model, "--base")
             if model.architecture.key != key:
-                raise InputError(f"is for {key}, and the base is {model.architecture.key}", culprit=name)
+                raise InputError(f"is for {key}, but the base is {model.architecture.key}", culprit=name)
             return to_model_names(native, model)
         except InputError:
             if options.lenient:
@@ -133,8 +133,8 @@ class LlamaCpp(Format):
             known = adapter.config.other_fields[ARCHITECTURE] in ARCHITECTURES
             message = f"has the names and rows of a GGUF file of {adapter.config.other_fields[ARCHITECTURE]}"
             if not known:
-                raise InputError(f"{message}, whose names in transformers are in no table", culprit=adapter.name)
-            why = "with the model, of which the config.json will do"
+                raise InputError(f"{message}, whose names in transformers are unknown", culprit=adapter.name)
+            why = "with the model (its config.json is enough)"
             raise NeedsFlag(message, culprit=adapter.name, flags="--base BASE", why=why)
         return to_model_names(adapter, model)
 
@@ -209,7 +209,7 @@ def _config_of(name: str, fields: Mapping[str, Any], options: ReadOptions) -> Ad
         raise InputError(message, culprit=name)
     stored = fields.get(ALPHA, 0.0)
     if not isinstance(stored, float) or not math.isfinite(stored):
-        raise InputError(f"has the {ALPHA} {stored!r}, which is no finite number", culprit=name)
+        raise InputError(f"has the {ALPHA} {stored!r}, which is not a finite number", culprit=name)
     if options.alpha is not None and stored and options.alpha != stored:
         raise UsageError(f"--alpha {options.alpha:g} contradicts the file's {stored:g}", culprit=name)
     return AdapterConfig(alpha=stored or options.alpha, rank_is_alpha=True)
@@ -229,7 +229,7 @@ def _as_matrices(file: WeightsFile, lenient: bool) -> tuple[VirtualFile, int]:
         if spec.dtype not in TORCH_FLOATS and name not in coded:
             raise InputError(f"is {spec.dtype}", culprit=name, remedy="convert the adapter with --outtype f16 or f32")
         if len(spec.shape) != dimensions or not spec.size:
-            raise InputError(f"is {spec}, and not of {dimensions} dimensions above 0", culprit=name)
+            raise InputError(f"is {spec}, but should have {dimensions} dimensions above 0", culprit=name)
         shape = spec.shape
         if stack:
             experts, rows, columns = spec.shape

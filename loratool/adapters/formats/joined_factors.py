@@ -57,9 +57,11 @@ def stack(module: str, pairs: Mapping[int, Pair], count: int, ranks: Collection[
     """
     first = next(iter(pairs.values()))
     if any((pair.A.spec, pair.B.spec) != (first.A.spec, first.B.spec) for pair in pairs.values()):
-        raise InputError("has experts of different ranks or shapes, and its factors are one stack", culprit=module)
+        raise InputError("has experts of different ranks or shapes, but its factors are one stack", culprit=module)
     if len(first.A.spec.shape) != 2 or len(first.B.spec.shape) != 2 or first.A.spec.shape[0] != first.B.spec.shape[1]:
-        raise InputError(f"A is {first.A.spec.shape} and B is {first.B.spec.shape}: no low-rank pair", culprit=module)
+        raise InputError(
+            f"A is {first.A.spec.shape} and B is {first.B.spec.shape}: not a low-rank pair", culprit=module
+        )
     (rank, width), rows = first.A.spec.shape, first.B.spec.shape[0]
     if any(each is not None and each * first.joined != rank for each in ranks):
         raise InputError(
@@ -99,7 +101,7 @@ def with_stacks(
             if alpha is not None:
                 alphas[path] = alpha * pair.joined
             if fields.get("use_rslora") and pair.joined > 1:
-                message = "has gate and up together, and its scale, by the root of a rank, is of one of them"
+                message = "has gate and up fused, but its rsLoRA scale is that of one of them"
                 raise InputError(message, culprit=path)
     plain = {name.partition(".lora_A.")[0].removeprefix(PEFT_PREFIX) for name in tensors if ".lora_A." in name}
     return named, {
@@ -115,5 +117,5 @@ def with_stacks(
 def put_tensor(tensors: dict[str, MadeTensor], name: str, tensor: MadeTensor) -> None:
     """Add a tensor; raise InputError for a second one of the same name."""
     if name in tensors:
-        raise InputError("is there under its trainer's name and under this one", culprit=name)
+        raise InputError("is there twice, under this name and under its trainer's", culprit=name)
     tensors[name] = tensor

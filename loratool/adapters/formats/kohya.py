@@ -123,7 +123,7 @@ def output_norm_notes(modules: Mapping[str, NewModule]) -> tuple[str, ...]:
     if not count:
         return ()
     what = (
-        f"ComfyUI applies DoRA along outputs ({count} modules) otherwise: it divides by the norm of the base's weight"
+        f"ComfyUI applies DoRA along outputs ({count} modules) differently: it divides by the norm of the base's weight"
     )
     return (f"{what} without the change; `loratool convert --plain --base BASE` writes LoRA, which is the same there",)
 

@@ -87,7 +87,7 @@ class Litgpt(Format):
             elif layer is None and module == "lm_head":
                 path = module
             else:
-                raise InputError("is a tensor of no model of Llama's shape in litgpt", culprit=tensor)
+                raise InputError("is not a tensor of a litgpt model of Llama's shape", culprit=tensor)
             tensors[f"{path}.lora_{side}.weight"] = copied(file, tensor)
         config = {"r": rank, "lora_alpha": alpha, "base_model_name_or_path": settings.get("checkpoint_dir")}
         return read_as_peft(self.key, name, file, tensors, config, options)

@@ -75,7 +75,7 @@ class Loralib(Format):
         for module, roles in modules.items():
             if module in updates:
                 raise InputError(
-                    "is there beside its factors: whether they are in it already, the file does not say",
+                    "is there beside its factors, and the file does not say whether they are merged into it",
                     culprit=updates[module].tensors["value"],
                     remedy="save loralib.lora_state_dict(model), not model.state_dict()",
                 )

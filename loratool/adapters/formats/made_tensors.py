@@ -51,7 +51,7 @@ def whole_B(file: WeightsFile, A_name: str, name: str, rank: int, enabled: Seque
     A, B = file.specs[A_name].shape, file.specs[name].shape
     n, slots = sum(enabled), [slot for slot, on in enumerate(enabled) if on]
     if len(A) != 2 or len(B) not in (2, 3) or B[2:] not in ((), (1,)) or A[0] != n * rank or not B[1]:
-        message = f"is {B} and its A is {A}: no MergedLinear of rank {rank} with {n} of {len(enabled)} slices"
+        message = f"is {B} and its A is {A}: not a MergedLinear of rank {rank} with {n} of {len(enabled)} slices"
         raise InputError(message, culprit=name)
     groups, size = A[0] // B[1], B[0] // n
     if groups not in (1, 2, n) or groups * B[1] != A[0] or B[0] % n or B[0] % groups:

@@ -136,10 +136,11 @@ class Mlx(Format):
     def with_standard_names(self, adapter: Adapter) -> Adapter:
         if adapter.own_names:
             raise NeedsFlag(
-                f"is of mlx-lm's own model, and only the model's config tells what it is elsewhere ({adapter.name})",
+                "has the name of mlx-lm's own class, and only the model's config tells its name elsewhere "
+                f"({adapter.name})",
                 culprit=adapter.own_names[0],
                 flags="--base BASE",
-                why="with the model as transformers has it",
+                why="with the model in transformers' format",
             )
         return adapter
 
@@ -149,9 +150,9 @@ class Mlx(Format):
     def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:
         types = tuple(nested_configs(model))
         if types and mlx_names(types) is None:
-            return (f"mlx-lm's names in a {types[0]} are not known here: it refuses those that it does not have",)
+            return (f"mlx-lm's names for a {types[0]} are unknown here, and it refuses names that it does not have",)
         if not types:
-            return ("--base BASE would tell mlx-lm's names for the modules, which stay as they are",)
+            return ("the module names are copied unchanged; with --base BASE they become mlx-lm's",)
         return ()
 
     def as_file(self, content: AdapterContent) -> AdapterContent:
@@ -189,9 +190,9 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Setti
     """Parse a config; raise an error if it is not MLX's, or if neither it nor `options` gives the scale."""
     if len(fields) > 1 and not is_mlx_config(fields):
         raise InputError(
-            f"its {CONFIG_NAME} is not MLX's, as its tensors are: it has no lora_parameters",
+            f"its {CONFIG_NAME} is not MLX's, although its tensors are: it has no lora_parameters",
             culprit=name,
-            remedy="put the config there that mlx-lm wrote beside them",
+            remedy="put the config that mlx-lm wrote beside them",
         )
     kind = fields.get(
         "fine_tune_type", "dora" if fields.get("use_dora") is True else KINDS[0]
@@ -200,7 +201,7 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Setti
         raise InputError(f"its config's fine_tune_type {brief(kind)} is none of {', '.join(KINDS)}", culprit=name)
     lora = fields.get("lora_parameters", {})
     if not isinstance(lora, dict):
-        raise InputError("its config's lora_parameters are no object", culprit=name)
+        raise InputError("its config's lora_parameters are not an object", culprit=name)
     scale, rank = lora.get("scale"), lora.get("rank")
     if scale is not None and (type(scale) not in (int, float) or not -1e300 < scale < 1e300):
         raise InputError(f"its config's scale {brief(scale)} is not a number that can be used", culprit=name)
@@ -239,29 +240,29 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
             the changed ones; or there are codes of a quantized model that was trained.
     """
     if codes := next((key for key, spec in file.specs.items() if spec.dtype == "U32"), None):
-        raise InputError("is of codes: a full fine-tune of a quantized model", culprit=codes, remedy=FUSE)
+        raise InputError("is stored as codes: a full fine-tune of a quantized model", culprit=codes, remedy=FUSE)
     names = mlx_names(types)
     if types and names is None:
         raise InputError(
-            f"is {types[0]}'s, of which mlx-lm may have other numbers", culprit=str(file.path), remedy=FUSE
+            f"is for a {types[0]}, for which mlx-lm may store other numbers", culprit=str(file.path), remedy=FUSE
         )
     if names and (names.shifted or names.scaled):
         what = "its norms with 1 added" if names.shifted else "its weights multiplied by numbers of the config"
         raise InputError(
-            f"is {types[0]}'s, of which mlx-lm has {what}",
+            f"is for a {types[0]}, for which mlx-lm stores {what}",
             culprit=str(file.path),
             remedy=FUSE,
         )
     updates = {}
     for key, spec in file.specs.items():
         if key.endswith(FACTORS):
-            raise InputError("is a factor, and the config's fine_tune_type is full", culprit=key)
+            raise InputError("is a factor, but the config's fine_tune_type is full", culprit=key)
         path = module_path(canonical(key, types))
         is_transposed = (
             stores_transposed(types, path) if len(spec.shape) == 2 else not TRANSPOSED_EXPERTS.isdisjoint(types)
         )
         if is_transposed and len(spec.shape) > 1:
-            raise InputError(f"lies otherwise than in the files of a {types[0]}", culprit=key, remedy=FUSE)
+            raise InputError(f"has another layout than in the files of a {types[0]}", culprit=key, remedy=FUSE)
         updates[path] = UpdateSpec(ReplaceTensor, path, {"value": key}, {"value": spec})
     return updates
 
@@ -272,12 +273,12 @@ def _sort(file: WeightsFile, kind: str) -> dict[str, dict[str, str]]:
     for key in file.specs:
         module, _, end = key.rpartition(".")
         if end not in ROLES or not module:
-            raise InputError("is a tensor of no LoRA of MLX", culprit=key)
+            raise InputError("is not a tensor of MLX's LoRA", culprit=key)
         modules.setdefault(module, {})[ROLES[end]] = key
     for module, roles in modules.items():
         if ("magnitude" in roles) is not (kind == "dora") and len(roles) > 1:
             has = "has an m" if "magnitude" in roles else "has no m"
-            raise InputError(f"{has}, and the config's fine_tune_type is {kind}", culprit=module)
+            raise InputError(f"{has}, but the config's fine_tune_type is {kind}", culprit=module)
     return modules
 
 

@@ -115,7 +115,7 @@ def _modules(content: AdapterContent) -> tuple[dict[str, _Module], float]:
         rank = (config.rank_of(module) or total) if is_stack else total
         scales.add(config.scale_of(module, rank))
         if total % rank:
-            raise InputError(f"A has {total} rows, which are no stack of rank {rank}", culprit=module)
+            raise InputError(f"A has {total} rows, which are not a stack of rank {rank}", culprit=module)
         experts, magnitude = total // rank if is_stack else 0, m if m in content.specs else None
         entry = _Module(A, B, magnitude, experts, StackLayout(), tuple(range(rank)))
         path = canonical(module, types)
@@ -197,10 +197,10 @@ def find_misfits(
         if not types and not is_mlx and (update.cls.stack or last in INPUT_EMBEDDINGS):
             what = "a stack of experts" if update.cls.stack else "an embedding, which the head may be tied to"
             raise NeedsFlag(
-                f"is {what}: only the model tells how MLX has it ({source})",
+                f"is {what}: only the model tells how MLX stores it ({source})",
                 culprit=module,
                 flags="--base BASE",
-                why="with the model (its config.json will do)",
+                why="with the model (its config.json is enough)",
             )
         reason = _of_update(module, update, dora) or (_of_model(module, update, model, is_mlx) if types else None)
         if reason:
@@ -211,11 +211,11 @@ def find_misfits(
 def _of_update(module: str, update: UpdateSpec, dora: bool) -> str | None:
     is_rows = module.rpartition(".")[2] in EMBEDDINGS
     if update.base:
-        return "a new weight under its factors, which MLX has no place for"
+        return "a new weight under its factors, which MLX cannot store"
     if re.search(r"\bexperts\.\d+\.", module):
-        return "of one expert, and MLX has stacks: --to peft --base BASE makes one first"
+        return "of one expert, but MLX stacks experts: first convert with --to peft --base BASE"
     if dora and update.cls is not DoRA:
-        return "no DoRA, and MLX has DoRA in all modules or in none"
+        return "not DoRA, and MLX has DoRA in all modules or in none"
     if update.cls is DoRA and update.along_inputs is not is_rows:
         sides = "dimensions, and MLX's are of its tokens" if is_rows else "inputs, and MLX's are of its outputs"
         return f"DoRA with norms of its {sides}"
@@ -241,7 +241,7 @@ def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], is_mlx:
     if path.endswith(names.absent):
         return f"a module that MLX's {types[0]} does not have"
     if names.root and not mlx_path(path, names).startswith(names.root):
-        return "of a tower, and mlx-lm has none"
+        return "of a tower, which mlx-lm does not have"
     if last in HEADS and is_tied(model) is True:
         return "a head that is tied, which MLX's class does not have"
     if last in INPUT_EMBEDDINGS and is_tied(model) is not False and not is_mlx:

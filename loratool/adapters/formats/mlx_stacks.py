@@ -48,12 +48,12 @@ class MlxPair:
     def of(module: str, roles: Mapping[str, str], file: WeightsFile) -> MlxPair:
         """Return the pair of a module's tensors; raise InputError if they are not a pair."""
         if roles.keys() != {"A", "B"}:
-            raise InputError("is a stack, which has lora_a and lora_b and nothing else", culprit=module)
+            raise InputError("is a stack, which can have only lora_a and lora_b", culprit=module)
         A, B = (file.specs[roles[role]].shape for role in "AB")
         E, rows, rank = B if len(B) == 3 else (0, 0, 0)
         width = A[-1] if A else 0
         if 0 in (E, rows, rank, width) or A not in ((E, rank, width), (E * rank, width)):
-            raise InputError(f"lora_a is {A} and lora_b is {B}: no stack of low-rank pairs", culprit=module)
+            raise InputError(f"lora_a is {A} and lora_b is {B}: not a stack of low-rank pairs", culprit=module)
         return MlxPair(file, roles["A"], roles["B"], E, rank, rows, width)
 
 
@@ -71,7 +71,7 @@ class JoinedStack:
         first, *others = pairs.values()
         for other in others:
             if (other.experts, other.rows, other.width) != (first.experts, first.rows, first.width):
-                raise InputError(f"and {first.B} are both of {stack}, and of other sizes", culprit=other.B)
+                raise InputError(f"and {first.B} are both of {stack}, but have different sizes", culprit=other.B)
         dtypes = {pair.file.specs[name].dtype for pair in pairs.values() for name in (pair.A, pair.B)}
         if len(dtypes) > 1:
             raise InputError(f"has factors of several types, {' and '.join(sorted(dtypes))}", culprit=stack)

@@ -20,7 +20,7 @@ from ...errors import InputError
 from ..updates import peft_methods
 from .extras import find_extras
 
-EXTRACT_REMEDY = "merge it with the tool that wrote it; of the merged model `loratool extract` makes an adapter"
+EXTRACT_REMEDY = "merge it with the tool that wrote it; then `loratool extract` makes an adapter from the merged model"
 
 # the supported values of `peft_type`
 READ = ("LORA", "TRAINABLE_TOKENS", "LN_TUNING", *peft_methods())
@@ -80,7 +80,7 @@ OTHER_METHODS = {
     ),
     "PROMPT": OtherMethod("prompt or prefix tuning", "neither", _INPUTS, ("prompt_embeddings",)),
     "REFT": OtherMethod("ReFT", "neither", "edits hidden states, and no weight could hold that", ("refts.",)),
-    "XLORA": OtherMethod("X-LoRA", "neither", "mixes adapters by what its input is, and no weight could hold that"),
+    "XLORA": OtherMethod("X-LoRA", "neither", "mixes adapters depending on its input, and no weight could hold that"),
     "OFT": OtherMethod("OFT", "extracted", _MULTIPLIES, ("oft_",), _BY_PEFT),
     "BOFT": OtherMethod("BOFT", "extracted", _MULTIPLIES, ("boft_",), _BY_PEFT),
     "LORAS": OtherMethod(
@@ -160,7 +160,7 @@ def refused_tensor(tensor: str, name: str) -> InputError:
         method = OTHER_METHODS[kind]
         return InputError(f"is a tensor of {method.title}, which {method.reason}", culprit=tensor, remedy=remedy)
     return InputError(
-        f"is no tensor of LoRA; {name} does more, which is not supported yet", culprit=tensor, remedy=remedy
+        f"is not a LoRA tensor; {name} does more than LoRA, which is not supported yet", culprit=tensor, remedy=remedy
     )
 
 

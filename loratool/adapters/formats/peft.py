@@ -108,7 +108,7 @@ class Peft(Format):
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether there are keys of LoRA or of another method of PEFT's.
 
-        PEFT's prefix alone is no evidence: a base saved with it has only plain weights and biases.
+        PEFT's prefix alone does not count: a base saved with it has only plain weights and biases.
         """
         names = list(names)
         text = "\n".join(names)  # one search instead of one per name is faster
@@ -137,7 +137,7 @@ class Peft(Format):
             raise InputError(reason, culprit=next(iter(marked.values())), remedy=method.remedy)
         if len(fields) == 1 and _is_dump(file.specs):
             raise InputError(
-                "is a dump of a whole PeftModel, its weights under names that no loader knows",
+                "is a dump of a whole PeftModel, and no loader knows the names of its weights",
                 culprit=name,
                 remedy="save its adapter with save_pretrained, or the model with merge_and_unload().save_pretrained",
             )
@@ -148,7 +148,7 @@ class Peft(Format):
         has_marks = any(mark in text for mark in MARKS)  # their kinds report what is missing
         if must_say and not has_marks and ".lora_" in text:
             raise NeedsFlag(
-                f"has no {CONFIG_NAME} beside it, which says the alpha it was trained with",
+                f"has no {CONFIG_NAME} beside it, so the alpha that it was trained with is unknown",
                 culprit=name,
                 remedy=f"put the {CONFIG_NAME} there, or pass --alpha",
                 flags="--alpha A",
@@ -167,7 +167,7 @@ class Peft(Format):
         for key in (key for key in file.specs if key not in shared.values()):
             _sort_in(key, component, layers, replaced, file, named)
         if shared and not any(OTHER_ROLES & roles.keys() for roles in layers.values()):
-            raise InputError("is there for modules of which the file has none", culprit=next(iter(shared.values())))
+            raise InputError("is for modules that the file does not have", culprit=next(iter(shared.values())))
         updates: dict[str, UpdateSpec] = {}
         depths_of: dict[str, list[int]] = {}
         for path, depth in sorted((key for key, roles in layers.items() if "A" in roles), reverse=True):
@@ -308,7 +308,7 @@ def _sort_in(
     match, role = _end_of(path)
     if match is None:
         if ".lora_" in path or ".token_adapter." in path:
-            raise InputError("is a tensor of no LoRA that is known", culprit=key)
+            raise InputError("is not a tensor of a known kind of LoRA", culprit=key)
         module = _without_wrapper(path, named).replace(".base_layer.", ".")
         _put(replaced, module_path(module), key, file)
         return
@@ -364,7 +364,7 @@ def _updates(
         or (others and ("magnitude" in roles or sorts - {"A"}))
         or {"tokens", "magnitude"} <= roles.keys()
     ):
-        raise InputError(f"{path} has updates of two sorts", culprit=roles[(with_factors or others)[0]])
+        raise InputError(f"{path} has updates of two kinds", culprit=roles[(with_factors or others)[0]])
     factors = {role: roles[role] for role in ("A", "B", "magnitude", "base") if role in roles}
     if "bias" in roles:
         if not fields.get("lora_bias") and not config.rank_is_alpha:
@@ -457,7 +457,7 @@ def _notes(updates: Mapping[str, UpdateSpec], layers: Mapping[tuple[str, int], M
         return ()
     return (
         f"{doubled[0]}: peft up to 0.21 applies the change of an attention's out_proj twice (peft PR 3774); "
-        "it is added once, as defined",
+        "loratool adds it once, as defined",
     )
 
 

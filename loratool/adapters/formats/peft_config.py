@@ -42,7 +42,7 @@ REFUSED_FIELDS = {
     "layer_replication": "its layers are replicas that share the base's weights",
     "alora_invocation_tokens": "an activated LoRA (aLoRA) acts on a part of the prompt only, so it can never be merged",
     "use_qalora": "QA-LoRA's A sees an averaged input",
-    "lora_nums": "LoRAMoE and HydraLoRA mix several pairs of factors by what their input is",
+    "lora_nums": "LoRAMoE and HydraLoRA mix several pairs of factors depending on their input",
     "arrow_config": "Arrow routes between several adapters",
     "kasa_config": "KaSA truncates the base",
 }
@@ -116,7 +116,7 @@ def refuse_other_config(file: WeightsFile, fields: Mapping[str, Any]) -> None:
             raise InputError(
                 f"its metadata sets {field} to {stored!r}, and the {CONFIG_NAME} beside it to {other!r}",
                 culprit=str(file.path),
-                remedy="which of them its trainer meant, neither says: remove the other",
+                remedy="neither says which of them its trainer meant: remove the wrong one",
             )
 
 
@@ -139,14 +139,14 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
     """
     if "lora_parameters" in fields or "fine_tune_type" in fields:
         raise InputError(
-            f"its {CONFIG_NAME} is MLX's, and its tensors are not",
+            f"its {CONFIG_NAME} is MLX's, but its tensors are not",
             culprit=name,
-            remedy="put the config there that PEFT wrote beside them",
+            remedy="put the config that PEFT wrote beside them",
         )
     kind = peft_type(fields)
     if kind is None:
         raise InputError(
-            f"its {CONFIG_NAME} does not name a peft_type", culprit=name, remedy="write LORA there if it is"
+            f"its {CONFIG_NAME} does not name a peft_type", culprit=name, remedy="set it to LORA if it is LoRA"
         )
     if kind not in READ:
         method = method_of_peft_type(str(kind))
@@ -162,7 +162,7 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
         raise UsageError(
             f"--alpha {alpha:g} contradicts the config's {named} {stored:g}",
             culprit=name,
-            remedy=f"leave --alpha out; to change the adapter's strength, weigh it: {shell_word(weighed)}"
+            remedy=f"leave --alpha out; to change the adapter's strength, give it a weight: {shell_word(weighed)}"
             if stored
             else None,
         )
@@ -241,7 +241,7 @@ def target_parameter(
     if not listed:
         return None
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise InputError("the config's target_parameters are no list of names", culprit=module)
+        raise InputError("the config's target_parameters are not a list of names", culprit=module)
     of_owners = config.parameters
     numbered = sorted(each for end in endings(module) if end for each in of_owners.get(end, ()))
     owned = list(dict.fromkeys(parameter for _, parameter in numbered))
@@ -262,8 +262,8 @@ def target_parameter(
     unknown = [name for name in names if name not in declared]
     if unknown:
         raise InputError(
-            f"has factors of {', '.join(names)}; which are whose depends on the order in which the model's class "
-            f"declares them, and that is not known for {unknown[0]}",
+            f"has factors of {', '.join(names)}; the order in which the model's class declares them "
+            f"tells which are whose, and it is unknown for {unknown[0]}",
             culprit=module,
         )
     return sorted(names, key=declared.index)[place]
@@ -281,7 +281,7 @@ def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec
     absent = [each for each in entries if not any(is_in_listed_module(each, m) for m in kinds[ReplaceTensor])]
     if len(absent) < len(entries):
         absent = [each for each in absent if each not in CLASSIFIERS]
-    lines += [f"the config's modules_to_save names {each}, of which the file has nothing" for each in absent]
+    lines += [f"the config's modules_to_save names {each}, but the file has no tensors of it" for each in absent]
     tokens = config.peft.get("trainable_token_indices")
     if tokens and not kinds[ReplaceRows]:
         lines.append("the config sets trainable_token_indices, but the file has no rows for them")
@@ -289,7 +289,7 @@ def announced_but_absent(config: AdapterConfig, updates: Mapping[str, UpdateSpec
         trained = {k for k in tokens if any(m == k or m.endswith(f".{k}") for m in kinds[ReplaceRows])}
         equal = [tokens[k] for k in trained]  # PEFT saves only one of several tied modules
         rowless = [k for k, rows in tokens.items() if k not in trained and rows not in equal]
-        lines += [f"the config's trainable_token_indices name {k}, for which the file has no rows" for k in rowless]
+        lines += [f"the config's trainable_token_indices name {k}, but the file has no rows for it" for k in rowless]
     if config.peft.get("lora_bias") and not kinds[AddDelta]:
         lines.append("the config sets lora_bias, but the file has no lora_B.bias")
     return tuple(lines)

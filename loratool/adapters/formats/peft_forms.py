@@ -56,7 +56,7 @@ def merged_linears(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[s
     if not is_list or not any(enabled):
         shown = brief(enabled)
         raise InputError(
-            f"its config's enable_lora is {shown}, no list of at most {MOST_SLICES} of true and false",
+            f"its config's enable_lora is {shown}, not a list of at most {MOST_SLICES} of true and false",
             culprit=str(file.path),
         )
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
@@ -75,7 +75,7 @@ def hide_training(name: str, file: WeightsFile, fields: Fields) -> tuple[dict[st
     hidden = [each for each in file.specs if any(mark in each for mark in OF_TRAINING.values())]
     file.hide(hidden)
     others = {field: value for field, value in fields.items() if field not in OF_TRAINING or not value}
-    note = f"{len(hidden)} tensors of {name} serve training alone, like {min(hidden, default='')}, and are not read"
+    note = f"{len(hidden)} tensors of {name} are only for training, like {min(hidden, default='')}, and are not read"
     return others, (note,) if hidden else ()
 
 
@@ -163,10 +163,10 @@ def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
     reordered = next((k for k in file.specs if re.search(r"\b[qk]_proj\b", k) and any(end in k for end in ends)), None)
     if reordered:
         raise InputError(
-            "seems to be of torchtune's export for PEFT, with rows in another order than the model's",
+            "seems to be torchtune's export for PEFT, with rows in another order than the model's",
             culprit=reordered,
-            remedy="name the adapter_model.pt that torchtune writes beside it; if it was another tool, put that one's "
-            "peft_version into the config",
+            remedy="name the adapter_model.pt that torchtune writes beside it; if another tool wrote this file, put "
+            "its peft_version into the config",
         )
     return None
 

@@ -54,7 +54,7 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
         if match is None:
             tensors[name] = copied(file, name)
         elif match[4] not in ("lora_A.weight", "lora_B.weight"):
-            raise InputError("is of a single expert of a stack, and no factor of LoRA", culprit=name)
+            raise InputError("is of a single expert of a stack, but is not a LoRA factor", culprit=name)
         else:
             single.setdefault((match[1], match[2]), {}).setdefault(int(match[3]), {})[match[4][5]] = name
     if not single:
@@ -63,7 +63,7 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
     count = model.get("num_local_experts", last + 1)
     if type(count) is not int or not last < count <= MOST:
         most = f"the model has {count}" if "num_local_experts" in model else f"at most {MOST} experts are read"
-        raise InputError(f"has an expert {last}, and {most}", culprit=str(file.path))
+        raise InputError(f"has an expert {last}, but {most}", culprit=str(file.path))
     _refuse_alphas(file, fields)
     stacks: dict[str, dict[str, Pair]] = {}
     ranks = Patterns(fields.get("rank_pattern") or {})
@@ -131,9 +131,7 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         return with_stacks(tensors, stacks, count, fields)
     tensors, fused = _with_fused_qkv(tensors)
     if fused and fields.get("use_rslora"):
-        raise InputError(
-            "has q, k and v together, and its scale, by the root of a rank, is of one of them", culprit=fused[0]
-        )
+        raise InputError("has q, k and v fused, but its rsLoRA scale is that of one of them", culprit=fused[0])
     modules = {name.partition(".lora_")[0].rpartition(".")[2] for name in tensors if ".lora_" in name}
     more = {
         field: {f"^{re.escape(path)}": 3 * fields[default] for path in fused} if fields.get(default) is not None else {}
@@ -158,7 +156,7 @@ def _with_fused_qkv(tensors: Mapping[str, MadeTensor]) -> tuple[dict[str, MadeTe
         names = [[f"{stem}{each}.lora_{side}.weight" for side in "AB"] for each in "qkv"]
         if not fused.keys() >= {name for both in names for name in both}:
             raise InputError(
-                "is one of q, k and v, which are one matrix in transformers, and not all are there", culprit=stem
+                "is one of q, k and v, which are one matrix in transformers, but not all are there", culprit=stem
             )
         pairs = [Pair(fused.pop(A), fused.pop(B)) for A, B in names]
         shapes = [(pair.A.spec.shape, pair.B.spec.shape) for pair in pairs]
@@ -202,7 +200,7 @@ def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         wrapper = stem + ".base_layer" * sum(each.rpartition(".")[0] == owner and each < path for each in listed)
         names = [f"{wrapper}.lora_{side}.weight" for side in "AB"]
         if not tensors.keys() >= {*names}:
-            raise InputError("is a target of the config, of which the file has no factors", culprit=path)
+            raise InputError("is a target of the config, but the file has no factors of it", culprit=path)
         pairs = _packed(file, path, names[0], names[1], ranks.value(path, fields["r"]))
         stacks.setdefault(stem, {})[parameter] = stack(path, pairs, len(pairs), ())
         counts.add(len(pairs))
@@ -217,7 +215,7 @@ def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -
     A, B = file.specs[A_name].shape, file.specs[B_name].shape
     fits = len(A) == len(B) == 2 and A[0] == B[1] and 0 not in (*A, *B)
     if type(rank) is not int or rank < 1 or not fits or A[0] % rank:
-        raise InputError(f"A is {A} and B is {B}: no experts of rank {rank}", culprit=path)
+        raise InputError(f"A is {A} and B is {B}: not experts of rank {rank}", culprit=path)
 
     def one(place: slice) -> Pair:
         ours = made_of(file, B_name, (rank, B[0]), lambda packed: packed[:, place].T)
@@ -229,7 +227,7 @@ def _packed(file: WeightsFile, path: str, A_name: str, B_name: str, rank: Any) -
 def _refuse_alphas(file: WeightsFile, fields: Mapping[str, Any]) -> None:
     """Raise InputError for a config with alphas of single modules, because modules are renamed."""
     if fields.get("alpha_pattern"):
-        raise InputError("has an alpha_pattern, by names that only its trainer knows", culprit=str(file.path))
+        raise InputError("has an alpha_pattern with names that only its trainer knows", culprit=str(file.path))
 
 
 def _unstacked(file: WeightsFile, roles: Mapping[str, str]) -> dict[int, Pair]:

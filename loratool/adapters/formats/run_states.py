@@ -51,7 +51,7 @@ def hide_base(name: str, file: WeightsFile, fields: Mapping[str, Any], marks: Co
     biases = fields.get("bias") or "none"
     if not file.frozen and biases != "none":
         raise InputError(
-            f"is the state of a whole PeftModel whose config trains biases ({biases}), and nothing tells which",
+            f"is the state of a whole PeftModel whose config trains biases ({biases}), but does not say which",
             culprit=name,
             remedy="save its adapter with save_pretrained",
         )

@@ -71,7 +71,7 @@ class Torchtune(Format):
             elif layer is None and module == HEAD:
                 path = "lm_head"
             else:
-                raise InputError("is a tensor of no model of torchtune's that is known", culprit=tensor)
+                raise InputError("is not a tensor of a known torchtune model", culprit=tensor)
             of_rows = end != "lora_a.weight" and module in ROTATED
             heads = _interleaved_heads(tensor, module, model, options.lenient) if of_rows else 0
             tensors[f"{path}.{_ENDS[end]}"] = in_halves(file, tensor, heads) if heads else copied(file, tensor)
@@ -79,7 +79,7 @@ class Torchtune(Format):
         # torchtune's config lacks it
         config = {**fields, "use_dora": any(each.endswith(".lora_magnitude_vector") for each in tensors)}
         is_ordered = any(match[2] in ROTATED for match in map(_NAME.fullmatch, file.specs) if match)
-        unknown = "its rows of q and k are in torchtune's order, which the model's config.json would tell"
+        unknown = "its rows of q and k are in torchtune's order; reordering them needs the model's config.json"
         notes = (unknown,) if is_ordered and not model else ()
         return read_as_peft(self.key, name, file, tensors, config, options, notes)
 
@@ -103,7 +103,7 @@ def _model_of(name: str, file: WeightsFile, options: ReadOptions) -> Mapping[str
     if beside and base and _order_of(beside) != _order_of(base):
         raise InputError(
             f"the config.json beside it is of a {beside.get('model_type')} and the base a {base.get('model_type')}, or "
-            "they have other heads: its rows would mean something else",
+            "their heads differ: its rows would be in another order",
             culprit=name,
         )
     return beside or base
@@ -125,7 +125,7 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
         if lenient:
             return 0
         raise NeedsFlag(
-            "is of rows in torchtune's order, which the model's config.json tells",
+            "has rows in torchtune's order; reordering them needs the model's config.json",
             culprit=tensor,
             flags="--base BASE",
             why=", or put its config.json beside the adapter",
@@ -133,7 +133,7 @@ def _interleaved_heads(tensor: str, module: str, model: Mapping[str, Any], lenie
     kind = str(model.get("model_type"))
     if kind not in INTERLEAVED:
         known = ", ".join(INTERLEAVED)
-        raise InputError(f"is of {kind}: in which order its rows are is known for {known}", culprit=tensor)
+        raise InputError(f"is of {kind}: the order of its rows is known only for {known}", culprit=tensor)
     counts, is_query = heads_of(model), module == ROTATED[0]
     heads = counts.queries if is_query else counts.keys
     if not heads:
@@ -152,7 +152,7 @@ def in_halves(file: WeightsFile, name: str, heads: int) -> MadeTensor:
     try:
         order = halves_of_pairs(heads, shape[0] if shape else 0)
     except ValueError:
-        raise InputError(f"is {file.specs[name]}, whose rows are no {heads} heads", culprit=name) from None
+        raise InputError(f"is {file.specs[name]}, whose rows do not make {heads} heads", culprit=name) from None
 
     def turn(rows: Tensor) -> Tensor:
         return rows[order]

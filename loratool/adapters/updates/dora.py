@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # the note for factors of a new rank
 BEFORE_NORM = (
-    "DoRA: the errors are those of B A, before the norm; the magnitudes are carried along, and what the norm makes of "
-    "both only a base could tell"
+    "DoRA: the errors are those of B A, before the norm; the magnitudes are copied, and only a base "
+    "could tell the errors after the norm"
 )
 
 

@@ -49,7 +49,7 @@ def spec_from_roles(
             of = "inputs" if along_inputs else "outputs"
             raise InputError(f"has {size} magnitudes for {sides} {of}", culprit=name)
         if not inner.additive:
-            raise InputError(f"is of DoRA beside {inner.kind}, which it cannot be made with", culprit=name)
+            raise InputError(f"is DoRA beside {inner.kind}, which cannot be combined", culprit=name)
     except InputError as error:
         if not lenient:
             raise

@@ -58,9 +58,9 @@ class IA3(Update):
         key = roles.get("ia3_l") or roles.get("weight") or next(iter(roles.values()))
         spec, sizes = file.specs[key], file.specs[key].shape
         if "ia3_l" not in roles and not {"weight", "on_input"} <= roles.keys():
-            raise InputError("is a weight without on_input, or on_input without a weight: no (IA)3", culprit=key)
+            raise InputError("is a weight without on_input, or on_input without a weight: not (IA)3", culprit=key)
         if max(sizes, default=1) != spec.size:
-            raise InputError(f"is {sizes}, no vector", culprit=key)
+            raise InputError(f"is {sizes}, not a vector", culprit=key)
         if "on_input" in roles:
             number = file.scalar(roles["on_input"])
             if number not in (0, 1):
@@ -69,7 +69,7 @@ class IA3(Update):
         elif len(sizes) == 2 and spec.size > 1:
             side = Side(sizes[0] == 1, difference=False)
         elif config.peft.get("peft_type") != cls.peft.type:
-            raise InputError("is of inputs or of outputs, of which only the config tells", culprit=key)
+            raise InputError("scales inputs or outputs, and only the config tells which", culprit=key)
         else:
             side = Side(Targets(config.peft.get("feedforward_modules") or []).has(module), difference=False)
         return UpdateSpec(cls, module, {"vector": key}, {"vector": spec}, 1.0, transposed, side, roles.get("base"))

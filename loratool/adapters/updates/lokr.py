@@ -79,7 +79,7 @@ class LoKr(Update):
             shapes = [specs[role].shape for role in ROLES if role in specs and role.startswith(f"lokr_w{side}")]
             core = specs.get("lokr_t2") if side == 2 else None
             if full and core:
-                raise InputError(f"has w2 as a whole and a core, t2, of its factors, of {module}", culprit=first)
+                raise InputError(f"has both a complete w2 and t2, a core of its factors, of {module}", culprit=first)
             if full:
                 good = len(shapes[0]) == 2 or (side == 2 and len(shapes[0]) > 2)
             else:
@@ -87,11 +87,11 @@ class LoKr(Update):
                 good = len(a) == len(b) == 2 and (a[0] if core else a[1]) == b[0] > 0
                 good = good and (core is None or core.shape[:2] == (b[0], b[0]))
             if not good or not all(map(math.prod, shapes)):
-                raise InputError(f"w{side} is made of {' and '.join(map(str, shapes))}: no matrix", culprit=module)
+                raise InputError(f"w{side} is made of {' and '.join(map(str, shapes))}: not a matrix", culprit=module)
         ranks = {specs[f"lokr_w{side}_b"].shape[0] for side in (1, 2) if f"lokr_w{side}_b" in specs}
         if len(ranks) > 1:
             raise InputError(
-                f"its sides have the ranks {sorted(ranks)}, of which tools divide by another", culprit=module
+                f"its sides have the ranks {sorted(ranks)}, and tools differ in which one divides alpha", culprit=module
             )
 
     @classmethod
@@ -101,7 +101,7 @@ class LoKr(Update):
         if stored:
             require_rank(spec, config, stored)
         elif not config.rank_is_alpha and (stated is None or stated < 1):
-            raise InputError("the config does not say the rank, which alpha is divided by", culprit=spec.module)
+            raise InputError("the config does not say the rank that divides alpha", culprit=spec.module)
         if stated and w2 and len(w2.shape) in (3, 5):
             # PEFT's torch.kron takes w1's inputs for another axis (peft/tuners/lokr/layer.py)
             raise InputError(

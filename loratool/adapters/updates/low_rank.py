@@ -48,7 +48,7 @@ class LowRank(Update):
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
         A, B = specs["A"].shape, specs["B"].shape
         if min(len(A), len(B)) < 2 or any(size != 1 for size in B[2:]):
-            raise InputError(f"A is {A} and B is {B}: no low-rank pair", culprit=module)
+            raise InputError(f"A is {A} and B is {B}: not a low-rank pair", culprit=module)
         if A[0] != B[1] or A[0] == 0:
             hint = "; a grouped convolution has no LoRA that could be merged" if len(A) > 2 and A[0] else ""
             raise InputError(f"A is {A} and B is {B}: they do not share a rank{hint}", culprit=module)

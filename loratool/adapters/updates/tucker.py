@@ -51,7 +51,7 @@ class Tucker(Update):
         A, mid, B = (specs[role].shape for role in cls.roles)
         ones = {*A[2:], *B[2:]} <= {1}
         if min(map(len, (A, mid, B))) < 2 or not ones or mid[:2] != (B[1], A[0]) or not mid[0] * mid[1]:
-            raise InputError(f"down is {A}, mid is {mid}, up is {B}: no Tucker decomposition", culprit=module)
+            raise InputError(f"down is {A}, mid is {mid}, up is {B}: not a Tucker decomposition", culprit=module)
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:

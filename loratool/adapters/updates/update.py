@@ -157,7 +157,7 @@ class Update(ABC):
 
     @classmethod
     def divisor(cls, spec: UpdateSpec) -> int:
-        """Return the rank by which alpha is divided; 0 if there is none."""
+        """Return the rank that divides alpha; 0 if there is none."""
         return cls.rank(spec)
 
     @classmethod

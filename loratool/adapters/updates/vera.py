@@ -53,7 +53,7 @@ class VeRA(Update):
     def require(cls, module: str, roles: Mapping[str, str]) -> None:
         if not {"vera_B", "vera_A"} <= roles.keys():
             raise InputError(
-                "is of VeRA, whose random matrices are not in the file",
+                "is VeRA, but its random matrices are not in the file",
                 culprit=next(iter(roles.values())),
                 remedy="save it with peft with save_projection=True in its config",
             )

@@ -131,7 +131,11 @@ def _require_told(model: GgufFields, row: Config) -> None:
         value = _shortest(model.fields[start + key])
         if key in row.keys.values() or key in IMPLIED or value == granted.get(key, value if key in model.used else 0):
             continue
-        why = f"where {row.architecture} has always {granted[key]}" if key in granted else "which no rule takes over"
+        why = (
+            f"but {row.architecture} always has {granted[key]}"
+            if key in granted
+            else "for which config.json has no known field"
+        )
         raise InputError(f"has {value!r} as {start}{key}, {why}", culprit=model.name)
 
 
@@ -313,12 +317,14 @@ def _gemma4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     wide = [1 + (i >= layers - shared) for i in range(layers)]
     doubled = len(set(inner)) > 1
     if doubled and any(each != inner[0] * factor for each, factor in zip(inner, wide, strict=True)):
-        raise InputError(f"has layers of widths that Gemma 4 has not: {inner[:8]}", culprit=model.name)
+        raise InputError(f"has layers of widths that Gemma 4 does not have: {inner[:8]}", culprit=model.name)
     kinds = {
         kind: sorted({n for n, each in zip(heads, windowed, strict=True) if each is kind}) for kind in (True, False)
     }
     if any(len(values) > 1 for values in kinds.values()):
-        raise InputError(f"has layers with numbers of heads that Gemma 4 has not: {heads[:8]}", culprit=model.name)
+        raise InputError(
+            f"has layers with numbers of heads that Gemma 4 does not have: {heads[:8]}", culprit=model.name
+        )
     full = [i for i in range(layers) if not windowed[i]]
     config = {
         "layer_types": ["sliding_attention" if each else "full_attention" for each in windowed],

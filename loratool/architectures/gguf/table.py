@@ -159,14 +159,14 @@ def by_kind(facts: Facts, rows: int) -> list[int]:
 def every_other(first: int, rows: int) -> list[int]:
     """Return every second row, beginning with `first`."""
     if rows % 2:
-        raise ValueError(f"{rows} rows are not two by two")
+        raise ValueError(f"{rows} rows are not pairs")
     return list(range(first, rows, 2))
 
 
 def half(which: int, rows: int) -> list[int]:
     """Return the first or the second half of the rows."""
     if rows % 2:
-        raise ValueError(f"{rows} rows are no two halves")
+        raise ValueError(f"{rows} rows do not make two halves")
     return list(range(which * rows // 2, (which + 1) * rows // 2))
 
 

@@ -24,10 +24,10 @@ FEATURES = {
 # How a runtime handles a feature
 OUTCOMES = {
     "yes": "applied",
-    "class": "applied or not, as the class that is served has it",
+    "class": "applied if the served class supports it",
     "refuses": "refused, at the latest when the adapter is first used",
-    "ignores": "dropped without a word",
-    "misreads": "taken for something else without a word",
+    "ignores": "ignored without a warning",
+    "misreads": "misread without a warning",
 }
 
 # The module paths that a runtime looks up: PEFT's paths in transformers' class with everything that PEFT writes; the

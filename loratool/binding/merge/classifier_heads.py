@@ -157,7 +157,7 @@ def _find_class(
 def _require_known(base: Checkpoint, declared: str, architecture: str) -> None:
     """Raise InputError if a family has no class of this name; unknown families and remote code may have any class."""
     if not architecture.isidentifier():
-        raise InputError("is no name of a class", culprit=architecture)
+        raise InputError("is not the name of a class", culprit=architecture)
     classes = classes_of({**base.config, "architectures": []}).values()
     known = [*classes_of_tasks(base.model_type), *(each.name for each in classes if each.model_type == base.model_type)]
     stem = known[0].rpartition("For")[0].removesuffix("Text") if known else ""
@@ -166,7 +166,7 @@ def _require_known(base: Checkpoint, declared: str, architecture: str) -> None:
         return
     near = get_close_matches(architecture, known, 3, 0.3) or known[:3]
     raise InputError(
-        f"is no class of a {base.model_type}", culprit=architecture, remedy=f"did you mean {' or '.join(near)}?"
+        f"is not a class of a {base.model_type}", culprit=architecture, remedy=f"did you mean {' or '.join(near)}?"
     )
 
 
@@ -198,7 +198,7 @@ def _labels(
 def _rows(head: TensorRef) -> int:
     rows = (*head.spec.shape, 0)[0]
     if not rows:
-        raise InputError("is a head without rows, of which each label has one", culprit=head.name)
+        raise InputError("is a head without rows, but each label needs one", culprit=head.name)
     return rows
 
 

@@ -57,7 +57,7 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
         _refuse_lossy(plan, touched, allow)
         return replace(plan, edits=edits, recoded=frozenset(touched), way=way)
     if way == "requantize":
-        note = "no quantized weight is changed, so that --quantized requantize has nothing to do"
+        note = "no quantized weight is changed, so --quantized requantize has nothing to do"
         return replace(plan, edits=edits, warnings=(*plan.warnings, note))
     if way == "dequantize":
         refuse_unread(base, "with --quantized mixed")
@@ -135,7 +135,7 @@ def _retype(plan: MergePlan, dtype: str | None) -> OutputEdits:
     for name in sorted(plan.changed - base.weights.keys()):
         spec, scale = specs.get(name) or plan.sources[name].spec, f"{name.removesuffix('.weight')}.scale"
         if scale in base.stored and scale != name:
-            message = f"is multiplied by {scale}, which only a quantized weight can be read with"
+            message = f"is multiplied by {scale}, which only quantized weights support"
             raise InputError(message, culprit=name, remedy="merge into the model that this one was converted from")
         if dtype and spec.dtype in TORCH_FLOATS and len(spec.shape) > 1:
             specs[name] = TensorSpec(dtype, spec.shape)
@@ -155,7 +155,7 @@ def _widen_float8(plan: MergePlan, dtype: str | None) -> OutputEdits:
         if name in base.weights or codec_of(spec) is RAW:
             continue
         if dtype is None and scaled:
-            message = f"is {spec.dtype}, without others' scale"
+            message = f"is {spec.dtype}, but the other weights of the file have scales"
             raise NeedsFlag(message, culprit=name, flags="--dtype bf16 --no-undo")
         if dtype is not None:
             specs[name] = TensorSpec(dtype, spec.shape)
@@ -172,7 +172,7 @@ def refuse_unread(base: Checkpoint, how: str) -> None:
         raise InputError(
             f"is quantized ({coded.format}), which cannot be read{': ' + coded.fault if coded.fault else ''}",
             culprit=name,
-            remedy=f"pass the original model in 16 or 32 bits, or leave its codes as they are {how}",
+            remedy=f"pass the original model in 16 or 32 bits, or keep its codes unchanged {how}",
         )
 
 
@@ -187,7 +187,7 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
         _require_whole_bytes(plan, name, "add --quantized mixed --no-undo")
         if code_bits(weight) < COARSE and LOSSY not in allow:
             raise NeedsFlag(
-                f"has codes of {code_bits(weight)} bits ({weight.kind}), in which next to nothing of a delta "
+                f"has codes of {code_bits(weight)} bits ({weight.kind}), in which almost nothing of a delta "
                 "survives: merge into the 16-bit original with --like, or with --quantized mixed",
                 culprit=name,
                 flags="--allow lossy",
@@ -282,7 +282,7 @@ def note_of_a_file(edits: OutputEdits) -> tuple[str, ...]:
         *(["what is quantized"] if any(edits.configs.values()) else []),
         *(["the class and its labels"] if edits.top else []),
     ]
-    note = f"a single file has no config, and that of the base is wrong about {' and '.join(wrong)}: "
+    note = f"a single file has no config, and the base's config is wrong about {' and '.join(wrong)}: "
     return (f"{note}name a folder with -o",) if wrong else ()
 
 
@@ -291,7 +291,7 @@ def _notes(base: Checkpoint, decoded: Mapping[str, str], others: Mapping[str, st
     notes = sorted({base.weights[name].note for name in decoded} - {""})
     pulled = sorted(name for name, why in others.items() if why)
     if pulled:
-        note = f"{len(pulled)} weights are written as numbers without a change, since runtimes keep them in one matrix "
+        note = f"{len(pulled)} unchanged weights are written as numbers, since runtimes keep them in one matrix "
         notes.append(f"{note}with changed ones: {pulled[0]}, ...{_better(base, len(decoded) - len(others), pulled)}")
     for part in base.models:
         if is_decoded(part, decoded):

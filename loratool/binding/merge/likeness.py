@@ -35,7 +35,7 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
     base = plan.base
     if base.is_gguf is not like.is_gguf:
         kinds = "one is a GGUF file and the other is not"
-        raise InputError(f"is stored otherwise than {base.path}: {kinds}", culprit=str(like.path))
+        raise InputError(f"is stored differently from {base.path}: {kinds}", culprit=str(like.path))
     if base.weights or base.coded:
         name = next(iter(base.weights or base.coded))
         message = f"{base.path} is quantized itself: a merge like {like.path} starts from the original"
@@ -45,7 +45,7 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
         raise InputError(f"is {coded.format} in {like.path}, which cannot be written{why}", culprit=name)
     if not like.weights or like.parts or base.parts:
         why = "is a pipeline" if like.parts or base.parts else "has no quantized weights"
-        raise InputError(f"{why}, so that nothing can be written like it", culprit=str(like.path))
+        raise InputError(f"{why}, so nothing can be written like it", culprit=str(like.path))
     quantizers = {name: _quantizer(like, name) for name in like.weights}
     _require_same(plan, like)
     plain = {name: source for name, source in plan.sources.items() if name not in quantizers}
@@ -77,7 +77,7 @@ def plan_like(plan: MergePlan, like: Checkpoint, dtype: str | None) -> MergePlan
 def _differences(base: Checkpoint, like: Checkpoint) -> tuple[str, ...]:
     """Return notes for the user on fields of the same model that differ between the two configs."""
     if base.config and not like.config:
-        return (f"{like.path} has no config, so that the output's does not say what is quantized, and how",)
+        return (f"{like.path} has no config, so the output's config does not say what is quantized and how",)
     fields, other = _of_the_model(base.config), _of_the_model(like.config)
     names = sorted(key for key in fields.keys() & other.keys() if fields[key] != other[key])
     return (f"the config is that of {like.path}, which has another {', '.join(names)} than BASE",) if names else ()
@@ -124,7 +124,7 @@ def _require_same(plan: MergePlan, like: Checkpoint) -> None:
         lacking = next((name for name in left if name not in right), None)
         if lacking is not None:
             raise InputError(
-                f"is not in {path}: the two are no twins, or their names are of different tools",
+                f"is not in {path}: the two are of different models, or their names come from different tools",
                 culprit=lacking,
                 remedy="pass a quantized model of the same base, with the same names",
             )

@@ -149,7 +149,7 @@ def _refuse_quantized(base: Checkpoint, binding: Binding) -> None:
         count = len(binding.quantized)
         others = f"; {count - 1} more that the adapter changes are, too" if count > 1 else ""
         coded = base.coded.get(name)
-        why = f": {coded.fault}" if coded and coded.fault else ", and its codes are no weights"
+        why = f": {coded.fault}" if coded and coded.fault else ", and its codes cannot be changed"
         is_its_base = adapter.config.base_model in (str(base.path), None)
         raise InputError(
             f"is quantized ({form}){why}{others}",

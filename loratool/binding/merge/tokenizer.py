@@ -75,7 +75,7 @@ def choose_tokenizer(plan: MergePlan, choice: str | os.PathLike[str] | None, is_
 def _with_files(plan: MergePlan, base_files: Files, chosen: Files, notes: tuple[str, ...]) -> MergePlan:
     """Return the plan with a tokenizer's files instead of the base's; equal files are unchanged."""
     stale = [name for name in base_files if name not in chosen] if any(map(is_vocabulary, chosen)) else []
-    skipped = dict.fromkeys(stale, "of the base's tokenizer, in whose place another is")
+    skipped = dict.fromkeys(stale, "of the base's tokenizer, which another one replaces")
     other = {name: path for name, path in chosen.items() if not _adds_nothing({name: path}, base_files)}
     edits = replace(
         plan.edits, files={**plan.edits.files, **other}, skipped_files={**plan.edits.skipped_files, **skipped}

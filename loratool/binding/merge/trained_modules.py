@@ -41,7 +41,9 @@ def take_trained_modules(plan: MergePlan, is_file: bool) -> MergePlan:
         other = [name for name in folders if name not in absent and _has_other_weights(folder / name, root / name)]
         alone = len(plan.adapters) == 1 and weight == 1 and not adapter.module_weights
         if absent:
-            what = f"{adapter.name} has modules of sentence-transformers that the base has not ({', '.join(absent)})"
+            what = (
+                f"{adapter.name} has modules of sentence-transformers that the base does not have ({', '.join(absent)})"
+            )
             plan = replace(plan, warnings=(*plan.warnings, f"{what}: they are not in the output"))
         if other and alone and all(_is_alike(folder / name, root / name) for name in other):
             files = {f"{name}/{SAFE}": folder / name / SAFE for name in other}

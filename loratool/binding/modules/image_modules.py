@@ -146,7 +146,7 @@ def refuse_unknown_blocks(adapter: Adapter, sources: Sequence[SourceModule], fam
     for module, update in adapter.updates.items():
         is_block = component_of(module)[0] in (None, *DENOISERS) and _in_block(module)
         if update.rank and not update.cls.stack and is_block and module not in known:
-            message = f"is in no image model that is known ({KNOWN})"
+            message = f"is in no known image model ({KNOWN})"
             raise InputError(message, culprit=module, remedy=f"{adapter.name} is for another model")
 
 

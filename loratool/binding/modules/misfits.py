@@ -110,7 +110,7 @@ def misfit_error(
         bound_without(patterns)
     except LoratoolError as error:
         return error
-    return NeedsFlag(message, culprit=names, remedy=f"to leave them out: {exclude_options(patterns)}")
+    return NeedsFlag(message, culprit=names, remedy=f"to exclude them: {exclude_options(patterns)}")
 
 
 def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str, str]) -> InputError:
@@ -129,7 +129,7 @@ def _wrong_base(fit: Fit, specs: Mapping[str, TensorSpec], reasons: Mapping[str,
             else f"is an image model's adapter, with modules like {fit.absent[0]}"
         )
         remedy = _named_base(adapter) or "pass the image model that it was trained on"
-        return InputError(f"{of}, and the base is no image model", culprit=adapter.name, remedy=remedy)
+        return InputError(f"{of}, but the base is not an image model", culprit=adapter.name, remedy=remedy)
     if len(fit.absent) < len(fit.misfits):
         first = next(iter(fit.misfits.values()))
         if total == 1:

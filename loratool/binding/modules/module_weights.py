@@ -90,9 +90,9 @@ def _unused(adapter: str, name: str, weight: float, paths: Iterable[str]) -> Usa
     ends = sorted({path.removesuffix(".bias").rpartition(".")[2] for path in paths})
     similar = difflib.get_close_matches(name, [*WEIGHED, *ends], 3, 0.4) or ends[:NAMES_SHOWN]
     return UsageError(
-        f"has no module that {name}={weight:g} could weigh",
+        f"has no module that {name}={weight:g} matches",
         culprit=adapter,
-        remedy=f"a pattern is as in --target, and there are {', '.join(similar)}" if name not in WEIGHED else None,
+        remedy=f"patterns work as in --target; there are {', '.join(similar)}" if name not in WEIGHED else None,
     )
 
 

@@ -89,11 +89,11 @@ def place_update(
         _check_rows_alone_differ(adapter, target, spec, match.name)
     rows = target.shape[0] if target.shape else 1
     if update.cls is ReplaceTensor and weight != 1 and (not spec.shape or spec.dtype not in FLOATS):
-        raise InputError(f"is {spec}, of which no part can be replaced: its weight must be 1", culprit=match.name)
+        raise InputError(f"is {spec}, which cannot be replaced in part: its weight must be 1", culprit=match.name)
     if update.cls is ReplaceTensor and match.rows:
         start, stop, skip, count = match.rows
         if update.shape != (count, *spec.shape[1:]):
-            raise _shape_error(adapter, update, spec, match.name, f", of which it is {count} rows")
+            raise _shape_error(adapter, update, spec, match.name, f", and it is {count} of its rows")
         return [Placement(adapter, update, weight, False, rows, start, stop, skip)]
     if update.cls is ReplaceTensor:
         rows = _place_replaced_rows(adapter, update, spec, match.name)
@@ -119,13 +119,13 @@ def _place_rows(
     start, stop, skip, count = covered
     if not update.cls.fits(update, (count, *spec.shape[1:])) or (update.cls.stack and update.experts != 1):
         error = _shape_error(
-            adapter, update, spec, base, f", of which it is {count} rows" if count != spec.shape[0] else ""
+            adapter, update, spec, base, f", and it is {count} of its rows" if count != spec.shape[0] else ""
         )
         first_two = update.shape[:2]
         if module_path(base).endswith(LATENT_INPUTS) and first_two[:1] == spec.shape[:1] and first_two > spec.shape[:2]:
             error.remedy = (
-                f"it is for a base of {first_two[1]} inputs here, as one with a control image has: pass that base, "
-                f"which is this one with {first_two[1] - spec.shape[1]} columns of zeros behind its own, and the new "
+                f"it is for a base with {first_two[1]} inputs here, as for a control image: pass that base, "
+                f"which is this one with {first_two[1] - spec.shape[1]} columns of zeros after its own, and the new "
                 "number in its config"
             )
         raise error
@@ -251,7 +251,7 @@ def _orient_stack(
     if isinstance(update.detail, Stack) and update.detail.transposed is not None:
         return update.detail.transposed
     if _is_transposed_family(model_types) and base.endswith(".weight") and find_share(base, model_types):  # MLX's
-        raise InputError("its experts are square, and lie otherwise than in transformers' class", culprit=base)
+        raise InputError("its experts are square, and have another layout than in transformers' class", culprit=base)
     version = re.match(r"(\d+)\.(\d+)", str(adapter.config.peft.get("peft_version")))
     if version and (int(version[1]), int(version[2])) < (0, 19):
         return True
@@ -317,7 +317,7 @@ def _square_orientation(
     of_same_name = {transposed for other, transposed in siblings.items() if other.rpartition(".")[2] == last}
     if len(of_same_name) == 1:
         return of_same_name.pop()
-    if siblings and not any(siblings.values()):  # other Conv1D layers are no evidence for this one
+    if siblings and not any(siblings.values()):  # other Conv1D layers say nothing about this one
         return False
     if adapter.config.fan_in_fan_out is not None and not siblings:
         return adapter.config.fan_in_fan_out

@@ -294,7 +294,7 @@ def absent_from_adapter(names: Iterable[str], adapter: Adapter, changed: Iterabl
     names, trained, saved = list(names), adapter.config.peft.get("bias"), adapter.config.peft.get("modules_to_save")
     lines = list(adapter.missing)
     for entry in (each for each in (saved if isinstance(saved, list) else []) if isinstance(each, str)):
-        line = f"the config's modules_to_save names {entry}, of which the file has nothing"
+        line = f"the config's modules_to_save names {entry}, but the file has no tensors of it"
         # PEFT matches the end of a name, so that `norm` also matches a layernorm; here only the full name counts
         of_base = any(f".{entry}." in f".{name}" for name in names)
         of_adapter = any(
@@ -322,7 +322,9 @@ def _require_complete(adapter: Adapter, module: str, matches: Sequence[Match]) -
     present = {(match.expert, match.part) for match in matches}
     if present != expected:
         has = len({match.expert for match in matches})
-        what = f"has {has} experts" if has != len(experts) else f"lacks a part of {len(expected - present)} of them"
+        what = (
+            f"has {has} experts" if has != len(experts) else f"is missing a part of {len(expected - present)} of them"
+        )
         raise InputError(f"of {adapter.name} is for {len(experts)} experts, but the base {what}", culprit=module)
 
 

@@ -153,7 +153,7 @@ def parse_layers(layers: str | Iterable[int] | None) -> frozenset[int] | None:
     ]
     for number in numbers:
         if not 0 <= number < MOST_LAYERS:
-            raise UsageError(f"{brief(layers)} has what is no number of a layer")
+            raise UsageError(f"{brief(layers)} has something that is not a layer number")
     if not 1 <= len(numbers) <= MOST_LAYERS:
         raise UsageError(f"{brief(layers)} has {'too many numbers' if numbers else 'no number'}")
     return frozenset(numbers)

@@ -52,7 +52,7 @@ def _relation(named: str, given: str) -> str:
     if named_words == given_words:
         return f"and the base is {given}, of the same name"
     if named_words - STORAGE == given_words - STORAGE:
-        return f"and the base is {given}, the same model by its name, stored otherwise"
+        return f"and the base is {given}, the same model by its name in another storage format"
     if named_words - STORAGE - TUNED == given_words - STORAGE - TUNED:
         which = "tuned to follow instructions" if given_words & TUNED else "not tuned to follow instructions"
         return f"and the base is {given}, which is {which} by its name"

@@ -66,7 +66,7 @@ def _class_of(base: Checkpoint, architecture: str | None) -> ModelClass | None:
         return known.get(declared_class(base.config))
     if architecture not in known:
         remedy = f"there are {', '.join(known)}" if known else "none is known for this base"
-        raise UsageError(f"no class of {base.path} is named so", culprit=architecture, remedy=remedy)
+        raise UsageError(f"{base.path} has no class of this name", culprit=architecture, remedy=remedy)
     return known[architecture]
 
 

@@ -114,7 +114,7 @@ def refuse_unsaid(
         return
     usable = [module_path(name) for name in (*factored, *kept_exactly) if name not in problems]
     first, reason = next(iter(problems.items()))
-    others = f", and {len(problems) - 1} more that PEFT cannot be told of" if problems.keys() - {first} else ""
+    others = f", and {len(problems) - 1} more that PEFT cannot name" if problems.keys() - {first} else ""
     if not any(name not in problems for name in factored):
         raise InputError(f"{reason}{others}, and nothing else is left", culprit=first)
     options = exclude_all([module_path(name) for name in problems], usable)
@@ -142,7 +142,7 @@ def names_not_found(
     for name, path in both.items():
         module = module_path(path).removesuffix(".bias")
         if layers.is_mtp(path):
-            reasons[name] = f"is of an MTP layer, and transformers loads none of a {family}"
+            reasons[name] = f"is of an MTP layer, and transformers loads no MTP layer of a {family}"
         elif any(re.search(pattern, module) for pattern in reshaped):
             reasons[name] = f"PEFT finds no module of a {family} for it"
         elif name in kept_exactly and path.endswith(".bias"):
@@ -162,7 +162,7 @@ def _without_module(base: Checkpoint, in_model: ClassNames, uses: Mapping[str, S
     for name, paths in uses.items():
         for module in map(module_path, paths):
             if any(owner.startswith(f"{module}.") for owner in owners):
-                reasons[name] = f"it is its head as well, which is no module {module}"
+                reasons[name] = f"it is also its head, which is not a module {module}"
     return reasons
 
 

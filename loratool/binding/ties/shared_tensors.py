@@ -101,7 +101,7 @@ def _not_alike(base: Checkpoint, apart: Mapping[str, str], mergeable: Collection
     """Return the error for modules with differing changes (`apart`: module -> tensor); `mergeable` can be merged."""
     stored = next(iter(apart.values()))
     shared = " and ".join(name for name, _ in find_shared(base)[stored])
-    message = f"is one tensor of several layers, which the adapter does not change alike: {shared}"
+    message = f"is one tensor that several layers share, but the adapter changes them differently: {shared}"
     if not mergeable:
         return InputError(message, culprit=stored)
     return NeedsFlag(message, culprit=stored, flags=exclude_all([*apart], [*mergeable]))

@@ -31,9 +31,9 @@ def stale_notes(base: Checkpoint, changed: Collection[str]) -> tuple[str, ...]:
     copies = [n for n in stale if _is_vocabulary(n) and any(_looks_equal(base, word, n) for word in words)]
     notes = []
     if len(stale) == len(mtp):
-        notes.append(f"the MTP layers are as they were, trained with the unmerged model: {stale[0]}, ...")
+        notes.append(f"the MTP layers are unchanged, and were trained with the unmerged model: {stale[0]}, ...")
     if copies:
-        notes.append(f"copies of what changed are as they were: {', '.join(copies)}")
+        notes.append(f"copies of changed tensors are unchanged: {', '.join(copies)}")
     return ("; ".join(notes),) if notes else ()
 
 

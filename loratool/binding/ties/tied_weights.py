@@ -90,7 +90,7 @@ def resolve_tie(
     ):
         raise _refusal(tie, next(iter(separate)), mode, options, embedding_alone)
     if mode == "share":
-        warning = f"{tie.embedding}: what changed one side now changes all that are tied to it"
+        warning = f"{tie.embedding}: the changes of one side now apply to all that are tied to it"
         return ResolvedTie({**rest, **dict.fromkeys((tie.embedding, *copies), both)}, (), (warning,))
     resolved = _untie(base, tie, embedding, sides, {**rest, **separate})
     return replace(resolved, warnings=(*resolved.warnings, *_forgotten_bias(base, tie, rows)))
@@ -185,13 +185,13 @@ def _refusal(
     """Return the error for a side that changes without the other, with the values of --tied that work."""
     message = "is tied to the other side and changes alone"
     if embedding_alone:
-        message = "is the embedding of encoder and decoder in one, of which the adapter changes one name alone"
+        message = "is the shared embedding of encoder and decoder, but the adapter changes only one of its names"
     elif not tie.separable:
         message = "is tied to a head that is not known to be read, or trained, as a matrix of its own"
     elif mode == "share":
         message = "is tied to the other side, and the changes of the two do not add up"
     can_untie = "untie" in options
-    remedies = [*options.values(), *([] if can_untie else ["leave the module out with --exclude"])]
+    remedies = [*options.values(), *([] if can_untie else ["exclude the module with --exclude"])]
     error = NeedsFlag if options else InputError
     return error(message, culprit=changed, remedy=(", " if can_untie else ", or ").join(remedies))
 
@@ -268,7 +268,7 @@ def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping
         )
     size = next(iter(changed.values()))
     if base.is_gguf:
-        message = f"would have {size} tokens, and the tokenizer in the fields of {base.path.name} has not"
+        message = f"would have {size} tokens, but the tokenizer in the fields of {base.path.name} does not"
         raise InputError(message, culprit=next(iter(changed)), remedy="merge in transformers' format, and convert that")
     for name, spec in base.specs.items():
         if name.rpartition(".")[2] == "final_logits_bias" and spec.shape[-1:] != (size,):

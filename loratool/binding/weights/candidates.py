@@ -22,8 +22,8 @@ from .model_weights import ModelWeight, model_weights
 UNTARGETED = {"experts": "experts", "conv": "convolutions"}
 
 NO_EFFECT = "layers that PEFT's factors change wrongly or not at all"
-SHARED = "layers that share one tensor, to which PEFT gives factors each"
-NOT_WHOLE = "weights of which the file has not all rows, or in another order"
+SHARED = "layers that share one tensor, while PEFT gives each its own factors"
+NOT_WHOLE = "weights whose rows are incomplete or reordered in the file"
 # Weights that no pattern includes: PEFT would not load their factors, or would apply them wrongly.
 NEVER_TARGETED = frozenset({MTP, NO_EFFECT, SHARED, NOT_WHOLE})
 

@@ -137,7 +137,7 @@ class InputMoments:
         if self.missing and not self.known:
             some, stored = (", ".join([*each][:SHOWN]) for each in (self.missing, self._file.sizes))
             raise InputError(
-                f"tells nothing of the inputs of {some} and the other modules: it has {stored}, ...",
+                f"has nothing on the inputs of {some} and the other modules: it has {stored}, ...",
                 culprit=str(self.path),
                 remedy="is it the file of this model?",
             )
@@ -152,7 +152,7 @@ class InputMoments:
         count = self._file.matrices(place.tensor, inputs)
         if not (count == matrices if place.expert is None else place.expert < count):
             what = f"{module} has {matrices}" if place.expert is None else f"{module} is none of these"
-            message = f"has {count} matrices in {self.path.name}, and {what}: it is of another model"
+            message = f"has {count} matrices in {self.path.name}, and {what}: it belongs to another model"
             raise InputError(message, culprit=place.tensor)
         moments = self._file.moments(place.tensor, inputs, place.expert or 0, matrices)
         if place.order and (columns := place.order(inputs, module)):

@@ -134,7 +134,7 @@ class BitsandbytesInt8(ScaledCodes):
         if layout not in unclaimed.specs:
             return StoredWeight(self, TensorSpec("F64", shape), (name, f"{path}.SCB"), ("codes", "scales"))
         if unclaimed.need(layout, "U8").size != 1 or any(unclaimed.read(layout)):
-            raise Fault(f"{layout} says an order of the codes that is not row by row")
+            raise Fault(f"{layout} says another order of the codes than row by row")
         names = (name, f"{path}.SCB", layout)
         return StoredWeight(self, TensorSpec("F64", shape), names, ("codes", "scales", "weight_format"))
 
@@ -288,7 +288,7 @@ def _table(numbers: tuple[float, ...]) -> Levels:
 def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) < 2 or not all(type(size) is int and size > 0 for size in shape):
-        raise Fault(f"{name} says the shape {shape}, which is no matrix")
+        raise Fault(f"{name} says the shape {shape}, which is not a matrix")
     return tuple(shape)
 
 

@@ -91,7 +91,7 @@ class StoredTensor:
 
         numbers = self.numbers(first, count)
         form = FORMS.get(numbers.dtype)
-        if form and numbers.itemsize == 1:  # `wide` knows no nan of these
+        if form and numbers.itemsize == 1:  # `wide` does not support their nan
             return widen(numbers, torch.empty(numbers.shape, dtype=torch.float64)).numpy()
         with np.errstate(invalid="ignore"):  # a damaged tensor may have signaling nan
             return wide(numpy_bits(numbers), form).copy() if form else numbers.numpy().astype(np.float64)
@@ -128,7 +128,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Unclaimed:
-    """Everything from which a codec recognizes the weights of a checkpoint."""
+    """Everything that a codec needs to recognize the weights of a checkpoint."""
 
     specs: Mapping[str, TensorSpec]  # the stored tensors that no weight has claimed yet
     declared: Mapping[str, Any] = field(default_factory=dict)  # the quantization config
@@ -279,7 +279,7 @@ class Parts:
 
     def damaged(self, role: str, what: str) -> InputError:
         """Return the error for a companion with content that no writer of the format writes."""
-        return InputError(what, culprit=self.tensors[role].name, remedy="download the checkpoint anew")
+        return InputError(what, culprit=self.tensors[role].name, remedy="download the checkpoint again")
 
 
 class Codec(ABC):
@@ -350,7 +350,7 @@ class Quantizer(ABC):
             raise InputError(
                 f"has weights too large for {str(kind).removeprefix('torch.')}, in which they are encoded",
                 culprit=self.parts["codes"].name,
-                remedy="take a model in another format with --like",
+                remedy="use a model in another format with --like",
             )
         return rounded
 

@@ -117,7 +117,7 @@ class ComfyTiled(ComfyLayer):
     def tiles(self, path: str, rows: int, columns: int, unclaimed: Unclaimed) -> dict[str, str]:
         """Return the scales by role."""
         if columns % self.group:
-            raise Fault(f"its {columns} columns are no whole groups of {self.group}")
+            raise Fault(f"its {columns} columns do not divide into groups of {self.group}")
         padded = (-(-rows // HIGH) * HIGH, -(-columns // self.group // WIDE) * WIDE)
         unclaimed.shaped(path + ".weight_scale", padded, *self.scale_types)
         return {"scales": path + ".weight_scale"}

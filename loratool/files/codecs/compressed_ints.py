@@ -105,7 +105,9 @@ class PackedInts(CompressedInts):
         stated = [bits for bits, _ in weights_of(unclaimed.declared)]
         bits = fitting[0] if len(fitting) == 1 else next((bits for bits in fitting if bits in stated), None)
         if bits is None:
-            raise Fault(f"{path}.weight_shape says {shape}, which codes of no known width are in {name} of {packed}")
+            raise Fault(
+                f"{path}.weight_shape says {shape}, but codes of no known width for it fit into {name} of {packed}"
+            )
         note = f"the config says {stated[0]} bits, the tensors have {bits}" if stated and bits not in stated else ""
         return stored(self, path, name, unclaimed, shape, bits, note)
 
@@ -131,7 +133,7 @@ class PlainInts(CompressedInts):
         if others or f"{path}.weight_scale" not in unclaimed.specs or len(shape) < 2 or 0 in shape:
             return None
         if f"{path}.pre_quant_scale" in unclaimed.specs:
-            raise Fault(f"{path}.pre_quant_scale is a part of it that is not read")
+            raise Fault(f"{path}.pre_quant_scale is a part of it that is not supported")
         bits = max((bits for bits, form in weights_of(unclaimed.declared) if form != PackedInts.key), default=8)
         return stored(self, path, name, unclaimed, shape, bits)
 
@@ -151,7 +153,7 @@ def stored(
         Fault: a companion is missing or of another shape.
     """
     if unclaimed.declared.get("transform_config"):
-        raise Fault("the config's transform_config says that it is rotated, which is not undone")
+        raise Fault("the config's transform_config says that it is rotated, which is not supported")
     scale, zero, index, logical = (f"{path}.weight_{end}" for end in ("scale", "zero_point", "g_idx", "shape"))
     specs = unclaimed.specs
     block = block_of(shape, unclaimed.need(scale, *FLOATS), scale, unclaimed.blocks)
@@ -165,7 +167,7 @@ def stored(
     if index in specs:
         unclaimed.shaped(index, shape[-1:], "I32", "I64")
         if block[0] != 1 or len(shape) != 2:
-            raise Fault(f"{index} stands beside {scale} of {specs[scale].shape}, which has no groups")
+            raise Fault(f"{index} is beside {scale} of {specs[scale].shape}, which has no groups")
         roles["groups"] = index
     roles |= {"shape": logical} if logical in specs else {}
     roles |= {f"input {number}": path + end for number, end in enumerate(KEPT) if path + end in specs}

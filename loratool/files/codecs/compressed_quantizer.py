@@ -129,7 +129,7 @@ def qparams(least: Tensor, most: Tensor, bits: int, is_symmetric: bool) -> tuple
     """Return the scales of blocks with these bounds, in their type, and zero points as int8, or None.
 
     A block of zeros has the type's epsilon as its scale, and 0 as its zero point. For bounds without dimensions the
-    zero point is computed in float32, to which torch widens them, as in the package.
+    zero point is computed in float32, as in the package, because torch widens them.
     """
     least, most, low = least.clamp(max=0), most.clamp(min=0), torch.tensor(-(1 << (bits - 1)), dtype=torch.float32)
     range_ = torch.tensor(2**bits - 1, dtype=least.dtype)

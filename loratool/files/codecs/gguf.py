@@ -41,7 +41,7 @@ class GgmlBlocks(ScaledCodes):
     def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
         spec, scale = unclaimed.specs[name], f"{name.removesuffix('.weight')}.scale"
         if len(spec.shape) < 2:
-            raise Fault("has codes, and is a vector")
+            raise Fault("has codes, but is a vector")
         names = {"codes": name}
         if scale in unclaimed.specs and name.endswith(".weight"):
             matrices = TensorSpec("F64", spec.shape[:-2]).size
@@ -116,4 +116,4 @@ class GgmlBlocks(ScaledCodes):
             if parts.codes_spec.dtype == "TQ1_0":
                 (_, again), *_ = packing.places(start, codes)
                 if packing.raw(parts["codes"], start, start + len(codes)).tobytes() != again:
-                    raise parts.damaged("codes", "holds bytes that are no five digits of base 3")
+                    raise parts.damaged("codes", "holds bytes that are not five digits of base 3")

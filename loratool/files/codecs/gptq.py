@@ -113,7 +113,7 @@ def matrix(name: str, spec: TensorSpec) -> tuple[int, int]:
         Fault: it does not have two dimensions.
     """
     if len(spec.shape) != 2 or not spec.size:
-        raise Fault(f"{name} has the shape {spec.shape}, which is no matrix")
+        raise Fault(f"{name} has the shape {spec.shape}, which is not a matrix")
     return spec.shape[0], spec.shape[1]
 
 

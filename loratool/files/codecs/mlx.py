@@ -66,7 +66,7 @@ class MlxAffine(ScaledCodes):
             which = " or ".join(f"{width} bits in groups of {size}" for width, size in fits) or "no bits that MLX has"
             raise Fault(f"{path}.scales, {groups} a row, and {words} words mean {which}; the config says {says}")
         width, size = fits[0]
-        return width, size, f"{path} is stored with {width} bits in groups of {size}, of which the config says nothing"
+        return width, size, f"{path} is stored with {width} bits in groups of {size}, but the config does not say so"
 
     def packing(self, parts: Parts) -> Packing:
         from .packing import Words

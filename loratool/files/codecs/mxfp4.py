@@ -41,7 +41,7 @@ class Fp4(ScaledCodes):
         """
         for other in (name.replace(".weight_packed", end) for end in (".weight_zero_point", ".weight_g_idx")):
             if other in unclaimed.specs and other != name:
-                raise Fault(f"{other} stands beside it, which no writer of the format writes")
+                raise Fault(f"{other} is beside it, which no writer of the format writes")
         *rows, half = unclaimed.specs[name].shape
         if half * 2 % group:
             raise Fault(f"{companions['scales']} is for groups of {group}, but rows have {half * 2}")

@@ -41,7 +41,7 @@ class PackedNvfp4(Fp4):
     def check(self, parts: Parts) -> None:
         super().check(parts)
         if not parts["scale_of_scales"].floats().all():
-            raise parts.damaged("scale_of_scales", "is 0, by which the weight is divided")
+            raise parts.damaged("scale_of_scales", "is 0, but the weight is divided by it")
 
 
 class ModeloptNvfp4(Fp4):
@@ -61,7 +61,7 @@ class ModeloptNvfp4(Fp4):
             return None  # ComfyUI's too
         rotated = unclaimed.one_of(*(path + end for end in ROTATED))
         if rotated:
-            raise Fault(f"{rotated} stands beside it, which loratool does not apply")
+            raise Fault(f"{rotated} is beside it, which loratool does not apply")
         unclaimed.need(scale, "F8_E4M3")
         unclaimed.shaped(second, (1,), "F32")
         return self.coded(name, {"scales": scale, "scale_of_scales": second, **kept(path, unclaimed)}, unclaimed, GROUP)

@@ -83,7 +83,7 @@ CODINGS = (
 _OF_DTYPE = {dtype: tuple(c for c in CODINGS if dtype in c.dtypes) for dtype in CODES | {"I16"}}
 
 # A float8 tensor beside a scale, and one in a list of quantized layers, without a row in CODINGS
-UNKNOWN = Coding("an fp8 format that is not known", ".weight", "", "", FP8_CODES, 8)
+UNKNOWN = Coding("an unknown fp8 format", ".weight", "", "", FP8_CODES, 8)
 
 LISTED = Coding("ComfyUI", ".weight", "", "", CODES, None)
 

@@ -172,7 +172,7 @@ def extend_skip_lists(
     """
     skip_list = find_skip_list(method)
     if skip_list is None:
-        message = f"no skip list is known for {method}: a runtime could not be told which modules are plain now"
+        message = f"no skip list is known for {method}: no runtime could know which modules are plain now"
         raise InputError(message, culprit="quantization_config", remedy="dequantize the whole model instead")
     heads = {DECODER_HEADS.get(each, MASKED_HEAD_OF.get(each, "lm_head")) for each in model_types or ("",)}
     heads = {head for head in heads if not any(f".{module}".endswith(f".{head}") for module in coded)}
@@ -182,7 +182,7 @@ def extend_skip_lists(
 
 
 def skip_names(modules: Collection[str], model_types: Collection[str] = ()) -> list[str]:
-    """Return all names, sorted, by which runtimes look up modules in a skip list; see the module's docstring."""
+    """Return all names, sorted, that runtimes look up in a skip list; see the module's docstring."""
     paths = {experts_module(module) or module for module in modules}
     spelled = (each for path in paths for each in _spellings(path, model_types))
     names = {experts_module(name) or name for name in spelled}
@@ -313,10 +313,10 @@ NOTES = (
     Note("bitsandbytes", "vLLM 0.33 does not read bitsandbytes"),
     Note("bitsandbytes", "SGLang takes all experts for bitsandbytes codes: this output is for transformers", "experts"),
     Note("torchao", "vLLM takes all experts of torchao for codes: this output is for transformers", "experts"),
-    Note("gptq", "transformers reads it with GPTQModel, which was not tried"),
-    Note("awq", "transformers reads it with a package that was not tried"),
-    Note("auto-round", "loading in any runtime was not tried"),
-    Note("quark", "loading in any runtime was not tried"),
+    Note("gptq", "transformers reads it with GPTQModel, which is untested"),
+    Note("awq", "transformers reads it with a package that is untested"),
+    Note("auto-round", "loading is untested in every runtime"),
+    Note("quark", "loading is untested in every runtime"),
     Note("MLX", "only MLX reads it"),
 )
 

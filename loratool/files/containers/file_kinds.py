@@ -18,8 +18,8 @@ from .gguf_file import GGUF, MAGIC
 
 FIRST = 512  # bytes that identify a file, including the mark of a tar file at 257
 
-DOWNLOAD = "download the file anew: hf download ORG/MODEL; the link of a file has /resolve/, that of its page /blob/"
-PYTORCH = "take the same model's weights for PyTorch: *.safetensors or *.bin"
+DOWNLOAD = "download the file again: hf download ORG/MODEL; the link of a file has /resolve/, that of its page /blob/"
+PYTORCH = "use the same model's weights for PyTorch: *.safetensors or *.bin"
 UNPACK = "unpack it, and name what is in it"
 SAVE = "load it where you trust it and save its state dict as safetensors"
 
@@ -71,10 +71,10 @@ KINDS = (
     Kind("an Orbax checkpoint of JAX", PYTORCH, None, r"manifest\.ocdbt"),
     Kind("OpenVINO's weights", PYTORCH, None, r"openvino_.*\.(?:bin|xml)"),
     Kind("a Core ML model", PYTORCH, None, r".*\.mlmodel|.*\.mlpackage"),
-    Kind("a GGML file, of llama.cpp before GGUF", "take the model's GGUF file, or its weights for PyTorch",
+    Kind("a GGML file, of llama.cpp before GGUF", "use the model's GGUF file, or its weights for PyTorch",
          rb"lmgg|fmgg|tjgg"),
-    Kind("a GGLA adapter, of llama.cpp before GGUF", "take the adapter that it was made of", rb"algg"),
-    Kind("an SQLite database, as reminis keeps models and changes of them in",
+    Kind("a GGLA adapter, of llama.cpp before GGUF", "use the adapter that it was converted from", rb"algg"),
+    Kind("an SQLite database, in which reminis keeps models and changes of models",
          "export the model: safetensors, or GGUF", rb"SQLite format 3\x00"),
     Kind("a change of a model's weights, of deltatensors", "apply it with deltatensors, and name the result",
          rb"wdelta\x00"),
@@ -99,7 +99,7 @@ KINDS = (
          rb"loratool undo "),
     Kind("a pickle of Python objects, which is a program and is not run", SAVE,
          rb"(?s)\x80[\x02-\x05]|\(dp?\d|\(lp?\d|[\}\]]q.|c[\w.]+\n\w+\n", r".*\.(?:pkl|pickle|joblib)"),
-    Kind("zeros alone where it begins: its download did not finish", DOWNLOAD, rb"\x00{16}"),
+    Kind("a file that begins with zeros: its download did not finish", DOWNLOAD, rb"\x00{16}"),
 )
 
 # A pattern of an entry's name -> the kind of a zip archive not written by torch.save; the first match counts

@@ -170,7 +170,7 @@ class GgufArray(Sequence[Any]):
         """
         if self._count > MAX_ITEMS:
             message = f"has an array of {self._count} elements, where at most {MAX_ITEMS} belong"
-            raise InputError(message, culprit=str(self._path), remedy="download the file anew")
+            raise InputError(message, culprit=str(self._path), remedy="download the file again")
         cursor = _Cursor(self._file, self._path, self._stop, self._start)
         if self.kind == STRING:
             return tuple(cursor.text(MAX_TEXT) for _ in range(self._count))
@@ -226,7 +226,7 @@ class _Cursor:
                 f"is cut off or damaged: {what} at byte {self.place} should take {nbytes} bytes, "
                 f"and the file has {self.end}",
                 culprit=str(self.path),
-                remedy="download the file anew",
+                remedy="download the file again",
             )
 
     def take(self, nbytes: int, what: str = "what stands") -> bytes:
@@ -283,12 +283,12 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int, int]:
         message = "is a big-endian GGUF file, or damaged"
         raise InputError(message, culprit=path, remedy="convert it with gguf_convert_endian.py of gguf-py")
     if version not in VERSIONS:
-        remedy = "write it anew with llama-quantize of llama.cpp" if version < VERSIONS[0] else "update loratool"
+        remedy = "write it again with llama-quantize of llama.cpp" if version < VERSIONS[0] else "update loratool"
         raise InputError(f"is GGUF version {version}, not 2 or 3", culprit=path, remedy=remedy)
     tensors, fields = cursor.number("Q"), cursor.number("Q")
     if tensors > MAX_TENSORS or fields > MAX_FIELDS:
         message = f"claims {tensors} tensors and {fields} fields: it is damaged"
-        raise InputError(message, culprit=path, remedy="download the file anew")
+        raise InputError(message, culprit=path, remedy="download the file again")
     return version, tensors, fields
 
 
@@ -341,17 +341,19 @@ def _read_tensors(cursor: _Cursor, count: int) -> dict[str, tuple[int, TensorSpe
     for _ in range(count):
         name = cursor.text(MAX_NAME, "a tensor's name", is_name=True)
         if name in places:
-            raise InputError(f"stands twice in {cursor.path.name}", culprit=name)
+            raise InputError(f"is twice in {cursor.path.name}", culprit=name)
         dimensions = cursor.number("I")
         if dimensions > DIMENSIONS:
             raise InputError(f"has {dimensions} dimensions in {cursor.path.name}, more than 4", culprit=name)
         shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]  # in the file the fastest is first
         number, start = cursor.number("I"), cursor.number("Q")
         if max(shape, default=0) >> 62 or start >> 62:
-            raise InputError(f"has a size or a place in {cursor.path.name} that no file has: {shape}", culprit=name)
+            raise InputError(
+                f"has a size or a place in {cursor.path.name} that no file can have: {shape}", culprit=name
+            )
         if number not in TYPES:
-            message = f"is of ggml type {number} in {cursor.path.name}, which is not known"
-            raise InputError(message, culprit=name, remedy="quantize the model anew with llama-quantize of llama.cpp")
+            message = f"is of the unknown ggml type {number} in {cursor.path.name}"
+            raise InputError(message, culprit=name, remedy="quantize the model again with llama-quantize of llama.cpp")
         kind, row = TYPES[number], shape[-1] if shape else 1
         if row % BLOCK_TYPES.get(kind, (1, 0))[0]:
             message = (
@@ -378,6 +380,6 @@ def _locate(
         if data_start + end > file_size:
             long = f"is {spec}" if nbytes < 1 << 62 else "has more bytes than any file"
             message = f"{long} and would end behind {path.name}, which has {file_size} bytes: it is cut off or damaged"
-            raise InputError(message, culprit=name, remedy="download the file anew")
+            raise InputError(message, culprit=name, remedy="download the file again")
         specs[name], begin[name] = spec, data_start + start
     return specs, begin

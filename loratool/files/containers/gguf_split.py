@@ -45,7 +45,7 @@ def _others(first: GgufFile) -> list[Path]:
         return []
     match = NAME.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
-        message = f"is a part of {count} files by its field {COUNT}, which its name does not say"
+        message = f"is a part of {count} files by its field {COUNT}, but its name does not say so"
         raise InputError(message, culprit=str(path), remedy="name the parts as llama-gguf-split does, or merge them")
     if number or int(match["number"]) != 1:
         raise InputError(f"is part {number + 1} of {count}", culprit=str(path), remedy="name the first part")
@@ -60,7 +60,7 @@ def _whole(file: GgufFile, key: str, default: int) -> int:
     """Return a field that is a count; raise InputError if it is not an integer."""
     value = file.fields.get(key, default)
     if type(value) is not int:
-        raise InputError(f"has {value!r} as {key}", culprit=str(file.path), remedy="download the file anew")
+        raise InputError(f"has {value!r} as {key}", culprit=str(file.path), remedy="download the file again")
     return value
 
 
@@ -71,8 +71,8 @@ def _check(parts: list[GgufFile]) -> None:
         stated, count = _whole(part, NUMBER, 0), _whole(part, COUNT, 1)
         if (stated, count) != (number, len(parts)):
             message = f"is part {stated} of {count} by its fields, counted from 0, and not {number} of {len(parts)}"
-            raise InputError(message, culprit=str(part.path), remedy="download the parts anew")
+            raise InputError(message, culprit=str(part.path), remedy="download the parts again")
         for name in part.specs:
             if name in holders:
-                raise InputError(f"stands in both {holders[name]} and {part.path.name}", culprit=name)
+                raise InputError(f"is in both {holders[name]} and {part.path.name}", culprit=name)
             holders[name] = part.path.name

@@ -123,7 +123,7 @@ def build_gguf(
     infos, offsets, end = [], {}, 0
     for name, spec in specs.items():
         if spec.dtype not in GGML_TYPES:
-            raise InputError(f"is {spec.dtype}, which no GGUF file can have", culprit=name, remedy="add --dtype f16")
+            raise InputError(f"is {spec.dtype}, which GGUF files cannot store", culprit=name, remedy="add --dtype f16")
         dims = spec.shape[::-1]
         infos.append(_text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, GGML_TYPES[spec.dtype][0], end))
         offsets[name] = end

@@ -207,7 +207,7 @@ def _locate(
         raise InputError(
             f"is {problem}: the header describes {data_start + end} bytes, the file has {file_size}",
             culprit=str(path),
-            remedy="its download or copy did not finish: fetch it anew" if is_cut else None,
+            remedy="its download or copy did not finish: fetch it again" if is_cut else None,
         )
     return specs, begin
 

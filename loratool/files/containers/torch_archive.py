@@ -121,7 +121,7 @@ class TorchArchive:
         if not skip + spec.nbytes <= tensor.storage.nbytes <= length:
             raise InputError(f"{self.path.name} stores less of it than its shape {tensor.shape} needs", culprit=name)
         if start + tensor.storage.nbytes > self._nbytes:
-            raise self._refuse(f"is cut off: {name} ends behind its end")
+            raise self._refuse(f"is cut off: {name} ends after the end of the file")
         return spec, self._begin + start + skip
 
     def _refuse(self, why: str, remedy: str | None = None) -> InputError:
@@ -129,7 +129,7 @@ class TorchArchive:
 
     def _bytes(self, offset: int, count: int) -> bytes:
         if offset + count > self._nbytes:
-            raise ValueError("a part ends behind its end")
+            raise ValueError("a part ends after the end of the file")
         buffer = memoryview(bytearray(count))
         read_into(self._file, buffer, self._begin + offset)
         return bytes(buffer)

@@ -202,7 +202,7 @@ class Machine:
             elif opcode.name in _OPS:
                 _OPS[opcode.name](self, arg)
             else:
-                raise ValueError(f"opcode {opcode.name}, of which a state dict has no need")
+                raise ValueError(f"opcode {opcode.name}, which a state dict does not need")
         return self.stack.pop()
 
     def put(self, number: int) -> None:
@@ -231,7 +231,7 @@ class Machine:
     def extend(self, kind: Any, items: Any) -> None:
         target = self.stack[-1]
         if type(target) is not kind:
-            raise ValueError(f"items for something that is no {kind.__name__}")
+            raise ValueError(f"items for something that is not a {kind.__name__}")
         if kind is list:
             target.extend(items)
         else:
@@ -240,24 +240,24 @@ class Machine:
 
     def find(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
-            raise ValueError("a name that is no text")
+            raise ValueError("a name that is not text")
         if f"{module}.{name}" not in _KNOWN and f"{module}.{name}" not in self.records:
             shown = ascii(f"{module[:100]}.{name[:100]}")[1:-1]
-            why = f"wants to run {shown}; a file of weights has no need of that"
+            why = f"wants to run {shown}; a file of weights does not need that"
             raise InputError(why, culprit=str(self.path), remedy=REMEDY)
         self.push(_Global(f"{module}.{name}"))
 
     def call(self, function: Any, args: Any) -> None:
         known = type(function) is _Global and (function.name in _CALLS or function.name in self.records)
         if not known or type(args) is not tuple or len(args) > 16:
-            raise ValueError("a call of something that is no function")
+            raise ValueError("a call of something that is not a function")
         name = function.name
         self.push(SavedObject(name, args) if name in self.records else _CALLS[name](*args))
 
     def make(self, kind: Any, args: Any) -> None:
         """Push an object that is created without calling its class."""
         if type(kind) is not _Global or kind.name not in self.records or type(args) is not tuple:
-            raise ValueError("an object of something that is no class")
+            raise ValueError("an object of something that is not a class")
         self.push(SavedObject(kind.name, args))
 
     def build(self, state: Any) -> None:

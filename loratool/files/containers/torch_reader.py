@@ -62,7 +62,7 @@ class TorchFile(WeightsFile):
             )
         for name in weights:
             if not is_name(name):
-                raise self._refuse("has a tensor whose name is no text, or is reserved", REMEDY)
+                raise self._refuse("has a tensor whose name is not text, or is reserved", REMEDY)
         beside = [key for key in top if key != inner and (inner or key not in weights)]
         beside += [f"{inner}.{key}" for key in top[inner] if key not in weights] if inner else []
         return weights, tuple(key if type(key) is str else "?" for key in beside)

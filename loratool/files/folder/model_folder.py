@@ -36,7 +36,9 @@ NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|ra
 def read_json_file(path: Path) -> dict[str, Any]:
     with open_for_reading(path) as file:
         if os.fstat(file.fileno()).st_size > MAX_JSON:
-            raise InputError(f"is larger than {size(MAX_JSON)}, and no config or index", culprit=str(path))
+            raise InputError(
+                f"is larger than {size(MAX_JSON)}, which is too large for a config or index", culprit=str(path)
+            )
         return parse_json(file.read(), path)
 
 
@@ -55,5 +57,5 @@ def component_names(folder: Path) -> list[str]:
     names = [k for k, v in index.items() if isinstance(v, list) and len(v) == 2 and v[1] is not None and k[:1] != "_"]
     for name in names:
         if not is_beside(name):
-            raise InputError(f"names {name!r}, which is no folder beside it", culprit=str(folder / PIPELINE))
+            raise InputError(f"names {name!r}, which is not a folder beside it", culprit=str(folder / PIPELINE))
     return names

@@ -38,7 +38,7 @@ def module_folders(folder: Path) -> list[str]:
     folders = [row["path"].rstrip("/") for row in rows if isinstance(row.get("path"), str) and row["path"]]
     for name in folders:
         if not all(map(is_beside, name.split("/"))):
-            raise InputError(f"names {name!r}, which is no folder beside it", culprit=str(path))
+            raise InputError(f"names {name!r}, which is not a folder beside it", culprit=str(path))
     return list(dict.fromkeys(folders))
 
 

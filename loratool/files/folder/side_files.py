@@ -36,11 +36,11 @@ CODE = "code"  # of a model's own class; a user's scripts can have the same name
 
 SMALL_TEXT = 10_000_000  # bytes
 
-UNKNOWN, TOO_LARGE, UNREADABLE = "of no kind that travels", "too large for its kind", "cannot be read"
+UNKNOWN, TOO_LARGE, UNREADABLE = "of a kind that is not copied", "too large for its kind", "cannot be read"
 
 OTHER_WEIGHTS = "weights that were not read"
 
-AN_ADAPTER = "an adapter, which is no part of the model"
+AN_ADAPTER = "an adapter, which is not part of the model"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ SIDE_FILES = (
         "*.tflite *.mlmodel *.index.json *.safetensors.index*.json onnx/ openvino/ coreml/ original/ *.mlpackage/",
         OTHER_WEIGHTS,
     ),
-    SideFiles("card", CARD, "the card of that model alone"),
+    SideFiles("card", CARD, "the card of only that model"),
     SideFiles("hidden", ".* .*/", "hidden: of git, or of a download"),
     SideFiles(CODE, "*.py"),  # before the tokenizers, which an adapter or an undo file can bring
     SideFiles("chat template", f"chat_template* *.jinja {TEMPLATES}/*.jinja"),
@@ -183,7 +183,7 @@ def classify_side_files(
 
 def _require_file(path: Path) -> None:
     if _file_size(path) is None:
-        raise InputError("travels with the model, but is no file that can be read", culprit=str(path))
+        raise InputError("is copied with the model, but is not a readable file", culprit=str(path))
 
 
 def _names_of(folder: Path, entry: Path, modules: Collection[str]) -> list[str]:

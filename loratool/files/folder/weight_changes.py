@@ -164,5 +164,5 @@ def _refuse(path: Path, dialect: Dialect, content: Mapping[str, Any]) -> NoRetur
     word = "step" if "base_step" in content else "version"
     before, after = content.get(f"base_{word}"), content.get(word)
     steps = f", from {word} {brief(before)} to {brief(after)}" if before is not None else ""
-    what = f"is not a model, but a change of one's weights{steps} ({dialect.name})"
+    what = f"is not a model, but a change of a model's weights{steps} ({dialect.name})"
     raise InputError(what, culprit=str(path), remedy=APPLY)

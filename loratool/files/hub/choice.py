@@ -165,7 +165,7 @@ def _under(folder: str, names: Iterable[str]) -> list[str]:
 
 
 def _none_or_several(name: HubName, chosen: Collection[str], files: Iterable[str]) -> InputError:
-    """Return the error for a folder without weights, or with several weights files, of which the user must name one."""
+    """Return the error for a folder without weights, or with several weights files: the user must name one."""
     several = bool(chosen)
     if not chosen:
         folders = {Path(each).parent.as_posix() for each in files if _choose([Path(each).name]).weights}
@@ -173,5 +173,5 @@ def _none_or_several(name: HubName, chosen: Collection[str], files: Iterable[str
     named = [name.within(each) for each in _under(name.path, chosen)]
     more = f" (there are {len(named)})" if len(named) > 4 else ""
     remedy = f"name one of them: {', '.join(map(shell_word, named[:4]))}{more}" if named else None
-    what = "holds several files of weights" if several else "holds no weights in a format that is read"
+    what = "holds several files of weights" if several else "holds no weights in a supported format"
     return InputError(what, culprit=str(name), remedy=remedy)

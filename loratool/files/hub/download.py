@@ -29,7 +29,7 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 HASHED_AT_ONCE = 4  # files; reading takes most of the time
 
-AGAIN = "check the connection and run the command again: what is whole is not downloaded twice"
+AGAIN = "check the connection and run the command again: complete files are not downloaded twice"
 
 
 def download(name: HubName, config_alone: bool = False) -> Path:
@@ -119,7 +119,7 @@ def _require_whole(files: list[str], folder: Path, listed: Mapping[str, RepoSibl
         if (folder / file).is_symlink():  # a link to anything other than a blob is the user's
             disk.unlink(folder.parent.parent / "blobs" / Path(os.readlink(folder / file)).name)
         disk.unlink(folder / file)
-    raise MachineError(f"{broken[0]} did not come as the hub lists it", culprit=str(name), remedy=AGAIN)
+    raise MachineError(f"{broken[0]} is not as the hub lists it", culprit=str(name), remedy=AGAIN)
 
 
 def _is_as_listed(path: Path, listed: RepoSibling) -> bool:

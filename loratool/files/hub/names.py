@@ -73,7 +73,7 @@ def parse_hub_name(text: str) -> HubName | None:
             location = _of_page(location, text)
         name = _parse(location.strip("/"), True)
         if name is None:
-            raise InputError("is no link to a model on the hub", culprit=text, remedy="name it hf://org/name")
+            raise InputError("is not a link to a model on the hub", culprit=text, remedy="name it hf://org/name")
         return name
     name = _parse(text, False)
     return None if name is None or (not name.path and text.endswith(FILE_ENDS)) else name
@@ -122,14 +122,14 @@ def _of_page(location: str, link: str) -> str:
     parsed, endpoint = _split_link(f"//{location}"), _split_link(os.environ.get("HF_ENDPOINT", ""))
     if parsed.netloc not in (*HOSTS, endpoint.netloc):
         raise InputError(
-            "is a link, and only those of the hub's pages are followed", culprit=link, remedy="download it first"
+            "is a link, but only links to the hub's pages are followed", culprit=link, remedy="download it first"
         )
     path = parsed.path.removeprefix(endpoint.path.rstrip("/")) if parsed.netloc == endpoint.netloc else parsed.path
     parts = [_decoded(part) for part in path.split("/") if part]
     if len(parts) < 3 or parts[0] in OTHER_KINDS:
         return "/".join(parts)
     if parts[2] not in ROUTES:
-        raise InputError("is a link to no file or folder of a model", culprit=link, remedy="name it hf://org/name")
+        raise InputError("is not a link to a file or folder of a model", culprit=link, remedy="name it hf://org/name")
     return "/".join(parts[:2]) + ("@" if parts[3:] else "") + "/".join(parts[3:])
 
 
@@ -163,7 +163,7 @@ def _parse(location: str, is_link: bool) -> HubName | None:
         org, name, path = location.split("/", 2)
         repo = f"{org}/{name}"
     if is_link and (kind := repo.partition("/")[0]) in OTHER_KINDS:
-        raise InputError(f"is one of the hub's {kind}, and weights are those of models", culprit=location)
+        raise InputError(f"is one of the hub's {kind}, but weights are in models", culprit=location)
     path = path.rstrip("/")
     is_name = _is_repo(repo) and revision != "" and all(is_inside(each) for each in (revision, path) if each)
     return HubName(repo, revision, path, is_link) if is_name else None

@@ -75,7 +75,7 @@ def look_up(name: HubName, config_alone: bool = False) -> Cached:
                 raise
             return Cached(snapshot, fault=error)
     if sizes is None and not needed.is_certain:
-        what = "has a file of weights there, and nothing tells whether it is the only one"
+        what = "has a file of weights there, but it may not be the only one"
         remedy = f"name it: {shell_word(name.within(needed.weights[0]))}"
         return Cached(snapshot, fault=InputError(what, culprit=str(name), remedy=remedy))
     return Cached(snapshot, tuple(missing_files(needed.files, snapshot, sizes or {})))

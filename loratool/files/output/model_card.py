@@ -79,7 +79,7 @@ def code(text: str) -> str:
 
 
 def name_on_hub(given: str | os.PathLike[str]) -> str:
-    """Return the repo id by which an input was given, `owner/name` or `name`; empty for a path.
+    """Return the repo id that was given for an input, `owner/name` or `name`; empty for a path.
 
     A path into the hub's cache counts as its repo id.
     """

@@ -133,7 +133,7 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
     """
     path, suffixes = Path(out), CONTAINERS[container]
     if os.fspath(out) == "-":
-        message = "an output is written in any order and renamed when it is whole, which no stream is"
+        message = "an output is written in any order and renamed when it is complete, and a stream cannot be"
         raise UsageError(message, culprit="-", remedy="name a file or a folder with -o")
     _require_name(os.fspath(out), "name the output with -o")
     if path.suffix in suffixes and os.path.basename(out) != path.name:
@@ -145,7 +145,7 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
     suffix = path.suffix.lower()
     if path.suffix not in suffixes and (suffix in WEIGHTS or (suffix in OTHER_FILES and not os.path.isdir(path))):
         raise UsageError(
-            f"{path.suffix} is no name for a {container} file",
+            f"{path.suffix} is not a suffix of a {container} file",
             culprit=str(path),
             remedy=f"name a folder or a {suffixes[0]} file",
         )
@@ -155,17 +155,17 @@ def check_output_name(out: str | os.PathLike[str], container: str = "safetensors
 def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str = OTHER, option: str = "-o ") -> None:
     """Raise UsageError for a path that cannot become a file or folder, even with --force.
 
-    The parent folder is missing or not writable, the name is too long, the path leads through what it names, or
+    The parent folder is missing or not writable, the name is too long, the path leads through itself, or
     something of another kind is at the path or where the output is built.
 
     Args:
         inside: a name to suggest for the output in a folder, if the path is a link to one or is mounted.
-        option: what stands before a path on the command line.
+        option: the word before a path on the command line.
     """
     _require_name(os.fspath(path), remedy)
     parent = path.absolute().parent
     if os.path.exists(parent) and not os.path.isdir(parent):
-        raise UsageError("is no folder to write into", culprit=str(parent), remedy=remedy)
+        raise UsageError("is not a folder to write into", culprit=str(parent), remedy=remedy)
     if not os.path.exists(parent):
         message = "there is no such folder to write into"
         raise UsageError(message, culprit=str(parent), remedy=f"make it first, or {remedy}")
@@ -236,7 +236,7 @@ def check_output_path(
             raise UsageError(what, culprit=str(path), remedy=OTHER)
     first = undo_path(path, True)
     if is_file and not is_model and (is_undo_file(first) or formers_of(first)):
-        why = f"is a merged model, and its undo file {first.name} would be left to an adapter"
+        why = f"is a merged model, and its undo file {first.name} would be left beside an adapter"
         raise UsageError(why, culprit=str(path), remedy=OTHER)
     if not force and not dry_run:
         raise NeedsFlag(
@@ -261,7 +261,7 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
     for place in mine:
         _require_short(place, OTHER)
         if _kind(place) and not is_undo_file(place):
-            raise UsageError("is no undo file and in the way of one", culprit=str(place), remedy="move it away")
+            raise UsageError("is in the way of an undo file, and is not one", culprit=str(place), remedy="move it away")
     for place in dict.fromkeys((*mine, *existing)):
         if reached := _find_reached((place, partial_path(place), former_path(place)), read):
             raise UsageError("the output would replace this input", culprit=str(reached), remedy=OTHER)
@@ -276,7 +276,7 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
 def require_outside(page: Path, output: Path) -> None:
     """Raise UsageError for a page at the path of an output or in its folder, which will be replaced."""
     if _find_reached((output, *_beside(output), journal_path(output)), [page]):
-        message = f"is in the output {output}, which is replaced whole"
+        message = f"is in the output {output}, which is replaced as a unit"
         raise UsageError(message, culprit=str(page), remedy="name a file elsewhere with --html")
 
 
@@ -297,7 +297,7 @@ def _kind(path: Path) -> str | None:
     """Return the kind of a path without following links, a name in KINDS; None if nothing is there."""
     if not os.path.lexists(path):
         return None
-    return KINDS.get(stat.S_IFMT(path.lstat().st_mode), "of no kind that is known")
+    return KINDS.get(stat.S_IFMT(path.lstat().st_mode), "of an unknown kind")
 
 
 def _require_free(place: Path, wanted: str) -> None:

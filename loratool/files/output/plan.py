@@ -67,7 +67,7 @@ def plan_output(
     undo: Belongs | None = None,
     container: str = "safetensors",
 ) -> Output:
-    """Plan the output at `path` with the tensors of `base`, of which those in `changed` get other values.
+    """Plan the output at `path`: the tensors of `base`, with other values for those in `changed`.
 
     Args:
         dtype: the safetensors name of the dtype for every float tensor of 16 bits or more that is not part of a

@@ -79,7 +79,7 @@ class DcpFile(ShardedFile):
         read_into(file.file, data, 0)
         metadata = Machine(self.path, _RECORDS, MAX_METADATA, MAX_METADATA // 4).run(io.BytesIO(data))
         if type(metadata) is not SavedObject or metadata.name != f"{_IN_METADATA}Metadata":
-            raise ValueError("no metadata of torch.distributed.checkpoint")
+            raise ValueError("not metadata of torch.distributed.checkpoint")
         return metadata
 
     def _places(self, stored: Any) -> dict[tuple[str, tuple[int, ...]], SavedObject]:
@@ -113,7 +113,7 @@ class DcpFile(ShardedFile):
             raise self._refuse(f"holds tensors both at its top and in {'.'.join(chosen)}: which are the weights?")
         names = groups[chosen]
         if same := next((name for name in names.values() if not is_name(name)), None):
-            raise ValueError(f"a tensor whose name {same!a} is reserved or no text")
+            raise ValueError(f"a tensor whose name {same!a} is reserved or not text")
         if len(set(names.values())) < len(names):
             raise ValueError("two tensors of one name")
         beside = {_beside(key, paths.get(key), chosen): None for key in entries if key not in names}
@@ -152,7 +152,7 @@ class DcpFile(ShardedFile):
             raise self._refuse(f"has {key} compressed", "save it without extensions")
         file = self._part(self.path.parent / name)
         if not is_whole(offset, length) or offset + length > file.nbytes:
-            raise InputError(f"is cut off: {key} ends behind its end", culprit=str(file.path))
+            raise InputError(f"is cut off: {key} ends after the end of the file", culprit=str(file.path))
         archive = TorchArchive(file.path, file.file, offset, length)
         if type(archive.top) is not SavedTensor:
             raise InputError(f"has no tensor where {key} should be", culprit=str(file.path))
@@ -164,13 +164,13 @@ class DcpFile(ShardedFile):
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise ValueError("a name that is no text")
+        raise ValueError("a name that is not text")
     return value
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
     if type(value) is not tuple or len(value) > MAX_RANK or not is_whole(*value):
-        raise ValueError("sizes that are none")
+        raise ValueError("invalid sizes")
     return value
 
 

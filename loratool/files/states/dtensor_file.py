@@ -102,7 +102,7 @@ class DTensorFile(ShardedFile):
 
     def _find(self) -> dict[str, tuple[TensorSpec, Boxes]]:
         match = RANK_FILE.fullmatch(self.path.name)
-        assert match, "the finder takes no other name"
+        assert match, "the finder accepts no other name"
         world = int(match[1])
         held = {
             rank_file[2]
@@ -122,7 +122,7 @@ class DTensorFile(ShardedFile):
         first = states[0][0].top
         names = [name for name, value in first.items() if _is_tensor(value)]
         if bad := next((name for name in names if not is_name(name)), None):
-            raise ValueError(f"a tensor whose name {bad!a} is reserved or no text")
+            raise ValueError(f"a tensor whose name {bad!a} is reserved or not text")
         if not names:
             raise InputError("holds no tensors", culprit=str(self.path))
         self.ignored = tuple(name if type(name) is str else "?" for name in first if name not in names)

@@ -12,7 +12,7 @@ from .dtensor_file import RANK_FILE, DTensorFile
 from .sharded_file import ShardedFile
 from .zero_file import EARLIER, OPTIMIZER, ZeroFile
 
-# Names of the files by which a state is opened -> its class
+# Names of the files that open a state -> its class
 STATES: dict[re.Pattern[str], type[ShardedFile]] = {
     re.compile(re.escape(METADATA)): DcpFile,
     OPTIMIZER: ZeroFile,
@@ -29,7 +29,7 @@ def refuse_rank_file(path: Path) -> None:
     """Raise InputError for a rank's part of a model in safetensors, where tensors may be cut."""
     if RANK_SAFETENSORS.fullmatch(path.name):
         raise InputError(
-            "is one rank's part of a sharded state (DCP in safetensors), which does not tell how large the whole is",
+            "is one rank's part of a sharded state (DCP in safetensors), which does not record the full sizes",
             culprit=str(path),
             remedy="put the parts together: consolidate_safetensors_files of torch.distributed.checkpoint",
         )
@@ -41,7 +41,7 @@ def opener(path: Path) -> type[ShardedFile] | None:
 
 
 def find_state(folder: Path) -> Path | None:
-    """Return the file by which a training run's weights in a folder are opened; None without one.
+    """Return the file that opens a training run's weights in a folder; None without one.
 
     Raises:
         InputError: there are several, or only states without weights or in unsupported formats.
@@ -56,7 +56,7 @@ def _find_dcp(folder: Path) -> Path | None:
     # accelerate saves the optimizer beside the model, in `optimizer_0`
     weights = [path for path in states if not path.parent.name.startswith("optimizer")]
     if states and not weights:
-        raise InputError("holds an optimizer's state alone, and no weights", culprit=str(folder))
+        raise InputError("holds only an optimizer's state, and no weights", culprit=str(folder))
     return _only(folder, weights)
 
 
@@ -74,7 +74,7 @@ def _find_zero(folder: Path) -> Path | None:
         raise InputError(
             "is a universal checkpoint of DeepSpeed, which is not read",
             culprit=str(step),
-            remedy="name the step that it was made of",
+            remedy="name the step that it was made from",
         )
     steps = {path.parent: path for path in (*step.glob("*.pt"), *step.glob("*/*.pt")) if OPTIMIZER.fullmatch(path.name)}
     if step in steps:

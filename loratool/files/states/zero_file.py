@@ -109,7 +109,7 @@ class ZeroFile(ShardedFile):
         stated = states[0]["partition_count"]  # of each group in stages 1 and 2
         counts = stated if type(stated) is list and stated else [stated]
         if not is_whole(*counts):
-            raise ValueError("a number of ranks that is none")
+            raise ValueError("an invalid number of ranks")
         if other := next((count for count in counts if count != world), None):
             raise self._refuse(f"is of {other} ranks, and {world} of their files are here", "copy the whole folder")
         names = [LATER.format(rank) for rank in range(world)] if stage == 3 else [EARLIER]
@@ -186,7 +186,7 @@ class ZeroFile(ShardedFile):
         missing += [name for name, to in shared.items() if to not in tensors]
         tensors |= {name: tensors[to] for name, to in shared.items() if to in tensors}
         if bad := next((name for name in tensors if not is_name(name)), None):
-            raise ValueError(f"a tensor whose name {bad!a} is reserved or no text")
+            raise ValueError(f"a tensor whose name {bad!a} is reserved or not text")
         self.frozen |= tensors.keys() - trained
         self.ignored = ("optimizer", *missing)
         return tensors
@@ -202,13 +202,13 @@ def _stage(state: Mapping[str, Any]) -> int:
 def _texts(values: Collection[Any]) -> Collection[str]:
     """Return the values; raise ValueError unless all are text, since nested tuples can take forever to hash."""
     if not all(type(value) is str for value in values):
-        raise ValueError("a name that is no text")
+        raise ValueError("a name that is not text")
     return values
 
 
 def _numel(shape: Any) -> int:
     if type(shape) is not tuple or len(shape) > MAX_RANK or not is_whole(*shape) or math.prod(shape) >= 1 << 63:
-        raise ValueError("a shape that is none")
+        raise ValueError("an invalid shape")
     return math.prod(shape)
 
 
@@ -229,7 +229,7 @@ def _join_by_group(
         gaps = paddings[index] if paddings else [0] * len(shapes)
         for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
             if not is_whole(gap):
-                raise ValueError(f"a gap behind {name} that is none")
+                raise ValueError(f"an invalid gap after {name}")
             yield name, _tensor(name, shape, row.cut(place, _numel(shape)), row.dtype)
             place += _numel(shape) + gap
         align = 2 * len(parts)

@@ -593,7 +593,7 @@ class TestRefusals:
         assert result.exit_code == 3 and f"{a}: was initialized with pissa" in result.stderr
         c = one_more(tmp_path / "c", init_lora_weights="pissa")
         result = run("combine", a, c, "-o", tmp_path / "out")
-        assert result.exit_code == 3 and "of another rank it would be wrong on any base" in result.stderr
+        assert result.exit_code == 3 and "at another rank it would be wrong on any base" in result.stderr
         result = run("combine", a, c, "-o", tmp_path / "out", "--rank", 3)
         assert result.exit_code == 0 and "warning: " in result.stderr
         d = one_more(tmp_path / "d", init_lora_weights="olora")

@@ -359,7 +359,7 @@ class TestNames:
     )
     def test_another_models_blocks_are_no_fluxs(self, names: list[str], tmp_path: Path) -> None:
         """Half of a name that is known is no reason to guess the rest."""
-        with pytest.raises(InputError, match="no adapter of an image model that is known"):
+        with pytest.raises(InputError, match="not an adapter of a known image model"):
             loratool.convert(self.dotted(tmp_path / "a.safetensors", *names), tmp_path / "b.safetensors", to="kohya")
 
     def test_a_head_that_is_called_as_fluxs_is_none(self, tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ class TestNames:
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "comfy"])
 def test_a_language_model_is_refused(to: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing could load it"):
+    with pytest.raises(InputError, match="nothing can load it"):
         loratool.convert(FIXTURES / "llama" / "adapter", tmp_path / "out.safetensors", to=to)
     assert not (tmp_path / "out.safetensors").exists()
 

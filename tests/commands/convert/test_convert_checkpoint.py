@@ -495,8 +495,8 @@ class TestRefusals:
         ("arguments", "message"),
         [
             (("-o", "x.safetensors", "--max-shard-size", "1KB"), "--max-shard-size needs a folder as output"),
-            (("-o", "x.bin", "--to", "safetensors"), ".bin is no name for a safetensors file"),
-            (("-o", "x.safetensors", "--to", "torch"), ".safetensors is no name for a torch file"),
+            (("-o", "x.bin", "--to", "safetensors"), ".bin is not a suffix of a safetensors file"),
+            (("-o", "x.safetensors", "--to", "torch"), ".safetensors is not a suffix of a torch file"),
             (("-o", "x.gguf"), "a checkpoint is converted to safetensors or torch, not to 'gguf'"),
             (("--plain",), "--plain is for adapters, and this is a checkpoint"),
             (("--layout", "split"), "--layout is for adapters, and this is a checkpoint"),

@@ -120,7 +120,7 @@ def test_a_merge_without_extras_and_back(tmp_path: Path, run: Any) -> None:
     base, merged, back = sdxl(tmp_path), tmp_path / "merged.safetensors", tmp_path / "back.safetensors"
     loratool.merge(base, plain, tmp_path / "plain.safetensors", undo=False)
     refused = run("merge", base, full, "-o", merged)
-    assert refused.exit_code == 4 and "add --drop extras to leave them out" in refused.stderr and not merged.exists()
+    assert refused.exit_code == 4 and "add --drop extras to exclude them" in refused.stderr and not merged.exists()
     done = run("merge", base, full, "-o", merged, "--drop", "extras")
     assert done.exit_code == 0 and "left out: emb_params\n" in done.stdout
     one, two = load_file(merged), load_file(tmp_path / "plain.safetensors")

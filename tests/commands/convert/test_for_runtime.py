@@ -169,7 +169,7 @@ class TestBeside:
         names = load_file(base / "model.safetensors") | {"vision.layers.0.self_attn.q_proj.weight": weights(8, 8)}
         write_model(tmp_path / "wide", names, json.loads((base / "config.json").read_text()))
         start = write_peft(tmp_path / "a", {f"{LAYER.format(1)}self_attn.q_proj": factors(8, 8, 2)})
-        with pytest.raises(InputError, match="memory that is not set"):
+        with pytest.raises(InputError, match="uninitialized memory"):
             loratool.convert(start, tmp_path / "b", runtime="lmdeploy", base=tmp_path / "wide")
 
 
@@ -212,7 +212,7 @@ class TestExperts:
 
     def test_where_there_are_none_they_are_refused(self, tmp_path: Path) -> None:
         start, _ = stacked(tmp_path / "a")
-        with pytest.raises(InputError, match="experts would be dropped without a word, and nothing else is left"):
+        with pytest.raises(InputError, match="experts would be ignored without a warning, and nothing else is left"):
             loratool.convert(start, tmp_path / "b", runtime="tgi", base=mixtral(tmp_path / "base"))
 
     def test_patterns_do_not_grow_with_them(self, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ class TestNames:
         start = write_peft(tmp_path / "a", {f"{LAYER.format(0)}mlp.gate": factors(3, 8, 2)})
         loratool.convert(start, tmp_path / "b", runtime="vllm", base=mixtral(tmp_path / "base"))
         assert [*changes(tmp_path / "b")] == [f"{LAYER.format(0)}block_sparse_moe.gate"]
-        with pytest.raises(InputError, match="modules of such names would be dropped without a word"):
+        with pytest.raises(InputError, match="modules of such names would be ignored without a warning"):
             loratool.convert(start, tmp_path / "c", runtime="sglang", base=tmp_path / "base")
 
     def test_a_wrappers_adapter_on_the_text_class(self, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ class TestNames:
             lambda: loratool.resize(out, tmp_path / "c", rank=1),
             lambda: loratool.inspect_for(out, runtime="sglang"),
         ):
-            with pytest.raises(InputError, match="is for vllm alone, in whose order the rows"):
+            with pytest.raises(InputError, match="is only for vllm: the rows"):
                 refused()
         report: Any = loratool.inspect(out)
         assert "it is for vllm alone: every other command refuses it" in report.problems
@@ -355,14 +355,14 @@ class TestRefused:
         save_file(pairs | {"base_model.model.lm_head.weight": weights(16, 8)}, start / "adapter_model.safetensors")
         with pytest.raises(NeedsFlag, match="modules_to_save would be") as caught:
             loratool.convert(start, tmp_path / "b", runtime=runtime, base=llama(tmp_path / "base"))
-        assert "--exclude lm_head" in str(caught.value) and "a merge has them in the base" in str(caught.value)
+        assert "--exclude lm_head" in str(caught.value) and "a merge applies them to the base" in str(caught.value)
         options: Any = {"runtime": runtime, "base": tmp_path / "base", "exclude": ["lm_head"]}
         report: Any = loratool.convert(start, tmp_path / "b", **options)
         assert report.dropped == ("lm_head",)
 
     def test_nothing_is_asked_for_that_does_not_help(self, tmp_path: Path) -> None:
         head = write_peft(tmp_path / "a", {"lm_head": factors(16, 8, 2)})
-        with pytest.raises(InputError, match="LoRA on the head would be dropped .* and nothing else is left"):
+        with pytest.raises(InputError, match="LoRA on the head would be ignored .* and nothing else is left"):
             loratool.convert(head, tmp_path / "b", runtime="trtllm")
         with pytest.raises(NeedsFlag, match="add --base"):  # whose class tells
             loratool.convert(head, tmp_path / "b", runtime="vllm")
@@ -371,7 +371,7 @@ class TestRefused:
         model = load_file(base / "model.safetensors") | {tower: weights(8, 8)}
         save_file(model, base / "model.safetensors")
         start = write_peft(tmp_path / "c", {**both(0), "lm_head": factors(16, 8, 2)})
-        with pytest.raises(InputError, match="with memory that is not set"):
+        with pytest.raises(InputError, match="with uninitialized memory"):
             loratool.convert(start, tmp_path / "b", runtime="lmdeploy", base=base)
 
     def test_options_that_exclude_each_other(self, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ class TestDoRAAlongInputs:
     def test_the_whole_is_refused_on_its_parts(self, tmp_path: Path) -> None:
         adapter = self.adapter(tmp_path, self.QKV.maker, 24, 8)
         base = write_folder(tmp_path / "base", "flux", self.bases())
-        with pytest.raises(InputError, match="norms are of the whole") as refused:
+        with pytest.raises(InputError, match="norms are those of the complete module") as refused:
             loratool.merge(base, adapter, tmp_path / "out")
         assert refused.value.remedy and "single files" in refused.value.remedy
         single = write_single(tmp_path / "base.safetensors", "flux", self.bases())
@@ -205,7 +205,7 @@ def test_a_norm_of_another_component_is_listed(tmp_path: Path) -> None:
     base, adapter, out = (tmp_path / f"{name}.safetensors" for name in ("base", "a", "out"))
     with pytest.raises(NeedsFlag, match="1 of 2 modules are not in the base") as flagged:
         loratool.merge(base, adapter, out)
-    assert flagged.value.remedy == "to leave them out: --exclude 'lora_te2_*'"
+    assert flagged.value.remedy == "to exclude them: --exclude 'lora_te2_*'"
     loratool.merge(base, adapter, out, exclude=["lora_te2_*"])
     merged = load_model(out)
     assert torch.equal(merged[f"{layer}.mlp.fc2.bias"], torch.full((8,), 2.0))

@@ -50,16 +50,16 @@ def test_patterns(renames: list[str], wanted: dict[str, str]) -> None:
     [
         (["k_proj=wk"], "names no module"),
         (["q_proj=wq", "q_proj=x"], "names no module"),
-        (["q_proj=v_proj"], "would both be it"),
-        (["re:[qv]_proj=w"], "would both be it"),
+        (["q_proj=v_proj"], "would both become this module"),
+        (["re:[qv]_proj=w"], "would both become this module"),
         (["q_proj"], "is not PATTERN=PATH"),
         (["q_proj="], "is not PATTERN=PATH"),
         (["=q"], "is not PATTERN=PATH"),
-        (["q_proj=a..b"], "no path of a module"),
-        (["q_proj=a b"], "no path of a module"),
-        (["q_proj=lora_magnitude_vector"], "no path of a module"),
-        (["re:self_attn=base_layer"], "no path of a module"),
-        (["q_proj=bias"], "no path of a module"),
+        (["q_proj=a..b"], "not the path of a module"),
+        (["q_proj=a b"], "not the path of a module"),
+        (["q_proj=lora_magnitude_vector"], "not the path of a module"),
+        (["re:self_attn=base_layer"], "not the path of a module"),
+        (["q_proj=bias"], "not the path of a module"),
         (["re:(=x"], "is not an expression and its replacement"),
         ([r"re:q=\1"], "is not an expression and its replacement"),
         (["*.q_proj=*.*.q"], "is not an expression and its replacement"),
@@ -102,7 +102,7 @@ def test_a_stack_keeps_its_last_name(tmp_path: Path) -> None:
     loratool.convert(start, tmp_path / "b", to="peft", rename=["re:mlp=moe"])
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["target_parameters"] == ["model.layers.0.moe.experts.gate_up_proj"]
-    with pytest.raises(UsageError, match="of another last name"):
+    with pytest.raises(UsageError, match="which has another last name"):
         loratool.convert(start, tmp_path / "c", to="peft", rename=["gate_up_proj=up"])
 
 

@@ -121,7 +121,7 @@ def test_budgets(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
     llama = FIXTURES / "llama"
-    with pytest.raises(InputError, match="nothing could load it"):
+    with pytest.raises(InputError, match="nothing can load it"):
         loratool.extract(llama / "base", llama / "tuned", tmp_path / "a.safetensors", to="kohya")
     after = tuned(tmp_path / "tuned.safetensors", BASE)
     with pytest.raises(UsageError, match="single files"):

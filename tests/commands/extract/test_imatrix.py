@@ -299,7 +299,7 @@ def test_the_file_of_another_model(tmp_path: Path) -> None:
         lambda file: loratool.resize(given[0][0], tmp_path / "out", rank=2, imatrix=file),
         lambda file: loratool.combine(given, tmp_path / "out", rank=2, imatrix=file),
     ]
-    for i, (sums, said) in enumerate([(wide, "it is of another model"), (other, "is it the file of this model")]):
+    for i, (sums, said) in enumerate([(wide, "it belongs to another model"), (other, "is it the file of this model")]):
         file = write_gguf(tmp_path / f"{i}.gguf", sums)
         for call in calls:
             with pytest.raises(InputError, match=said):

@@ -277,7 +277,7 @@ def test_a_convolution_whose_kernel_nothing_tells_is_refused(tmp_path: Path) -> 
     assert refused.value.remedy and "--exclude" in refused.value.remedy
     with pytest.raises(NeedsFlag) as flagged:
         combine([(sample.path, 1.0)], tmp_path / "out.safetensors")
-    assert flagged.value.remedy == "add --exclude lora_unet_blocks_0_conv to leave it out"
+    assert flagged.value.remedy == "add --exclude lora_unet_blocks_0_conv to exclude it"
 
 
 @pytest.mark.parametrize("inputs", [False, True])

@@ -138,7 +138,7 @@ def test_others_of_8_bits_with_a_mark_stay_refused(tmp_path: Path, kind: torch.d
     with pytest.raises(InputError, match=rf"{Q}.weight: is quantized"):
         loratool.merge(write_base(tmp_path / "base", kind, **no_json), adapter, tmp_path / "no")
     marked = write_base(tmp_path / "base", kind, scaled_fp8=torch.zeros(2).to(kind))
-    with pytest.raises(NeedsFlag, match="without others' scale"):
+    with pytest.raises(NeedsFlag, match="but the other weights of the file have scales"):
         loratool.merge(marked, adapter, tmp_path / "no")
 
 

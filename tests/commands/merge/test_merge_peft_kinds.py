@@ -197,10 +197,18 @@ def test_every_bias_of_a_masked_language_model(tmp_path: Path, family: str) -> N
 @pytest.mark.parametrize(
     ("config", "mark", "message"),
     [
-        ({"modules_to_save": ["norm"]}, ".norm.", "modules_to_save names norm, of which the file has nothing"),
-        ({"modules_to_save": ["lm_head"]}, "lm_head", "modules_to_save names lm_head, of which the file has nothing"),
+        ({"modules_to_save": ["norm"]}, ".norm.", "modules_to_save names norm, but the file has no tensors of it"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "lm_head",
+            "modules_to_save names lm_head, but the file has no tensors of it",
+        ),
         ({"trainable_token_indices": [1, 2]}, "token", "sets trainable_token_indices, but the file has no rows"),
-        ({"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}}, "lm_head", "name lm_head, for which"),
+        (
+            {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},
+            "lm_head",
+            "name lm_head, but the file has no rows",
+        ),
         ({"bias": "all"}, "bias", "sets bias to all, but the file has no bias"),
         ({"bias": "lora_only"}, "bias", "sets bias to lora_only, but the file has no bias"),
         ({"lora_bias": True}, "lora_B.bias", "sets lora_bias, but the file has no lora_B.bias"),

@@ -222,7 +222,7 @@ def test_rows_in_another_order_are_refused_by_name(tmp_path: Path) -> None:
     wrapped(model).save_pretrained(tmp_path / "adapter")
     with pytest.raises(NeedsFlag, match="in another order than transformers' class has them") as error:
         loratool.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
-    assert error.value.remedy == "to leave them out: --exclude k_proj,q_proj"
+    assert error.value.remedy == "to exclude them: --exclude k_proj,q_proj"
 
 
 def adapter_of(folder: Path, **tensors: torch.Tensor) -> Path:
@@ -241,7 +241,7 @@ FUSED = {"model.layers.0.attention.query_key_value.weight": torch.zeros(64, 8)}
 @pytest.mark.parametrize(
     ("config", "rows", "said"),
     [
-        (SARVAM, 48, r"\(48, 2\) .*base weight is \(64, 8\), of which it is 32 rows"),
+        (SARVAM, 48, r"\(48, 2\) .*base weight is \(64, 8\), and it is 32 of its rows"),
         ({**SARVAM, "num_attention_heads": 7}, 32, "has 64 rows, but the config of the sarvam_moe gives"),
         ({"model_type": "sarvam_moe"}, 32, "does not tell how many of each"),
     ],

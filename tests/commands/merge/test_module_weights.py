@@ -228,7 +228,7 @@ class TestEntries:
         for command in (["merge", base], ["unmerge", "--approximate", base], ["combine"]):
             result = run(*command, b, f"{a}:0.5,up_proj=0.25", "-o", tmp_path / "out")
             assert result.exit_code == 2, result.stderr
-            assert "a: has no module that up_proj=0.25 could weigh" in result.stderr and "q_proj" in result.stderr
+            assert "a: has no module that up_proj=0.25 matches" in result.stderr and "q_proj" in result.stderr
         assert run("verify", base, f"{a}:0.5,up_proj=0.25", base).exit_code == 2
         for pattern, says in {"re:(": "is not a regular expression", "re:": "too large"}.items():
             with pytest.raises(UsageError, match=says):

@@ -139,7 +139,7 @@ def test_a_scale_beside_a_weight_is_a_factor(tmp_path: Path) -> None:
 
 def test_a_vector_has_no_codes(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path, "Q8_0", blocks_of("Q8_0", 2), (64,))
-    assert not checkpoint.weights and checkpoint.faults["x.weight"] == "has codes, and is a vector"
+    assert not checkpoint.weights and checkpoint.faults["x.weight"] == "has codes, but is a vector"
 
 
 @pytest.mark.parametrize("codebook", sorted(BLOCK_TYPES.keys() - BITS.keys()))

@@ -137,7 +137,7 @@ STORED: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
     "fp8 experts": ({"x": codes(4, OUT // 4, IN, dtype=F8), "x_scale_inv": ones(4, 1, 1)}, {}),
     "int8 experts": ({"x": codes(4, OUT // 4, IN, dtype=I8), "x_scale": ones(4, 1, IN)}, {}),
     "4-bit experts": ({"x": codes(4, OUT // 4, IN // 2), "x_weight_scale": codes(4, 16, 8, dtype=F8)}, {}),
-    "an fp8 format that is not known": ({"x.weight": FP8, "x.some_scales": ones(3)}, {}),
+    "an unknown fp8 format": ({"x.weight": FP8, "x.some_scales": ones(3)}, {}),
     "ComfyUI scaled weights": ({"x.weight": ones(OUT, IN, dtype=torch.bfloat16), "x.scale_weight": ones(1)}, {}),
 }
 # Those that a codec reads as they stand here

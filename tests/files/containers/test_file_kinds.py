@@ -68,7 +68,7 @@ FILES = [
     ("a.safetensors", b"Entry not found", "is a text, not weights, and begins 'Entry not found'", "hf download"),
     ("a.safetensors", "Zugriff verweigert: für alle".encode()[:30], "is a text", "hf download"),
     ("a.safetensors", b"", "is empty", "hf download"),
-    ("a.safetensors", bytes(4096), "is zeros alone where it begins", "hf download"),
+    ("a.safetensors", bytes(4096), "is a file that begins with zeros", "hf download"),
     ("model.onnx", b"\x08\x0e\x12\x07pytorch:7\n\x10\n\x01x\x12\x01y", "an ONNX model", "PyTorch"),
     ("a.safetensors", b'\x08\n:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01', "an ONNX model", "PyTorch"),
     ("saved_model.pb", b"\x08\x01\x12\xb8\x1a\n", "a TensorFlow SavedModel", "PyTorch"),
@@ -81,7 +81,7 @@ FILES = [
     ("step.wdelta", b"wdelta\0\x01\0\0\0", "a change of a model's weights, of deltatensors", "apply it"),
     ("model.safetensors.znn", b"ZN\0\x05\x04", "compressed by ZipNN", "decompress it"),
     ("a.bin", b"tjgg\x01\0\0\0", "a GGML file", "GGUF"),
-    ("ggml-adapter-model.bin", b"algg\x01\0\0\0\x10\0\0\0", "a GGLA adapter", "made of"),
+    ("ggml-adapter-model.bin", b"algg\x01\0\0\0\x10\0\0\0", "a GGLA adapter", "converted from"),
     ("a.npy", _written(lambda f: np.save(f, np.ones(3))), "a NumPy array", "safetensors.numpy"),
     ("adapters.npz", _written(lambda f: np.savez(f, a=np.ones(3))), "a NumPy archive", "safetensors.numpy"),
     ("model.keras", _zip("config.json", "model.weights.h5"), "a Keras model", "PyTorch"),
@@ -195,7 +195,7 @@ def test_what_is_missing_of_shards_is_counted(tmp_path: Path, there: int, said: 
 def test_a_file_that_is_cut_off_is_fetched_anew(tmp_path: Path) -> None:
     model = write_model(tmp_path / "a", {"w": weights(4, 4)}) / "model.safetensors"
     model.write_bytes(model.read_bytes()[:-8])
-    with pytest.raises(InputError, match="is cut off.*\n.*fetch it anew"):
+    with pytest.raises(InputError, match="is cut off.*\n.*fetch it again"):
         open_checkpoint(model)
 
 

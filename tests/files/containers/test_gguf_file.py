@@ -94,7 +94,7 @@ def test_a_split_model_is_opened_by_its_first_part(tmp_path: Path) -> None:
     (tmp_path / "m-00002-of-00002.gguf").unlink()
     with pytest.raises(InputError, match="is missing"):
         open_checkpoint(tmp_path)
-    with pytest.raises(InputError, match="which its name does not say"):
+    with pytest.raises(InputError, match="but its name does not say so"):
         open_checkpoint(_split(tmp_path, 3))
 
 
@@ -104,7 +104,7 @@ def test_a_split_model_is_opened_by_its_first_part(tmp_path: Path) -> None:
         ({"split.no": 0, "split.count": 2}, ["c.weight"], "is part 0 of 2 by its fields, counted from 0, and not 1"),
         ({"split.no": 1, "split.count": 3}, ["c.weight"], "is part 1 of 3 by its fields"),
         ({}, ["c.weight"], "is part 0 of 1 by its fields"),
-        ({"split.no": 1, "split.count": 2}, ["c.weight", "a.weight"], "stands in both m-00001-of-00002.gguf and m-0"),
+        ({"split.no": 1, "split.count": 2}, ["c.weight", "a.weight"], "is in both m-00001-of-00002.gguf and m-0"),
     ],
 )
 def test_parts_that_do_not_fit(tmp_path: Path, fields: dict[str, Any], names: list[str], message: str) -> None:
@@ -164,7 +164,7 @@ def test_a_layout_is_that_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_type_that_no_gguf_file_has() -> None:
-    with pytest.raises(InputError, match="is F8_E4M3, which no GGUF file can have") as refused:
+    with pytest.raises(InputError, match="is F8_E4M3, which GGUF files cannot store") as refused:
         build_gguf([], {"x": TensorSpec("F8_E4M3", (2, 2))}, 32, 3)
     assert refused.value.culprit == "x"
 
@@ -218,13 +218,13 @@ BAD = {
     "an unknown type": (_file([_info("t", (32,), 31, 0)]), "ggml type 31"),
     "five dimensions": (_file([_info("t", (1,) * 5, 0, 0)]), "5 dimensions"),
     "too large": (_file([_info("t", (1 << 40, 1 << 40), 0, 0)]), "more bytes than any file"),
-    "a dimension of 2**63": (_file([_info("t", (0, 1 << 63), 0, 0)]), "that no file has"),
+    "a dimension of 2**63": (_file([_info("t", (0, 1 << 63), 0, 0)]), "that no file can have"),
     "behind the end": (_file([_info("t", (65,), 0, 0)]), "would end behind"),
     "far away": (_file([_info("t", (1,), 0, 1 << 50)]), "would end behind"),
     "not aligned": (_file([_info("t", (1,), 0, 4)]), "no multiple of 32"),
     "overlapping": (_file([_info("t", (9,), 0, 0), _info("u", (1,), 0, 32)]), "where another tensor is"),
     "the same bytes": (_file([_info("t", (1,), 0, 0), _info("u", (1,), 0, 0)]), "where another tensor is"),
-    "a name twice": (_file([_info("t", (1,), 0, 0), _info("t", (1,), 0, 32)]), "stands twice"),
+    "a name twice": (_file([_info("t", (1,), 0, 0), _info("t", (1,), 0, 32)]), "is twice in"),
     "half a block": (_file([_info("t", (48,), 8, 0)]), "rows of 48 numbers"),
     "no block in a number": (_file([_info("t", (), 8, 0)]), "rows of 1 numbers"),
     "half a header": (GOOD[: len(GOOD) // 3], "cut off"),

@@ -60,8 +60,8 @@ STAY = {
     "onnx/model.onnx": "weights",
     "checkpoint-500/model.safetensors": "training",
     "my-lora/adapter_config.json": "adapter",
-    "figure.png": "no kind",
-    "assets/notes.txt": "no kind",
+    "figure.png": "not copied",
+    "assets/notes.txt": "not copied",
     "metal/model.bin": "weights",
 }
 
@@ -142,7 +142,7 @@ def test_the_folders_of_modules_travel_whole(tmp_path: Path, model: Path, adapte
 @pytest.mark.parametrize("path", ["../other", "/etc", "a/../../b", "C:/x", "a\\b"])
 def test_a_module_outside_of_the_folder_is_refused(tmp_path: Path, model: Path, adapter: Path, path: str) -> None:
     (model / "modules.json").write_text(json.dumps([{"idx": 0, "path": path, "type": "x.Dense"}]))
-    with pytest.raises(loratool.InputError, match=r"modules.json: names '.*', which is no folder beside it"):
+    with pytest.raises(loratool.InputError, match=r"modules.json: names '.*', which is not a folder beside it"):
         loratool.merge(model, adapter, tmp_path / "out")
 
 
@@ -157,7 +157,7 @@ def test_a_link_to_a_folder_in_a_module_is_named(tmp_path: Path, model: Path, ad
     write_files(model, ["2_Dense/config.json"])
     (model / "modules.json").write_text(json.dumps([{"idx": 1, "path": "2_Dense", "type": "x.Dense"}]))
     (model / "2_Dense" / "more").symlink_to(tmp_path)
-    with pytest.raises(loratool.InputError, match="2_Dense/more: travels with the model, but is no file"):
+    with pytest.raises(loratool.InputError, match="2_Dense/more: is copied with the model, but is not a readable file"):
         loratool.merge(model, adapter, tmp_path / "out")
 
 
@@ -191,7 +191,7 @@ def test_a_side_file_that_cannot_be_read_is_found_first(tmp_path: Path, model: P
         os.mkfifo(model / "tokenizer.json")
     else:
         (model / "tokenizer.json").symlink_to("absent")
-    with pytest.raises(loratool.InputError, match=r"tokenizer.json: travels with the model"):
+    with pytest.raises(loratool.InputError, match=r"tokenizer.json: is copied with the model"):
         loratool.merge(model, adapter, tmp_path / "out")
 
 

@@ -203,7 +203,7 @@ def test_a_change_is_refused_by_name(what: str, tmp_path: Path, run: Callable[..
         result = run(*(word.format(x=folder, out=tmp_path / "out") for word in words))
         first, hint = result.stderr.splitlines()
         assert result.exit_code == 3 and not result.stdout, command
-        assert "a change of one's weights" in first and f"({name})" in first and versions in first, command
+        assert "a change of a model's weights" in first and f"({name})" in first and versions in first, command
         assert str(folder) in first and hint.startswith("hint: apply it to the model"), command
     assert not (tmp_path / "out").exists()
 
@@ -218,7 +218,7 @@ def test_a_file_of_a_change_is_refused_by_name(what: str, tmp_path: Path) -> Non
     shutil.copy(sorted(make(folder).glob("*.safetensors"))[0], alone)
     for path in (alone, alone.parent):
         for opened in (open_checkpoint, open_adapter, holds_adapter):
-            with pytest.raises(InputError, match="a change of one's weights") as error:
+            with pytest.raises(InputError, match="a change of a model's weights") as error:
                 opened(path)
             assert f"({name})" in str(error.value)
 
@@ -234,7 +234,7 @@ def test_a_manifest_named_by_itself(tmp_path: Path) -> None:
 
 def test_a_config_beside_a_change_does_not_make_it_a_config_alone(tmp_path: Path) -> None:
     shutil.copy(BASE / "config.json", tmp_path)
-    with pytest.raises(InputError, match="a change of one's weights"):
+    with pytest.raises(InputError, match="a change of a model's weights"):
         is_config_alone(skyrl(tmp_path))
 
 

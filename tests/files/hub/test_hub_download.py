@@ -173,7 +173,7 @@ def test_what_comes_broken_without_links_is_removed_too(hub: HubServer, monkeypa
     monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda *_, **__: False)
     commit = hub.add("org/name", MODEL, damaged={"model.safetensors"})
     place = Path("cache", "models--org--name", "snapshots", commit)
-    with pytest.raises(MachineError, match="did not come as the hub lists it"):
+    with pytest.raises(MachineError, match="is not as the hub lists it"):
         resolve("org/name")
     assert not (place / "model.safetensors").exists() and not (place / "config.json").is_symlink()
     hub.repositories["org/name"] = Repository(**{**vars(hub.repositories["org/name"]), "damaged": set()})
@@ -197,7 +197,7 @@ def test_a_wrong_etag(hub: HubServer) -> None:
     assert files_in(resolve("org/one")) == {name: MODEL[name] for name in TAKEN}
     hub.add("org/two", MODEL, mistagged={"model.safetensors", "tokenizer.json"})
     for _ in range(2):
-        with pytest.raises(MachineError, match="did not come as the hub lists it"):
+        with pytest.raises(MachineError, match="is not as the hub lists it"):
             resolve("org/two")
 
 

@@ -118,7 +118,7 @@ def test_a_config_is_enough_for_names(tmp_path: Path) -> None:
         ("a.safetensors b.safetensors", "", "several files of weights.*org/name/a.safetensors, org/name/b.safetensors"),
         ("x/a.gguf x/b.gguf", "x", "several files of weights.*org/name/x/a.gguf"),
         ("x/adapter_model.safetensors y/z/a.gguf w/README.md", "", "no weights.*of them: org/name/x, org/name/y/z$"),
-        ("README.md model.onnx", "", "no weights in a format that is read$"),
+        ("README.md model.onnx", "", "no weights in a supported format$"),
         ("config.json", "sub", "no such folder or file"),
         ("subs/config.json", "sub", "no such folder or file"),
     ],

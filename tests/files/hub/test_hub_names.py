@@ -46,15 +46,15 @@ PATHS = (
 REFUSED = {
     "hf://datasets/org/name": "one of the hub's datasets",
     "https://huggingface.co/spaces/org/name": "one of the hub's spaces",
-    "https://huggingface.co/org/name/discussions/3": "no file or folder of a model",
-    "https://example.com/org/name": "only those of the hub's pages",
-    "https://huggingface.co.example.com/org/name": "only those of the hub's pages",
-    "https://user@huggingface.co:1/org/name": "only those of the hub's pages",
-    "https://huggingface.co/org/name/resolve/%2e%2e/x": "no link to a model",
-    "hf://org/name@../x": "no link to a model",
-    "hf://../name": "no link to a model",
-    "http://[::1": "no link to a model",
-    "https://[bad]/org/name": "no link to a model",
+    "https://huggingface.co/org/name/discussions/3": "not a link to a file or folder of a model",
+    "https://example.com/org/name": "only links to the hub's pages",
+    "https://huggingface.co.example.com/org/name": "only links to the hub's pages",
+    "https://user@huggingface.co:1/org/name": "only links to the hub's pages",
+    "https://huggingface.co/org/name/resolve/%2e%2e/x": "not a link to a model",
+    "hf://org/name@../x": "not a link to a model",
+    "hf://../name": "not a link to a model",
+    "http://[::1": "not a link to a model",
+    "https://[bad]/org/name": "not a link to a model",
 }
 
 

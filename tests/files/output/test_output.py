@@ -193,7 +193,7 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
         loratool.merge(model, adapter, tmp_path / "mounted")
     with pytest.raises(UsageError, match="no such folder"):
         loratool.merge(model, adapter, tmp_path / "absent" / "out")
-    with pytest.raises(UsageError, match="no name for"):
+    with pytest.raises(UsageError, match="not a suffix of"):
         loratool.merge(model, adapter, tmp_path / "x.gguf")
 
 
@@ -308,7 +308,7 @@ class TestUndoBesideAFile:
 
     def test_a_strangers_file_is_never_replaced(self, tmp_path: Path, model: Path, adapter: Path) -> None:
         (tmp_path / "x.undo").write_text("mine")
-        with pytest.raises(UsageError, match=r"x.undo: is no undo file"):
+        with pytest.raises(UsageError, match=r"x.undo: is in the way of an undo file"):
             loratool.merge(model, adapter, tmp_path / "x.safetensors", force=True)
         loratool.merge(model, adapter, tmp_path / "x.safetensors", undo=False)
         assert (tmp_path / "x.undo").read_text() == "mine"
@@ -460,6 +460,8 @@ class TestUndoBesideAFile:
 @pytest.mark.parametrize("name", ["q.txt", "q.safetensors.gz", "q.SAFETENSORS", "q.json"])
 def test_a_file_that_is_not_written_is_no_name(tmp_path: Path, model: Path, adapter: Path, name: str) -> None:
     """But for a folder that is there, and one whose name has a dot."""
-    with pytest.raises(UsageError, match=r"is no name for a safetensors file\nname a folder or a .safetensors file"):
+    with pytest.raises(
+        UsageError, match=r"is not a suffix of a safetensors file\nname a folder or a .safetensors file"
+    ):
         loratool.merge(model, adapter, tmp_path / name, dry_run=True)
     assert loratool.merge(model, adapter, tmp_path / "llama-3.1", dry_run=True).out == str(tmp_path / "llama-3.1")

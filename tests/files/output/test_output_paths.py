@@ -195,7 +195,7 @@ def test_the_folder_around_it(name: str, work: Path, run: Run, monkeypatch: pyte
     call = CALLS[name]
     make_file(Path("plain"))
     refused(run, work, call.format("absent/x"), f"{work}/absent: there is no such folder to write into")
-    refused(run, work, call.format("plain/x"), f"{work}/plain: is no folder to write into")
+    refused(run, work, call.format("plain/x"), f"{work}/plain: is not a folder to write into")
     make_folder(Path("sealed"))
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sealed" and access(path, mode))
@@ -379,6 +379,6 @@ def test_an_output_that_a_killed_run_has_set_aside_exists(tmp_path: Path) -> Non
 
 
 def test_a_stream_is_no_output() -> None:
-    with pytest.raises(loratool.UsageError, match="which no stream is") as refused:
+    with pytest.raises(loratool.UsageError, match="and a stream cannot be") as refused:
         check_output_name("-")
     assert refused.value.culprit == "-"

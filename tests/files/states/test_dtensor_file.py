@@ -126,7 +126,7 @@ CUT = {"w": (W[:10].clone(), [Shard(0)])}
 @pytest.mark.parametrize(
     ("change", "message"),
     {
-        "a reserved name": (lambda state: state.update(__metadata__=state["w"]), "is reserved or no text"),
+        "a reserved name": (lambda state: state.update(__metadata__=state["w"]), "is reserved or not text"),
         "no tensors": (lambda state: state.clear(), "holds no tensors"),
         "no part": (lambda state: setattr(state["w"], "_local_tensor", None), "w has no shape or no part"),
         "no place": (lambda state: setattr(mesh_of(state), "_coordinate_on_dim", None), "w has no place in a mesh"),

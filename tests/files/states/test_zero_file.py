@@ -184,7 +184,7 @@ OPTIMIZER_STATE = {2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
         "no vector": (2, "*_1_*optim*", lambda s: s.update(single_partition_of_fp32_groups=[5, 5]), "is no tensor"),
         "experts": (2, "*model*", lambda s: s.update(autoep_layers=[1]), "experts over several ranks"),
         "two groups": (2, "*model*", lambda s: rename(s, "d.weight", "b.weight"), "a parameter is in two groups"),
-        "a reserved name": (2, "*model*", lambda s: rename(s, "d.weight", "__metadata__"), "is reserved or no text"),
+        "a reserved name": (2, "*model*", lambda s: rename(s, "d.weight", "__metadata__"), "is reserved or not text"),
         "no module": (2, "*model*", lambda s: s.update(module=None), "has no module, and is not of DeepSpeed"),
         "a group less": (2, "*model*", drop_group, "has 2 vectors, for 1 groups of parameters"),
     }.values(),
@@ -247,7 +247,7 @@ def test_a_gap_below_zero(tmp_path: Path) -> None:
     """With it two parameters would share numbers."""
     step = write_zero(tmp_path / "a", 2, 2, GROUPS, gaps=1)
     paddings = [[-1, *[1] * (len(group) - 1)] for group in GROUPS]
-    assert "a gap behind" in refusal(
+    assert "an invalid gap after" in refusal(
         edited(step, "*optim*", lambda state: state["optimizer_state_dict"].update(param_alignment_paddings=paddings))
     )
 

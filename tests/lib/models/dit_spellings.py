@@ -727,7 +727,7 @@ def outcome(subject: Subject, cell: Cell) -> tuple[str, str]:
 REASONS: Mapping[str, tuple[str, ...]] = {
     "PEFT cannot tell": ("peft",),  # its config cannot name a layer whose whole name ends another's
     "whose maker uses diffusers' names": ("single-file",),  # FramePack's
-    "of which there are no": ("kohya", "comfy"),  # Bria's LoRAs are diffusers' alone
+    "has no files for it": ("kohya", "comfy"),  # Bria's LoRAs are diffusers' alone
 }
 
 
