@@ -121,19 +121,19 @@ def _misfit(update: UpdateSpec, expert: int | None, parts: Sequence[Part], tied:
     """Return why an update of these tensors, or of one expert in them, has no place in GGUF; None if it has one."""
     inner = update.cls.without_norm(update)
     if inner.cls not in (LowRank, Experts) or len(inner.shape) != 2 + inner.cls.stack or update.along_inputs:
-        return f"{update.kind} is no LoRA of a matrix"
+        return f"{update.kind} is not LoRA of a matrix"
     if not parts:
         return "no weight that its table knows"
     if inner.cls.stack != (parts[0].module.endswith(STACK) and expert is None):
         return "no stack of experts, as the file has one there"
     if expert is not None and update.cls is not LowRank:
-        return f"{update.kind} of one expert, whose stack takes plain LoRA alone"
+        return f"{update.kind} of one expert, but its stack takes only plain LoRA"
     if tied and parts[0].module == HEAD:
         return "a head that is tied to the embedding, which the file has once"
     if update.base and (parts[0].weight.rows or parts[0].weight.columns):
         return "the weight under its factors is stored with other rows"
     if update.cls is DoRA and any(part.weight.heads for part in parts):
-        return "DoRA of what is a matrix for each head there"
+        return "DoRA of a weight that has a matrix for each head there"
     return None
 
 

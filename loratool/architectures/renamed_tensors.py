@@ -213,7 +213,7 @@ def _in_maker_names(
             used[span.module] += span.stop - span.start
     for name, tensor in tensors.items():
         if used[name] != _rows(tensor):
-            message = f"is {name}: the maker's tensors have {used[name]} of its rows and not {_rows(tensor)}"
+            message = f"is {name}, but the maker's tensors have {used[name]} of its rows and not {_rows(tensor)}"
             raise InputError(message, culprit=tensor.rows[0].tensor)
     renamed = {new: _joined(new, _cut(spans, tensors), shapes) for new, spans in parts.items()}
     flat = {new: parts[new][0].module for new in renamed if _shape_in_diffusers(family, parts[new][0].module)}

@@ -157,7 +157,7 @@ class RowMerge:
     def _not_finite(
         self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: PerMatrix, hit: Tensor, work: Workspace
     ) -> Sums:
-        """Copy W's inf and nan, except where a is 0; mark the other non-finite results as undecided. Return the sums."""
+        """Copy W's inf and nan, except where a is 0; mark other non-finite results as undecided. Return the sums."""
         not_finite = ~finite(base)
         if self.x.factor:
             a = torch.from_numpy(self.x.factor.value)

@@ -132,7 +132,7 @@ def _is_direction(change: FactoredSVD) -> Tensor:
 
 
 def _triangle(vectors: Sequence[Tensor], is_direction: Tensor) -> Tensor:
-    """Return R of the QR of vectors side by side, 0 for vectors that are not directions. R has the vectors' products."""
+    """Return R of the QR of vectors side by side, 0 for those that are not directions. R has the vectors' products."""
     R: Tensor = torch.linalg.qr(torch.cat(list(vectors), -1), mode="r").R
     return torch.where(is_direction, R, 0.0)
 

@@ -44,7 +44,7 @@ BEATING, SILENCE = 5.0, 120.0  # seconds between heartbeats, and without one unt
 
 TELLING = 60  # seconds after which a rank reports that it waits for others
 
-CALLED = f"if this is no rank of torchrun's but called by one, unset {RUN_ID}"
+CALLED = f"if this is not a rank of torchrun but is called by one, unset {RUN_ID}"
 
 POLL, LONGEST_POLL = 0.002, 0.25  # seconds between two polls of the store, at first and after a long while
 

@@ -149,8 +149,8 @@ def _require_known(adapters: Sequence[Adapter], family: str | None) -> None:
             )
         if (first_suffixes := _factor_suffixes(first)) != (suffixes := _factor_suffixes(adapter)):
             raise InputError(
-                f"spells its factors {' '.join(suffixes)}, {first.name} {' '.join(first_suffixes)}, and is of no image "
-                f"model that is known ({KNOWN}): no loader takes both in one file",
+                f"spells its factors {' '.join(suffixes)}, {first.name} {' '.join(first_suffixes)}, and is of no known "
+                f"image model ({KNOWN}): no loader reads both in one file",
                 culprit=adapter.name,
             )
 

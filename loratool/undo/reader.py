@@ -133,7 +133,7 @@ def card_packer() -> ModuleType:
     try:
         import bz2
     except ImportError as error:
-        what = "this Python has no module bz2, by which an undo file has the base's model card"
+        what = "this Python has no module bz2, which the undo file's copy of the base's model card needs"
         raise MachineError(what, remedy="use a Python that was built with libbz2") from error
     return bz2
 
@@ -402,7 +402,7 @@ class UndoFile:
         is_gguf = all(layout and layout.container == GGUF for layout in self.layouts)  # parts find each other
         for prefix, count in self._beside.items():
             is_findable = is_gguf or prefix in indexed or (count == 1 and (index["file"] or prefix in lone))
-            require(is_findable, "it lacks the index by which the base's files are found")
+            require(is_findable, "it lacks the index of the base's files")
             require(index["file"] or prefix + "config.json" in {*self.side, *new}, "it lacks a config.json")
         require(not index["file"] or self._beside == {"": 1}, "the base is one file, and several")
 

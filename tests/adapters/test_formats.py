@@ -409,5 +409,5 @@ def test_what_is_refused_by_a_tensors_name_is_said_of_which_adapter(tmp_path: Pa
     ],
 )
 def test_a_model_that_a_format_has_no_files_of_is_refused(to: str, family: str, component: str, what: str) -> None:
-    with pytest.raises(InputError, match=f"is of {what}, and {to} files"):
+    with pytest.raises(InputError, match=f"is for {what}, and {to} has no files"):
         FORMATS[to].module_name(component, "proj_out", family)

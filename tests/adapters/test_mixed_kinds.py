@@ -83,13 +83,13 @@ def test_two_changes_of_one_bias(tmp_path: Path, container: str, end: str) -> No
 def test_two_methods_of_peft_on_one_module(tmp_path: Path, kind: str, more: str) -> None:
     adapter = peft(kind)
     mixed = replace(adapter, roles={**adapter.roles, more: N(25)})
-    refuse(tmp_path, adapter.layer, mixed.write(tmp_path / "a"), "two sorts")
+    refuse(tmp_path, adapter.layer, mixed.write(tmp_path / "a"), "two kinds")
 
 
 @pytest.mark.parametrize("kind", ["lora", "tokens"])
 def test_projections_without_vera(tmp_path: Path, kind: str) -> None:
     adapter = replace(peft(kind), shared={"vera_A": N(3, 6)})
-    refuse(tmp_path, "linear", adapter.write(tmp_path / "a"), "has none")
+    refuse(tmp_path, "linear", adapter.write(tmp_path / "a"), "does not have")
 
 
 @pytest.mark.parametrize(

@@ -520,7 +520,7 @@ BAD_TENSORS: dict[str, tuple[dict[str, Tensor], str, str]] = {
     "half a pair": ({"q.lora_a": ints(6, 2)}, "lora", "no partner"),
     "half a stack": ({"switch_mlp.up_proj.lora_b": ints(3, 4, 2)}, "lora", "lora_a and lora_b"),
     "other ranks": ({"q.lora_a": ints(6, 2), "q.lora_b": ints(3, 4)}, "lora", "do not share a rank"),
-    "other experts": ({"s.lora_a": ints(3, 2, 6), "s.lora_b": ints(2, 4, 2)}, "lora", "no stack"),
+    "other experts": ({"s.lora_a": ints(3, 2, 6), "s.lora_b": ints(2, 4, 2)}, "lora", "not a stack"),
     "empty": ({"q.lora_a": ints(6, 0), "q.lora_b": ints(0, 4)}, "lora", "do not share a rank|rank"),
     "a vector": ({"q.lora_a": ints(6), "q.lora_b": ints(2, 4)}, "lora", "not a low-rank pair"),
     "a stranger": ({**pair("q", 6, 4), "q.bias": ints(4)}, "lora", "not a tensor of MLX's LoRA"),

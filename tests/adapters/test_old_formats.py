@@ -154,7 +154,7 @@ class TestCloneofsimo:
             (144, ["Attention", "ResnetBlock2D"], {}, "does not say unet"),
             (144, None, {}, "does not say unet"),
             (144, [["Attention"]], {}, "does not say unet"),
-            (144, ["Attention", "GEGLU"], {"s1": weights(768)}, "s1: is no factor"),
+            (144, ["Attention", "GEGLU"], {"s1": weights(768)}, "s1: is not a factor"),
         ],
     )
     def test_what_cannot_be_told_is_refused(

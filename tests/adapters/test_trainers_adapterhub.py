@@ -120,7 +120,7 @@ class TestReading:
         ({}, pair("encoder.layer.0.attention.self.key".replace("mine", "other"), 6, 4) | {
             f"{QUERY}.loras.other.lora_A": weights(2, 4), f"{QUERY}.loras.other.lora_B": weights(6, 2)
         }, "several adapters"),
-        ({"attn_matrices": ["q", "k", "v"]}, pair("h.0.attn.c_attn", 8, 4), "no MergedLinear"),
+        ({"attn_matrices": ["q", "k", "v"]}, pair("h.0.attn.c_attn", 8, 4), "not a MergedLinear"),
     ],
 )  # fmt: skip
 def test_what_is_refused(config: dict[str, Any], extra: dict[str, Tensor], message: str, tmp_path: Path) -> None:

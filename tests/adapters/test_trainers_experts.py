@@ -250,7 +250,7 @@ class TestTinker:
         [
             ({"r": 4}, r"has rank 2, but the config says \['4'\]"),
             ({"alpha_pattern": {"w1": 5}}, "alpha_pattern"),
-            ({"use_rslora": True}, "gate and up together"),
+            ({"use_rslora": True}, "gate and up fused"),
         ],
     )
     def test_other_configs_are_refused(self, config: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def stack(module: str, pairs: Mapping[int, Pair], count: int, ranks: Collection[
     (rank, width), rows = first.A.spec.shape, first.B.spec.shape[0]
     if any(each is not None and each * first.joined != rank for each in ranks):
         raise InputError(
-            f"has rank {rank // first.joined}, and the config says {sorted(map(str, ranks))}", culprit=module
+            f"has rank {rank // first.joined}, but the config says {sorted(map(str, ranks))}", culprit=module
         )
 
     def sides(side: str) -> Iterator[tuple[Tensor, Place]]:

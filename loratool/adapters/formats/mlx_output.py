@@ -235,7 +235,7 @@ def _of_model(module: str, update: UpdateSpec, model: Mapping[str, Any], is_mlx:
     known, path = mlx_names(types), canonical(module, types)
     names, last = known or MlxNames(), path.rpartition(".")[2]
     if update.cls.stack and (known is None or not stacks_of(path, names)):
-        return f"a stack of experts, and how MLX has those of {types[0]} is not known"
+        return f"a stack of experts, and how MLX stores those of {types[0]} is unknown"
     if names.scaled and re.search(names.scaled, path):
         return f"of {types[0]}, whose weights MLX multiplies by numbers of the config"
     if path.endswith(names.absent):

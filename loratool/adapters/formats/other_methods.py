@@ -66,7 +66,7 @@ OTHER_METHODS = {
     "BOTTLENECK": OtherMethod(
         "a bottleneck adapter (Houlsby, Lin, Pfeiffer, Rücklé)",
         "neither",
-        "adds layers, whose depth is its latency, and no weight could hold them",
+        "adds layers, and no weight could hold them",
         ("adapter_down", "adapter_up", "mixadapter.", "invertible_adapters."),
     ),
     "PREFIX_TUNING": OtherMethod("prefix tuning", "neither", _KEYS, ("prefix_tunings.", "prefix_gates.")),
@@ -115,17 +115,17 @@ _UNKNOWN = OtherMethod(
 
 # A state dict of trained biases, as BitFit saves it.
 BIASES = OtherMethod(
-    "biases alone (BitFit)",
+    "only biases (BitFit)",
     "merged",
     "need a config that says what they are",
     (),
-    "whole biases are merged, in place of the base's, from a file adapter_model.safetensors beside an "
-    'adapter_config.json of {"peft_type": "LORA"}; changes are to be added to the base\'s first, and `loratool extract '
-    "BASE MODEL` keeps the sum exactly",
+    "put complete biases, which replace the base's, into a file adapter_model.safetensors beside an "
+    'adapter_config.json of {"peft_type": "LORA"}; add changes to the base\'s biases first, and `loratool extract BASE '
+    "MODEL` keeps the sum exactly",
 )
 
 # A file with only extras.
-EMBEDDINGS = OtherMethod("embeddings of tokens alone (textual inversion)", "neither", _INPUTS)
+EMBEDDINGS = OtherMethod("only embeddings of tokens (textual inversion)", "neither", _INPUTS)
 
 # AdapterHub's `architecture` -> a key of OTHER_METHODS, for configs of tensors without a mark.
 _ARCHITECTURES = {"": "BOTTLENECK", "lora": "LORAS", "mtl_lora": "LORAS", "reft": "REFT"}

@@ -52,7 +52,7 @@ class AdaLoRA(Update):
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
         A, E, B = (specs[role].shape for role in cls.roles)
         if len(A) != 2 or len(B) != 2 or A[0] != B[1] or (*A[:1], 1) != E:
-            raise InputError(f"A is {A}, E is {E}, B is {B}: no product", culprit=module)
+            raise InputError(f"A is {A}, E is {E}, B is {B}: they cannot be multiplied", culprit=module)
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:

@@ -76,7 +76,9 @@ class LoHa(Update):
             inner = a[:1] if core else a[1:2]
             if len(a) != 2 or len(b) != 2 or inner != b[:1] or b[0] == 0 or (core and core.shape[:2] != (b[0], b[0])):
                 core_text = f", t{side} is {core.shape}" if core else ""
-                raise InputError(f"w{side}_a is {a}, w{side}_b is {b}{core_text}: no product", culprit=module)
+                raise InputError(
+                    f"w{side}_a is {a}, w{side}_b is {b}{core_text}: they cannot be multiplied", culprit=module
+                )
             sides.append((a[1] if core else a[0], b[1], core.shape[2:] if core else ()))
         if sides[0] != sides[1]:
             raise InputError(f"its two products are {sides[0]} and {sides[1]}", culprit=module)

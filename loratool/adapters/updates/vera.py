@@ -63,7 +63,9 @@ class VeRA(Update):
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
         b, d, B, A = (specs[role].shape for role in cls.roles)
         if len(B) != 2 or len(A) != 2 or not len(b) == len(d) == 1 or not B[1] == d[0] == A[0] > 0 or B[0] < b[0]:
-            raise InputError(f"lambda_b is {b}, lambda_d is {d}, B is {B}, A is {A}: no product", culprit=module)
+            raise InputError(
+                f"lambda_b is {b}, lambda_d is {d}, B is {B}, A is {A}: they cannot be multiplied", culprit=module
+            )
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:

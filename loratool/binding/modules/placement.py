@@ -143,12 +143,12 @@ def _require_whole(update: UpdateSpec, match: Match, spec: TensorSpec) -> None:
                 f"is {spec.shape}, but {update.module} has {size} magnitudes of inputs", culprit=match.name
             )
         return
-    subject = f"{update.module}, which is DoRA along the inputs, whose norms are of "
+    subject = f"{update.module}, which is DoRA along the inputs: its norms are those of"
     if update.shape[0] > rows:
-        message, remedy = f"is a part of {subject}the whole", "as single files have fused ones"
+        message, remedy = f"is a part of {subject} the complete module", "as single files have fused ones"
     else:
-        message, remedy = f"has as a part of its rows {subject}that part", "as diffusers' folders have the parts"
-    remedy = f"pass a base that has it as a tensor of its own, {remedy}"
+        message, remedy = f"has among its rows those of {subject} that part", "as diffusers' folders have the parts"
+    remedy = f"pass a base that has the module as a tensor of its own, {remedy}"
     raise InputError(message, culprit=match.name, remedy=remedy)
 
 

@@ -98,7 +98,8 @@ class InputMoments:
         layers = self._file.layers
         if not self._layers or layers in (0, self._layers):
             return ()
-        return (f"{self.path.name} has inputs of {layers} layers, and the model has {self._layers}: is it its own?",)
+        message = f"{self.path.name} has inputs of {layers} layers, but the model has {self._layers}"
+        return (f"{message}: is it the file of this model?",)
 
     def weights(self, module: str, sizes: tuple[int, int, int]) -> Tensor | None:
         """Return the weights of a module's inputs, (E, in) as from `input_weights`; None without any.

@@ -102,7 +102,7 @@ def _block_of(shape: tuple[int, ...], scale: TensorSpec, stated: Blocks, is_tran
     for high, wide in chain(named, _usual_blocks(rows, columns, bool(stack))):
         if grid[-2:] == (-(-rows // high) if high else 1, -(-columns // wide) if wide else 1):
             return high, wide
-    raise Fault(f"has the shape {scale.shape}, which is no grid of blocks of a weight of {shape}")
+    raise Fault(f"has the shape {scale.shape}, which is not a grid of blocks of a weight of {shape}")
 
 
 def _usual_blocks(rows: int, columns: int, is_stack: bool) -> Iterator[tuple[int, int]]:

@@ -90,7 +90,7 @@ def _entry(declared: Mapping[str, Any], field: str, kind: type[_Kind]) -> _Kind:
     """Return a field's value, empty if it is missing or null; raise InputError if it is of another type."""
     value = declared.get(field)
     if value is not None and not isinstance(value, kind):
-        raise InputError(f"is no {kind.__name__}", culprit=f"quantization config: {field}")
+        raise InputError(f"is not a {kind.__name__}", culprit=f"quantization config: {field}")
     return value if value is not None else kind()
 
 
@@ -219,7 +219,7 @@ def plain_metadata(metadata: Mapping[str, str], modules: Collection[str]) -> dic
             listing = json.loads(metadata[LISTING])
             layers = {key: value for key, value in listing["layers"].items() if not _is_listed(key, modules)}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError("is no JSON object with layers", culprit=LISTING) from error
+            raise InputError("is not a JSON object with layers", culprit=LISTING) from error
         del changed[LISTING]
         changed |= {LISTING: json.dumps({**listing, "layers": layers})} if layers else {}
     if "tensor_names" in metadata:

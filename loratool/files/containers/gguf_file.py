@@ -331,7 +331,7 @@ def _read_value(cursor: _Cursor, key: str) -> Any:
 def _alignment(fields: dict[str, Any], path: Path) -> int:
     value = fields.get(ALIGNMENT, DEFAULT_ALIGNMENT)
     if type(value) is not int or value <= 0 or value & (value - 1):
-        raise InputError(f"has a {ALIGNMENT} of {value!r}, which is no power of two", culprit=str(path))
+        raise InputError(f"has a {ALIGNMENT} of {value!r}, which is not a power of two", culprit=str(path))
     return value
 
 
@@ -374,7 +374,7 @@ def _locate(
     for start, nbytes, name in sorted(((s, spec.nbytes, n) for n, (s, spec) in places.items()), key=itemgetter(0, 1)):
         spec = places[name][1]
         if start % alignment or start < end:
-            problem = f"which is no multiple of {alignment}" if start % alignment else "where another tensor is"
+            problem = f"which is not a multiple of {alignment}" if start % alignment else "where another tensor is"
             raise InputError(f"{path.name} puts it at byte {start} of the data, {problem}", culprit=name)
         end = start + nbytes
         if data_start + end > file_size:

@@ -52,7 +52,7 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     if COMMIT.fullmatch(name.revision or "") and info.sha != name.revision:  # pinned, so that no other will do
         raise MachineError(f"the hub answers with the commit {info.sha}", culprit=str(name))
     if not all(isinstance(each, str) for each in listed) or not all(isinstance(each, int) for each in sizes.values()):
-        raise MachineError("the hub's answer is no list of files and their sizes", culprit=str(name))
+        raise MachineError("the hub's answer is not a list of files and their sizes", culprit=str(name))
     folder = repository_folder(name) / "snapshots" / str(info.sha)
     is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
     with reading(folder):

@@ -139,7 +139,9 @@ class ZeroFile(ShardedFile):
         if ranks[-1][0]:
             raise self._refuse("is of a run with tensor parallelism, which is not read")
         if [rank for _, rank, _ in ranks] != list(range(len(ranks))):
-            raise self._refuse(f"has not one file each of ranks 0 to {ranks[-1][1]}", "copy the whole folder")
+            raise self._refuse(
+                f"does not have one file for each of the ranks 0 to {ranks[-1][1]}", "copy the whole folder"
+            )
         return [path for _, _, path in ranks]
 
     def _archive(self, path: Path, key: str) -> TorchArchive:
@@ -151,7 +153,7 @@ class ZeroFile(ShardedFile):
 
     def _vector(self, archive: TorchArchive, name: str, tensor: Any) -> _Vector:
         if type(tensor) is not SavedTensor:
-            raise ValueError(f"{name} is no tensor")
+            raise ValueError(f"{name} is not a tensor")
         spec, begin = archive.place(name, tensor)
         return _Vector(self._part(archive.path), spec.dtype, begin, spec.size)
 

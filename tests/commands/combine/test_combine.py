@@ -500,7 +500,7 @@ class TestImage:
         self.write(a, 0, ("lora_A", "lora_B"), None)
         self.write(b, 1, ("lora.down", "lora.up"), None)
         result = run("combine", a, b, "-o", tmp_path / "out.safetensors")
-        assert result.exit_code == 3 and "no loader takes both" in result.stderr
+        assert result.exit_code == 3 and "no loader reads both" in result.stderr
 
 
 X = {"x": factors(20, 14, 3)}

@@ -212,8 +212,11 @@ MAKER: list[tuple[dict[str, Any], str]] = [
     ({QKV_WEIGHT: torch.zeros(24, 8, dtype=torch.float8_e4m3fn), f"{QKV_WEIGHT[:-7]}.scale_weight": ()}, "quantized"),
 ]
 DIFFUSERS: list[tuple[dict[str, Any], str]] = [
-    ({f"{QKV[1]}.weight": REMOVED}, r"is a part of double_blocks\.0\.img_attn\.qkv\.weight, and .*to_k\.weight is not"),
-    ({f"{QKV[1]}.bias": REMOVED}, r"is a part of double_blocks\.0\.img_attn\.qkv\.bias, and .*to_k\.bias is not there"),
+    (
+        {f"{QKV[1]}.weight": REMOVED},
+        r"is a part of double_blocks\.0\.img_attn\.qkv\.weight, but .*to_k\.weight is missing",
+    ),
+    ({f"{QKV[1]}.bias": REMOVED}, r"is a part of double_blocks\.0\.img_attn\.qkv\.bias, but .*to_k\.bias is missing"),
     ({f"{QKV[1]}.weight": (16, 8)}, r"cannot become double_blocks\.0\.img_attn\.qkv, of 8 columns and these rows"),
     ({f"{QKV[1]}.weight": (8, 7)}, r"is \(8, 7\) and .*to_q\.weight is \(8, 8\), and both are rows of double_blocks"),
     (
@@ -223,7 +226,7 @@ DIFFUSERS: list[tuple[dict[str, Any], str]] = [
     ({f"{SINGLE[3]}.weight": (32,)}, r"is \(32,\) and .*to_q\.weight is \(8, 8\), and both are rows of single_blocks"),
     ({f"{SINGLE[0]}.weight": (16, 8)}, r"cannot become single_blocks\.0\.linear1"),
     ({f"{QKV[1]}.weight": torch.zeros(8, 8)}, r"is BF16 and .*to_k\.weight is F32, and both are rows of double_blocks"),
-    ({"norm_out.linear.weight": (17, 8)}, r"of which the maker's tensors have 16 rows and not 17"),
+    ({"norm_out.linear.weight": (17, 8)}, r"the maker's tensors have 16 of its rows and not 17"),
 ]
 
 

@@ -172,7 +172,7 @@ def test_embeddings_alone_are_no_adapter(tmp_path: Path, run: Any) -> None:
     save_file({"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 12)}, tmp_path / "e.safetensors")
     shown = run("inspect", tmp_path / "e.safetensors")
     assert shown.exit_code == 0 and "textual inversion), which adds inputs, and no weight could hold" in shown.stdout
-    with pytest.raises(InputError, match="holds embeddings of tokens alone"):
+    with pytest.raises(InputError, match="holds only embeddings of tokens"):
         loratool.merge(sdxl(tmp_path), tmp_path / "e.safetensors", tmp_path / "out", drop=["extras"])
 
 

@@ -318,7 +318,7 @@ class TestRefused:
         base = write_model(tmp_path / "base", names, config)
         pairs = {q: factors(16, 8, 2), conv: (weights(2, 3, 2, 4, 4), weights(8, 2, 1, 1, 1))}
         start = write_peft(tmp_path / "a", pairs)
-        with pytest.raises(NeedsFlag, match="LoRA on convolutions would be dropped"):
+        with pytest.raises(NeedsFlag, match="LoRA on convolutions would be ignored"):
             loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
         (found,) = loratool.inspect_for(start, runtime="vllm", base=base).findings
         assert found.what == "convolutions" and found.modules == (conv,)
@@ -438,7 +438,7 @@ def test_exllamav3_has_float16(tmp_path: Path) -> None:
 
 def test_modules_that_the_base_does_not_have(tmp_path: Path) -> None:
     start = write_peft(tmp_path / "a", {**both(0), "model.layers.7.self_attn.q_proj": factors(8, 8, 2)})
-    with pytest.raises(NeedsFlag, match="modules that the base does not have would be dropped"):
+    with pytest.raises(NeedsFlag, match="modules that the base does not have would be ignored"):
         loratool.convert(start, tmp_path / "b", runtime="vllm", base=llama(tmp_path / "base"))
     (found,) = loratool.inspect_for(start, runtime="vllm", base=tmp_path / "base").findings
     assert found.what == "absent" and found.modules == ("model.layers.7.self_attn.q_proj",)
@@ -466,7 +466,7 @@ class TestEmbedding:
 
     def test_a_trained_one_is_refused(self, tmp_path: Path) -> None:
         start, base = self.make(tmp_path / "a", weights(16, 8, seed=9)), llama(tmp_path / "base")
-        with pytest.raises(NeedsFlag, match="weights of their own under the factors would be dropped"):
+        with pytest.raises(NeedsFlag, match="weights of their own under the factors would be ignored"):
             loratool.convert(start, tmp_path / "b", runtime="vllm", base=base)
         (found,) = loratool.inspect_for(start, runtime="vllm", base=base).findings
         assert found.what == "replaced" and found.modules == ("model.embed_tokens",)
@@ -522,7 +522,7 @@ def test_a_runtime_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typ
     }
     assert {row.rank for row in report.modules} == {3} and "start Toy with --r 4" in report.notes
     wide = write_peft(tmp_path / "c", {f"{LAYER.format(0)}mlp.up_proj": factors(12, 8, 2)})
-    with pytest.raises(InputError, match="modules of such names would be dropped"):
+    with pytest.raises(InputError, match="modules of such names would be ignored"):
         loratool.convert(wide, tmp_path / "d", runtime="toy", base=base)
 
 

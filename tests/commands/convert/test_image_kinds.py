@@ -179,7 +179,7 @@ class TestDoRAAlongInputs:
     def test_a_part_is_refused_on_the_fused_matrix(self, tmp_path: Path) -> None:
         adapter = self.adapter(tmp_path, self.QKV.diffusers[0], 8, 8)
         base = write_single(tmp_path / "base.safetensors", "flux", self.bases())
-        with pytest.raises(InputError, match="norms are of that part") as refused:
+        with pytest.raises(InputError, match="norms are those of that part") as refused:
             loratool.merge(base, adapter, tmp_path / "out.safetensors")
         assert refused.value.remedy and "diffusers' folders" in refused.value.remedy
         loratool.merge(write_folder(tmp_path / "base", "flux", self.bases()), adapter, tmp_path / "out")

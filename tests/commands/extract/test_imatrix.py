@@ -316,7 +316,7 @@ def test_a_model_of_other_layers_is_told(tmp_path: Path) -> None:
         tmp_path / "deeper.gguf", {f"blk.{n}.attn_q.weight": (torch.ones(1, 64), [1]) for n in range(5)}
     )
     report = loratool.extract(base, tuned, tmp_path / "deeper", rank=1, imatrix=deeper)
-    assert "deeper.gguf has inputs of 5 layers, and the model has 3: is it its own?" in report.warnings
+    assert "deeper.gguf has inputs of 5 layers, but the model has 3: is it the file of this model?" in report.warnings
 
 
 def test_image_models_are_refused_by_name(tmp_path: Path) -> None:

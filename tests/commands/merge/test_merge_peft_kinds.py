@@ -344,7 +344,7 @@ def test_a_variant_that_is_lora_when_merged(tmp_path: Path, variant: str) -> Non
             torch.testing.assert_close(found, full[name], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(by_peft(pair.base, tmp_path / "plain", pair.cls), full, rtol=1e-12, atol=1e-12)
     report: Any = loratool.inspect(pair.adapter)
-    assert any("serve training alone" in note for note in report.notes) == ("bdlora" not in variant)
+    assert any("are only for training" in note for note in report.notes) == ("bdlora" not in variant)
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ BAD = {
     "a dimension of 2**63": (_file([_info("t", (0, 1 << 63), 0, 0)]), "that no file can have"),
     "behind the end": (_file([_info("t", (65,), 0, 0)]), "would end behind"),
     "far away": (_file([_info("t", (1,), 0, 1 << 50)]), "would end behind"),
-    "not aligned": (_file([_info("t", (1,), 0, 4)]), "no multiple of 32"),
+    "not aligned": (_file([_info("t", (1,), 0, 4)]), "not a multiple of 32"),
     "overlapping": (_file([_info("t", (9,), 0, 0), _info("u", (1,), 0, 32)]), "where another tensor is"),
     "the same bytes": (_file([_info("t", (1,), 0, 0), _info("u", (1,), 0, 0)]), "where another tensor is"),
     "a name twice": (_file([_info("t", (1,), 0, 0), _info("t", (1,), 0, 32)]), "is twice in"),

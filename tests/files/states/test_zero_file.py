@@ -181,7 +181,7 @@ OPTIMIZER_STATE = {2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
             2, "*_1_*optim*", lambda s: s.update(single_partition_of_fp32_groups=halves(s, 2)), "vectors of 2 types"
         ),
         "types of ranks": (3, "*_1_*optim*", lambda s: s.update(fp32_flat_groups=halves(s, 3)), "several types"),
-        "no vector": (2, "*_1_*optim*", lambda s: s.update(single_partition_of_fp32_groups=[5, 5]), "is no tensor"),
+        "no vector": (2, "*_1_*optim*", lambda s: s.update(single_partition_of_fp32_groups=[5, 5]), "is not a tensor"),
         "experts": (2, "*model*", lambda s: s.update(autoep_layers=[1]), "experts over several ranks"),
         "two groups": (2, "*model*", lambda s: rename(s, "d.weight", "b.weight"), "a parameter is in two groups"),
         "a reserved name": (2, "*model*", lambda s: rename(s, "d.weight", "__metadata__"), "is reserved or not text"),
