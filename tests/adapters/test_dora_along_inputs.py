@@ -128,7 +128,7 @@ def test_a_part_of_a_fused_tensor_is_refused(tmp_path: Path, run: Callable[..., 
     file = write(tmp_path / "a.safetensors")
     start = base(tmp_path / "base.safetensors", "double_blocks.0.img_attn.qkv.weight", 3 * OUT)
     result = run("merge", start, file, "-o", tmp_path / "out.safetensors")
-    assert result.exit_code == 3 and "has as a part of its rows" in result.stderr
+    assert result.exit_code == 3 and "has among its rows" in result.stderr
     with pytest.raises(NeedsFlag, match="is fused there"):
         loratool.convert(file, tmp_path / "out.safetensors", to="kohya")
 

@@ -290,7 +290,7 @@ class TestBiasesAlone:
             report = report_of(given)
             assert (report.method, report.outcome, report.tensors) == ("BIASES", "merged", len(biases))
             assert report.parameters == sum(t.numel() for t in biases.values())
-            with pytest.raises(InputError, match="holds biases alone .BitFit., which need a config") as caught:
+            with pytest.raises(InputError, match="holds only biases .BitFit., which need a config") as caught:
                 loratool.merge(self.GPT2, given, tmp_path / "out")
             assert caught.value.remedy and caught.value.remedy in report.verdict
 

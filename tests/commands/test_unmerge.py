@@ -286,7 +286,7 @@ class TestRefusals:
     def test_a_damaged_undo_file(self, merged: Path, cut: int) -> None:
         data = (merged / "loratool.undo").read_bytes()
         (merged / "loratool.undo").write_bytes(data[:cut])
-        self.refused(merged, "no undo file|cut off or damaged")
+        self.refused(merged, "not an undo file|cut off or damaged")
 
     @pytest.mark.parametrize("name", ["../evil", "{folder}/evil", "a/../../evil", ""])
     @pytest.mark.parametrize("place", ["side", "shards"])
@@ -300,7 +300,7 @@ class TestRefusals:
             index["shards"][0]["name"] = name
         (merged / "loratool.undo").write_bytes(join_undo(body, index))
         before = sorted(merged.parent.iterdir())
-        self.refused(merged, "which is no file of a model")
+        self.refused(merged, "which is not a file of a model")
         assert sorted(merged.parent.iterdir()) == before
 
     @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ class TestRefusals:
         name, record = next((n, r) for n in undo.index["tensors"] for r in undo.records(n) if r.length)
         undo.close()
         data = bytearray((merged / "loratool.undo").read_bytes())
-        data[record.at] ^= 0xFF
+        data[record.offset] ^= 0xFF
         (merged / "loratool.undo").write_bytes(data)
         self.refused(merged, f"{name}: (does not come back as it was|cannot be restored)")
 

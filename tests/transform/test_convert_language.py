@@ -506,7 +506,7 @@ class TestLayout:
         flags = [json.loads((tmp_path / x / "adapter_config.json").read_text())["fan_in_fan_out"] for x in "be"]
         assert flags == [False, True]  # transformers' Conv1D, which c_attn is
         odd = write_peft(tmp_path / "c", {"transformer.h.0.attn.c_attn": factors(12, 8, 2)})  # multi-query
-        with pytest.raises(InputError, match="of another model"):
+        with pytest.raises(InputError, match="belongs to another model"):
             loratool.convert(odd, tmp_path / "d", to="peft", layout="split")
 
     def test_the_papers_query_and_value_as_gpt2s_c_attn(self, tmp_path: Path) -> None:
@@ -554,7 +554,7 @@ class TestLayout:
         refused = run("convert", start, "--to", "peft", "--layout", "split", "-o", tmp_path / "b")
         assert refused.exit_code == 4 and "--base" in refused.stderr and not (tmp_path / "b").exists()
         other = self.base(tmp_path / "base", num_key_value_heads=4)
-        with pytest.raises(InputError, match="of another model"):
+        with pytest.raises(InputError, match="belongs to another model"):
             loratool.convert(start, tmp_path / "b", to="peft", layout="split", base=other)
         with pytest.raises(UsageError, match="changes nothing"):
             loratool.convert(start, tmp_path / "b", to="peft", layout="fused")

@@ -160,7 +160,7 @@ def test_a_dense_layer_that_cannot_be_taken_is_told(tmp_path: Path) -> None:
     assert len(report.warnings) == 1 and told in report.warnings[0]
     plain = write_model(tmp_path / "plain", load_model(base), {"model_type": "bert"})
     report = loratool.merge(plain, adapter, tmp_path / "alone")
-    assert len(report.warnings) == 1 and "that the base has not (1_Pooling, 2_Dense)" in report.warnings[0]
+    assert len(report.warnings) == 1 and "that the base does not have (1_Pooling, 2_Dense)" in report.warnings[0]
 
 
 @pytest.mark.slow
