@@ -573,7 +573,7 @@ def test_one_expert_that_makes_a_layer_plain_is_told_with_a_better_way(tmp_path:
     report = loratool.merge(base, adapter, tmp_path / "out")
     assert report.decoded == 17 and not open_checkpoint(tmp_path / "out").weights
     (note,) = [line for line in report.warnings if "unchanged weights" in line]
-    assert note.startswith("17 weights") and note.endswith("--quantized requantize keeps their size")
+    assert note.startswith("17 unchanged weights") and note.endswith("--quantized requantize keeps their size")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(base)
