@@ -213,7 +213,7 @@ def cell(adapter: Path, column: str, out: Path) -> tuple[str, loratool.ConvertRe
             if "--base" in flags:
                 return "needs base", None
             if flags[0] == "--exclude":
-                options["exclude"] = re.sub(r"'| to leave.*", "", (error.remedy or "").split("--exclude ")[1]).split(
+                options["exclude"] = re.sub(r"'| to exclude.*", "", (error.remedy or "").split("--exclude ")[1]).split(
                     ","
                 )
                 asked.append("one component")
