@@ -52,7 +52,7 @@ class GgufModel:
             known = ", ".join(kind for each in ARCHITECTURES.values() for kind in (*each.model_types, *each.wrappers))
             raise InputError(f"is a {what}, whose names and rows in GGUF are unknown (known are {known})", culprit=name)
         facts, fields = Facts.of_config(config), text_fields(config)
-        if lacking := architecture.lacks(facts):
+        if lacking := architecture.missing_facts(facts):
             raise InputError(f"its config.json does not tell its {' and '.join(lacking)}", culprit=name)
         width = next((value for key in ("hidden_size", "n_embd") if type(value := fields.get(key)) is int), 0)
         types = tuple(nested_configs(config))
@@ -67,7 +67,7 @@ class GgufModel:
             return None
         facts = Facts.of_metadata(architecture.key, fields)
         weights = [row[0] for m in modules if (row := architecture.find(m) or architecture.find(f"{m}.weight"))]
-        if architecture.lacks(facts, weights):
+        if architecture.missing_facts(facts, weights):
             return None
         width = fields.get(f"{architecture.key}.embedding_length")
         return cls(architecture, facts, architecture.model_types, width if type(width) is int else 0)

@@ -221,8 +221,8 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Setti
             culprit=name,
             remedy="leave --alpha out",
         )
-    lacks = [key for key in ("rank", "dropout") if key not in lora] if lora else []
-    notes = (f"its config has no {' and no '.join(lacks)}, without which mlx-lm does not load it",) if lacks else ()
+    missing = [key for key in ("rank", "dropout") if key not in lora] if lora else []
+    notes = (f"its config has no {' and no '.join(missing)}, without which mlx-lm does not load it",) if missing else ()
     config = AdapterConfig(
         rank=rank,
         alpha=options.alpha if scale is None else float(scale * (rank or 1)),

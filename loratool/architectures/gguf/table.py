@@ -132,7 +132,7 @@ class Architecture:
         weight = next((each for each in self.weights if each.gguf == template), None)
         return None if weight is None else (weight, int(number[1]) if number else None)
 
-    def lacks(self, facts: Facts, weights: Iterable[Weight] | None = None) -> tuple[str, ...]:
+    def missing_facts(self, facts: Facts, weights: Iterable[Weight] | None = None) -> tuple[str, ...]:
         """Return the unknown facts that the orders of `weights` (by default all) need."""
         used = {order for each in (self.weights if weights is None else weights) for order in (each.rows, each.columns)}
         needed = {name for order in used - {""} for name in ROW_ORDERS[order].needs}

@@ -237,9 +237,9 @@ def _unknown_class(head: str, declared: str, likely: Sequence[str], rows: int) -
 def _absent_layers(model_type: str | None, architecture: str | None, names: Iterable[str]) -> list[str]:
     """Return a warning if the class has layers beside the head that neither the base nor an adapter has."""
     tasks = [task for task, classes in CLASSES.items() if model_type and classes.get(model_type) == architecture]
-    lacks = any(absent_beside(model_type, task, list(names)) for task in tasks)
+    is_random = any(absent_beside(model_type, task, list(names)) for task in tasks)
     line = f"{architecture} has layers under names that neither the base nor an adapter has, a pooler mostly: "
-    return [f"{line}their weights will be random"] if lacks else []
+    return [f"{line}their weights will be random"] if is_random else []
 
 
 def _note(fields: Mapping[str, Any], rows: int) -> tuple[str, ...]:

@@ -193,7 +193,7 @@ def _meaning(model: GgufModel, module: str, is_sure: bool) -> list[_Place] | Non
         for part in parts
         if part.module != EMBEDDING  # its inputs are tokens
         and not part.weight.heads  # llama.cpp multiplies other states there
-        and not (part.weight.columns and model.architecture.lacks(model.facts, [part.weight]))
+        and not (part.weight.columns and model.architecture.missing_facts(model.facts, [part.weight]))
     ]
     return places if parts else None
 
