@@ -99,7 +99,7 @@ def test_the_bound_holds_and_becomes_tight(m: int, n: int) -> None:
             space.grow()
             values, turned, rests = intruders._ritz_pairs(space)
             bound = intruders._largest_possible(values, rests, turned[: space.block].T @ parts)
-            assert (bound >= true - 1e-6).all()
+            assert (bound >= true - 1e-5).all()
         if seed == 3:
             assert float(bound[1:].max()) < 0.7
 

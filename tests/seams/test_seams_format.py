@@ -69,13 +69,15 @@ def test_it_is_in_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lo
     names = ("PEFT, of a language model", "PEFT, DoRA", "PEFT, of an image model", "kohya, Flux and SD 3")
     rows = {name: matrix.READABLE[name] for name in names}
     monkeypatch.setattr(matrix, "READABLE", {**rows, "toy": write})
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in matrix.matrix(tmp_path).splitlines()]
-    column = table[0].index("`toy`")
-    assert [row[column] for row in table[2:]] == ["exact", "needs base", "exact", "exact, split", "exact"]
-    assert (
-        "| `toy` | one model, or one component | lora | the config | not said | a folder or a file |" in matrix.held()
-    )
-    assert table[-1][1:4] == ["exact", "impossible", "impossible"]  # as for another language model's
+    cells, heads = {}, list[str]()
+    for line in filter(None, matrix.matrix(tmp_path).splitlines()):
+        name, *values = [cell.strip() for cell in line.split("|")[1:-1]]
+        heads = values if name == "from" else heads
+        cells |= {(name, head): value for head, value in zip(heads, values, strict=True)}
+    assert [cells[name, "toy"] for name in (*names, "toy")] == ["exact", "base", "exact", "split", "exact"]
+    assert cells["toy", "peft"] == "exact" and ("toy", "kohya") not in cells  # as for another language model's
+    held = [[cell.strip() for cell in line.split("|")[1:-1]] for line in matrix.held().splitlines()]
+    assert ["`toy`", "one", "lora", "config", "no", "folder, file"] in held
 
 
 def test_it_merges_as_what_it_was_converted_from(tmp_path: Path, lora: Path) -> None:
