@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 # title -> its commands, each with its line in `loratool -h`
 SECTIONS = {
     "Look": {
-        "inspect": "What is in a model or adapter, and what is wrong with it.",
-        "diff": "How adapters, or two models, differ.",
-        "count": "How many parameters LoRA and other methods would train.",
-        "verify": "Whether a model is a base with adapters merged.",
+        "inspect": "Show what is in a model or adapter, and what is wrong with it.",
+        "diff": "Compare adapters, or two models.",
+        "count": "Count the parameters that LoRA and other methods would train.",
+        "verify": "Check that a model is a base with these adapters merged.",
     },
     "Merge": {
-        "merge": "Add adapters to a model's weights, rounded once.",
+        "merge": "Merge adapters into a model, with exact rounding.",
         "unmerge": "Restore the base of a merge, bit for bit.",
     },
     "Make and change adapters": {
         "extract": "Extract the best LoRA of a given rank from a full fine-tune.",
-        "init": "Write an adapter to train: LoRA, PiSSA, DoRA and others.",
+        "init": "Initialize an adapter to train: LoRA, PiSSA, DoRA and others.",
         "resize": "Change the rank of an adapter.",
-        "combine": "Make one adapter of several: exactly, or by TIES, DARE, TSV and others.",
-        "convert": "Write an adapter or a model in another format, for another program.",
+        "combine": "Combine adapters: exactly, or by TIES, DARE, TSV and others.",
+        "convert": "Convert an adapter or a model for another program.",
     },
     "Automate": {
-        "run": "Run a recipe: a file that says what these commands do.",
+        "run": "Run a recipe: a file with commands and their options.",
     },
     "Help": {
-        "demo": "Write small models and adapters to try the commands on.",
-        "guide": "Read the manual, a page for each job.",
+        "demo": "Write small models and adapters for trying the commands.",
+        "guide": "Read the manual: one page for each job.",
     },
 }
 
@@ -158,10 +158,11 @@ def cli() -> None:
       loratool merge base/ adapter/ -o merged/
       loratool verify base/ adapter/ merged/
 
-    Exit codes: 0 done, 1 a check said no, 2 usage, 3 an input is unreadable or does not belong, 4 needs the flag
-    that the message names, 5 the machine failed, 70 internal error, 129, 130 and 143 stopped by a signal. Every option
-    can be set from the environment, as LORATOOL_MERGE_DTYPE; LORATOOL_DEBUG=1 shows tracebacks, and how
-    a merge's weights were decided.
+    Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 an input is unreadable or does not belong, 4 add the flag
+    that the message names, 5 the machine failed, 70 internal error, 129, 130 and 143 stopped by a signal.
+
+    You can set every option by an environment variable, such as LORATOOL_MERGE_DTYPE. LORATOOL_DEBUG=1 shows
+    tracebacks, and how each weight of a merge was decided.
     """
 
 

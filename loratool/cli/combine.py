@@ -8,11 +8,11 @@ from .from_call import command_of
 combine = command_of(
     call.combine,
     """\
-By default it is the exact sum of the weighted changes, whatever their ranks, targets and scales; weights may be
-negative. The other methods act on the changes B A themselves, module by module; `loratool guide which-method`
-says which to use when. With --rank they run on the changes compressed to so many directions, and nothing is cut after.
-Image models' adapters may be of several formats: their modules meet by what they mean. Components and modules
-take weights of their own, as in merge, by the names of each adapter's own file.
+The default is the exact sum of the weighted deltas. Ranks, targets and scales can differ, and weights can be negative.
+The other methods work on the deltas B A, module by module; `loratool guide which-method` says when to use which. With
+--rank they work on deltas that are compressed to so many directions, so nothing is truncated afterwards. Adapters of
+image models can have different formats, since modules are matched by what they mean. As in merge, components and
+modules can have weights of their own, by the names in each adapter's file.
 
 \b
   loratool combine style/:0.7 task/:0.3 -o both/
@@ -20,10 +20,10 @@ take weights of their own, as in merge, by the names of each adapter's own file.
   loratool combine a.safetensors b.safetensors:0.5 --to comfy -o c.safetensors
   loratool combine a.safetensors b.safetensors:te=0.4,fc1=0 -o d.safetensors
 
-Rows are groups of layers, and -v has one a module; the exact sum has none. delta: the size of the method's result.
-energy: the share of its square that the rank keeps. shared: the share of the changes' energy, each by its own size,
-in the directions that they were compressed to. error: the size of what is lost beside the result, as written. With
---imatrix the energy is weighted by the inputs; out. error: the share of the outputs that is lost.
+The report has a row for each group of layers, with -v for each module; the exact sum has no rows. delta: the norm of
+the method's result. energy: the share of the squared norm that the rank keeps. shared: the mean share of the deltas'
+energies in the directions that they are compressed to. error: the norm of what is lost, relative to the result. With
+--imatrix, energy is weighted by the inputs, and out. error is the lost share of the outputs.
 """,
     "combining",
     unit="modules",

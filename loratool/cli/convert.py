@@ -23,21 +23,22 @@ class _Choice(click.Choice[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value in self.words and value not in self.choices:
-            self.fail(f"{value!r} is a word of another option: {self.option} {value}", param, ctx)
+            self.fail(f"{value!r} belongs to another option: {self.option} {value}", param, ctx)
         return super().convert(value, param, ctx)
 
 
 convert = command_of(
     function,
     """\
-A checkpoint streams through: no pickle is run, tied weights stay tied, bytes stay what they are unless --dtype says
-otherwise, and the numbers that it flushes to zero are counted by name. With --dtype a quantized model becomes one
-of plain numbers. A GGUF model becomes a folder of transformers, with its names and a config.json. The denoiser of
-an image model gets diffusers' names for its tensors, or its maker's, with rows cut and put together as these have
-them.
+The files decide what is converted. Adapters of image models (SD 1 to 3, SDXL, Flux and their text encoders) convert to
+every format; those of language models to PEFT, MLX, GGUF or loralib, to plain LoRA, or for a program (--for; `loratool
+guide runtimes`). Factors are copied unchanged. Where one format fuses modules that another splits (Flux's qkv), rows
+are split or concatenated, exactly. If the other format cannot hold a module, you get an error unless you --exclude it.
 
-Of an adapter factors are copied as they are; where one format fuses what another splits (Flux's qkv), rows are
-cut or put together, exactly. What the other format cannot hold stops the conversion unless --exclude names it.
+A checkpoint is streamed: no pickle is run, tied weights stay tied, and bytes change only with --dtype. The report
+counts the numbers that the new dtype makes 0. --dtype dequantizes a quantized model. A GGUF model becomes a folder for
+transformers, with its names and a config.json. The denoiser of an image model can be renamed to diffusers' names or
+to its maker's, with rows split or concatenated as needed.
 
 \b
   loratool convert pytorch_model.bin -o model.safetensors

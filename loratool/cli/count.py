@@ -8,9 +8,9 @@ from .from_call import command_of
 count = command_of(
     call.count,
     """\
-From a checkpoint's headers, or from a config.json alone. LoRA goes to query and value, as in the paper, or to
---target; q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj mean those parts in every family, also
-within a fused matrix.
+You need only a config.json, or the headers of a checkpoint. LoRA targets query and value, as in the paper, unless you
+give --target. q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj mean these parts in every family, also
+in a fused matrix.
 
 \b
   loratool count base/ --rank 16 --target q_proj,k_proj,v_proj,o_proj

@@ -9,7 +9,7 @@ demo = command_of(
     call.demo,
     """\
 The guides use these files: a Llama with its fine-tune, two adapters and a float8 copy, a GPT-2 and parts of an SDXL.
-The weights are random, so the models are of no use but to try commands on.
+The weights are random, so the models are only good for trying commands.
 
 \b
   loratool demo demo/

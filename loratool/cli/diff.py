@@ -15,10 +15,10 @@ from .help import Option
 from .options import HTML, TERMINAL
 
 TEXT = """\
-Adapters may be of different formats, ranks and targets. What is compared is the change that they make: its size,
-distance and cosine, the angles between its subspaces, and the LoRA paper's phi. Of three or more it is what any
-two share. Models are compared tensor by tensor, streaming; quantized weights by their numbers, so that of a model
-and its quantization it is the error.
+Adapters can differ in format, rank and targets, because their deltas are compared: norms, distance, cosine, the
+angles between subspaces, and phi of the LoRA paper. For three or more adapters, you see what each two share. Models
+are compared tensor by tensor in a stream. Quantized weights are dequantized, so a model and its quantized version
+give the quantization error.
 
 \b
   loratool diff style/ task/ --base base/
@@ -27,16 +27,18 @@ and its quantization it is the error.
   loratool diff merged/ rebuilt/ --fail-above 0
   loratool diff base/ tuned/ --spectra
 
-apart: the size of B - A beside the larger, 141% for what has nothing in common. Of adapters, angle: the largest
-between the subspaces of the inputs; phi: how much of A's directions lies in B's, 1 is all, and with -v a grid of
-it; amplified: the delta beside what the base has in the same directions; interference: how much they use the same
-directions, on both sides and for whatever: 0 not at all, 1 as two equal ones. They are the same, or by their cosine
-alike (from 0.9), related (from 0.3), unrelated or opposed (below -0.3); crossing are unrelated ones with an
-interference from 0.1 on, twice that of random directions at least. Of models, changed: the share of numbers that
-differ; max |B-A|: the largest difference; ulps: the same in steps between numbers. Tensors of another shape, with
-nan or inf on one side, or different without being floating-point are not comparable, and in no total. With
---spectra, new: how many of the leading left singular vectors of a changed weight are unlike all of the base's, its
-intruder dimensions.
+apart: the norm of B - A relative to the larger norm; 141% if they have nothing in common.
+
+For adapters, angle: the largest angle between the input subspaces. phi: the share of A's directions that is in B's,
+1 for all; -v shows a grid. amplified: the norm of the delta relative to what the base has in the same directions.
+interference: how much they use the same input and output directions, 0 for not at all and 1 for equal deltas. The
+relation follows the cosine: alike (from 0.9), related (from 0.3), unrelated, or opposed (below -0.3). Unrelated ones
+are crossing if their interference is at least 0.1 and twice that of random directions.
+
+For models, changed: the share of numbers that differ. max |B-A|: the largest difference. ulps: the largest
+difference in steps between numbers. Tensors are not comparable, and in no total, if their shapes differ, if only one
+has nan or inf, or if they differ and are not floating-point. With --spectra, new: the number of intruder dimensions,
+leading left singular vectors of a changed weight that match none of the base's.
 """
 
 PARAMETERS = [
@@ -46,15 +48,14 @@ PARAMETERS = [
         title="Checks",
         type=click.FloatRange(0),
         metavar="X",
-        help="Exit 1 if any relative distance is above X; what one side lacks counts as 1, and what cannot be compared "
-        "is above any X.",
+        help="Exit with 1 if any relative distance is above X. A tensor of only one side counts as 1; one that is not "
+        "comparable is above every X.",
     ),
     Option(
         ["--spectra"],
         title="Checks",
         is_flag=True,
-        help="Of a model and its fine-tune: what is new in the leading singular vectors of the linear layers that "
-        "changed.",
+        help="Compare the singular vectors of a model and its fine-tune, and count the new ones.",
     ),
     *options_for(call.diff_spectra, "top", "threshold"),
     HTML,
@@ -77,18 +78,18 @@ def _diff(
 ) -> None:
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
     if spectra and others:
-        raise click.UsageError("--spectra compares a model and its fine-tune, which are two")
+        raise click.UsageError("--spectra takes two paths: a model and its fine-tune")
     if spectra:
         shown = {"json": json, "quiet": quiet, "verbose": verbose, "html": html}
         _spectra(shown, fail_above=fail_above, **intruders, **options)
         return
     if any(value is not None for value in intruders.values()):
-        raise click.UsageError("--top and --threshold are for --spectra")
+        raise click.UsageError("--top and --threshold need --spectra")
     from .progress import ProgressBar
     from .render import print_report
 
     if fail_above is not None and math.isnan(fail_above):
-        raise click.UsageError("--fail-above nan would never fail")
+        raise click.UsageError("--fail-above nan is not a number")
     with closing(ProgressBar("comparing", quiet or json)) as bar:
         report = call.diff(options.pop("a"), options.pop("b"), *others, **library_arguments(options), progress=bar)
     if fail_above is not None and report.is_above(fail_above):
@@ -102,7 +103,7 @@ def _spectra(shown: dict[str, Any], **options: Any) -> None:
     for name in ("base", "drop", "alpha", "fail_above"):
         if options.pop(name) not in (None, ()):
             raise click.UsageError(
-                f"--spectra compares a model and its fine-tune: --{name.replace('_', '-')} is not for it"
+                f"--{name.replace('_', '-')} does not go with --spectra, which compares a model and its fine-tune"
             )
     from .progress import ProgressBar
     from .render import print_report

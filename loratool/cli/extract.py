@@ -8,19 +8,19 @@ from .from_call import command_of
 extract = command_of(
     call.extract,
     """\
-Every matrix gets the top of its delta's SVD; biases and norms are kept exactly. The energy kept is exact, and how
-far it can be from the best is estimated, or proven with --certify. What is not in the adapter is named with its
-norm. Either model may be quantized.
+Each matrix is stored as the truncated SVD of its delta, biases and norms exactly. The energy kept is exact; its
+distance from the best is estimated, or proven with --certify. The report lists what is not in the adapter, with its
+norm. Both models can be quantized.
 
 \b
   loratool extract base/ tuned/ --rank 8 -o extracted/
   loratool extract base/ tuned/ --params 30K --embed skip -o budget/
 
-Rows are groups of layers, and -v has one a matrix. delta/W: the size of the delta beside the base's weight. energy:
-the share of its square that is kept; residual: the size of what is not. gap: how far from the best of this rank,
-estimated or proven. eff. rank: over how many directions what is kept spreads. over noise: how many are larger than
-rounding can have made. With --imatrix the energy is weighted by the inputs; out. error: the share of the outputs
-that is lost; error: that of the change itself.
+The report has a row for each group of layers, with -v for each matrix. delta/W: the norm of the delta relative to
+the base's weight. energy: the share of the squared norm that is kept. residual: the norm of the rest. gap: the
+distance from the best of this rank, estimated or proven. eff. rank: how many directions the kept part uses. over
+noise: how many singular values are larger than rounding can cause. With --imatrix, energy is weighted by the inputs,
+out. error is the lost share of the outputs, and error that of the delta.
 """,
     "extracting",
     unit="matrices",

@@ -21,7 +21,7 @@ PATH = Option(
     ["--path"],
     title="Running",
     is_flag=True,
-    help="Print where the guides are: their folder, or the file of TOPIC.",
+    help="Print the path of the guides' folder, or of TOPIC's file.",
 )
 
 
@@ -29,9 +29,9 @@ PATH = Option(
     cls=Command, params=[click.Argument(["topic"], required=False, shell_complete=_complete), PATH, JSON, JSON_SCHEMA]
 )
 def guide(topic: str | None, path: bool, json: bool) -> None:
-    """Read the manual, a page for each job; without TOPIC the pages are listed.
+    """Read a page of the manual, or without TOPIC list all pages.
 
-    A terminal gets the text laid out, through PAGER if that is set, a pipe or a file the Markdown itself.
+    On a terminal the page is formatted, and shown with PAGER if that is set. A pipe or a file gets the Markdown.
 
     \b
       loratool guide

@@ -8,9 +8,9 @@ from .from_call import command_of
 init = command_of(
     call.init,
     """\
-Without --target every linear layer but the head gets one. What is random follows from --seed and each weight's
-name. pissa, milora and olora take their factors out of the base: --residual writes what is left, on which the
-adapter belongs.
+The output is a PEFT folder. An image model in one file gives a kohya file, a pipeline a diffusers file. Without
+--target, every linear layer except the head gets an adapter. Random numbers depend on --seed and the name of the
+weight. pissa, milora and olora subtract their factors from the base: --residual writes the rest, the base to train on.
 
 \b
   loratool init base/ --rank 8 --target q_proj,v_proj -o started/

@@ -14,18 +14,18 @@ from .help import Option
 from .options import HTML, TERMINAL
 
 TEXT = """\
-Matrices are grouped over layers. For a checkpoint, from headers alone: shapes, dtypes, sizes, what is tied or
-quantized and in how many bits a weight, which weights LoRA could target. For an adapter, from its factors too:
-format, rank, alpha, scale, the size and effective rank of its delta, and problems: factors that are zero, nan or
-inf, a config that does not fit them, and with --base modules and shapes that do not fit the model.
+Matrices are grouped over layers. For a checkpoint, only headers are read. You see shapes, dtypes, sizes, tied and
+quantized weights with bits per weight, and which weights LoRA can target. For an adapter, you see format, rank, alpha,
+scale, the norm and effective rank of its delta, and problems: factors that are zero, nan or inf, or a config that does
+not match them. With --base, you also see modules and shapes that do not match the model.
 
-With --for and --base, a line for each thing of an adapter that a server or another program would not apply as it
-was trained; `loratool convert --for` writes what it applies.
+With --for and --base, you get a line for each part of an adapter that a server or another program would not apply as
+trained. `loratool convert --for` writes an adapter that it applies.
 
-With --spectra, of the modules that --target, --exclude and --layers select: the largest singular values, effective
-and stable rank, and the ranks that hold 50, 90 and 99 % of the energy. With --base also the intruder dimensions:
-how many of the leading left singular vectors of a merged weight are unlike all of the base's, which is where LoRA
-forgets; new: their number, first new: the place of the first.
+With --spectra, you see the singular values of the modules that --target, --exclude and --layers select: the largest,
+effective and stable rank, and the ranks that hold 50, 90 and 99 % of the energy. With --base, you also see intruder
+dimensions: leading left singular vectors of a merged weight that match none of the base's. The more
+there are, the more the model forgets. new: their number. first new: the place of the first.
 
 \b
   loratool inspect base/
@@ -41,14 +41,14 @@ PARAMETERS = [
         ["--strict"],
         title="Checks",
         is_flag=True,
-        help="Exit with 1 where something is wrong with an adapter, or where it is no LoRA.",
+        help="Exit with 1 if an adapter has a problem or is not a LoRA.",
     ),
     *options_for(inspect_for, "runtime"),
     Option(
         ["--spectra"],
         title="Checks",
         is_flag=True,
-        help="The singular values, of a model's linear layers or an adapter's changes; with --base also what is new to "
+        help="Show singular values of a model's linear layers or an adapter's deltas; with --base, also those new to "
         "the model.",
     ),
     *options_for(call.spectra, "top", "threshold"),
@@ -56,7 +56,7 @@ PARAMETERS = [
         ["--metadata"],
         title="Output",
         is_flag=True,
-        help="All metadata of the file, a line for each key; without it an image adapter's most useful is told.",
+        help="Show all metadata of the file. By default you see the most useful keys of an image adapter.",
     ),
     HTML,
     *options_for(call.spectra, "target", "exclude", "layers", "alpha", "device"),
@@ -78,20 +78,20 @@ def _inspect(
     shown = {name: options.pop(name) for name in ("json", "quiet", "verbose", "html")}
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
     if spectra and (strict or runtime):
-        raise click.UsageError("--spectra excludes --strict and --for")
+        raise click.UsageError("--strict and --for do not go with --spectra")
     if metadata and (spectra or runtime):
-        raise click.UsageError("--metadata excludes --spectra and --for")
+        raise click.UsageError("--metadata does not go with --spectra or --for")
     if runtime and strict:
-        raise click.UsageError("--for excludes --strict, as it exits with 1 by itself")
+        raise click.UsageError("--strict does not go with --for, which exits with 1 anyway")
     if spectra:
         _spectra(shown, path=path, base=base, **intruders, **options)
         return
     if any(value is not None for value in intruders.values()):
-        raise click.UsageError("--top and --threshold are for --spectra")
+        raise click.UsageError("--top and --threshold need --spectra")
     if options["target"] or options["exclude"] or options["layers"]:
-        raise click.UsageError("--target, --exclude and --layers select what --spectra shows")
+        raise click.UsageError("--target, --exclude and --layers need --spectra")
     if options["device"] != "auto":
-        raise click.UsageError("--device is for --spectra")
+        raise click.UsageError("--device needs --spectra")
     if runtime:
         context.exit(_for_runtime(shown, path=path, runtime=runtime, base=base, alpha=options["alpha"]))
     from ..views.inspect_model import CheckpointReport, MethodReport

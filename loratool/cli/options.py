@@ -12,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from ..commands.arguments import parse_count, parse_size
-from ..errors import UsageError, brief
+from ..errors import UsageError, brief, install_remedy
 from ..transform.rank_rules import ALONE
 from .help import Option
 
@@ -50,7 +50,7 @@ JSON = Option(
     title="Running",
     is_flag=True,
     callback=_hide_downloads,
-    help="Print one JSON object on stdout, errors too.",
+    help="Print the report, or the error, as one JSON object on stdout.",
 )
 
 JSON_SCHEMA = Option(
@@ -61,7 +61,7 @@ JSON_SCHEMA = Option(
     expose_value=False,
     allow_from_autoenv=False,  # it would keep every call from its work
     callback=_print_schema,
-    help="Print the JSON Schema of what --json prints.",
+    help="Print the JSON Schema of the --json output.",
 )
 
 QUIET = Option(
@@ -69,10 +69,10 @@ QUIET = Option(
     title="Running",
     is_flag=True,
     callback=_hide_downloads,
-    help="Only the verdict, warnings and hints; no table, no progress.",
+    help="Print only the verdict, warnings and hints.",
 )
 
-VERBOSE = Option(["-v", "--verbose"], title="Running", is_flag=True, help="A row for every module, nothing cut short.")
+VERBOSE = Option(["-v", "--verbose"], title="Running", is_flag=True, help="Print a row for every module, unshortened.")
 
 TERMINAL = (QUIET, VERBOSE, JSON, JSON_SCHEMA)  # of every command with a report
 
@@ -109,8 +109,8 @@ HTML = Option(
     type=PATH,
     metavar="FILE",
     callback=_check_page,
-    help="Write the report, of a dry run too, as a page: all its rows, pictures and JSON in one .html file; needs "
-    "loratool[html].",
+    help="Also write the report, even of a dry run, as one .html page with all rows, pictures and the JSON. Needs "
+    f"Jinja2: {install_remedy('html')}.",
 )
 
 SAVE_RECIPE = Option(
@@ -118,7 +118,7 @@ SAVE_RECIPE = Option(
     title="Running",
     type=PATH,
     metavar="FILE",
-    help="Write this call as a recipe for loratool run, .yaml or .json.",
+    help="Save this call as a recipe (.yaml or .json) for `loratool run`.",
 )
 
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 UNITS = {"combine": "modules", "resize": "modules"}  # command -> what its progress counts, where it is not bytes
 
 TEXT = """\
-RECIPE is a .json file, or a .yaml one with the extra loratool[recipes]. Its steps run one after the other; one may
-read what an earlier one writes. All is checked before the first byte: words, values, paths. A step that fails, or a
-verify that says no, stops the run. merge, extract and all other commands that write make the recipe of their own
-call with --save-recipe.
+RECIPE is a .json file, or a .yaml file if PyYAML is installed. Steps run one after the other, and can read what earlier
+steps write. Keys, values and paths of all steps are checked before the first byte is written. A step that fails, or a
+verify that finds an error, stops the run. With --save-recipe, merge, extract and every other command that writes saves
+its call as a recipe.
 
 \b
   loratool merge base/ adapter/:0.7 -o merged/ --save-recipe merge.yaml

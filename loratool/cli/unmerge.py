@@ -8,9 +8,9 @@ from .from_call import command_of
 unmerge = command_of(
     call.unmerge,
     """\
-MERGED is what merge wrote, with its undo file in it (loratool.undo) or beside it (merged.undo); the adapters are
-those of the merge, with their weights. Every restored tensor is held against its hash; another adapter or weight,
-or a file edited since, is refused by name.
+MERGED is the output of merge. Its undo file is in the folder (loratool.undo) or beside it (merged.undo). Give the
+adapters of the merge with their weights. Each restored tensor is checked against its hash. A different adapter
+or weight, or a file that was edited since, is an error.
 
 \b
   loratool unmerge merged/ adapter/ -o base-again/

@@ -8,10 +8,11 @@ from .from_call import command_of
 verify = command_of(
     call.verify,
     """\
-Each tensor is exact (our bits), right with another rounding (peft's, 16 bits on the way, ...), or wrong: not
-applied, applied twice, at another scale, transposed, swapped, altered since. Codes are exact if they are those
-that merge writes; of others', `verify` tells how much of the delta they keep. Exit 0 is proven, 1 is wrong or
-cannot be told. What --target, --exclude and --layers leave out must be the base's.
+Each tensor is exact (the bits that merge writes), right with another rounding (PEFT's, a sum in 16 bits, ...), or
+wrong, with a diagnosis: not applied, applied twice, wrong scale, transposed, swapped, or edited since. Quantized
+weights are exact if they have the codes that merge writes. For codes of other programs, the report shows how much of
+the delta they keep. Exit code 0 means proven, 1 means wrong or undecided. Modules that --target, --exclude and
+--layers exclude must be equal to the base's.
 
 \b
   loratool verify base/ adapter/ merged/

@@ -119,54 +119,61 @@ def _sentence(argument: Argument) -> str:
 SELECTIONS = ("all-linear", *PRESETS, "experts")  # the patterns with names
 
 PATTERNS = (
-    "a comma list of the ends of their paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or "
-    f"{', '.join(SELECTIONS)}"
+    f"ends of module paths (q_proj), globs of whole paths (*.mlp.*), re:EXPRESSION, or {', '.join(SELECTIONS)}; "
+    "separate several with commas"
 )
 
 
 def output(name: str) -> Opt:
     """Return how the help shows the output of a command that writes a folder of this name, or a file."""
-    text = "A folder, or a .safetensors file, of a GGUF base a .gguf file."
+    text = "Where to write: a folder, or a file if OUT ends in .safetensors (for GGUF in .gguf)."
     return Opt("Output", "OUT", f"{name}, or {name}.safetensors", "-o", text)
 
 
-Force = Annotated[bool, Opt("Output", text="Replace an output that exists (model files only).")]
+Force = Annotated[
+    bool,
+    Opt("Output", text="Replace an output that exists. A folder with other files than a model's is never replaced."),
+]
 
 Resume = Annotated[
     bool,
     Opt(
         "Output",
-        text="Go on where a run with the same inputs and options died, if one did. Inputs are compared by path, size, "
-        "time and samples of their bytes.",
+        text="Continue an interrupted run with the same inputs and options, or start if there is none. Inputs are "
+        "compared by path, size, time and samples of their bytes.",
     ),
 ]
 
-DryRun = Annotated[bool, Opt("Output", text="Check everything, print the plan, write nothing.")]
+DryRun = Annotated[bool, Opt("Output", text="Check everything and print the plan, but write nothing.")]
 
-Card = Annotated[bool, Opt("Output", text="Leave out the model card, README.md, of a folder.")]
+Card = Annotated[bool, Opt("Output", text="Write no model card (README.md) into an output folder.")]
 
-Undo = Annotated[bool, Opt("Output", text="Leave out the undo file, from which unmerge restores the base.")]
+Undo = Annotated[bool, Opt("Output", text="Write no undo file. Without it, unmerge cannot restore the base exactly.")]
 
-Device = Annotated[str, Opt("Running", "auto|cpu|cuda[:N]", text="Where to compute.", free=True)]
+Device = Annotated[str, Opt("Running", "auto|cpu|cuda[:N]", text="Device to compute on.", free=True)]
 
-Progress = Annotated[Callable[[int, int], None] | None, Opt(text="Called with what is done and what there is in all.")]
+Progress = Annotated[
+    Callable[[int, int], None] | None, Opt(text="Called with two numbers: the work done, and all work.")
+]
 
-Workers = Annotated[Positive | None, Opt(text="Threads; by default one for each core.")]
+Workers = Annotated[Positive | None, Opt(text="Number of threads. The default is one per core.")]
 
-Target = Annotated[Patterns, Opt("Which modules", "PATTERNS", text=f"Only these modules: {PATTERNS}.")]
+Target = Annotated[Patterns, Opt("Which modules", "PATTERNS", text=f"Select these modules only: {PATTERNS}.")]
 
 Exclude = Annotated[
-    Patterns, Opt("Which modules", "PATTERNS", text="Leave these modules out; patterns as of merge --target.")
+    Patterns, Opt("Which modules", "PATTERNS", text="Exclude these modules. Patterns are as in merge --target.")
 ]
 
 OfLayers = Annotated[
-    Layers | None, Opt("Which modules", "0-15,20", text="Only modules of these layers, counted from 0.")
+    Layers | None, Opt("Which modules", "0-15,20", text="Select modules of these layers only, counted from 0.")
 ]
 
 Dropped = Literal["extras", "unet", "unet2", "te", "te1", "te2", "te3", "te4"]
 
 Drop = Annotated[
-    Dropped | Sequence[Dropped], words_of(DROP_CHOICES), Opt("Which modules", text="Leave out {meanings}.")
+    Dropped | Sequence[Dropped],
+    words_of(DROP_CHOICES),
+    Opt("Which modules", text="Exclude parts of an adapter. {meanings}."),
 ]
 
 Alpha = Annotated[
@@ -174,7 +181,7 @@ Alpha = Annotated[
     Opt(
         "About the inputs",
         "N",
-        text="The adapter's alpha, where its file does not say it. A contradiction is an error.",
+        text="The adapter's alpha, if its files do not store it. A value that contradicts them is an error.",
     ),
 ]
 
@@ -194,21 +201,33 @@ Architecture = Annotated[
         "Output",
         "CLASS",
         "config.json's",
-        text="The class that PEFT will wrap, as LlamaForCausalLM inside a Llava; for convert of an image model's "
-        "adapter its family, as flux.",
+        text="Class that PEFT will wrap, such as LlamaForCausalLM inside a Llava. To convert an image model's adapter, "
+        "give its family, such as flux.",
     ),
 ]
 
-Energy = Annotated[Share | None, Opt("Rank and method", "0.95", text="Keep this share of each module's delta.")]
+Energy = Annotated[
+    Share | None,
+    Opt("Rank and method", "0.95", text="Choose ranks that keep this share of the energy of each module's delta."),
+]
 
 Params = Annotated[
     ParameterCount | None,
-    Opt("Rank and method", "20M", text="Budget for the whole adapter, in parameters, spent by energy per parameter."),
+    Opt(
+        "Rank and method",
+        "20M",
+        text="Choose ranks for this many parameters in all. Modules that gain the most energy per parameter come "
+        "first.",
+    ),
 ]
 
 Bytes = Annotated[
     Size | None,
-    Opt("Rank and method", "40MB", text="Budget for the whole adapter, in bytes, spent by energy per parameter."),
+    Opt(
+        "Rank and method",
+        "40MB",
+        text="Choose ranks for a file of this size. Modules that gain the most energy per parameter come first.",
+    ),
 ]
 
 RuleName = Literal["rank", "energy", "sv_ratio", "sv_cumulative", "sv_fro", "noise"]
@@ -224,19 +243,19 @@ RankRule = Annotated[
     Opt(
         "Rank and method",
         "NAME[=VALUE]",
-        text="Rank rule of each module: one of {words}. noise: what rounding cannot have made, or what is larger than "
-        "VALUE times its bound.",
+        text="Choose each module's rank by a rule: {words}. noise keeps the singular values above VALUE times (default "
+        "1) the bound of what rounding can cause.",
     ),
 ]
 
-MaxRank = Annotated[Positive | None, Opt("Rank and method", "N", text="Upper limit for any module.")]
+MaxRank = Annotated[Positive | None, Opt("Rank and method", "N", text="Upper limit of every module's rank.")]
 
 Imatrix = Annotated[
     StrPath | None,
     Opt(
         "Rank and method",
         "FILE",
-        text="A file of llama-imatrix, by which each module is the best of its rank for its outputs.",
+        text="Minimize the error of each module's outputs, not of its weights. FILE is written by llama-imatrix.",
     ),
 ]
 
@@ -244,7 +263,7 @@ RankPattern = Annotated[Mapping[str, Positive] | None, Opt("Rank and method", "P
 
 Top = Annotated[
     Positive | None,
-    Opt("Checks", "K", "10", text="With --spectra: look at the K leading singular vectors of each changed matrix."),
+    Opt("Checks", "K", "10", text="Number of leading singular vectors that --spectra checks in each changed matrix."),
 ]
 
 Threshold = Annotated[
@@ -253,7 +272,7 @@ Threshold = Annotated[
         "Checks",
         "X",
         "0.5",
-        text="With --spectra: what has a |cosine| of X with one of the base's singular vectors is not new.",
+        text="Below this |cosine| with all of the base's singular vectors, --spectra calls one new.",
     ),
 ]
 

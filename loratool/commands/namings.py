@@ -11,8 +11,8 @@ from .arguments import Opt, one_of
 
 # --to of a denoiser: whose names its tensors get, implemented by `convert.denoiser`; diffusers' first, then the maker's
 MODEL_NAMINGS = {
-    usual_format("pipeline").key: "diffusers' names, in a folder",
-    "single-file": "its maker's names, in a file as ComfyUI loads it",
+    usual_format("pipeline").key: "a folder with diffusers' names",
+    "single-file": "a file with the maker's names, which ComfyUI loads",
 }
 
 # for type checkers and editors; a test holds them against the tables
@@ -37,5 +37,5 @@ def titles_of(formats: Mapping[str, Format]) -> str:
 
 To = Annotated[
     Annotated[WrittenFormat, one_of(written_formats())] | None,
-    Opt("Output", default="by the input", text=f"{titles_of(written_formats())}."),
+    Opt("Output", default="by the input", text=f"Format to write. {titles_of(written_formats())}."),
 ]

@@ -432,7 +432,7 @@ def test_what_is_no_file_to_be_read(tmp_path: Path, run: Run) -> None:
 
 def test_a_device_for_what_computes_nothing(run: Run) -> None:
     result = run("inspect", BASE, "--device", "cuda")
-    assert result.exit_code == 2 and "--device is for --spectra" in result.stderr
+    assert result.exit_code == 2 and "--device needs --spectra" in result.stderr
 
 
 def test_a_folder_that_is_not_there_any_more(tmp_path: Path) -> None:

@@ -39,23 +39,23 @@ RuleOfSeveral = tuple[Literal["rank", "energy", "sv_ratio", "sv_cumulative", "sv
 
 @dataclass(frozen=True)
 class Combine(Call["CombineReport"]):
-    """Combine several adapters into one that does what they do with their weights.
+    """Combine several adapters into one: their exact weighted sum, or by TIES, DARE, TSV and other methods.
 
     Args:
-        adapters: One or several, each a path, (path, weight) or (path, weight, weights of its components and of modules
-            by pattern, like {"te": 0.4, "down_proj": 0}), or all as {path: weight}.
-        method: {meanings}.
-        density: The share of each delta's entries that is kept; by tsv of its singular values, all by default.
+        adapters: One adapter or several: a path, (path, weight), (path, weight, weights of parts), a list of these, or
+            {path: weight}. Weights of parts are by component or by module pattern, like {"te": 0.4, "down_proj": 0}.
+        method: How to combine. {meanings}.
+        density: Keep this share of each delta's entries. For tsv: of its singular values, by default all.
         seed: Seed of the random numbers.
         rank: Rank of every module.
-        rank_method: {meanings}.
-        rank_rule: Rank rule of each module: one of {words}.
-        allow: Take all the same {meanings}.
+        rank_method: How a method gets to --rank. {meanings}.
+        rank_rule: Choose each module's rank by a rule: {words}.
+        allow: {meanings}.
 
     Raises:
-        UsageError: options contradict each other.
+        UsageError: two options contradict each other.
         InputError: the adapters do not belong together.
-        NeedsFlag: tensors have no sum, or the adapters look like those of two models. Nothing is written then.
+        NeedsFlag: tensors cannot be summed, or the adapters look like those of two models. Nothing is written then.
     """
 
     work: ClassVar[str] = "combine.command.run_combine"

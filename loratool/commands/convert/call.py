@@ -26,37 +26,42 @@ DroppedOfModel = Literal["ema", "optimizer", "components"]
 
 MODEL_DROPS = {**MODEL_DROP_CHOICES, **DENOISER_DROP_CHOICES}
 
-OUT = Opt("Output", "OUT", "converted, with that ending where it is a file", "-o", "A folder, or a file by its ending.")
+OUT = Opt(
+    "Output",
+    "OUT",
+    "converted, with a suffix if it is a file",
+    "-o",
+    "Where to write: a folder, or a file if OUT has a suffix like .safetensors.",
+)
 
-DROP = Opt("Which modules", text="Leave out {meanings}.")
+DROP = Opt("Which modules", text="Exclude parts of the input. {meanings}.")
 
 
 @dataclass(frozen=True)
 class Convert(Call["ConvertReport"]):
-    """Write an adapter in another format, or as a program loads it and applies it in full.
+    """Convert an adapter to another format, or to what a program loads and applies in full.
 
     Args:
         source: The adapter: a folder or a file.
-        to: One of {words}: of PEFT's the output is a folder, or a file by its ending; of others a file.
-        from_format: Format of ADAPTER, one of {words}.
-        enable_lora: `enable_lora` of loralib's MergedLinear.
-        plain: Standard LoRA: no rsLoRA, no patterns, alpha = rank everywhere.
-        initial: With --plain or --for: what a PiSSA-like start was, which is subtracted.
-        rank: With --plain or --for: truncated to this rank (a smaller one stays), DoRA to its own without.
-        layout: A language model with {meanings}.
-        runtime: Instead of --to: a language model's adapter as a program loads it and applies it in full, one of
-            {words}.
-        base: The model: with --to peft, for the names of its class; with --to gguf or mlx or from there, and with
-            --layout, where sizes are to be told (its config.json will do); with --plain, for DoRA; with --for, the
-            model that is served. Of an image model's adapter: the model, which decides the family.
-        rename: Give a language model's modules other paths first: the end of a path is replaced (wq=q_proj); of a glob
-            each wildcard is the same in the new path (h.*.attn=layers.*.self_attn); of re:EXPRESSION, groups are \\1,
-            \\2.
+        to: Format to write, one of {words}. PEFT's is a folder, or a file by the suffix of `out`; others are files.
+        from_format: Format of ADAPTER, one of {words}. Needed if it cannot be detected.
+        enable_lora: The value of enable_lora in loralib's MergedLinear, for an adapter of loralib.
+        plain: Write standard LoRA: no rsLoRA, no rank or alpha patterns, alpha = rank.
+        initial: The adapter before training. With --plain or --for, it is subtracted from a PiSSA-like adapter.
+        rank: With --plain or --for: truncate modules of a higher rank to this one. DoRA keeps its own rank by default.
+        layout: How a language model's modules are stored. {meanings}.
+        runtime: Write a language model's adapter so that this program applies it in full. Use it instead of --to. One
+            of {words}.
+        base: The model under the adapter. Needed with --to peft for the names of its class; with --layout and formats
+            gguf and mlx for sizes (its config.json is enough); with --plain for DoRA; with --for, the served model.
+            For an image model's adapter it decides the family.
+        rename: Rename a language model's modules first. OLD=NEW replaces the end of a path (wq=q_proj). A glob keeps
+            what its wildcards match (h.*.attn=layers.*.self_attn). re:EXPRESSION has groups \\1, \\2.
 
     Raises:
-        UsageError: `source` is a model (`convert_model`), or an option contradicts another.
-        NeedsFlag: modules can only be left out.
-        InputError: nothing could load the result. Nothing is written then.
+        UsageError: `source` is a model (use `convert_model`), or two options contradict each other.
+        NeedsFlag: the format cannot hold some modules; `exclude` would leave them out.
+        InputError: no program could load the result. Nothing is written then.
     """
 
     work: ClassVar[str] = "convert.adapter.run_convert"
@@ -94,18 +99,18 @@ class Convert(Call["ConvertReport"]):
 
 @dataclass(frozen=True)
 class ConvertModel(Call["CheckpointConvertReport"]):
-    """Write a model in another container, type or number of shards, or a denoiser under other names.
+    """Convert a model to other files, another dtype or other shards, or a denoiser to other names.
 
     Args:
         source: The model: a folder or a file.
-        to: One of {words}: safetensors or torch; of a denoiser diffusers or single-file; by default the container that
-            the suffix of `out` tells, else safetensors.
-        max_shard_size: Split a checkpoint into shards of this size.
-        tokenizer: Of a GGUF model: where the tokenizer's files are, which are copied.
+        to: Files to write, one of {words}. diffusers and single-file are for denoisers. The default follows the suffix
+            of `out`, else it is safetensors.
+        max_shard_size: Split a checkpoint into shards of at most this size.
+        tokenizer: Copy the tokenizer from this folder. Needed for a GGUF model, if you want to load the output.
 
     Raises:
-        UsageError, InputError, NeedsFlag: before anything is written.
-        InputError: a number would become infinite. What was written is removed.
+        UsageError, InputError, NeedsFlag: the request is not possible. Nothing is written then.
+        InputError: a number becomes infinite in the new dtype. What was written is removed.
     """
 
     work: ClassVar[str] = "convert.checkpoint.run_convert_model"
@@ -131,16 +136,16 @@ class ConvertModel(Call["CheckpointConvertReport"]):
 
 @dataclass(frozen=True)
 class EditMetadata(Call["MetadataReport"]):
-    """Write a safetensors file with other metadata; all else stays, byte for byte.
+    """Edit the metadata of a safetensors file. The tensors are copied byte for byte.
 
     Args:
         source: The file.
-        set: Set a key of a safetensors file's metadata; all else stays, byte for byte.
-        unset: Remove a key of its metadata, in the same way.
+        set: Set a key of a safetensors file's metadata. The tensors are copied byte for byte.
+        unset: Remove a key of a safetensors file's metadata.
 
     Raises:
-        UsageError: a key says what the tensors mean, or is not there; or `out` is no file.
-        InputError: the source is no single safetensors file.
+        UsageError: a key does not exist or describes the tensors, or `out` is not a file.
+        InputError: the source is not a single safetensors file.
     """
 
     work: ClassVar[str] = "convert.metadata.run_edit_metadata"
@@ -161,12 +166,12 @@ class InspectFor(Call["RuntimeInspection"]):
 
     Args:
         path: The adapter: a folder or a file.
-        runtime: What a program would ignore, misread or refuse of an adapter, one of {words}; exit with 1 if it is
-            anything.
-        base: The model that is served; without one, names and what depends on its class are not compared.
+        runtime: Show what this program would ignore, misread or refuse in an adapter; exit with 1 if there is
+            anything. One of {words}.
+        base: The served model. Without it, names and what depends on its class are not compared.
 
     Raises:
-        InputError: the files cannot be read, or the runtime is not known to serve the class of the base with adapters.
+        InputError: the files cannot be read, or the runtime is not known to support adapters for the base's class.
         UsageError: there is no such runtime.
     """
 

@@ -47,14 +47,13 @@ ORDER = (
 
 
 def convert(*args: object, **keywords: object) -> Report:
-    """Write a checkpoint as safetensors or as torch's files, in another type or other shards; or an adapter in another
-    format: an image model's (SD 1 to 3, SDXL, Flux and their text encoders) in any, a language model's as PEFT's,
-    MLX's, GGUF's or loralib's, as plain LoRA, or as a program applies it in full (--for; loratool guide runtimes).
-    What is in the files decides which.
+    """Convert an adapter to another format, or a model to other files, another dtype or other names.
+
+    The files of the source decide which of `convert`, `convert_model` and `edit_metadata` is called.
 
     Raises:
         UsageError: an option is for another kind of input.
-        as the function that it calls.
+        LoratoolError: as raised by that function.
     """
     read = read_arguments(convert, args, keywords)
     source, given = read["source"], changed(convert, read)  # the command line gives those that are the defaults too
@@ -92,7 +91,7 @@ def _refuse_model(source: StrPath, options: Mapping[str, Any]) -> None:
         with closing(open_adapter(source, options.get("alpha")).file):
             pass
     except InputError as error:
-        error.remedy = f"as a checkpoint it can become {' or '.join(WRITTEN)}"
+        error.remedy = f"convert it as a checkpoint, with --to {' or '.join(WRITTEN)}"
         raise
 
 
@@ -100,11 +99,11 @@ def _not_for(source: StrPath, function: Callable[..., Any], name: str, value: ob
     """Return the error for an option that this source's function does not have."""
     word = option_word(name, value is not False)
     if function is call.edit_metadata:
-        message = f"--{word} converts, and --set and --unset edit a file as it is"
-        return UsageError(message, culprit=os.fspath(source), remedy="do one after the other")
+        message = f"--{word} does not go with --set and --unset, which only edit metadata"
+        return UsageError(message, culprit=os.fspath(source), remedy="run loratool convert twice")
     other = next(what for each, what in FUNCTIONS.items() if name in arguments_of(each))
     this = {"adapters": "an adapter", "checkpoints": "a checkpoint"}[FUNCTIONS[function]]
-    return UsageError(f"--{word} is for {other}, and this is {this}", culprit=os.fspath(source))
+    return UsageError(f"is {this}, but --{word} is for {other}", culprit=os.fspath(source))
 
 
 def _all_arguments() -> dict[str, Argument]:
@@ -113,14 +112,15 @@ def _all_arguments() -> dict[str, Argument]:
     arguments = {**metadata, **model, **adapter}
     to = (*written_formats(), *CONTAINERS, *MODEL_NAMINGS)
     text = (
-        f"Of an adapter one of {', '.join(written_formats())} ({titles_of(written_formats())}). Of a checkpoint: "
-        f"safetensors (the default) or torch. Of an image model's denoiser: {with_meanings(MODEL_NAMINGS)}."
+        f"Format to write. For an adapter: {', '.join(written_formats())} ({titles_of(written_formats())}). For a "
+        f"checkpoint: safetensors (the default) or torch. For the denoiser of an image model: "
+        f"{with_meanings(MODEL_NAMINGS)}."
     )
     arguments["to"] = replace(adapter["to"], type=one_of(to), opt=Opt("Output", "FORMAT"), text=text)
     arguments["dtype"] = model["dtype"]
     drops = {**adapter["drop"].type.meanings, **model["drop"].type.meanings}
     kind = replace(adapter["drop"].type, choices=tuple(drops), meanings=drops)
-    arguments["drop"] = replace(adapter["drop"], type=kind, text=f"Leave out {with_meanings(drops)}.")
+    arguments["drop"] = replace(adapter["drop"], type=kind, text=f"Exclude parts of the input. {with_meanings(drops)}.")
     return {name: arguments[name] for name in sorted(arguments, key=lambda name: (*ORDER, name).index(name))}
 
 

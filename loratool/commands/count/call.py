@@ -15,16 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Count(Call["CountReport"]):
-    """Count what LoRA and its rivals would train of a model, and what each adds at inference.
+    """Count the parameters that LoRA and other methods would train, and what each method adds at inference.
 
     Args:
-        path: A checkpoint, of which the headers are read, or a config.json (or a folder with one alone) of a model type
-            in CONFIG_FAMILIES.
-        rank: LoRA's rank, the adapters' bottleneck, the prefixes' length.
-        params: Instead of --rank: the largest size of each method that fits.
+        path: A checkpoint, whose headers are read, or a config.json of a model type in CONFIG_FAMILIES, or its folder.
+        rank: Rank of LoRA, bottleneck of adapters, length of prefixes.
+        params: Choose the largest size of each method with at most this many parameters, instead of --rank.
 
     Raises:
-        UsageError: no matrix has that rank.
+        UsageError: the rank is higher than a matrix allows.
         InputError: the files cannot be read, or have nothing to train.
     """
 

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Demo(Call["DemoReport"]):
-    """Write small models and adapters to try the commands on, below 2 MB.
+    """Write small models and adapters for trying the commands, less than 2 MB.
 
-    The weights are random numbers of a fixed seed, so every machine writes the same bytes.
+    The weights are random numbers with a fixed seed, so every machine writes the same bytes.
 
     Args:
         folder: The folder to write.
         force: Replace the folder of an earlier demo.
 
     Raises:
-        UsageError: there are other files in the folder, or nothing can be written there.
+        UsageError: the folder has other files, or cannot be written.
         NeedsFlag: the folder is that of an earlier demo.
     """
 

@@ -24,12 +24,12 @@ class Diff(Call["AdapterDiff | AdaptersDiff | CheckpointDiff"]):
     Args:
         a: An adapter or a model.
         b: Another of the same kind.
-        others: More adapters: with three or more the report is of what they share, else of how two differ.
-        base: The model under two adapters: how large their changes are beside it.
+        others: More adapters. For three or more, the report shows what each two of them share.
+        base: The model under two adapters. With it, you see how large their deltas are relative to the weights.
 
     Raises:
-        UsageError: three or more with a base, or of which some are models.
-        InputError: one is an adapter and the other is not, or their shapes are of different models.
+        UsageError: three or more with a base, or with models among them.
+        InputError: only one is an adapter, or their shapes belong to different models.
     """
 
     work: ClassVar[str] = "diff.command.run_diff"
@@ -56,15 +56,15 @@ class Diff(Call["AdapterDiff | AdaptersDiff | CheckpointDiff"]):
 
 @dataclass(frozen=True)
 class DiffSpectra(Call["SpectraDiff"]):
-    """Count the intruder dimensions of a fine-tune: of all linear layers, if no target is named.
+    """Count the intruder dimensions of a fine-tune, in all linear layers unless you name targets.
 
     Args:
-        a: The model before.
+        a: The model before fine-tuning.
         b: The fine-tune.
 
     Raises:
-        InputError: one is an adapter, nothing is selected, a weight's codes cannot be read, or one holds nan or inf.
-        UsageError: the threshold is no cosine above 0.
+        InputError: one is an adapter, nothing is selected, or a weight has unreadable codes, nan or inf.
+        UsageError: the threshold is not a cosine above 0.
     """
 
     work: ClassVar[str] = "diff.spectra.run_diff_spectra"

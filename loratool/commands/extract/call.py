@@ -18,26 +18,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Extract(Call["ExtractReport"]):
-    """Make an adapter of a full fine-tune: the best of its rank for the change TUNED - BASE.
+    """Extract an adapter from a full fine-tune: the best approximation of TUNED - BASE by its rank.
 
-    The adapter is PEFT's in a folder, or a file with its config beside it if `out` ends in .safetensors. For an image
-    model in one file it is kohya's, for a pipeline diffusers': one file for all components. One of `rank`, `energy`,
-    `params`, `size` and `rank_rule` can be given. Quantized weights of either model are the numbers that their codes
-    mean.
+    The output is a PEFT folder, or a file with its config beside it if `out` ends in .safetensors. An image model in
+    one file gives a kohya file, a pipeline one diffusers file for all components. Give at most one of `rank`, `energy`,
+    `params`, `size` and `rank_rule`. Quantized weights of either model are dequantized first.
 
     Args:
-        base: The model before.
+        base: The model before fine-tuning.
         tuned: The fine-tune.
         rank: Rank of every matrix.
-        embed: Changed embeddings and heads: {meanings}.
-        certify: Prove how far each matrix is from the best, where else it is estimated.
-        bias: Leave changed biases and norms out.
-        seed: Seed of the SVD's starting block.
-        allow: Accept models that are no fine-tune.
+        embed: How to store changed embeddings and heads. {meanings}.
+        certify: Prove how far each matrix is from the best of its rank, instead of estimating it.
+        bias: Do not store changed biases and norms.
+        seed: Seed of the random start of the SVD.
+        allow: unrelated: extract even if TUNED does not look like a fine-tune of BASE.
 
     Raises:
-        InputError: the models do not belong together, are equal, quantized in a format that is not read, or hold nan.
-            Nothing is written then.
+        InputError: the models do not belong together, are equal, have an unsupported quantization, or hold nan. Nothing
+            is written then.
     """
 
     work: ClassVar[str] = "extract.command.run_extract"
@@ -58,7 +57,7 @@ class Extract(Call["ExtractReport"]):
     bias: Annotated[bool, Opt("Which modules")] = True
     to: Annotated[
         Annotated[ScaledFormat, one_of(extract_formats())] | None,
-        Opt("Output", default="by BASE", text=f"{titles_of(extract_formats())}."),
+        Opt("Output", default="by BASE", text=f"Format to write. {titles_of(extract_formats())}."),
     ] = None
     architecture: calls.Architecture = None
     dtype: calls.FactorDtype = "fp32"

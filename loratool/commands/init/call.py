@@ -19,24 +19,25 @@ InitMethod = Literal["lora", "gaussian", "orthogonal", "pissa", "milora", "mica"
 
 @dataclass(frozen=True)
 class Init(Call["InitReport"]):
-    """Initialize an adapter for a base, from its files alone, to train: a PEFT folder, or for an image model in one
-    file kohya's, for a pipeline diffusers'.
+    """Initialize an adapter to train, from the files of its base.
+
+    The output is a PEFT folder. An image model in one file gives a kohya file, a pipeline a diffusers file.
 
     Args:
-        base: The model that the adapter will be trained on.
-        method: {meanings}.
+        base: The model that you will train the adapter on.
+        method: How A and B start. {meanings}.
         rank: Rank of every weight.
-        params: Choose the largest rank within this many parameters.
-        rank_pattern: Other ranks by pattern: down_proj=16.
+        params: Choose the highest rank with at most this many parameters in all.
+        rank_pattern: Rank of the modules that match a pattern, like down_proj=16.
         alpha: Alpha of every module.
-        dora: DoRA: with magnitudes, the norms of the base's rows.
-        rslora: Scale the delta by alpha / sqrt(rank).
-        residual: A folder for the base that pissa, milora and olora leave.
+        dora: Make it a DoRA, with the norms of the base's rows as magnitudes.
+        rslora: Scale the delta by alpha / sqrt(rank), instead of alpha / rank.
+        residual: Write the residual base to this folder. Needed for pissa, milora and olora.
         dtype: Dtype of the residual.
         seed: Seed of the random numbers.
 
     Raises:
-        UsageError, InputError, NeedsFlag: before anything is written.
+        UsageError, InputError, NeedsFlag: the request is not possible. Nothing is written then.
     """
 
     work: ClassVar[str] = "init.command.run_init"

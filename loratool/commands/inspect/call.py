@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 class Inspect(Call["CheckpointReport | AdapterInspection | MethodReport"]):
     """Show what is in a checkpoint or an adapter, and what is wrong with it.
 
-    The output of another method is one, too: the tensors' names tell which it is.
+    Files of other methods, such as a ControlNet, are recognized by the names of their tensors.
 
     Args:
         path: A folder or a file.
-        base: Hold an adapter against this model: what binds, and the delta's size.
+        base: Check an adapter against this model: which modules match, and how large the delta is.
 
     Raises:
         InputError: the files cannot be read.
-        UsageError: `base` or `alpha` is given, and the files are no LoRA.
+        UsageError: `base` or `alpha` is given, but the files are not a LoRA.
     """
 
     work: ClassVar[str] = "inspect.command.run_inspect"
@@ -43,17 +43,17 @@ class Inspect(Call["CheckpointReport | AdapterInspection | MethodReport"]):
 
 @dataclass(frozen=True)
 class Spectra(Call["SpectraReport"]):
-    """Return the singular values of every selected module.
+    """Return the singular values of the selected modules: linear layers of a model, or deltas of an adapter.
 
-    Of a model these are all linear layers if no target is named, of an adapter all its deltas.
+    Without targets, all are selected.
 
     Args:
         path: A folder or a file.
-        base: The model under an adapter, to count the intruder dimensions of each merged weight.
+        base: The model under an adapter. With it, the intruder dimensions of each merged weight are counted.
 
     Raises:
-        InputError: nothing is selected, a weight's codes cannot be read, or a tensor holds nan or inf.
-        UsageError: an option of the base's is given without one, or `base` beside a model.
+        InputError: nothing is selected, or a weight has unreadable codes, nan or inf.
+        UsageError: `top` or `threshold` is given without `base`, or `base` is given with a model.
     """
 
     work: ClassVar[str] = "inspect.spectra.run_spectra"

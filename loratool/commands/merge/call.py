@@ -21,24 +21,25 @@ class Merge(Call["MergeReport"]):
     """Add adapters to a base model's weights and write the merged model.
 
     Args:
-        base: A file, a folder, an index JSON, or the name of a model on the hub.
-        adapters: One or several, each a path, (path, weight) or (path, weight, weights of an image model's components
-            and of modules by pattern, like {"te": 0.4, "mlp": 0}, of which the last that matches a module wins), or all
-            as {path: weight}; they are added in one pass and rounded once.
-        max_shard_size: Split the output into shards of this size.
-        architecture: The class that the output's config.json names.
-        labels: The names of the labels of the output's head.
-        quantized: What becomes of quantized weights that an adapter changes: {meanings}.
-        like: Write the merge in the format of this quantized model of BASE, with scales of its own.
-        allow: lossy: requantize to codes of fewer than 8 bits too, which keep next to nothing of a delta.
-        tied: Where an adapter changes one side of a tied head and embedding: {meanings}.
-        initial: A PiSSA-like adapter as it was before training, to be subtracted.
-        residual_base: BASE is what a PiSSA-like adapter's initialization made of it.
+        base: The model: a file, a folder, an index JSON, or a repo id on the hub.
+        adapters: One adapter or several: a path, (path, weight), (path, weight, weights of parts), a list of these, or
+            {path: weight}. Weights of parts are by component of an image model or by module pattern, like
+            {"te": 0.4, "mlp": 0}; the last match wins. All adapters are added in one pass and rounded once.
+        max_shard_size: Split the output into shards of at most this size.
+        architecture: Class to name in the output's config.json.
+        labels: Label names of the output's head.
+        quantized: What to do with quantized weights that an adapter changes. {meanings}.
+        like: Quantize the output like this quantized version of BASE, with new scales.
+        allow: lossy: allow requantize for codes of fewer than 8 bits, which keep almost nothing of a delta.
+        tied: What to do if an adapter changes only one side of a tied head and embedding. {meanings}.
+        initial: The adapter before training, to be subtracted. Needed to merge a PiSSA-like adapter into the original
+            base.
+        residual_base: BASE is the residual of a PiSSA-like initialization, not the original model.
 
     Raises:
-        UsageError, InputError, NeedsFlag: before anything is written.
-        MachineError: the machine failed. After this, an OSError or a MemoryError what is done stays beside the output,
-            for `resume`; after all else nothing.
+        UsageError, InputError, NeedsFlag: the request is not possible. Nothing is written then.
+        MachineError: the machine failed. After this error, an OSError or a MemoryError, the finished part stays beside
+            the output for `resume`. After other errors nothing stays.
     """
 
     work: ClassVar[str] = "merge.command.run_merge"
@@ -71,7 +72,7 @@ class Merge(Call["MergeReport"]):
             "Output",
             "base|adapter|FOLDER",
             "the adapter's if it changes the vocabulary",
-            text=f"Whose tokenizer and chat template the output gets: {with_meanings(TOKENIZERS)}; or a folder's.",
+            text=f"Which tokenizer and chat template to write. {with_meanings(TOKENIZERS)}; or those of a folder.",
         ),
     ] = None
     undo: calls.Undo = True

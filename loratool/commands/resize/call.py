@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resize(Call["ResizeReport"]):
-    """Change an adapter's rank: the best that it has of a lower one, the same change at a higher. With --to in another
-    format, and the ranks are those of its modules.
+    """Change an adapter's rank: the best approximation by a lower rank, or the same delta at a higher one.
 
-    One of `rank`, `energy`, `params`, `size` and `rank_rule` is needed.
+    Give one of `rank`, `energy`, `params`, `size` and `rank_rule`. If `to` is given, ranks are those of the modules in
+    that format.
 
     Args:
         adapter: A folder or a file.
-        rank: New rank of every module; padded with zeros where it grows.
+        rank: New rank of every module. A module of a lower rank is padded with zeros.
 
     Raises:
-        UsageError: options contradict each other.
-        InputError: the adapter has no factors, or cannot be in that format. Nothing is written then.
+        UsageError: two options contradict each other.
+        InputError: the adapter has no factors, or the format cannot hold it. Nothing is written then.
     """
 
     work: ClassVar[str] = "resize.command.run_resize"

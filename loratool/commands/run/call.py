@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run(Call["RunReport"]):
-    """Run a recipe, a file that says what commands do in the words of their options.
+    """Run a recipe: a file with one command or several, and their options.
 
     Args:
-        recipe: A .json or, with PyYAML, a .yaml file. Relative paths in it start at the working folder.
+        recipe: A .json file, or with PyYAML a .yaml file. Its relative paths start at the working folder.
         force: Replace outputs that exist, in every step.
 
     Raises:
-        UsageError, InputError, NeedsFlag, MachineError: the recipe is wrong, and nothing is written; or a step fails,
-            and the message names the steps whose outputs stay.
+        UsageError, InputError, NeedsFlag, MachineError: the recipe is wrong, and nothing is written. Or a step fails;
+            then the message names the outputs of finished steps, which stay.
     """
 
     work: ClassVar[str] = "run.command.run_recipe"

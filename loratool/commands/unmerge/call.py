@@ -20,12 +20,12 @@ class Unmerge(Call["UnmergeReport"]):
 
     Args:
         merged: The output of `merge`.
-        adapters: Those of the merge with their weights, in any order.
-        undo: The undo file, where it is not in or beside MERGED.
-        approximate: Without an undo file: subtract and round; says how many weights can be wrong.
+        adapters: The adapters of the merge with their weights, in any order.
+        undo: The undo file. Needed if it is neither in nor beside MERGED.
+        approximate: Subtract and round, if you have no undo file. The report says how many weights can be wrong.
 
     Raises:
-        InputError: an adapter or a weight is not the merge's, a file was edited since, the undo file is of another
+        InputError: an adapter or a weight is not that of the merge, a file was edited since, the undo file has another
             version, or an update cannot be subtracted. Nothing is written then.
         UsageError: the arguments contradict each other.
     """

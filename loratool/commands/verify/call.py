@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verify(Call["VerifyReport"]):
-    """Prove that MERGED is BASE with the adapters added, or say what is wrong with it.
+    """Prove that MERGED is BASE with the adapters added, or diagnose what is wrong.
 
-    The modules that `target`, `exclude`, `layers` and `drop` leave out must be the base's.
+    Modules that `target`, `exclude`, `layers` and `drop` exclude must be equal to the base's.
 
     Args:
         base: The model that the adapters were added to.
-        adapters: Those of the merge with their weights, as `merge` takes them.
+        adapters: The adapters of the merge with their weights, as in `merge`.
         merged: The output of `merge`, or of another program.
-        tied: The value that was given to merge.
-        initial: The value that was given to merge.
-        residual_base: Pass it if it was given to merge.
-        allow: Accept as proven an update below half an ulp everywhere.
+        tied: The value that you gave to merge.
+        initial: The value that you gave to merge.
+        residual_base: Add it if you gave it to merge.
+        allow: inconclusive: accept updates below half an ulp everywhere, which leave nothing to check.
 
     Raises:
-        InputError: the files do not belong together at all.
+        InputError: the files do not belong together.
     """
 
     work: ClassVar[str] = "verify.command.run_verify"

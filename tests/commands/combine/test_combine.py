@@ -515,7 +515,7 @@ class TestRefusals:
         ("options", "code", "says"),
         [
             (["--method", "linear"], 2, "cross terms"),
-            (["--method", "svd"], 2, "that is cat with --rank"),
+            (["--method", "svd"], 2, "use cat with --rank"),
             (["--method", "slerp"], 2, "slerp is not offered: it turns one model"),
             (["--density", "0.5"], 2, "--density is for methods that leave entries out, and cat does not"),
             (["--method", "ties", "--density", "0"], 2, "is not between 0 and 1"),

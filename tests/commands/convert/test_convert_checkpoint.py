@@ -518,7 +518,7 @@ class TestRefusals:
         result = run("convert", model, "--to", "kohya")
         assert result.exit_code == 3
         assert "is not an adapter in a known format" in result.stderr
-        assert result.stderr.endswith("as a checkpoint it can become safetensors or torch\n")
+        assert result.stderr.endswith("convert it as a checkpoint, with --to safetensors or torch\n")
         adapter = FIXTURES / "llama" / "adapter"
         for options, message in (
             ((), "is an adapter, and needs --to, one of peft, kohya, diffusers"),
