@@ -91,7 +91,7 @@ def parse_adapters(adapters: Adapters, drop: Sequence[str] = ()) -> list[Adapter
         raise _unknown_form(adapters)
     requests = [replace(_parse_one(argument), drop=tuple(drop)) for argument in arguments]
     if not requests:
-        raise UsageError("no adapter is given")
+        raise UsageError("no adapter given")
     return requests
 
 
@@ -106,7 +106,7 @@ def _parse_one(argument: object) -> AdapterRequest:
     name = parse_path(path)
     for part in parts:
         if not isinstance(part, str):
-            raise UsageError(f"{brief(part)} is none of {', '.join(WEIGHED)}, and no pattern", culprit=name)
+            raise UsageError(f"{brief(part)} is neither a pattern nor one of {', '.join(WEIGHED)}", culprit=name)
     return AdapterRequest(name, _weight(weight, name), {part: _weight(value, name) for part, value in parts.items()})
 
 
@@ -125,4 +125,4 @@ def _weight(value: object, path: str) -> float:
 
 
 def _unknown_form(argument: object) -> UsageError:
-    return UsageError(f"{brief(argument)} names no adapter", remedy=f"adapters are {ADAPTER_FORMS}")
+    return UsageError(f"{brief(argument)} is not an adapter", remedy=f"adapters are {ADAPTER_FORMS}")

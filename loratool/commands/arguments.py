@@ -124,7 +124,7 @@ def parse_path(value: object) -> str:
     if not known:
         raise _is_not(value, PATH_TAKEN)
     if (longest := max(map(len, names))) > LONGEST_NAME:
-        raise UsageError(f"{brief(value)} is too long a name ({longest} bytes)")
+        raise UsageError(f"{brief(value)} has a name of {longest} bytes; the limit is {LONGEST_NAME}")
     return shareable(str(path))
 
 
@@ -286,7 +286,7 @@ def one_of(choices: Collection[str], refused: Mapping[str, str] = MappingProxyTy
 
     def parse(value: object) -> str:
         if isinstance(value, str) and value in refused:
-            raise UsageError(f"{value} is not offered: {refused[value]}")
+            raise UsageError(f"{value} is not supported: {refused[value]}")
         if not isinstance(value, str) or value not in words:
             raise UsageError(f"{brief(value)} is none of {', '.join(words)}")
         return str(value)
@@ -354,7 +354,7 @@ def read_arguments(
     unnamed = [each.name for each in arguments.values() if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     several = rest_of(arguments)
     if len(args) > len(unnamed) and several is None:
-        raise UsageError(f"takes {_count(unnamed)} without a name, not {len(args)}", culprit=name)
+        raise UsageError(f"takes {_count(unnamed)} by position, not {len(args)}", culprit=name)
     given: dict[str, object] = dict(zip(unnamed, args, strict=False))
     for keyword in keywords:
         if keyword not in arguments or keyword == several:
@@ -523,7 +523,7 @@ def _tuple_of(types: Sequence[ArgumentType]) -> ArgumentType:
 
 
 def _callback() -> ArgumentType:
-    taken = "a function of two numbers, those done and all"
+    taken = "a function of two numbers, (done, total)"
 
     def parse(value: object) -> object:
         try:

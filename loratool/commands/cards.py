@@ -91,7 +91,7 @@ def rank_range(ranks: Iterable[int]) -> str:
 def weighted_word(weighted: tuple[Adapter, float]) -> str:
     """Return an adapter and its weights as a word of the command line."""
     adapter, weight = weighted
-    weights = [f"{name}={short(own)}" for name, own in adapter.module_weights]
+    weights = [f"{name}={short(module_weight)}" for name, module_weight in adapter.module_weights]
     if weight != 1 or weights:
         weights = [short(weight), *weights]
     return input_word(adapter.name) + (":" + ",".join(weights) if weights else "")
@@ -107,8 +107,8 @@ def output_facts(imatrix: str | None, weighted_error: float | None) -> list[str]
     """Return the sentence of a card on ranks chosen for the outputs. Empty without an imatrix."""
     if imatrix is None or weighted_error is None:
         return []
-    by = f"what is cut matters least for the outputs, by the inputs in {code(shown_name(imatrix))}"
-    return [f"{by}: the energy is weighted by them, and {error_share(weighted_error)} of the outputs is lost"]
+    by = f"ranks are chosen for the outputs, with the inputs in {code(shown_name(imatrix))}"
+    return [f"{by}: they weigh the energy, and {error_share(weighted_error)} of the outputs is lost"]
 
 
 def few_names(names: Sequence[str]) -> str:
@@ -183,5 +183,5 @@ def encode_card(
         **common_licence(licences),
         "tags": ("lora", "loratool"),
     }
-    lines = [*facts, *([f"left out: {few_names(left_out)}"] if left_out else [])]
+    lines = [*facts, *([f"excluded: {few_names(left_out)}"] if left_out else [])]
     return ModelCard(title, lines, commands, metadata).encode()

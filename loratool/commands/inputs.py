@@ -57,7 +57,7 @@ def open_inputs(
     Raises:
         InputError: `open_base` or `open_adapters` refuses a file.
     """
-    checkpoint = open_base(base, "the first argument is the base model", opened, requests, verb)
+    checkpoint = open_base(base, "the first argument must be the base model", opened, requests, verb)
     _refuse_scaled(checkpoint)
     try:
         adapters = open_adapters(requests, alpha, opened, base=checkpoint)
@@ -95,7 +95,7 @@ def _refuse_scaled(base: Checkpoint) -> None:
     names = mlx_names(base.model_types)
     if names and names.scaled and is_of_mlx(base):
         raise InputError(
-            f"is a {base.model_type} of mlx-lm, which has multiplied weights by numbers of the config",
+            f"is a {base.model_type} of mlx-lm, which has multiplied the weights by values of the config",
             culprit=os.fspath(base.path),
             remedy="pass the original model, or let mlx_lm.fuse merge it",
         )
@@ -154,7 +154,7 @@ def open_base(
     opened.callback(model.close)
     if any(".base_layer." in tensor for tensor in model.specs):
         raise InputError(
-            "is a dump of a whole PeftModel, and no loader knows the names of its weights",
+            "is a dump of a PeftModel, and no loader knows the names of its weights",
             culprit=os.fspath(name),
             remedy="save the model with merge_and_unload().save_pretrained, or pass the original base",
         )
@@ -176,7 +176,7 @@ def refuse_adapter(
     """
     if not is_adapter(model.specs):
         return
-    remedy = f"what the adapter has: {command_line('inspect', name)}"
+    remedy = f"to see what it has: {command_line('inspect', name)}"
     if requests and _is_model(requests[0].path):
         first = requests[0].path
         remedy = f"swap them: {shell_word(first)} comes before {shell_word(name)}"
@@ -213,7 +213,7 @@ def without_base_option(base: str | os.PathLike[str] | None = None) -> Iterator[
             raise
         reworded = error.elsewhere("loratool convert with --to peft")
         if base is not None:
-            reworded.remedy = f"{shell_word(base)} has no config.json: put the model's there"
+            reworded.remedy = f"{shell_word(base)} has no config.json: copy the model's into it"
         raise reworded from error
 
 
@@ -254,7 +254,7 @@ def open_adapters(
         opened.callback(adapter.file.close)
         adapters.append(adapter)
     if alpha is not None and not used:
-        raise UsageError("--alpha is for adapters that do not say theirs, and all of these do")
+        raise UsageError("--alpha is for adapters that do not store theirs, but all of these do")
     left = leave_out(adapters, requests[0].drop if requests else ())
     if isinstance(file, GgufFile) and base:
         has_head = GGUF_HEAD in base.specs or find_tie(base) is not None
@@ -282,7 +282,7 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
     for adapter in adapters if "extras" not in drop else ():
         if adapter.extras:
             raise NeedsFlag(
-                f"holds embeddings beside its modules, which no weight could hold: {_shortened(adapter.extras)}",
+                f"holds token embeddings, which cannot be merged into a weight: {_shortened(adapter.extras)}",
                 culprit=adapter.name,
                 flags="--drop extras",
                 why="to exclude them",
@@ -298,9 +298,9 @@ def leave_out(adapters: Sequence[Adapter], drop: Sequence[str]) -> list[Adapter]
                 if len(listed) == 1 and not present_components.isdisjoint(listed)
             ]
             raise InputError(
-                f"names no module of {' or '.join(adapter.name for adapter in adapters)}",
+                f"matches no module of {' or '.join(adapter.name for adapter in adapters)}",
                 culprit=f"--drop {word}",
-                remedy=f"there are those of {', '.join(present)}" if present else None,
+                remedy=f"it has modules of {', '.join(present)}" if present else None,
             )
     components = {component for word in drop for component in WEIGHED.get(word, ())}
     return [_without(adapter, components) for adapter in adapters]
@@ -310,7 +310,7 @@ def _without(adapter: Adapter, components: Collection[str]) -> Adapter:
     """Return the adapter without its extras and without the modules of these components."""
     remaining = adapter.only([module for module in adapter.updates if weighed_component(module) not in components])
     if not remaining.updates and components:
-        raise InputError("has nothing left after --drop", culprit=adapter.name, remedy="leave the adapter out instead")
+        raise InputError("has nothing left after --drop", culprit=adapter.name, remedy="do not pass this adapter")
     excluded = [module for module in adapter.updates if module not in remaining.updates]
     needed = {name for update in remaining.updates.values() for name in update.stored}
     adapter.file.hide({name for module in excluded for name in adapter.updates[module].stored} - needed)
@@ -325,7 +325,7 @@ def _shortened(names: Sequence[str]) -> str:
 def negate_weights(weighted: WeightedAdapter) -> WeightedAdapter:
     """Return the adapters with negated weights, so that adding them subtracts their updates."""
     return tuple(
-        (replace(a, module_weights=tuple((name, -own) for name, own in a.module_weights)), -weight)
+        (replace(a, module_weights=tuple((name, -module_weight) for name, module_weight in a.module_weights)), -weight)
         for a, weight in weighted
     )
 
@@ -364,21 +364,21 @@ def subtract_initial(
     dora = any(update.cls is DoRA for update in adapter.updates.values())
     if dora and initial is None:
         raise NeedsFlag(
-            f"was initialized with {init}, which changed the base under it, and is DoRA",
+            f"was initialized with {init}, which changed its base, and is DoRA",
             culprit=adapter.name,
             flags="--residual-base",
-            why="if the base given is the changed one; from DoRA no start can be subtracted",
+            why="if you pass the changed base; no initial adapter can be subtracted from DoRA",
         )
     if initial is None:
         raise NeedsFlag(
-            f"was initialized with {init}, which changed the base under it: on the original base it is wrong",
+            f"was initialized with {init}, which changed its base: it is wrong on the original base",
             culprit=adapter.name,
             flags="--initial ADAPTER",
-            why="with the adapter as it was before training, or --residual-base if the base given is the changed one",
+            why="with the adapter before training, or --residual-base if you pass the changed base",
         )
     if len(mutating) > 1:
         names = " and ".join(adapter.name for adapter, _, _ in mutating)
-        raise InputError(f"{names} each have a start of their own", remedy="merge them one after the other")
+        raise InputError(f"{names} each have an initial adapter", remedy="merge them one after the other")
     with without_base_option():
         initial_adapter = open_adapter(initial)  # its extras do not matter: only its factors are subtracted
     opened.callback(initial_adapter.file.close)
@@ -412,7 +412,7 @@ def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
         initial_file = base.root / INITIAL / WEIGHTS_NAMES[0]
         if initial_file.is_file() and sha256_file(initial_file) == sha256_file(initial / WEIGHTS_NAMES[0]):
             continue
-        what = f"was started on {named}, from which its factors were taken out: on another base it is wrong"
+        what = f"was initialized on {named}, from which its factors were subtracted: it is wrong on another base"
         if len(weighted) > 1 or any(update.cls is DoRA for update in adapter.updates.values()):
             raise InputError(what, culprit=adapter.name, remedy=f"pass {shell_word(named)} as the base")
         or_base = f", or pass {shell_word(named)} as the base"
@@ -422,14 +422,14 @@ def require_residual_base(base: Checkpoint, weighted: WeightedAdapter) -> None:
 def _check_initial(adapter: Adapter, initial: Adapter) -> None:
     """Raise an error unless the initial adapter has all low-rank modules of the adapter, at the same scale."""
     if initial.file.path.resolve() == adapter.file.path.resolve():
-        raise UsageError("is the adapter itself, not what it was before training", culprit=initial.name)
+        raise UsageError("is the adapter itself, not the one before training", culprit=initial.name)
     for module, update in adapter.updates.items():
         if update.cls is DoRA:
-            raise InputError("is DoRA, from which no initial adapter can be subtracted", culprit=module)
+            raise InputError("is DoRA, and no initial adapter can be subtracted from it", culprit=module)
         other = initial.updates.get(module)
         if update.cls in (LowRank, Experts) and (
             other is None or other.cls is not update.cls or other.shape != update.shape or other.scale != update.scale
         ):
             raise InputError(
-                f"of {adapter.name} has no counterpart of its shape and scale in {initial.name}", culprit=module
+                f"is in {adapter.name}, but {initial.name} has no module of its shape and scale", culprit=module
             )

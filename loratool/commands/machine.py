@@ -36,9 +36,9 @@ def require_ieee(command: Callable[P, R]) -> Callable[P, R]:
     @wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> R:
         if sys.byteorder != "little":
-            raise MachineError("this machine is big-endian, and loratool reads numbers of little-endian ones only")
+            raise MachineError("this machine is big-endian; loratool supports only little-endian machines")
         if not rounds_to_nearest():
-            raise MachineError("this process rounds another way than to the nearest number, by which all is defined")
+            raise MachineError("this process does not round to the nearest number, which loratool needs")
         apart = flushes() or makes_other_tensors()
         return _run_in_thread(lambda: command(*args, **options)) if apart else command(*args, **options)
 
@@ -98,7 +98,7 @@ def _keep() -> None:
 
     torch.set_flush_denormal(False)
     if flushes():
-        raise MachineError("this process flushes denormal numbers to zero, and torch cannot turn that off")
+        raise MachineError("this process flushes denormal numbers to zero, and torch cannot disable it")
 
 
 def _raise_in(thread: threading.Thread, kind: type[BaseException]) -> None:

@@ -58,7 +58,7 @@ class _Opened(Mapping[str, V]):
 
     def _require_open(self) -> None:
         if self._closed:
-            raise UsageError("is closed", culprit=self.path, remedy="read it before the end of its with")
+            raise UsageError("is closed", culprit=self.path, remedy="read it inside its with block")
 
 
 class AdapterModule:
@@ -107,8 +107,8 @@ class AdapterModule:
         """
         if not self._spec.additive or None in self._spec.cls.flat(self._spec):
             of = "the weight's size" if self._spec.additive else "the weight"
-            what = f"is {self.kind}, whose change depends on {of}"
-            raise InputError(what, culprit=self.name, remedy="merge it, and compare the weights")
+            what = f"is {self.kind}: its delta depends on {of}"
+            raise InputError(what, culprit=self.name, remedy="merge it, then compare the weights")
         import torch
 
         from ..streaming.segment import RowSegment, UpdateLoader
@@ -139,7 +139,7 @@ class AdapterModule:
         inner = update.inner if isinstance(update, DoRA) else update
         if not isinstance(inner, LowRank):
             theirs = f"its tensors are {', '.join(self._spec.tensors)}"
-            raise InputError(f"is {self.kind}, which has no factors A and B", culprit=self.name, remedy=theirs)
+            raise InputError(f"is {self.kind} and has no factors A and B", culprit=self.name, remedy=theirs)
         return inner
 
 
@@ -267,5 +267,5 @@ def open_checkpoint(path: StrPath) -> OpenCheckpoint:
         InputError: it is no model, or one that cannot be read.
     """
     with ExitStack() as files:
-        model = open_base(path, "open_checkpoint opens models; open_adapter opens it", files)
+        model = open_base(path, "open_checkpoint opens models; use open_adapter", files)
         return OpenCheckpoint(os.fspath(path), model, files.pop_all())

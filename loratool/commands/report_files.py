@@ -59,7 +59,7 @@ REPORTS = {
 
 PAGES = (".html", ".htm")
 
-OTHER_PAGE = "name another page with --html"
+OTHER_PAGE = "choose another file with --html"
 
 
 def report_classes(verb: str) -> tuple[type[Any], ...]:
@@ -97,7 +97,9 @@ def check_page_path(path: StrPath) -> None:
     """
     place = Path(path)
     if place.suffix.lower() not in PAGES:
-        raise UsageError(f"{place.suffix or 'no ending'} is no name for a page", culprit=str(path), remedy=NAME_A_PAGE)
+        raise UsageError(
+            f"a page must end in .html, not {place.suffix or 'without a suffix'}", culprit=str(path), remedy=NAME_A_PAGE
+        )
     if find_spec("jinja2") is None:
         raise MachineError("a page needs Jinja2", culprit="--html", remedy=install_remedy("html"))
     check_place(place, is_file=True, remedy=OTHER_PAGE)
@@ -105,11 +107,11 @@ def check_page_path(path: StrPath) -> None:
         with open_for_reading(place) as file:
             begin = file.read(len(BEGIN))
         if begin != BEGIN.encode():
-            what = "exists already and is no page of a report, which alone is replaced"
+            what = "exists already and is not a page of a report; only these are replaced"
             raise UsageError(what, culprit=str(path), remedy=OTHER_PAGE)
 
 
-NAME_A_PAGE = "name it as report.html"
+NAME_A_PAGE = "for example report.html"
 
 
 @checked
@@ -145,7 +147,7 @@ MAX_MEMORY = 2 * MAX_PARSED  # bytes, about, that the JSON may take: a report of
 
 END = 4096  # bytes at the begin and the end of a file in which there may be blanks alone
 
-ANOTHER_FILE = "name a page that --html has written, or a file of what --json prints"
+ANOTHER_FILE = "give a page written by --html, or a file with the output of --json"
 
 
 @checked
@@ -165,14 +167,14 @@ def read_report(path: StrPath) -> Report:
     try:
         return cast(Report, read_at(partial(_read_one, value["verb"]), f"{path}: report", value["report"]))
     except RecursionError as error:
-        raise InputError("holds a report in a report, and so on too deep", culprit=str(path)) from error
+        raise InputError("has reports nested too deeply", culprit=str(path)) from error
 
 
 def _read_file(path: Path) -> bytearray:
     with open_for_reading(path) as file:
         nbytes = os.fstat(file.fileno()).st_size
         if nbytes > MAX_FILE:
-            why = f"is {size(nbytes)}, more than any page of a report ({size(MAX_FILE)})"
+            why = f"is {size(nbytes)}; a page of a report has at most {size(MAX_FILE)}"
             raise InputError(why, culprit=str(path), remedy=ANOTHER_FILE)
         data = bytearray(nbytes)
         read_into(file, memoryview(data), 0)
@@ -192,7 +194,7 @@ def _find_json(data: bytearray, path: Path) -> bytes:
         raise InputError("holds more than one report", culprit=str(path), remedy=ANOTHER_FILE)
     end = data.find(b"<", start)  # which the JSON has not
     if data[end : end + 9] != b"</script>" or not data[-END:].rstrip().endswith(b"</html>"):
-        raise InputError("is cut off, or was changed", culprit=str(path), remedy="fetch it anew")
+        raise InputError("is truncated or was edited", culprit=str(path), remedy="fetch it again")
     return bytes(memoryview(data)[start:end])
 
 
@@ -202,24 +204,24 @@ def _check_envelope(value: dict[str, Any], path: Path) -> None:
     if type(schema) is not int:
         raise InputError("holds no report", culprit=str(path), remedy=ANOTHER_FILE)
     if schema != SCHEMA_VERSION:
-        why = f"is of schema {brief(schema)}, and this loratool reads {SCHEMA_VERSION}"
+        why = f"has schema {brief(schema)}, but this loratool reads schema {SCHEMA_VERSION}"
         raise InputError(why, culprit=str(path), remedy=OTHER_VERSION)
     if "error" in value:
-        raise InputError("is of a call that failed, and so holds no report", culprit=str(path))
+        raise InputError("is the output of a call that failed, and holds no report", culprit=str(path))
     if verb == "guide":
-        raise InputError("is a guide, and no report", culprit=str(path))
+        raise InputError("is a guide, not a report", culprit=str(path))
     are_texts = isinstance(verb, str) and isinstance(status, str | None)
     expected = envelope(verb, value.get("report"), status=status) if are_texts else {}
     if value != expected or any(
         type(value[key]) is not type(expected[key]) for key in expected
     ):  # 1 is true, but for that
-        raise InputError("has another header than what loratool writes", culprit=str(path), remedy=OTHER_VERSION)
+        raise InputError("has a header that loratool does not write", culprit=str(path), remedy=OTHER_VERSION)
 
 
 def _read_one(verb: str, value: object) -> Any:
     """Return the report of a command. The reports of a recipe's steps have the classes of their commands."""
     if verb not in REPORTS:
-        raise InputError(f"is of {brief(verb)}, which is no command of this loratool", remedy=OTHER_VERSION)
+        raise InputError(f"is a report of {brief(verb)}, which is not a command of this loratool", remedy=OTHER_VERSION)
     report = rebuild(report_classes(verb), value)
     if verb != "run":
         return report

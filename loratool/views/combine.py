@@ -124,7 +124,7 @@ def combine_document(report: CombineReport, verbose: bool) -> Document:
         lists=(
             *(shared_lines(report.shared, verbose) if report.shared else ()),
             *listed("carried along", report.carried, verbose),
-            *listed("left out", report.left_out, verbose),
+            *listed("excluded", report.left_out, verbose),
             *unknown_inputs(report, verbose),
             *_metadata(report),
         ),
@@ -185,20 +185,20 @@ def _metadata(report: CombineReport) -> Iterator[Line]:
     if report.metadata_left_out:
         names, rest = report.metadata_left_out[:4], len(report.metadata_left_out) - 4
         more = f" and {rest} more" if rest > 0 else ""
-        yield line(f"metadata left out, as the adapters' differ: {', '.join(names)}{more}")
+        yield line(f"metadata not copied, since the adapters differ: {', '.join(names)}{more}")
 
 
 def _verdict(report: CombineReport, exact: bool) -> Iterator[Line]:
     if exact and report.error > LOST:
         dtype = "/".join(report.dtypes)
-        yield line(TextSpan(f"{share(report.error)} of the sum is lost", "bad"), f": {dtype} has no numbers so small")
+        yield line(TextSpan(f"{share(report.error)} of the sum is lost", "bad"), f": it is too small for {dtype}")
     elif exact:
-        yield line(f"the exact sum, to {measure(report.error)}")
+        yield line(f"exact sum (error {measure(report.error)})")
     elif report.rank_method == "ctm":
         ranks = spread([min(row.rank, sum(row.ranks)) for row in report.modules], rank)
         modules = plural(len(report.modules), "module")
         hold = "shared direction holds" if ranks == "1" else "shared directions hold"
-        yield line(f"{ranks} {hold} {kept_share(report.kept)} of the changes' energy in {modules}")
+        yield line(f"{ranks} {hold} {kept_share(report.kept)} of the deltas' energy in {modules}")
     else:
         share_kept, modules = kept_share(report.kept), plural(len(report.modules), "module")
         yield line(f"{share_kept} of {energy_of_what(report)} kept in {modules}")
@@ -224,7 +224,7 @@ def combine_page(report: CombineReport) -> Page:
 
 def _figures(report: CombineReport) -> Iterator[Figure]:
     if report.rank_method == "ctm":
-        yield Figure("shared", kept_share(report.kept), "of the changes' energy, in the directions that are kept")
+        yield Figure("shared", kept_share(report.kept), "of the deltas' energy, in the shared directions")
         yield Figure("error", share(report.error), "of the result's norm")
     else:
         yield from kept_figures(report)
@@ -236,12 +236,12 @@ def _figures(report: CombineReport) -> Iterator[Figure]:
 
 
 def _arithmetic(report: CombineReport) -> Iterator[str]:
-    yield "what is combined is the delta s B A of each module, times the weight of its adapter"
+    yield "the deltas s B A of each module are combined, each times the weight of its adapter"
     if report.rank_method == "ctm":
         yield (
-            "the changes are compressed to the directions that they share, and then combined; shared is the mean share "
-            "of their energies that these hold"
+            "the deltas are compressed to shared directions, then combined; shared is the mean share of their energies "
+            "in these directions"
         )
     else:
         yield what_energy_is(report)
-    yield "error is the distance of what is written, rounded to its type, from the result, beside the result's norm"
+    yield "error is the norm of the stored adapter minus the result, relative to the norm of the result"

@@ -114,4 +114,4 @@ def _verdict(report: ConvertReport) -> str:
         return f"{exact}, {inexact}: the largest error is {share(max(errors))}"
     if all(row.how == "exact" for row in report.modules):
         return f"{plural(count, 'module')}, factors copied byte for byte"
-    return f"{plural(count, 'module')}, their deltas the same to the bit"
+    return f"{plural(count, 'module')}, their deltas equal bit for bit"

@@ -95,13 +95,13 @@ def _facts(report: CheckpointConvertReport) -> Iterator[str]:
         yield f"{plural(len(flushed), 'tensor')} {old} -> {new}{became_zero}"
     if report.family:
         renamed = plural(report.renamed, "tensor")
-        yield f"{renamed} of {FAMILIES[report.family].title} renamed, {report.regrouped:,} made of rows of others"
+        yield f"{renamed} of {FAMILIES[report.family].title} renamed, {report.regrouped:,} split or concatenated"
     if report.copied:
         yield f"{plural(report.copied, 'tensor')} copied byte for byte"
 
 
 def _lists(report: CheckpointConvertReport, verbose: bool) -> Iterator[Line]:
-    yield from listed("left out", report.left_out, verbose)
+    yield from listed("excluded", report.left_out, verbose)
     yield from labelled("shared", [f"{name} is {kept}" for name, kept in report.shared.items()], verbose)
     yield from not_copied(report.left_behind, verbose)
 

@@ -233,7 +233,7 @@ def _lists(report: AdapterDiff, verbose: bool) -> Iterator[Line]:
     yield from field_lines(report.fields)
     yield from listed("only in A", report.only_a, verbose)
     yield from listed("only in B", report.only_b, verbose)
-    yield from listed("left out", report.left_out, verbose)
+    yield from listed("excluded", report.left_out, verbose)
 
 
 def _pictures(phi: Phi) -> list[Line]:
@@ -262,11 +262,11 @@ def _verdict(report: AdapterDiff) -> Line:
 
 
 WHAT_IS_COMPARED = (
-    "what is compared is the delta s B A of each module, of DoRA before it is normed: the same delta in other factors "
-    "is the same",
-    "norms are Frobenius', and the cosine of two deltas is <A, B> / (|A| |B|), all from QRs of the factors in float64",
-    "interference is |(U'U - I) S (V'V - I)| over the sum of S, of the singular vectors side by side, added up over "
-    "all entries (Gargiulo et al., arXiv 2412.00081): 0 without a shared direction, 1 for two equal deltas",
+    "the deltas s B A of the modules are compared (for DoRA before the norm), so equal deltas in other factors are "
+    "equal",
+    "norms are Frobenius norms, and the cosine of two deltas is <A, B> / (|A| |B|), from QRs of the factors in float64",
+    "interference is the sum of all entries of |(U'U - I) S (V'V - I)| over the sum of S, with the singular vectors "
+    "side by side (Gargiulo et al., arXiv 2412.00081): 0 without a shared direction, 1 for two equal deltas",
 )
 
 
@@ -283,8 +283,8 @@ def adapters_page(report: AdapterDiff) -> Page:
         heatmaps=tuple(_heatmaps(report.phi)) if report.phi else (),
         arithmetic=(
             *WHAT_IS_COMPARED,
-            "phi(i, j) is |U_i' W_j|^2 / min(i, j), of the first i singular vectors of A's delta and the first j of "
-            "B's (Hu et al., ICLR 2022, equation 4), here the mean of the modules that have the commonest ranks",
+            "phi(i, j) is |U_i' W_j|^2 / min(i, j), for the first i singular vectors of A's delta and the first j of "
+            "B's (Hu et al., ICLR 2022, equation 4); the mean is over the modules with the most common ranks",
         ),
         hashes=report.sha256,
     )
@@ -295,7 +295,7 @@ def _figures(report: AdapterDiff) -> Iterator[Figure]:
         interference, random = (measure(x) for x in (report.pair.interference, report.pair.random_interference))
         yield Figure("cosine", correlation(report.cosine), f"over all modules: {report.pair.relation}")
         yield Figure("apart", share(report.relative), "over all modules")
-        yield Figure("interference", interference, f"{random} if directions were random")
+        yield Figure("interference", interference, f"{random} for random directions")
         yield Figure("delta", f"{measure(report.norm_a)}, {measure(report.norm_b)}", "the norms of A and B")
         yield Figure(
             "rank", f"{spread(report.ranks_a, all_digits)}, {spread(report.ranks_b, all_digits)}", "of A and B"
@@ -320,7 +320,7 @@ ANGLES: Curve[ModuleDiff] = Curve("principal angles", Axis(q.PLACE), Axis(q.PRIN
 def _heatmaps(phi: Phi) -> Iterator[Heatmap]:
     for side, values, random in (("input", phi.right, phi.random_right), ("output", phi.left, phi.random_left)):
         yield Heatmap(
-            title=f"phi on the {side} side; {phi.i[-1]} and {phi.j[-1]} random directions have {random[-1][-1]:.3f}",
+            title=f"phi on the {side} side ({random[-1][-1]:.3f} for {phi.i[-1]} and {phi.j[-1]} random directions)",
             x="B's first",
             y="A's first",
             cell=q.PHI,

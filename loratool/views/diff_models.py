@@ -143,8 +143,8 @@ def models_issue(row: TensorDiff) -> Issue | None:
 
 def _why_not(row: TensorDiff) -> str:
     if row.odd:
-        return "nan or inf on one side alone"
-    return "another shape" if row.shape_a != row.shape_b else "not floating-point"
+        return "nan or inf on one side only"
+    return "shapes differ" if row.shape_a != row.shape_b else "not floating-point"
 
 
 def _lists(report: CheckpointDiff, verbose: bool) -> Iterator[Line]:
@@ -190,10 +190,10 @@ def models_page(report: CheckpointDiff) -> Page:
         figures=tuple(_figures(report)),
         sheets=(Sheet(rows, COLUMNS, title="tensor", find_issue=models_issue),),
         arithmetic=(
-            "apart is |B - A| over the larger of |A| and |B|, Frobenius' norms: 141% for what has nothing in common, "
-            "200% for opposites; a pair that cannot be compared is in no total",
-            "of quantized weights the numbers that the codes mean are compared, and not the codes",
-            "an ulp is the step from a number to the next of its type",
+            "apart is |B - A| over the larger of |A| and |B|, with Frobenius norms: 141% with nothing in common, 200% "
+            "for opposites; pairs that are not comparable are in no total",
+            "quantized weights are dequantized and then compared",
+            "an ulp is the step from a number to the next of its dtype",
         ),
     )
 
@@ -206,7 +206,7 @@ def _figures(report: CheckpointDiff) -> Iterator[Figure]:
         yield Figure("at most", share(report.worst), "apart in any tensor")
     if unknown := sum(row.relative is None for row in report.tensors):
         yield Figure(
-            "not comparable", all_digits(unknown), "another shape, nan or inf on one side, or not floating-point"
+            "not comparable", all_digits(unknown), "shapes differ, nan or inf on one side, or not floating-point"
         )
     for side, names in (("A", report.only_a), ("B", report.only_b)):
         if names:

@@ -192,7 +192,7 @@ def _lists(report: AdaptersDiff, names: Sequence[str], verbose: bool) -> Iterato
     yield from field_lines(report.fields)
     for label, modules in _found_in(report, names).items():
         yield from listed(label, modules, verbose)
-    yield from listed("left out", report.left_out, verbose)
+    yield from listed("excluded", report.left_out, verbose)
 
 
 def _found_in(report: AdaptersDiff, names: Sequence[str]) -> dict[str, list[str]]:
@@ -216,7 +216,7 @@ def _verdict(report: AdaptersDiff) -> Line:
         counts = [
             plural(len(rows), word) for rows, word in ((report.modules, "module"), (report.values, "tensor")) if rows
         ]
-        return line(TextSpan("same", "good"), f": all have one delta in {' and '.join(counts)}{above}")
+        return line(TextSpan("same", "good"), f": all have the same delta in {' and '.join(counts)}{above}")
     if not report.shared:
         count = sum(row.relative > 0 for row in report.values)
         return line(
@@ -249,13 +249,13 @@ def several_page(report: AdaptersDiff) -> Page:
         sheets=(modules, tensors),
         heatmaps=(
             *shared_heatmaps(report.shared),
-            of_each_two("distance of each two", q.APART, report.relatives, share),
+            of_each_two("distance of each pair", q.APART, report.relatives, share),
         )
         if report.shared
         else (),
         arithmetic=(
             *WHAT_IS_COMPARED,
-            "of a module the cosine is the least, and the distance the largest, of any two adapters",
+            "each row has the lowest cosine and the largest distance of any two adapters",
         ),
         hashes=report.sha256,
     )

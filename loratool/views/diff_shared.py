@@ -29,11 +29,11 @@ CROSSING, LEAST, TIMES_RANDOM = "crossing", 0.1, 2.0
 
 # word -> what it means for a sum
 MEANINGS = {
-    "alike": "one change but for its size, which a sum has twice",
-    "related": "they pull the same way, and a sum has what they share twice",
-    "opposed": "they pull against each other, and a sum has less of both",
-    CROSSING: "they read or write the same directions, mostly for different things, and a sum mixes them",
-    "unrelated": "each has directions of its own, and a sum has both changes as they are",
+    "alike": "the same delta at two scales; a sum has it twice",
+    "related": "they pull the same way; a sum has the shared part twice",
+    "opposed": "they pull against each other; a sum has less of both",
+    CROSSING: "they use the same directions for different things; a sum mixes them",
+    "unrelated": "each has directions of its own; a sum has both deltas unchanged",
 }
 
 FIGHTING = ("opposed", CROSSING)
@@ -150,12 +150,12 @@ def shared_picture(shared: Shared, verbose: bool) -> list[Line]:
     names = letters(len(shared.cosines))
     if len(names) < 3:
         return []
-    drawn = triangle("cosine of each two", names, shared.cosines)
+    drawn = triangle("cosine of each pair", names, shared.cosines)
     if not verbose:
         return drawn
     pairs = {(pair.second, pair.first): pair.interference for pair in shared.pairs}
     values = [[pairs.get((i, j), 0.0) for j in range(len(names))] for i in range(len(names))]
-    return [*drawn, *triangle("interference of each two, 1 as of equal ones", names, values)]
+    return [*drawn, *triangle("interference of each pair, 1 for equal ones", names, values)]
 
 
 def relations(shared: Shared, verbose: bool) -> Iterator[Line]:
@@ -211,8 +211,8 @@ def shared_heatmaps(shared: Shared) -> tuple[Heatmap, ...]:
     pairs = {(pair.first, pair.second): pair.interference for pair in shared.pairs}
     both = [[pairs.get((min(i, j), max(i, j))) for j in range(len(names))] for i in range(len(names))]
     return (
-        of_each_two("cosine of each two", q.COSINE, shared.cosines, correlation),
-        of_each_two("interference of each two", q.INTERFERENCE, both, measure),
+        of_each_two("cosine of each pair", q.COSINE, shared.cosines, correlation),
+        of_each_two("interference of each pair", q.INTERFERENCE, both, measure),
     )
 
 
@@ -227,5 +227,5 @@ def shared_figures(shared: Shared) -> tuple[Figure, ...]:
     random = measure(shared.random_interference)
     return (
         Figure("fighting", f"{len(shared.fighting):,}", f"of {len(shared.pairs):,} pairs are {' or '.join(FIGHTING)}"),
-        Figure("interference", measure(shared.interference), f"in all, {random} if directions were random"),
+        Figure("interference", measure(shared.interference), f"in all, {random} for random directions"),
     )

@@ -98,7 +98,7 @@ def spectra_diff_page(report: SpectraDiff) -> Page:
     if rows:
         new = all_digits(sum(row.intruders.new for row in rows))
         figures += [
-            Figure("new", new, f"of {examined:,} leading singular vectors have no match in the base"),
+            Figure("new", new, f"of {examined:,} leading singular vectors match none of the base"),
             Figure("change", spread([row.relative for row in rows], share), "of the weight's norm"),
         ]
     curves: Sequence[Curve[WeightSpectra]] = spectrum_curves(
@@ -109,7 +109,7 @@ def spectra_diff_page(report: SpectraDiff) -> Page:
         sheets=(Sheet(rows, COLUMNS, "weight", curves=curves),),
         arithmetic=(
             what_is_new(report.top, report.threshold),
-            "the singular values are those of the tuned weight that belong to these vectors, and the energy is their "
-            "share of all of its energy",
+            "the curves have the singular values of the tuned weight for these vectors; the energy is their share of "
+            "its energy",
         ),
     )

@@ -163,15 +163,17 @@ def extract_issue(row: ModuleExtract) -> Issue | None:
 
 
 def _lists(report: ExtractReport, verbose: bool) -> Iterator[Line]:
-    yield from listed("kept as they are", report.exact, verbose)
+    yield from listed("stored exactly", report.exact, verbose)
     norms = {name: norm for name, norm in report.left_out.items() if norm is not None}
     if verbose:
         for name in report.left_out:
-            yield line(f"left out: {name}" + (f", delta {measure(norms[name])}" if name in norms else ""))
+            yield line(f"not in the adapter: {name}" + (f", delta {measure(norms[name])}" if name in norms else ""))
     else:
-        yield from listed("left out", report.left_out)
+        yield from listed("not in the adapter", report.left_out)
         if norms:
-            yield line(f"note: the delta of what is left out is {measure(math.hypot(*norms.values()))} in all")
+            yield line(
+                f"note: the norm of the deltas that are not in the adapter is {measure(math.hypot(*norms.values()))}"
+            )
     yield from unknown_inputs(report, verbose)
     yield from listed("only in the base", report.only_base, verbose)
     yield from listed("only in the tuned model", report.only_tuned, verbose)
@@ -188,8 +190,8 @@ def _verdict(report: ExtractReport) -> Iterator[Line]:
 
 
 KEPT = (
-    "the energy kept is exact: it is the sum of the squares of the factors' singular values, over that of all of the "
-    "delta's numbers"
+    "the energy kept is exact: the sum of the squared singular values of the factors, over the sum of the squares of "
+    "all numbers of the delta"
 )
 
 
@@ -198,11 +200,11 @@ def extract_page(report: ExtractReport) -> Page:
     rows = report.modules
     figures = [
         *kept_figures(report),
-        *([] if report.relative is None else [Figure("delta/W", share(report.relative), "of what changed")]),
+        *([] if report.relative is None else [Figure("delta/W", share(report.relative), "of the changed weights")]),
         *([Figure("rank", spread([row.rank for row in rows], rank))] if rows else []),
         Figure("output", nbytes(report.nbytes), f"{quantity(report.parameters)} parameters"),
-        *([Figure("exact", all_digits(len(report.exact)), "tensors are kept as they are")] if report.exact else []),
-        *([Figure("left out", all_digits(len(report.left_out)), "tensors that changed")] if report.left_out else []),
+        *([Figure("exact", all_digits(len(report.exact)), "tensors are stored exactly")] if report.exact else []),
+        *([Figure("not in it", all_digits(len(report.left_out)), "changed tensors")] if report.left_out else []),
     ]
     curves = spectrum_curves(lambda row: {"delta": row.spectrum}, lambda row: {"rank": row.rank}, _rounding, _estimates)
     sheet = Sheet(rows, extract_columns(rows), "weight", extract_issue, curves=curves)
@@ -212,9 +214,9 @@ def extract_page(report: ExtractReport) -> Page:
         arithmetic=(
             what_energy_is(report),
             *([KEPT] if report.weighted_error is None else []),
-            "of a delta only the largest singular values are computed, so a curve may end before its energy is 100%; "
-            "about is where a power law puts the ranks of 50% and 90%",
-            "rounding is up to where singular values may be those of rounding the models to their types alone",
+            "only the largest singular values of a delta are computed, so a curve may end below 100%; about is an "
+            "estimate of the ranks of 50% and 90% by a power law",
+            "below rounding, singular values may come from rounding the models to their dtypes only",
         ),
     )
 

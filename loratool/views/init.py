@@ -117,7 +117,7 @@ def init_document(report: InitReport, verbose: bool) -> Document:
 
 def _verdict(report: InitReport) -> Iterator[Line]:
     if report.residual and report.residual.error is not None and not report.warnings:
-        yield line(f"residual + adapter is {share(report.residual.error)} away from the base")
+        yield line(f"residual + adapter differs from the base by {share(report.residual.error)}")
     yield wrote_adapter(report)
     if report.residual:
         yield from _residual(report.residual, report.dry_run)

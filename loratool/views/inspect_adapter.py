@@ -286,11 +286,11 @@ def inspection_page(report: AdapterInspection) -> Page:
         figures=tuple(_figures(report)),
         sheets=(Sheet(rows, columns, find_issue=inspection_issue),),
         arithmetic=(
-            "the delta of a module is s B A, of DoRA before it is normed; its norm is Frobenius', the root of the sum "
-            "of the squares of all its numbers",
-            "of a module with factors, the norm and the effective rank are those of the singular values of s B A, "
+            "the delta of a module is s B A (for DoRA before the norm); its norm is the Frobenius norm, the root of "
+            "the sum of squares of its numbers",
+            "for a module with factors, the norm and the effective rank come from the singular values of s B A, "
             "computed from the factors in float64",
-            "the effective rank is exp of the entropy of the singular values' shares of their sum: r for r equal ones",
+            "the effective rank is exp of the entropy of the singular values' shares: r for r equal singular values",
         ),
         hashes=report.sha256,
     )

@@ -260,7 +260,7 @@ def _lists(report: CheckpointReport, verbose: bool) -> Iterator[Line]:
         yield line(f"{first}: {', '.join([*shown, *more])}")
     if report.uncounted:
         number = plural(report.uncounted, "quantized weight")
-        yield line(f"note: {number} not counted, whose sizes the headers do not tell")
+        yield line(f"note: {number} not counted, since the headers do not show their sizes")
     yield from labelled("note", report.notes, verbose)
 
 
@@ -277,10 +277,10 @@ def checkpoint_page(report: CheckpointReport) -> Page:
         figures=tuple(figures),
         sheets=(_sheet(report.groups, (TARGET,)),),
         arithmetic=(
-            "all of this is from the files' headers: no weight is read",
-            "a quantized weight is one tensor, with its scales and what else belongs to it; its parameters are the "
-            "numbers that its codes mean",
-            "bits are 8 times the bytes, those of scales included, over the parameters",
+            "everything here comes from the headers of the files: no weight is read",
+            "a quantized weight counts as one tensor, with its scales and other parts; its parameters are its "
+            "dequantized numbers",
+            "bits are 8 times the bytes, with those of scales, over the parameters",
         ),
     )
 
@@ -294,7 +294,7 @@ def method_page(report: MethodReport) -> Page:
             Figure("tensors", all_digits(report.tensors)),
         ),
         sheets=(_sheet(report.groups, ()),),
-        arithmetic=("all of this is from the file's header: no tensor is read",),
+        arithmetic=("everything here comes from the header of the file: no tensor is read",),
     )
 
 

@@ -71,7 +71,7 @@ def runtime_document(report: RuntimeInspection, verbose: bool) -> Document:
         subject=line(path(report.path), f": {modules}, for {report.runtime} {report.version}", *base),
         lists=tuple(_lists(report, verbose)),
         verdict=(_verdict(report),),
-        hint=f"{convert} writes what it applies" if report.findings else None,
+        hint=f"{convert} writes an adapter that it applies" if report.findings else None,
         verbose=verbose,
     )
 
@@ -86,10 +86,10 @@ def _lists(report: RuntimeInspection, verbose: bool) -> Iterator[Line]:
 
 
 def _verdict(report: RuntimeInspection) -> Line:
-    how = "its own functions were run" if report.checked == "run" else "its source was read"
-    known = f", by what is known of this version ({how})"
+    how = "we ran its functions" if report.checked == "run" else "we read its source"
+    known = f", as far as this version is known ({how})"
     if report.findings:
-        return line(TextSpan("wrong", "bad"), f": it is not applied as it was trained{known}")
+        return line(TextSpan("wrong", "bad"), f": it is not applied as trained{known}")
     if report.base is None:
-        return line(TextSpan("ok", "good"), f": nothing speaks against it, its modules' names left aside{known}")
+        return line(TextSpan("ok", "good"), f": no problem found, but module names are not checked{known}")
     return line(TextSpan("ok", "good"), f": it is applied in full{known}")

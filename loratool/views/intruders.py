@@ -55,8 +55,8 @@ class IntruderCount:
 def what_is_new(top: int, threshold: float) -> str:
     """Return the sentence that defines an intruder dimension."""
     return (
-        f"new is one of the {top} leading left singular vectors of a changed weight whose |cosine| with all of the "
-        f"base's is below {threshold:g} (arXiv:2410.21228)"
+        f"a left singular vector of a changed weight is new if it is among the {top} leading ones and its |cosine| "
+        f"with all of the base's is below {threshold:g} (arXiv:2410.21228)"
     )
 
 
@@ -68,8 +68,8 @@ def intruder_verdict(counts: Sequence[IntruderCount], rule: IntruderRule) -> Ite
     cosine = f"|cosine| below {rule.threshold:g} with all of the base's"
     yield line(TextSpan(f"{new:,}", "attention" if new else "good"), f" {what}{where}: {cosine}")
     if undecided := sum(each.undecided for each in counts):
-        yield line(f"{undecided:,} more cannot be told, as singular values are too close to one another")
+        yield line(f"{undecided:,} more are undecided, since singular values are too close to each other")
     if new:
-        yield line("the more they are and the larger, the more a model forgets of what it knew (arXiv:2410.21228)")
+        yield line("more and larger intruder dimensions mean more forgetting (arXiv:2410.21228)")
     else:
-        yield line("the largest directions are the base's own, as after a full fine-tune (arXiv:2410.21228)")
+        yield line("the largest directions are those of the base, as after a full fine-tune (arXiv:2410.21228)")

@@ -189,7 +189,7 @@ def whole_or_range(rank: float) -> str:
 
 
 def _lists(report: MergeReport, verbose: bool) -> Iterator[Line]:
-    yield from listed("left out", report.left_out, verbose)
+    yield from listed("excluded", report.left_out, verbose)
     yield from not_copied(report.left_behind, verbose)
     yield from labelled("note", report.notes, verbose)
     if report.dry_run and report.sizes:
@@ -200,13 +200,13 @@ def _lists(report: MergeReport, verbose: bool) -> Iterator[Line]:
 def _verdict(report: MergeReport) -> Iterator[Line]:
     changed = len(report.tensors) if report.changed is None else report.changed
     total = plural(len(report.tensors) + report.copied + report.decoded, "tensor")
-    others = f", {report.decoded:,} others {'encoded' if report.quantized == 'like' else 'decoded'}"
+    others = f", {report.decoded:,} others {'encoded' if report.quantized == 'like' else 'dequantized'}"
     others = others if report.decoded else ""
     was = f" (was {nbytes(report.base_nbytes)})" if report.quantized else ""
     if report.dry_run:
         yield line(f"{changed:,} of {total} would change{others}, {report.copied:,} would be copied")
         undo = f", undo at most {nbytes(report.undo_bytes)}" if report.undo_bytes is not None else ""
-        free = "" if report.free_bytes is None else f"; {nbytes(report.free_bytes)} are free"
+        free = "" if report.free_bytes is None else f"; {nbytes(report.free_bytes)} free"
         yield line("would write ", path(report.out), f"  {nbytes(report.nbytes)}{was}{undo}{free}")
         return
     left = "" if report.kept is None else f", {kept_share(report.kept)} of the delta kept"
@@ -228,14 +228,14 @@ def _next(report: MergeReport) -> str | None:
 
 
 NEAREST = (
-    "each merged weight that is stored as a number is the one of its type that is nearest to what its update defines "
-    "as a real number: W + s B A for LoRA"
+    "each merged weight that is not quantized is the number of its dtype nearest to the exact result of its update: "
+    "W + s B A for LoRA"
 )
 
 # what became of coded weights -> what those are that have codes after the merge
 CODES = {
-    "requantize": "of what keeps its codes, each weight has the code nearest to that number, with the base's scales",
-    "like": "what is written as codes is quantized anew, with scales of its own",
+    "requantize": "each quantized weight has the code nearest to the exact result, with the base's scales",
+    "like": "quantized weights are quantized again, with new scales",
 }
 
 

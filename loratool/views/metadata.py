@@ -50,7 +50,7 @@ def metadata_document(report: MetadataReport, verbose: bool) -> Document:
     return Document(
         subject=line(path(report.source), " -> ", path(report.out), dry_run_mark(report)),
         lists=tuple(_changes(report, verbose)),
-        verdict=(outcome(report.out, report.dry_run, f"{nbytes(report.nbytes)}, the tensors byte for byte"),),
+        verdict=(outcome(report.out, report.dry_run, f"{nbytes(report.nbytes)}, tensors copied byte for byte"),),
         verbose=verbose,
     )
 
@@ -60,4 +60,4 @@ def _changes(report: MetadataReport, verbose: bool) -> Iterator[Line]:
         value = change.now or ""
         shown = value if verbose or len(value) <= LONGEST else f"{value[:LONGEST]}..."
         yield line(f"unset: {change.key}") if change.now is None else line(f"set: {change.key} = {shown}")
-    yield line(f"kept: {report.kept} other keys")
+    yield line(f"unchanged: {report.kept} other keys")

@@ -140,7 +140,7 @@ def resize_issue(row: ModuleResize) -> Issue | None:
 
 def _lists(report: ResizeReport, verbose: bool) -> Iterator[Line]:
     yield from listed("carried along", report.carried, verbose)
-    yield from listed("left out", report.left_out, verbose)
+    yield from listed("excluded", report.left_out, verbose)
     yield from unknown_inputs(report, verbose)
 
 
@@ -161,8 +161,8 @@ def resize_page(report: ResizeReport) -> Page:
         sheets=(Sheet(rows, resize_columns(rows), "module", resize_issue, curves=curves),),
         arithmetic=(
             what_energy_is(report),
-            f"the singular values are those of {product}, from a core of the factors in float64",
-            "error is the distance of what is written, rounded to its type, from the delta, beside the delta's norm",
+            f"the singular values are those of {product}, computed from an r x r core in float64",
+            "error is the norm of the stored delta minus the original one, relative to the norm of the original",
         ),
         hashes=report.sha256,
     )

@@ -80,7 +80,7 @@ def verdict_of(report: RunReport) -> Line:
         last = report.steps[-1]
         left = report.total - last.number
         rest = f"; {plural(left, 'step')} not run" if left else ""
-        return line(f"step {last.number} of {report.total}, {last.command}, said {report.status}{rest}")
+        return line(f"step {last.number} of {report.total}, {last.command}: {report.status}{rest}")
     return line(f"{plural(len(report.steps), 'step')} {'planned' if report.dry_run else 'done'}")
 
 
@@ -93,8 +93,10 @@ def waiting(step: StepReport) -> Line:
     """Return the line for a step whose report cannot be made yet."""
     exists = f"; {step.out} exists: --force replaces it" if step.exists else ""
     if step.state == "waits":
-        return line(f"its words and paths are checked; the rest waits for what {_named(step.waits_for)} writes{exists}")
-    return line("its words and paths are checked")
+        return line(
+            f"its keys and paths are checked; the rest waits for the output of {_named(step.waits_for)}{exists}"
+        )
+    return line("its keys and paths are checked")
 
 
 def _named(numbers: Sequence[int]) -> str:

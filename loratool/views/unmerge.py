@@ -67,7 +67,7 @@ def _lists(report: UnmergeReport, verbose: bool) -> Iterator[Line]:
     yield from listed("removed", report.removed, verbose)
     yield from not_copied(report.left_behind, verbose)
     if not report.exact_files and not report.approximate:
-        yield line("note: the base was a torch file: its tensors are the same, in a safetensors file")
+        yield line("note: the base was a torch file; its tensors are restored into a safetensors file")
 
 
 def _doubts(report: UnmergeReport) -> Iterator[str]:

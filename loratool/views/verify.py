@@ -131,11 +131,11 @@ def _table(rows: Sequence[TensorVerdict], title: str, verbose: bool) -> TextTabl
 def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
     for way in report.rounding:
         count = sum(each.verdict == "rounding" and each.detail == way for each in report.tensors)
-        yield line(f"{count:,} of {plural(len(report.tensors), 'tensor')} rounded otherwise: {way}")
+        yield line(f"{count:,} of {plural(len(report.tensors), 'tensor')} rounded differently: {way}")
     yield from listed("missing", report.missing, verbose)
     yield from listed("extra", report.extra, verbose)
     yield from listed("not compared", report.not_compared, verbose)
-    yield from listed("left out", report.left_out, verbose)
+    yield from listed("excluded", report.left_out, verbose)
     yield from labelled("note", report.notes, verbose)
 
 
@@ -145,42 +145,42 @@ def _verdict(report: VerifyReport, wrong: Sequence[TensorVerdict], coded: Sequen
     total = len(report.tensors)
     counts = [f"{len(wrong):,} of {plural(total, 'tensor')}"] if wrong else []
     counts += [f"{report.exact:,} exact"] if report.exact else []
-    counts += [f"{report.rounded:,} rounded otherwise"] if report.rounded else []
+    counts += [f"{report.rounded:,} rounded differently"] if report.rounded else []
     counts += [f"{len(coded):,} requantized"] if coded else []
     counts += [f"{len(report.missing):,} missing"] if report.missing else []
     counts += [f"{len(report.extra):,} extra"] if report.extra else []
-    counts += [f"{report.untouched:,} are the base's"] if report.untouched else []
+    counts += [f"{report.untouched:,} unchanged"] if report.untouched else []
     rest = ", ".join(counts)
     if report.status == "wrong" and not wrong and report.wrong:
         return line(word, " ", path(report.merged), " is not ", *asked, f", {rest}" if rest else "")
     if report.status == "wrong":
         return line(word, f" {rest}")
     if report.status == "inconclusive" and coded:
-        return line(word, f" codes that another program chose show the merge only about; {rest}")
+        return line(word, f" another program chose the codes, which prove nothing; {rest}")
     if report.status == "inconclusive":
         return line(word, f" the delta is below half an ulp of every weight; {rest}")
     right = f"{report.exact:,} of {plural(total, 'tensor')} exact"
     right += f", {report.rounded:,} right with another rounding" if report.rounded else ""
-    return line(word, f" {right}, {report.untouched:,} others are the base's")
+    return line(word, f" {right}, {report.untouched:,} others unchanged")
 
 
 def _hint(report: VerifyReport, wrong: Sequence[TensorVerdict], is_coded: bool) -> str | None:
     """Return the call that would be right, if the faults name one."""
     if report.status == "inconclusive":
-        return None if is_coded else "--allow inconclusive takes that for proven"
+        return None if is_coded else "--allow inconclusive accepts this as proven"
     if not wrong:
         return None
     faults = {each.detail for each in wrong}
     fault = faults.pop() if len(faults) == 1 else ""
     if fault == ANOTHER:
-        return f"{command_line('diff', report.base, report.merged)} shows what was changed"
+        return f"{command_line('diff', report.base, report.merged)} shows what has changed"
     if fault in FACTORS and len(wrong) == len(report.tensors) and len(report.adapters) == 1:
         right = _weighed(report.adapters[0], FACTORS[fault])
         return command_line("verify", report.base, right, report.merged) if right else None
     kinds = {last_part(each.name) for each in wrong}
     applied = {last_part(each.name) for each in report.tensors if each.verdict != "wrong"}
     if fault == NOT_APPLIED and applied and not kinds & applied and len(kinds) <= 4:
-        return f"--exclude {shell_word(','.join(sorted(kinds)))}, if they were left out on purpose"
+        return f"--exclude {shell_word(','.join(sorted(kinds)))}, if you excluded them on purpose"
     return None
 
 
@@ -209,10 +209,10 @@ def verify_page(report: VerifyReport) -> Page:
         figures=tuple(_figures(report)),
         sheets=(Sheet(rows, columns, "weight", _find_issue),),
         arithmetic=(
-            "exact: the bits are those that merge writes, of each weight the number of its type that is nearest to "
-            "what its update defines (W + s B A for LoRA), or its code",
-            "rounding: one known way of rounding on the way to the weight explains all weights of the tensor",
-            "requantized: another program chose the codes, which show the merge only about",
+            "exact: the bits that merge writes, for each weight the number of its dtype (or the code) nearest to the "
+            "exact result of its update (W + s B A for LoRA)",
+            "rounding: one known way of rounding explains all weights of the tensor",
+            "requantized: another program chose the codes, so they only approximate the merge",
         ),
         hashes=report.sha256,
     )
@@ -226,11 +226,11 @@ def _figures(report: VerifyReport) -> Iterator[Figure]:
     coded = sum(each.verdict == "requantized" for each in report.tensors)
     yield Figure("the merge is", report.status)
     yield Figure("exact", all_digits(report.exact), f"of {plural(len(report.tensors), 'tensor')}")
-    yield Figure("rounded otherwise", all_digits(report.rounded), "and right")
+    yield Figure("rounded differently", all_digits(report.rounded), "and right")
     yield Figure("wrong", all_digits(report.wrong))
     if coded:
         yield Figure("requantized", all_digits(coded))
-    yield Figure("untouched", all_digits(report.untouched), "are the base's")
+    yield Figure("untouched", all_digits(report.untouched), "equal to the base's")
     if report.missing:
         yield Figure("missing", all_digits(len(report.missing)), "in the merged model")
     if report.extra:

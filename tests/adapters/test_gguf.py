@@ -243,7 +243,7 @@ class TestReading:
         read = open_adapter(tmp_path)  # the one file of the folder
         A = read.load(read.updates["blk.0.attn_v"]).A  # type: ignore[attr-defined]
         assert torch.equal(A, torch.from_numpy(codes * scales[:, None].astype("f4")))
-        with pytest.raises(InputError, match="is in Q8_0 and F32, and the rule noise is of factors in floats"):
+        with pytest.raises(InputError, match="is in Q8_0 and F32, but the rule noise needs floating-point factors"):
             loratool.resize(tmp_path, tmp_path / "y.gguf", rank_rule=("noise", 1.0))
 
     def test_other_formats_go_by_the_names_of_transformers(self, tmp_path: Path) -> None:

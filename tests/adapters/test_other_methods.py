@@ -196,7 +196,7 @@ def test_one_adapter_for_all_layers_counts_once(tmp_path: Path) -> None:
     tensors = {name.replace("x.", f"{place}.", 1): t for place in GPT2 for name, t in shared.items()}
     report = report_of(adapterhub(tmp_path / "a", tensors))
     assert (report.tensors, report.parameters) == (4, 2 * 8 * 2 + 2 + 8)
-    assert report.notes[1] == "8 more names are of these tensors"
+    assert report.notes[1] == "8 more names refer to these tensors"
 
 
 def test_adapterhubs_other_methods(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_adapterhubs_other_methods(tmp_path: Path) -> None:
     for kind, tensors in cases.items():
         report = report_of(adapterhub(tmp_path / kind, tensors, architecture="union"))
         assert (report.method, report.tensors) == (kind, len(tensors))
-    assert "it holds tensors of prefix tuning too" in report.notes
+    assert "it also holds tensors of prefix tuning" in report.notes
     names = {"heads.x.weight": weights(2)}  # no mark, so the config says it
     for architecture, kind in ((None, "BOTTLENECK"), ("reft", "REFT"), ("lora", "LORAS"), (["new"], "['NEW']")):
         folder = adapterhub(tmp_path / str(architecture), names, architecture=architecture)

@@ -91,7 +91,7 @@ def test_extract_keeps_routers_and_gates_whole_and_names_the_rest(family: str, t
 
 def test_extract_of_a_changed_mtp_layer_alone(tmp_path: Path) -> None:
     base, tuned = write_pair(tmp_path, "deepseek_v3", is_mtp)
-    with pytest.raises(InputError, match="nothing of what changed is selected or could be in an adapter"):
+    with pytest.raises(InputError, match="no changed tensor is selected and supported by adapters"):
         loratool.extract(base, tuned, tmp_path / "a")
 
 
@@ -130,8 +130,8 @@ def test_embeddings_beside_the_vocabulary(tmp_path: Path) -> None:
 def test_a_report_groups_what_is_left_out(tmp_path: Path, run: Callable[..., Any]) -> None:
     base, tuned = write_pair(tmp_path, "deepseek_v3")
     printed = run("init", base, "--rank", "1", "-o", tmp_path / "a").stdout
-    assert "left out: experts (2), routers (1); --target takes them by name" in printed
-    assert "left out, whatever --target names: MTP layers (7)" in printed
+    assert "skipped: experts (2), routers (1); to include them, name them in --target" in printed
+    assert "always skipped: MTP layers (7)" in printed
     arguments = ("extract", base, tuned, "--allow", "unrelated", "--force", "-o", tmp_path / "b")
     left_out = json.loads(run(*arguments, "--json").stdout)["report"]["left_out"]
     squares = {
@@ -140,11 +140,11 @@ def test_a_report_groups_what_is_left_out(tmp_path: Path, run: Callable[..., Any
         if name in left_out
     }
     printed, each = run(*arguments).stdout, run(*arguments, "-v").stdout
-    assert 1 <= printed.count("left out:") <= 4 and each.count("left out:") == len(left_out) > 12
-    in_all = float(re.search(r"the delta of what is left out is (.*) in all", printed)[1])  # type: ignore[index]
+    assert 1 <= printed.count("not in the adapter:") <= 4 and each.count("not in the adapter:") == len(left_out) > 12
+    in_all = float(re.search(r"the norm of the deltas that are not in the adapter is (.*)", printed)[1])  # type: ignore[index]
     assert math.isclose(in_all, math.sqrt(math.fsum(squares.values())), rel_tol=5e-3)
     name = "model.layers.2.mlp.experts.1.up_proj.weight"
-    assert f"left out: {name}, delta {math.sqrt(squares[name]):.3g}\n" in each
+    assert f"not in the adapter: {name}, delta {math.sqrt(squares[name]):.3g}\n" in each
 
 
 def test_of_a_bare_class_a_towers_embeddings_are_the_towers(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_what_was_written_stands_last(reports: dict[str, Report]) -> None:
     assert lasts["resize --rank"][1] == "rank 4 -> 2, F32"
     assert re.fullmatch(r"wrote resized  14\.3K parameters, 57\.3 kB \(was 115 kB\)", lasts["resize --rank"][-1])
     assert lasts["combine"][0] == "0.7 style - 0.3 task -> sum, by cat"
-    assert lasts["combine"][1] == "rank 2 + 4 = 6, F32, 224 modules" and "the exact sum, to " in lasts["combine"][2]
+    assert lasts["combine"][1] == "rank 2 + 4 = 6, F32, 224 modules" and "exact sum (error " in lasts["combine"][2]
     assert lasts["extract"][-1] == "next: loratool merge base extracted -o rebuilt"
     assert lasts["convert"][-2] == "224 modules, factors copied byte for byte"
     assert lasts["convert MODEL"][1] == "291 tensors BF16 -> F16, no number became 0"

@@ -152,7 +152,7 @@ def test_exit_4_names_the_flag_that_makes_it_succeed(tmp_path: Path, run: Run) -
     result = run("merge", base, adapter, "-o", tmp_path / "out")
     assert result.exit_code == 4 and "--exclude y\n" in result.stderr
     result = run("merge", base, adapter, "-o", tmp_path / "out", "--exclude", "y")
-    assert result.exit_code == 0 and "left out: b.y" in result.stdout
+    assert result.exit_code == 0 and "excluded: b.y" in result.stdout
 
 
 def test_warnings_go_to_stderr(tmp_path: Path, run: Run) -> None:

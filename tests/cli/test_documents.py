@@ -205,7 +205,7 @@ class TestMerge:
 
     def test_what_is_left_out_takes_a_line(self, reports: dict[str, Report]) -> None:
         text = shown(reports["merge --target"], None)
-        assert "left out: mlp.gate_proj, mlp.up_proj, mlp.down_proj, layers 0-31 (96)\n" in text
+        assert "excluded: mlp.gate_proj, mlp.up_proj, mlp.down_proj, layers 0-31 (96)\n" in text
 
     def test_a_dry_run_where_the_output_exists(self, files: Files) -> None:
         before = sorted(path.stat().st_mtime_ns for path in files.merged.iterdir())
@@ -234,16 +234,16 @@ def test_no_stream_is_an_output(files: Files) -> None:
 def test_verify_says_what_is_wrong_and_what_would_be_right(reports: dict[str, Report]) -> None:
     assert shown(reports["verify, all wrong"], 100).splitlines()[1:] == [
         "wrong  224 of 224 tensors: the delta is applied with half its scale",
-        "wrong: merged is not base + style, 67 are the base's",
+        "wrong: merged is not base + style, 67 unchanged",
         "hint: loratool verify base style:0.5 merged",
     ]
     titles = [shown(reports[name], 100).splitlines()[0] for name in ("verify, all wrong", "verify")]
     assert titles == ["base + style != merged", "base + style = merged"]
     some = shown(reports["verify, some wrong"], 100)
     assert "1..64 weights altered, by up to 1..656 ulps" in some
-    assert some.splitlines()[-1] == "wrong: 11 of 224 tensors, 213 exact, 67 are the base's"
+    assert some.splitlines()[-1] == "wrong: 11 of 224 tensors, 213 exact, 67 unchanged"
     proven = shown(reports["verify"], None).splitlines()
-    assert proven[-1] == "proven: 224 of 224 tensors exact, 67 others are the base's"
+    assert proven[-1] == "proven: 224 of 224 tensors exact, 67 others unchanged"
 
 
 def test_a_report_exports_itself(files: Files) -> None:

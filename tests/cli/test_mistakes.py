@@ -18,11 +18,11 @@ Run = Callable[..., Any]
 MISTAKES = {
     "swapped arguments": """
         loratool merge adapter base -> 3
-        adapter: is an adapter, but the first argument is the base model
+        adapter: is an adapter, but the first argument must be the base model
         swap them: loratool merge base adapter
 
         loratool unmerge adapter taken -> 3
-        adapter: is an adapter, but the first argument is the merged model
+        adapter: is an adapter, but the first argument must be the merged model
         swap them: loratool unmerge taken adapter
 
         loratool verify base taken adapter -> 3
@@ -38,20 +38,20 @@ MISTAKES = {
         to extract an adapter from a full fine-tune: loratool extract gpt2 gpt2/model.safetensors
 
         loratool verify base adapter adapter -> 3
-        adapter: is an adapter, but the last argument is the merged model
-        what the adapter has: loratool inspect adapter
+        adapter: is an adapter, but the last argument must be the merged model
+        to see what it has: loratool inspect adapter
 
         loratool extract base adapter -o out -> 3
         adapter: is an adapter, but extract compares two models
-        what the adapter has: loratool inspect adapter
+        to see what it has: loratool inspect adapter
 
         loratool inspect adapter --base adapter -> 3
-        adapter: is an adapter, but --base is the model under it
-        what the adapter has: loratool inspect adapter
+        adapter: is an adapter, but --base must be the model under it
+        to see what it has: loratool inspect adapter
 
         loratool diff adapter base -> 3
-        base: is a model, and adapter is an adapter; diff compares two of a kind
-        to hold the adapter against the model: loratool inspect adapter --base base
+        base: is a model, but adapter is an adapter; diff compares two of a kind
+        to check the adapter against the model: loratool inspect adapter --base base
     """,
     "missing config": """
         loratool merge base lost -o out -> 4

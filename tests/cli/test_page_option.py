@@ -196,7 +196,7 @@ REFUSED = {
     "x": "x: ",
     "absent/x.html": "absent: there is no such folder",
     "base": "base: ",
-    "notes.html": "notes.html: exists already and is no page",
+    "notes.html": "notes.html: exists already and is not a page",
     "link.html": "link.html: is a link",
     "full.html": "full.html.loratool-partial: is in the way",
 }

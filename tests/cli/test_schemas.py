@@ -264,7 +264,7 @@ def test_what_is_printed_is_read_back_and_so_is_its_page(printed: list[Printed],
     for each in printed:
         file.write_text(json.dumps(each.value))
         if each.verb == "guide":
-            with pytest.raises(InputError, match="is a guide, and no report"):
+            with pytest.raises(InputError, match="is a guide, not a report"):
                 loratool.read_report(file)
             continue
         places = [file]

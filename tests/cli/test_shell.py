@@ -191,7 +191,7 @@ class TestEnvironment:
     def test_several_patterns_stand_apart(self, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("LORATOOL_MERGE_EXCLUDE", "mlp,o_proj q_proj")
         out = run("merge", BASE, ADAPTER, "-o", tmp_path / "out", "--dry-run", "-v").stdout
-        assert set(re.findall(r"left out: .*\.(\w+)$", out, re.MULTILINE)) == {
+        assert set(re.findall(r"excluded: .*\.(\w+)$", out, re.MULTILINE)) == {
             "down_proj", "gate_proj", "up_proj", "o_proj", "q_proj",
         }  # fmt: skip
 

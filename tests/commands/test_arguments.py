@@ -157,13 +157,13 @@ def test_a_call_that_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"^{name}: needs {first}"):
         function()
     takes_any = any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
-    told = f"{first}: 1 is not" if takes_any else rf"{name}: takes \d arguments? \({first}.*\) without a name, not 4$"
+    told = f"{first}: 1 is not" if takes_any else rf"{name}: takes \d arguments? \({first}.*\) by position, not 4$"
     with pytest.raises(UsageError, match=f"^{told}"):
         function(1, 2, 3, 4)
     with pytest.raises(UsageError, match=f"^{name}: the argument '{first}' is given twice$"):
         function(right[first], **right)
     for bad in (b"x", 3, "", None):
-        with pytest.raises(UsageError, match=f"^{first}: .* (is not a (path|report)|names no adapter|is none of)"):
+        with pytest.raises(UsageError, match=f"^{first}: .* (is not a (path|report)|is not an adapter|is none of)"):
             function(**{**right, first: bad})
 
 
@@ -185,8 +185,8 @@ def test_a_call_that_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
         ("max_shard_size", -1, "-1 is not a size like 5GB or 500MiB, or a number of bytes"),
         ("workers", 0, "0 is not a whole number from 1"),
         ("workers", 2.0, "2.0 is not a whole number from 1"),
-        ("progress", lambda done: None, "is not a function of two numbers, those done and all"),
-        ("like", "a" * 300, "is too long a name (300 bytes)"),
+        ("progress", lambda done: None, "is not a function of two numbers, (done, total)"),
+        ("like", "a" * 300, "has a name of 300 bytes"),
         ("like", "a\0", "is not a path"),
     ],
 )

@@ -36,7 +36,7 @@ tags:
 - base: `base`, licence `apache-2.0`
 - `adapter`: weight 0.5, scale 2, 21 modules of peft, sha256 `{HASH}`
 - 3 tensors changed, 27 are the base's; rounding leaves KEPT% of the delta
-- left out: `model.layers.0.mlp.down_proj`, `model.layers.0.mlp.gate_proj`, `model.layers.0.mlp.up_proj` and 15 more
+- excluded: `model.layers.0.mlp.down_proj`, `model.layers.0.mlp.gate_proj`, `model.layers.0.mlp.up_proj` and 15 more
 
 ```sh
 loratool merge base adapter:0.5 --target q_proj -o merged
@@ -119,7 +119,7 @@ def test_undo_tells_what_of_the_merged_folder_it_replaces(tmp_path: Path, has_ca
     report = loratool.unmerge(tmp_path / "out", ADAPTER, tmp_path / "again")
     assert files(tmp_path / "again") == files(base)
     why = {row.name: row.reason for row in report.left_behind}
-    replaced, none = "the base's is in its place", "the base has none"
+    replaced, none = "replaced by the base's", "the base has none"
     assert why == {"README.md": replaced if has_card else none, "config.json": replaced}
 
 

@@ -115,7 +115,7 @@ class TestPlace:
     def test_force_replaces_a_demo(self, tmp_path: Path, run: Run) -> None:
         assert run("demo", tmp_path / "demo").exit_code == 0
         result = run("demo", tmp_path / "demo")
-        assert result.exit_code == 4 and "add --force to replace it, or name another folder" in result.stderr
+        assert result.exit_code == 4 and "add --force to replace it, or choose another folder" in result.stderr
         assert run("demo", tmp_path / "demo", "--dry-run").stdout.startswith("small models and adapters -> ")
         (tmp_path / "demo" / "base" / "config.json").write_text("{}")
         assert run("demo", tmp_path / "demo", "--force").exit_code == 0
@@ -148,7 +148,7 @@ class TestPlace:
         assert told.exit_code == 2 and f"hint: {tmp_path / 'link' / 'demo'} writes into it" in told.stderr
         monkeypatch.setattr("loratool.durable.fileio.free_bytes", lambda folder: 1000)
         told = run("demo", tmp_path / "out")
-        assert told.exit_code == 5 and "hint: free some space, or name another folder" in told.stderr
+        assert told.exit_code == 5 and "hint: free some space, or choose another folder" in told.stderr
         assert not (tmp_path / "out").exists()
 
     def test_the_commands_that_it_names_run(self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,18 +51,18 @@ def test_weights_of_components() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({}, "no adapter is given"),
-        ([], "no adapter is given"),
-        (None, "None names no adapter"),
-        (3, "3 names no adapter"),
-        (b"a", "b'a' names no adapter"),
-        ([b"a"], "b'a' names no adapter"),
-        (["a", 0.5], "0.5 names no adapter"),
-        ([["a", 0.5]], r"\['a', 0.5\] names no adapter"),
-        ([{"a": 0.5}], r"{'a': 0.5} names no adapter"),
-        ({3: 0.5}, r"\(3, 0.5\) names no adapter"),
-        ({("a", 1): 0.5}, "names no adapter"),
-        (("a", 1, None), r"\('a', 1, None\) names no adapter"),
+        ({}, "no adapter given"),
+        ([], "no adapter given"),
+        (None, "None is not an adapter"),
+        (3, "3 is not an adapter"),
+        (b"a", "b'a' is not an adapter"),
+        ([b"a"], "b'a' is not an adapter"),
+        (["a", 0.5], "0.5 is not an adapter"),
+        ([["a", 0.5]], r"\['a', 0.5\] is not an adapter"),
+        ([{"a": 0.5}], r"{'a': 0.5} is not an adapter"),
+        ({3: 0.5}, r"\(3, 0.5\) is not an adapter"),
+        ({("a", 1): 0.5}, "is not an adapter"),
+        (("a", 1, None), r"\('a', 1, None\) is not an adapter"),
         (("a", None), "a: the weight None is not a number"),
         ({"a": "0.5"}, "a: the weight '0.5' is not a number"),
         ({"a": True}, "a: the weight True is not a number"),
@@ -75,7 +75,7 @@ def test_weights_of_components() -> None:
         ({"a": 10**400}, "a: the weight inf is not a finite number"),
         (("a", 1, {"te": math.nan}), "a: the weight nan is not a finite number"),
         (("a", 1, {"te": True}), "a: the weight True is not a number"),
-        (("a", 1, {3: 0.5}), "a: 3 is none of unet, unet2, te, te1"),
+        (("a", 1, {3: 0.5}), "a: 3 is neither a pattern nor one of unet, unet2, te, te1"),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -106,9 +106,9 @@ def test_every_verb_heeds_the_weights_of_a_mapping(weights: Callable[[Path], Any
 
 def test_nothing_is_written_for_what_is_no_adapter(tmp_path: Path) -> None:
     for call in (loratool.merge, loratool.unmerge):
-        with pytest.raises(UsageError, match="names no adapter"):
+        with pytest.raises(UsageError, match="is not an adapter"):
             call(BASE, [{ADAPTER: 0.5}], tmp_path / "out")  # type: ignore[list-item]
-    with pytest.raises(UsageError, match="names no adapter"):
+    with pytest.raises(UsageError, match="is not an adapter"):
         loratool.verify(BASE, {3: 0.5}, BASE)  # type: ignore[dict-item]
     with pytest.raises(UsageError, match="True is not a number"):
         loratool.combine({ADAPTER: True}, tmp_path / "out")

@@ -60,6 +60,6 @@ def test_an_adapter_beside_a_model_is_what_its_config_is_of(tmp_path: Path) -> N
 def test_two_adapters_and_no_base(tmp_path: Path) -> None:
     one, two = adapter_at(tmp_path / "a", base_model_name_or_path="org/base"), adapter_at(tmp_path / "b")
     for other in (two, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match="is an adapter, but the first argument is the base model") as caught:
+        with pytest.raises(InputError, match="is an adapter, but the first argument must be the base model") as caught:
             loratool.merge(one, other, tmp_path / "out")
         assert caught.value.remedy == "its base is org/base"

@@ -48,7 +48,7 @@ def test_an_adapter_is_a_mapping_of_modules() -> None:
         with pytest.raises(KeyError):
             adapter["q_proj"]
     for read in (lambda: module.A, module.delta, lambda: module.tensors):
-        with pytest.raises(UsageError, match="is closed\nread it before the end of its with"):
+        with pytest.raises(UsageError, match="is closed\nread it inside its with block"):
             read()
     assert module.rank == 8 and len(adapter) == 21  # what headers say stays
 
@@ -60,7 +60,7 @@ def test_the_change_of_each_kind(kind: str, tmp_path: Path) -> None:
     with loratool.open_adapter(file) as adapter:
         module = next(each for name, each in adapter.items() if "bias" not in name)
         if module.kind in ("dora", "ia3"):
-            with pytest.raises(InputError, match=f"is {module.kind}, whose change depends on the weight\nmerge it"):
+            with pytest.raises(InputError, match=f"is {module.kind}: its delta depends on the weight\nmerge it"):
                 module.delta()
         elif module.kind == "diff":
             assert torch.equal(module.delta(), roles["diff" if "diff" in roles else "w_norm"].double())
@@ -68,7 +68,7 @@ def test_the_change_of_each_kind(kind: str, tmp_path: Path) -> None:
             assert math.prod(module.delta().shape) == math.prod(SHAPES[layer])
             assert close_to(module.delta(), list(change_of(roles).flat))
         if module.kind not in ("lora", "dora"):
-            with pytest.raises(InputError, match=f"is {module.kind}, which has no factors A and B\nits tensors are "):
+            with pytest.raises(InputError, match=f"is {module.kind} and has no factors A and B\nits tensors are "):
                 _ = module.A
 
 
@@ -79,7 +79,7 @@ def test_the_change_of_each_kind_of_peft(kind: str, tmp_path: Path) -> None:
     with loratool.open_adapter(made.write(tmp_path / "adapter")) as adapter:
         module = next(iter(adapter.values()))
         if module.kind in ("ia3", "vera"):
-            with pytest.raises(InputError, match=f"is {module.kind}, whose change depends on the weight('s size)?\n"):
+            with pytest.raises(InputError, match=f"is {module.kind}: its delta depends on the weight('s size)?\n"):
                 module.delta()
         else:
             assert isinstance(update, Add) and close_to(module.delta(), update.change)

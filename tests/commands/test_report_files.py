@@ -111,16 +111,22 @@ def folder(path: Path) -> Path:
 
 # what is at a path, or would be, below a folder -> what is said of it
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "an ending": (lambda path: path.with_suffix(".json"), ".json is no name for a page\nname it as report.html"),
-    "none": (lambda path: path.with_suffix(""), "no ending is no name for a page"),
-    "a hidden file": (lambda path: path.with_name(".html"), "no ending is no name for a page"),
+    "an ending": (
+        lambda path: path.with_suffix(".json"),
+        "a page must end in .html, not .json\nfor example report.html",
+    ),
+    "none": (lambda path: path.with_suffix(""), "must end in .html, not without a suffix"),
+    "a hidden file": (lambda path: path.with_name(".html"), "must end in .html, not without a suffix"),
     "no folder": (
         lambda path: path / "b.html",
-        "there is no such folder to write into\nmake it first, or name",
+        "there is no such folder to write into\nmake it first, or choose",
     ),
-    "another page": (taken, "exists already and is no page of a report, which alone is replaced\nname another page"),
-    "a link": (linked, "is a link, which a file would replace\nname another page with --html"),
-    "a folder": (folder, "is a folder, which a file would replace\nname another page with --html"),
+    "another page": (
+        taken,
+        "exists already and is not a page of a report; only these are replaced\nchoose another file",
+    ),
+    "a link": (linked, "is a link, which a file would replace\nchoose another file with --html"),
+    "a folder": (folder, "is a folder, which a file would replace\nchoose another file with --html"),
     "too long": (lambda path: path.with_name("x" * 250 + ".html"), "is too long a name"),
 }
 
@@ -172,13 +178,13 @@ def field(of: loratool.CountReport, /, **changes: Any) -> bytes:
 
 # what a file holds -> what is said of it, behind its name
 UNREAD: dict[str, tuple[Callable[[loratool.CountReport], bytes], str]] = {
-    "nothing": (lambda r: b"", ": holds no report\nname a page that --html has written"),
+    "nothing": (lambda r: b"", ": holds no report\ngive a page written by --html"),
     "a foreign page": (lambda r: b"<!doctype html><p>x</p></html>", ": holds no report"),
     "weights": (lambda r: (FIXTURES / "gpt2" / "base" / "model.safetensors").read_bytes()[:99], ": holds no report"),
     "two reports": (lambda r: wrapped(envelope(r)) * 2, ": holds more than one report"),
-    "half a page": (lambda r: wrapped(envelope(r))[:-200], ": is cut off, or was changed\nfetch it anew"),
-    "a page without its end": (lambda r: wrapped(envelope(r))[:-9], ": is cut off, or was changed"),
-    "markup in the JSON": (lambda r: wrapped(envelope(r, verb="<b>")), ": is cut off, or was changed"),
+    "half a page": (lambda r: wrapped(envelope(r))[:-200], ": is truncated or was edited\nfetch it again"),
+    "a page without its end": (lambda r: wrapped(envelope(r))[:-9], ": is truncated or was edited"),
+    "markup in the JSON": (lambda r: wrapped(envelope(r, verb="<b>")), ": is truncated or was edited"),
     "a list": (lambda r: wrapped(b"[]"), ": holds a JSON list, not an object"),
     "no JSON": (lambda r: envelope(r)[:-1], ": is not valid JSON: "),
     "a page of no JSON": (lambda r: wrapped(b"x"), ": is not valid JSON: "),
@@ -188,23 +194,26 @@ UNREAD: dict[str, tuple[Callable[[loratool.CountReport], bytes], str]] = {
     "too large a number": (lambda r: envelope(r).replace(b'"exit_code": 0', b'"exit_code": 1e999'), "the number 1e999"),
     "digits": (lambda r: envelope(r).replace(b'"exit_code": 0', b'"exit_code": ' + b"9" * 5000), "is not valid JSON"),
     "much memory": (lambda r: field(r, path=[[]] * 3_000_000), ": is JSON that would take more than 360 MB"),
-    "an index of shards": (lambda r: b'{"weight_map": {}}', ": holds no report\nname a page"),
-    "a schema": (lambda r: envelope(r, schema=2), ": is of schema 2, and this loratool reads 1\nread it"),
+    "an index of shards": (lambda r: b'{"weight_map": {}}', ": holds no report\ngive a page"),
+    "a schema": (lambda r: envelope(r, schema=2), ": has schema 2, but this loratool reads schema 1\nread it"),
     "no number of one": (lambda r: envelope(r, schema=True), ": holds no report"),
     "a failure": (
         lambda r: envelope(r, ok=False, exit_code=3, error={"kind": "input"}),
-        ": is of a call that failed, and so holds no report",
+        ": is the output of a call that failed, and holds no report",
     ),
-    "a verb": (lambda r: envelope(r, verb="prune"), ": report: is of 'prune', which is no command of this loratool"),
-    "no verb": (lambda r: envelope(r, verb=None), ": has another header than what loratool writes\nread it with"),
-    "a list for a verb": (lambda r: envelope(r, verb=["count"]), ": has another header than what"),
-    "another end": (lambda r: envelope(r, exit_code=1), ": has another header than what"),
-    "no status": (lambda r: envelope(r, ok=False, exit_code=1), ": has another header than what"),
-    "a number for true": (lambda r: envelope(r, ok=1), ": has another header than what"),
-    "false for a number": (lambda r: envelope(r, exit_code=False), ": has another header than what"),
-    "a key more": (lambda r: envelope(r, more=1), ": has another header than what"),
+    "a verb": (
+        lambda r: envelope(r, verb="prune"),
+        ": report: is a report of 'prune', which is not a command of this loratool",
+    ),
+    "no verb": (lambda r: envelope(r, verb=None), ": has a header that loratool does not write\nread it with"),
+    "a list for a verb": (lambda r: envelope(r, verb=["count"]), ": has a header that"),
+    "another end": (lambda r: envelope(r, exit_code=1), ": has a header that"),
+    "no status": (lambda r: envelope(r, ok=False, exit_code=1), ": has a header that"),
+    "a number for true": (lambda r: envelope(r, ok=1), ": has a header that"),
+    "false for a number": (lambda r: envelope(r, exit_code=False), ": has a header that"),
+    "a key more": (lambda r: envelope(r, more=1), ": has a header that"),
     "no report": (lambda r: envelope(r, report=None), ": report: is None, not an object\n"),
-    "a newer field": (lambda r: field(r, newer=1), ": report: has 'newer', which no CountReport has\nread"),
+    "a newer field": (lambda r: field(r, newer=1), ": report: has an unknown key 'newer' for a CountReport\nread"),
     "a type": (lambda r: field(r, layers="x"), ": report.layers: is 'x', not a whole number from 0 to 2^63"),
     "a huge number": (lambda r: field(r, layers=1 << 63), ": report.layers: is 9223372036854775808, not a"),
     "a type of a row": (
@@ -240,7 +249,7 @@ def test_what_is_no_file_of_a_size_is_refused(tmp_path: Path) -> None:
     with open(large, "wb") as file:
         file.truncate(MAX_FILE + 1)
     for path, says in (
-        (large, "is 100 MB, more than any page"),
+        (large, "is 100 MB; a page of a report"),
         (tmp_path, "s a directory"),
         (tmp_path / "b", "No such"),
     ):
@@ -267,7 +276,7 @@ def test_a_recipe_in_a_recipe_without_end_is_refused(tmp_path: Path) -> None:
     path.write_text(f'{{"schema": 1, "verb": "run", "ok": true, "exit_code": 0, "report": {text}}}')
     with pytest.raises(InputError) as error:
         loratool.read_report(path)
-    assert "too deep" in str(error.value) or "is not valid JSON" in str(error.value)
+    assert "nested too deeply" in str(error.value) or "is not valid JSON" in str(error.value)
 
 
 NAMES = ("caf\udce9", "\0\x1b[31m", "</script><script>alert(1)</script>", "<!--", "\u2028\u202e", "\U0001f600" * 1024)

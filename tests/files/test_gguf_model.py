@@ -139,14 +139,14 @@ def test_the_tokenizer_travels_from_where_it_is(tmp_path: Path, run: Run) -> Non
     assert beside == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    assert "the tokenizer is missing" in run("convert", source, "-o", tmp_path / "b").stderr
+    assert "no tokenizer was written" in run("convert", source, "-o", tmp_path / "b").stderr
     assert "no config.json" in run("convert", source, "-o", tmp_path / "c.safetensors").stderr
     assert load_model(tmp_path / "c.safetensors").keys() == llama_weights().keys()
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(InputError, match="no tokenizer's files"):
         convert(source, tmp_path / "d", tokenizer=empty)
-    with pytest.raises(UsageError, match="--tokenizer is for a GGUF model"):
+    with pytest.raises(UsageError, match="--tokenizer is only for GGUF models"):
         convert(write_model(tmp_path / "hf", llama_weights(), {}), tmp_path / "d", tokenizer=original)
     with pytest.raises(UsageError, match=r"converted to safetensors or torch, not to 'gguf'"):
         convert(source, tmp_path / "d.gguf")
@@ -337,7 +337,7 @@ def test_commands_that_take_a_base_see_the_names_of_transformers(tmp_path: Path,
     assert "14 of 14 modules are in" in run("inspect", tmp_path / "a", "--base", source).stdout
     assert re.search(r"^LoRA on: .*self_attn\.v_proj in layers 0-\d+$", run("count", source).stdout, re.MULTILINE)
     refused = run("init", source, "-o", tmp_path / "c", "--method", "pissa", "--residual", tmp_path / "d")
-    assert refused.exit_code == 3 and "of which no residual can be left" in refused.stderr
+    assert refused.exit_code == 3 and "no residual can be written in GGUF" in refused.stderr
 
 
 def test_no_peft_adapter_has_the_names_of_a_gguf_file(tmp_path: Path, run: Run) -> None:
@@ -383,7 +383,7 @@ def test_extract_takes_gguf_models_in_16_or_32_bits(tmp_path: Path, run: Run) ->
     tensors["blk.0.attn_v.weight"], _ = q8_0(WIDTH // 2, WIDTH, 2)
     coded = write(tmp_path / "q.gguf", llama_fields(), tensors)
     refused = run("extract", base, coded, "-o", tmp_path / "c")
-    assert refused.exit_code == 3 and "in codes, whose rounding would be extracted" in refused.stderr
+    assert refused.exit_code == 3 and "so its rounding errors would be extracted" in refused.stderr
 
 
 def test_a_split_model(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_large_loss_is_a_warning_weighted_by_size(options: dict[str, Any], tmp
     worst = max(lost, key=lambda module: lost[module] / float(changes[module].norm()))
     said = re.fullmatch(
         r"2 of 2 modules lose more than 5% of their change: ([\d.]+)% is lost in all, ([\d.]+)% in (\S+); "
-        r"a higher --rank loses less, and a merge nothing",
+        r"a higher --rank loses less, a merge nothing",
         warning,
     )
     assert said and said[3] == worst

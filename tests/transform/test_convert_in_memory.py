@@ -168,7 +168,7 @@ class TestCombine:
         files.append(kohya(tmp_path / "2.safetensors", {names[1]: (8, 8), te: (32, 8)}))
         for pattern in (te, "lora_te*"):
             result = run("combine", *files, "--exclude", pattern, "-o", tmp_path / "d.safetensors", "--force")
-            assert result.exit_code == 0 and f"left out: {te}" in result.stdout
+            assert result.exit_code == 0 and f"excluded: {te}" in result.stdout
             assert not any(te in name for name in load_file(tmp_path / "d.safetensors"))
         assert run("combine", *files, "--exclude", "what", "-o", tmp_path / "e.safetensors").exit_code == 3
 
@@ -297,9 +297,9 @@ class TestInit:
         [
             ("llama/base", {"to": "kohya"}, "not an image model: nothing can load it as kohya"),
             ("llama/base", {"to": "what"}, "none of peft"),
-            ("llama/base", {"to": "loralib", "dora": True}, "hold no DoRA"),
-            ("llama/base", {"to": "loralib", "method": "pissa"}, "pissa is for PEFT's adapters"),
-            ("llama/base", {"to": "loralib", "method": "mica"}, "mica is for PEFT's adapters"),
+            ("llama/base", {"to": "loralib", "dora": True}, "cannot hold DoRA"),
+            ("llama/base", {"to": "loralib", "method": "pissa"}, "pissa needs PEFT's format"),
+            ("llama/base", {"to": "loralib", "method": "mica"}, "mica needs PEFT's format"),
             ("sdxl/base.safetensors", {"to": "peft"}, "adapters are for one"),
             ("sdxl/base.safetensors", {"to": "loralib"}, "adapters are for one"),
         ],

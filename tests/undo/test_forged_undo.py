@@ -348,7 +348,7 @@ def test_a_damaged_row_that_was_copied(resized: Case, tmp_path: Path) -> None:
     at = first_of(resized, "model.embed_tokens.weight").at
     for place in (at, at + 4 * 8 * 4 - 1):
         data = resized.forge(resized.index, flipped(resized.body, place, 1))
-        damaged(resized, data, tmp_path, "the rows that it copied are others")
+        damaged(resized, data, tmp_path, "its copied rows do not match their hash")
 
 
 def overlapping(index: dict[str, Any], body: bytes) -> bytes:

@@ -30,7 +30,7 @@ def test_a_base_whose_name_no_undo_file_gives_back(name: bytes, tmp_path: Path) 
     (tmp_path / "base").mkdir()
     save_file({"a.weight": weights(6, 4)}, tmp_path / "plain.safetensors")
     shutil.move(tmp_path / "plain.safetensors", os.path.join(tmp_path, "base", os.fsdecode(name)))
-    with pytest.raises(loratool.NeedsFlag, match="no undo file gives back") as refused:
+    with pytest.raises(loratool.NeedsFlag, match="no undo file can restore") as refused:
         loratool.merge(tmp_path / "base", adapter, tmp_path / "out")
     assert str(refused.value.remedy).startswith("add --no-undo") and not (tmp_path / "out").exists()
     loratool.merge(tmp_path / "base", adapter, tmp_path / "out", undo=False)

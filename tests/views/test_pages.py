@@ -198,7 +198,7 @@ def test_the_figures_of_a_verification(reports: dict[str, Any]) -> None:
     assert figures(reports["verify"])["the merge is"] == ("proven", "")
     assert figures(reports["verify"])["exact"] == ("7", "of 7 tensors")
     wrong = figures(reports["wrong"])
-    assert wrong["the merge is"] == ("wrong", "") and wrong["untouched"] == ("1", "are the base's")
+    assert wrong["the merge is"] == ("wrong", "") and wrong["untouched"] == ("1", "equal to the base's")
     sheet = reports["wrong"].page().sheets[0]
     verdict, what = (column.of for column in sheet.columns)
     marked = [row.name for row in sheet.rows if sheet.find_issue(row)]
@@ -299,7 +299,7 @@ def test_the_largest_page_of_a_model_of_224_modules_is_below_1_5_mb(tmp_path: Pa
     assert 1_200_000 < loratool.write_report(report, tmp_path / "report.html") < 1_500_000
 
 
-@pytest.mark.parametrize(("way", "word"), [("requantize", "the base's scales"), ("like", "scales of its own")])
+@pytest.mark.parametrize(("way", "word"), [("requantize", "the base's scales"), ("like", "with new scales")])
 def test_a_merge_into_codes_says_what_they_are(reports: dict[str, Any], way: str, word: str) -> None:
     """Codes are not the nearest number of a type, which a page of plain numbers says alone."""
     plain = reports["merge"]

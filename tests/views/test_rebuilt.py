@@ -71,7 +71,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "none of a union": ({"either": {"ranks": {"x": 1}}}, "either.ranks: has the key 'x', not a whole number"),
     "no bool": ({"yes": 0}, "yes: is 0, not true or false"),
     "another kind": ({"kind": "leaf"}, "kind: is 'leaf', not 'tree'"),
-    "more": ({"more": 1}, "has 'more', which no Tree has"),
+    "more": ({"more": 1}, "has an unknown key 'more' for a Tree"),
 }  # fmt: skip
 
 
@@ -84,5 +84,5 @@ def test_what_does_not_fit_is_named_by_its_place(name: str) -> None:
 
 
 def test_what_lacks_is_named() -> None:
-    with pytest.raises(InputError, match="^lacks yes, which a Tree has\n"):
+    with pytest.raises(InputError, match="^is missing yes, which every Tree has\n"):
         rebuild((Leaf, Tree, Other), {key: each for key, each in asdict(TREE).items() if key != "yes"})

@@ -141,7 +141,7 @@ def make(command: str) -> dict[str, Any]:
     steps = recipe.pop("$defs")
     return {
         **schema,
-        "description": "What `loratool run --json` prints, and the recipes that it reads, as JSON or YAML.",
+        "description": "The output of `loratool run --json`, and the recipes that it reads (JSON or YAML).",
         "if": {"required": ["schema"]},
         "then": printed,
         "else": {"$ref": "#/$defs/recipe"},

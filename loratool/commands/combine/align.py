@@ -118,14 +118,14 @@ def align_adapters(
 def _common_weight(adapter: Adapter, module: str, origins: Sequence[str], weights: Mapping[str, float]) -> float:
     """Return the weight of a module. Raise InputError if the modules that it is made from have different weights."""
     if missing := next((origin for origin in origins if origin not in weights), None):
-        raise InputError(f"is {missing} in no file, so none of {adapter.name}'s weights is its own", culprit=module)
+        raise InputError(f"has no weight in {adapter.name}, since no module of the file is {missing}", culprit=module)
     by_weight = {weights[origin]: origin for origin in origins}
     if len(by_weight) > 1:
         (first_weight, a), (second_weight, b), *_ = by_weight.items()
         raise InputError(
-            f"is made of {a} and {b} of {adapter.name}, whose weights are {first_weight:g} and {second_weight:g}",
+            f"fuses {a} and {b} of {adapter.name}, which have the weights {first_weight:g} and {second_weight:g}",
             culprit=module,
-            remedy="give them one weight, or name a format with --to that has them apart",
+            remedy="give them the same weight, or choose a format with --to that splits them",
         )
     return next(iter(by_weight))
 
@@ -138,9 +138,9 @@ def _is_target(selection: Selection, module: str, group: Sequence[WeightedUpdate
     part = next((name for name, selected in by_adapter.items() if any(selected) and not all(selected)), None)
     if part:
         raise InputError(
-            f"is made of modules of {part} of which --target names only some",
+            f"fuses modules of {part}, but --target selects only some of them",
             culprit=module,
-            remedy="name all of them, or a format with --to that has them apart",
+            remedy="select all of them, or choose a format with --to that splits them",
         )
     return any(any(selected) for selected in by_adapter.values())
 
@@ -154,14 +154,14 @@ def _check_together(adapters: Sequence[Adapter]) -> None:
     if mutating and plain:
         init = base_mutating_init(mutating[0].config)
         raise InputError(
-            f"was initialized with {init}, which changed the base under it, and {plain[0]} was not: no base is both's",
+            f"was initialized with {init}, which changed its base, but {plain[0]} was not: they do not share a base",
             culprit=mutating[0].name,
         )
     other = next((each for each in mutating if _base_mutating_inits(each) != _base_mutating_inits(mutating[0])), None)
     if other:
         inits, theirs = (" and ".join(f"{part} {init}".strip() for part, init in _base_mutating_inits(each).items())
                     for each in (mutating[0], other))  # fmt: skip
-        message = f"was initialized with {inits}, {other.name} with {theirs}: no changed base is both's"
+        message = f"was initialized with {inits}, {other.name} with {theirs}: they do not share a base"
         raise InputError(message, culprit=mutating[0].name)
 
 
@@ -181,7 +181,7 @@ def _check_names(first: Adapter, second: Adapter) -> None:
         other = plain.get(strip_wrappers(module), module)
         if other != module:
             raise InputError(
-                f"of {second.name} is {other} in {first.name}: one was saved with wrappers", culprit=module
+                f"is in {second.name}, and {first.name} calls it {other}: one was saved with wrappers", culprit=module
             )
     paths = [{module for module, update in adapter.updates.items() if update.rank} for adapter in (first, second)]
     if not all(paths) or paths[0] & paths[1] or first.flattened:
@@ -190,7 +190,9 @@ def _check_names(first: Adapter, second: Adapter) -> None:
         ends = {path.split(".", n)[-1]: path for path in long for n in range(1, path.count(".") + 1)}
         if all(path in ends for path in short):
             path = min(short)
-            raise InputError(f"of {name} is {ends[path]} in {other}: they are of two model classes", culprit=path)
+            raise InputError(
+                f"is in {name}, and {other} calls it {ends[path]}: they belong to two model classes", culprit=path
+            )
 
 
 def _problems(groups: Mapping[str, UpdateGroup], adapters: Sequence[Adapter], linear: bool) -> dict[str, str]:
@@ -201,7 +203,9 @@ def _problems(groups: Mapping[str, UpdateGroup], adapters: Sequence[Adapter], li
         group[0].update for group in groups.values()
     ):
         biases = [module for module, group in groups.items() if group[0].update.cls is AddDelta]
-        problems |= dict.fromkeys(biases, "is a lora_bias, beside which PEFT takes no target_parameters (experts)")
+        problems |= dict.fromkeys(
+            biases, "is a lora_bias; PEFT cannot load one together with target_parameters (experts)"
+        )
     return {module: problem for module, problem in problems.items() if problem}
 
 
@@ -221,14 +225,14 @@ def _problem(module: str, group: UpdateGroup, alone: bool) -> str | None:
             first_shape, other_shape = (
                 f"{_describe_shape(member)} in {member.adapter.name}" for member in (first, other)
             )
-            raise InputError(f"is {first_shape}, {other_shape}: they are not of one base", culprit=module)
+            raise InputError(f"is {first_shape}, {other_shape}: their bases differ", culprit=module)
     bases = [TensorRef(member.adapter.file, member.update.base) for member in group if member.update.base]
     if any(not same_values(bases[0], base) for base in bases[1:]):
-        return "lies on another weight in each adapter"
+        return "has a different base weight in each adapter"
     if first.update.cls is DoRA and not (alone and first.weight == 1):
-        return f"is DoRA in {first.adapter.name}, whose change only the base tells: merge adds it there"
+        return f"is DoRA in {first.adapter.name}, and its delta depends on the base: use merge"
     if not first.update.rank and first.update.cls not in CARRIED:
-        return f"is {first.update.kind} in {first.adapter.name}, which has no factors to sum"
+        return f"is {first.update.kind} in {first.adapter.name}, which has no factors"
     if first.update.cls in (ReplaceTensor, ReplaceRows):
         return _replacement_problem(group)
     return None
@@ -243,9 +247,9 @@ def _replacement_problem(group: UpdateGroup) -> str | None:
     total = math.fsum(member.weight for member in group)
     if abs(total - 1) > ROUNDING:
         names = " and ".join(member.adapter.name for member in group)
-        return f"was trained whole in {names}, whose weights sum to {total:g}, not 1: only the base would tell the rest"
+        return f"is a full tensor in {names}; their weights sum to {total:g}, and must sum to 1 as the base is unknown"
     if any(member.update.detail != group[0].update.detail for member in group):
-        return "has other rows in each adapter"
+        return "has different rows in each adapter"
     return None
 
 
@@ -295,7 +299,7 @@ def _with_nesting(groups: Mapping[str, UpdateGroup]) -> dict[str, UpdateSpec]:
     for owner, parameters in owners.items():
         unknown = [parameter for parameter in parameters if parameter not in DECLARED]
         if unknown and len(parameters) > 1:
-            raise InputError("stands beside others whose order is not known", culprit=f"{owner}.{unknown[0]}")
+            raise InputError("is beside other parameters, and their order is unknown", culprit=f"{owner}.{unknown[0]}")
         paths = {parameters[0]: owner} if unknown else nested(owner, parameters, DECLARED)
         for parameter, path in paths.items():
             update = updates[f"{owner}.{parameter}"]
@@ -360,11 +364,10 @@ def _warnings(adapters: Sequence[Adapter]) -> tuple[str, ...]:
     for adapter in adapters[1:]:
         first_base, other_base = first.config.base_model, adapter.config.base_model
         if first_base and other_base and first_base != other_base:
-            lines.append(f"{adapter.name} was trained on {other_base}, {first.name} on {first_base}")
+            lines.append(f"{adapter.name} was trained on {other_base}, but {first.name} on {first_base}")
     if base_mutating_init(first.config):
         lines.append(
-            f"{first.name} was initialized with {base_mutating_init(first.config)}, "
-            "which changed the base under it: what "
-            "comes out belongs on that base, and only if it was the same for all"
+            f"{first.name} was initialized with {base_mutating_init(first.config)}, which changed its base: use the "
+            "result on that base, and only if all adapters have the same"
         )
     return tuple(dict.fromkeys(lines))

@@ -234,7 +234,7 @@ class Combination:
             D = C = dense_result(self._method, deltas, self._density, module)
             matrix_inputs = None if inputs is None else inputs[e]
             if matrix_inputs is not None and not is_finite(C := D * matrix_inputs.float()):
-                raise InputError("the combined change is too large to be weighted in float32", culprit=module)
+                raise InputError("the combined delta is too large to be weighted in float32", culprit=module)
             draw = Draw(self.choices.seed, f"{module} {e}")
             with one_thread():
                 top = truncated_svd(C, rank, draw.generator(self.choices.device))
@@ -315,4 +315,4 @@ def _factored(module: str) -> Iterator[None]:
     try:
         yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise InputError("the combined change is too large to be factored", culprit=module) from error
+        raise InputError("the combined delta is too large to be factored", culprit=module) from error

@@ -134,7 +134,7 @@ def _card(asked: WeightedAdapter, words: Sequence[str], library: str, report: Co
     weights = [f"weight {code(spell_weight(weight, adapter.module_weights))}" for adapter, weight in asked]
     energy = f"{kept_or_none(report.kept)} of the result's energy is kept"
     if report.rank_method == "ctm":
-        energy = f"made in shared directions that have {kept_or_none(report.kept)} of the changes' energy"
+        energy = f"computed in shared directions, which hold {kept_or_none(report.kept)} of the deltas' energy"
     facts = [
         *source_facts([(adapter, what) for (adapter, _), what in zip(asked, weights, strict=True)]),
         f"combined by {report.method}{density} to {rank_range(m.rank for m in report.modules)}, in "
@@ -151,20 +151,22 @@ def _check(method: str, density: float | None, weights: Sequence[float]) -> floa
     """Return the density, or None for a method without one. Raise UsageError for options that exclude each other."""
     row = METHODS[method]
     if density is not None and row.density is None:
-        raise UsageError(f"--density is for methods that leave entries out, and {method} does not")
+        raise UsageError(f"--density has no effect on {method}, which keeps all entries")
     if density is not None and not 0 < density <= 1:
         raise UsageError(f"--density {density:g} is not between 0 and 1")
     density = row.density if density is None else density
     if row.spread and density and not row.spread < density < 1 - row.spread and density != 1:
         raise UsageError(
-            f"{method} keeps entries with probabilities up to {row.spread:g} below and above --density, and at "
-            f"{density:g} these are not between 0 and 1"
+            f"{method} needs a --density between {row.spread:g} and {1 - row.spread:g}, not {density:g}: it keeps "
+            f"entries with probabilities up to {row.spread:g} lower or higher"
         )
     for weight in weights:
         if abs(weight) > torch.finfo(torch.float32).max:
             raise UsageError(f"the weight {weight:g} is too large")
     if not row.negative and min(weights) < 0:
-        raise UsageError(f"{method} divides by sums of weights, so none can be negative", remedy="use --method ties")
+        raise UsageError(
+            f"{method} divides by sums of weights, so weights cannot be negative", remedy="use --method ties"
+        )
     return density
 
 
@@ -173,12 +175,12 @@ def _choose_rank_method(asked: str | None, method: str, rule: tuple[str, float] 
     row, name = METHODS[method], rule[0] if rule else None
     rank_method = asked or ("ctm" if method not in NOT_COMPRESSED and name == "rank" else "truncate")
     if rank_method == "ctm" and method in NOT_COMPRESSED:
-        raise UsageError(f"--rank-method ctm has no meaning for {method}: {NOT_COMPRESSED[method]}")
+        raise UsageError(f"{method} does not support --rank-method ctm: {NOT_COMPRESSED[method]}")
     if rank_method == "ctm" and name != "rank":
         what, remedy = ("without --rank", "add --rank") if name is None else (f"with {name}", "give --rank instead")
-        raise UsageError(f"--rank-method ctm {what} has no number of directions", remedy=remedy)
+        raise UsageError(f"--rank-method ctm {what} does not know how many directions to use", remedy=remedy)
     if row.flat and rank_method != "ctm" and (rule or max_rank):
-        what = f"all singular values of {method}'s result are equal, so that none can be cut before another"
+        what = f"{method} makes all singular values equal, so its result cannot be truncated"
         raise UsageError(what, remedy="use --rank with --rank-method ctm")
     if row.dense and name == "sv_cumulative":
         raise UsageError(f"sv_cumulative needs all singular values of a dense matrix, which {method} does not compute")
@@ -188,12 +190,12 @@ def _choose_rank_method(asked: str | None, method: str, rule: tuple[str, float] 
 def _require_cut(method: str, rank_method: str, is_limited: bool) -> None:
     """Raise UsageError if nothing of a method's result is truncated, so that --imatrix has nothing to choose."""
     if METHODS[method].flat:
-        raise UsageError(f"--imatrix chooses what of a result is cut, and of that of {method} nothing can be")
+        raise UsageError(f"--imatrix decides what to truncate, but the result of {method} cannot be truncated")
     if rank_method == "ctm":
-        message = "--imatrix chooses what of a result is cut, and of compressed changes nothing is"
+        message = "--imatrix decides what to truncate, but --rank-method ctm truncates nothing"
         raise UsageError(message, remedy="add --rank-method truncate")
     if not (is_limited or METHODS[method].dense):
-        message = f"--imatrix chooses what of a result is cut, and of that of {method} nothing is"
+        message = f"--imatrix decides what to truncate, but {method} without a rank truncates nothing"
         cut = "--rank" if method in NOT_COMPRESSED else "--rank and --rank-method truncate"
         raise UsageError(message, remedy=f"add {cut}")
 

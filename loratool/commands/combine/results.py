@@ -73,7 +73,7 @@ def dense_result(method: CombineMethod, deltas: Sequence[WeightedDelta], density
     D = method.run(deltas, density)
     assert isinstance(D, Tensor)
     if not is_finite(D):
-        raise InputError("the combined change overflows float32", culprit=module)
+        raise InputError("the combined delta overflows float32", culprit=module)
     return D
 
 

@@ -73,24 +73,22 @@ CONVERT_DTYPES = {"keep": None, **DTYPES}
 
 
 def run_convert(call: Convert) -> ConvertReport:
-    """Write an adapter in another format, or as a program loads it and applies it in full."""
+    """Convert an adapter to another format, or to what a program loads and applies in full."""
     if not (call.from_format or holds_adapter(call.source)):
-        raise UsageError(
-            "is a model, and convert is for adapters", culprit=str(call.source), remedy="call convert_model"
-        )
+        raise UsageError("is a model; convert takes adapters", culprit=str(call.source), remedy="call convert_model")
     to = call.to if call.runtime is None else _format_for(call.runtime, call.to, call.layout, call.architecture)
     if to is None:
         raise needs_format(call.source, to)
     if (call.initial is not None or call.rank is not None) and not (call.plain or call.runtime):
-        raise UsageError("--initial and --rank are for --plain and --for")
+        raise UsageError("--initial and --rank need --plain or --for")
     if call.layout is not None and call.plain:
-        raise UsageError("--layout and --plain are two conversions: one after the other")
+        raise UsageError("--layout and --plain cannot be combined: run loratool convert twice")
     current_job().exit_unless_rank0()
     with ExitStack() as opened:
         model = None if call.base is None else given_base(call.base, opened)
         if model and not model.config:
             if Path(model.path).name != "config.json":
-                refuse_own_names(open_base(model.path, "--base is the model under it", opened))
+                refuse_own_names(open_base(model.path, "--base must be the model under it", opened))
             opened.enter_context(without_base_option(model.path))
         opened.enter_context(_whole_base(call.runtime))
         opened.enter_context(one_thread())
@@ -127,17 +125,17 @@ def needs_format(source: StrPath, to: str | None) -> UsageError:
     """Return the error for an adapter without --to, or with one that is for models."""
     what = "needs --to, one" if to is None else f"{to!r} is none"
     message = f"is an adapter, and {what} of {', '.join(written_formats())}"
-    remedy = "name the format, as --to peft; for a program that serves it: --for, as --for vllm"
+    remedy = "name a format, like --to peft, or a program that loads the output, like --for vllm"
     return UsageError(message, culprit=os.fspath(source), remedy=remedy)
 
 
 def _format_for(runtime: str, to: str | None, layout: str | None, architecture: str | None) -> str:
     """Return the format that a runtime reads. Raise UsageError for options that exclude it."""
     if to is not None:
-        raise UsageError("--for says the format that its runtime reads, and --to another")
+        raise UsageError("--for and --to exclude each other: a runtime determines the format")
     for option, value in (("layout", layout), ("architecture", architecture)):
         if value is not None:
-            raise UsageError(f"--{option} and --for exclude each other: a runtime says what it reads")
+            raise UsageError(f"--{option} and --for exclude each other: a runtime determines what it reads")
     return loaded_by(runtime).key
 
 
@@ -197,7 +195,7 @@ def _large_losses(settled: Settled, modules: Sequence[ModuleConvert]) -> Iterato
     squared_loss = sum(row.error**2 * size for row, size in zip(modules, sizes, strict=True))
     worst = max(weak, key=lambda row: row.error)
     is_cut = any(loss.cut for loss in losses.values())
-    remedy = "a higher --rank loses less, and a merge nothing" if is_cut else "--dtype fp32 loses less"
+    remedy = "a higher --rank loses less, a merge nothing" if is_cut else "--dtype fp32 loses less"
     yield (
         f"{len(weak):,} of {plural(len(modules), 'module')} lose more than {1 - KEPT_ENOUGH:.0%} of their change: "
         f"{share(math.sqrt(squared_loss / sum(sizes)))} is lost in all, {share(worst.error)} in {worst.name}; {remedy}"
@@ -210,7 +208,7 @@ def _card(
     """Return the output's model card. `words` are those of its command."""
     how = [f"{count} {word}" for word, count in Counter(module.how for module in modules).items()]
     worst = max((module.error for module in modules), default=0.0)
-    change = f", which changes none by more than {error_share(worst)} of its size" if worst else ", the same to the bit"
+    change = f", each within {error_share(worst)} of its norm" if worst else ", equal bit for bit"
     facts = [*source_facts([(source, f"the adapter in {source.format}'s format")])]
     facts += [f"{len(modules)} modules, {', '.join(how)}{change}"]
     commands = (command_line("convert", *words, "-o", "converted"), command_line("inspect", "converted", "--strict"))
@@ -225,7 +223,7 @@ def _served_output(runtime: Runtime, out: str | os.PathLike[str] | None) -> tupl
         return to.output(out, "converted")
     path = Path("converted" if out is None else out)
     if any(path.suffix in endings for endings in CONTAINERS.values()):
-        message = f"would be a file, and {runtime.title} needs more beside the factors"
+        message = f"is the name of a file, but {runtime.title} needs a folder"
         raise UsageError(message, culprit=str(path), remedy="name a folder")
     return (path, False) if runtime.modelfile else to.output(path, "converted")
 
@@ -238,6 +236,6 @@ def _whole_base(runtime: str | None) -> Iterator[None]:
     except NeedsFlag as error:
         if runtime and error.asks_for("--base"):
             raise NeedsFlag(
-                error.message, culprit=error.culprit, flags="--base BASE", why="with the model that is served"
+                error.message, culprit=error.culprit, flags="--base BASE", why="with the served model"
             ) from error
         raise

@@ -53,10 +53,10 @@ from .shared_tensors import find_shared_storage, omitted_names
 
 CONFIG = "config.json"
 
-BESIDE = "beside a GGUF model: --tokenizer names the folder whose files are copied"
+BESIDE = "beside a GGUF model: give the folder to copy with --tokenizer"
 
 # model type -> what of its class GGUF does not have
-LACKS = {"bert": "GGUF has no pooler: transformers makes one of random numbers, unless add_pooling_layer=False"}
+LACKS = {"bert": "GGUF has no pooler: transformers initializes a random one unless you set add_pooling_layer=False"}
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class GgufFolder:
         if lacking := LACKS.get(self.view.checkpoint.model_type or ""):
             yield lacking
         if output.is_file:
-            yield f"a file has no {CONFIG}: name a folder with -o for what transformers loads"
+            yield f"a file has no {CONFIG}, which transformers needs: give a folder with -o"
         elif not self.tokenizer:
-            yield "the tokenizer is missing, which GGUF has in a form of its own: --tokenizer FOLDER copies its files"
+            yield "no tokenizer was written, since GGUF has it in another form: --tokenizer FOLDER copies one"
 
 
 def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLike[str] | None) -> GgufFolder | None:
@@ -103,20 +103,20 @@ def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLik
     """
     if not opened.is_gguf:
         if tokenizer is not None:
-            raise UsageError("--tokenizer is for a GGUF model: others have theirs beside them")
+            raise UsageError("--tokenizer is only for GGUF models: others have tokenizer files beside them")
         return None
     view = as_transformers(opened)
     coded = next((name for name in opened.weights), None)
     if coded and dtype is None:
         raise NeedsFlag(
-            f"is stored as {opened.stored[coded].dtype}, for which transformers' files have no place",
+            f"is stored as {opened.stored[coded].dtype}, which transformers' files cannot hold",
             culprit=coded,
             flags="--dtype bf16",
             why="(or fp16, fp32)",
         )
     files = {} if tokenizer is None else find_tokenizer(Path(tokenizer))
     if tokenizer is not None and not files:
-        raise InputError("has no tokenizer's files", culprit=os.fspath(tokenizer))
+        raise InputError("has no tokenizer files", culprit=os.fspath(tokenizer))
     return GgufFolder(view, files)
 
 
@@ -134,13 +134,13 @@ def as_on_hub(base: Checkpoint) -> HubModel:
     types = base.model_types
     names, stacks = mlx_names(types), {name: hub_name for name in base.stored if (hub_name := _hub_name(name, types))}
     if is_of_mlx(base) and names and (names.shifted or names.scaled):
-        what = "norms with 1 added" if names.shifted else "weights that it has multiplied"
-        return HubModel(base, 0, (f"it is mlx-lm's, with {what}: transformers would read it wrong",))
+        what = "norms plus 1" if names.shifted else "multiplied weights"
+        return HubModel(base, 0, (f"mlx-lm stores this model with {what}, which transformers would misread",))
     if not stacks:
         return HubModel(base, 0, ())
     if types[0] not in ONE_BY_ONE:
         name = next(iter(stacks))
-        return HubModel(base, 0, (f"it keeps mlx-lm's names, like {name}, which transformers does not read",))
+        return HubModel(base, 0, (f"it keeps mlx-lm's names, like {name}, which transformers cannot load",))
     shards = []
     for shard in base.shards:
         rows: dict[str, list[StoredRows]] = {}
@@ -155,7 +155,7 @@ def as_on_hub(base: Checkpoint) -> HubModel:
                 rows[new] = [StoredRows(shard, name, expert, expert + 1)]
         shards.append(RegroupedFile(shard, shard.path, specs, rows, shard.metadata or {}))
     count = sum(name.endswith(".weight") for name in stacks)
-    note = f"its {count} stacks of experts are written expert by expert, as on the hub; mlx-lm reads that too"
+    note = f"its {count} stacks of experts are split into experts, as on the hub; mlx-lm loads these too"
     return HubModel(replace(base, shards=tuple(shards)), len(stacks), (note,))
 
 
@@ -180,18 +180,18 @@ DROPPED = {
 }
 
 # What a checkpoint is converted to; of the other containers, what writes them
-ELSEWHERE = {GGUF: "llama.cpp's convert_hf_to_gguf.py writes one, and its llama-quantize changes the types of one"}
+ELSEWHERE = {GGUF: "use llama.cpp: convert_hf_to_gguf.py writes GGUF, and llama-quantize changes its types"}
 
 WRITTEN = tuple(key for key in CONTAINERS if key not in ELSEWHERE)
 
 
 def run_convert_model(call: ConvertModel) -> CheckpointConvertReport:
-    """Write a model in another container, type or number of shards, or a denoiser under other names."""
+    """Convert a model to other files, another dtype or other shards, or a denoiser to other names."""
     checkpoint, drop = call.source, parse_words(call.drop)
     words = (*DROPPED, *(DENOISER_DROP_CHOICES if call.to in MODEL_NAMINGS else ()))
     for word in drop:
         if word not in words:
-            raise UsageError(f"--drop {word!r} is none of {', '.join(words)}, which are those of a checkpoint")
+            raise UsageError(f"--drop {word!r} is none of {', '.join(words)}, the words for a checkpoint")
     chosen, naming = MERGE_DTYPES[call.dtype], call.to if call.to in MODEL_NAMINGS else None
     with closing(open_checkpoint(checkpoint)) as opened:
         gguf = open_gguf(opened, chosen, call.tokenizer)
@@ -248,9 +248,9 @@ def _refuse_quantized(base: Checkpoint, dtype: str | None, to: str, name: str | 
     ]
     if unsupported:
         raise InputError(
-            f"says by its metadata {unsupported[0]} how it is quantized, for which a torch file has no place",
+            f"stores its quantization as metadata {unsupported[0]}, which a torch file cannot hold",
             culprit=os.fspath(name),
-            remedy="keep it in safetensors, or make it plain numbers with --dtype",
+            remedy="write safetensors, or dequantize it with --dtype",
         )
 
 
@@ -273,9 +273,7 @@ def _place(base: Checkpoint, out: str | os.PathLike[str] | None, to: str | None)
     suffix = "" if out is None else Path(out).suffix
     to = to or next((key for key, suffixes in CONTAINERS.items() if suffix in suffixes), "safetensors")
     if to not in WRITTEN:
-        raise UsageError(
-            f"a checkpoint is converted to {' or '.join(WRITTEN)}, not to {to!r}", remedy=ELSEWHERE.get(to)
-        )
+        raise UsageError(f"--to of a checkpoint is {' or '.join(WRITTEN)}, not {to!r}", remedy=ELSEWHERE.get(to))
     if out is None:
         return to, Path(f"converted{CONTAINERS[to][0]}" if base.given_as_file else "converted"), base.given_as_file
     return to, *check_output_name(out, to)
@@ -346,7 +344,7 @@ def _report(
         nbytes=output.nbytes,
         cast=cast,
         copied=len(output.specs) - len(cast),
-        shared={each: kept for each, kept in edits.shared.items() if each not in apart},
+        shared={name: stored for name, stored in edits.shared.items() if name not in apart},
         files=tuple(file.name for file in output.files),
         not_copied=output.not_copied,
         warnings=tuple(_warnings(base, output, edits, to, apart, call)),
@@ -411,13 +409,13 @@ def _warnings(
     yield from _unread(base, call)
     for name in apart:
         other = edits.shared[name]
-        yield f"{name} is one storage with {other}, but not one that loaders are known to tie: both are written"
+        yield f"{name} shares its storage with {other}, but no known loader ties them: both are written"
     coarse = [name for name, spec in output.specs.items() if spec.dtype in FLOAT8]
     if coarse and call.dtype != "keep":
-        yield f"--dtype is for floats of 16 bits or more: {len(coarse)} tensors of 8 keep theirs, {coarse[0]} the first"
+        yield f"--dtype keeps floats of 8 bits: {len(coarse)} tensors are not changed, first {coarse[0]}"
     if to == "torch":
         not_lost = {"format", *(name.removeprefix(part.prefix) for part in base.models for name in edits.shared)}
         not_lost |= {"loratool"} if any(name.endswith(".index.json") for name in output.extras) else set()
         unsupported = sorted({key for shard in base.shards for key in shard.metadata or {}} - not_lost)
         if unsupported:
-            yield f"a torch file has no metadata; what stays behind: {', '.join(unsupported)}"
+            yield f"a torch file has no metadata; not copied: {', '.join(unsupported)}"

@@ -47,9 +47,9 @@ class RenamedDenoiser:
     def notes(self, to: str) -> Iterator[str]:
         """Yield notes on what loaders need besides the tensors."""
         if to == FOLDER_NAMING and not self.checkpoint.config:
-            yield f"diffusers loads it with the config.json of its {self.family.diffusers_class} beside it"
+            yield f"to load it, diffusers needs the config.json of its {self.family.diffusers_class} beside it"
         if self.lacking:
-            yield f"the maker's own file also has {', '.join(self.lacking)}, for which diffusers has no tensor"
+            yield f"the maker's file also has {', '.join(self.lacking)}, which diffusers does not have"
 
 
 def place_denoiser(out: str | os.PathLike[str] | None, to: str) -> tuple[Path, bool]:
@@ -62,7 +62,7 @@ def place_denoiser(out: str | os.PathLike[str] | None, to: str) -> tuple[Path, b
         return (Path("converted"), False) if to == FOLDER_NAMING else (Path("converted.safetensors"), True)
     path, is_file = check_output_name(out)
     if to == FILE_NAMING and not is_file:
-        raise UsageError(f"--to {to} is a file", culprit=str(path), remedy="name a .safetensors file with -o")
+        raise UsageError(f"--to {to} writes a file", culprit=str(path), remedy="name a .safetensors file with -o")
     return path, is_file
 
 
@@ -81,13 +81,13 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
     specs = {name: spec for name, spec in base.stored.items() if name not in removed}
     family, prefix, tensors, unused = _rename(base, specs, Naming.DIFFUSERS if to == FOLDER_NAMING else Naming.MAKER)
     if to == FOLDER_NAMING and not family.diffusers_class:
-        raise InputError(f"is {family.title}, for which diffusers has no class", culprit=str(base.path))
+        raise InputError(f"is {family.title}; diffusers has no class for it", culprit=str(base.path))
     for model, start in family.unrenamed.items():
         if to == FILE_NAMING and any(name.startswith(start) for name in tensors):
             raise InputError(
-                f"is {model}, whose maker uses diffusers' names",
+                f"is {model}; its maker uses diffusers' names",
                 culprit=str(base.path),
-                remedy=f"--to {FOLDER_NAMING} -o X.safetensors writes a file with them",
+                remedy=f"use --to {FOLDER_NAMING} -o X.safetensors",
             )
     new = {name: TensorSpec(_dtype_of(name, tensor, specs), tensor.shape) for name, tensor in tensors.items()}
     beside = [name for name in specs if not _is_inside(name, prefix)]
@@ -101,7 +101,7 @@ def rename_denoiser(base: Checkpoint, to: str, removed: Collection[str], alone: 
             f"has {len(beside)} tensors beside its denoiser ({parts})",
             culprit=str(base.path),
             flags=f"--drop {COMPONENTS}",
-            why=", which leaves them out",
+            why="to exclude them",
         )
     rows = {
         name: [StoredRows(base.shard_of[each.tensor], each.tensor, each.start, each.stop) for each in tensor.rows]
@@ -132,20 +132,20 @@ def _refuse(base: Checkpoint, removed: Collection[str]) -> None:
     if base.parts:
         unet = next((part.path for part in base.parts if FOLDERS.get(part.prefix[:-1]) == "unet"), None)
         raise InputError(
-            "is a pipeline, of which one component is converted",
+            "is a pipeline; convert takes one component",
             culprit=culprit,
             remedy=f"pass {shell_word(unet)}" if unet else None,
         )
     if base.weights or base.coded or base.declared:
         raise InputError(
-            f"is quantized ({base.quantized}), and its scales are of whole tensors under their names",
+            f"is quantized ({base.quantized}), so its tensors cannot be renamed",
             culprit=culprit,
-            remedy="make it plain numbers first, with convert --dtype bf16",
+            remedy="dequantize it first, with convert --dtype bf16",
         )
     shared = find_shared_storage(base, removed)
     if shared:
         name, other = next(iter(shared.items()))
-        raise InputError(f"is one storage with {other}, which no denoiser's table has", culprit=name)
+        raise InputError(f"shares its storage with {other}, which no known denoiser does", culprit=name)
 
 
 def _is_inside(name: str, prefix: str) -> bool:
@@ -168,7 +168,7 @@ def _rename(
     """
     unet = image_modules({name: spec.shape for name, spec in specs.items()}).parts.get("unet")
     if unet is None or unet.table is None:
-        raise InputError(f"has no denoiser that is known ({KNOWN})", culprit=str(base.path))
+        raise InputError(f"has no known denoiser ({KNOWN})", culprit=str(base.path))
     path, name = next(iter(unet.tensors.items()))
     prefix = next(prefix for prefix in DENOISER_PREFIXES if name.startswith(prefix + path))
     shapes = {name: spec.shape for name, spec in specs.items() if _is_inside(name, prefix)}
@@ -190,7 +190,7 @@ def _rename(
     other = next((family for family in others if renamed.get(family) != renamed.get(first)), None)
     if other:
         raise InputError(
-            f"can be {first.title} or {other.title} by its names, and these call tensors otherwise",
+            f"can be {first.title} or {other.title}, which name their tensors differently",
             culprit=str(base.path),
             remedy="put the model's config.json beside it",
         )
@@ -219,10 +219,10 @@ def _dtype_of(name: str, tensor: RenamedTensor, specs: Mapping[str, TensorSpec])
     other = next((each for each in others if specs[each].dtype != dtype), None)
     if other:
         raise InputError(
-            f"is {dtype} and {other} is {specs[other].dtype}, and both are rows of {name}",
+            f"is {dtype}, but {other} is {specs[other].dtype}, and both become rows of {name}",
             culprit=first,
-            remedy="first loratool convert with --dtype alone",
+            remedy="first run loratool convert with --dtype only",
         )
     if DTYPES[dtype] < 8:
-        raise InputError(f"has dtype {dtype}, whose rows need not be whole bytes", culprit=first)
+        raise InputError(f"has dtype {dtype}, and its rows can end within a byte", culprit=first)
     return dtype

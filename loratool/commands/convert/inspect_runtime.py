@@ -43,7 +43,7 @@ def run_inspect_for(call: InspectFor) -> RuntimeInspection:
         config = read_config(call.base) if call.base is not None else {}
         limited = bool(row.limited) and declared_method(find_declared(config)) == row.limited
         in_full = call.base is not None and not limited  # codes that nothing here reads tell no names
-        model = open_model(call.base or "", "--base is the model that is served", opened) if in_full else None
+        model = open_model(call.base or "", "--base must be the served model", opened) if in_full else None
         with without_base_option(call.base) if call.base is not None and not config else nullcontext():
             adapter = open_adapter(call.path, call.alpha, model=config, runtime=call.runtime)
         opened.callback(adapter.file.close)
@@ -57,7 +57,7 @@ def run_inspect_for(call: InspectFor) -> RuntimeInspection:
         if limited:
             limit, _, remedy = row.limit.partition(": ")
             findings.append(Finding("limit", "ignores", limit, remedy))
-        notes = [] if model else [f"without --base {'in 16 bits ' * limited}the names of its modules are not compared"]
+        notes = [] if model else [f"add --base {'in 16 bits ' * limited}to compare the names of its modules"]
         notes += [row.limit] if row.limit and not limited else []
         return RuntimeInspection(
             path=os.fspath(call.path),
@@ -75,15 +75,15 @@ def _of_format(path: str | os.PathLike[str], adapter: Adapter, runtime: Runtime)
     """Yield the findings on the files."""
     wanted = loaded_by(runtime.key)
     if adapter.format != wanted.key:
-        says = f"the format, {adapter.format}, is not {wanted.key}, which it reads"
-        yield Finding("format", "refuses", says, "convert --for writes that")
+        says = f"the format is {adapter.format}, but it reads {wanted.key}"
+        yield Finding("format", "refuses", says, "convert --for writes this format")
     elif (
         wanted.can.folder
         and (folder_file := resolve(path)).is_file()
         and not folder_file.with_name(CONFIG_NAME).exists()
     ):
-        says = f"it is a single file, and has to be in a folder with its {CONFIG_NAME}"
-        yield Finding("format", "refuses", says, "convert --for writes one")
+        says = f"it is a single file, but must be in a folder with its {CONFIG_NAME}"
+        yield Finding("format", "refuses", says, "convert --for writes a folder")
 
 
 def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
@@ -91,32 +91,30 @@ def _of_config(adapter: Adapter, runtime: Runtime) -> Iterator[Finding]:
     ranks, reads = {update.rank for update in adapter.updates.values() if update.rank}, runtime.reads
     dora = tuple(module for module, update in adapter.updates.items() if update.cls is DoRA)
     if dora and reads["dora"] != "yes":
-        yield _feature("dora", reads["dora"], "convert --for with --base makes plain LoRA of it", dora)
+        yield _feature("dora", reads["dora"], "convert --for with --base makes it plain LoRA", dora)
     if runtime.names != "whole" and (others := kinds_to_expand(adapter)):
-        says = (
-            f"it is {' and '.join(dict.fromkeys(others.values()))}, and only LoRA's tensors and fields are known there"
-        )
-        yield Finding("kind", "refuses", says, "convert --for makes LoRA of it", tuple(others))
+        says = f"it is {' and '.join(dict.fromkeys(others.values()))}, but only LoRA is supported"
+        yield Finding("kind", "refuses", says, "convert --for makes it LoRA", tuple(others))
     if adapter.config.use_rslora and reads["rslora"] != "yes":
         times = " to ".join(f"{math.sqrt(rank):g}" for rank in sorted({min(ranks, default=1), max(ranks, default=1)}))
         says = f"rsLoRA would be {OUTCOMES[reads['rslora']]}: the change would be {times} times too small"
-        yield Finding("rslora", reads["rslora"], says, "convert --for puts the scale into the factors")
+        yield Finding("rslora", reads["rslora"], says, "convert --for multiplies the scale into the factors")
     if len(ranks) > 1 and reads["rank_pattern"] != "yes":
         yield _feature("rank_pattern", reads["rank_pattern"], "convert --for pads them with zeros")
     scaled = tuple(m for m, update in adapter.updates.items() if update.rank and not _has_alpha(adapter, update))
     if scaled and reads["alpha_pattern"] != "yes":
-        remedy = "convert --for puts the scales into the factors"
+        remedy = "convert --for multiplies the scales into the factors"
         yield _feature("alpha_pattern", reads["alpha_pattern"], remedy, scaled)
     init = base_mutating_init(adapter.config)
     if init and runtime.names != "whole":
-        says = f"the {init} start, which changed the base under the adapter, would not be taken out of the base"
-        yield Finding("start", "misreads", says, "convert --for with --initial takes it out of the factors")
+        says = f"{init} subtracted the initial factors from the base, and it would not"
+        yield Finding("start", "misreads", says, "convert --for with --initial subtracts them from the adapter")
     targets = adapter.config.peft.get("target_modules")
     if runtime.targets == "last names" and isinstance(targets, str) and targets not in ("all", "all-linear"):
-        says = "target_modules is an expression, and it reads a list of names"
+        says = "target_modules is an expression, but it reads a list of names"
         yield Finding("targets", "refuses", says, "convert --for writes a list")
     if runtime.max_ranks and max(ranks, default=0) > max(runtime.max_ranks):
-        says = f"rank {max(ranks)} is more than {max(runtime.max_ranks)}, the most that it takes"
+        says = f"rank {max(ranks)} is above its limit, {max(runtime.max_ranks)}"
         yield Finding("rank", "refuses", says, f"loratool resize --rank {max(runtime.max_ranks)}")
 
 
@@ -138,23 +136,23 @@ def _of_names(
     stacks = require_served(runtime, base).stacks
     experts = [m for m, u in supported.items() if u.rank and ".experts." in f"{m}." and u.cls.stack is not stacks]
     if experts:
-        how = "a stack, and it wants them one by one" if not stacks else "single ones, and it wants a stack"
+        how = "a stack, but it needs single ones" if not stacks else "single ones, but it needs a stack"
         outcome = runtime.miss if _is_renamed(written, experts) else "refuses"
-        yield Finding("experts", outcome, f"experts are {how}", "convert --for writes them so", tuple(experts))
+        yield Finding("experts", outcome, f"experts are {how}", "convert --for converts them", tuple(experts))
     others = [m for m in written if m not in experts and not _is_found(runtime, base, m, written[m])]
     if others:
         says = f"modules would be {OUTCOMES[runtime.miss]}, as it looks for {written[others[0]][0]}"
         yield Finding("names", runtime.miss, says, "convert --for writes its names", tuple(others))
     if rotated and not adapter.only_for:
-        says = "the rows of queries and keys would be taken for those of halves, and they are in pairs"
-        yield Finding("rows", "misreads", says, "convert --for turns them", tuple(rotated))
+        says = "the rows of queries and keys are in pairs for the rotary embedding, but it expects halves"
+        yield Finding("rows", "misreads", says, "convert --for reorders them", tuple(rotated))
     paths = {path for each in written.values() for path in each} | {*added}
     if unset := unset_module(runtime, base, paths):
-        says = f"it would compute with memory that is not set for {unset}, as it goes by last names"
-        yield Finding("missing", "misreads", says, "only a merge into the base helps")
+        says = f"it matches modules by their last names, so it would use uninitialized memory for {unset}"
+        yield Finding("missing", "misreads", says, "merge the adapter into the base")
     elif added:
         outcome = runtime.reads["towers"] if runtime.every_layer else "refuses"
-        says = f"it needs {len(added)} modules beside the others, like {added[0]}"
+        says = f"it also needs {len(added)} modules that are missing, like {added[0]}"
         yield Finding("missing", outcome, says, "convert --for adds zeros for them")
 
 

@@ -35,12 +35,12 @@ READ = ("format", "loratool", ONLY_FOR, "lora_adapter_metadata", *CODED_METADATA
 
 
 def run_edit_metadata(call: EditMetadata) -> MetadataReport:
-    """Write a safetensors file with other metadata. All other bytes stay the same."""
+    """Edit the metadata of a safetensors file. The tensors are copied byte for byte."""
     new, gone = call.set or {}, parse_words(call.unset)
     current_job().exit_unless_rank0()
     place, is_file = check_output_name("converted.safetensors" if call.out is None else call.out)
     if not is_file:
-        raise UsageError("would be a folder", culprit=str(place), remedy="name a file: X.safetensors")
+        raise UsageError("is the name of a folder", culprit=str(place), remedy="name a file: X.safetensors")
     with closing(_open_one(call.source)) as file:
         former = file.metadata or {}
         _check(file, new, gone)
@@ -63,13 +63,13 @@ def _open_one(source: str | os.PathLike[str]) -> TensorFile:
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:
-            message = f"holds {len(files)} safetensors files, and the metadata of one is edited"
+            message = f"holds {len(files)} safetensors files; the metadata of one can be edited"
             raise InputError(message, culprit=os.fspath(source), remedy="name a file in it" if files else None)
         (path,) = files
     file = open_weights(path)
     if not isinstance(file, TensorFile):
         file.close()
-        raise InputError("is no safetensors file, whose header alone has metadata", culprit=str(path))
+        raise InputError("is not a safetensors file; only these have metadata", culprit=str(path))
     return file
 
 
@@ -78,21 +78,21 @@ def _check(file: TensorFile, new: Mapping[str, str], gone: Sequence[str]) -> Non
     for key in (*new, *gone):
         alias = former.get(key) in file.specs or new.get(key) in file.specs
         if key in READ or alias:
-            why = "names a tensor" if alias else "tells what the tensors are"
-            raise UsageError(f"{why}, and is not edited", culprit=key)
+            why = "names a tensor" if alias else "describes the tensors"
+            raise UsageError(f"{why}, so it cannot be edited", culprit=key)
         if key in new and key in gone:
             raise UsageError("is both set and unset", culprit=key)
         if key in new and is_hash(key):
-            raise UsageError("is a hash of the tensors, which do not change", culprit=key, remedy="unset it")
+            raise UsageError("is a hash of the tensors, and these do not change", culprit=key, remedy="unset it")
         try:
             (key + new.get(key, "")).encode()
         except UnicodeEncodeError:
-            raise UsageError("is no text that a file can hold", culprit=ascii(key)) from None
+            raise UsageError("is not valid UTF-8", culprit=ascii(key)) from None
     for key in gone:
         if key not in former:
             near = [shell_word(each) for each in get_close_matches(key, former, 1)]
             raise UsageError(
-                f"is no key of the metadata of {file.path.name}",
+                f"is not a key of the metadata of {file.path.name}",
                 culprit=key,
                 remedy=f"did you mean {near[0]}?" if near else "loratool inspect FILE --metadata lists them",
             )

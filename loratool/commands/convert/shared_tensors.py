@@ -24,10 +24,10 @@ def find_shared_storage(base: Checkpoint, removed: Collection[str] = ()) -> dict
         removed: tensors that are not written, and so are neither of the two.
     """
     return {
-        name: kept
+        name: stored
         for part in base.models
         for shard in part.shards
-        for name, kept in _find(part, shard, removed).items()
+        for name, stored in _find(part, shard, removed).items()
     }
 
 

@@ -104,17 +104,17 @@ def run_count(call: Count) -> CountReport:
     targets = find_targets(matrices, selection)
     _check_targets(targets, matrices, selection, None if call.params is not None else call.rank or RANK)
     shape = make_outline(model.specs, blocks, targets, selection.layers, model.context)
-    notes = [f"--target {p} names nothing" for p in selection.target if not any(names_one(p, m) for m in matrices)]
+    notes = [f"--target {p} matches nothing" for p in selection.target if not any(names_one(p, m) for m in matrices)]
     chosen = call.rank or RANK
     if call.params is not None:
         chosen = max(1, largest_size(FORMULAS["lora"], shape, budget or 0))
     if single := [m.path for m in matrices if m.group == SINGLE]:
         notes.append(
-            f"{len(single)} matrices of experts make no stack of the class and get no factors: {single[0]}, ..."
+            f"{len(single)} matrices of experts get no factors, as the class has no stack for them: {single[0]}, ..."
         )
     notes += _notes_on_peft(matrices, selection, targets, model, chosen)
     if call.params is None and model.context and (call.rank or RANK) >= model.context:
-        notes.append(f"a prefix of {call.rank or RANK} leaves nothing of a context of {model.context}")
+        notes.append(f"a prefix of {call.rank or RANK} fills the context of {model.context}")
     return CountReport(
         path=os.fspath(call.path),
         source=model.source,
@@ -145,22 +145,22 @@ def _notes_on_peft(
     if parts:
         last = stacks[parts[0].name.partition("[")[0]].in_model.rpartition(".")[2]
         role = parts[0].name.partition("[")[2].rstrip("]")
-        return [f"PEFT and init train the experts' {last} as one parameter, and no {role} alone: --target {last}"]
+        return [f"PEFT and init train {last} of the experts as one parameter, not {role} alone: use --target {last}"]
     cost, named, notes = sum(each.cost for each in targets), named_cost(matrices, selection), []
     if named and named != cost:
-        by_names = f"--target taken as names alone, as init takes it, trains {rank * named:,}"
-        notes.append(f"{by_names}: count takes a name like q_proj also for what other layers call otherwise")
+        by_names = f"init reads --target as names only, and trains {rank * named:,}"
+        notes.append(f"{by_names}: for count, a name like q_proj also selects the same part under another name")
     family = (model.in_model.family if model.in_model else model.model_type) or ""
     theirs = peft_targets(matrices, selection, targets, family) if stacks else None
     if theirs is None or theirs.cost == cost:
         return notes
     given = "all-linear" if selection.target == ("all-linear",) else f"{','.join(selection.target)} as target_modules"
     facts = [f"{' and '.join(theirs.more)} too"] if theirs.more else []
-    facts += [f"the experts' {' and '.join(theirs.doubled)} with twice the rank"] if theirs.doubled else []
-    facts += [f"not the experts' {' and '.join(theirs.stacks)}"] if theirs.stacks else []
-    facts += [f"not {' and '.join(theirs.fewer)} beside the experts"] if theirs.fewer else []
+    facts += [f"{' and '.join(theirs.doubled)} of the experts with twice the rank"] if theirs.doubled else []
+    facts += [f"not {' and '.join(theirs.stacks)} of the experts"] if theirs.stacks else []
+    facts += [f"not {' and '.join(theirs.fewer)} outside of the experts"] if theirs.fewer else []
     why = f"given {given}, PEFT trains {rank * theirs.cost:,}{': ' * bool(facts)}{', '.join(facts)}"
-    return [*notes, f"{why}. With the config that init writes it trains what init makes"]
+    return [*notes, f"{why}. With a config written by init, it trains the modules of that config"]
 
 
 def _open_model(path: str | os.PathLike[str]) -> Model:
@@ -172,17 +172,17 @@ def _open_model(path: str | os.PathLike[str]) -> Model:
     with closing(open_checkpoint(path)) as checkpoint:
         require_one_model(checkpoint)
         if is_adapter(checkpoint.specs):
-            remedy = f"what the adapter has: {command_line('inspect', path)}"
-            raise InputError("is an adapter; count takes the model", culprit=os.fspath(path), remedy=remedy)
+            remedy = f"to see what it has: {command_line('inspect', path)}"
+            raise InputError("is an adapter; count takes a model", culprit=os.fspath(path), remedy=remedy)
         if not checkpoint.coded:
             return _from_checkpoint(*with_names_of_one([checkpoint]))
         method = checkpoint.quantized
         if checkpoint.model_type not in CONFIG_FAMILIES:
             name, coded = next(iter(checkpoint.coded.items()))
             raise InputError(
-                f"is quantized ({method}), and the codes of {name} ({coded.format}) do not tell its shape",
+                f"is quantized ({method}), and the shape of {name} cannot be derived from its codes ({coded.format})",
                 culprit=os.fspath(path),
-                remedy="name the checkpoint that it was made from",
+                remedy="give the checkpoint that it was quantized from",
             )
         return _from_config(checkpoint.config)
 
@@ -205,9 +205,9 @@ def _from_config(config: Mapping[str, Any]) -> Model:
     named, counted = declared_class(config), model_class(config)
     notes = []
     if counted == family.bare and named not in ("", counted):
-        notes.append(f"config.json names {named}: what it has above {counted} is not counted")
+        notes.append(f"config.json names {named}: modules that {counted} does not have are not counted")
     if method := declared_method(find_declared(config)):
-        notes.append(f"quantized ({method}): counted as it was before")
+        notes.append(f"quantized ({method}): the parameters are those before quantization")
     dtype = CONFIG_DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), "F32")
     tied = tied_head(config)
     context = config_field(config, family, "max_position_embeddings")
@@ -240,10 +240,10 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Model:
     types = [dtype for dtype, _ in dtypes.most_common()]
     notes: tuple[str, ...] = ()
     if len(types) > 1:
-        notes += (f"dtypes are mixed ({', '.join(types)}): bytes are as of {types[0]}",)
+        notes += (f"dtypes are mixed ({', '.join(types)}): bytes are those of {types[0]}",)
     if checkpoint.weights:
         count = len(checkpoint.weights.keys() & specs.keys())
-        notes += (f"quantized ({checkpoint.quantized}): {count} weights are counted as numbers of {plain}",)
+        notes += (f"quantized ({checkpoint.quantized}): {count} weights are counted as {plain}",)
     configs = (checkpoint.config, checkpoint.config.get("text_config"))
     fields = [config.get(name) for config in configs if isinstance(config, dict) for name in CONTEXT_FIELDS]
     context = next((value for value in fields if type(value) is int and value > 0), None)
@@ -260,14 +260,14 @@ def _check_targets(
         narrowed = " after --exclude and --layers" if selection.exclude or selection.layers is not None else ""
         names = sorted({m.path.rpartition(".")[2] for m in matrices if m.kind != "embedding"})
         raise InputError(
-            f"no matrix is selected by --target {','.join(selection.target)}{narrowed}",
-            remedy=f"name some of {', '.join(names[:SHOWN])}, or all-linear" if names else None,
+            f"--target {','.join(selection.target)} selects no matrix{narrowed}",
+            remedy=f"choose among {', '.join(names[:SHOWN])}, or all-linear" if names else None,
         )
     low = min(targets, key=lambda each: min(each.inp, each.out))
     max_rank = min(low.inp, low.out)
     if rank is not None and rank > max_rank:
         raise UsageError(
-            f"is {low.out} x {low.inp}, so that no rank is above {max_rank}; --rank is {rank}", culprit=low.name
+            f"is {low.out} x {low.inp}, so its rank is at most {max_rank}, but --rank is {rank}", culprit=low.name
         )
 
 

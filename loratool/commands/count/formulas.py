@@ -79,7 +79,7 @@ FORMULAS: dict[str, Formula] = {
         "full fine-tuning",
         "",
         lambda model, n: model.total,
-        "nothing, but each task is a whole model",
+        "nothing, but each task needs a full model",
     ),
     "top-layers": Formula(
         "top layers",

@@ -271,7 +271,7 @@ def _names_role(pattern: str, matrix: Matrix, role: str) -> bool:
         raise UsageError(
             f"and {excluded} are both in {matrix.path}, a single parameter of the class: select both or neither",
             culprit=included,
-            remedy=f"name {last}",
+            remedy=f"use {last}",
         )
     return pattern == role or any(named)
 
@@ -395,8 +395,8 @@ def _role_rows(matrix: Matrix, query_rows: int | None) -> dict[str, int]:
     rows = rows_of_runs(fused, matrix.inp, out, queries=query_rows or 0)
     if rows is None:
         raise InputError(
-            f"is {matrix.rows} x {matrix.columns}: which of it is {', '.join(matrix.roles)} is not known",
+            f"is {matrix.rows} x {matrix.columns}, and how {', '.join(matrix.roles)} share its rows is unknown",
             culprit=matrix.path,
-            remedy="name the whole in --target",
+            remedy="give the name of the full matrix in --target",
         )
     return dict(zip(matrix.roles, rows, strict=True))

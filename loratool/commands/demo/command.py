@@ -20,7 +20,7 @@ NOTE = "README.md"  # its first line marks the folder as ours
 
 TITLE = "# Files of `loratool demo`"
 
-OTHER_FOLDER = "name another folder"
+OTHER_FOLDER = "choose another folder"
 
 
 def run_demo(call: Demo) -> DemoReport:
@@ -63,13 +63,13 @@ def _check_former(path: Path, contents: Mapping[str, bytes], force: bool, dry_ru
         return False
     note = place / NOTE
     ours = note.is_file() and note.read_bytes()[: len(TITLE)] == TITLE.encode()
-    for each in sorted(place.rglob("*")):
-        name = each.relative_to(place).as_posix()
-        is_folder = each.is_dir() and not each.is_symlink()
-        if is_folder and any(each.iterdir()):
+    for entry in sorted(place.rglob("*")):
+        name = entry.relative_to(place).as_posix()
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        if is_folder and any(entry.iterdir()):
             continue
-        if not ours or is_folder or each.is_symlink() or name not in contents:
-            what = f"holds {name}; --force replaces the files of a demo and nothing else"
+        if not ours or is_folder or entry.is_symlink() or name not in contents:
+            what = f"holds {name}; --force only replaces files of a demo"
             raise UsageError(what, culprit=str(path), remedy=OTHER_FOLDER)
     if not force and not dry_run:
         raise NeedsFlag("exists already", culprit=str(path), flags="--force", why=f"to replace it, or {OTHER_FOLDER}")

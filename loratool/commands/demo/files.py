@@ -26,14 +26,14 @@ Tensors = dict[str, Tensor]
 PARTS = {
     "base": "a Llama of 3 layers, bf16 in two shards",
     "tuned": "the same model after a full fine-tune",
-    "adapter": "a PEFT adapter of all its linear layers, rank 8",
-    "style": "a PEFT adapter of its attention alone, rank 4",
+    "adapter": "a PEFT adapter for all its linear layers, rank 8",
+    "style": "a PEFT adapter for its attention only, rank 4",
     "fp8": "the base in float8, with a scale for each block of 16 x 16",
     "gpt2/base": "a GPT-2 of 2 layers, fp32, layers stored as (in, out), tied head",
     "gpt2/tuned": "the same model after a full fine-tune",
-    "gpt2/adapter": "a PEFT adapter of it: rsLoRA, with ranks and alphas by module",
+    "gpt2/adapter": "a PEFT adapter for it: rsLoRA, with ranks and alphas by module",
     "sdxl/base.safetensors": "some layers of an SDXL checkpoint in one file, fp16",
-    "sdxl/adapter.safetensors": "a kohya adapter of it: UNet and both text encoders, rank 4",
+    "sdxl/adapter.safetensors": "a kohya adapter for it: UNet and both text encoders, rank 4",
 }
 
 SHARD = 200_000  # bytes
@@ -145,27 +145,30 @@ def _weight(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _llama() -> Tensors:
-    made = {"model.embed_tokens.weight": _normal("embed_tokens", 256, 64) * 0.1}
+    weights = {"model.embed_tokens.weight": _normal("embed_tokens", 256, 64) * 0.1}
     for n in range(3):
         for group, modules in (("self_attn", ATTENTION), ("mlp", MLP)):
             names = {f"model.layers.{n}.{group}.{name}.weight": shape for name, shape in modules.items()}
-            made |= {name: _weight(name, shape) for name, shape in names.items()}
+            weights |= {name: _weight(name, shape) for name, shape in names.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            made[f"model.layers.{n}.{norm}.weight"] = 1 + _normal(f"{n} {norm}", 64) * 0.1
-    made |= {"model.norm.weight": 1 + _normal("norm", 64) * 0.1, "lm_head.weight": _weight("lm_head", (256, 64))}
-    return {name: W.bfloat16() for name, W in made.items()}
+            weights[f"model.layers.{n}.{norm}.weight"] = 1 + _normal(f"{n} {norm}", 64) * 0.1
+    weights |= {"model.norm.weight": 1 + _normal("norm", 64) * 0.1, "lm_head.weight": _weight("lm_head", (256, 64))}
+    return {name: W.bfloat16() for name, W in weights.items()}
 
 
 def _gpt2() -> Tensors:
-    made = {"wte.weight": _normal("wte", 256, 48) * 0.1, "wpe.weight": _normal("wpe", 128, 48) * 0.02}
+    weights = {"wte.weight": _normal("wte", 256, 48) * 0.1, "wpe.weight": _normal("wpe", 128, 48) * 0.02}
     for n in range(2):
         for module, (out, inp) in CONV1D.items():
             name = f"h.{n}.{module}"
-            made |= {f"{name}.weight": _weight(name, (inp, out)), f"{name}.bias": _normal(f"{name} bias", out) * 0.02}
+            weights |= {
+                f"{name}.weight": _weight(name, (inp, out)),
+                f"{name}.bias": _normal(f"{name} bias", out) * 0.02,
+            }
         for norm in ("ln_1", "ln_2"):
-            made |= _layer_norm(f"h.{n}.{norm}")
-    made |= _layer_norm("ln_f")
-    return {f"transformer.{name}": W.float() for name, W in made.items()}
+            weights |= _layer_norm(f"h.{n}.{norm}")
+    weights |= _layer_norm("ln_f")
+    return {f"transformer.{name}": W.float() for name, W in weights.items()}
 
 
 def _layer_norm(name: str) -> Tensors:

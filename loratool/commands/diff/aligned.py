@@ -75,7 +75,7 @@ def _count_matches(sides: Sequence[Mapping[str, UpdateSpec]]) -> int:
     first, total = sides[0], 0
     for other in sides[1:]:
         pairs = [(first[name], other[name]) for name in first.keys() & other.keys()]
-        total += len(pairs) if all(one.shape == two.shape for one, two in pairs) else 0
+        total += len(pairs) if all(a.shape == b.shape for a, b in pairs) else 0
     return total
 
 
@@ -94,7 +94,7 @@ def _is_one_component(first: str, second: str) -> bool:
 def _by_key(adapter: Adapter, flat: bool, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
     updates = {_key(module, adapter, flat, types): spec for module, spec in adapter.updates.items()}
     if len(updates) < len(adapter.updates):
-        raise InputError("has two modules of one name, but for their wrappers", culprit=adapter.name)
+        raise InputError("has two modules whose names differ only in wrappers", culprit=adapter.name)
     return updates
 
 
@@ -142,8 +142,8 @@ def measure_modules(
         together = overlaps(changes).total(1)
         svds = [tuple(FactoredSVD(each.U[i], each.S[i], each.V[i]) for each in changes) for i in range(len(batch))]
         return [
-            measure(LoadedModule(module, own, together.member(i)))
-            for i, (module, own) in enumerate(zip(batch, svds, strict=True))
+            measure(LoadedModule(module, module_svds, together.member(i)))
+            for i, (module, module_svds) in enumerate(zip(batch, svds, strict=True))
         ]
 
     batches, results = list(_batches(factored)), list[T]()
@@ -162,7 +162,7 @@ def _require_one_shape(adapters: Sequence[Adapter], module: AlignedModule) -> No
     for (a, first), (b, second) in combinations(having, 2):
         if not _fit_together(first, second):
             raise InputError(
-                f"is {first.shape} in {a.name} and {second.shape} in {b.name}: these are of different models",
+                f"is {first.shape} in {a.name} and {second.shape} in {b.name}: they belong to different models",
                 culprit=module.name,
             )
 

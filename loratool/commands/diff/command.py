@@ -39,14 +39,14 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
         opened.enter_context(one_thread())
         if not _are_adapters(paths):
             if call.base is not None or call.alpha is not None or call.drop:
-                raise UsageError("--base, --drop and --alpha are for adapters, and these are two models")
+                raise UsageError("--base, --drop and --alpha are for adapters, but these are two models")
             sides = [open_checkpoint(path) for path in paths]
             for side in sides:
                 opened.callback(side.close)
             model_a, model_b = with_names_of_one(sides)
             return diff_models((paths[0], paths[1]), model_a, model_b, selection, call.progress)
         if call.others and call.base is not None:
-            raise UsageError("--base is for two adapters: with each two of several, call diff again")
+            raise UsageError("--base is for two adapters: run diff for each pair")
         config = None if call.base is None else read_config(call.base)
         adapters = open_adapters(
             parse_adapters(paths, parse_words(call.drop)),
@@ -66,12 +66,12 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
         selection.require_used([*modules, *aliases], " or ".join(adapter.name for adapter in adapters))
         selected = [_selected(adapter, selection, aliases) for adapter in comparable]
         if not any(each.updates for each in selected):
-            raise InputError(f"{'no' if call.others else 'neither'} adapter has a module that is selected")
+            raise InputError(f"{'no' if call.others else 'neither'} adapter has a selected module")
         aligned = align_modules(selected)
         require_known_names(selected, aligned)
         if call.others:
             return replace(diff_several(selected, aligned, choose_device(call.device), call.progress), sha256=sha256)
-        model = None if call.base is None else open_model(call.base, "--base is the model under the two", opened)
+        model = None if call.base is None else open_model(call.base, "--base must be the model under both", opened)
         first, second = selected
         report = diff_adapters(
             first,
@@ -96,12 +96,12 @@ def _are_adapters(paths: Sequence[str]) -> bool:
     if any(kinds) and not all(kinds):
         large, small = paths[kinds.index(False)], paths[kinds.index(True)]
         raise InputError(
-            f"is a model, and {small} is an adapter; diff compares two of a kind",
+            f"is a model, but {small} is an adapter; diff compares two of a kind",
             culprit=large,
-            remedy=f"to hold the adapter against the model: {command_line('inspect', small, '--base', large)}",
+            remedy=f"to check the adapter against the model: {command_line('inspect', small, '--base', large)}",
         )
     if not all(kinds) and len(paths) > 2:
-        raise UsageError(f"these are {len(paths)} models, and diff compares two; of adapters it takes any number")
+        raise UsageError(f"diff compares two models, not {len(paths)}; adapters can be any number")
     return all(kinds)
 
 

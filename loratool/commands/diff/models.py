@@ -33,7 +33,7 @@ def diff_models(
         tuple(n for n in side if selection.selects(_module_of(n))) for side in (pairs.only_base, pairs.only_tuned)
     )
     if not (both or only_a or only_b):
-        raise InputError("neither model has a tensor that is selected")
+        raise InputError("neither model has a selected tensor")
     codes = {**a.formats, **b.formats}
     _refuse_codes(names, codes, (*only_a, *only_b))
     rows, equal, norms, done = [], 0, [], 0
@@ -72,9 +72,9 @@ def _refuse_codes(models: tuple[str, str], codes: Mapping[str, str], differing: 
     for name in differing:
         if name in codes:
             raise InputError(
-                f"differs and is quantized ({codes[name]}) in {' or '.join(models)}, in codes that cannot be read",
+                f"differs, and its codes ({codes[name]}) in {' or '.join(models)} cannot be read",
                 culprit=name,
-                remedy="pass the models in 16 or 32 bits, or leave the quantized weights out with --exclude",
+                remedy="pass the models in 16 or 32 bits, or --exclude the quantized weights",
             )
 
 

@@ -27,12 +27,12 @@ def require_related(loaded: WeightedAdapter) -> None:
     related, rest = [loaded[0][0]], [adapter for adapter, _ in loaded[1:]]
     while rest:
         related_at = next(
-            (i for i, one in enumerate(rest) if any(not why_unrelated(each, one) for each in related)), None
+            (i for i, adapter in enumerate(rest) if any(not why_unrelated(each, adapter) for each in related)), None
         )
         if related_at is None:
             why = why_unrelated(related[0], rest[0])
             assert why
-            raise NeedsFlag(why, culprit=rest[0].name, flags="--allow unrelated", why="to combine them all the same")
+            raise NeedsFlag(why, culprit=rest[0].name, flags="--allow unrelated", why="to combine them anyway")
         related.append(rest.pop(related_at))
 
 
@@ -47,7 +47,7 @@ def require_same_names(loaded: WeightedAdapter) -> None:
             fewer = min(len(first.updates), len(second.updates))
             if 0 < fewer == len(pairs) and all(a.shape == b.shape for a, b in pairs):
                 a, b = pairs[0]
-                message = f"of {second.name} is {a.module} in {first.name}: they are saved from two classes of a model"
+                message = f"is in {second.name}, and {first.name} calls it {a.module}: they come from two model classes"
                 raise InputError(message, culprit=b.module)
 
 
@@ -59,7 +59,7 @@ def require_of_one_model(adapters: Sequence[Adapter]) -> None:
         if any(all(module.updates) for module in aligned):
             continue
         if why := why_unrelated(first, other):
-            raise InputError(f"{why}; there is nothing to compare", culprit=other.name)
+            raise InputError(f"{why}; nothing can be compared", culprit=other.name)
 
 
 def require_known_names(adapters: Sequence[Adapter], aligned: Sequence[AlignedModule]) -> None:
@@ -68,13 +68,13 @@ def require_known_names(adapters: Sequence[Adapter], aligned: Sequence[AlignedMo
         if a.format == b.format or (is_of_one(a) and is_of_one(b)):
             continue
         pairs = [(module.updates[i], module.updates[j]) for module in aligned]
-        alone = [two for one, two in pairs if two and not one]
+        only_b = [update_b for update_a, update_b in pairs if update_b and not update_a]
         known = all(detect_family(read_source_modules(each)[0]) for each in (a, b))
-        if alone and any(one and not two for one, two in pairs) and not known:
+        if only_b and any(update_a and not update_b for update_a, update_b in pairs) and not known:
             raise InputError(
-                f"of {b.name} may be any of {a.name}'s modules: one has {b.format}'s names, the other "
-                f"{a.format}'s, and they are of no image model that is known",
-                culprit=alone[0].module,
+                f"is in {b.name} and cannot be matched to a module of {a.name}: the names are those of {b.format} and "
+                f"{a.format}, and the image model is unknown",
+                culprit=only_b[0].module,
             )
 
 
@@ -98,13 +98,13 @@ def why_unrelated(first: Adapter, second: Adapter) -> str | None:
         for each in (first, second)
     ]
     if all(stems) and stems[0].isdisjoint(stems[1]):
-        return f"{opening} its layers are {min(stems[1])}, not {min(stems[0])}"
+        return f"{opening} its layers are in {min(stems[1])}, not {min(stems[0])}"
     sizes = [{size for update in each.updates.values() for size in _sizes(update)} for each in (first, second)]
     if all(sizes) and sizes[0].isdisjoint(sizes[1]):
         shapes = [
             "x".join(map(str, next(u.shape for u in each.updates.values() if u.rank))) for each in (second, first)
         ]
-        return f"{opening} no width: {shapes[0]} beside {shapes[1]}"
+        return f"{opening} no width: {shapes[0]} and {shapes[1]}"
     return None
 
 

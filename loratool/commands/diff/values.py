@@ -23,8 +23,8 @@ def compare_values(a: Adapter, b: Adapter, aligned: Sequence[AlignedModule]) -> 
         roles = [_values_of(spec) if spec else {} for spec in (first, second)]
         for role in dict.fromkeys([*roles[0], *roles[1]]):
             sides = [
-                TensorRef(adapter.file, own[role]) if role in own else None
-                for adapter, own in zip((a, b), roles, strict=True)
+                TensorRef(adapter.file, names[role]) if role in names else None
+                for adapter, names in zip((a, b), roles, strict=True)
             ]
             scales = [spec.scale if spec and spec.cls is AddDelta else 1.0 for spec in (first, second)]
             meanings = [_meaning(spec) if spec else None for spec in (first, second)]

@@ -189,14 +189,16 @@ def plan_image_adapter(
     family = family_of(base, to)
     sources = [source(name, rank) for name, rank in plan.ranks.items() if rank]
     if not sources:
-        raise InputError("no matrix gets a rank, and image adapters hold nothing else", remedy="ask for more")
+        raise InputError(
+            "no matrix gets a rank, so the adapter would be empty", remedy="choose a higher rank or budget"
+        )
     adapter = new_adapter(
         str(base.path), base.shards[0], {each.module: made(each) for each in sources}, {"peft_type": "LORA"}
     )
     state = plan_image(start(adapter), family, ConvertRequest(to.key), sources, [], {})
     if is_budget and any(row.how == "split" for row in rows(state)):
         raise UsageError(
-            f"--params and --size cannot be kept where {to.key} splits a fused module of the base, whose A then stands "
-            "in each part: use --rank or --energy"
+            f"--params and --size are not supported here: {to.key} splits a fused module of the base, and each part "
+            "gets a copy of A: use --rank or --energy"
         )
     return replace(plan, content=content(state))

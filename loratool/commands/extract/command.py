@@ -91,7 +91,7 @@ def run_extract(call: Extract) -> ExtractReport:
         require_language_model(sides[0], output_format, call.architecture)
         if file and not whole_model:
             raise InputError(
-                "is an image model, and llama-imatrix measures language models", culprit=os.fspath(call.base)
+                "is an image model, but llama-imatrix measures language models", culprit=os.fspath(call.base)
             )
         moments = None if file is None else InputMoments.of_model(file, sides[0].config, os.fspath(call.base))
         pairs = pair_tensors(*sides)
@@ -191,7 +191,7 @@ def _card(sides: Sequence[Checkpoint], options: Sequence[str], library: str, rep
     base, tuned = (input_word(name) for name in (report.base, report.tuned))
     facts = [
         f"{rank_range(m.rank for m in report.modules)} in {len(report.modules)} modules",
-        f"{len(report.exact)} tensors are kept exactly",
+        f"{len(report.exact)} tensors are stored exactly",
         f"{kept_or_none(report.kept)} of the energy of the factored change is kept",
         *output_facts(report.imatrix, report.weighted_error),
     ]
@@ -209,9 +209,9 @@ def _refuse_codes(side: Checkpoint) -> None:
     coded = next((name for name in side.stored if side.shard_of[name].stored_type(name) in BLOCK_TYPES), None)
     if coded:
         raise InputError(
-            f"is a GGUF model with {coded} in codes, whose rounding would be extracted",
+            f"is a quantized GGUF model ({coded}), so its rounding errors would be extracted too",
             culprit=str(side.path),
-            remedy="pass one in 16 or 32 bits",
+            remedy="pass a model in 16 or 32 bits",
         )
 
 
@@ -231,8 +231,8 @@ def _check_budget(rule: tuple[str, float], plan: AdapterPlan) -> None:
     if name not in RANK_RULES and spent > value:
         unit = "bytes" if name == "size" else "parameters"
         raise UsageError(
-            f"--{name} {value:.0f} is less than what is kept exactly, {spent} {unit}",
-            remedy=f"raise --{name}, or leave biases and norms out with --no-bias, embeddings with --embed skip",
+            f"--{name} {value:.0f} is too small: the tensors that are stored exactly take {spent} {unit}",
+            remedy=f"raise --{name}, or exclude biases and norms with --no-bias, embeddings with --embed skip",
         )
 
 
@@ -242,14 +242,14 @@ def _refuse(work: Extraction, deltas: SortedDeltas, allow: tuple[str, ...]) -> N
         raise InputError("the two models are equal: there is nothing to extract")
     if not (work.factored or deltas.exact):
         some = ", ".join(list(deltas.left_out)[:3])
-        raise InputError(f"nothing of what changed is selected or could be in an adapter: {some}, ...")
+        raise InputError(f"no changed tensor is selected and supported by adapters: {some}, ...")
     relative = _relative(work, deltas)
     if (relative is None or relative > UNRELATED) and "unrelated" not in allow:
-        size = "of a base that is 0" if relative is None else f"{relative:.2f} times the base"
+        size = "not 0, but the base is" if relative is None else f"{relative:.2f} times the base"
         raise NeedsFlag(
-            f"the delta is {size}: these are no fine-tune of each other",
+            f"the delta is {size}: one is not a fine-tune of the other",
             flags="--allow unrelated",
-            why="to extract it all the same",
+            why="to extract it anyway",
         )
 
 
@@ -257,9 +257,9 @@ def _refuse_nothing(rule: str, ranks: Mapping[str, int], work: Extraction, delta
     """Raise if a rule gives no matrix a rank."""
     changed = any(factored.known for factored in work.factored.values())
     if rule in RANK_RULES and changed and not (deltas.exact or any(ranks.values())):
-        above = "larger than noise can have made it" if rule == "noise" else f"kept by {rule}"
+        above = "larger than rounding can explain" if rule == "noise" else f"kept by {rule}"
         raise InputError(
-            f"nothing of what changed is {above}: the adapter would be empty",
+            f"no delta is {above}: the adapter would be empty",
             remedy="give --rank N instead, or another value",
         )
 
@@ -359,9 +359,7 @@ def _energy_warnings(modules: Sequence[ModuleExtract], kept: float) -> tuple[str
     half = f"about rank {ranks_50[len(ranks_50) // 2]} would keep half" if ranks_50 else ""
     nine_tenths = f"rank {ranks_90[len(ranks_90) // 2]} nine tenths" if ranks_90 else ""
     ranks_text = " and ".join(part for part in (half, nine_tenths) if part)
-    return (
-        f"{kept_share(kept)} of the delta's energy is kept: it has no low rank; {ranks_text} of a middling matrix's",
-    )
+    return (f"{kept_share(kept)} of the delta's energy is kept: its rank is not low; in a median matrix {ranks_text}",)
 
 
 def _tie_warnings(deltas: SortedDeltas, plan: AdapterPlan) -> tuple[str, ...]:
@@ -370,8 +368,8 @@ def _tie_warnings(deltas: SortedDeltas, plan: AdapterPlan) -> tuple[str, ...]:
         return ()
     name, uses = shared[0]
     others = f" (and so on, {len(shared)} in all)" if len(shared) > 1 else ""
-    nothing = ", and --embed full leaves it nothing to add" if any(transposed for _, transposed in uses) else ""
+    nothing = "; --embed full avoids this" if any(transposed for _, transposed in uses) else ""
     return (
-        f"{', '.join(use for use, _ in uses)} are one matrix, {name} in the file{others}, and each has the factors: "
-        f"PEFT's merge_and_unload adds all to the one; loratool merge does not{nothing}",
+        f"{', '.join(use for use, _ in uses)} share one matrix, {name} in the file{others}, and each has the factors: "
+        f"PEFT's merge_and_unload adds them several times; loratool merge does not{nothing}",
     )

@@ -205,7 +205,7 @@ class Extraction:
             if inputs is not None:
                 as_matrix(difference.D, kind, shape).mul_(inputs[e].to(difference.D.device))
                 if not is_finite(difference.D):
-                    raise InputError("its change is too large to be weighted in float32", culprit=delta.weight.name)
+                    raise InputError("its delta is too large to be weighted in float32", culprit=delta.weight.name)
             yield difference
 
     def _input_weights(self, delta: WeightDelta) -> Tensor | None:

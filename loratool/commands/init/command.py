@@ -82,7 +82,7 @@ def run_init(call: Init) -> InitReport:
         checkpoint, output_format = _open_trainable(call.base, call.to, opened)
         _check_method(call.method, call.residual, call.dtype, output_format, checkpoint)
         if call.dora and DoRA not in output_format.can.kinds:
-            raise UsageError(f"{output_format.key}'s files hold no DoRA")
+            raise UsageError(f"{output_format.key} files cannot hold DoRA")
         path, is_file = output_format.output(call.out, "adapter")
         has_config = output_format.can.alpha == "config" and not is_image_adapter(checkpoint, output_format)
         inputs = paths_of(checkpoint.shards)
@@ -122,7 +122,7 @@ def run_init(call: Init) -> InitReport:
         parameters = sum(spec.size for spec in specs)
         if budget is not None and not has_config and parameters > budget:
             raise UsageError(
-                f"--params {budget} cannot be kept: {output_format.key}'s alphas and split modules make it {parameters}"
+                f"--params {budget} is too small: with alphas and split modules, {output_format.key} needs {parameters}"
             )
         residual_report = None
         if call.residual is not None:
@@ -154,13 +154,13 @@ def run_init(call: Init) -> InitReport:
 
 def _open_trainable(base: str | os.PathLike[str], to: str | None, opened: ExitStack) -> tuple[Checkpoint, Format]:
     """Open a model and choose its adapter's format. Raise an error for names that no trainer uses."""
-    checkpoint = open_model(base, "init starts one for a model", opened)
+    checkpoint = open_model(base, "init needs a model", opened)
     if checkpoint.is_gguf:
-        message, remedy = "is a GGUF model, under whose names nothing is trained", "convert it, and start from that"
+        message, remedy = "is a GGUF model, and no trainer uses its names", "convert it first"
         raise InputError(message, culprit=str(checkpoint.path), remedy=remedy)
     output_format = choose_format(checkpoint, to)
     if output_format.can.named_by_model:
-        raise UsageError(f"{output_format.key} adapters are not trained: start one in PEFT's format")
+        raise UsageError(f"no trainer reads {output_format.key} adapters: use --to peft")
     return checkpoint, output_format
 
 
@@ -176,35 +176,41 @@ def _card(
     given, model = base
     name, residual = input_word(given), "--residual" in options
     facts = [f"method {code(method)}, {rank_range(row.rank for row in rows)} in {len(rows)} modules, not trained yet"]
-    facts += ["its base is the residual that the command writes, not the model itself"] if residual else []
+    facts += ["its base is the residual that the command writes, not the original model"] if residual else []
     commands = (
         command_line("init", name, *options, "-o", "adapter"),
         command_line("inspect", "adapter", "--base", "residual" if residual else name),
     )
     licence = read_licence(None if model.given_as_file else model.folder)
     bases = [] if residual else [name_on_hub(given)]
-    return encode_card(f"A new adapter of {code(shown_name(given))}", library, bases, [licence], facts, commands)
+    return encode_card(f"A new adapter for {code(shown_name(given))}", library, bases, [licence], facts, commands)
 
 
 def _check_method(
     method: str, residual: str | os.PathLike[str] | None, dtype: str, to: Format, base: Checkpoint
 ) -> None:
     if to.can.alpha != "config" and (INITS[method].mutates_base or INITS[method].field is not True):
-        raise UsageError(f"{method} is for PEFT's adapters, and {to.key}'s files cannot say how it starts")
+        raise UsageError(f"{method} needs PEFT's format, since {to.key} files cannot store the method")
     if INITS[method].mutates_base and any(isinstance(shard, RelaidFile) for shard in base.shards):
-        message = f"is a GGUF model, of which no residual can be left: {method} takes its factors out of the base"
+        message = (
+            f"is a GGUF model: {method} subtracts its factors from the base, and no residual can be written in GGUF"
+        )
         raise InputError(message, culprit=str(base.path), remedy="convert it to a folder of transformers first")
     if INITS[method].mutates_base and residual is None:
-        raise NeedsFlag(f"{method} takes its factors out of the base", flags="--residual OUT", why="for what is left")
+        raise NeedsFlag(
+            f"{method} subtracts its factors from the base", flags="--residual OUT", why="to write the residual"
+        )
     if residual is None and dtype != "keep":
-        raise UsageError("--dtype is the residual's, and none is written: the factors are float32")
+        raise UsageError(
+            "--dtype is the dtype of the residual, but --residual is not given; factors are always float32"
+        )
     if residual is not None and not INITS[method].mutates_base:
-        raise UsageError(f"--residual: {method} leaves the base as it is")
+        raise UsageError(f"--residual is not needed: {method} does not change the base")
 
 
 def _check_numbers(rank: int | None, params: int | None, alpha: float | None) -> None:
     if alpha is not None and not 1 / MOST_ALPHA <= alpha <= MOST_ALPHA:
-        raise UsageError(f"the alpha must be above 0, and from {1 / MOST_ALPHA:.0e} to {MOST_ALPHA:.0e}")
+        raise UsageError(f"alpha must be between {1 / MOST_ALPHA:.0e} and {MOST_ALPHA:.0e}")
     if rank is not None and params is not None:
         raise UsageError("rank and params exclude each other")
 
@@ -212,15 +218,15 @@ def _check_numbers(rank: int | None, params: int | None, alpha: float | None) ->
 def _check_kinds(weights: Sequence[ModelWeight], method: str, dora: bool) -> None:
     """Raise UsageError for what PEFT would not load (`peft/tuners/lora/layer.py`: each layer's `lora_variants`)."""
     if method == "mica" and dora:
-        raise UsageError("PEFT has no DoRA with mica")
+        raise UsageError("PEFT does not support DoRA with mica")
     refused = [each for each in weights if (each.bare and (dora or method == "mica"))]
     refused += [each for each in weights if each.kind == "conv" and method == "mica"]
     if refused:
         first, supported = refused[0], [each.paths[0] for each in weights if each not in refused]
         kinds = {"experts": "experts", "conv": "convolutions"}
-        what = kinds.get(first.role, "a weight that it has to be told of as a parameter")
+        what = kinds.get(first.role, "a bare parameter")
         raise UsageError(
-            f"PEFT has no {'DoRA' if dora else method} of {what}",
+            f"PEFT does not support {'DoRA' if dora else method} for {what}",
             culprit=first.name,
             remedy=f"add {exclude_all([each.paths[0] for each in refused], supported)}",
         )
@@ -232,17 +238,17 @@ def _check_residual(
     """Return the residual's path, after all checks that need no factors."""
     path, is_file = check_output_name(residual)
     if is_file:
-        raise UsageError("--residual names a folder: the initial adapter lies in it", culprit=str(path))
+        raise UsageError("--residual must be a folder, which also gets the initial adapter", culprit=str(path))
     check_output_path(path, False, paths_of(base.shards), force)
     check_scratch(path, paths_of(base.shards))
     adapter_path, others = adapter.resolve(), (path.resolve(), scratch_path(path).resolve())
     if any(adapter_path == other or adapter_path in other.parents or other in adapter_path.parents for other in others):
-        raise UsageError("--residual and -o are to be apart", culprit=str(adapter))
+        raise UsageError("--residual and -o must be separate folders", culprit=str(adapter))
     plain = {name: spec for name, spec in base.specs.items() if name not in base.weights}
     cast = [name for name, spec in plain.items() if spec.dtype in TORCH_FLOATS and spec.dtype != dtype]
     if dtype and undo and cast:
         raise NeedsFlag(
-            f"is {base.specs[cast[0]].dtype} in the base, and a change of type cannot be undone",
+            f"is {base.specs[cast[0]].dtype} in the base, and a change of dtype cannot be undone",
             culprit=cast[0],
             flags="--no-undo",
         )
@@ -386,17 +392,17 @@ class _Initialization:
             and any(adapted.weight.name == tie.embedding for adapted in self._adapted_weights)
         ):
             others = ", ".join(name for name in tie.sides if name not in self._base.specs)
-            warnings.append(f"{others} has the same matrix as {tie.embedding}; the adapter is on the latter alone")
+            warnings.append(f"{others} shares the matrix of {tie.embedding}; only the latter has an adapter")
         coded = [each for each in self._adapted_weights if not self._base.weights.keys().isdisjoint(each.weight.names)]
         if coded and INITS[self._call.method].mutates_base:
             warnings.append(
-                f"{len(coded)} weights with factors are codes in the base and plain numbers in the residual: it takes "
-                "their full size in memory"
+                f"{len(coded)} quantized weights with factors are dequantized in the residual, which needs more memory "
+                "when you train on it"
             )
         residual = self._residual
         if residual and residual.error and residual.error > COARSE:
             warnings.append(
-                f"residual + adapter is {share(residual.error)} away from the base, by rounding to "
-                f"{', '.join(residual.dtypes)}; --dtype fp32 --no-undo keeps it to 1e-7"
+                f"residual + adapter differs from the base by {share(residual.error)}, from rounding to "
+                f"{', '.join(residual.dtypes)}; --dtype fp32 --no-undo reduces this to 1e-7"
             )
         return tuple(warnings)

@@ -86,7 +86,7 @@ def assign_ranks(
     """
     for pattern in patterns:
         if not any(candidate.is_named(pattern) for candidate in candidates):
-            raise UsageError("of --rank-pattern matches none of the targets", culprit=pattern)
+            raise UsageError("in --rank-pattern matches no target", culprit=pattern)
     named = {candidate.name: _named_rank(candidate, patterns) for candidate in candidates}
     rest = [candidate for candidate in candidates if not named[candidate.name]]
     multiple = 2 if method == "orthogonal" else 1
@@ -97,8 +97,8 @@ def assign_ranks(
         )
         parameters_per_rank = sum(candidate.parameters_per_rank for candidate in rest)
         if spent + multiple * parameters_per_rank > params:
-            what = f"rank {multiple} of these targets" if rest else "what --rank-pattern says"
-            raise UsageError(f"--params {params} is too few: {what} takes {spent + multiple * parameters_per_rank}")
+            what = f"rank {multiple} of these targets" if rest else "--rank-pattern"
+            raise UsageError(f"--params {params} is too small: {what} needs {spent + multiple * parameters_per_rank}")
         if rest:
             largest = min((params - spent) // parameters_per_rank, *(candidate.max_rank for candidate in rest))
             rank = max(multiple, largest - largest % multiple)
@@ -108,14 +108,14 @@ def assign_ranks(
             out, inp = candidate.sizes[1:]
             limit, module = candidate.max_rank - candidate.max_rank % multiple, candidate.paths[-1]
             raise UsageError(
-                f"is {out} x {inp}, and rank {chosen} is more than it can have",
+                f"is {out} x {inp}, so rank {chosen} is too high",
                 culprit=candidate.name,
                 remedy=f"lower the rank, or add --rank-pattern {shell_word(f'{module}={limit}')}"
                 if limit
                 else f"add --exclude {shell_word(module)}",
             )
         if method == "orthogonal" and chosen % 2:
-            raise UsageError(f"orthogonal halves the rank, and {chosen} is odd", culprit=candidate.name)
+            raise UsageError(f"orthogonal needs an even rank, not {chosen}", culprit=candidate.name)
     return named
 
 
@@ -131,9 +131,9 @@ def _named_rank(weight: ModelWeight, patterns: Mapping[str, int]) -> int:
     ]
     if len({*ranks}) > 1:
         raise UsageError(
-            f"is one parameter of the class, and --rank-pattern gives its parts the ranks {sorted({*ranks} - {0})}",
+            f"is one parameter of the class, but --rank-pattern gives its parts the ranks {sorted({*ranks} - {0})}",
             culprit=weight.in_model,
-            remedy=f"name {shell_word(weight.in_model.rpartition('.')[2])}",
+            remedy=f"use {shell_word(weight.in_model.rpartition('.')[2])}",
         )
     return ranks[0]
 

@@ -64,13 +64,13 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
     try:
         checkpoint = None
         if opened is not None:
-            refuse_adapter(opened, base or "", "--base is the model under it")
+            refuse_adapter(opened, base or "", "--base must be the model under it")
             (checkpoint,) = with_names_of_one([opened])
         problems: list[str] = []
         coverage = binding = None
         problems += _faults(adapter)
         if adapter.only_for:
-            problems.append(f"it is for {adapter.only_for} alone: every other command refuses it")
+            problems.append(f"it is only for {adapter.only_for}: no other command accepts it")
         if checkpoint is not None:
             coverage, binding = _hold_against(adapter, checkpoint, os.fspath(base or ""), problems)
         problems += adapter.missing
@@ -140,13 +140,13 @@ def _hold_against(
         return coverage, None
     if binding.quantized:
         formats = ", ".join(dict.fromkeys(each for _, _, each in binding.quantized.values()))
-        what = f"modules are quantized in the base ({formats}), and nothing here reads their codes"
+        what = f"modules are quantized in the base ({formats}), and their codes cannot be read"
         problems.append(f"{len(binding.quantized):,} {what}: {_shortened([*binding.quantized])}")
     problems += [
         line for line in absent_from_adapter(base.specs, adapter, binding.placements) if line not in adapter.missing
     ]
     flag = adapter.config.fan_in_fan_out
-    placed = (p for found in binding.placements.values() for p in found)
+    placed = (p for placements in binding.placements.values() for p in placements)
     linear = [p for p in placed if p.update.transposed is None and p.update.rank]
     if flag is not None and linear and all(p.transposed is not flag for p in linear):
         layout = "(in, out)" if not flag else "(out, in)"
@@ -162,10 +162,10 @@ def _faults(adapter: Adapter) -> list[str]:
             modules.setdefault(update.fault.replace(module, "it"), []).append(module)
     total = len(adapter.updates)
     return [
-        f"{_shortened(found)}: {fault}"
-        if len(found) <= NAMES_SHOWN
-        else f"{len(found):,} of {total:,} modules, like {found[0]}: {fault}"
-        for fault, found in modules.items()
+        f"{_shortened(names)}: {fault}"
+        if len(names) <= NAMES_SHOWN
+        else f"{len(names):,} of {total:,} modules, like {names[0]}: {fault}"
+        for fault, names in modules.items()
     ]
 
 
@@ -178,7 +178,7 @@ def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[Placed]]) -> tu
     formats = ", ".join(dict.fromkeys(key for module in coded for key in codecs[module]))
     plain = ", ".join(dict.fromkeys(map(plain_dtype, base.models)))
     what = f"{len(coded):,} of {len(weights):,} modules are quantized in the base ({formats})"
-    return (f"{what}: a merge writes them as numbers of {plain}, and keeps the codes of all others",)
+    return (f"{what}: a merge dequantizes them to {plain}, and keeps the codes of others",)
 
 
 def _measure(
@@ -307,7 +307,7 @@ def _config_problems(adapter: Adapter) -> list[str]:
     path_ends = {end for module in adapter.updates for end in endings(module)}
     unused = [target for target in listed if target not in path_ends]
     if unused and not adapter.config.peft.get("target_parameters"):
-        problems.append(f"target_modules names {_shortened(unused)}, which no module of the file is")
+        problems.append(f"target_modules has {_shortened(unused)}, which matches no module of the file")
     return problems
 
 

@@ -72,9 +72,9 @@ def _inspect_method(
     specs = {n: spec for n, spec in file.specs.items() if not spec.size or places[file.storage(n), spec] == n}
     notes = [describe_bottlenecks(file.specs)] if key == "BOTTLENECK" else []
     if len(specs) < len(file.specs):  # a torch file's names can share their bytes
-        notes.append(f"{len(file.specs) - len(specs)} more names are of these tensors")
+        notes.append(f"{len(file.specs) - len(specs)} more names refer to these tensors")
     _, *more = [*find_marks(file.specs)] or [key]  # `method` is the first one's
-    notes += [f"it holds tensors of {OTHER_METHODS[kind].title} too" for kind in more]
+    notes += [f"it also holds tensors of {OTHER_METHODS[kind].title}" for kind in more]
     verdict = f"{OUTCOMES[method.outcome]}: {method.title}, which {method.reason}"
     return MethodReport(
         path=path,
@@ -168,11 +168,11 @@ def _unread_weight(checkpoint: Checkpoint, coded: Coded) -> _Weight:
 def _notes(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.weights:
         plain = " or ".join(dict.fromkeys(plain_dtype(part) for part in checkpoint.models if part.weights))
-        yield f"a merge writes the quantized weights that it changes as numbers of {plain}, and keeps all other codes"
+        yield f"a merge dequantizes the weights that it changes to {plain}, and keeps the codes of others"
     yield from dict.fromkeys(weight.note for weight in checkpoint.weights.values() if weight.note)
     for part in checkpoint.models:
         if (part.folder / CONFIG_NAME).is_file():
-            yield f"{part.prefix}{CONFIG_NAME} stands beside a model, which has no adapter of its own: it is not read"
+            yield f"{part.prefix}{CONFIG_NAME} is beside a model that has no adapter: it is not read"
     for name, coded in checkpoint.coded.items():
         if coded.fault:
             yield f"{name} cannot be read: {coded.fault}"

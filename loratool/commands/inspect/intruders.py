@@ -52,7 +52,9 @@ def place_matrices(base: Checkpoint, adapter: Adapter, selection: Selection) -> 
         InputError: a module changes some rows of another, so that neither is a matrix by itself; or as `bind`.
     """
     placed = placed_modules(base, bind_adapter(base, adapter, selection))
-    return {module: [each._replace(together=_of_same_rows(each)) for each in found] for module, found in placed.items()}
+    return {
+        module: [each._replace(together=_of_same_rows(each)) for each in places] for module, places in placed.items()
+    }
 
 
 def _of_same_rows(placed: Placed) -> tuple[Placement, ...]:
@@ -61,7 +63,7 @@ def _of_same_rows(placed: Placed) -> tuple[Placement, ...]:
     for other in others:
         if p.start < other.start or other.stop < p.stop:
             raise InputError(
-                f"and {other.update.module} change some rows both, and others not",
+                f"and {other.update.module} overlap in some rows only",
                 culprit=p.update.module,
                 remedy="merge the adapter, and compare the models with diff --spectra",
             )
@@ -100,7 +102,7 @@ def _read(
         block = change(W, start).float()
         if not block.isfinite().all():
             raise InputError(
-                f"holds nan, inf or more than float32 can, in {weight.file.path} or with the change of "
+                f"holds nan, inf or numbers too large for float32, in {weight.file.path} or with the delta of "
                 f"{placement.update.module}",
                 culprit=weight.name,
             )

@@ -45,9 +45,12 @@ def run_spectra(call: Spectra) -> SpectraReport:
     """Return the singular values of every selected module."""
     where, is_adapter = choose_device(call.device), holds_adapter(call.path)
     if call.base is None and not (call.top is call.threshold is None):
-        raise UsageError("--top and --threshold are for intruder dimensions, which need --base")
+        raise UsageError("--top and --threshold are for intruder dimensions: add --base")
     if call.base is not None and not is_adapter:
-        raise UsageError("is a model; --base is for adapters, diff for two models", culprit=os.fspath(call.path))
+        raise UsageError(
+            "is a model, but --base is for adapters; to compare two models use diff --spectra",
+            culprit=os.fspath(call.path),
+        )
     selection = Selection.parse(call.target or (() if is_adapter else TARGET), call.exclude, call.layers)
     rule = None if call.base is None else IntruderRule.parse(call.top, call.threshold)
     rest, left_out, hashes = tuple[str, ...](), dict[str, str](), dict[str, str]()
@@ -61,12 +64,12 @@ def run_spectra(call: Spectra) -> SpectraReport:
             placed: Mapping[str, Sequence[Placed]] = {}
             if call.base is not None:
                 placed = place_matrices(
-                    open_model(call.base, "--base is the model under it", opened), adapter, selection
+                    open_model(call.base, "--base must be the model under it", opened), adapter, selection
                 )
             updates = [each for each in chosen if each.rank and (call.base is None or each.module in placed)]
             rows = _adapter_rows(adapter, updates, placed, rule, where)
         else:
-            model = open_model(call.path, "the spectra of an adapter are its changes'", opened)
+            model = open_model(call.path, "a model is needed here", opened)
             weights, left_out = find_candidates(model, selection, among=model.specs)
             rows = _model_rows(model, weights, where)
         modules = []
@@ -75,8 +78,8 @@ def run_spectra(call: Spectra) -> SpectraReport:
             if call.progress:
                 call.progress(done, total)
     if not modules:
-        why = f"{rest[0]} and what else is selected has no factors" if rest else "no module is selected"
-        raise InputError(f"has no singular values to tell: {why}", culprit=os.fspath(call.path))
+        why = f"{rest[0]} and the other selected modules have no factors" if rest else "no module is selected"
+        raise InputError(f"has no singular values: {why}", culprit=os.fspath(call.path))
     return SpectraReport(
         os.fspath(call.path),
         "adapter" if is_adapter else "checkpoint",

@@ -111,7 +111,7 @@ def merge_card(
         f"{report.changed} tensors changed, {report.copied} are the base's; "
         f"rounding leaves {kept_or_none(report.kept)} of the delta"
     ]
-    facts += [f"left out: {few_names(report.left_out)}"] if report.left_out else []
+    facts += [f"excluded: {few_names(report.left_out)}"] if report.left_out else []
     title = f"{code(shown_name(report.base))} with {few_names([*map(shown_name, names)])}"
     return ModelCard(title, facts, commands, metadata).encode()
 
@@ -162,7 +162,7 @@ def run_merge(call: Merge) -> MergeReport:
             loaded = ((replace(adapter, known_sha256=UNREAD), weight),)
         loaded = share_hashes(loaded)
         if call.like is not None and call.quantized != "mixed":
-            raise UsageError("a --like output has codes for all that its model has: leave out --quantized")
+            raise UsageError("--like determines how weights are quantized: remove --quantized")
         imitated = None
         if call.like is not None:
             imitated = open_checkpoint(call.like)
@@ -208,7 +208,7 @@ def write_merged(
     if like:
         plan = plan_like(plan, like, dtype)
         if call.undo:
-            message = "a merge that is written like another model cannot be undone"
+            message = "a merge with --like cannot be undone"
             raise NeedsFlag(message, culprit=str(like.path), flags="--no-undo")
     else:
         plan = plan_codes(plan, call.quantized, dtype, parse_words(call.allow))
@@ -268,7 +268,7 @@ def _provenance(plan: MergePlan) -> str:
 
 def _check_factors(plan: MergePlan, workers: int) -> None:
     """Read every factor and value once, to refuse damaged ones before the first byte is written."""
-    placements = {id(p.update): p for found in plan.requested.values() for p in found}.values()
+    placements = {id(p.update): p for each in plan.requested.values() for p in each}.values()
     _check_small_tensors(((p.adapter.file, name) for p in placements for name in p.update.stored), workers)
     for placement in placements:
         if placement.adapter.file.finite.issuperset(placement.update.stored):
@@ -310,15 +310,15 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
         card_packer()
     for shard in plan.base.shards:
         if not shard.scattered and not is_place(shard.place):
-            message = "is a name that not every system has, and that no undo file gives back"
+            message = "has a file name that some systems do not allow, so no undo file can restore it"
             raise NeedsFlag(message, culprit=str(shard.path), flags="--no-undo", why=", or rename it")
         if isinstance(shard, GgufFile) and not shard.is_plain():
-            message = "has more than zeros between its tensors, which no undo file restores"
+            message = "has data between its tensors, which no undo file can restore"
             raise NeedsFlag(message, culprit=str(shard.path), flags="--no-undo")
     for name, spec in plan.base.specs.items():
         if name not in plan.base.weights and output.specs[name].dtype != spec.dtype:
             raise NeedsFlag(
-                f"is {spec.dtype} in the base, and a merge into another type cannot be undone",
+                f"is {spec.dtype} in the base, and a merge into another dtype cannot be undone",
                 culprit=name,
                 flags="--no-undo",
             )
@@ -386,7 +386,7 @@ def _hash_the_rest(
     undo: UndoWriter, plan: MergePlan, output: Output, targets: Mapping[str, BinaryIO], workers: int
 ) -> None:
     """Hash the bytes of changed tensors that are in no record, so that later edits of them are found too."""
-    places = {name: (targets[file.name], at) for file in output.files for name, at in file.begin.items()}
+    places = {name: (targets[file.name], begin) for file in output.files for name, begin in file.begin.items()}
 
     def sha256(part: UnrecordedBytes) -> str:
         file, offset = places[part.tensor]

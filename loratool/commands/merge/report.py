@@ -55,7 +55,7 @@ def build_report(
     for name in dict.fromkeys(weights):  # which items of several tensors do not keep in order
         not_finite = sum(block.not_finite for block in stats.get(name, ()))
         if not_finite:
-            warnings.append(f"{name}: {not_finite} weights of the base are inf or nan; they are copied as they are")
+            warnings.append(f"{name}: {not_finite} weights of the base are inf or nan; they are copied unchanged")
     return MergeReport(
         base=base,
         out=str(output.path),
@@ -158,12 +158,12 @@ def _warnings(plan: MergePlan, output: Output, rows: Sequence[TensorReport], kep
     warnings = [*_rounding_warning(plan, rows, kept or 0.0)]
     unchanged = [row.name for row in rows if row.changed == 0]
     if unchanged:
-        stay = "tensor stays as it is, since its" if len(unchanged) == 1 else "tensors stay as they are, since their"
+        stay = "tensor is unchanged: its" if len(unchanged) == 1 else "tensors are unchanged: their"
         names = unchanged[0] + ", ..." * (len(unchanged) > 1)
-        warnings.append(f"{len(unchanged):,} {stay} change is zero or rounds away: {names}")
+        warnings.append(f"{len(unchanged):,} {stay} delta is zero or rounds away: {names}")
     narrow = _narrow_tensors(plan, output)
     if narrow and output.specs != plan.base.stored:
-        warnings.append(f"{len(narrow)} tensors of {output.specs[narrow[0]].dtype} keep their type: {narrow[0]}, ...")
+        warnings.append(f"{len(narrow)} tensors of {output.specs[narrow[0]].dtype} keep their dtype: {narrow[0]}, ...")
     return warnings
 
 
@@ -175,12 +175,12 @@ def _rounding_warning(plan: MergePlan, rows: Sequence[TensorReport], kept: float
     worst = min(weak, key=lambda row: row.kept or 0.0)
     least = f"{kept_share(worst.kept or 0.0)} in {worst.name}"
     if plan.recoded:
-        better = "; merging the original with --like, or --quantized mixed, keeps all" if kept < HALF else ""
+        better = "; to keep all, merge the original with --like, or use --quantized mixed" if kept < HALF else ""
         yield f"the codes keep {kept_share(kept)} of the delta in all, {least}{better}"
         return
     yield (
         f"rounding to {worst.dtype} loses part of the delta in {len(weak):,} of {len(rows):,} tensors: "
-        f"{kept_share(kept)} is kept in all, {least}; {WIDER.get(worst.dtype, '')}keep the adapter apart"
+        f"{kept_share(kept)} is kept in all, {least}; {WIDER.get(worst.dtype, '')}keep the adapter separate"
     )
 
 

@@ -73,13 +73,13 @@ def run_resize(call: Resize) -> ResizeReport:
     budgets = {"params": parse_count(call.params), "size": parse_size(call.size)}
     rule = read_rule({"rank": call.rank, "energy": call.energy, **budgets}, call.rank_rule)
     if rule is None:
-        raise NeedsFlag("resize: give --rank, --energy, --params or --size", flags="--rank N")
+        raise NeedsFlag("resize needs --rank, --energy, --params or --size", flags="--rank N")
     if rule[0] == "noise" and call.imatrix is not None:
         raise UsageError(NOISE_IS_PLAIN)
     if rule[0] == "noise" and call.to is not None:
         raise UsageError(
-            "the rule noise is of the factors as they are stored, and --to may split or join them",
-            remedy=f"resize without --to, and then: loratool convert --to {call.to}",
+            "the rule noise needs the factors as they are stored, but --to may split or fuse them",
+            remedy=f"resize without --to, then run loratool convert --to {call.to}",
         )
     with ExitStack() as opened:
         opened.enter_context(one_thread())
@@ -125,9 +125,9 @@ def _refuse_products(kinds: Mapping[str, str]) -> None:
     """Raise InputError for modules whose factors are products of rounded numbers."""
     for module, kind in kinds.items():
         raise InputError(
-            f"is {kind}, and the rule noise is of LoRA's own factors",
+            f"is {kind}, but the rule noise needs factors of LoRA",
             culprit=module,
-            remedy="give --rank, --energy or another rule",
+            remedy="use --rank, --energy or another rule",
         )
 
 
@@ -135,14 +135,14 @@ def _card(source: Adapter, words: Sequence[str], library: str, report: ResizeRep
     """Return the output's model card. `words` are those of its command."""
     name = shown_name(source.name)
     facts = [
-        *source_facts([(source, "the adapter before")]),
+        *source_facts([(source, "the original adapter")]),
         f"{rank_range(m.new_rank for m in report.modules)} instead of {rank_range(m.rank for m in report.modules)}, in "
         f"{len(report.modules)} modules",
         f"{kept_or_none(report.kept)} of the energy is kept; the error is {error_share(report.error)} of the delta",
         *output_facts(report.imatrix, report.weighted_error),
     ]
     commands = (command_line("resize", *words, "-o", "resized"), command_line("diff", words[0], "resized"))
-    return adapter_card(f"{code(name)} of another rank", library, [source], facts, commands, report.left_out)
+    return adapter_card(f"{code(name)} with another rank", library, [source], facts, commands, report.left_out)
 
 
 class _Resizing:
@@ -160,14 +160,14 @@ class _Resizing:
         self._device, self._dtype = device, dtype
         self._updates = {module: update for module, update in source.updates.items() if update.rank}
         if not self._updates:
-            raise InputError("has no low-rank factors to resize", culprit=source.name)
+            raise InputError("has no low-rank factors", culprit=source.name)
         self._carried = {}
         for module, update in source.updates.items():
             if not update.rank and update.cls not in CARRIED:
                 raise InputError(
-                    f"is {update.kind}, which has no factors and no tensor that says all of it",
+                    f"is {update.kind}, which has no factors and cannot be copied",
                     culprit=module,
-                    remedy="leave it out with loratool convert --exclude first",
+                    remedy="first exclude it with loratool convert --exclude",
                 )
             carried = {role: key for role, key in update.tensors.items() if role not in LowRank.roles}
             carried |= {"base": update.base} if update.base else {}
@@ -217,9 +217,9 @@ class _Resizing:
         B_type, A_type = (self._source.file.stored_type(update.tensors[role]) for role in "BA")
         if not {A_type, B_type} <= FLOAT_STEPS.keys():
             raise InputError(
-                f"is in {A_type} and {B_type}, and the rule noise is of factors in floats",
+                f"is in {A_type} and {B_type}, but the rule noise needs floating-point factors",
                 culprit=module,
-                remedy="give --rank, --energy or another rule",
+                remedy="use --rank, --energy or another rule",
             )
         factors = load_stacked_factors(self._source, replace(update, scale=1.0))
         edges = (product_noise_edge(B, A, (B_type, A_type)) for B, A in zip(*factors, strict=True))

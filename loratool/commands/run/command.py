@@ -79,4 +79,4 @@ def _run_step(step: Step, dry_run: bool, progress: Progress | None) -> StepRepor
 def _kept(done: Sequence[StepReport], dry_run: bool) -> str:
     """Return the text of an error on the outputs of earlier steps."""
     outs = [step.out for step in done if step.out]
-    return f"; done before, and kept: {', '.join(outs)}" if outs and not dry_run else ""
+    return f"; the outputs of earlier steps stay: {', '.join(outs)}" if outs and not dry_run else ""

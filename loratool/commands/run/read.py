@@ -51,28 +51,28 @@ def read_recipe(path: Path) -> dict[str, Any]:
         MachineError: it is YAML, and PyYAML is not installed.
     """
     if path.suffix.lower() not in ENDINGS:
-        remedy = "what a recipe is, and which command writes one: loratool guide recipes"
+        remedy = "see loratool guide recipes"
         raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path), remedy=remedy)
     if not path.exists():
         raise InputError(NO_SUCH, culprit=str(path))
     with open_for_reading(path) as file:
         data = file.read(LARGEST + 1)
     if len(data) > LARGEST:
-        raise InputError(f"has more than {LARGEST:,} bytes, and is no recipe", culprit=str(path))
+        raise InputError(f"is larger than {LARGEST:,} bytes, so it is not a recipe", culprit=str(path))
     try:
         text = data.decode("utf-8-sig")
         value = _parse_json(text) if path.suffix.lower() == ".json" else _parse_yaml(text)
     except (ValueError, RecursionError) as error:
-        fault = "is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        fault = "is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise InputError(f"cannot be read: {fault}", culprit=str(path)) from error
     if not isinstance(value, dict):
-        raise InputError("is no mapping of words to values", culprit=str(path))
+        raise InputError("is not a mapping of keys to values", culprit=str(path))
     return value
 
 
 def _parse_json(text: str) -> Any:
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
+        raise ValueError(f"{constant} is not a number in JSON")
 
     return json.loads(text, object_pairs_hook=_unique, parse_constant=refuse, parse_int=_whole)
 
@@ -87,9 +87,9 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key, value in pairs:
         if not isinstance(key, str):
-            raise ValueError(f"{key!r} is no word: put it in quotes")
+            raise ValueError(f"the key {key!r} is not a string: quote it")
         if key in mapping:
-            raise ValueError(f"{key!r} is there twice")
+            raise ValueError(f"the key {key!r} occurs twice")
         mapping[key] = value
     return mapping
 
@@ -98,7 +98,7 @@ def _parse_yaml(text: str) -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise MachineError("PyYAML is not installed, which reads YAML", remedy=install_remedy("recipes")) from error
+        raise MachineError("YAML needs PyYAML, which is not installed", remedy=install_remedy("recipes")) from error
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         """A loader that stops at too many values, as reading them takes long."""
@@ -146,7 +146,7 @@ def _count(node: Node, counts: dict[int, int]) -> int:
         counts[id(node)] = 0
         counts[id(node)] = 1 + sum(_count(each, counts) for each in _inner(node))
     elif not counts[id(node)]:
-        raise ValueError("an alias stands for itself")
+        raise ValueError("an alias contains itself")
     return counts[id(node)]
 
 
@@ -158,7 +158,7 @@ def _value(node: Node) -> Any:
     if kind == "seq" and not isinstance(node.value, str):
         return [_value(each) for each in node.value]
     if kind not in PLAIN or not isinstance(node.value, str):
-        raise ValueError(f"{node.tag} is no type of a recipe's values")
+        raise ValueError(f"{node.tag} is not supported in a recipe")
     return PLAIN[kind](node.value)
 
 

@@ -117,15 +117,15 @@ def _steps_in(recipe: Mapping[str, Any]) -> Sequence[Any]:
         return [recipe]
     steps, others = recipe["steps"], recipe.keys() - {"steps"}
     if others:
-        raise UsageError("stands beside steps; a recipe is one step, or steps alone", culprit=min(others))
+        raise UsageError("is beside steps; a recipe has one step, or only the key steps", culprit=min(others))
     if not isinstance(steps, list) or not steps:
-        raise UsageError("is no list of steps", culprit="steps")
+        raise UsageError("is not a list of steps", culprit="steps")
     return steps
 
 
 def _read_step(number: int, values: Any, force: bool) -> Step:
     if not isinstance(values, Mapping):
-        raise UsageError("is no mapping of words to values")
+        raise UsageError("is not a mapping of keys to values")
     command = values.get("command")
     if not isinstance(command, str) or command not in COMMANDS:
         raise _unknown(command, COMMANDS, "command", "commands")
@@ -135,11 +135,11 @@ def _read_step(number: int, values: Any, force: bool) -> Step:
         if word == "command":
             continue
         if word not in words:
-            raise _unknown(word, words, f"word of {command}", "words")
+            raise _unknown(word, words, f"key of {command}", "keys")
         arguments[words[word].name] = _read_value(word, words[word], value)
     known = arguments_of(function)
     if "out" in known and arguments.get("out") is None:
-        raise UsageError(f"{command} has to say where it writes", remedy="add out: PATH")
+        raise UsageError(f"{command} needs an output", remedy="add out: PATH")
     if force and "force" in known:
         arguments["force"] = True
     try:
@@ -159,7 +159,7 @@ def _unknown(word: object, known: Iterable[str], what: str, several: str) -> Usa
     text = str(word)[:LONGEST_SHOWN]
     near = get_close_matches(text.replace("_", "-"), known, 1)
     remedy = f"did you mean {near[0]}?" if near else f"its {several} are {', '.join(known)}"
-    return UsageError(f"is no {what}", culprit=text, remedy=remedy) if word else UsageError(f"needs a {what}")
+    return UsageError(f"is not a {what}", culprit=text, remedy=remedy) if word else UsageError(f"needs a {what}")
 
 
 def _read_value(word: str, argument: Argument, value: Any) -> Any:
@@ -178,7 +178,7 @@ def _read_adapter(value: Any) -> Any:
         return value
     for word in value:
         if word not in ADAPTER_WORDS:
-            raise _unknown(word, ADAPTER_WORDS, "word of an adapter", "words")
+            raise _unknown(word, ADAPTER_WORDS, "key of an adapter", "keys")
     if "path" not in value:
         raise UsageError("an adapter needs a path", culprit="adapters")
     return value["path"], value.get("weight", 1.0), value.get("weights", {})
@@ -202,15 +202,15 @@ class _Places:
         for path in step.writes:
             place = Path(os.path.realpath(path))
             if str(place) in self.written:
-                raise UsageError(f"is what step {self.written[str(place)]} writes, too", culprit=path)
+                raise UsageError(f"is already the output of step {self.written[str(place)]}", culprit=path)
             number = self.read.get(str(place))
             if number == step.number or (number and is_taken(place)):
                 reader = "this step" if number == step.number else f"step {number}"
-                raise UsageError(f"is what {reader} reads, and would be overwritten", culprit=path)
+                raise UsageError(f"is an input of {reader}, and would be overwritten", culprit=path)
             if not self.writers(str(place.parent)):
-                check_place(Path(path), place.suffix in WEIGHTS, remedy="write elsewhere with out: PATH")
+                check_place(Path(path), place.suffix in WEIGHTS, remedy="choose another output with out: PATH")
             if is_taken(place) and not step.arguments.get("force") and not dry_run:
-                remedy = "add --force to replace every output that exists"
+                remedy = "add --force to replace all outputs that exist"
                 raise NeedsFlag("exists already", culprit=path, remedy=remedy)
         self.written.update((os.path.realpath(path), step.number) for path in step.writes)
 
@@ -230,5 +230,5 @@ def _check_inputs(step: Step, places: _Places) -> None:
             resolve(path)
         except InputError as error:
             if writers:
-                raise UsageError(f"is written by step {min(writers)}, which comes after", culprit=path) from error
+                raise UsageError(f"is written by step {min(writers)}, which runs later", culprit=path) from error
             raise

@@ -20,7 +20,7 @@ from ..arguments import PATH_TYPE, Argument, arguments_of, changed, read_argumen
 from .read import ENDINGS, YAML_ENDINGS, read_recipe, yaml_resolvers
 from .steps import OF_THE_RUN
 
-OTHER = "name another file with --save-recipe"
+OTHER = "choose another file with --save-recipe"
 
 BREAKS = frozenset("\x85\u2028\u2029")  # line breaks to YAML, which PyYAML writes as they are
 
@@ -76,10 +76,10 @@ def check_recipe_path(path: Path, force: bool, dry_run: bool) -> None:
         remedy = f"name it {shell_word((path.stem or 'recipe') + '.json')}"
         raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path), remedy=remedy)
     if dry_run:
-        raise UsageError("a dry run writes nothing, and so no recipe", culprit=str(path), remedy="leave out --dry-run")
+        raise UsageError("a dry run writes no recipe", culprit=str(path), remedy="remove --dry-run")
     check_place(path, True, remedy=OTHER)
     if path.exists() and not _is_recipe(path):
-        raise UsageError("is no recipe, and is not replaced by one", culprit=str(path), remedy=OTHER)
+        raise UsageError("is not a recipe, so it is not replaced", culprit=str(path), remedy=OTHER)
     if path.exists() and not force:
         raise NeedsFlag("exists already", culprit=str(path), flags="--force", why="to replace it")
     encode(path, {})
@@ -107,7 +107,7 @@ def encode(path: Path, recipe: Mapping[str, Any]) -> bytes:
     try:
         import yaml
     except ImportError as error:
-        raise MachineError("PyYAML is not installed, which writes YAML", remedy=install_remedy("recipes")) from error
+        raise MachineError("YAML needs PyYAML, which is not installed", remedy=install_remedy("recipes")) from error
     stream, is_read_back = StringIO(), BREAKS.isdisjoint(json.dumps(recipe, ensure_ascii=False))
     layout = {"sort_keys": False, "width": float("inf"), "default_flow_style": False, "allow_unicode": is_read_back}
     dumper = yaml.SafeDumper(stream, **layout)

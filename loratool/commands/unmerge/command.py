@@ -66,18 +66,18 @@ from .call import Unmerge
 
 EDITED = "is not what the merge wrote: the merged file was edited since"
 
-REPLACED, OF_THE_MERGE = "the base's is in its place", "the base has none"  # a file that a merge wrote, or a user since
+REPLACED, OF_THE_MERGE = "replaced by the base's", "the base has none"  # a file that a merge wrote, or a user since
 
 
 def run_unmerge(call: Unmerge) -> UnmergeReport:
     """Restore the base of a merge."""
     if call.approximate and call.undo is not None:
-        raise UsageError("--approximate takes no undo file")
+        raise UsageError("--approximate and --undo exclude each other")
     requests = parse_adapters(call.adapters, parse_words(call.drop))
     with ExitStack() as opened:
         checkpoint = open_checkpoint(call.merged)
         opened.callback(checkpoint.close)
-        refuse_adapter(checkpoint, call.merged, "the first argument is the merged model", requests, "unmerge")
+        refuse_adapter(checkpoint, call.merged, "the first argument must be the merged model", requests, "unmerge")
         if call.approximate:
             added = open_adapters(requests, call.alpha, opened, base=checkpoint)
             return _subtract(call, checkpoint, requests, added)
@@ -88,7 +88,7 @@ def run_unmerge(call: Unmerge) -> UnmergeReport:
         base = _base_files(record)
         path, is_file = output_path(call.out, checkpoint, "unmerged")
         if is_file and (len(base) > 1 or checkpoint.parts):
-            raise InputError("the base was of several files", culprit=str(path), remedy="name a folder with -o")
+            raise InputError("the base has several files", culprit=str(path), remedy="give a folder with -o")
         inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
         exists = check_output_path(path, is_file, inputs, call.force, True, record.side, call.dry_run)
         _check_names(checkpoint, record, base)
@@ -144,7 +144,7 @@ def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[
         raise InputError(
             f"has no undo file {path}: it was merged with --no-undo, by another tool, or the file was moved",
             culprit=str(merged.path),
-            remedy="name the undo file with --undo, or subtract and round with --approximate, which is not exact",
+            remedy="give the undo file with --undo, or use --approximate, which is not exact",
         )
     return chain or [path]
 
@@ -163,9 +163,9 @@ def match_adapters(
     """
     if undo.index["arithmetic"] != ARITHMETIC_VERSION:
         raise InputError(
-            f"was written with arithmetic {undo.index['arithmetic']}, this is {ARITHMETIC_VERSION}",
+            f"was written with arithmetic {undo.index['arithmetic']}; this loratool has {ARITHMETIC_VERSION}",
             culprit=str(undo.path),
-            remedy="use the loratool that merged",
+            remedy="use the version of loratool that merged",
         )
     adapters = open_adapters(requests, alpha, opened, base=merged)
     left = list(share_hashes(zip(adapters, [each.weight for each in requests], strict=True)))
@@ -199,14 +199,14 @@ def _missing_adapter(
         )
     if same:
         return InputError(
-            "has another rank, alpha or config than when it was merged, or --drop was another",
+            "has another rank, alpha or config than in the merge, or --drop differs",
             culprit=same[0][0].name,
         )
     culprit = left[0][0].name if left else str(undo.path)
     return InputError(
-        f"is not an adapter of the merge, which used {name} of sha256 {recorded['sha256'][:16]}... with weight {weight}"
+        f"is not an adapter of the merge, which used {name} (sha256 {recorded['sha256'][:16]}...) with weight {weight}"
         if left
-        else f"the merge also used {name} of sha256 {recorded['sha256'][:16]}... with weight {weight}",
+        else f"the merge also used {name} (sha256 {recorded['sha256'][:16]}...) with weight {weight}",
         culprit=culprit,
     )
 
@@ -225,7 +225,7 @@ def _base_files(undo: UndoFile) -> list[OutputFile]:
             name = prefix + re.sub("^pytorch_model", "model", Path(name).stem) + ".safetensors"
         files.append(OutputFile(name, header, {prefix + key: start for key, start in begin.items()}, nbytes))
     if len({file.name for file in files}) < len(files):
-        raise InputError("it names two files of the base alike", culprit=str(undo.path))
+        raise InputError("it gives two files of the base the same name", culprit=str(undo.path))
     return files
 
 
@@ -244,7 +244,7 @@ def _check_names(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile]
         return
     for name in undo.index["new_side"]:
         if name.rpartition("/")[2] == "config.json" and (merged.folder / name).exists():
-            raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
+            raise InputError("is not in the output of the merge: the merged model was edited since", culprit=name)
 
 
 def _is_module(merged: Checkpoint, name: str) -> bool:
@@ -330,10 +330,10 @@ def _plan_tensors(
     written = undo.merged_specs
     for name in merged.stored:
         if name not in written:
-            raise InputError("was not there when the merge was done: the merged model was edited since", culprit=name)
+            raise InputError("is not in the output of the merge: the merged model was edited since", culprit=name)
     for name, expected in written.items():
         if merged.stored.get(name) != expected:
-            stored = merged.stored.get(name, "not there")
+            stored = merged.stored.get(name, "missing")
             raise InputError(f"is {stored}, but the merge wrote {expected}: it was edited since", culprit=name)
     for name, entry in undo.index["tensors"].items():
         if "recoded" in entry:
@@ -360,7 +360,7 @@ def _recoded_parts(merged: Checkpoint, undo: UndoFile, name: str) -> Parts:
     fits = weight and (weight.tensors[0], weight.codec.key) == (name, recoded["codec"])
     if not weight or not fits or list(weight.spec.shape) != recoded["shape"]:
         raise InputError(
-            f"is no weight of {recoded['codec']}, as the merge wrote it: it was edited since", culprit=name
+            f"is not a weight of {recoded['codec']}, which the merge wrote: it was edited since", culprit=name
         )
     return merged.parts_of(recoded["weight"])
 
@@ -374,7 +374,7 @@ def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
 
     for tensor, stretch in undo.copied():
         if sha256_range(undo.file, stretch.offset, stretch.length) != stretch.sha256:
-            raise InputError("is damaged: the rows that it copied are others", culprit=f"{undo.path}: {tensor}")
+            raise InputError("is damaged: its copied rows do not match their hash", culprit=f"{undo.path}: {tensor}")
     written = undo.written()
     with closing(map_in_order(sha256, [part for part, _ in written], workers)) as hashes:
         for (part, expected), actual in zip(written, hashes, strict=True):
@@ -414,9 +414,9 @@ def _subtract(
     plan = plan_merge(merged, weighted, Selection(), "share")
     for name in sorted(plan.changed):
         if name in plan.added or any(not p.update.additive or p.update.base for p in plan.requested.get(name, ())):
-            raise InputError("was not only added to, so its change cannot be subtracted", culprit=name)
+            raise InputError("has a non-additive update, which cannot be subtracted", culprit=name)
         if name in merged.weights:
-            raise InputError(f"is {merged.weights[name].codec.key}, which no merge writes", culprit=name)
+            raise InputError(f"is {merged.weights[name].codec.key}, which a merge never writes", culprit=name)
     path, is_file = output_path(call.out, merged, "unmerged")
     inputs = paths_of([*merged.shards, *(a.file for a in adapters)])
     exists = check_output_path(path, is_file, inputs, call.force, is_model=True, dry_run=call.dry_run)

@@ -289,7 +289,7 @@ def _judge_encoded(
     if moves and not sure:
         moves = _encoded(encode_tensor(source, (), dtype, make, load), source, theirs) is None
     via = "" if dtype == source.dtype else f", rounded to {str(dtype).removeprefix('torch.')} first"
-    detail = f"quantized anew as {theirs.weight.kind}{via}"
+    detail = f"quantized again as {theirs.weight.kind}{via}"
     return CodesVerdict("exact", detail, RoundingStats.of(stats).change_squared, moves=moves)
 
 
@@ -301,7 +301,7 @@ def _encoded(tensor: ChangedTensor, source: TensorRef, theirs: Parts) -> list[Ro
         stored = codec.codes(theirs, first * fold, (first + len(out)) * fold)
         if not np.array_equal(out.numpy().reshape(stored.shape), stored):
             return None
-        if not all(_holds(theirs[role], at, data) for role, at, data in pieces):
+        if not all(_holds(theirs[role], start, data) for role, start, data in pieces):
             return None
         roundings.append(stats)
     return roundings
@@ -382,9 +382,9 @@ def _measure(plan: MergePlan, name: str, merged: TensorRef, how: str, load: Upda
         fault = find_fault(plan, name, merged, {}) if placements else None
         times = math.sqrt(sums.off / sums.least) if sums.least else math.inf
         altered = f"{sums.strays.describe('were')} altered"
-        far = f"its numbers are {times:.1f} times as far from the merge as their codes need to be"
+        far = f"its numbers are {times:.1f} times as far from the merge as the nearest codes"
         return judged("wrong", f"{how}: {fault or (altered if few else far)}")
     if sums.asked:
         return judged("requantized", f"{how}: keeps {describe_share(sums.kept / sums.asked)} of the delta")
     distance = math.sqrt(sums.moved / sums.base) if sums.base else 0.0
-    return judged("requantized", f"{how}: {describe_share(distance)} off the base's numbers")
+    return judged("requantized", f"{how}: {describe_share(distance)} away from the base's numbers")

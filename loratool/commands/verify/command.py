@@ -92,7 +92,7 @@ def is_optional(name: str, shape: Sequence[int], architecture: str) -> bool:
 
 LITTLE = 0.5  # the share of a change that codes keep, below which a warning says so
 
-NOTHING_REQUESTED = "the delta is zero everywhere: the base itself is the base with these adapters"
+NOTHING_REQUESTED = "the delta is zero everywhere: the base is equal to its merge with these adapters"
 
 
 def run_verify(call: Verify) -> VerifyReport:
@@ -106,7 +106,7 @@ def run_verify(call: Verify) -> VerifyReport:
         weighted = subtract_initial(weighted, call.initial, call.residual_base, opened)
         merged = open_checkpoint(call.merged)
         opened.callback(merged.close)
-        refuse_adapter(merged, call.merged, "the last argument is the merged model")
+        refuse_adapter(merged, call.merged, "the last argument must be the merged model")
         _refuse_quantized(checkpoint, merged)
         plan = plan_merge(checkpoint, weighted, Selection.parse(call.target, call.exclude, call.layers), call.tied)
         read = [*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *merged.shards]
@@ -129,9 +129,9 @@ def _refuse_quantized(base: Checkpoint, merged: Checkpoint) -> None:
             raise InputError(f"cannot be read in {merged.path}: {coded.fault}", culprit=coded.tensors[0])
     for name in sorted(merged.formats.keys() - base.formats.keys()):
         raise InputError(
-            f"is quantized ({merged.formats[name]}) and was not in {base.path}",
+            f"is quantized ({merged.formats[name]}), but not in {base.path}",
             culprit=name,
-            remedy="verify the merged model as it was before it was quantized",
+            remedy="verify the merged model before you quantize it",
         )
 
 
@@ -309,7 +309,7 @@ class _TensorVerifier:
         if changed and name not in self._plan.placements:
             finding.asked = finding.moves = True  # a replaced value always tells
         if source.spec.shape != merged.spec.shape:
-            return TensorVerdict(name, "wrong", f"its shape is {merged.spec.shape} and should be {source.spec.shape}")
+            return TensorVerdict(name, "wrong", f"its shape is {merged.spec.shape}, but should be {source.spec.shape}")
         floats = source.spec.dtype in FLOATS and merged.spec.dtype in FLOATS
         if merged.weight and floats and source.spec.size:
             return self._judge_codes(name, merged, finding)
@@ -317,12 +317,12 @@ class _TensorVerifier:
             same = source.spec == merged.spec and source.file.read(source.name) == merged.file.read(name)
             if same:
                 return TensorVerdict(name, "exact", "") if changed else None
-            return TensorVerdict(name, "wrong", "its values are not those of the base or the adapter")
+            return TensorVerdict(name, "wrong", "its values differ from those of the base or the adapter")
         wrong, ulps_off, unsupported = self._compare(name, merged, finding)
         if not wrong:
             return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, merged, unsupported)
         if source.weight and not changed and _decoded_in_float32(self._replay(name), merged):
-            return TensorVerdict(name, "rounding", "codes read in float32, then rounded")
+            return TensorVerdict(name, "rounding", "codes dequantized in float32, then rounded")
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
             return TensorVerdict(
@@ -368,16 +368,16 @@ class _TensorVerifier:
         """
         base_type, merged_type = source.spec.dtype, merged.spec.dtype
         if source.weight:
-            return TensorVerdict(name, "exact", f"codes are written as plain numbers, {merged_type}, without a change")
+            return TensorVerdict(name, "exact", f"dequantized to {merged_type}, without a change")
         if base_type == merged_type:
             return None
         if self._kinds[base_type] == {merged_type}:
-            return TensorVerdict(name, "rounding", f"stored as {merged_type} where the base has {base_type}")
+            return TensorVerdict(name, "rounding", f"stored as {merged_type}, but as {base_type} in the base")
         if unsupported:
             return TensorVerdict(
-                name, "wrong", f"an untouched tensor was rounded to {merged_type} and should be {base_type}"
+                name, "wrong", f"an untouched tensor was rounded to {merged_type}, but should be {base_type}"
             )
-        return TensorVerdict(name, "rounding", f"{name} is stored as {merged_type} where the base has {base_type}")
+        return TensorVerdict(name, "rounding", f"{name} is stored as {merged_type}, but as {base_type} in the base")
 
     def _compare(self, name: str, merged: TensorRef, finding: _Finding) -> tuple[int, float, int]:
         """Compare a tensor with its replay.

@@ -66,7 +66,7 @@ FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
 # Fault that involves another tensor of the same shape -> whether its weights were taken too, not its delta only
 OTHERS: dict[str, bool] = {
     "it has the delta of {other}": False,
-    "it is {other} whole": True,
+    "it is a copy of {other}": True,
 }
 
 NEARER = 0.25  # a fault is named if its squared distance is below this share of that of what was requested
@@ -111,7 +111,7 @@ def diagnose(plan: MergePlan, name: str, merged: TensorRef, outside: int, ulps_o
     if E2 * D2 and ED > CLOSE * (E2 * D2) ** 0.5 and abs(ED / D2 - 1) > 0.1:
         return f"the delta is {ED / D2:.3g} times what it should be"
     if ED > 0.2 * D2:
-        return "the delta is in it, and another one too"
+        return "it has the delta and another change"
     return "it is not this base with this adapter"
 
 
@@ -201,8 +201,8 @@ def _nearest_others(
         return list(others)
     bases, merges = (torch.stack([sketches[other, kind][i] for other in others]) for i in range(2))
     misses = [
-        (made.to(block.merged.dtype).double() - wanted).nan_to_num(0, 0, 0).square().sum(1)
-        for made in (W + (merges - bases), merges)
+        (predictions.to(block.merged.dtype).double() - wanted).nan_to_num(0, 0, 0).square().sum(1)
+        for predictions in (W + (merges - bases), merges)
     ]
     order = torch.minimum(*misses).argsort(stable=True).tolist()
     names = list(others)

@@ -69,7 +69,7 @@ def make_grids(items: Sequence[Item[Any]], members: Sequence[Sequence[str]] | No
     parts: dict[str, list[int]] = defaultdict(list)
     for i, spot in enumerate(spots):
         parts[spot.part].append(i)
-    return [_grid(label, spots, found) for label, found in parts.items()]
+    return [_grid(label, spots, rows) for label, rows in parts.items()]
 
 
 def _grid(label: str, spots: Sequence[_Spot], members: Sequence[int]) -> Grid:

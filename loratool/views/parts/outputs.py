@@ -58,7 +58,7 @@ def output_lines(report: WeightedReport, rows: Sequence[WeightedRow]) -> Iterato
     known = sum(row.weighted_error is not None for row in rows)
     if report.weighted_error is not None and report.error is not None:
         outputs = f"{share(report.weighted_error)} of the outputs lost in {plural(known, 'module')}"
-        yield line(f"{outputs} whose inputs are known; of the delta itself {share(report.error)}")
+        yield line(f"{outputs} with known inputs; {share(report.error)} of the delta lost")
 
 
 def kept_figures(report: WeightedReport) -> list[Figure]:
@@ -67,7 +67,7 @@ def kept_figures(report: WeightedReport) -> list[Figure]:
     if report.kept is not None:
         figures.append(Figure("kept", kept_share(report.kept), f"of {energy_of_what(report).rstrip(',')}"))
     if report.weighted_error is not None:
-        figures.append(Figure("outputs", share(report.weighted_error), "of the delta's effect on them is lost"))
+        figures.append(Figure("outputs", share(report.weighted_error), "of the delta's effect on the outputs is lost"))
     if report.error is not None:
         figures.append(Figure("error", share(report.error), "of the delta's norm"))
     return figures
@@ -76,10 +76,12 @@ def kept_figures(report: WeightedReport) -> list[Figure]:
 def what_energy_is(report: WeightedReport) -> str:
     """Return a page's sentence that defines the energy."""
     if report.weighted_error is None:
-        return "energy is the sum of the squares of the delta's singular values, which is that of its numbers"
+        return (
+            "energy is the sum of the delta's squared singular values, which is the sum of the squares of its numbers"
+        )
     return (
-        "energy is that of D W, where D is the delta and W has the roots of its inputs' mean squares, beside their "
-        "mean: the mean square of what D adds to the outputs, if inputs are uncorrelated"
+        "energy is that of D W: D is the delta, and W has the root mean squares of its inputs, relative to their mean. "
+        "It is the mean square of what D adds to the outputs, if inputs are uncorrelated"
     )
 
 

@@ -55,9 +55,9 @@ def _read_object(kind: type, value: object) -> Any:
     if not isinstance(value, dict):
         raise _misfit(value, "an object")
     if lacking := [name for name in readers if name not in value]:
-        raise InputError(f"lacks {lacking[0]}, which a {kind.__name__} has", remedy=OTHER_VERSION)
+        raise InputError(f"is missing {lacking[0]}, which every {kind.__name__} has", remedy=OTHER_VERSION)
     if unknown := [name for name in value if name not in readers]:
-        raise InputError(f"has {brief(unknown[0])}, which no {kind.__name__} has", remedy=OTHER_VERSION)
+        raise InputError(f"has an unknown key {brief(unknown[0])} for a {kind.__name__}", remedy=OTHER_VERSION)
     return kind(**{name: read_at(readers[name], name, value[name]) for name in readers})
 
 

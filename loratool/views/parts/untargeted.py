@@ -15,6 +15,6 @@ def untargeted(sorts: Mapping[str, str]) -> Iterator[Line]:
     nameable = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort not in NEVER_TARGETED)
     never = ", ".join(f"{sort} ({count:,})" for sort, count in counts if sort in NEVER_TARGETED)
     if nameable:
-        yield line(f"left out: {nameable}; --target takes them by name")
+        yield line(f"skipped: {nameable}; to include them, name them in --target")
     if never:
-        yield line(f"left out, whatever --target names: {never}")
+        yield line(f"always skipped: {never}")

@@ -85,7 +85,7 @@ def not_copied(left: Collection[LeftBehind], verbose: bool) -> Iterator[Line]:
     texts = []
     for file, *more in reasons.values():
         if verbose:
-            texts += [f"{_named(one)}: {one.reason}" for one in (file, *more)]
+            texts += [f"{_named(each)}: {each.reason}" for each in (file, *more)]
         else:
             texts.append(f"{_named(file)}{f' and {len(more):,} more' if more else ''}: {file.reason}")
     yield from labelled("not copied", texts, verbose)

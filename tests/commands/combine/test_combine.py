@@ -151,7 +151,7 @@ class TestCat:
         a, b = train(tmp_path / "a", 1, **KINDS[one]), train(tmp_path / "b", 2, **KINDS[two])
         exclude = [f"{module}.bias" for module in ("q", "v", "wide")] if "half" in two and one == "lora_bias" else []
         if exclude:
-            with pytest.raises(NeedsFlag, match="PEFT takes no target_parameters"):
+            with pytest.raises(NeedsFlag, match="PEFT cannot load one together with target_parameters"):
                 loratool.combine([(a, 0.7), (b, -0.4)], tmp_path / "out")
         report = loratool.combine([(a, 0.7), (b, -0.4)], tmp_path / "out", exclude=exclude)
         if exclude:
@@ -416,10 +416,10 @@ class TestWhole:
         a, b = (train(tmp_path / str(seed), seed, **WHOLE[kind]) for seed in (1, 2))
         call = ["combine", f"{a}:0.7", f"{b}:0.5", "-o", tmp_path / "out"]
         result = run(*call)
-        assert result.exit_code == 4 and "only the base would tell" in result.stderr
+        assert result.exit_code == 4 and "must sum to 1 as the base is unknown" in result.stderr
         assert not (tmp_path / "out").exists()
         result = run(*call, *shlex.split(result.stderr.rpartition("add ")[2]))
-        assert result.exit_code == 0 and "left out: " in result.stdout, result.stderr
+        assert result.exit_code == 0 and "excluded: " in result.stdout, result.stderr
         one, two, found = changes(a), changes(b), changes(tmp_path / "out")
         for name in ("q.weight", "v.weight", "wide.weight"):
             assert torch.allclose(found[name], 0.7 * one[name] + 0.5 * two[name], atol=2e-6)
@@ -433,7 +433,7 @@ class TestWhole:
             for rows in ([1, 2], [1, 3])
         )
         result = run("combine", f"{a}:0.5", f"{b}:0.5", "-o", tmp_path / "out")
-        assert result.exit_code == 4 and "embed: has other rows" in result.stderr
+        assert result.exit_code == 4 and "embed: has different rows" in result.stderr
         assert run("combine", f"{a}:0.5", f"{b}:0.5", "-o", tmp_path / "out", "--exclude", "embed").exit_code == 0
 
     def test_the_weight_under_a_factor_that_adapters_bring_along(self, tmp_path: Path, run: Run) -> None:
@@ -450,7 +450,7 @@ class TestWhole:
             assert report.carried == ("base_model.model.embed.base_layer.weight",)
             expect_sum(tmp_path / f"out{i}", terms)
         result = run("combine", a, c, "-o", tmp_path / "out")
-        assert result.exit_code == 4 and "embed: lies on another weight in each adapter" in result.stderr
+        assert result.exit_code == 4 and "embed: has a different base weight in each adapter" in result.stderr
         assert run("combine", a, c, "-o", tmp_path / "out", "--exclude", "embed").exit_code == 0
 
     def test_a_nan_in_a_tensor_that_is_averaged(self, tmp_path: Path, run: Run) -> None:
@@ -516,8 +516,8 @@ class TestRefusals:
         [
             (["--method", "linear"], 2, "cross terms"),
             (["--method", "svd"], 2, "use cat with --rank"),
-            (["--method", "slerp"], 2, "slerp is not offered: it turns one model"),
-            (["--density", "0.5"], 2, "--density is for methods that leave entries out, and cat does not"),
+            (["--method", "slerp"], 2, "slerp is not supported: it interpolates"),
+            (["--density", "0.5"], 2, "--density has no effect on cat, which keeps all entries"),
             (["--method", "ties", "--density", "0"], 2, "is not between 0 and 1"),
             (["--method", "ties", "--density", "nan"], 2, "nan is not a finite number"),
             (["--method", "ties", "--rank-rule", "sv_cumulative=0.9"], 2, "needs all singular values"),
@@ -527,7 +527,7 @@ class TestRefusals:
             (["--exclude", "x,nothing"], 3, "--exclude nothing: names no module of"),
             (["--rank-rule", "rank=0"], 2, "rank 0 is out of range"),
             (["--exclude", "x"], 3, "have no low-rank factors to combine"),
-            (["--alpha", "3"], 2, "--alpha is for adapters that do not say theirs"),
+            (["--alpha", "3"], 2, "--alpha is for adapters that do not store theirs"),
         ],
         ids=str,
     )
@@ -557,7 +557,7 @@ class TestRefusals:
         a, b = write_peft(tmp_path / "a", X), write_peft(tmp_path / "b", {"x": factors(20, 15, 3)})
         result = run("combine", a, b, "-o", tmp_path / "out")
         assert result.exit_code == 3
-        assert result.stderr == f"error: x: is 20x14 in {a}, 20x15 in {b}: they are not of one base\n"
+        assert result.stderr == f"error: x: is 20x14 in {a}, 20x15 in {b}: their bases differ\n"
 
     def test_two_formats(self, tmp_path: Path, run: Run) -> None:
         a, b = write_peft(tmp_path / "a", X), write_kohya(tmp_path / "b.safetensors", X, torch.tensor(1.0))
@@ -570,7 +570,10 @@ class TestRefusals:
         for pair in ((a, b), (b, a)):
             result = run("combine", *pair, "-o", tmp_path / "out")
             assert result.exit_code == 3
-            assert f"layers.0.q: of {b} is model.layers.0.q in {a}: they are of two model classes" in result.stderr
+            assert (
+                f"layers.0.q: is in {b}, and {a} calls it model.layers.0.q: they belong to two model classes"
+                in result.stderr
+            )
 
     def test_dora_beside_another(self, tmp_path: Path, run: Run) -> None:
         a, b = train(tmp_path / "a", 1, use_dora=True), train(tmp_path / "b", 2)
@@ -585,7 +588,7 @@ class TestRefusals:
         assert said == loratool.resize(a, tmp_path / "resized", rank=2).warnings[0] and "before the norm" in said
         for method in ("iso-c", "ties"):
             result = run("combine", a, "--method", method, "-o", tmp_path / method)
-            assert result.exit_code == 3 and "whose change only the base tells" in result.stderr
+            assert result.exit_code == 3 and "its delta depends on the base" in result.stderr
 
     def test_a_pissa_adapter_beside_a_plain_one(self, tmp_path: Path, run: Run) -> None:
         a, b = write_peft(tmp_path / "a", X, init_lora_weights="pissa"), one_more(tmp_path / "b")
@@ -598,7 +601,7 @@ class TestRefusals:
         assert result.exit_code == 0 and "warning: " in result.stderr
         d = one_more(tmp_path / "d", init_lora_weights="olora")
         result = run("combine", a, d, "-o", tmp_path / "other", "--rank", 3)
-        assert result.exit_code == 3 and "no changed base is both's" in result.stderr
+        assert result.exit_code == 3 and "they do not share a base" in result.stderr
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["init_lora_weights"] == "pissa"
 
     def test_a_nan_in_a_factor(self, tmp_path: Path, run: Run) -> None:
@@ -646,7 +649,7 @@ class TestNames:
         a = write_peft(tmp_path / "a", {"m.layers.0.q": factors(8, 8, 2), "m.layers.1.q": factors(8, 8, 2)})
         b = write_peft(tmp_path / "b", {"m.module.layers.0.q": factors(8, 8, 2)})
         result = run("combine", a, b, "-o", tmp_path / "out")
-        assert result.exit_code == 3 and "is m.layers.0.q in" in result.stderr
+        assert result.exit_code == 3 and "calls it m.layers.0.q" in result.stderr
 
     def test_experts_whose_order_is_not_known(self, tmp_path: Path, run: Run) -> None:
         paths = []
@@ -661,7 +664,7 @@ class TestNames:
             )
             paths.append(path)
         result = run("combine", *paths, "-o", tmp_path / "out")
-        assert result.exit_code == 3 and "whose order is not known" in result.stderr
+        assert result.exit_code == 3 and "their order is unknown" in result.stderr
         assert run("combine", paths[0], paths[0], "-o", tmp_path / "out").exit_code == 0
 
 
@@ -679,14 +682,14 @@ class TestReport:
     def test_a_sum_that_its_type_cannot_hold_is_not_called_exact(self, tmp_path: Path, run: Run) -> None:
         weak = write_peft(tmp_path / "a", {"x": tuple(side * 1e-8 for side in X["x"])})
         call = ["combine", weak, "-o", tmp_path / "out", "--dtype"]
-        assert "% of the sum is lost: F16 has no numbers so small" in run(*call, "fp16", "--dry-run").stdout
-        assert "the exact sum, to " in run(*call, "bf16").stdout
+        assert "% of the sum is lost: it is too small for F16" in run(*call, "fp16", "--dry-run").stdout
+        assert "exact sum (error " in run(*call, "bf16").stdout
 
     def test_other_bases_are_told(self, tmp_path: Path, run: Run) -> None:
         a = write_peft(tmp_path / "a", X, base_model_name_or_path="org/one", task_type="CAUSAL_LM")
         b = one_more(tmp_path / "b", base_model_name_or_path="org/two", modules_to_save=["absent"])
         result = run("combine", a, b, "-o", tmp_path / "out")
-        assert f"warning: {b} was trained on org/two, {a} on org/one" in result.stderr
+        assert f"warning: {b} was trained on org/two, but {a} on org/one" in result.stderr
         assert f"warning: {b}: the config's modules_to_save names absent" in result.stderr
         config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert (config["base_model_name_or_path"], config["task_type"]) == ("org/one", "CAUSAL_LM")

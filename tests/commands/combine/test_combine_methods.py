@@ -265,19 +265,22 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("words", "says"),
         [
-            ("--rank 4 --rank-method ctm", "cat: of the exact sum --rank is the best"),
-            ("--method della --rank 4 --rank-method ctm", "rank in a row of the whole matrix"),
-            ("--method ties --rank-method ctm", "without --rank has no number of directions\nhint: add --rank"),
+            ("--rank 4 --rank-method ctm", "truncating the exact sum to --rank is better"),
+            ("--method della --rank 4 --rank-method ctm", "order in a row of the full matrix"),
+            (
+                "--method ties --rank-method ctm",
+                "without --rank does not know how many directions to use\nhint: add --rank",
+            ),
             (
                 "--method ties --energy 0.9 --rank-method ctm",
-                "no number of directions\nhint: give --rank instead",
+                "does not know how many directions to use\nhint: give --rank instead",
             ),
-            ("--method iso-c --rank 4 --rank-method truncate", "singular values of iso-c's result are equal"),
+            ("--method iso-c --rank 4 --rank-method truncate", "iso-c makes all singular values equal"),
             ("--method iso-cts --energy 0.9", "use --rank with --rank-method ctm"),
-            ("--method iso-c --max-rank 2", "singular values of iso-c's result are equal"),
-            ("--method della --density 0.9", "up to 0.15 below and above --density, and at 0.9"),
-            ("--method iso-c --density 0.5", "--density is for methods that leave entries out"),
-            ("--method karcher", "karcher is not offered: it averages"),
+            ("--method iso-c --max-rank 2", "iso-c makes all singular values equal"),
+            ("--method della --density 0.9", "between 0.15 and 0.85, not 0.9"),
+            ("--method iso-c --density 0.5", "--density has no effect on"),
+            ("--method karcher", "karcher is not supported: it averages"),
             ("--method core", "'core' is none of cat, ties"),
             ("--method tsv --rank-method svd", "'svd' is not one of 'ctm', 'truncate'"),
         ],
@@ -288,12 +291,12 @@ class TestRefusals:
         assert not (stage.folder / "out").exists()
 
     def test_della_divides_by_weights(self, stage: Stage) -> None:
-        with pytest.raises(loratool.UsageError, match="none can be negative"):
+        with pytest.raises(loratool.UsageError, match="weights cannot be negative"):
             stage.combined([(THREE[0], -1.0), (THREE[1], 1.0)], "della")
 
     @pytest.mark.parametrize("method", COMBINE_REFUSED)
     def test_each_names_what_there_is(self, method: str, stage: Stage) -> None:
-        with pytest.raises(loratool.UsageError, match="is not offered") as error:
+        with pytest.raises(loratool.UsageError, match="is not supported") as error:
             stage.combined(THREE, method)
         assert any(each in str(error.value) for each in (*METHODS, "--target")) and method not in METHODS
 

@@ -97,7 +97,7 @@ def test_there_and_back_and_transformers_loads_both(tmp_path: Path, name: str) -
     there = loratool.convert_model(base, tmp_path / "safe")
     again = loratool.convert_model(tmp_path / "safe", tmp_path / "again", to="torch")
     assert not there.warnings and not there.cast
-    assert again.warnings == ("a torch file has no metadata; what stays behind: loratool",)
+    assert again.warnings == ("a torch file has no metadata; not copied: loratool",)
     names = load_model(tmp_path / "safe").keys()
     assert state.keys() - names == lacks == set(there.shared) == set(again.shared)
     model.save_pretrained(tmp_path / "theirs")
@@ -250,7 +250,7 @@ class TestCast:
         save_file(state, tmp_path / "x.safetensors")
         result = run("convert", tmp_path / "x.safetensors", "-o", tmp_path / "y.safetensors", "--dtype", "bf16")
         assert result.exit_code == 0
-        assert "warning: --dtype is for floats of 16 bits or more: 1 tensors of 8 keep theirs, w" in result.stderr
+        assert "warning: --dtype keeps floats of 8 bits: 1 tensors are not changed, first w" in result.stderr
         assert load_file(tmp_path / "y.safetensors")["w"].dtype == torch.float8_e4m3fn
 
     def test_a_quantized_model_keeps_its_types(self, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ class TestShared:
         save_file({"x": weights(2), "pt": weights(3), "z": weights(1)}, tmp_path / "x.safetensors", metadata=metadata)
         report = loratool.convert_model(tmp_path / "x.safetensors", tmp_path / "x.bin")
         assert report.shared == {"y": "z"}
-        assert report.warnings == ("a torch file has no metadata; what stays behind: title, x",)
+        assert report.warnings == ("a torch file has no metadata; not copied: title, x",)
         assert load_torch(tmp_path / "x.bin").keys() == {"x", "y", "z", "pt"}
 
     def test_types_and_views_of_a_storage(self, tmp_path: Path) -> None:
@@ -497,15 +497,15 @@ class TestRefusals:
             (("-o", "x.safetensors", "--max-shard-size", "1KB"), "--max-shard-size needs a folder as output"),
             (("-o", "x.bin", "--to", "safetensors"), ".bin is not a suffix of a safetensors file"),
             (("-o", "x.safetensors", "--to", "torch"), ".safetensors is not a suffix of a torch file"),
-            (("-o", "x.gguf"), "a checkpoint is converted to safetensors or torch, not to 'gguf'"),
-            (("--plain",), "--plain is for adapters, and this is a checkpoint"),
-            (("--layout", "split"), "--layout is for adapters, and this is a checkpoint"),
-            (("--for", "vllm"), "--for is for adapters, and this is a checkpoint"),
-            (("--rename", "a=b"), "--rename is for adapters, and this is a checkpoint"),
-            (("--enable-lora", "1,0"), "--enable-lora is for adapters, and this is a checkpoint"),
-            (("--alpha", "0.0"), "--alpha is for adapters, and this is a checkpoint"),
+            (("-o", "x.gguf"), "--to of a checkpoint is safetensors or torch, not 'gguf'"),
+            (("--plain",), "is a checkpoint, but --plain is for adapters"),
+            (("--layout", "split"), "is a checkpoint, but --layout is for adapters"),
+            (("--for", "vllm"), "is a checkpoint, but --for is for adapters"),
+            (("--rename", "a=b"), "is a checkpoint, but --rename is for adapters"),
+            (("--enable-lora", "1,0"), "is a checkpoint, but --enable-lora is for adapters"),
+            (("--alpha", "0.0"), "is a checkpoint, but --alpha is for adapters"),
             (("--dtype", "fp8"), "dtype: 'fp8' is none of keep, fp32"),
-            (("--to", "gguf"), "llama.cpp's convert_hf_to_gguf.py writes one"),
+            (("--to", "gguf"), "convert_hf_to_gguf.py writes GGUF"),
         ],
     )
     def test_usage(self, model: Path, run: Any, monkeypatch: Any, arguments: tuple[str, ...], message: str) -> None:
@@ -527,7 +527,7 @@ class TestRefusals:
         ):
             result = run("convert", adapter, *options)
             assert result.exit_code == 2 and message in result.stderr
-        with pytest.raises(UsageError, match="a checkpoint is converted to safetensors or torch, not to 'gguf'"):
+        with pytest.raises(UsageError, match="--to of a checkpoint is safetensors or torch, not 'gguf'"):
             loratool.convert_model(model, to="gguf")
 
 

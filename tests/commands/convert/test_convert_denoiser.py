@@ -99,7 +99,7 @@ def test_rows_move_as_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
     there = loratool.convert_model(save(tmp_path / "a.safetensors", own), tmp_path / "transformer", to="diffusers")
     require_equal(load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"), as_diffusers(own))
     assert (there.family, there.renamed, there.regrouped, there.copied) == ("flux", 5, 18, 23)
-    assert there.warnings == ("diffusers loads it with the config.json of its FluxTransformer2DModel beside it",)
+    assert there.warnings == ("to load it, diffusers needs the config.json of its FluxTransformer2DModel beside it",)
     back = loratool.convert_model(tmp_path / "transformer", tmp_path / "b.safetensors", to="single-file")
     require_equal(load_file(tmp_path / "b.safetensors"), own)
     assert (back.renamed, back.regrouped, back.warnings) == (5, 6, ())
@@ -140,7 +140,7 @@ def test_shards_casts_and_metadata(tmp_path: Path) -> None:
         loratool.convert_model(base, out, to="diffusers")
     with pytest.raises(UsageError, match="needs a folder"):
         loratool.convert_model(out, tmp_path / "c.safetensors", to="single-file", max_shard_size=1000)
-    with pytest.raises(UsageError, match="--to single-file is a file"):
+    with pytest.raises(UsageError, match="--to single-file writes a file"):
         loratool.convert_model(out, tmp_path / "c", to="single-file")
 
 
@@ -184,7 +184,7 @@ def test_other_components_are_dropped_on_demand(tmp_path: Path) -> None:
     for to in ("diffusers", "single-file"):
         with pytest.raises(NeedsFlag, match=r"2 tensors beside its denoiser \(text_encoders\.\*, vae\.\*\)") as found:
             loratool.convert_model(base, tmp_path / "b.safetensors", to=to)
-        assert found.value.remedy and found.value.remedy.startswith("add --drop components,")
+        assert found.value.remedy and found.value.remedy.startswith("add --drop components")
         report = loratool.convert_model(base, tmp_path / f"{to}.safetensors", to=to, drop=["components"])
         assert set(report.left_out) == beside.keys()
     require_equal(load_file(tmp_path / "single-file.safetensors"), own)
@@ -225,7 +225,7 @@ DIFFUSERS: list[tuple[dict[str, Any], str]] = [
     ),
     ({f"{SINGLE[3]}.weight": (32,)}, r"is \(32,\) and .*to_q\.weight is \(8, 8\), and both are rows of single_blocks"),
     ({f"{SINGLE[0]}.weight": (16, 8)}, r"cannot become single_blocks\.0\.linear1"),
-    ({f"{QKV[1]}.weight": torch.zeros(8, 8)}, r"is BF16 and .*to_k\.weight is F32, and both are rows of double_blocks"),
+    ({f"{QKV[1]}.weight": torch.zeros(8, 8)}, r"is BF16, but .*to_k\.weight is F32, and both become rows of double_"),
     ({"norm_out.linear.weight": (17, 8)}, r"the maker's tensors have 16 of its rows and not 17"),
 ]
 
@@ -255,7 +255,7 @@ def test_diffusers_tensors_are_refused_by_name(tmp_path: Path, change: dict[str,
 
 def test_other_inputs_are_refused(tmp_path: Path) -> None:
     language = folder(tmp_path / "lm", {"model.layers.0.self_attn.q_proj.weight": weights(8, 8)})
-    with pytest.raises(InputError, match="has no denoiser that is known"):
+    with pytest.raises(InputError, match="has no known denoiser"):
         loratool.convert_model(language, tmp_path / "out", to="diffusers")
     folder(tmp_path / "pipe" / "transformer", as_diffusers(tensors()))
     (tmp_path / "pipe" / "model_index.json").write_text('{"transformer": ["diffusers", "FluxTransformer2DModel"]}')
@@ -298,7 +298,7 @@ def test_the_command_says_what_it_did(tmp_path: Path) -> None:
     base = save(tmp_path / "a.safetensors", tensors())
     result = run_command("convert", base, "--to", "diffusers", "-o", tmp_path / "t")
     assert result.exit_code == 0
-    assert "5 tensors of Flux renamed, 18 made of rows of others" in result.stdout
+    assert "5 tensors of Flux renamed, 18 split or concatenated" in result.stdout
     result = run_command("convert", base, "--to", "single-file", "-o", tmp_path / "t", "--json")
     assert result.exit_code == 2 and json.loads(result.stdout)["error"]["remedy"] == "name a .safetensors file with -o"
 
@@ -366,7 +366,7 @@ def test_diffusers_models_go_there_and_back(tmp_path: Path, case: str) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
     if case == "hunyuan_video/framepack":
-        with pytest.raises(InputError, match="is FramePack, whose maker uses diffusers' names"):
+        with pytest.raises(InputError, match="is FramePack; its maker uses diffusers' names"):
             loratool.convert_model(tmp_path / "transformer", tmp_path / "single.safetensors", to="single-file")
         return
     there = loratool.convert_model(tmp_path / "transformer", tmp_path / "single.safetensors", to="single-file")

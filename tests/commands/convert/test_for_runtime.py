@@ -294,7 +294,7 @@ class TestNames:
             with pytest.raises(InputError, match="is only for vllm: the rows"):
                 refused()
         report: Any = loratool.inspect(out)
-        assert "it is for vllm alone: every other command refuses it" in report.problems
+        assert "it is only for vllm: no other command accepts it" in report.problems
         assert loratool.inspect_for(out, runtime="vllm", base=base).findings == ()
         loratool.convert(start, tmp_path / "d", runtime="vllm", base=llama(tmp_path / "other"))
         loratool.merge(tmp_path / "other", [tmp_path / "d"], tmp_path / "e")
@@ -414,7 +414,7 @@ def test_a_config_alone_is_not_asked_for(tmp_path: Path) -> None:
     for runtime in ("llama.cpp", "ollama"):
         with pytest.raises(NeedsFlag) as caught:
             loratool.convert(start, tmp_path / "b.gguf" if runtime == "llama.cpp" else tmp_path / "b", runtime=runtime)
-        assert caught.value.remedy == "add --base BASE with the model that is served"
+        assert caught.value.remedy == "add --base BASE with the served model"
 
 
 @pytest.mark.parametrize("runtime", ["vllm", "tgi", "lmdeploy"])

@@ -193,12 +193,12 @@ def test_the_legacy_hash_goes_with_the_keys_that_it_is_of(ink: Path, tmp_path: P
 
 
 REFUSED = {
-    "format": "tells what the tensors are",
-    "loratool": "tells what the tensors are",
-    "lora_adapter_metadata": "tells what the tensors are",
+    "format": "describes the tensors",
+    "loratool": "describes the tensors",
+    "lora_adapter_metadata": "describes the tensors",
     "sshs_model_hash": "is a hash of the tensors",
     "modelspec.hash_sha256": "is a hash of the tensors",
-    "half \udcff": "is no text",
+    "half \udcff": "is not valid UTF-8",
 }
 
 
@@ -212,13 +212,13 @@ def test_keys_that_are_not_set(key: str, ink: Path, tmp_path: Path) -> None:
 def test_what_is_refused_by_name(ink: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     for keywords, why in (
-        ({"unset": "ss_see"}, "ss_see: is no key of the metadata.*did you mean ss_seed"),
+        ({"unset": "ss_see"}, "ss_see: is not a key of the metadata.*did you mean ss_seed"),
         ({"set": {"a": "1"}, "unset": "a"}, "is both set and unset"),
-        ({"set": {"a": "1"}, "to": "peft"}, "--to converts"),
-        ({"set": {"a": "1"}, "dtype": "fp16"}, "--dtype converts"),
-        ({"set": {"a": "1"}, "runtime": "vllm"}, "--for converts"),
-        ({"set": {"a": "1"}, "from_format": "kohya"}, "--from converts"),
-        ({"set": {"a": "1"}, "card": False}, "--no-card converts"),
+        ({"set": {"a": "1"}, "to": "peft"}, "--to does not go with --set"),
+        ({"set": {"a": "1"}, "dtype": "fp16"}, "--dtype does not go with --set"),
+        ({"set": {"a": "1"}, "runtime": "vllm"}, "--for does not go with --set"),
+        ({"set": {"a": "1"}, "from_format": "kohya"}, "--from does not go with --set"),
+        ({"set": {"a": "1"}, "card": False}, "--no-card does not go with --set"),
         ({"set": {"another": next(iter(load_file(ink)))}}, "names a tensor"),
     ):
         with pytest.raises(loratool.UsageError, match=f"(?s){why}"):
@@ -230,7 +230,7 @@ def test_what_is_refused_by_name(ink: Path, tmp_path: Path) -> None:
     with pytest.raises(loratool.InputError, match="holds 2 safetensors files"):
         loratool.edit_metadata(FIXTURES / "llama" / "base", out, set={"a": "1"})
     torch.save({"x": torch.ones(2)}, tmp_path / "x.bin")
-    with pytest.raises(loratool.InputError, match="is no safetensors file"):
+    with pytest.raises(loratool.InputError, match="is not a safetensors file"):
         loratool.edit_metadata(tmp_path / "x.bin", out, set={"a": "1"})
     assert not out.exists()
     report = loratool.edit_metadata(ink, out, set={"a": "1"}, dry_run=True)

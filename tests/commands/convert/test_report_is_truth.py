@@ -11,7 +11,7 @@ The cases are the product of the project's own tables: formats that are written,
 - count: each row is a module of the file, and each module there that changes anything has a row; so are the sizes,
 - rest: what has no row is merged as before, or is named in `dropped`,
 - warning: there is one where a module loses more than 5 %, and what it says is lost in all is,
-- card: it says "the same to the bit" where no row has an error, and only there.
+- card: it says "equal bit for bit" where no row has an error, and only there.
 
 A conversion that is refused by name says nothing that could be untrue. What fails today is in EXPECTED, and a case
 that stops failing is a failure until its entry goes.
@@ -390,7 +390,7 @@ class Comparison:
         card = self.path / "README.md"
         if self.path.is_dir() and card.is_file():
             exact = not any(row.error for row in self.report.modules)
-            if ("the same to the bit" in card.read_text()) != exact:
+            if ("equal bit for bit" in card.read_text()) != exact:
                 yield "card", f"README.md: said {'no ' * exact}loss to the bit, rows are {'' if exact else 'not '}exact"
 
 

@@ -276,7 +276,7 @@ def test_a_mixture_of_experts_counts_as_init_and_peft_make_it(kind: str, tmp_pat
             continue
         report = loratool.count(tmp_path / "model", rank=2, **options)
         count = next(each.parameters for each in report.methods if each.method == "lora")
-        assert (told(report, "as init takes it") or count) == made.parameters, target
+        assert (told(report, "init reads --target as names only") or count) == made.parameters, target
         written = json.loads((where / "adapter_config.json").read_text())
         fields = {key: written.get(key) for key in ("target_modules", "target_parameters")}
         assert trained_by_peft(model, lora_config(**fields)) == made.parameters, target
@@ -298,13 +298,14 @@ def test_experts_count_alike_from_a_config_and_a_checkpoint(tmp_path: Path) -> N
         assert reports[0].notes == reports[1].notes and reports[0].methods == reports[1].methods
     ((note,), (other,), (one,)) = (loratool.count(alone, rank=2, target=t).notes for t in (ALL, NUMBERED, ["w1"]))
     assert note.startswith(
-        "given all-linear, PEFT trains 11,808: experts and routers too, the experts' gate_up_proj with twice the rank. "
+        "given all-linear, PEFT trains 11,808: experts and routers too, gate_up_proj of the experts with twice the "
+        "rank. "
     )
     assert other.startswith(
-        "given w1,w2,w3 as target_modules, PEFT trains 10,752: the experts' gate_up_proj with twice"
+        "given w1,w2,w3 as target_modules, PEFT trains 10,752: gate_up_proj of the experts with twice"
     )
-    whole = "PEFT and init train the experts' gate_up_proj as one parameter, and no gate_proj alone"
-    assert one == f"{whole}: --target gate_up_proj"
+    whole = "PEFT and init train gate_up_proj of the experts as one parameter, not gate_proj alone"
+    assert one == f"{whole}: use --target gate_up_proj"
     for path in (tmp_path / "model", alone):
         with pytest.raises(UsageError, match="a single parameter of the class: select both or neither"):
             loratool.count(path, target=["experts.3.w1"])
@@ -324,7 +325,9 @@ def test_experts_that_make_no_stack_get_no_factors(tmp_path: Path) -> None:
         report = loratool.count(tmp_path, rank=2, target=STACKS)
         assert report.methods[-1].parameters == 2048 + 2 * 1280
         first = "model.layers.1.block_sparse_moe.experts.0.w1, ..."
-        assert report.notes[0].endswith(f" matrices of experts make no stack of the class and get no factors: {first}")
+        assert report.notes[0].endswith(
+            f" matrices of experts get no factors, as the class has no stack for them: {first}"
+        )
 
 
 def test_a_gate_with_one_output_has_to_be_named(tmp_path: Path) -> None:
@@ -469,7 +472,7 @@ def test_a_masked_models_head_is_its_embedding(tmp_path: Path) -> None:
     config_file(tmp_path / "torch", config)
     report = loratool.count(tmp_path / "torch")
     assert report.source == "checkpoint" and report.tied and report.methods == alone.methods
-    with pytest.raises(InputError, match="no matrix is selected"):
+    with pytest.raises(InputError, match="selects no matrix"):
         loratool.count(tmp_path / "torch", target=["lm_head"])
 
 
@@ -478,7 +481,7 @@ def test_a_task_head_is_named_and_not_counted(tmp_path: Path) -> None:
     report = loratool.count(path)
     assert report.parameters == 124_645_632
     assert report.notes == (
-        "config.json names RobertaForSequenceClassification: what it has above RobertaModel is not counted",
+        "config.json names RobertaForSequenceClassification: modules that RobertaModel does not have are not counted",
     )
 
 
@@ -487,7 +490,7 @@ def test_bytes_are_of_the_models_dtype(tmp_path: Path) -> None:
     save_file(mixed, tmp_path / "m.safetensors")
     report = loratool.count(tmp_path / "m.safetensors", target=["a"])
     assert report.dtype == "BF16" and report.nbytes == 2 * (64 * 32 + 32)
-    assert report.notes == ("dtypes are mixed (BF16, F32): bytes are as of BF16",) and report.layers == 0
+    assert report.notes == ("dtypes are mixed (BF16, F32): bytes are those of BF16",) and report.layers == 0
     assert {m.method for m in report.methods if m.parameters} == {"full", "lora"}
 
 
@@ -497,8 +500,8 @@ def test_bytes_are_of_the_models_dtype(tmp_path: Path) -> None:
         ({"rank": 0}, UsageError, "rank: 0 is not a whole number from 1"),
         ({"params": -5}, UsageError, "params: -5 is not a count like 20M"),
         ({"rank": 8, "params": 100}, UsageError, "exclude each other"),
-        ({"rank": 33}, UsageError, r"self_attn.v_proj: is 32 x 64, .* above 32; --rank is 33"),
-        ({"target": ["nothing"]}, InputError, r"(?s)no matrix is selected by --target nothing\n.*q_proj"),
+        ({"rank": 33}, UsageError, r"self_attn.v_proj: is 32 x 64, .* at most 32, but --rank is 33"),
+        ({"target": ["nothing"]}, InputError, r"(?s)--target nothing selects no matrix\n.*q_proj"),
         ({"layers": "7"}, InputError, "after --exclude and --layers"),
         ({"exclude": ["q_proj", "v_proj"]}, InputError, "after --exclude"),
         ({"layers": "1-"}, UsageError, "is not a list like"),
@@ -512,7 +515,7 @@ def test_one_clear_line(options: dict[str, Any], error: type[Exception], match: 
 
 def test_a_pattern_that_names_nothing_is_noted() -> None:
     report = loratool.count(FIXTURES / "llama" / "base", target=["q_proj", "c_attn"])
-    assert report.notes == ("--target c_attn names nothing",) and report.matrices == 3
+    assert report.notes == ("--target c_attn matches nothing",) and report.matrices == 3
 
 
 def test_inputs_that_are_no_model(tmp_path: Path) -> None:
@@ -539,7 +542,9 @@ def test_quantized_models(tmp_path: Path) -> None:
     write_model(tmp_path / "known", codes, config)
     report = loratool.count(tmp_path / "known")
     plain = loratool.count(config_file(tmp_path / "plain", {"model_type": "llama", **GROUPED}))
-    assert report.methods == plain.methods and report.notes == ("quantized (gptq): counted as it was before",)
+    assert report.methods == plain.methods and report.notes == (
+        "quantized (gptq): the parameters are those before quantization",
+    )
     write_model(tmp_path / "unknown", codes, {"model_type": "falcon"})
     with pytest.raises(InputError, match="is quantized"):
         loratool.count(tmp_path / "unknown")
@@ -548,7 +553,7 @@ def test_quantized_models(tmp_path: Path) -> None:
 def test_a_prefix_leaves_something_of_the_context(tmp_path: Path) -> None:
     path = config_file(tmp_path, {"model_type": "llama", **GROUPED, "max_position_embeddings": 10})
     assert method(path, "prefix-embedding", params=10**6).size == 9
-    assert loratool.count(path, rank=10).notes == ("a prefix of 10 leaves nothing of a context of 10",)
+    assert loratool.count(path, rank=10).notes == ("a prefix of 10 fills the context of 10",)
     assert loratool.count(path, rank=9).notes == ()
 
 

@@ -143,7 +143,9 @@ def test_one_adapter_several_times(tmp_path: Path, run: Callable[..., Any]) -> N
         assert math.isclose(pair.cosine, 1, abs_tol=1e-12) and math.isclose(pair.interference, 1, rel_tol=1e-4)
     assert math.isclose(report.shared.interference, 4, rel_tol=1e-4)  # (T - 1)^2
     assert run("diff", a, a, a, "--fail-above", "0").exit_code == 0
-    assert run("diff", a, b, a, "--fail-above", "1e-5").stdout.endswith("\nsame: all have one delta in 4 modules\n")
+    assert run("diff", a, b, a, "--fail-above", "1e-5").stdout.endswith(
+        "\nsame: all have the same delta in 4 modules\n"
+    )
 
 
 def test_zeros_and_adapters_with_nothing_in_common(tmp_path: Path, run: Callable[..., Any]) -> None:
@@ -291,30 +293,30 @@ def test_a_dry_run_of_combine_says_what_the_weighted_changes_share(tmp_path: Pat
         assert abs(pair.cosine - float((x * y).sum() / x.norm() / y.norm())) < 1e-12
         assert math.isclose(pair.interference, interference(x, y), rel_tol=1e-9)
     assert shared.pairs[0].relation == "opposed"
-    assert "cosine of each two" in run("combine", a, f"{b}:-1", c, "-o", tmp_path / "o", "--dry-run").stdout
+    assert "cosine of each pair" in run("combine", a, f"{b}:-1", c, "-o", tmp_path / "o", "--dry-run").stdout
     lines = run("combine", a, b, "-o", tmp_path / "o", "--dry-run").stdout.splitlines()
-    assert any(line.startswith("related: cosine 0.") for line in lines) and "cosine of each two" not in lines
+    assert any(line.startswith("related: cosine 0.") for line in lines) and "cosine of each pair" not in lines
     lone = loratool.combine(a, tmp_path / "o", dry_run=True)
     assert lone.shared is None and loratool.combine([a, b], tmp_path / "o").shared is None
 
 
 def test_what_does_not_belong_together(tmp_path: Path, run: Callable[..., Any]) -> None:
     base, adapter = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
-    with pytest.raises(UsageError, match="these are 3 models, and diff compares two"):
+    with pytest.raises(UsageError, match="diff compares two models, not 3"):
         loratool.diff(base, base, base)
     with pytest.raises(InputError, match="is a model"):
         loratool.diff(adapter, adapter, base)
     with pytest.raises(UsageError, match="--base is for two adapters"):
         loratool.diff(adapter, adapter, adapter, base=base)
-    with pytest.raises(InputError, match="no adapter has a module that is selected"):
+    with pytest.raises(InputError, match="no adapter has a selected module"):
         loratool.diff(adapter, adapter, adapter, exclude=["*"])
     a, b = write_peft(tmp_path / "a", pairs(4)), write_peft(tmp_path / "b", pairs(2))
     wrong = write_peft(tmp_path / "w", {Q0: factors(30, 20, 4)})
     with pytest.raises(InputError, match="different models"):
         loratool.diff(a, b, wrong)
-    with pytest.raises(InputError, match="nothing to compare"):
+    with pytest.raises(InputError, match="nothing can be compared"):
         loratool.diff(a, b, FIXTURES / "gpt2" / "adapter")
     with pytest.raises(UsageError, match="takes no argument 'others'"):
         loratool.diff(a, b, others=[a])  # type: ignore[call-arg]
     assert run("diff", a, b, a, "--fail-above", "0.5").exit_code == 1
-    assert run("diff", a, a, a, "--target", "q_proj", "--layers", "1").stdout.endswith("one delta in 1 module\n")
+    assert run("diff", a, a, a, "--target", "q_proj", "--layers", "1").stdout.endswith("the same delta in 1 module\n")

@@ -29,9 +29,9 @@ def modules_of(adapter: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("one", "two", "says"),
     [
-        ({Q: (8, 8)}, {"transformer.h.0.attn.c_attn": (24, 8)}, "its layers are transformer.h, not model.layers"),
-        ({Q: (8, 8)}, {UP: (20, 6)}, "no width: 20x6 beside 8x8"),
-        ({"lm_head": (30, 8)}, {UP: (20, 6)}, "no width: 20x6 beside 30x8"),
+        ({Q: (8, 8)}, {"transformer.h.0.attn.c_attn": (24, 8)}, "its layers are in transformer.h, not model.layers"),
+        ({Q: (8, 8)}, {UP: (20, 6)}, "no width: 20x6 and 8x8"),
+        ({"lm_head": (30, 8)}, {UP: (20, 6)}, "no width: 20x6 and 30x8"),
     ],
     ids=["layers", "width", "head"],
 )
@@ -46,7 +46,7 @@ def test_of_two_models(
     assert run(*call, "--allow", "unrelated").exit_code == 0
     assert modules_of(tmp_path / "out") == modules_of(a) | modules_of(b)
     told = run("diff", a, b)
-    assert told.exit_code == 3 and says in told.stderr and "nothing to compare" in told.stderr
+    assert told.exit_code == 3 and says in told.stderr and "nothing can be compared" in told.stderr
     with pytest.raises(loratool.UsageError, match="allow: 'all' is none of unrelated"):
         loratool.combine([a, b], tmp_path / "out", allow=["all"])
 
@@ -104,7 +104,7 @@ def test_one_model_by_the_names_of_two_versions_of_transformers(tmp_path: Path, 
     a = of(tmp_path / "a", {"model.language_model.layers.0.q": (8, 8)}, "x/one")
     b = of(tmp_path / "b", {"language_model.model.layers.0.q": (8, 8)}, "x/one")
     refused = run("combine", a, b, "-o", tmp_path / "out")
-    assert refused.exit_code == 3 and "saved from two classes of a model" in refused.stderr
+    assert refused.exit_code == 3 and "they come from two model classes" in refused.stderr
 
 
 def test_an_empty_adapter_is_of_any_model(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ class TestResumed:
         assert files(journal_path(died)) == before
 
     def test_bad_input_leaves_nothing(self, sides: Path, tmp_path: Path) -> None:
-        with pytest.raises(loratool.NeedsFlag, match="no fine-tune"):
+        with pytest.raises(loratool.NeedsFlag, match="not a fine-tune"):
             make_sides(tmp_path / "sides", 1)
             wild = {name: 9 * W for name, W in {"model.layers.0.self_attn.q_proj.weight": weights(40, 32)}.items()}
             write_model(tmp_path / "wild", wild, LLAMA)

@@ -250,10 +250,10 @@ def test_combine_cuts_what_matters_least_for_the_outputs(method: str, options: d
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "of that of cat nothing is"),
-        ({"method": "tsv"}, "of that of tsv nothing is"),
-        ({"method": "ties", "rank": 3}, "of compressed changes nothing is"),
-        ({"method": "iso-c", "rank": 3}, "of that of iso-c nothing can be"),
+        ({}, "cat without a rank truncates nothing"),
+        ({"method": "tsv"}, "tsv without a rank truncates nothing"),
+        ({"method": "ties", "rank": 3}, "ctm truncates nothing"),
+        ({"method": "iso-c", "rank": 3}, "iso-c cannot be truncated"),
     ],
 )
 def test_combine_without_a_cut_has_no_use_for_inputs(options: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_from_the_command_line_and_in_a_recipe(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == first
     shown = run_command(*words, "--force").stdout
     assert "no inputs in the imatrix: " in shown and "out. error" in shown
-    assert "of the outputs lost in 3 modules whose inputs are known" in shown
+    assert "of the outputs lost in 3 modules with known inputs" in shown
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "--imatrix imatrix.gguf" in card and "matters least for the outputs" in card
+    assert "--imatrix imatrix.gguf" in card and "ranks are chosen for the outputs" in card
     assert run_command(*words[:-1], "imatrix.gguf", "--force").exit_code == 2  # no output replaces it

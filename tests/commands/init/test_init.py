@@ -323,7 +323,7 @@ class TestTraining:
         ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             assert distance(trained(ids).logits, plain(ids).logits) < 2e-5
-        with pytest.raises(UsageError, match="no DoRA of experts"):
+        with pytest.raises(UsageError, match="not support DoRA for experts"):
             loratool.init(tmp_path / "base", tmp_path / "dora", target=["re:experts"], rank=2, dora=True)
         loratool.merge(tmp_path / "residual", tmp_path / "adapter", tmp_path / "merged", undo=False)
         merged = kind.from_pretrained(tmp_path / "merged").eval()
@@ -499,7 +499,7 @@ class TestResidual:
         with pytest.raises(UsageError, match="holds an input, and would be emptied"):
             loratool.init(base, tmp_path / "a", method="pissa", rank=2, residual=tmp_path / "r")
         assert (base / "config.json").exists()
-        with pytest.raises(UsageError, match="apart"):
+        with pytest.raises(UsageError, match="separate folders"):
             loratool.init(FIXTURES / "llama" / "base", base / "a", method="pissa", rank=2, residual=tmp_path / "r")
 
     @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -526,7 +526,7 @@ class TestResidual:
         """A residual within an empty OUT would go with the folder that OUT replaces."""
         (tmp_path / "out").mkdir()
         (tmp_path / "link").symlink_to("out")
-        with pytest.raises(UsageError, match="apart"):
+        with pytest.raises(UsageError, match="separate folders"):
             loratool.init(
                 FIXTURES / "llama" / "base", tmp_path / "out", method="pissa", rank=2, residual=tmp_path / place
             )
@@ -558,7 +558,7 @@ class TestResidual:
         residual = load_model(tmp_path / "residual")
         assert torch.equal(residual["lm_head.weight"], KINDS["model.embed_tokens.weight"])
         assert json.loads((tmp_path / "residual" / "config.json").read_text())["tie_word_embeddings"] is False
-        assert any("same matrix" in line for line in report.warnings)
+        assert any("shares the matrix" in line for line in report.warnings)
 
 
 class TestRanks:
@@ -622,7 +622,9 @@ class TestRanks:
         assert [m.name for m in report.modules] == [stack, names[-1]]
         with pytest.raises(UsageError, match="select both or neither"):
             loratool.init(base, tmp_path / "b", rank=2, target=target[:1])
-        with pytest.raises(UsageError, match="no DoRA of experts\nadd --exclude gate_up_proj --exclude down_proj$"):
+        with pytest.raises(
+            UsageError, match="not support DoRA for experts\nadd --exclude gate_up_proj --exclude down_proj$"
+        ):
             loratool.init(base, tmp_path / "b", rank=2, target=target, dora=True)
 
     def test_of_a_mamba_peft_leaves_two_out(self, tmp_path: Path) -> None:
@@ -651,28 +653,28 @@ class TestRefusals:
             (["--rank", "21"], 2, "q_proj=20"),
             (["--rank", "18", "--target", "re:experts"], 2, "down_proj=16"),
             (["--rank", "0"], 2, "0"),
-            (["--alpha", "0"], 2, "alpha must be above 0"),
-            (["--alpha", "-1"], 2, "alpha must be above 0"),
+            (["--alpha", "0"], 2, "alpha must be between"),
+            (["--alpha", "-1"], 2, "alpha must be between"),
             (["--alpha", "nan"], 2, "nan is not a finite number"),
-            (["--method", "orthogonal", "--rank", "3"], 2, "odd"),
+            (["--method", "orthogonal", "--rank", "3"], 2, "even"),
             (["--method", "eva"], 2, "activations"),
             (["--method", "lora_ga"], 2, "gradients"),
             (["--method", "loftq"], 2, "quantizer"),
             (["--method", "what"], 2, "pissa"),
             (["--method", "pissa"], 4, "--residual"),
-            (["--residual", "r"], 2, "leaves the base"),
+            (["--residual", "r"], 2, "does not change the base"),
             (["--dtype", "fp32"], 2, "residual"),
             (["--method", "pissa", "--residual", "r", "--dtype", "bf16"], 4, "--no-undo"),
             (["--method", "pissa", "--residual", "r.safetensors"], 2, "folder"),
-            (["--method", "pissa", "--residual", "adapter"], 2, "apart"),
+            (["--method", "pissa", "--residual", "adapter"], 2, "separate folders"),
             (["--params", "10"], 2, "rank 1"),
             (["--params", "4M", "--rank", "4"], 2, "exclude each other"),
             (["--rank-pattern", "v_proj=4"], 2, "v_proj"),
             (["--rank-pattern", "v_proj"], 2, "PATTERN=RANK"),
             (["--dora", "--target", "re:experts"], 2, "DoRA"),
             (["--dora", "--method", "mica"], 2, "DoRA with mica"),
-            (["--method", "mica", "--target", "re:experts"], 2, "no mica of experts"),
-            (["--method", "mica", "--target", "patch"], 2, "no mica"),
+            (["--method", "mica", "--target", "re:experts"], 2, "not support mica for experts"),
+            (["--method", "mica", "--target", "patch"], 2, "not support mica"),
         ],
     )
     def test_one_clear_line(
@@ -832,7 +834,7 @@ class TestRefusals:
             with pytest.raises(UsageError) as error:
                 loratool.init(base, tmp_path / "a", method="orthogonal", rank=rank, target=["q"])
             assert remedy in str(error.value)
-        with pytest.raises(UsageError, match="rank 2 of these targets takes 48"):
+        with pytest.raises(UsageError, match="rank 2 of these targets needs 48"):
             loratool.init(base, tmp_path / "a", method="orthogonal", params=47, target=["q"])
 
 

@@ -350,7 +350,7 @@ class TestAdapterInDepth:
     @pytest.mark.parametrize(
         ("fields", "problem"),
         [
-            ({"target_modules": ["q", "v"]}, "target_modules names v, which no module of the file is"),
+            ({"target_modules": ["q", "v"]}, "target_modules has v, which matches no module of the file"),
             ({"target_modules": ["v"]}, "target_modules does not match 1 modules: x.q"),
             ({"target_modules": r".*\.v"}, "target_modules does not match 1 modules: x.q"),
             ({"target_modules": r".*\.q"}, None),

@@ -141,7 +141,9 @@ class TestNames:
         names = load_file(base / "model.safetensors") | {"vision.layers.0.self_attn.q_proj.weight": weights(8, 8)}
         write_model(tmp_path / "wide", names, json.loads((base / "config.json").read_text()))
         start = write_peft(tmp_path / "a", {Q: factors(8, 8, 2)})
-        assert "not set for vision.layers.0" in findings(start, "lmdeploy", tmp_path / "wide")["missing"].says
+        assert (
+            "uninitialized memory for vision.layers.0" in findings(start, "lmdeploy", tmp_path / "wide")["missing"].says
+        )
 
 
 def test_the_command_exits_with_1(tmp_path: Path) -> None:

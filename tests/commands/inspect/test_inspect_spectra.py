@@ -92,7 +92,7 @@ def test_experts_are_left_out_by_name_and_their_biases_are_no_matrices(tmp_path:
     assert [row.name for row in (*report.modules, *changed.weights)] == 2 * ["model.layers.0.self_attn.q_proj.weight"]
     assert report.left_out == changed.left_out == {"model.layers.0.mlp.experts.down_proj": "experts"}
     for words in (("inspect", base), ("diff", base, tuned)):
-        assert "left out: experts (1); --target takes them by name" in run(*words, "--spectra").stdout
+        assert "skipped: experts (1); to include them, name them in --target" in run(*words, "--spectra").stdout
 
 
 def test_an_adapter_without_any_factors(tmp_path: Path) -> None:
@@ -100,5 +100,5 @@ def test_an_adapter_without_any_factors(tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     config = {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="a.q_proj and what else is selected has no factors"):
+    with pytest.raises(InputError, match="a.q_proj and the other selected modules have no factors"):
         loratool.spectra(folder)

@@ -69,7 +69,7 @@ def test_a_fine_tunes_spectra() -> None:
     page = report.page()
     values, energy = curves(page, report.weights[0])
     assert len(values["tuned"]) == len(energy["tuned"]) == 10 and values["tuned"][-1][0] == 12
-    assert figures(page)["changed"] == str(len(report.weights)) and "of the 12 leading" in page.arithmetic[0]
+    assert figures(page)["changed"] == str(len(report.weights)) and "among the 12 leading" in page.arithmetic[0]
     same = loratool.diff_spectra(BASE, BASE).page()
     assert figures(same) == {"changed": "0"} and not same.sheets[0].rows
 

@@ -145,7 +145,9 @@ class TestInspect:
         assert sum(g.tensors for g in coded) == len(MODULES)
         assert all(g.bits == 8 + 32 * g.tensors / g.parameters and g.dtype == "F8_E4M3" for g in coded)
         assert {(g.codec, g.bits) for g in twin.groups} == {(None, 16)}
-        assert any("as numbers of BF16" in note for note in report.notes) and not twin.notes
+        assert (
+            any("dequantizes the weights that it changes to BF16" in note for note in report.notes) and not twin.notes
+        )
         assert "bits" in run("inspect", fp8).stdout and "weight_scale_inv" not in run("inspect", fp8).stdout
 
     def test_a_companion_of_another_length_is_no_other_group(self, tmp_path: Path) -> None:
@@ -366,7 +368,7 @@ class TestCount:
         ours, twin = (loratool.count(base, rank=4, target=["all-linear"]) for base in (fp8, plain))
         assert ours.source == twin.source == "checkpoint"
         (note,) = ours.notes
-        assert note == "quantized (fp8): 14 weights are counted as numbers of BF16" and not twin.notes
+        assert note == "quantized (fp8): 14 weights are counted as BF16" and not twin.notes
         assert replace(ours, path=twin.path, notes=()) == twin
 
     @pytest.mark.parametrize("vector", ["bnb_nf4_nested", "gptq_v1_4bit_act_order", "awq_gemm", "comfy_scaled_fp8"])
@@ -380,7 +382,7 @@ class TestCount:
 
     def test_codes_that_are_not_read(self, tmp_path: Path) -> None:
         state = {"x.weight": torch.ones(8, 4, dtype=torch.int8), "x.weight_scales": torch.ones(4).half()}
-        with pytest.raises(InputError, match=r"the codes of x.weight \(EETQ int8\) do not tell its shape"):
+        with pytest.raises(InputError, match=r"the shape of x.weight cannot be derived from its codes \(EETQ int8\)"):
             loratool.count(write_model(tmp_path / "m", state))
 
 
@@ -429,7 +431,7 @@ class TestInit:
         assert residual.keys() == before.keys() - gone
         for name, W in residual.items():
             assert torch.equal(bits(W.view(-1)), bits((theirs if name in taken else before)[name].view(-1)))
-        assert any("3 weights with factors are codes" in line for line in ours.warnings)
+        assert any("3 quantized weights with factors" in line for line in ours.warnings)
         planned = loratool.init(fp8, tmp_path / "c", residual=tmp_path / "rc", dry_run=True, **options)
         assert planned.residual and planned.residual.nbytes == sum(W.nbytes for W in residual.values())
         config = json.loads((tmp_path / "ra" / "config.json").read_text())["quantization_config"]
@@ -440,7 +442,7 @@ class TestInit:
 
     def test_another_type_of_residual(self, fp8: Path, tmp_path: Path) -> None:
         options: dict[str, Any] = {"method": "pissa", "residual": tmp_path / "r", "dtype": "fp32"}
-        with pytest.raises(NeedsFlag, match="a change of type cannot be undone"):
+        with pytest.raises(NeedsFlag, match="a change of dtype cannot be undone"):
             loratool.init(fp8, tmp_path / "a", **options)
         report = loratool.init(fp8, tmp_path / "a", undo=False, **options)
         assert report.residual and report.residual.dtypes == ("F32",) and report.residual.error < 1e-6

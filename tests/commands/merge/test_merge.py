@@ -250,7 +250,7 @@ def test_one_adapter_twice_with_opposite_weights_changes_nothing(tmp_path: Path)
     report = loratool.merge(base, [(adapter, 0.3), (adapter, -0.3)], tmp_path / "out")
     assert torch.equal(load_model(tmp_path / "out")["x.weight"], weights(10, 12))
     assert (report.tensors[0].changed, report.kept) == (0.0, None)
-    assert report.warnings[0] == "1 tensor stays as it is, since its change is zero or rounds away: x.weight"
+    assert report.warnings[0] == "1 tensor is unchanged: its delta is zero or rounds away: x.weight"
 
 
 def test_a_merge_that_changes_nothing_says_so(tmp_path: Path, run: Callable[..., Any]) -> None:
@@ -344,7 +344,7 @@ def test_what_the_base_holds_of_nan_and_inf_is_kept_and_reported(tmp_path: Path)
     W[0, 0], W[3, 3], W[4, 4] = torch.nan, torch.inf, -0.0
     merged, report = one(tmp_path, W, *factors(8, 8, 2))
     assert torch.equal(merged.isnan(), W.isnan()) and merged[3, 3] == torch.inf
-    assert report.warnings == ("x.weight: 2 weights of the base are inf or nan; they are copied as they are",)
+    assert report.warnings == ("x.weight: 2 weights of the base are inf or nan; they are copied unchanged",)
     assert report.kept is not None and report.kept > 0.99
 
 
@@ -443,7 +443,7 @@ def test_what_the_warning_advises_fits_the_type(tmp_path: Path) -> None:
     A, B = factors(20, 20, 2)
     for dtype, advice in (
         ("F16", "merge with --dtype fp32, or keep"),
-        ("F32", "; keep the adapter apart"),
+        ("F32", "; keep the adapter separate"),
         ("F64", "; keep"),
     ):
         W = weights(20, 20, dtype={"F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype])

@@ -280,8 +280,8 @@ def test_a_wrong_initial_adapter_is_refused(tmp_path: Path, run: Any) -> None:
     base = write_model(tmp_path / "base", {"x.weight": weights(6, 4), "y.weight": weights(6, 4, seed=1)})
     moved = write_peft(tmp_path / "a", {"x": factors(6, 4, 2)}, init_lora_weights="olora")
     for wrong, message in (
-        (write_peft(tmp_path / "other", {"y": factors(6, 4, 2)}), "x: of .* has no counterpart"),
-        (write_peft(tmp_path / "wide", {"x": factors(8, 4, 2)}), "x: of .* has no counterpart"),
+        (write_peft(tmp_path / "other", {"y": factors(6, 4, 2)}), "x: is in .* has no module of its shape and scale"),
+        (write_peft(tmp_path / "wide", {"x": factors(8, 4, 2)}), "x: is in .* has no module of its shape and scale"),
     ):
         with pytest.raises(InputError, match=message):
             loratool.merge(base, moved, tmp_path / "out", initial=wrong)

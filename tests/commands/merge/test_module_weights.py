@@ -294,7 +294,7 @@ class TestCombine:
         b = lora(tmp_path / "b.safetensors", SPLIT, DIFFUSERS, 5)
         out = tmp_path / "c.safetensors"
         refused = run("combine", a, f"{b}:1,to_k=0.5", "-o", out)
-        assert refused.exit_code == 3 and "whose weights are 1 and 0.5" in refused.stderr and not out.exists()
+        assert refused.exit_code == 3 and "which have the weights 1 and 0.5" in refused.stderr and not out.exists()
         assert run("combine", a, f"{b}:1,to_k=0.5,*attn.to_?=0.5", "-o", out).exit_code == 0
         D = {**sums(a), **sums(b)}
         parts = torch.cat([D[name] for name in SPLIT])
@@ -318,7 +318,7 @@ class TestCombine:
             wanted = w * b.double() @ a.double() + 4 * B[8 * i : 8 * i + 8].double() @ A.double()
             assert torch.allclose(found[module], wanted, atol=1e-7)
         refused = run("combine", fused, weighed, "-o", tmp_path / "other")
-        assert refused.exit_code == 3 and "whose weights are -1 and 2" in refused.stderr
+        assert refused.exit_code == 3 and "which have the weights -1 and 2" in refused.stderr
 
     def test_a_bias_has_the_weight_of_its_module(self, tmp_path: Path) -> None:
         """In merge and in combine, for a lora_bias as for one that was trained whole."""
@@ -390,5 +390,5 @@ class TestTarget:
         assert {row.name for row in loratool.combine([b, a], tmp_path / "e.safetensors", target=["to_q"]).modules} == {
             "transformer.transformer_blocks.0.attn.to_q"
         }
-        with pytest.raises(InputError, match="of which --target names only some"):
+        with pytest.raises(InputError, match="--target selects only some"):
             loratool.combine([a, b], tmp_path / "f.safetensors", target=["to_q"])

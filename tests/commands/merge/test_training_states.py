@@ -99,7 +99,7 @@ class TestBases:
         told = run("convert", step, "-o", tmp_path / "told")
         assert "also holds optimizer, which is not read" in told.stderr
         quiet = run("convert", step, "-o", tmp_path / "quiet", "--drop", "optimizer")
-        assert "also holds" not in quiet.stderr and "left out: optimizer" in quiet.stdout
+        assert "also holds" not in quiet.stderr and "excluded: optimizer" in quiet.stdout
 
     def test_no_part_is_overwritten(self, tmp_path: Path, run: Any) -> None:
         state, adapter = write_actor(tmp_path / "state", MODEL), write_peft(tmp_path / "adapter", FACTORS)

@@ -94,28 +94,28 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "ending", "message"),
     [
-        ("a: 1\na: 2\n", ".yaml", "'a' is there twice"),
-        ("1: 2\n", ".yaml", "1 is no word"),
-        ("? [a]\n: 1\n", ".yaml", "is no word"),
-        ("a: &x [*x]\n", ".yaml", "an alias stands for itself"),
+        ("a: 1\na: 2\n", ".yaml", "the key 'a' occurs twice"),
+        ("1: 2\n", ".yaml", "the key 1 is not a string"),
+        ("? [a]\n: 1\n", ".yaml", "is not a string"),
+        ("a: &x [*x]\n", ".yaml", "an alias contains itself"),
         (BOMB, ".yaml", "more than 10,000 values"),
         ("[" + "x," * 500_000 + "]", ".yaml", "more than 10,000 values"),
-        ("[" * 5000, ".yaml", "nested too deep"),
-        ("a: !!python/object/apply:os.system [ls]\n", ".yaml", "is no type of a recipe's values"),
-        ("a: !!binary aGk=\n", ".yaml", "is no type of a recipe's values"),
+        ("[" * 5000, ".yaml", "nested too deeply"),
+        ("a: !!python/object/apply:os.system [ls]\n", ".yaml", "is not supported in a recipe"),
+        ("a: !!binary aGk=\n", ".yaml", "is not supported in a recipe"),
         ("a: 1\n---\nb: 1\n", ".yaml", "single document"),
         ("a: [\n", ".yml", "cannot be read"),
         ("a: \0\n", ".yaml", "cannot be read"),
-        ("- 1\n", ".yaml", "is no mapping"),
-        ("", ".yaml", "is no mapping"),
+        ("- 1\n", ".yaml", "is not a mapping"),
+        ("", ".yaml", "is not a mapping"),
         (b"\xff", ".yaml", "cannot be read"),
         ("a: " + 30 * "9", ".yaml", "too large a number"),
-        ('{"a": NaN}', ".json", "NaN is no number"),
-        ('{"a": 1, "a": 2}', ".json", "'a' is there twice"),
+        ('{"a": NaN}', ".json", "NaN is not a number"),
+        ('{"a": 1, "a": 2}', ".json", "the key 'a' occurs twice"),
         ('{"a": ' + 5000 * "9" + "}", ".json", "too large a number"),
-        ("[" * 100_000, ".json", "nested too deep"),
-        ("[1]", ".json", "is no mapping"),
-        (b" " * ((1 << 20) + 1), ".json", "bytes, and is no recipe"),
+        ("[" * 100_000, ".json", "nested too deeply"),
+        ("[1]", ".json", "is not a mapping"),
+        (b" " * ((1 << 20) + 1), ".json", "bytes, so it is not a recipe"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused(text: str | bytes, ending: str, message: str, tmp_path: Path) -> None:
@@ -173,45 +173,45 @@ def test_what_is_written_is_read_as_it_was(
     ("recipe", "message", "remedy"),
     [
         ({}, "needs a command", None),
-        ({"command": "merg"}, "merg: is no command", "did you mean merge?"),
-        ({"command": ["merge"]}, "is no command", None),
-        ({**MERGE, "max_shard_size": "5GB"}, "max_shard_size: is no word of merge", "did you mean max-shard-size?"),
-        ({**MERGE, "undo": False}, "undo: is no word of merge", "did you mean no-undo?"),
-        ({**MERGE, "dry-run": True}, "dry-run: is no word of merge", None),
+        ({"command": "merg"}, "merg: is not a command", "did you mean merge?"),
+        ({"command": ["merge"]}, "is not a command", None),
+        ({**MERGE, "max_shard_size": "5GB"}, "max_shard_size: is not a key of merge", "did you mean max-shard-size?"),
+        ({**MERGE, "undo": False}, "undo: is not a key of merge", "did you mean no-undo?"),
+        ({**MERGE, "dry-run": True}, "dry-run: is not a key of merge", None),
         ({**MERGE, "max-shard-size": "5XB"}, "max-shard-size: '5XB' is not a size", None),
         ({**MERGE, "no-undo": "yes"}, "no-undo: 'yes' is not true or false", None),
         ({**MERGE, "dtype": "fp7"}, "dtype: 'fp7' is none of keep", None),
         ({**MERGE, "tied": "maybe"}, "tied: 'maybe' is none of untie", None),
         ({**MERGE, "drop": ["extras", "x"]}, "drop: 'x' is none of", None),
         ({**MERGE, "layers": 3.5}, "layers: 3.5 is not", None),
-        ({**MERGE, "adapters": []}, "no adapter is given", None),
+        ({**MERGE, "adapters": []}, "no adapter given", None),
         (
             {**MERGE, "adapters": {"path": ADAPTER, "wight": 1}},
-            "wight: is no word of an adapter",
+            "wight: is not a key of an adapter",
             "did you mean weight?",
         ),
         ({**MERGE, "adapters": {"weight": 1}}, "adapters: an adapter needs a path", None),
         ({**MERGE, "adapters": {"path": ADAPTER, "weight": "1"}}, "the weight '1' is not a number", None),
-        ({**MERGE, "adapters": {"path": ADAPTER, "weights": 3}}, "names no adapter", None),
+        ({**MERGE, "adapters": {"path": ADAPTER, "weights": 3}}, "is not an adapter", None),
         ({"command": "merge", "base": BASE, "out": "x"}, "needs adapters", None),
-        ({**MERGE, "out": None}, "has to say where it writes", "add out: PATH"),
-        ({"command": "merge", "base": BASE, "adapters": ADAPTER}, "has to say where it writes", "add out: PATH"),
-        ({"steps": []}, "steps: is no list of steps", None),
-        ({"steps": [1]}, "is no mapping", None),
-        ({"steps": [MERGE], "out": "x"}, "out: stands beside steps", None),
-        ({"steps": [MERGE, MERGE]}, "is what step 1 writes, too", None),
+        ({**MERGE, "out": None}, "needs an output", "add out: PATH"),
+        ({"command": "merge", "base": BASE, "adapters": ADAPTER}, "needs an output", "add out: PATH"),
+        ({"steps": []}, "steps: is not a list of steps", None),
+        ({"steps": [1]}, "is not a mapping", None),
+        ({"steps": [MERGE], "out": "x"}, "out: is beside steps", None),
+        ({"steps": [MERGE, MERGE]}, "is already the output of step 1", None),
         (
             {**MERGE, "out": "{tmp}/no/out"},
             "there is no such folder",
-            "make it first, or write elsewhere with out: PATH",
+            "make it first, or choose another output with out: PATH",
         ),
-        ({**MERGE, "out": "."}, "names no file or folder of its own", "write elsewhere with out: PATH"),
-        ({**MERGE, "out": BASE}, "is what this step reads, and would be overwritten", None),
-        ({"c" * 5000: 1, **MERGE}, f"{60 * 'c'}: is no word of merge", None),
+        ({**MERGE, "out": "."}, "names no file or folder of its own", "choose another output with out: PATH"),
+        ({**MERGE, "out": BASE}, "is an input of this step, and would be overwritten", None),
+        ({"c" * 5000: 1, **MERGE}, f"{60 * 'c'}: is not a key of merge", None),
         ({**MERGE, "adapters": {"path": ADAPTER, "weight": "1" * 5000}}, "the weight '111111111111...11", None),
         (
             {"steps": [{**MERGE, "base": "{tmp}/later"}, {"command": "convert", "source": BASE, "out": "{tmp}/later"}]},
-            "is written by step 2, which comes after",
+            "is written by step 2, which runs later",
             None,
         ),
     ],
@@ -248,7 +248,7 @@ def test_no_step_overwrites_what_another_reads_or_writes(write: Write, tmp_path:
     loratool.resize(ADAPTER, tmp_path / "own", rank=4)
     before = contents(tmp_path / "own")
     first = {"command": "resize", "adapter": str(tmp_path / "own"), "rank": 2, "out": "{tmp}/first"}
-    for out, message in (("own", "is what step 1 reads"), ("first", "is what step 1 writes")):
+    for out, message in (("own", "is an input of step 1"), ("first", "is already the output of step 1")):
         second = {"command": "resize", "adapter": ADAPTER, "rank": 2, "out": str(there / out)}
         with pytest.raises(UsageError, match=f"step 2, .*{out}: {message}"):
             loratool.run(write({"steps": [first, second]}), force=True)
@@ -297,7 +297,7 @@ def test_steps_feed_each_other(write: Write, tmp_path: Path) -> None:
 
 def test_a_failure_says_what_is_kept_and_a_no_stops_the_run(write: Write, tmp_path: Path) -> None:
     wrong = {"command": "merge", "base": BASE, "adapters": "{tmp}/small", "out": "{tmp}/out", "target": "nothing_so"}
-    with pytest.raises(LoratoolError, match=r"in step 2 of 2, merge; done before, and kept: .*small"):
+    with pytest.raises(LoratoolError, match=r"in step 2 of 2, merge; the outputs of earlier steps stay: .*small"):
         loratool.run(write({"steps": [STEPS[0], wrong]}))
     assert (tmp_path / "small").exists() and not (tmp_path / "out").exists()
     no = {"command": "verify", "base": BASE, "adapters": ADAPTER, "merged": BASE}
@@ -305,7 +305,7 @@ def test_a_failure_says_what_is_kept_and_a_no_stops_the_run(write: Write, tmp_pa
     assert report.status == "wrong" and len(report.steps) == 1 and report.total == 2
     assert not (tmp_path / "never").exists()
     code, out, _ = run_command("run", tmp_path / "recipe.json")
-    assert code == 1 and out.rstrip().endswith("step 1 of 2, verify, said wrong; 1 step not run")
+    assert code == 1 and out.rstrip().endswith("step 1 of 2, verify: wrong; 1 step not run")
 
 
 CALLS = {
@@ -384,9 +384,9 @@ def test_a_saved_recipe_has_no_token() -> None:
     [
         ("r.txt", (), 2, "ends in .yaml or .json"),
         ("no/r.yaml", (), 2, "there is no such folder"),
-        ("r.yaml", ("--dry-run",), 2, "a dry run writes nothing"),
+        ("r.yaml", ("--dry-run",), 2, "a dry run writes no recipe"),
         ("there.yaml", (), 4, "exists already"),
-        ("config.json", ("--force",), 2, "is no recipe, and is not replaced"),
+        ("config.json", ("--force",), 2, "is not a recipe, so it is not replaced"),
         (".", (), 2, "ends in .yaml or .json"),
     ],
 )

@@ -341,7 +341,7 @@ FAULTS = {
     "nan in a norm": (nan_in_norm, "1 weight of an untouched tensor altered, inf or nan among them"),
     "all nan": (all_nan, "not this base"),
     "negated": (negate, "negated"),
-    "swapped whole": (swap_whole, f"it is {NAMES[1]}.weight whole"),
+    "swapped whole": (swap_whole, f"it is a copy of {NAMES[1]}.weight"),
     "skipped": (skip_one, "the delta is not applied"),
     "twice": (scaled(2.0), "applied twice, or its scale doubled"),
     "half": (scaled(0.5), "half its scale"),
@@ -353,7 +353,7 @@ FAULTS = {
     "one step": (bump(1), "1 weight altered, by up to 1 ulp"),
     "two steps": (bump(2), "1 weight altered, by up to 2 ulps"),
     "norm": (norm, "an untouched tensor altered"),
-    "base": (other_base, "another one|not this base"),
+    "base": (other_base, "another change|not this base"),
 }
 
 
@@ -427,7 +427,7 @@ def test_the_one_of_many_that_a_tensor_was_swapped_with_is_named(tmp_path: Path,
         own = tensors[f"{other}.weight" if is_whole else at]
         moved[at] = (own.double() + change(adapter, other)).to(own.dtype)
     report = loratool.verify(base, adapter, write_merged(tmp_path / "m", base, moved))
-    title = "it is {}.weight whole" if is_whole else "it has the delta of {}.weight"
+    title = "it is a copy of {}.weight" if is_whole else "it has the delta of {}.weight"
     expected = {f"{name}.weight": title.format(names[(i + 5) % len(names)]) for i, name in enumerate(names)}
     assert {tensor.name: tensor.detail for tensor in report.tensors} == expected
 
@@ -581,16 +581,16 @@ def test_an_untouched_tensor_of_another_type_is_named(tmp_path: Path) -> None:
     norm_name = f"{NAMES[0]}.norm.weight"
     wider = {**merged, norm_name: merged[norm_name].double()}
     report = loratool.verify(base, adapter, write_merged(tmp_path / "x", base, wider))
-    assert report.status == "proven" and f"{norm_name} is stored as F64 where the base has F32" in report.rounding
+    assert report.status == "proven" and f"{norm_name} is stored as F64, but as F32 in the base" in report.rounding
     tensors = {**load_model(base), norm_name: torch.full((64,), 1.0001)}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     narrow = {**merged, norm_name: tensors[norm_name].bfloat16()}
     report = loratool.verify(base, adapter, write_merged(tmp_path / "x", base, narrow))
     (wrong,) = [t for t in report.tensors if t.verdict == "wrong"]
-    assert (wrong.name, wrong.detail) == (norm_name, "an untouched tensor was rounded to BF16 and should be F32")
+    assert (wrong.name, wrong.detail) == (norm_name, "an untouched tensor was rounded to BF16, but should be F32")
     loratool.merge(base, adapter, tmp_path / "half", dtype="bf16", undo=False)
     report = loratool.verify(base, adapter, tmp_path / "half")
-    assert report.status == "proven" and report.rounding == ("stored as BF16 where the base has F32",)
+    assert report.status == "proven" and report.rounding == ("stored as BF16, but as F32 in the base",)
 
 
 @pytest.mark.parametrize("dtype", FEW_WIDE, ids=str)
@@ -784,15 +784,15 @@ def test_the_last_line_is_the_verdict_and_the_counts_agree(tmp_path: Path, run: 
     less = {name: W for name, W in merged.items() if name != NORM}
     small = write_inputs(tmp_path / "small", torch.bfloat16, relative=1e-9)[1]
     cases = [
-        (adapter, merged, "proven", 0, "4 of 4 tensors exact, 4 others are the base's"),
-        (adapter, load_model(base), "wrong", 1, f"{tmp_path / 'x'} is not {base} + {adapter}, 4 are the base's"),
-        (adapter, less, "wrong", 1, "4 exact, 1 missing, 3 are the base's"),
+        (adapter, merged, "proven", 0, "4 of 4 tensors exact, 4 others unchanged"),
+        (adapter, load_model(base), "wrong", 1, f"{tmp_path / 'x'} is not {base} + {adapter}, 4 unchanged"),
+        (adapter, less, "wrong", 1, "4 exact, 1 missing, 3 unchanged"),
         (
             adapter,
             {**merged, "z": merged[NORM] + 1},
             "wrong",
             1,
-            "4 exact, 1 extra, 4 are the base's",
+            "4 exact, 1 extra, 4 unchanged",
         ),
         (small, load_model(base), "inconclusive", 1, "the delta is below half an ulp of every weight; 4 exact, 4 are"),
     ]

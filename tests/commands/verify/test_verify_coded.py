@@ -103,7 +103,7 @@ def test_siblings_become_numbers_without_a_change(tmp_path: Path) -> None:
     loratool.merge(base, adapter, out, undo=False)
     report: Any = loratool.verify(base, adapter, out)
     assert (report.status, report.exact, report.untouched) == ("proven", 3, 1)
-    assert details(report)[K] == ("exact", "codes are written as plain numbers, BF16, without a change")
+    assert details(report)[K] == ("exact", "dequantized to BF16, without a change")
     change(out, {f"{K}.weight": lambda W: W.index_put((torch.tensor([2]), torch.tensor([5])), W[2, 6])})
     wrong: Any = loratool.verify(base, adapter, out)
     assert wrong.status == "wrong" and details(wrong)[K][0] == "wrong"
@@ -133,7 +133,7 @@ def test_numbers_that_others_decoded_and_summed_are_right_with_another_rounding(
         out = change(tmp_path / "out", {f"{n}.weight": lambda _, W=W: W for n, W in sums.items()})
         report: Any = loratool.verify(base, adapter, out)
         assert report.status == "proven", report.tensors
-        assert details(report)[K] == ("rounding", "codes read in float32, then rounded")
+        assert details(report)[K] == ("rounding", "codes dequantized in float32, then rounded")
 
 
 @pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize"])
@@ -189,7 +189,7 @@ def test_stacked_experts_like_another_model_are_proven(tmp_path: Path) -> None:
     out = tmp_path / "out"
     loratool.merge(base, adapter, out, like=like, undo=False)
     report: Any = loratool.verify(base, adapter, out)
-    assert report.status == "proven" and details(report)[stack] == ("exact", "quantized anew as fp8")
+    assert report.status == "proven" and details(report)[stack] == ("exact", "quantized again as fp8")
 
     def alter(x: Tensor) -> Tensor:
         x.view(torch.uint8)[2, 3, 7] ^= 0x80
@@ -334,7 +334,7 @@ def test_scales_of_others_prove_nothing_and_the_kept_share_is_told(tmp_path: Pat
         told = f"requantized with fresh scales: keeps {percent(((made - W) * D).sum() / (D * D).sum())} of the delta"
         assert details(report)[name] == ("requantized", told)
     W, _, made = numbers[K]
-    told = f"requantized with fresh scales: {percent((made - W).norm() / W.norm())} off the base's numbers"
+    told = f"requantized with fresh scales: {percent((made - W).norm() / W.norm())} away from the base's numbers"
     assert details(report)[K] == ("requantized", told)
 
 
@@ -385,7 +385,7 @@ def test_a_merge_that_others_quantized_is_told_by_the_kept_share(tmp_path: Path)
         made = stored[f"{name}.weight"].double() * stored[f"{name}.weight_scale"].double()
         told = f"quantized as int-quantized: keeps {percent(((made - W) * D).sum() / (D * D).sum())} of the delta"
         assert details(report)[name] == ("requantized", told)
-    assert details(report)[K][1].endswith("% off the base's numbers")
+    assert details(report)[K][1].endswith("% away from the base's numbers")
 
 
 def test_another_format_than_the_bases_is_told_by_the_kept_share(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_a_merge_like_another_model_is_proven(tmp_path: Path, vector: str) -> No
     loratool.merge(base, adapter, out, like=like, undo=False)
     report: Any = loratool.verify(base, adapter, out)
     assert report.status == "proven" and not (report.missing or report.extra), report.tensors
-    assert all(t.verdict == "exact" and t.detail.startswith("quantized anew as ") for t in report.tensors)
+    assert all(t.verdict == "exact" and t.detail.startswith("quantized again as ") for t in report.tensors)
     alone = tmp_path / "alone"
     loratool.merge(base, [(adapter, 0.0)], alone, like=like, undo=False)
     shown: Any = loratool.verify(base, adapter, alone)
@@ -564,7 +564,7 @@ def test_the_terminal_says_what_is_not_proven(tmp_path: Path) -> None:
     shown = run_command("verify", base, adapter, out)
     lines = shown.stdout.splitlines()
     assert shown.exit_code == 1 and lines[-1] == (
-        "inconclusive: codes that another program chose show the merge only about; 3 requantized, 1 are the base's"
+        "inconclusive: another program chose the codes, which prove nothing; 3 requantized, 1 unchanged"
     )
     assert any(re.match(r"self_attn\.q_proj +.*requantized with fresh scales: keeps [\d.]+ %", line) for line in lines)
     told = json.loads(run_command("verify", base, adapter, out, "--json").stdout)

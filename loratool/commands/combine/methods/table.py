@@ -93,6 +93,6 @@ METHODS: dict[str, CombineMethod] = {
 }
 
 NOT_COMPRESSED = {
-    "cat": "of the exact sum --rank is the best of that rank",
-    "della": "it draws entries by their rank in a row of the whole matrix",
+    "cat": "truncating the exact sum to --rank is better",
+    "della": "it draws entries by their order in a row of the full matrix",
 }
