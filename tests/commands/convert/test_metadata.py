@@ -223,7 +223,7 @@ def test_what_is_refused_by_name(ink: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(loratool.UsageError, match=f"(?s){why}"):
             convert(ink, out, **keywords)  # what the command calls
-    with pytest.raises(loratool.UsageError, match="would be a folder"):
+    with pytest.raises(loratool.UsageError, match="is the name of a folder"):
         loratool.edit_metadata(ink, tmp_path / "folder", set={"a": "1"})
     with pytest.raises(loratool.UsageError, match="would overwrite an input"):
         loratool.edit_metadata(ink, ink, set={"a": "1"})
