@@ -345,7 +345,7 @@ class TestCommands:
     def test_init_does_not_start_one(self, tmp_path: Path) -> None:
         base = config(tmp_path / "m").parent
         save_file({"model.layers.0.self_attn.q_proj.weight": torch.rand(8, 8)}, base / "model.safetensors")
-        with pytest.raises(UsageError, match="PEFT's format"):
+        with pytest.raises(UsageError, match="use --to peft"):
             loratool.init(base, tmp_path / "x.gguf", to="gguf")
 
     def test_extract_writes_it(self, tmp_path: Path) -> None:

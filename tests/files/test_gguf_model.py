@@ -144,7 +144,7 @@ def test_the_tokenizer_travels_from_where_it_is(tmp_path: Path, run: Run) -> Non
     assert load_model(tmp_path / "c.safetensors").keys() == llama_weights().keys()
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InputError, match="no tokenizer's files"):
+    with pytest.raises(InputError, match="no tokenizer files"):
         convert(source, tmp_path / "d", tokenizer=empty)
     with pytest.raises(UsageError, match="--tokenizer is only for GGUF models"):
         convert(write_model(tmp_path / "hf", llama_weights(), {}), tmp_path / "d", tokenizer=original)

@@ -215,7 +215,7 @@ def test_what_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
     other = write_model(tmp_path / "other", {"k.weight": weights(4, 4)}, {})
     with pytest.raises(InputError, match=r"q: of .*dora is not in .*other"):
         loratool.convert(dora, tmp_path / "b", to="peft", plain=True, base=other)
-    with pytest.raises(InputError, match="--base is the model"):
+    with pytest.raises(InputError, match="--base must be the model"):
         loratool.convert(dora, tmp_path / "b", to="peft", plain=True, base=dora)
     wrong = write_model(tmp_path / "wrong", {"q.weight": weights(10, 9)}, {})
     with pytest.raises(InputError, match=r"q.weight: .*but the base weight is \(10, 9\)"):

@@ -392,7 +392,7 @@ class TestDiff:
         blocks = kohya(tmp_path / "c.safetensors", {f"lora_unet_blocks_0_{x}": (6, 6) for x in ("ffn_0", "q")})
         names = diffusers(tmp_path / "d.safetensors", {f"transformer.blocks.0.{x}": (6, 6) for x in ("ffn.0", "to_q")})
         refused = run("diff", blocks, names)
-        assert refused.exit_code == 3 and "of no image model that is known" in refused.stderr
+        assert refused.exit_code == 3 and "the image model is unknown" in refused.stderr
 
     def test_of_an_unknown_model_equal_names_meet_and_are_not_summed(self, tmp_path: Path, run: Run) -> None:
         """ComfyUI's prefix and diffusers' before the same paths: which loader takes the sum nobody knows."""
@@ -405,7 +405,7 @@ class TestDiff:
         assert refused.exit_code == 3 and "is in the peft format, " in refused.stderr and "comfy's" in refused.stderr
 
     def test_two_models_are_two_whatever_is_selected(self) -> None:
-        with pytest.raises(InputError, match=r"its layers are transformer\.h, not model\.layers"):
+        with pytest.raises(InputError, match=r"its layers are in transformer\.h, not model\.layers"):
             loratool.diff(FIXTURES / "llama" / "adapter", FIXTURES / "gpt2" / "adapter", target=["q_proj"])
 
     @pytest.mark.parametrize("ends", [("encoder", "decoder"), ("text_encoder", "text_encoder_2")])

@@ -117,7 +117,7 @@ class TestNoise:
         assert row.rank == 3
         finer = numbers + (torch.rand(120, 90, generator=torch.Generator().manual_seed(3)) - 0.5) * scales
         tuned = write_model(tmp_path / "rounded", {NAMES[0]: (finer + D).float()}, LLAMA)
-        with pytest.raises(InputError, match="larger than noise"):
+        with pytest.raises(InputError, match="larger than rounding"):
             loratool.extract(base, tuned, tmp_path / "b", rank_rule=("noise", 1.0))
         tuned = write_model(tmp_path / "more", {NAMES[0]: (finer + 30 * D).float()}, LLAMA)
         (row,) = loratool.extract(base, tuned, tmp_path / "c", rank_rule=("noise", 1.0), allow="unrelated").modules

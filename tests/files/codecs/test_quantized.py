@@ -285,7 +285,7 @@ def test_layers_that_only_the_metadata_lists(tmp_path: Path) -> None:
     adapter = write_peft(tmp_path / "a", {"x": factors(OUT, IN, 2)})
     with pytest.raises(InputError, match=r"is quantized \(ComfyUI\)"):
         loratool.merge(tmp_path / "b.safetensors", adapter, tmp_path / "out.safetensors", dtype="bf16", undo=False)
-    with pytest.raises(InputError, match="for which a torch file has no place"):
+    with pytest.raises(InputError, match="which a torch file cannot hold"):
         loratool.convert_model(tmp_path / "b.safetensors", tmp_path / "b.bin", to="torch")
     for broken in ("[", '{"layers": 3}', "[]", "[" * 10**5):
         save_file({"y.weight": weights(4, 4)}, tmp_path / "c.safetensors", {"_quantization_metadata": broken})
@@ -307,7 +307,7 @@ def test_a_model_that_was_quantized_after_its_merge_is_not_verified(tmp_path: Pa
     base = write_model(tmp_path / "base", {**PLAIN, "x.weight": weights(OUT, IN)})
     adapter = write_peft(tmp_path / "a", {"x": factors(OUT, IN, 2)})
     merged = write_model(tmp_path / "merged", {**PLAIN, **STORED[UNREAD][0]})
-    with pytest.raises(InputError, match=r"x\..*is quantized \(EETQ int8\) but not in"):
+    with pytest.raises(InputError, match=r"x\..*is quantized \(EETQ int8\), but not in"):
         loratool.verify(base, adapter, merged)
 
 
