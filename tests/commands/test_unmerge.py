@@ -300,7 +300,7 @@ class TestRefusals:
             index["shards"][0]["name"] = name
         (merged / "loratool.undo").write_bytes(join_undo(body, index))
         before = sorted(merged.parent.iterdir())
-        self.refused(merged, "which is no file of a model")
+        self.refused(merged, "which is not a file of a model")
         assert sorted(merged.parent.iterdir()) == before
 
     @pytest.mark.parametrize(

@@ -399,7 +399,7 @@ def test_a_file_that_no_merge_edits(resized: Case, tmp_path: Path, name: str, pl
         body, index["side"][name] = add_blob(body, b"{}")
     else:
         index["new_side"].append(name)
-    damaged(resized, resized.forge(index, body), tmp_path, f"it names '{name}', which is no file of a model")
+    damaged(resized, resized.forge(index, body), tmp_path, f"it names '{name}', which is not a file of a model")
     assert not (tmp_path / "back").exists()
 
 
@@ -425,7 +425,7 @@ def test_a_shard_that_is_not_named_as_weights(tmp_path: Path, name: str) -> None
     weight_map = case.body[at:].replace(other.encode(), name.encode())
     body, index["side"]["model.safetensors.index.json"] = add_blob(case.body[:at], weight_map)
     index["shards"][0]["name"] = name
-    damaged(case, case.forge(index, body), tmp_path, f"it names '{name}', which is no file of a model")
+    damaged(case, case.forge(index, body), tmp_path, f"it names '{name}', which is not a file of a model")
 
 
 def test_what_a_forger_of_all_hashes_reaches(resized: Case, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_an_index_that_is_not_that_of_the_files(undo: Path, case: str) -> None:
         data = json.dumps(content).encode().ljust(length)
         body, digest = body[:at] + data + body[at + length :], hashlib.sha256(data).hexdigest()
     undo.write_bytes(join_undo(body, {**index, "side": {**index["side"], name: [at, length, digest]}}))
-    assert f"it names '{name}', which is no file of a model that a merge edits" in str(refusal(undo))
+    assert f"it names '{name}', which is not a file of a model that a merge edits" in str(refusal(undo))
 
 
 def test_a_record_of_what_was_not_in_the_base(undo: Path) -> None:

@@ -239,7 +239,7 @@ def _check_names(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile]
         taken = name in shards and name not in held and (last.startswith(".") or not last.endswith(ends))
         fits = prefix_of(name) in folders or is_of_tokenizer(name) or _is_module(merged, name)
         if not fits or taken:
-            raise InputError(f"it names {name!r}, which is no file of a model", culprit=str(undo.path))
+            raise InputError(f"it names {name!r}, which is not a file of a model", culprit=str(undo.path))
     if merged.given_as_file:
         return
     for name in undo.index["new_side"]:

@@ -139,7 +139,7 @@ def test_a_forged_undo_file_restores_no_other_weights(tmp_path: Path, name: str)
     body, index = split_undo(undo.read_bytes())
     body, index["side"][name] = add_blob(body, b"forged")
     undo.write_bytes(join_undo(body, index))
-    with pytest.raises(loratool.InputError, match=f"it names '{name}', which is no file of a model"):
+    with pytest.raises(loratool.InputError, match=f"it names '{name}', which is not a file of a model"):
         loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back")
 
 
