@@ -21,6 +21,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_command
 from lib import guide_tables, markdown
+from lib.messages import is_said, says
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -270,6 +271,226 @@ class TestGuide:
             call, cwd=installed, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True
         )
         assert done.returncode == 0 and (installed / "x.html").stat().st_size > 300_000, done.stderr
+
+
+# how an entry of `troubleshooting` begins -> a command that meets it, in the folder of `troubled`
+ERRORS = {
+    "no command ...": "merg demo/base demo/adapter",
+    "... is none of ...": "merge demo/base demo/adapter -o x --dtype int8",
+    "names no module of": "merge demo/base demo/adapter -o x --target q_prj",
+    "names no layer of": "merge demo/base demo/adapter -o x --layers 7",
+    "no module of any adapter is selected": "merge demo/base demo/adapter -o x --exclude *",
+    "... exclude each other": "resize demo/adapter --rank 4 --energy 0.9 -o x",
+    "there is no device": "extract demo/base demo/tuned -o x --device cuda:99",
+    "no such file or folder": "merge demo/base demo/adaptr -o x",
+    "exists already": "merge demo/base demo/adapter -o merged",
+    "holds ...; --force replaces a model's files": "merge demo/base demo/adapter -o notes --force",
+    "the output would overwrite an input": "merge demo/base demo/adapter -o demo/base --force",
+    "there is no such folder to write into": "merge demo/base demo/adapter -o no/such/x",
+    ".txt is no name for a safetensors file": "merge demo/base demo/adapter -o x.txt",
+    "is a Git-LFS pointer": "merge demo/base pointer -o x",
+    "is an HTML page": "inspect page.safetensors",
+    "is a text, not weights": "inspect demo/README.md",
+    "is cut off: the header describes": "inspect cut",
+    "claims a header of ... bytes in a file of": "inspect shorter",
+    "is damaged, cut off or not a file of torch.save": "inspect cut.bin",
+    "is not valid JSON": "merge demo/base unreadable -o x",
+    "names ..., which is missing": "merge unfinished demo/adapter -o x",
+    "is stale: it puts": "merge stale demo/adapter -o x",
+    "holds several checkpoints": "merge without-index demo/adapter -o x",
+    "holds several adapters": "inspect demo",
+    "is an empty folder": "inspect empty",
+    "holds no weights": "merge demo/base config-alone -o x",
+    "is a config alone": "inspect demo/base/config.json",
+    "holds nan or inf": "merge demo/base nan -o x",
+    "has no adapter_config.json beside it": "merge demo/base without-config -o x",
+    "the adapter does not say its alpha": "merge demo/base without-alpha -o x",
+    "--alpha ... contradicts the config's": "merge demo/base demo/adapter -o x --alpha 8",
+    "the config says rank ..., but A is": "merge demo/base of-another -o x",
+    "was started on ..., from which its factors": "merge demo/base pissa -o x",
+    "is a ... adapter, which adds keys and values": "merge demo/base prefix -o x",
+    "is a ... adapter, which multiplies weights by a matrix": "merge demo/base oft -o x",
+    "is an adapter, but the first argument is the base model": "merge demo/adapter demo/base -o x",
+    "is a model, not an adapter": "merge demo/base demo/tuned -o x",
+    "... of ... modules are not in the base": "merge demo/base demo/gpt2/adapter -o x",
+    "A is ... and B is ... in ..., but the base weight is": "merge demo/base misplaced -o x",
+    "is an adapter for SDXL": "merge demo/base demo/sdxl/adapter.safetensors -o x",
+    "is BF16 in the base, and a merge into another type": "merge demo/base demo/style -o x --dtype fp32",
+    "... weights become infinite in F16": "merge demo/sdxl/base.safetensors demo/sdxl/adapter.safetensors:1e9 -o x",
+    "has no undo file": "unmerge demo/base demo/adapter -o x",
+    "was merged with weight ..., not": "unmerge merged demo/adapter:0.5 -o x",
+    "is not an adapter of the merge": "unmerge merged demo/style -o x",
+    "was not part of the merge": "unmerge merged demo/adapter demo/style -o x",
+    "is not what the merge wrote": "unmerge edited demo/adapter -o x",
+    "is cut off or damaged": "unmerge cut-undo demo/adapter -o x",
+    "has no quantized weights": ("merge demo/base demo/adapter -o x --like demo/tuned --no-undo"),
+    "a merge that is written like another model cannot be undone": "merge demo/base demo/adapter -o x --like demo/fp8",
+    "a checkpoint is converted to safetensors or torch": "convert demo/base --to gguf -o x.gguf",
+    "is an adapter, and needs --to": "convert demo/adapter -o x",
+    "is no adapter of an image model": "convert demo/adapter --to kohya -o x.safetensors",
+    "... modules of ... cannot be carried to": "convert demo/sdxl/adapter.safetensors --to peft -o x",
+    "... modules of ... are more than ... files can hold": "convert full --to gguf --base demo/base -o x.gguf",
+    "is DoRA, whose change": "convert dora --to peft --plain -o x",
+    "has transformers' names": "convert demo/adapter --to gguf -o x.gguf",
+    "kohya adapters are single files": "convert demo/sdxl/adapter.safetensors --to kohya -o x",
+    "vLLM ... serves ... without adapters": "convert demo/adapter --for vllm --base demo/gpt2/base -o x",
+    "give --rank, --energy, --params or --size": "resize demo/adapter -o x",
+    "the two models are equal": "extract demo/base demo/base -o x",
+    "the delta is ... times the base": "extract demo/base far --rank 2 -o x",
+    "no tensor of one side has a name of the other": "extract demo/base demo/gpt2/tuned -o x",
+    "has no module in common with": "combine demo/adapter demo/gpt2/adapter -o x",
+    "is dora in ..., lora in": "combine dora demo/adapter -o x",
+    "pissa takes its factors out of the base": "init demo/base --method pissa -o x",
+    "is ... x ..., and rank ... is more than it can have": "init demo/base --rank 1000 -o x",
+    "names no weight of the base that could have an adapter": "init demo/base --target foo -o x",
+    "no such file or folder, nor in the Hugging Face cache": "inspect org/none",
+    "is a link, and only those of the hub's pages": "inspect https://example.com/model",
+}
+
+MAKE_TROUBLE = r"""
+mkdir notes empty config-alone pointer
+echo mine > notes/notes
+cp demo/adapter/adapter_config.json config-alone
+printf 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n' > pointer/adapter_model.safetensors
+cp demo/adapter/adapter_config.json pointer
+printf '<!DOCTYPE html><html>' > page.safetensors
+printf 'PK\003\004 and no more than this' > cut.bin
+for name in cut shorter unreadable nan without-config without-alpha of-another prefix oft; do
+  cp -r demo/adapter $name
+done
+head -c 100000 demo/adapter/adapter_model.safetensors > cut/adapter_model.safetensors
+head -c 3000 demo/adapter/adapter_model.safetensors > shorter/adapter_model.safetensors
+echo '{' > unreadable/adapter_config.json
+head -c -4 demo/adapter/adapter_model.safetensors > nan/adapter_model.safetensors
+printf '\000\000\300\177' >> nan/adapter_model.safetensors
+rm without-config/adapter_config.json
+sed -i.old 's/, *"lora_alpha": 16//; s/"r": 8,/"r": 8/; /"lora_alpha"/d' without-alpha/adapter_config.json
+sed -i.old 's/"r": 8/"r": 16/' of-another/adapter_config.json
+sed -i.old 's/"LORA"/"PREFIX_TUNING"/' prefix/adapter_config.json
+sed -i.old 's/"LORA"/"OFT"/' oft/adapter_config.json
+for name in unfinished stale without-index; do cp -r demo/base $name; done
+rm unfinished/model-00002-of-00002.safetensors without-index/model.safetensors.index.json
+sed -i.old 's/"model.norm.weight": "model-00002/"model.norm.weight": "model-00001/' stale/model.safetensors.index.json
+for name in edited cut-undo; do cp -r merged $name; done
+head -c -1 merged/model-00001-of-00002.safetensors > edited/model-00001-of-00002.safetensors
+printf '\001' >> edited/model-00001-of-00002.safetensors
+head -c 5000 merged/loratool.undo > cut-undo/loratool.undo
+"""
+
+
+@pytest.fixture(scope="module")
+def troubled(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `demo/`, and beside it all that a user's folder can have wrong."""
+    folder = tmp_path_factory.mktemp("troubled")
+    shutil.copytree(demo, folder / "demo")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        loratool.merge("demo/base", "demo/adapter", "merged")
+        loratool.merge("demo/base", {"demo/adapter": 1e6}, "far", undo=False)
+        loratool.init("demo/base", "dora", dora=True)
+        loratool.init("demo/base", "pissa", method="pissa", residual="residual")
+        loratool.extract("demo/base", "demo/tuned", "full", rank=4)
+        loratool.convert("demo/style", "misplaced", to="peft", rename=["re:self_attn.q_proj=mlp.up_proj"])
+    done = subprocess.run(["bash", "-euc", MAKE_TROUBLE], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+class TestTroubleshooting:
+    """The page quotes how errors begin. Who rewords a message finds the quote here, and changes it on the page."""
+
+    QUOTES = re.findall(r"^- `([^`]+)`: ", TEXTS["troubleshooting"], re.MULTILINE)
+
+    def test_it_has_the_errors_that_most_users_meet(self) -> None:
+        assert len(self.QUOTES) == len({*self.QUOTES}) >= 60
+        assert len(self.QUOTES) == len(re.findall("^- `", TEXTS["troubleshooting"], re.MULTILINE))
+
+    @pytest.mark.parametrize("quote", QUOTES)
+    def test_a_message_of_the_code_begins_so(self, quote: str) -> None:
+        if quote not in ERRORS:
+            assert is_said(quote), f"loratool/guides/troubleshooting.md: no message begins with {quote!r}"
+
+    @pytest.mark.parametrize("quote", ERRORS)
+    def test_a_command_ends_with_it(self, quote: str, troubled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert quote in self.QUOTES
+        monkeypatch.chdir(troubled)
+        before = sorted(troubled.iterdir())
+        result = run_command(*ERRORS[quote].split())
+        opening = ".+?".join(map(re.escape, quote.split("...")))
+        first = result.stderr.partition("\n")[0]
+        assert re.match(f"error: (.*: )?{opening}", first), f"loratool {ERRORS[quote]}: {quote!r} is not in {first!r}"
+        assert result.exit_code in range(2, 6) and sorted(troubled.iterdir()) == before
+
+    def test_what_begins_so(self) -> None:
+        """The comparison itself: it must not pass all."""
+        text = ("is cut off: it has ", " bytes, and should have ", "")
+        for quote in ("is cut off: it has", "is cut off: it has ... bytes", "is cut off: it has ... bytes, and should"):
+            assert says(text, quote)
+        for quote in ("is cut off: it", "is cut off: it has 5 bytes"):
+            assert says(text, quote)
+        for quote in ("is cut off", "is cut: it has ... bytes", "is cut off: it has ... pages", "cut off: it has ..."):
+            assert not says(text, quote)
+        assert says(("", " exclude each other"), "... exclude each other")
+        assert not says(("", ""), "... exclude each other") and not says(("exists",), "exists already, and so on")
+        assert not any(map(is_said, ("exists no more in this place", "is a Git-LFS painter", "the two models differ")))
+
+
+class TestAnswers:
+    """The pages that lead to others: `index`, `glossary`, `switching` and `troubleshooting`."""
+
+    PAGES = ("index", "glossary", "switching", "troubleshooting")
+
+    @pytest.mark.parametrize("name", PAGES)
+    def test_their_commands_have_only_options_that_there_are(self, name: str) -> None:
+        codes = re.findall(r"`loratool ([a-z]+ [^`|]*)`", BLOCK.sub("", TEXTS[name]))
+        assert codes or name == "glossary"
+        for verb, *arguments in map(shlex.split, codes):
+            command = cli.get_command(click.Context(cli), verb)
+            assert command, verb
+            command.make_context(verb, list(arguments))
+
+    def test_the_index_leads_to_every_page(self) -> None:
+        rows = [line for line in TEXTS["index"].splitlines() if re.match(r"\| [a-z]", line)]
+        assert len(rows) >= 40 and all(re.search(r"\]\([\w-]+\.md\) \|$", row) for row in rows)
+        assert set(re.findall(r"\]\(([\w-]+)\.md\)", TEXTS["index"])) == {*TOPICS} - {"index"}
+
+    def test_the_glossary_is_in_order_and_names_the_page_of_each_word(self) -> None:
+        for section in TEXTS["glossary"].split("\n## ")[1:]:
+            entries = re.findall(r"^- \*\*(.+?)\*\*: (.*?)(?=^- |\Z)", section, re.MULTILINE | re.DOTALL)
+            assert [word for word, _ in entries] == sorted((word for word, _ in entries), key=str.lower)
+            for word, text in entries:
+                (page,) = re.findall(r"\]\(([\w-]+)\.md\)", text)
+                names = re.split(r", ", word.lower().partition(" of ")[0])
+                assert any(name.rstrip("s") in " ".join(TEXTS[page].lower().split()) for name in names), word
+
+    def test_what_is_said_of_peft(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its merge has another rounding, and its weights another meaning; by peft as it is installed."""
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        monkeypatch.chdir(place)
+
+        def wrapped() -> Any:
+            base = AutoModelForCausalLM.from_pretrained("demo/base", dtype=torch.bfloat16)
+            return PeftModel.from_pretrained(base, "demo/adapter", "a")
+
+        exact = []
+        for model, options in ((wrapped(), {}), (wrapped(), {"safe_merge": True}), (wrapped().to(torch.bfloat16), {})):
+            model.merge_and_unload(**options).save_pretrained("theirs")
+            rows = loratool.verify("demo/base", "demo/adapter", "theirs").tensors
+            assert {row.verdict for row in rows} <= {"exact", "rounding"} and len(rows) == 21
+            exact.append(sum(row.verdict == "exact" for row in rows))
+        assert exact == [20, 0, 0]
+        model, strengths = wrapped(), {}
+        model.load_adapter("demo/adapter", "b")
+        for kind in ("cat", "linear"):
+            model.add_weighted_adapter(["a", "b"], [0.7, 0.3], kind, combination_type=kind)
+            model.save_pretrained("sums", selected_adapters=[kind])
+            report = loratool.diff(f"sums/{kind}", "demo/adapter")
+            strengths[kind] = report.norm_a / report.norm_b
+            assert kind == "linear" or 0.001 < report.relative < 0.003
+        assert strengths == pytest.approx({"cat": 1, "linear": 1.9165}, rel=1e-3)
 
 
 class TestInCI:

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent.parent / "guides"
 
 # kind of page -> its pages, in the order in which they are listed
 PAGES = {
-    "Tutorial": ("tutorial",),
+    "Start": ("index", "tutorial"),
     "How-to": (
         "healthy",
         "undo",
@@ -35,6 +35,9 @@ PAGES = {
         "before-training",
     ),
     "Reference": (
+        "troubleshooting",
+        "switching",
+        "glossary",
         "merging",
         "extract",
         "init-and-resize",
