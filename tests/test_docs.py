@@ -287,7 +287,7 @@ ERRORS = {
     "holds ...; --force replaces a model's files": "merge demo/base demo/adapter -o notes --force",
     "the output would overwrite an input": "merge demo/base demo/adapter -o demo/base --force",
     "there is no such folder to write into": "merge demo/base demo/adapter -o no/such/x",
-    ".txt is no name for a safetensors file": "merge demo/base demo/adapter -o x.txt",
+    ".txt is not a suffix of a safetensors file": "merge demo/base demo/adapter -o x.txt",
     "is a Git-LFS pointer": "merge demo/base pointer -o x",
     "is an HTML page": "inspect page.safetensors",
     "is a text, not weights": "inspect demo/README.md",
@@ -301,7 +301,7 @@ ERRORS = {
     "holds several adapters": "inspect demo",
     "is an empty folder": "inspect empty",
     "holds no weights": "merge demo/base config-alone -o x",
-    "is a config alone": "inspect demo/base/config.json",
+    "is only a config": "inspect demo/base/config.json",
     "holds nan or inf": "merge demo/base nan -o x",
     "has no adapter_config.json beside it": "merge demo/base without-config -o x",
     "the adapter does not say its alpha": "merge demo/base without-alpha -o x",
@@ -327,7 +327,7 @@ ERRORS = {
     "a merge that is written like another model cannot be undone": "merge demo/base demo/adapter -o x --like demo/fp8",
     "a checkpoint is converted to safetensors or torch": "convert demo/base --to gguf -o x.gguf",
     "is an adapter, and needs --to": "convert demo/adapter -o x",
-    "is no adapter of an image model": "convert demo/adapter --to kohya -o x.safetensors",
+    "is not an adapter of a known image model": "convert demo/adapter --to kohya -o x.safetensors",
     "... modules of ... cannot be carried to": "convert demo/sdxl/adapter.safetensors --to peft -o x",
     "... modules of ... are more than ... files can hold": "convert full --to gguf --base demo/base -o x.gguf",
     "is DoRA, whose change": "convert dora --to peft --plain -o x",
@@ -344,7 +344,7 @@ ERRORS = {
     "is ... x ..., and rank ... is more than it can have": "init demo/base --rank 1000 -o x",
     "names no weight of the base that could have an adapter": "init demo/base --target foo -o x",
     "no such file or folder, nor in the Hugging Face cache": "inspect org/none",
-    "is a link, and only those of the hub's pages": "inspect https://example.com/model",
+    "is a link, but only links to the hub's pages": "inspect https://example.com/model",
 }
 
 MAKE_TROUBLE = r"""
