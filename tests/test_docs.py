@@ -190,10 +190,8 @@ class TestPages:
         links = {verb: f"[{name}](loratool/guides/{name}.md)" for verb, name in GUIDES.items()}
         rows = [f"| `{verb}` | {line} | {links.get(verb, '')} |\n" for verb, line in COMMANDS.items()]
         assert "".join(["| command | | guide |\n", "|---|---|---|\n", *rows]) in TEXTS["README"]
-        assert len(without_pictures("README").splitlines()) <= 143 + len(rows)
-
-    def test_the_readme_leads_to_every_guide(self) -> None:
-        assert set(re.findall(r"\]\(loratool/guides/([\w-]+)\.md\)", TEXTS["README"])) == set(TOPICS)
+        assert len(TEXTS["README"].splitlines()) <= 160
+        assert "(loratool/guides/index.md)" in TEXTS["README"], "it leads to every page"
 
     @pytest.mark.parametrize(
         "path",
