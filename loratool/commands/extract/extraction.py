@@ -110,7 +110,8 @@ class Extraction:
         while wanted := self._more():
             turn += 1
             self._factor_each(turn, wanted)
-        self._work.job.exit_unless_rank0()
+        if self._rule not in RANK_RULES:  # else the others have left
+            self._work.job.hand_over("factors read")  # rank 0 removes the journal, which a slow rank may still read
 
     def _first_rank(self) -> int:
         if self._rule == "rank":

@@ -6,6 +6,7 @@ import errno
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import loratool
 from loratool import UsageError
 from loratool.adapters.formats.peft import Peft
 from loratool.commands.extract import extraction
+from loratool.durable.journal import Journal
 from loratool.durable.partial import journal_path, partial_path
 from loratool.streaming.ranks import RankDone
 
@@ -148,6 +150,21 @@ def test_ranks_find_what_one_process_finds(
     assert first == wanted and files(tmp_path / "out") == written
     assert [type(each) for each in others] == [RankDone] * (count - 1), others
     assert left(tmp_path) == ["out"]
+
+
+def test_a_rank_that_reads_the_results_late_still_finds_them(
+    sides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0, which needs them only to write the adapter, removes the journal at its end."""
+    read_all = Journal.read_all
+
+    def late(self: Journal, ranks: int) -> None:
+        time.sleep(0.3 if self._rank else 0)
+        read_all(self, ranks)
+
+    monkeypatch.setattr(Journal, "read_all", late)
+    _, other = on_ranks(2, lambda job: loratool.extract(sides / "base", sides / "tuned", tmp_path / "out", params=4000))
+    assert type(other) is RankDone, other
 
 
 @pytest.mark.slow
