@@ -465,7 +465,9 @@ def test_a_folder_of_numbers_has_the_hub_s_experts(tmp_path: Path, model_type: s
     assert all(torch.equal(made[name].float(), W) for name, W in {**split, **rest}.items())
 
 
-@pytest.mark.parametrize(("model_type", "said"), [("deepseek_v3", "keeps mlx-lm's names"), ("qwen3_next", "1 added")])
+@pytest.mark.parametrize(
+    ("model_type", "said"), [("deepseek_v3", "keeps mlx-lm's names"), ("qwen3_next", "norms plus 1")]
+)
 def test_a_folder_that_keeps_mlx_s_names_is_told(tmp_path: Path, model_type: str, said: str) -> None:
     tensors = {"model.layers.0.mlp.switch_mlp.up_proj.weight": ints(3, 4, 4)}
     base = write_model(tmp_path / "base", tensors, {"model_type": model_type}, metadata={"format": "mlx"})

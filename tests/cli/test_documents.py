@@ -227,7 +227,7 @@ def test_no_stream_is_an_output(files: Files) -> None:
         lambda: loratool.merge(files.base, [files.adapter], "-"),
         lambda: loratool.resize(files.adapter, "-", rank=1),
     ):
-        with pytest.raises(loratool.UsageError, match="no stream"):
+        with pytest.raises(loratool.UsageError, match="a stream cannot be"):
             call()
 
 

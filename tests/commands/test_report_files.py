@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "a link": (linked, "is a link, which a file would replace\nchoose another file with --html"),
     "a folder": (folder, "is a folder, which a file would replace\nchoose another file with --html"),
-    "too long": (lambda path: path.with_name("x" * 250 + ".html"), "is too long a name"),
+    "too long": (lambda path: path.with_name("x" * 250 + ".html"), "has a name of 255 bytes"),
 }
 
 

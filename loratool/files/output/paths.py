@@ -320,8 +320,8 @@ def _require_short(path: Path, remedy: str) -> None:
             os.lstat(place)
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                added = f"{place.name.removeprefix(path.name)} is added to it while it is written"
-                message = f"is too long a name ({len(os.fsencode(path.name))} bytes): {added}"
+                added = f"{place.name.removeprefix(path.name)}, which is added while it is written"
+                message = f"has a name of {len(os.fsencode(path.name))} bytes, too long with {added}"
                 raise UsageError(message, culprit=str(path), remedy=f"shorten it, or {remedy}") from error
 
 

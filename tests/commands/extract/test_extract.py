@@ -580,4 +580,4 @@ def test_a_change_of_no_low_rank_is_called_so(tmp_path: Path) -> None:
         assert row.kept * float(D.square().sum()) >= 0.9999 * optimum(D, 8)
         if row.rank_90 is not None:
             assert row.rank_90 > 8
-    assert any("no low rank" in warning for warning in report.warnings)
+    assert any("its rank is not low" in warning for warning in report.warnings)

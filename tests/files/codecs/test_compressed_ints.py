@@ -266,7 +266,7 @@ def test_the_codes_of_others_are_left_to_them(tmp_path: Path, other: str) -> Non
 def test_an_order_of_groups_beside_one_scale_of_all(tmp_path: Path) -> None:
     tensors = damaged(damaged(PACKED, "x.weight_zero_point", None), "x.weight_scale", torch.ones(1))
     fault = opened(tmp_path, tensors, config(4, 32)).faults["x.weight_packed"]
-    assert fault == "x.weight_g_idx stands beside x.weight_scale of (1,), which has no groups"
+    assert fault == "x.weight_g_idx is beside x.weight_scale of (1,), which has no groups"
 
 
 @pytest.mark.parametrize("other", ["bitmask", "scale_packed"])
