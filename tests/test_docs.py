@@ -520,7 +520,7 @@ class TestInCI:
             last = file.read(1)[0]
             file.seek(-1, os.SEEK_END)
             file.write(bytes([last ^ 64]))
-        for name in ("The bytes are those that were released", "The result is the base with the adapter"):
+        for name in ("The files have the expected hashes", "The result is the base plus the adapter"):
             assert in_shell(runs[name], scratch, place, **job["env"]).returncode == 1
 
     @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
