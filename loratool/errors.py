@@ -25,6 +25,11 @@ _SECRET = re.compile(
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # as the hub makes them
 
 
+def with_article(noun: str) -> str:
+    """Return a noun after "a" or "an". X counts as a vowel, because names such as XLORA begin with the letter."""
+    return f"{'an' if noun[:1].upper() in tuple('AEIOX') else 'a'} {noun}"
+
+
 def without_credentials(text: str) -> str:
     """Return a text without the users and queries of links, and without tokens of the hub.
 

@@ -307,7 +307,7 @@ ERRORS = {
     "the config says rank ..., but A is": "merge demo/base of-another -o x",
     "was initialized on ..., from which its factors": "merge demo/base pissa -o x",
     "is a ... adapter, which adds keys and values": "merge demo/base prefix -o x",
-    "is a ... adapter, which multiplies weights by a matrix": "merge demo/base oft -o x",
+    "is an OFT adapter, which multiplies weights by a matrix": "merge demo/base oft -o x",
     "is an adapter, but the first argument": "merge demo/adapter demo/base -o x",
     "is a model, not an adapter": "merge demo/base demo/tuned -o x",
     "... of ... modules are not in the base": "merge demo/base demo/gpt2/adapter -o x",
@@ -318,6 +318,7 @@ ERRORS = {
     "has no undo file": "unmerge demo/base demo/adapter -o x",
     "was merged with weight ..., not": "unmerge merged demo/adapter:0.5 -o x",
     "is not an adapter of the merge": "unmerge merged demo/style -o x",
+    "the merge also used": "unmerge two demo/adapter -o x",
     "was not part of the merge": "unmerge merged demo/adapter demo/style -o x",
     "is not what the merge wrote": "unmerge edited demo/adapter -o x",
     "is cut off or damaged": "unmerge cut-undo demo/adapter -o x",
@@ -384,6 +385,7 @@ def troubled(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         loratool.merge("demo/base", "demo/adapter", "merged")
+        loratool.merge("demo/base", ["demo/adapter", "demo/style"], "two")
         loratool.merge("demo/base", {"demo/adapter": 1e6}, "far", undo=False)
         loratool.init("demo/base", "dora", dora=True)
         loratool.init("demo/base", "pissa", method="pissa", residual="residual")

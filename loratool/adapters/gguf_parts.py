@@ -18,7 +18,7 @@ from ..architectures.gguf.table import ROW_ORDERS, Architecture, Facts, Weight
 from ..architectures.heads import text_fields
 from ..architectures.prefixes import CONTAINER_PREFIXES, module_path
 from ..architectures.renames import canonical
-from ..errors import InputError
+from ..errors import InputError, with_article
 
 ARCHITECTURE = "general.architecture"  # the field of a GGUF file that names it
 EMBEDDING = "token_embd"  # the only weight that GGUF's adapters store transposed
@@ -48,9 +48,9 @@ class GgufModel:
         """
         architecture = architecture_of(config)
         if architecture is None:
-            what = config.get("model_type") or "model without a model_type"
+            what = with_article(config.get("model_type") or "model without a model_type")
             known = ", ".join(kind for each in ARCHITECTURES.values() for kind in (*each.model_types, *each.wrappers))
-            raise InputError(f"is a {what}, whose names and rows in GGUF are unknown (known are {known})", culprit=name)
+            raise InputError(f"is {what}, whose names and rows in GGUF are unknown (known are {known})", culprit=name)
         facts, fields = Facts.of_config(config), text_fields(config)
         if lacking := architecture.missing_facts(facts):
             raise InputError(f"its config.json does not tell its {' and '.join(lacking)}", culprit=name)

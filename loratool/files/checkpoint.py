@@ -9,6 +9,7 @@ A diffusers pipeline is a folder of such folders. Its tensors are named `unet/co
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, suppress
@@ -63,6 +64,8 @@ from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
     import torch
+
+SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
 
 # of the layers of GPT-2: their weights are (in, out), but the layers that quantizers replace them with are not
 TRANSPOSED = "it is of a layer that stores (in, out), and the layout of its codes is unknown"
@@ -343,9 +346,11 @@ def find_weights(path: Path) -> Path:
         refuse_rank_file(part)
     if indexes or files:
         names = ", ".join(p.name for p in (indexes or files)[:4])
-        raise InputError(
-            f"holds several checkpoints ({names}, ...)", culprit=str(path), remedy="name one of these files"
-        )
+        shard = None if indexes else next(filter(None, (SHARD.fullmatch(each.name) for each in files)), None)
+        remedy = "give the path of one of these files"
+        if shard:
+            remedy = f"copy {shard['stem']}.safetensors.index.json of the same model into it: these files are shards"
+        raise InputError(f"holds several checkpoints ({names}, ...)", culprit=str(path), remedy=remedy)
     pickled = [path / name for name in TORCH_NAMES if (path / name).is_file()]
     if not pickled and (state := find_state(path)):
         return state

@@ -239,7 +239,7 @@ def test_a_method_of_peft_that_the_table_lacks(tmp_path: Path) -> None:
     folder = write_peft(tmp_path / "a", {"x": (weights(2, 4), weights(6, 2))}, peft_type="OF_TOMORROW")
     report = report_of(folder)
     assert (report.method, report.title, report.outcome) == ("OF_TOMORROW", "OF_TOMORROW", "neither")
-    with pytest.raises(InputError, match="is a OF_TOMORROW adapter, which is not supported"):
+    with pytest.raises(InputError, match="is an OF_TOMORROW adapter, which is not supported"):
         open_adapter(folder)
 
 

@@ -185,7 +185,10 @@ class TestRefusals:
         other = shutil.copytree(adapter, tmp_path / "other")
         tensors = load_file(other / "adapter_model.safetensors")
         save_file({k: v + 1 for k, v in tensors.items()}, other / "adapter_model.safetensors")
-        self.refused(merged, "other: is not an adapter of the merge, which used adapter \(sha256", other)
+        self.refused(merged, r"other: is not an adapter of the merge, which used adapter \(sha256", other)
+        both = loratool.merge(FIXTURES / "llama" / "base", [adapter, (other, -0.2)], tmp_path / "both").out
+        for given, missing in ((adapter, r"other .* with weight -0\.2"), ((other, -0.2), "adapter .* with weight 1")):
+            self.refused(Path(both), rf"loratool\.undo: the merge also used {missing}", given)
         self.refused(merged, "merged with weight 1, not 0.5", (adapter, 0.5))
         self.refused(merged, "was not part of the merge", [adapter, other])
         config = json.loads((adapter / "adapter_config.json").read_text())

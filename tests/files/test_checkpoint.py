@@ -43,6 +43,20 @@ def test_a_folder_is_a_mapping_of_its_tensors(tmp_path: Path, shards: int) -> No
         checkpoint["absent"]
 
 
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    """The remedy names the index that is missing; two models in one folder have no such remedy."""
+    folder = write_model(tmp_path / "m", TENSORS, {"model_type": "llama"}, 2)
+    (folder / INDEX).unlink()
+    with pytest.raises(InputError, match="holds several checkpoints") as error:
+        open_checkpoint(folder)
+    assert error.value.remedy == f"copy {INDEX} of the same model into it: these files are shards"
+    for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
+        file.rename(folder / f"{number}.safetensors")
+    with pytest.raises(InputError, match="holds several checkpoints") as error:
+        open_checkpoint(folder)
+    assert error.value.remedy == "give the path of one of these files"
+
+
 BROKEN = {
     "missing shard": ({"layers__0__weight": "gone.safetensors"}, "gone.safetensors, which is missing"),
     "stale name": ({"layers__9__weight": "model-00001-of-00002.safetensors"}, "no shard has it"),

@@ -25,7 +25,7 @@ from ...architectures.renames import canonical
 from ...architectures.roles import EMBEDDINGS
 from ...architectures.ties import INPUT_EMBEDDINGS
 from ...durable.fileio import require_free_space, write_file
-from ...errors import InputError, NeedsFlag, UsageError, brief
+from ...errors import InputError, NeedsFlag, UsageError, brief, with_article
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig, named_base
@@ -150,7 +150,8 @@ class Mlx(Format):
     def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:
         types = tuple(nested_configs(model))
         if types and mlx_names(types) is None:
-            return (f"mlx-lm's names for a {types[0]} are unknown here, and it refuses names that it does not have",)
+            model = with_article(types[0])
+            return (f"mlx-lm's names for {model} are unknown here, and it refuses names that it does not have",)
         if not types:
             return ("the module names are copied unchanged; with --base BASE they become mlx-lm's",)
         return ()
@@ -244,12 +245,14 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
     names = mlx_names(types)
     if types and names is None:
         raise InputError(
-            f"is for a {types[0]}, for which mlx-lm may store other numbers", culprit=str(file.path), remedy=FUSE
+            f"is for {with_article(types[0])}, for which mlx-lm may store other numbers",
+            culprit=str(file.path),
+            remedy=FUSE,
         )
     if names and (names.shifted or names.scaled):
         what = "its norms with 1 added" if names.shifted else "its weights multiplied by numbers of the config"
         raise InputError(
-            f"is for a {types[0]}, for which mlx-lm stores {what}",
+            f"is for {with_article(types[0])}, for which mlx-lm stores {what}",
             culprit=str(file.path),
             remedy=FUSE,
         )
@@ -262,7 +265,8 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
             stores_transposed(types, path) if len(spec.shape) == 2 else not TRANSPOSED_EXPERTS.isdisjoint(types)
         )
         if is_transposed and len(spec.shape) > 1:
-            raise InputError(f"has another layout than in the files of a {types[0]}", culprit=key, remedy=FUSE)
+            model = with_article(types[0])
+            raise InputError(f"has another layout than in the files of {model}", culprit=key, remedy=FUSE)
         updates[path] = UpdateSpec(ReplaceTensor, path, {"value": key}, {"value": spec})
     return updates
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ...errors import InputError, UsageError, brief, shell_word
+from ...errors import InputError, UsageError, brief, shell_word, with_article
 from ...files.folder.model_folder import read_json_file
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig, is_in_listed_module, named_base
@@ -150,7 +150,8 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
         )
     if kind not in READ:
         method = method_of_peft_type(str(kind))
-        raise InputError(f"is a {kind} adapter, which {method.reason}", culprit=name, remedy=method.remedy)
+        method_name = with_article(str(kind))
+        raise InputError(f"is {method_name} adapter, which {method.reason}", culprit=name, remedy=method.remedy)
     for field, reason in REFUSED_FIELDS.items():
         if fields.get(field):
             raise InputError(f"its config sets {field}: {reason}", culprit=name)

@@ -202,12 +202,13 @@ def _missing_adapter(
             "has another rank, alpha or config than in the merge, or --drop differs",
             culprit=same[0][0].name,
         )
-    culprit = left[0][0].name if left else str(undo.path)
+    missing = f"used {name} (sha256 {recorded['sha256'][:16]}...) with weight {weight}"
+    of_merge = {each["sha256"] for each in undo.index["adapters"]}
+    foreign = next((adapter.name for adapter, _ in left if adapter.sha256 not in of_merge), None)
+    if foreign is not None:
+        return InputError(f"is not an adapter of the merge, which {missing}", culprit=foreign)
     return InputError(
-        f"is not an adapter of the merge, which used {name} (sha256 {recorded['sha256'][:16]}...) with weight {weight}"
-        if left
-        else f"the merge also used {name} (sha256 {recorded['sha256'][:16]}...) with weight {weight}",
-        culprit=culprit,
+        f"the merge also {missing}", culprit=str(undo.path), remedy="give all adapters of the merge, with their weights"
     )
 
 
