@@ -23,7 +23,7 @@ modules can have weights of their own, by the names in each adapter's file.
 The report has a row for each group of layers, with -v for each module; the exact sum has no rows. delta: the norm of
 the method's result. energy: the share of the squared norm that the rank keeps. shared: the mean share of the deltas'
 energies in the directions that they are compressed to. error: the norm of what is lost, relative to the result. With
---imatrix, energy is weighted by the inputs, and out. error is the lost share of the outputs.
+--imatrix, energy is weighted by the inputs, and out. error is the relative error of the outputs.
 """,
     "combining",
     unit="modules",

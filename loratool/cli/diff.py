@@ -30,7 +30,7 @@ give the quantization error.
 apart: the norm of B - A relative to the larger norm; 141% if they have nothing in common.
 
 For adapters, angle: the largest angle between the input subspaces. phi: the share of A's directions that is in B's,
-1 for all; -v shows a grid. amplified: the norm of the delta relative to what the base has in the same directions.
+1 for all; -v shows a grid. amplified: the norm of the delta relative to the base's norm in the same directions.
 interference: how much they use the same input and output directions, 0 for not at all and 1 for equal deltas. The
 relation follows the cosine: alike (from 0.9), related (from 0.3), unrelated, or opposed (below -0.3). Unrelated ones
 are crossing if their interference is at least 0.1 and twice that of random directions.

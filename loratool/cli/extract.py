@@ -19,8 +19,8 @@ norm. Both models can be quantized.
 The report has a row for each group of layers, with -v for each matrix. delta/W: the norm of the delta relative to
 the base's weight. energy: the share of the squared norm that is kept. residual: the norm of the rest. gap: the
 distance from the best of this rank, estimated or proven. eff. rank: how many directions the kept part uses. over
-noise: how many singular values are larger than rounding can cause. With --imatrix, energy is weighted by the inputs,
-out. error is the lost share of the outputs, and error that of the delta.
+noise: how many singular values are larger than rounding can cause. With --imatrix, energy is weighted by the inputs.
+out. error is the relative error of the outputs, and error that of the delta.
 """,
     "extracting",
     unit="matrices",

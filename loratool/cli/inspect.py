@@ -24,8 +24,8 @@ trained. `loratool convert --for` writes an adapter that it applies.
 
 With --spectra, you see the singular values of the modules that --target, --exclude and --layers select: the largest,
 effective and stable rank, and the ranks that hold 50, 90 and 99 % of the energy. With --base, you also see intruder
-dimensions: leading left singular vectors of a merged weight that match none of the base's. The more
-there are, the more the model forgets. new: their number. first new: the place of the first.
+dimensions: leading left singular vectors of a merged weight that match none of the base's. new: their number.
+first new: the place of the first one by its singular value, from 1.
 
 \b
   loratool inspect base/

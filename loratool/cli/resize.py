@@ -19,7 +19,7 @@ are kohya's, but without its one rank too many.
 
 The report has a row for each group of layers, with -v for each module. delta: its norm. energy: the share of the
 squared norm that is kept. eff. rank: how many directions the delta uses. With --imatrix, energy is weighted by the
-inputs, out. error is the lost share of the outputs, and error that of the delta.
+inputs, out. error is the relative error of the outputs, and error that of the delta.
 """,
     "resizing",
     unit="modules",

@@ -201,8 +201,8 @@ Architecture = Annotated[
         "Output",
         "CLASS",
         "config.json's",
-        text="Class that PEFT will wrap, such as LlamaForCausalLM inside a Llava. To convert an image model's adapter, "
-        "give its family, such as flux.",
+        text="Class that PEFT will wrap, such as LlamaForCausalLM inside a Llava. For convert, also the family of an "
+        "image model's adapter, such as flux.",
     ),
 ]
 
@@ -272,7 +272,7 @@ Threshold = Annotated[
         "Checks",
         "X",
         "0.5",
-        text="Below this |cosine| with all of the base's singular vectors, --spectra calls one new.",
+        text="--spectra calls a singular vector new if its |cosine| with each of the base's is below X.",
     ),
 ]
 

@@ -45,7 +45,8 @@ class Combine(Call["CombineReport"]):
         adapters: One adapter or several: a path, (path, weight), (path, weight, weights of parts), a list of these, or
             {path: weight}. Weights of parts are by component or by module pattern, like {"te": 0.4, "down_proj": 0}.
         method: How to combine. {meanings}.
-        density: Keep this share of each delta's entries. For tsv: of its singular values, by default all.
+        density: Keep this share of each delta's entries. For tsv: keep this share of its singular values, by default
+            all.
         seed: Seed of the random numbers.
         rank: Rank of every module.
         rank_method: How a method gets to --rank. {meanings}.
@@ -71,7 +72,7 @@ class Combine(Call["CombineReport"]):
     rank: Annotated[Positive | None, Opt("Rank and method", "N", "the sum of the adapters'")] = None
     rank_method: Annotated[
         Annotated[Literal["ctm", "truncate"], one_of(RANK_METHODS)] | None,
-        Opt("Rank and method", default="ctm with --rank, but for cat and della"),
+        Opt("Rank and method", default="ctm with --rank; truncate for cat and della"),
     ] = None
     energy: calls.Energy = None
     params: calls.Params = None

@@ -52,9 +52,9 @@ class Convert(Call["ConvertReport"]):
         layout: How a language model's modules are stored. {meanings}.
         runtime: Write a language model's adapter so that this program applies it in full. Use it instead of --to. One
             of {words}.
-        base: The model under the adapter. Needed with --to peft for the names of its class; with --layout and formats
-            gguf and mlx for sizes (its config.json is enough); with --plain for DoRA; with --for, the served model.
-            For an image model's adapter it decides the family.
+        base: The model under the adapter. Needed for DoRA with --plain, and for sizes with --layout and the
+            formats gguf and mlx (its config.json is enough). With --to peft, modules get the names of its class. With
+            --for, it is the served model. It decides the family of an image model's adapter.
         rename: Rename a language model's modules first. OLD=NEW replaces the end of a path (wq=q_proj). A glob keeps
             what its wildcards match (h.*.attn=layers.*.self_attn). re:EXPRESSION has groups \\1, \\2.
 

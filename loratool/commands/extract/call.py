@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Extract(Call["ExtractReport"]):
-    """Extract an adapter from a full fine-tune: the best approximation of TUNED - BASE by its rank.
+    """Extract an adapter from a full fine-tune: the best approximation of TUNED - BASE for a rank.
 
     The output is a PEFT folder, or a file with its config beside it if `out` ends in .safetensors. An image model in
     one file gives a kohya file, a pipeline one diffusers file for all components. Give at most one of `rank`, `energy`,

@@ -29,7 +29,8 @@ class Verify(Call["VerifyReport"]):
         tied: The value that you gave to merge.
         initial: The value that you gave to merge.
         residual_base: Add it if you gave it to merge.
-        allow: inconclusive: accept updates below half an ulp everywhere, which leave nothing to check.
+        allow: inconclusive: accept a merge in which all updates are below half an ulp, so that nothing can be
+            checked.
 
     Raises:
         InputError: the files do not belong together.

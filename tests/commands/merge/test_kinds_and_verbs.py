@@ -1,4 +1,4 @@
-"""Every command on every kind of update, as the guide's table "Kinds and verbs" says.
+"""Every command on every kind of update, as the guide's table "Kinds of updates and commands" says.
 
 Each number is compared with that of the dense change, which `dense_oracle` makes from the definition in fractions.
 """
@@ -35,7 +35,7 @@ from loratool.errors import InputError, NeedsFlag
 from loratool.views.diff_adapters import AdapterDiff
 from loratool.views.inspect_adapter import AdapterInspection
 
-TABLE = (ROOT / "loratool" / "guides" / "formats.md").read_text().partition("## Kinds and verbs")[2]
+TABLE = (ROOT / "loratool" / "guides" / "formats.md").read_text().partition("## Kinds of updates and commands")[2]
 ROWS = {
     re.findall(r"`(\w+)`", cells[0])[0]: cells[1:]
     for line in TABLE.partition("\n## ")[0].splitlines()
