@@ -150,8 +150,8 @@ class Mlx(Format):
     def model_notes(self, model: Mapping[str, Any]) -> tuple[str, ...]:
         types = tuple(nested_configs(model))
         if types and mlx_names(types) is None:
-            model = with_article(types[0])
-            return (f"mlx-lm's names for {model} are unknown here, and it refuses names that it does not have",)
+            family = with_article(types[0])
+            return (f"mlx-lm's names for {family} are unknown here, and it refuses names that it does not have",)
         if not types:
             return ("the module names are copied unchanged; with --base BASE they become mlx-lm's",)
         return ()
