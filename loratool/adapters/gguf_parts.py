@@ -48,7 +48,7 @@ class GgufModel:
         """
         architecture = architecture_of(config)
         if architecture is None:
-            what = with_article(config.get("model_type") or "model without a model_type")
+            what = with_article(str(config.get("model_type") or "model without a model_type"))
             known = ", ".join(kind for each in ARCHITECTURES.values() for kind in (*each.model_types, *each.wrappers))
             raise InputError(f"is {what}, whose names and rows in GGUF are unknown (known are {known})", culprit=name)
         facts, fields = Facts.of_config(config), text_fields(config)

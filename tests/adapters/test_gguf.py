@@ -407,7 +407,7 @@ class TestRefusals:
     def test_an_architecture_in_no_table(self, tmp_path: Path) -> None:
         source = peft(tmp_path / "a", {"model.layers.0.self_attn.q_proj": pair(8, 8)})
         error = refusal(source, config(tmp_path / "m", model_type="xlstm"), tmp_path)
-        assert isinstance(error, InputError) and "is a xlstm, whose names and rows in GGUF are unknown" in str(error)
+        assert isinstance(error, InputError) and "is an xlstm, whose names and rows in GGUF are unknown" in str(error)
 
     @pytest.mark.parametrize(
         "fields",
