@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -324,7 +325,9 @@ def test_the_guides_have_a_row_for_each_method() -> None:
         ]
         for page in ("combine", "which-method")
     )
-    assert {row[0]: (row[2], row[3]) for row in definitions if row[0] in METHODS} == {
+    assert {row[0]: (row[1], row[2]) for row in definitions if row[0] in METHODS} == {
         method: (row.acts_on, row.source) for method, row in METHODS.items()
     }
+    combine = (Path(loratool.__file__).with_name("guides") / "combine.md").read_text()
+    assert re.findall(r"^- \*\*([\w-]+)\*\*: ", combine, re.MULTILINE) == list(METHODS)
     assert [row[0] for row in results if row[0] in METHODS] == list(METHODS)
