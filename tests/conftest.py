@@ -24,6 +24,7 @@ from torch import Tensor
 
 from loratool.architectures.families import FAMILIES
 from loratool.architectures.families.table import ModelFamily
+from loratool.numerics.passes.native import describe_native
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # else each command that a test starts compiles the whole package again
@@ -60,6 +61,7 @@ MEASURED = [
 # folders of packages that can not be installed beside the others: `pip install --no-deps --target FOLDER/NAME PACKAGES`
 ORACLES = Path(os.environ.get("LORATOOL_ORACLES", ROOT.parent / "oracles"))
 
+needs_passes = pytest.mark.skipif(describe_native().startswith("none"), reason="compiled passes: " + describe_native())
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data (real adapters) is not here")
 
 

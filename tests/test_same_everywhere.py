@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import few
+from conftest import few, needs_passes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -387,7 +387,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_merges_have_the_bytes_of_the_table(folder: Path) -> None:
+@pytest.mark.parametrize("native", ["0", pytest.param("1", marks=needs_passes)])
+def test_merges_have_the_bytes_of_the_table(folder: Path, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiled passes and with them."""
+    monkeypatch.setenv("LORATOOL_NATIVE", native)
     found = digest_merges(str(folder))
     assert found.keys() == TABLE.keys() and differing(found) == {}
 

@@ -334,6 +334,7 @@ FILE_ENDINGS = (
     ".ckpt",
     ".undo",
     ".rs",
+    ".c",
     ".cpp",
     ".weight",
     ".bias",

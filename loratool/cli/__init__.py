@@ -131,7 +131,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
         from importlib.metadata import version
 
-        click.echo(f"loratool {version('loratool')}")
+        from ..commands.machine import native_line
+
+        click.echo(f"loratool {version('loratool')}\n{native_line()}")
         ctx.exit()
 
 
@@ -148,7 +150,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     expose_value=False,
     allow_from_autoenv=False,  # LORATOOL_VERSION is what a container's file calls the one that it installs
     callback=_print_version,
-    help="Show the version.",
+    help="Show the version, and the compiled passes in use.",
 )
 def cli() -> None:
     """Work on LoRA adapters and the models under them, on disk.

@@ -12,6 +12,7 @@ to turn it off in the caller's thread, and would change the caller's state.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 from ..errors import MachineError
+from ..numerics.passes.native import NATIVE, describe_native, native
 
 P = ParamSpec("P")
 
@@ -30,7 +32,8 @@ def require_ieee(command: Callable[P, R]) -> Callable[P, R]:
     """Wrap a command so that it runs in a new thread if the caller's flushes denormals or makes no CPU tensors.
 
     Raises:
-        MachineError: the machine is big-endian, or its sums are not rounded to the nearest number.
+        MachineError: the machine is big-endian, its sums are not rounded to the nearest number, or it has no compiled
+            passes and `LORATOOL_NATIVE` is 1.
     """
 
     @wraps(command)
@@ -39,10 +42,25 @@ def require_ieee(command: Callable[P, R]) -> Callable[P, R]:
             raise MachineError("this machine is big-endian; loratool supports only little-endian machines")
         if not rounds_to_nearest():
             raise MachineError("this process does not round to the nearest number, which loratool needs")
+        _require_native()
         apart = flushes() or makes_other_tensors()
         return _run_in_thread(lambda: command(*args, **options)) if apart else command(*args, **options)
 
     return run
+
+
+def native_line() -> str:
+    """Return a line on the compiled passes in use."""
+    return f"native: {describe_native()}"
+
+
+def _require_native() -> None:
+    """Refuse a `LORATOOL_NATIVE` that is neither 0 nor 1, or that asks for passes that are not there."""
+    wanted = os.environ.get(NATIVE, "")
+    if wanted not in ("", "0", "1"):
+        raise MachineError(f"{NATIVE}={wanted} is neither 0 nor 1", remedy=f"unset {NATIVE}")
+    if wanted == "1" and native() is None:
+        raise MachineError(f"{NATIVE}=1, but the compiled passes are {describe_native()}", remedy=f"unset {NATIVE}")
 
 
 def flushes() -> bool:

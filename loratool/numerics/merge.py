@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 from .decide import PerMatrix, Reals, decide
 from .dense import Bounds, DenseRows, each_number, mask_apart, midpoints
 from .forms import FORMS, Bits, Positions, Wide, finite, numpy_bits, tensor_bits, wide, widen
+from .passes.blocks import RunEntries, merge_block
+from .products import ProductRows
 from .rounding_stats import RoundingStats, count_different, dot_by_matrix, set_quiet_nan
 from .workspace import Workspace
 
@@ -42,11 +45,17 @@ class Tile:
 
 
 class Watcher(Protocol):
-    """Observer of a merge: called with each tile of a block, then with the block."""
+    """Observer of a merge: called with each tile of a block and then with the block, or once after a compiled pass."""
+
+    @property
+    def needs_tiles(self) -> bool:
+        """Return whether no compiled pass may do the block."""
 
     def tile(self, tile: Tile, dense: DenseRows) -> None: ...
 
     def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None: ...
+
+    def passed(self, base: Tensor, out: Tensor, x: Reals, first: int, entries: RunEntries) -> None: ...
 
 
 class RowMerge:
@@ -58,8 +67,14 @@ class RowMerge:
     """
 
     def __init__(self, x: Reals, base: torch.dtype, out: torch.dtype, device: torch.device) -> None:
-        self.x, self.dense = x, DenseRows(x, base, out, device)
+        self.x, self._base, self._out, self._device = x, base, out, device
         self._form, self._to = FORMS[base], FORMS[out]
+        plain = x.delta if isinstance(x.delta, ProductRows) and x.factor is None else None
+        self._matrices = plain.products.matrices if plain else 1
+
+    @cached_property
+    def dense(self) -> DenseRows:
+        return DenseRows(self.x, self._base, self._out, self._device)
 
     def apply(
         self, base: Tensor, first: int, out: Tensor, work: Workspace, watcher: Watcher | None = None
@@ -77,21 +92,36 @@ class RowMerge:
         self, base: Tensor, first: int, out: Tensor, work: Workspace, watcher: Watcher | None = None
     ) -> list[RoundingStats]:
         """Write W' of a block of all rows of one or more matrices, and return the statistics of each matrix."""
-        bounds, sums, undecided_parts = self.dense.bounds(base, first), [], []
+        passed = bounds = None
+        if watcher is None or not watcher.needs_tiles:
+            passed = merge_block(self.x, base, first, out, work, record=watcher is not None)
+        if passed:
+            undecided, sums = passed.undecided, [passed.sums]
+        else:
+            bounds = self.dense.bounds(base, first)
+            undecided, sums = self._tiles(base, first, out, bounds, work, watcher)
+        for start in range(0, len(undecided), TOGETHER):
+            sums.append(self._decide(base, first, out, undecided[start : start + TOGETHER]))
+        if watcher and passed and passed.entries:
+            watcher.passed(base, out, self.x, first, passed.entries)
+        elif watcher and bounds:
+            watcher.block(base, out, self.x, first, self.dense, bounds)
+        steps = Counter({"dense": base.numel() - len(undecided), **self.x.steps})
+        self.x.steps.clear()
+        return _statistics(sums, self._matrices, steps)
+
+    def _tiles(
+        self, base: Tensor, first: int, out: Tensor, bounds: Bounds, work: Workspace, watcher: Watcher | None
+    ) -> tuple[Positions, list[Sums]]:
+        """Fill `out` tile by tile, and return the flat positions that are undecided, and each tile's sums."""
+        sums, undecided_parts = [], []
         height = self.dense.height(base.shape[1], base.device)
         for row in range(0, len(base), height):
             part = slice(row, row + height)
             undecided, change = self._tile(base[part], out[part], first + row, row, bounds, work, watcher)
             undecided_parts.append(undecided + row * base.shape[1])
             sums.append(change)
-        undecided = np.concatenate(undecided_parts) if undecided_parts else np.zeros(0, np.int64)
-        for start in range(0, len(undecided), TOGETHER):
-            sums.append(self._decide(base, first, out, undecided[start : start + TOGETHER]))
-        if watcher:
-            watcher.block(base, out, self.x, first, self.dense, bounds)
-        steps = Counter({"dense": base.numel() - len(undecided), **self.x.steps})
-        self.x.steps.clear()
-        return _statistics(sums, self.dense.matrices, steps)
+        return np.concatenate(undecided_parts) if undecided_parts else np.zeros(0, np.intp), sums
 
     @np.errstate(all="ignore")
     def _tile(
@@ -193,7 +223,7 @@ class RowMerge:
         bits, former = take(base, undecided), take(out, undecided)
         decided = decide(self.x, bits, self._form, i + first, j, self._to)
         put(out, undecided, decided)
-        matrices = self.dense.matrices
+        matrices = self._matrices
         which = undecided // (base.numel() // matrices)
         changed = self._changed(decided, bits).astype(np.int8) - self._changed(former, bits)
         changed = np.bincount(which, changed, matrices).astype(np.intp)

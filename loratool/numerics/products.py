@@ -141,6 +141,7 @@ class Products:
             for side, half in zip(self.sides, self._halves, strict=True)
         )
         self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # made here, as threads share it
+        self.panels: dict[int, tuple[Wide, npt.NDArray[Any]]] = {}  # of the passes: right, and as packed for a type
 
     @cached_property
     def live(self) -> npt.NDArray[np.bool_]:
@@ -299,7 +300,7 @@ class ProductRows:
 
     def __init__(self, products: Products, start: int, stop: int, ratio: Factor | None = None) -> None:
         self.products, self.start, self.shape = products, start, (stop - start, products.shape[1])
-        self._ratio, self._in_range = ratio, products.in_range and _is_known(ratio)
+        self._ratio, self.in_range = ratio, products.in_range and _is_known(ratio)
         self._plain, self.left = products.left(start, stop, ratio)
         self.row_norms = norms(self.left)
         self.largest = max(largest(self.left), products.most)
@@ -316,7 +317,7 @@ class ProductRows:
         # a ratio is right to 4 u, and its product with a factor is rounded too
         roundings = rank + (16 if self.products.scaled else 8)
         bounds: Wide = roundings * UNIT_OF[kind] * size + 4 * rank * LEAST_OF[kind] * max(1.0, self.largest)
-        return bounds if self._in_range else np.full_like(bounds, np.inf)
+        return bounds if self.in_range else np.full_like(bounds, np.inf)
 
     @np.errstate(all="ignore")
     def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
@@ -341,7 +342,7 @@ class ProductRows:
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         products = self.products
-        if not self._in_range:
+        if not self.in_range:
             return anything(len(i))
         j = products.right_rows(i, j)
         size = self.row_norms.take(i) * products.column_norms.take(j)
@@ -370,7 +371,7 @@ class ProductRows:
         return high, low, np.where(exact, error * SLACK, self.bound(size))
 
     def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
-        if not self._in_range:
+        if not self.in_range:
             return anything(len(i))
         of_right = self.products.right_rows(i, j)
         high, low, bound = np.zeros((3, len(i)))

@@ -54,6 +54,7 @@ from ..numerics.forms import (
     widen,
 )
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
+from ..numerics.passes.blocks import EVERY, RunEntries, restore_block
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
 from .candidates import Runs, every, find_runs
@@ -223,6 +224,10 @@ class Recorder:
         """Write norms at the start of the record."""
         self._payloads[0] += norms.astype("<f8").tobytes()
 
+    @property
+    def needs_tiles(self) -> bool:
+        return bool(self._rows) or self._form.precision == 53 or len(self._payloads) > 1
+
     def tile(self, tile: Tile, dense: DenseRows) -> None:
         if self._form.precision == 53 or self._rows:
             return
@@ -249,6 +254,13 @@ class Recorder:
         else:
             asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
             self._record_runs(base, out, x, first, asked)
+
+    def passed(self, base: Tensor, out: Tensor, x: Reals, first: int, entries: RunEntries) -> None:
+        for some, flat, runs in _find_unknown(entries, out, x, first, self._form):
+            code = take(base, flat)
+            places = place(code, self._form) - runs.start
+            entries.index[some] = np.where(runs.count == every(self._form), code, places)
+        self._payloads[0] += entries.pack()
 
     def _record_runs(self, base: Tensor, out: Tensor, x: Reals, first: int, asked: _Asked) -> None:
         """Record W's places in their runs, of all matrices at once, split at the end of each matrix."""
@@ -406,6 +418,23 @@ def _runs_of(
     return flat, not_finite, find_runs(x, result, flat, first, out.shape[1], change, reach, form)
 
 
+def _find_unknown(
+    entries: RunEntries, result: Tensor, x: Reals, first: int, form: Form
+) -> Iterator[tuple[Positions, Positions, Runs]]:
+    """Find the runs that a compiled pass did not, and set their counts; an infinite W' has nothing to store.
+
+    Yields:
+        entries whose runs are now known, the positions of their weights, and their runs.
+    """
+    for some, flat in entries.unknown():
+        nothing = np.full(len(flat), np.nan)
+        known, _, runs = _runs_of(result, x, first, flat, nothing, np.inf, form)
+        entries.count[some] = 1
+        some = some[np.searchsorted(flat, known)]
+        entries.count[some] = np.where(runs.count == every(form), EVERY, runs.count)
+        yield some, known, runs
+
+
 def _planes(index: IntArray, count: IntArray, ends: Positions) -> Iterator[tuple[npt.NDArray[np.bool_], Positions]]:
     """Yield bit planes: the lowest bits of all places, the next bits of those in runs of more than two numbers, ...
 
@@ -532,6 +561,8 @@ class Restorer:
             return self._to_codes(self._rows, merged, x, out, work)
         if self._form.precision == 53:
             return self._from_guess(guess_double(merged, x, 0), out)
+        if entries := restore_block(x, merged, out, work):
+            return self._from_entries(entries, merged, x, out)
         asked = go_back(merged, x, out, work)
         data, read, all_numbers = self._reader.bits(), 0, every(self._form)
         longer: list[tuple[Positions, IntArray, IntArray]] = []
@@ -553,6 +584,14 @@ class Restorer:
         index = _from_planes(data[read:], count)
         raw: Bits = index.astype(f"u{np.dtype(self._form.bits_type).itemsize}").view(self._form.bits_type)
         put(out, flat, np.where(count == all_numbers, raw, number(start + index, self._form)))
+
+    def _from_entries(self, entries: RunEntries, merged: Tensor, x: Reals, out: Tensor) -> None:
+        for some, _, runs in _find_unknown(entries, merged, x, 0, self._form):
+            entries.index[some] = runs.start
+        data = self._reader.take(self._reader.rest)
+        read = entries.put(data, out)
+        if 8 * len(data) - read >= 8 or (read % 8 and data[-1] >> read % 8):
+            raise ValueError("is longer than it should be")
 
     def recoded(self, written: Codes, out: Tensor) -> None:
         """Write the former codes into `out` from those that a merge wrote, both in the shape of `CodedRows.read`."""

@@ -1,0 +1,358 @@
+"""Pass blocks to the compiled passes, with the bounds by which these decide numbers, and return what they leave.
+
+In the following, u is the unit roundoff of the type T of a pass (float32 for bf16, else float64), b and a are the norms
+of a row of the left side and of a column of the right side, R is the rank, t the least normal number of T and M the
+largest factor. All sums are rounded to nearest, and no subnormal number is flushed (`kernel.c` sees to it).
+
+**D.** A pass sums CHUNK products at a time, and then these sums. So each product goes through at most min(R, CHUNK) +
+ceil(R / CHUNK) - 1 sums (with or without FMA) and its own rounding. Both factors are rounded to T, and the left one was
+rounded twice in float64. With 5 for all of these and second-order terms, gamma_n times the sum of |B A|, which is at
+most b a (Cauchy, Schwarz), gives `(min(R, CHUNK) + ceil(R / CHUNK) + 5) u b a`. Underflows add `4 R t max(1, M)`, as in
+`products`. This is E. The passes get 1.01 E, which is more than E by more than T's least number.
+
+**W + D.** Let s be the computed sum. |s - (W + D)| <= u |s| + E, and the ends s +- r are off by u |s +- r|. So with
+r = 1.01 E + c |s| and c > 2 u, X is strictly between the ends. A tie never has equal ends then, and neither has 0
+between ends of two signs. For fp16 the ends are cast by way of float32: c is more than 2**-24, float32's unit roundoff,
+and float64's are small beside that.
+
+**A dot product** in float64 is off by (R + 8) u b a at most (`products`); the passes get R + 16, for the roundings of
+the bound. c is 4 u. What underflows is far below c times the least number of each type.
+
+**In pairs** the same sum is off by (2 R + 8)**2 u**2 b a at most: 2 R errors of at most (R + 1) u b a together are
+summed in float64. If a scale is no power of two, the left side itself is off by two roundings: 4 u b a more. What lies
+strictly between two neighbors of float64 rounds as every number between them.
+
+**The end of a run** is a midpoint, which is exact, minus D. Its rounding and those of the margin are below 16 u times
+the larger end. D is off by E.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..decide import Reals, U
+from ..forms import Positions
+from ..products import LEAST_OF, UNIT_OF, ProductRows, Products
+from ..workspace import Workspace
+from .native import native
+
+STRIP = 1 << 15  # weights between two looks at what a pass left, so that it is still in the cache
+GROUP = 6  # rows that a pass multiplies together
+WIDEST = 1 << 18  # columns; of longer rows the sums of a group would take much memory
+LARGEST = 2.0**60  # products of larger factors could overflow in float32
+BEYOND = 2.0**100  # of larger bounds too
+LOST = 2.0**10  # times its errors: of a D that is not larger the sums have lost digits
+LEAST_SQUARES = {torch.float32: 2.0**-80, torch.float64: 2.0**-800}  # of smaller ones squares may have underflowed
+TOGETHER = 1 << 16  # runs that are handed back at a time, which bounds the memory
+
+EVERY, UNKNOWN = -1, 0  # counts of a run that counts as every number, and of one that is not known
+
+
+def has_exact_sides(products: Products) -> bool:
+    """Return whether both sides are the factors, times powers of two."""
+    return all(side.is_power for side in products.sides)
+
+
+@dataclass(frozen=True)
+class PassBounds:
+    """The constants of the bounds for a type of weights; the module's docstring derives them.
+
+    Attributes:
+        number: of the type in `kernel.c`.
+        real: T.
+        chunk, extra: roundings of D beside ceil(R / chunk), as `min(R, chunk) + extra`.
+        underflow: times R t max(1, M).
+        spread: c.
+        dot_extra: roundings of a dot product beside R.
+        dot_spread: c of a sum with a dot product.
+        margin: times the larger end of a run.
+        pair_extra: roundings of a dot product in pairs beside 2 R.
+        pair_rounded: the same of its left side, if a scale is no power of two.
+    """
+
+    number: int
+    real: torch.dtype
+    spread: float
+    margin: float
+    chunk: int = 16
+    extra: int = 5
+    underflow: int = 4
+    dot_extra: int = 16
+    dot_spread: float = 4 * U
+    pair_extra: int = 8
+    pair_rounded: int = 4
+
+    def errors(self, rows: ProductRows, here: slice) -> npt.NDArray[np.float64]:
+        """Return E of some rows."""
+        rank, products = rows.products.rank, rows.products
+        roundings = min(rank, self.chunk) + -(-rank // self.chunk) + self.extra
+        longest = float(products.column_norms.max(initial=0.0))
+        least = self.underflow * rank * LEAST_OF[self.real] * max(1.0, rows.largest)
+        errors: npt.NDArray[np.float64] = roundings * UNIT_OF[self.real] * longest * rows.row_norms[here] + least
+        return errors
+
+    def dot_unit(self, products: Products) -> float:
+        """Return the bound of a dot product, in units of b a."""
+        rank: int = products.rank
+        return (rank + self.dot_extra) * U
+
+    def pair_unit(self, products: Products) -> float:
+        """Return the same of a dot product in pairs, if not all of its sums are exact."""
+        rank, rounded = products.rank, 0 if has_exact_sides(products) else self.pair_rounded
+        bound: float = ((2 * rank + self.pair_extra) * U) ** 2 + rounded * U
+        return bound
+
+
+_SINGLE, _DOUBLE = UNIT_OF[torch.float32], UNIT_OF[torch.float64]
+BOUNDS = {
+    torch.bfloat16: PassBounds(0, torch.float32, 1.0625 * 2 * _SINGLE, 16 * _SINGLE),
+    torch.float16: PassBounds(1, torch.float64, 1.1875 * _SINGLE, 16 * _DOUBLE),
+    torch.float32: PassBounds(2, torch.float64, 1.0625 * 2 * _DOUBLE, 16 * _DOUBLE),
+}
+
+
+class _Block(ctypes.Structure):
+    """`struct block` of kernel.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in "kind back record rows columns rank strip".split()),
+        *((name, ctypes.c_void_p) for name in "source result left right panels errors".split()),
+        *((name, ctypes.c_void_p) for name in ("row_norms", "column_norms")),
+        *((name, ctypes.c_double) for name in "spread dot_unit dot_spread margin pair_unit".split()),
+        ("is_exact", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in "scratch squares index count at".split()),
+        *((name, ctypes.c_int64) for name in "entries undecided changed not_finite".split()),
+        *((name, ctypes.c_double) for name in ("base", "kept")),
+    ]
+
+
+@dataclass(frozen=True)
+class RunEntries:
+    """The runs of more than one number in a block, in the order of its weights, and those that are not known.
+
+    The arrays are a workspace's: the next pass with it overwrites them.
+
+    Attributes:
+        index: W's place in the run; its bits if `count` is EVERY; of a run that is not known its weight's position,
+            except on the way back, where this is the place of the run's first number.
+        count: how many numbers; EVERY, or UNKNOWN.
+        at: the weights' positions, on the way back.
+        width: bits of a number.
+    """
+
+    index: npt.NDArray[np.int32]
+    count: npt.NDArray[np.int32]
+    at: npt.NDArray[np.int32] | None
+    width: int
+
+    def unknown(self) -> Iterator[tuple[Positions, Positions]]:
+        """Yield the entries that are not known, and the positions of their weights."""
+        entries = np.flatnonzero(self.count == UNKNOWN)
+        for start in range(0, len(entries), TOGETHER):
+            some = entries[start : start + TOGETHER]
+            yield some, (self.index if self.at is None else self.at).take(some).astype(np.intp)
+
+    def pack(self) -> bytes:
+        """Return the bits of all places, as an undo record has them. All entries must be known; they are used up."""
+        module = _required()
+        data = np.zeros(len(self.index) * (1 + self.width) // 8 + 16, np.uint8)
+        entries = _address(self.index), _address(self.count), len(self.index)
+        used = module.pack_entries(*entries, self.width, _address(data))
+        return data[: (used + 7) // 8].tobytes()
+
+    def put(self, data: bytes, out: Tensor) -> int:
+        """Write the numbers W into `out`, by the bits of their places, and return how many bits these were.
+
+        Raises:
+            ValueError: the bits are too few.
+        """
+        assert self.at is not None
+        module, index = _required(), np.empty(len(self.index) + 1, np.int32)
+        bits, entries = np.frombuffer(data or b"\0", np.uint8), len(self.index)
+        unread = np.empty(entries + 1, np.int32)
+        read: int = module.unpack_entries(
+            _address(bits), 8 * len(data), _address(index), _address(self.count), entries, self.width, _address(unread)
+        )
+        if read < 0:
+            raise ValueError("ends too early")
+        first, count, at = _address(self.index), _address(self.count), _address(self.at)
+        module.put_entries(out.data_ptr(), self.width, first, _address(index), count, at, entries)
+        return read
+
+
+@dataclass(frozen=True)
+class PassedBlock:
+    """What the passes left of a block.
+
+    Attributes:
+        undecided: the flat positions of weights that are not decided.
+        entries: of the runs, if they were asked for.
+        sums: fields of RoundingStats, as if the undecided weights were right.
+    """
+
+    undecided: Positions
+    entries: RunEntries | None
+    sums: dict[str, npt.NDArray[Any]]
+
+
+@np.errstate(all="ignore")
+def merge_block(x: Reals, base: Tensor, first: int, out: Tensor, work: Workspace, record: bool) -> PassedBlock | None:
+    """Write W' of a block into `out` where the passes decide it.
+
+    Args:
+        base: (rows, n); its first row is row `first` of `x`.
+        record: whether the runs are asked for.
+
+    Returns:
+        None if the block is to be done without the passes; `out` may have been written to.
+    """
+    prepared = _prepare(x, base, first, out, work, record=record)
+    if prepared is None:
+        return None
+    block, squares, errors = prepared.run(), prepared.arrays["squares"], prepared.arrays["errors"]
+    # else D is hardly more than its errors, or beyond the type of its squares: then the sums would not hold
+    if not (((squares > prepared.least_squares) & (squares < np.inf)) | (errors < 0)).all():
+        return None
+    sums: dict[str, npt.NDArray[Any]] = {
+        "base_squared": np.array([block.base]),
+        "change_squared": np.array([squares.sum()]),
+        "kept": np.array([block.kept]),
+        "changed": np.array([block.changed], np.intp),
+        "not_finite": np.array([block.not_finite], np.intp),
+    }
+    undecided = prepared.arrays["at"][: block.undecided].astype(np.intp)
+    return PassedBlock(undecided, prepared.entries() if record else None, sums)
+
+
+@np.errstate(all="ignore")
+def restore_block(x: Reals, merged: Tensor, out: Tensor, work: Workspace) -> RunEntries | None:
+    """Write into `out` each W that is the only number of its run, and return the other runs.
+
+    Args:
+        merged: (rows, n), the rows of `x`.
+
+    Returns:
+        None if the block is to be done without the passes.
+    """
+    prepared = _prepare(x, merged, 0, out, work, back=True)
+    if prepared is None:
+        return None
+    prepared.run()
+    return prepared.entries()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A pass over a block, and the arrays that its addresses are of."""
+
+    module: ModuleType
+    block: _Block
+    arrays: dict[str, npt.NDArray[Any]]
+    least_squares: npt.NDArray[np.float64]  # (rows,): <D, D> is not known of a row where it is not more
+    width: int
+
+    def run(self) -> _Block:
+        self.module.run_pass(ctypes.addressof(self.block))
+        return self.block
+
+    def entries(self) -> RunEntries:
+        """Return the runs after the pass."""
+        index, count, at = (self.arrays[name][: self.block.entries] for name in _LISTS)
+        return RunEntries(index, count, at if self.block.back else None, self.width)
+
+
+_LISTS = ("index", "count", "at")
+
+
+def _prepare(
+    x: Reals, source: Tensor, first: int, result: Tensor, work: Workspace, record: bool = True, back: bool = False
+) -> _Pass | None:
+    """Return the pass over a block; None if the block is to be done without it."""
+    module = native()
+    if module is None or not _takes(x, source, result):
+        return None
+    assert isinstance(x.delta, ProductRows)
+    rows, products, bounds = x.delta, x.delta.products, BOUNDS[source.dtype]
+    height, columns = source.shape
+    here = slice(first, first + height)
+    errors = bounds.errors(rows, here)
+    if not errors.max(initial=0.0) < BEYOND:
+        return None
+    least_squares = np.square(errors) * (LOST**2 * columns) + LEAST_SQUARES[bounds.real]
+    if bounds.number not in products.panels:
+        right = np.ascontiguousarray(products.right)
+        panels = np.empty(module.size_of_panels(bounds.number, columns, products.rank), np.uint8)
+        module.fill_panels(bounds.number, _address(right), columns, products.rank, _address(panels))
+        products.panels[bounds.number] = right, panels
+    right, panels = products.panels[bounds.number]
+    strip = -(-min(height, max(1, STRIP // columns)) // GROUP) * GROUP
+    scratch = module.size_of_scratch(bounds.number, strip, columns, products.rank)
+    arrays = {
+        "left": np.ascontiguousarray(rows.left[here]),
+        "right": right,
+        "panels": panels,
+        "errors": np.where(rows.live[here], 1.01 * errors, -1.0),
+        "row_norms": np.ascontiguousarray(rows.row_norms[here]),
+        "column_norms": products.column_norms,
+        "scratch": work.take("pass", torch.uint8, 1, scratch).numpy()[0],
+        "squares": np.empty(height),
+        **{name: work.take(f"pass {name}", torch.int32, 1, source.numel()).numpy()[0] for name in _LISTS},
+    }
+    block = _Block(
+        kind=bounds.number,
+        back=back,
+        record=record,
+        rows=height,
+        columns=columns,
+        rank=products.rank,
+        strip=strip,
+        source=source.data_ptr(),
+        result=result.data_ptr(),
+        spread=bounds.spread,
+        dot_unit=bounds.dot_unit(products),
+        dot_spread=bounds.dot_spread,
+        margin=bounds.margin,
+        pair_unit=bounds.pair_unit(products),
+        is_exact=has_exact_sides(products),
+        **{name: _address(array) for name, array in arrays.items()},
+    )
+    return _Pass(module, block, arrays, least_squares, 8 * source.itemsize)
+
+
+def _takes(x: Reals, source: Tensor, result: Tensor) -> bool:
+    """Return whether a block is one of the passes': of one type, and with products of one matrix added to it."""
+    return (
+        source.dtype == result.dtype
+        and source.dtype in BOUNDS
+        and source.device.type == result.device.type == "cpu"
+        and x.factor is None
+        and x.sign == 1
+        and isinstance(x.delta, ProductRows)
+        and x.delta.in_range
+        and not x.delta.products.scaled
+        and x.delta.products.matrices == 1
+        and x.delta.products.rank > 0
+        and x.delta.largest < LARGEST
+        and 0 < source.numel() < 1 << 31
+        and source.shape[1] <= WIDEST
+        and all(t.is_contiguous() and t.data_ptr() % t.itemsize == 0 for t in (source, result))
+    )
+
+
+def _required() -> ModuleType:
+    module = native()
+    assert module is not None
+    return module
+
+
+def _address(x: npt.NDArray[Any]) -> int:
+    return int(x.ctypes.data)

@@ -1,0 +1,38 @@
+"""Load the compiled passes, if they were built and the processor has what they need.
+
+`LORATOOL_NATIVE=0` turns them off. `LORATOOL_NATIVE=1` makes their absence an error (`commands.machine`).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+NATIVE = "LORATOOL_NATIVE"
+
+
+def native() -> ModuleType | None:
+    """Return the module of the compiled passes, or None if all is to be computed without them."""
+    return None if os.environ.get(NATIVE) == "0" else _load()[0]
+
+
+def describe_native() -> str:
+    """Return the vector instructions of the passes in use, or `none` and the reason."""
+    module, reason = (None, f"{NATIVE}=0") if os.environ.get(NATIVE) == "0" else _load()
+    return f"none ({reason})" if module is None else str(module.VECTORS)
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    """Return the module, or None and why it is not there."""
+    try:
+        return import_module("._native", __package__), ""
+    except ModuleNotFoundError:
+        return None, "not built"
+    except ImportError as error:
+        return None, str(error)

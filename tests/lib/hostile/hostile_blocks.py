@@ -1,0 +1,265 @@
+"""Make blocks of weights under LoRA that a filter may get wrong, and compare what two ways of a merge make of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from loratool.durable.fileio import word_sum
+from loratool.errors import InputError
+from loratool.numerics.decide import Reals
+from loratool.numerics.forms import FORMS, IntArray, number, numpy_bits, wide
+from loratool.numerics.merge import RowMerge
+from loratool.numerics.products import Products, Term
+from loratool.numerics.rounding_stats import RoundingStats
+from loratool.numerics.workspace import Workspace
+from loratool.undo.records import Recorder, Restorer, bytes_of
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+CPU = torch.device("cpu")
+HEIGHTS = (1, 2, 5, 6, 7, 12, 13, 31)
+WIDTHS = (1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 257)
+RANKS = (1, 2, 3, 4, 8, 15, 16, 17, 31, 32, 33, 64, 128, 300)
+SCALES = (1.0, 1.0, 2.0, 0.5, -1.0, 1 / 3, 0.7, 16 / 7, 1e-3, 0.0)
+
+
+@dataclass(frozen=True)
+class HostileBlock:
+    """A block and what is added to it, whose first row is row `first` of the terms."""
+
+    name: str
+    weight: Tensor  # (rows, n)
+    terms: list[Term]
+    first: int = 0
+
+    def reals(self) -> Reals:
+        return Reals(Products(self.terms).rows(0, self.first + len(self.weight)))
+
+
+def make_block(seed: int | Sequence[int]) -> HostileBlock:
+    g = np.random.default_rng(seed)
+    dtype = g.choice([BF16, FP16, FP32])
+    if g.random() < 0.4:
+        return _aimed(g, dtype)
+    rows, n = int(g.choice(HEIGHTS)), int(g.choice(WIDTHS)) if g.random() < 0.97 else int(g.integers(4090, 4200))
+    kind = g.choice(list(WEIGHTS))
+    W = _sprinkled(g, WEIGHTS[kind](g, (rows, n), dtype))
+    first = int(g.integers(1, 9)) if g.random() < 0.2 else 0
+    terms = [_term(g, first + rows, n, kind == "coarse") for _ in range(g.choice([1, 1, 1, 2, 3]))]
+    if g.random() < 0.05:  # all or nearly all cancels
+        terms.append(Term(-terms[0].left, terms[0].right, terms[0].scale))
+    return HostileBlock(f"{NAMES[dtype]} {kind}", W, terms, first)
+
+
+def _of_bits(bits: Any, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(bits).astype(FORMS[dtype].bits_type)).view(dtype)
+
+
+def _signed(g: np.random.Generator, size: IntArray, dtype: torch.dtype) -> Tensor:
+    return _of_bits(size | np.where(g.random(size.shape) < 0.5, ~FORMS[dtype].size, 0), dtype)
+
+
+def _normal(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(g.standard_normal(shape) * 10.0 ** g.uniform(-4, 1)).to(dtype)
+
+
+def _any_bits(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(g.integers(0, 256, (*shape, dtype.itemsize), np.uint8)).view(dtype).reshape(shape)
+
+
+def _least(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return _signed(g, g.integers(0, 3 << (FORMS[dtype].precision - 1), shape), dtype)
+
+
+def _largest(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    form = FORMS[dtype]
+    return _signed(g, form.inf - 1 - g.integers(0, 2 << (form.precision - 1), shape), dtype)
+
+
+def _coarse(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(g.integers(-8, 9, shape) * 2.0 ** int(g.integers(-8, 4))).to(dtype)
+
+
+def _around_powers(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    power = numpy_bits(torch.from_numpy(2.0 ** g.integers(-12, 4, shape)).to(dtype)).astype(np.int64)
+    return _signed(g, power + g.integers(-2, 3, shape), dtype)
+
+
+WEIGHTS = {
+    "normal": _normal,
+    "normal again": _normal,
+    "any bits": _any_bits,
+    "least": _least,
+    "largest": _largest,
+    "coarse": _coarse,
+    "powers": _around_powers,
+}
+
+
+def _sprinkled(g: np.random.Generator, W: Tensor) -> Tensor:
+    """Put zeros of both signs, inf, and nans of any payload into weights."""
+    form, bits = FORMS[W.dtype], numpy_bits(W).copy()
+    for share, sizes in ((0.2, (0, 1)), (0.01, (form.inf, form.inf + 1)), (0.01, (form.inf + 1, form.size + 1))):
+        if g.random() < 0.2:
+            some = g.random(bits.shape) < share
+            bits[some] = numpy_bits(_signed(g, g.integers(*sizes, bits.shape), W.dtype))[some]
+    return _of_bits(bits, W.dtype)
+
+
+def _factor(g: np.random.Generator, shape: tuple[int, int], exponent: int) -> Tensor:
+    x = g.standard_normal(shape)
+    how = g.integers(7)
+    if how == 0:
+        x = g.integers(-2, 3, shape).astype(np.float64)
+    elif how == 1:
+        x = np.ldexp(x, g.integers(-20, 10, shape))
+    elif how == 2:
+        x[g.random(shape) < 0.7] = 0
+    elif how == 3:
+        x[g.integers(shape[0])] = 0
+    elif how == 4:
+        x[:, g.integers(shape[1])] = 0
+    elif how == 5 and g.random() < 0.3:
+        x[:] = 0
+    found = torch.from_numpy(x * 2.0**exponent).to(g.choice([BF16, FP16, FP32, FP32, FP64]))
+    return torch.where(found.isfinite(), found, 1.0)
+
+
+def _term(g: np.random.Generator, rows: int, n: int, is_coarse: bool) -> Term:
+    rank = int(g.choice(RANKS, p=np.geomspace(6, 1, len(RANKS)) / np.geomspace(6, 1, len(RANKS)).sum()))
+    exponent = int(g.integers(-6, 2)) if g.random() < 0.8 else int(g.integers(-70, 14))
+    left, right = _factor(g, (rows, rank), int(g.integers(-4, 2))), _factor(g, (rank, n), exponent)
+    scale = Fraction(float(g.choice(SCALES))) * Fraction(float(g.choice([1.0, 1.0, 0.3])))
+    if is_coarse and g.random() < 0.6:  # halves of steps: ties
+        left = torch.from_numpy(g.integers(-1, 2, (rows, rank)) * 2.0 ** int(g.integers(-16, 0)))
+        right, scale = torch.from_numpy(g.integers(-1, 2, (rank, n)).astype(np.float64)), Fraction(1)
+    if g.random() < 0.2:
+        left, right = (x.T.contiguous().T for x in (left, right))  # as of transposed updates
+    return Term(left, right, scale)
+
+
+def _aimed(g: np.random.Generator, dtype: torch.dtype) -> HostileBlock:
+    """Return weights whose sums are a midpoint of two numbers, or beside one by a hair of any size.
+
+    The hair is one of the products, and so are two large ones that cancel. So float32 or float64 may lose the hair.
+    """
+    form, n = FORMS[dtype], int(g.choice([16, 17, 33]))
+    W = WEIGHTS[g.choice(["normal", "powers", "powers", "least", "coarse"])](g, (1, n), dtype)
+    W = torch.where(W.isfinite(), W, 1.0)
+    weight = wide(numpy_bits(W)[0], form)
+    place = np.abs(numpy_bits(W)[0].astype(np.int64) & form.size) + g.integers(-3, 4, n) * (g.random(n) < 0.8)
+    if g.random() < 0.3:  # far from W
+        place += g.integers(0, 6 << (form.precision - 1), n)
+    place = np.clip(place, 0, form.inf - 2)
+    signs = np.where(g.random(n) < 0.8, np.sign(weight), -np.sign(weight))
+    low, high = (wide(number(place + k, form), form) for k in (0, 1))
+    step = np.where(signs < 0, -1.0, 1.0) * (low / 2 + high / 2) - weight
+    if g.random() < 0.2:
+        return HostileBlock(f"{NAMES[dtype]} aimed in pairs", W, [_cancelling(g, step)])
+    hair = g.choice([-1.0, 0.0, 1.0], n) * np.ldexp(np.maximum(np.abs(weight), 2.0**-150), -g.integers(8, 70, n))
+    large = np.abs(step) * 2.0 ** g.integers(-4, g.choice([8, 14, 40])) * (g.random() < 0.6)
+    parts = [large, step, hair, -large] + [np.zeros(n)] * int(g.choice([0, 1, 4, 13, 14, 30]))
+    order = np.arange(len(parts)) if g.random() < 0.5 else g.permutation(len(parts))
+    third = g.random() < 0.2
+    right = torch.from_numpy(np.stack(parts)[order] * (3.0 if third else 1.0))
+    right = right.to(FP32) if g.random() < 0.3 else right
+    rows = int(g.choice([1, 1, 1, 2, 7]))
+    halvings = np.arange(rows)[:, None]
+    if bool((np.abs(weight) < 2.0 ** (form.least + rows + 1)).any()):
+        halvings[:] = 0
+    left = torch.from_numpy(np.repeat(2.0**-halvings, len(parts), 1))
+    W = (W.double() * torch.from_numpy(2.0**-halvings)).to(dtype)
+    return HostileBlock(f"{NAMES[dtype]} aimed", W, [Term(left, right, Fraction(1, 3) if third else Fraction(1))])
+
+
+def _cancelling(g: np.random.Generator, step: npt.NDArray[np.float64]) -> Term:
+    """Return products of one row that sum to `step` and a hair: 2**-90 to 2**-115 times as much as each of them."""
+    n, rank = len(step), int(g.integers(2, 7))
+    left = g.standard_normal(rank)
+    right = g.standard_normal((rank, n)) * np.maximum(np.abs(step), 2.0**-130) * 2.0 ** int(g.integers(0, 6))
+    rest = np.zeros((3, n))
+    for j in range(n):
+        products = [Fraction(float(x)) * Fraction(float(y)) for x, y in zip(left, right[:, j], strict=True)]
+        hair = int(g.integers(-1, 2)) * max(map(abs, products)) / 2 ** int(g.integers(90, 115))
+        missing = Fraction(float(step[j])) + hair - sum(products)
+        for k in range(3):
+            rest[k, j] = float(missing)
+            missing -= Fraction(float(rest[k, j]))
+    order = g.permutation(rank + 3)
+    both = np.concatenate([left, np.ones(3)])[order], np.concatenate([right, rest])[order]
+    return Term(torch.from_numpy(both[0][None]), torch.from_numpy(both[1]), Fraction(1))
+
+
+@dataclass(frozen=True)
+class MergedBlock:
+    """What a merge makes of a block."""
+
+    merged: bytes
+    payload: bytes  # of the undo record
+    counts: tuple[int, ...]  # changed, not finite, overflowed
+    largest: float  # of those that overflowed
+    stats: RoundingStats = field(compare=False)
+
+
+def merge_hostile(block: HostileBlock, record: bool = True) -> tuple[MergedBlock, Tensor]:
+    """Return what a merge makes of a block, with an undo record or without, and W'."""
+    W, work = block.weight, Workspace(CPU)
+    out, recorder = torch.empty_like(W), Recorder(W.dtype, None, work)
+    merge = RowMerge(block.reals(), W.dtype, W.dtype, CPU)
+    stats = merge.apply(W, block.first, out, work, recorder if record else None)
+    payload = recorder.result(stats, W, out).payload if not stats.overflowed else b""  # such a merge is refused
+    assert isinstance(payload, bytes)
+    counts = stats.changed, stats.not_finite, stats.overflowed
+    return MergedBlock(bytes(bytes_of(out)), payload, counts, stats.largest, stats), out
+
+
+def restore_hostile(block: HostileBlock, merged: Tensor, payload: bytes) -> tuple[bytes, str]:
+    """Return W as a record restores it, and what is wrong if it is not W."""
+    back = torch.full_like(merged, 7)
+    restorer = Restorer("x", merged.dtype, payload, _digest(block.weight), word_sum(bytes_of(merged)))
+    x = Reals(Products(block.terms).rows(block.first, block.first + len(merged)))
+    try:
+        with restorer.damage():
+            restorer.block(merged, x, back, Workspace(CPU))
+        restorer.check(back, merged)
+    except InputError as error:
+        return b"", str(error)
+    return bytes(bytes_of(back)), ""
+
+
+def damaged(g: np.random.Generator, payload: bytes) -> bytes:
+    """Return a record that was cut, lengthened, or changed in one bit."""
+    how, data = g.integers(3), bytearray(payload)
+    if how == 0:
+        return payload[: int(g.integers(len(payload)))]
+    if how == 1:
+        return payload + bytes(int(g.integers(1, 3)))
+    data[g.integers(len(data))] ^= 1 << g.integers(8)
+    return bytes(data)
+
+
+def _digest(x: Tensor) -> str:
+    return hashlib.sha256(bytes_of(x)).hexdigest()
+
+
+@np.errstate(invalid="ignore")
+def sums_in_longdouble(block: HostileBlock, merged: Tensor) -> dict[str, float]:
+    """Return <W, W>, <D, D> and <W' - W, D> of weights that are finite and stay so."""
+    rows = Products(block.terms).rows(block.first, block.first + len(merged))
+    D = np.longdouble(rows.left) @ np.longdouble(rows.products.right).T
+    W, W1 = (np.longdouble(x.double().numpy()) for x in (block.weight, merged))
+    fine = np.isfinite(W) & np.isfinite(W1)
+    W, D, moved = np.where(fine, W, 0), np.where(fine, D, 0), np.where(fine, W1 - W, 0)
+    return {name: float((x * y).sum()) for name, x, y in zip(_SUMS, (W, D, moved), (W, D, D), strict=True)}
+
+
+_SUMS = ("base_squared", "change_squared", "kept")

@@ -1,0 +1,240 @@
+"""Hold the compiled passes to the way without them: the same bytes, records, counts and refusals on hostile blocks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, factors, needs_passes, run_command, weights
+from lib.hostile.hostile_blocks import (
+    NAMES,
+    HostileBlock,
+    damaged,
+    make_block,
+    merge_hostile,
+    restore_hostile,
+    sums_in_longdouble,
+)
+
+from loratool.numerics.decide import Reals
+from loratool.numerics.passes import blocks
+from loratool.numerics.passes.blocks import BOUNDS, PassBounds
+from loratool.numerics.passes.native import NATIVE, describe_native
+from loratool.numerics.products import Products, Term
+from loratool.numerics.workspace import Workspace
+from loratool.undo.records import bytes_of
+
+FP32 = torch.float32
+
+
+@contextmanager
+def passes(on: bool) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(NATIVE, str(int(on)))
+        yield
+
+
+class Takes:
+    """Counts the blocks that the passes did."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.counts: Counter[bool] = Counter()
+        for module, name in (("numerics.merge", "merge_block"), ("undo.records", "restore_block")):
+            patch.setattr(f"loratool.{module}.{name}", self._counting(getattr(blocks, name)))
+
+    def _counting(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **named: Any) -> Any:
+            result = work(*arguments, **named)
+            self.counts[result is not None] += 1
+            return result
+
+        return counted
+
+
+def differences(block: HostileBlock, seed: int) -> list[str]:
+    """Return what the passes do otherwise than the way without them: the names of what differs."""
+    with passes(False):
+        wanted, merged = merge_hostile(block)
+    with passes(True):
+        both = merge_hostile(block)[0], merge_hostile(block, record=False)[0]
+    found = [name for name in ("merged", "payload", "counts", "largest") if not _equal(wanted, both[0], name)]
+    found += [
+        f"{name} without a record" for name in ("merged", "counts", "largest") if not _equal(wanted, both[1], name)
+    ]
+    if not wanted.stats.overflowed:
+        with passes(True):
+            restored = restore_hostile(block, merged, wanted.payload)
+        found += [f"restored {restored[1]}"] if restored != (bytes(bytes_of(block.weight)), "") else []
+        if wanted.payload and seed % 4 == 0:
+            data, refusals = damaged(np.random.default_rng(seed), wanted.payload), []
+            for on in (False, True):
+                with passes(on):
+                    refusals.append(restore_hostile(block, merged, data))
+            found += [] if refusals[0] == refusals[1] else [f"refused {refusals}"]
+    return found
+
+
+def _equal(one: Any, other: Any, name: str) -> bool:
+    return bool(getattr(one, name) == getattr(other, name))
+
+
+def check(first: int, count: int, seed: int) -> None:
+    for number in range(first, first + count):
+        block = make_block([seed, number])
+        assert differences(block, number) == [], f"make_block([{seed}, {number}]): {block.name}"
+
+
+@needs_passes
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_hostile_blocks(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    takes = Takes(monkeypatch)
+    check(first, 50, 0)
+    assert takes.counts[True] > 0.6 * (takes.counts.total() - 100)  # a half of the merges is the other way's
+
+
+@needs_passes
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_many_hostile_blocks(seed: int) -> None:
+    check(0, 500, seed)
+
+
+def smaller(method: str, factor: float) -> Callable[[PassBounds], PassBounds]:
+    """Return what makes bounds of which a term is so many times the right one."""
+
+    def make(bounds: PassBounds) -> PassBounds:
+        def term(_: PassBounds, *arguments: Any) -> Any:
+            return getattr(bounds, method)(*arguments) * factor
+
+        kind: type[PassBounds] = type("Smaller", (PassBounds,), {method: term})
+        return kind(bounds.number, bounds.real, bounds.spread, bounds.margin)
+
+    return make
+
+
+def without(name: str) -> Callable[[PassBounds], PassBounds]:
+    return lambda bounds: replace(bounds, **{name: 0.0})
+
+
+MUTANTS = {
+    "E": smaller("errors", 1e-3),
+    "spread": without("spread"),
+    "dot_unit": smaller("dot_unit", 0.0),  # fp32 is decided by pairs alone
+    "dot_spread": without("dot_spread"),
+    "pair_unit": smaller("pair_unit", 2.0**-12),
+    "pair_rounded": without("pair_rounded"),
+    "margin": without("margin"),
+}
+
+
+@needs_passes
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
+@pytest.mark.parametrize("term", MUTANTS)
+def test_a_bound_with_a_term_too_small_is_caught(
+    term: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (term, dtype) == ("dot_unit", FP32):
+        pytest.skip("not used")
+    monkeypatch.setitem(blocks.BOUNDS, dtype, MUTANTS[term](BOUNDS[dtype]))
+    found = (differences(block, 1) for k in range(900) if (block := make_block([9, k])).weight.dtype == dtype)
+    assert any(found)
+
+
+@needs_passes
+@pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
+def test_sums_for_the_report(dtype: torch.dtype) -> None:
+    """To 6 digits, on weights as of models; rows in which D is 0, and inf, are among them."""
+    W, (A, B) = weights(70, 5000, dtype=dtype), factors(70, 5000, 20)
+    B[::9] = 0
+    W[1, 7], W[3, -1] = math.inf, -math.inf
+    block = HostileBlock("model", W, [Term(B, A, Fraction(2))])
+    with passes(True):
+        made, out = merge_hostile(block)
+    for name, wanted in sums_in_longdouble(block, out).items():
+        assert getattr(made.stats, name) == pytest.approx(wanted, rel=2e-6)
+    assert made.counts[1] == 2 and differences(block, 0) == []
+
+
+@needs_passes
+@pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
+def test_nearly_all_weights_of_a_model_are_decided(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    takes, (A, B) = Takes(monkeypatch), factors(300, 2000, 16)
+    block = HostileBlock("model", weights(300, 2000, dtype=dtype), [Term(B, A, Fraction(2))])
+    with passes(True):
+        made, out = merge_hostile(block)
+        assert restore_hostile(block, out, made.payload)[1] == ""
+    assert takes.counts == {True: 2} and made.stats.steps["dense"] >= 600_000 - 3
+
+
+@needs_passes
+@pytest.mark.parametrize("flush", [False, True])
+def test_modes_of_the_processor_do_not_matter(flush: bool) -> None:
+    torch.set_flush_denormal(flush)
+    try:
+        names = Counter(make_block([5, k]).name for k in range(60) if not differences(make_block([5, k]), k))
+    finally:
+        torch.set_flush_denormal(False)
+    assert names.total() == 60
+
+
+@needs_passes
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (1, 16), (7, 1), (6, 15), (13, 17), (3, 8), (2, 4095), (2, 4096), (2, 4097), (1, blocks.STRIP + 5)],
+)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
+def test_shapes(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    W, (A, B) = weights(*shape, dtype=dtype), factors(*shape, 5)
+    assert differences(HostileBlock("shape", W, [Term(B, A, Fraction(3))]), 0) == []
+
+
+@needs_passes
+@pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
+def test_what_is_left_to_the_way_without_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights, no rank, other strides, places between numbers, types or a row too long, and factors beyond range."""
+    monkeypatch.setattr(blocks, "WIDEST", 100)
+    work, takes = Workspace(torch.device("cpu")), []
+    (A, B), W = factors(6, 10, 2), weights(6, 10, dtype=dtype)
+    bytes_ = torch.zeros(121 * dtype.itemsize, dtype=torch.uint8)
+    shifted = bytes_[1 : 1 + 60 * dtype.itemsize].view(torch.uint8)
+    odd = torch.from_numpy(shifted.numpy().view(f"u{dtype.itemsize}")).view(dtype).reshape(6, 10)
+    cases = [
+        (W, W, Term(B, A, Fraction(1))),
+        (W[:0], W[:0], Term(B[:0], A, Fraction(1))),
+        (W, W, Term(B[:, :0], A[:0], Fraction(1))),
+        (W, W, Term(B, A, Fraction(0))),
+        (W.T.contiguous().T, W, Term(B, A, Fraction(1))),
+        (odd, W, Term(B, A, Fraction(1))),
+        (W, W.double(), Term(B, A, Fraction(1))),
+        (weights(6, 101, dtype=dtype), weights(6, 101, dtype=dtype), Term(B, factors(6, 101, 2)[0], Fraction(1))),
+        (W, W, Term(B.double() * 2.0**70, A.double() * 2.0**70, Fraction(1))),
+    ]
+    for source, result, term in cases:
+        x = Reals(Products([term]).rows(0, len(source)))
+        takes.append(blocks.merge_block(x, source, 0, result.clone(), work, record=True) is not None)
+    assert takes == [True] + [False] * 8
+
+
+def test_their_absence_can_be_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_command("--version")
+    assert result.stdout.splitlines()[1] == f"native: {describe_native()}"
+    monkeypatch.setattr("loratool.numerics.passes.native._load", lambda: (None, "no AVX2"))
+    for value, wanted in (("0", "none (LORATOOL_NATIVE=0)"), ("", "none (no AVX2)"), ("1", "none (no AVX2)")):
+        monkeypatch.setenv(NATIVE, value)
+        assert run_command("--version").stdout.endswith(f"native: {wanted}\n")
+    base = FIXTURES / "llama" / "base"
+    for value, wanted in (("1", "LORATOOL_NATIVE=1, but the compiled passes are none (no AVX2)"), ("yes", "neither")):
+        monkeypatch.setenv(NATIVE, value)
+        result = run_command("inspect", base)
+        assert result.exit_code == 5 and wanted in result.stderr
+    monkeypatch.setenv(NATIVE, "0")
+    assert run_command("inspect", base).exit_code == 0
