@@ -177,7 +177,7 @@ def install_remedy(extra: str) -> str:
     return f"{install_command(extra)}{'' if INDEX_NAME or REPOSITORY else ' in a clone of loratool'}"
 
 
-DEBUG = "LORATOOL_DEBUG"  # the one variable of the environment that sets no option
+DEBUG = "LORATOOL_DEBUG"
 
 
 def is_debugging() -> bool:

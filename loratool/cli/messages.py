@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..commands.machine import VARIABLES
 from ..errors import DEBUG, UsageError, is_debugging, without_credentials
 from ..views.parts.document import Line, TextSpan, line, text_of
 from ..views.parts.writing import command_line
@@ -122,7 +123,7 @@ def _warn_of_setting(name: str, commands: Iterable[str], load: Callable[[str], c
         for option in load(command).params
         for each in variables_of(command, option)
     ]
-    if name in (known := [*known, DEBUG]):
+    if name in (known := [*known, DEBUG, *VARIABLES]):
         return None
     prefix = f"LORATOOL_{named[0].upper()}_" if named else "LORATOOL_"
     near = get_close_matches(name.removeprefix(prefix), [each.removeprefix(prefix) for each in known], 1)

@@ -23,6 +23,8 @@ from typing import ParamSpec, TypeVar
 from ..errors import MachineError
 from ..numerics.passes.native import NATIVE, describe_native, native
 
+VARIABLES = (NATIVE,)  # of the environment, that set no option
+
 P = ParamSpec("P")
 
 R = TypeVar("R")
