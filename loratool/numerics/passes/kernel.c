@@ -91,10 +91,18 @@ INLINE uint32_t nearest_fp32(double x) { return bits_of_float((float)x); }
 
 static int32_t LANES[256][8] __attribute__((aligned(32))); /* the places of the bits that are set in a byte */
 
+static int32_t HALVES[16][8] __attribute__((aligned(32))); /* the same of 4 bits, each as two places: halves of doubles */
+
 static void fill_lanes(void) {
   for (int mask = 0; mask < 256; mask++)
     for (int bit = 0, count = 0; bit < 8; bit++)
       if (mask >> bit & 1) LANES[mask][count++] = bit;
+  for (int mask = 0; mask < 16; mask++)
+    for (int bit = 0, count = 0; bit < 4; bit++)
+      if (mask >> bit & 1) {
+        HALVES[mask][count++] = 2 * bit;
+        HALVES[mask][count++] = 2 * bit + 1;
+      }
 }
 
 INLINE double sum_of_floats(__m256 x) {
@@ -123,11 +131,12 @@ INLINE void compress_32(void *to, __m256i x, uint32_t mask) {
 }
 
 INLINE void compress_64(double *to, const double *x, uint32_t mask) {
-  __m256i order = _mm256_load_si256((const __m256i *)LANES[mask]);
-  __m256i low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(order));
-  __m256i high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(order, 1));
-  _mm256_storeu_pd(to, _mm256_i64gather_pd(x, low, 8));
-  _mm256_storeu_pd(to + 4, _mm256_i64gather_pd(x, high, 8));
+  const __m256i first = _mm256_loadu_si256((const __m256i *)x), second = _mm256_loadu_si256((const __m256i *)(x + 4));
+  const uint32_t low = mask & 15, high = mask >> 4;
+  const __m256i order = _mm256_load_si256((const __m256i *)HALVES[low]);
+  const __m256i order2 = _mm256_load_si256((const __m256i *)HALVES[high]);
+  _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(first, order));
+  _mm256_storeu_si256((__m256i *)(to + __builtin_popcount(low)), _mm256_permutevar8x32_epi32(second, order2));
 }
 
 INLINE void compress_positions(int32_t *to, int64_t first, uint32_t mask) {

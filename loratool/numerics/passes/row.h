@@ -291,8 +291,7 @@ static void NAME(keep_row)(const struct NAME(row) *row, struct sums *sums) {
   sums->not_finite += odd;
 }
 
-/* The bits of the number of the type that is nearest to x, ties to even; and whether it is neither too small for this
-   nor an overflow. */
+/* The bits of the number of the type that is nearest to x, not 0, ties to even; and whether that is no overflow. */
 INLINE uint32_t NAME(nearest_to_double)(double x, int *is_sure) {
 #if PRECISION == 24
   const uint32_t pattern = nearest_fp32(x);
@@ -302,8 +301,10 @@ INLINE uint32_t NAME(nearest_to_double)(double x, int *is_sure) {
   enum { SHIFT_ = 53 - PRECISION };
   const int64_t bits = bits_of_double(fabs(x)), is_odd = bits >> SHIFT_ & 1;
   const int64_t rounded = (bits + (((int64_t)1 << (SHIFT_ - 1)) - 1 + is_odd)) >> SHIFT_;
-  const int64_t ordinal = rounded - ((int64_t)(LEAST + 1022) << (PRECISION - 1));
-  *is_sure = (ordinal > 1 << (PRECISION - 1)) & (ordinal < (int64_t)INF); /* subnormal numbers have fewer bits */
+  int64_t ordinal = rounded - ((int64_t)(LEAST + 1022) << (PRECISION - 1));
+  if (fabs(x) < 2.0 * ((int64_t)1 << (PRECISION - 1)) * STEP) /* there all steps are one */
+    ordinal = (int64_t)nearbyint(fabs(x) / STEP);
+  *is_sure = ordinal < (int64_t)INF;
   return (uint32_t)ordinal | (x < 0 ? SIZE + 1 : 0);
 #endif
 }

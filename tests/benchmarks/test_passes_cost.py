@@ -1,0 +1,147 @@
+"""Measure what the compiled passes save: CPU a weight of a block, and CPU of whole commands, each in turns with a run
+without them.
+
+pytest -m slow -s tests/benchmarks/test_passes_cost.py
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import factors, needs_passes, weights
+
+from loratool.numerics.decide import Reals
+from loratool.numerics.merge import RowMerge
+from loratool.numerics.passes.native import NATIVE
+from loratool.numerics.products import Products, Term
+from loratool.numerics.workspace import Workspace
+from loratool.undo.records import RecordedBlock, Recorder, Restorer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from models import make
+
+pytestmark = [pytest.mark.slow, needs_passes]
+CPU = torch.device("cpu")
+SHAPE = (1024, 2048)
+TURNS = 9
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def in_turns(work: Callable[[], object], patch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Return the least ns of CPU a weight without the passes, and with them."""
+    found: dict[str, list[float]] = {"0": [], "1": []}
+    for _ in range(TURNS):
+        for native, times in found.items():
+            patch.setenv(NATIVE, native)
+            start = time.thread_time()
+            work()
+            times.append(time.thread_time() - start)
+    without, with_passes = (min(times) / SHAPE[0] / SHAPE[1] * 1e9 for times in found.values())
+    return without, with_passes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "plain", "undo"),
+    [
+        (BF16, 16, 0.6, 0.52),
+        (BF16, 64, 0.62, 0.52),
+        (FP16, 16, 0.6, 0.6),
+        (FP16, 64, 0.5, 0.32),
+        (FP32, 16, 0.6, 0.58),
+        (FP32, 64, 0.66, 0.66),
+    ],
+)
+def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors of W's type, |D| about a tenth of |W|; their preparation, sha256 and sums are included."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    W, (A, B) = weights(*SHAPE, dtype=dtype), factors(*SHAPE, rank)
+    B, A = (B * (0.09 * W.float().norm() / (B @ A).norm())).to(dtype), A.to(dtype)
+    work, out, back = Workspace(CPU), torch.empty_like(W), torch.empty_like(W)
+
+    def merged(record: bool) -> RecordedBlock | None:
+        x = Reals(Products([Term(B, A, Fraction(1))]).rows(0, len(W)))
+        recorder = Recorder(dtype) if record else None
+        stats = RowMerge(x, dtype, dtype, CPU).apply(W, 0, out, work, recorder)
+        return recorder.result(stats, W, out) if recorder else None
+
+    record = merged(True)
+    assert record
+    payload = record.payload
+    assert isinstance(payload, bytes)
+
+    def restored() -> None:
+        restorer = Restorer("x", dtype, payload, record.sha256, record.sum)
+        restorer.block(out, Reals(Products([Term(B, A, Fraction(1))]).rows(0, len(W))), back, work)
+        restorer.check(back, out)
+
+    lines = []
+    for name, limit, call in (
+        ("merge", plain, lambda: merged(False)),
+        ("merge with undo", undo, lambda: merged(True)),
+        ("restore", 0.66, restored),
+    ):
+        without, with_passes = in_turns(call, monkeypatch)
+        lines.append((name, without, with_passes, with_passes / without, limit))
+    torch.set_num_threads(threads)
+    for name, without, with_passes, ratio, limit in lines:
+        print(
+            f"\n{dtype} rank {rank}, {name}: {without:.2f} -> {with_passes:.2f} ns, {ratio:.2f} (at most {limit})",
+            end="",
+        )
+    assert torch.equal(back.view(torch.uint8), W.view(torch.uint8))
+    assert all(ratio <= limit for *_, ratio, limit in lines)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("models")
+    make(root / "small", "small")
+    yield root
+    shutil.rmtree(root)
+
+
+def cpu_of(native: str, *arguments: object) -> float:
+    """Return the CPU seconds of a command."""
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = used()
+    command = [sys.executable, "-c", "from loratool.cli import main; main()", *map(str, arguments), "-q"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, NATIVE: native})
+    return used() - before
+
+
+def test_whole_commands(models: Path) -> None:
+    """0.6 GB in bf16; of each CPU the start is taken off, which is what a plan costs."""
+    base, adapter = models / "small" / "base", models / "small" / "adapter"
+    out, back = models / "out", models / "back"
+    start = min(cpu_of("1", "merge", base, adapter, "-o", out, "--dry-run") for _ in range(3))
+    calls: dict[str, tuple[float, tuple[object, ...]]] = {
+        "merge": (0.56, ("merge", base, adapter, "-o", out, "--force")),
+        "unmerge": (0.56, ("unmerge", out, adapter, "-o", back, "--force")),
+        "verify": (0.7, ("verify", base, adapter, out)),
+        "merge --no-undo": (0.56, ("merge", base, adapter, "-o", models / "plain", "--force", "--no-undo")),
+    }
+    for name, (limit, call) in calls.items():
+        pairs = [(cpu_of("0", *call) - start, cpu_of("1", *call) - start) for _ in range(5)]
+        ratio = statistics.median(with_passes / without for without, with_passes in pairs)
+        without, with_passes = (statistics.median(column) for column in zip(*pairs, strict=True))
+        print(
+            f"\n{name}: {start:.2f} s and {without:.2f} -> {with_passes:.2f} s, {ratio:.2f} (at most {limit})", end=""
+        )
+        calls[name] = (ratio - limit, call)
+    assert max(over for over, _ in calls.values()) <= 0
