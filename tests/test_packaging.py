@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from conftest import ROOT, needs_passes
 pytestmark = pytest.mark.slow
 COPIED = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 PASSES = "loratool/numerics/passes"
+INCLUDED = sysconfig.get_paths()["include"]
 
 
 @pytest.fixture
@@ -87,8 +89,28 @@ def test_the_source_has_what_builds_the_passes(project: Path) -> None:
     [("-ffast-math", "the bounds do not hold"), ("-mfpmath=387", "a wider type"), ("-D__BYTE_ORDER__=4321", "endian")],
 )
 def test_compilers_that_break_the_bounds_are_refused(project: Path, flag: str, message: str) -> None:
-    import sysconfig
-
-    command = ["gcc", flag, "-I", sysconfig.get_paths()["include"], "-c", f"{PASSES}/kernel.c", "-o", "/dev/null"]
+    command = ["gcc", flag, "-I", INCLUDED, "-c", f"{PASSES}/kernel.c", "-o", "/dev/null"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert done.returncode and message in done.stderr
+
+
+@needs_passes
+def test_sanitizers_find_nothing(project: Path) -> None:
+    """No access beyond a buffer and no undefined behaviour, in hostile blocks both ways."""
+    flags = "-shared -fPIC -O1 -g -fno-trapping-math -fsanitize=undefined,address -fno-sanitize-recover=all".split()
+    out = f"{PASSES}/_native.abi3.so"
+    subprocess.run(["gcc", *flags, "-I", INCLUDED, f"{PASSES}/kernel.c", "-o", out], cwd=project, check=True)
+    libraries = [
+        subprocess.run(
+            ["gcc", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan", "libubsan")
+    ]
+    path = os.pathsep.join(map(str, (project, ROOT / "tests", ROOT / "tests/numerics")))
+    variables = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": path}
+    code = "import loratool, test_passes; test_passes.check(0, 200, 7); print(loratool.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, env={**os.environ, **variables}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(project / "loratool/__init__.py")
