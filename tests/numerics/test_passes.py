@@ -27,7 +27,7 @@ from lib.hostile.hostile_blocks import (
 from loratool.numerics.decide import Reals
 from loratool.numerics.passes import blocks
 from loratool.numerics.passes.blocks import BOUNDS, PassBounds
-from loratool.numerics.passes.native import NATIVE, describe_native
+from loratool.numerics.passes.native import NATIVE, _load, describe_native
 from loratool.numerics.products import Products, Term
 from loratool.numerics.workspace import Workspace
 from loratool.undo.records import bytes_of
@@ -222,6 +222,12 @@ def test_what_is_left_to_the_way_without_them(dtype: torch.dtype, monkeypatch: p
         x = Reals(Products([term]).rows(0, len(source)))
         takes.append(blocks.merge_block(x, source, 0, result.clone(), work, record=True) is not None)
     assert takes == [True] + [False] * 8
+
+
+@needs_passes
+def test_a_build_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.numerics.passes.native._source", lambda: "0123456789abcdef")
+    assert _load.__wrapped__() == (None, "built from other sources: build again")
 
 
 def test_their_absence_can_be_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 SIZE_OF_BLOCK: int
 VECTORS: str
+SOURCE: str
 
 def run_pass(block: int, /) -> None: ...
 def size_of_scratch(kind: int, strip: int, columns: int, rank: int, /) -> int: ...

@@ -15,12 +15,13 @@ r = 1.01 E + c |s| and c > 2 u, X is strictly between the ends. A tie never has 
 between ends of two signs. For fp16 the ends are cast by way of float32: c is more than 2**-24, float32's unit roundoff,
 and float64's are small beside that.
 
-**A dot product** in float64 is off by (R + 8) u b a at most (`products`); the passes get R + 16, for the roundings of
-the bound. c is 4 u. What underflows is far below c times the least number of each type.
+**A dot product** in float64 is off by (R + 8) u b a + 4 R t max(1, M) at most (`products`); the passes get R + 16, for
+the roundings of the bound. c is 4 u.
 
 **In pairs** the same sum is off by (2 R + 8)**2 u**2 b a at most: 2 R errors of at most (R + 1) u b a together are
-summed in float64. If a scale is no power of two, the left side itself is off by two roundings: 4 u b a more. What lies
-strictly between two neighbors of float64 rounds as every number between them.
+summed in float64. Where errors could underflow, nothing is decided. If a scale is no power of two, the left side itself
+is off by two roundings: 4 u b a more. What lies strictly between two neighbors of float64 rounds as every number
+between them.
 
 **The end of a run** is a midpoint, which is exact, minus D. Its rounding and those of the margin are below 16 u times
 the larger end. D is off by E.
@@ -96,9 +97,14 @@ class PassBounds:
         rank, products = rows.products.rank, rows.products
         roundings = min(rank, self.chunk) + -(-rank // self.chunk) + self.extra
         longest = float(products.column_norms.max(initial=0.0))
-        least = self.underflow * rank * LEAST_OF[self.real] * max(1.0, rows.largest)
-        errors: npt.NDArray[np.float64] = roundings * UNIT_OF[self.real] * longest * rows.row_norms[here] + least
+        errors: npt.NDArray[np.float64] = roundings * UNIT_OF[self.real] * longest * rows.row_norms[here]
+        errors += self.least(rows, self.real)
         return errors
+
+    def least(self, rows: ProductRows, kind: torch.dtype) -> float:
+        """Return what underflows in a dot product at most."""
+        least: float = self.underflow * rows.products.rank * LEAST_OF[kind] * max(1.0, rows.largest)
+        return least
 
     def dot_unit(self, products: Products) -> float:
         """Return the bound of a dot product, in units of b a."""
@@ -127,7 +133,7 @@ class _Block(ctypes.Structure):
         *((name, ctypes.c_int64) for name in "kind back record rows columns rank strip".split()),
         *((name, ctypes.c_void_p) for name in "source result left right panels errors".split()),
         *((name, ctypes.c_void_p) for name in ("row_norms", "column_norms")),
-        *((name, ctypes.c_double) for name in "spread dot_unit dot_spread margin pair_unit".split()),
+        *((name, ctypes.c_double) for name in "spread dot_unit dot_least dot_spread margin pair_unit".split()),
         ("is_exact", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in "scratch squares index count at".split()),
         *((name, ctypes.c_int64) for name in "entries undecided changed not_finite".split()),
@@ -319,6 +325,7 @@ def _prepare(
         result=result.data_ptr(),
         spread=bounds.spread,
         dot_unit=bounds.dot_unit(products),
+        dot_least=bounds.least(rows, torch.float64),
         dot_spread=bounds.dot_spread,
         margin=bounds.margin,
         pair_unit=bounds.pair_unit(products),

@@ -14,6 +14,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifndef SOURCE
+#define SOURCE "" /* setup.py's hash of the sources, so that no module of other sources is used */
+#endif
+
 #if defined(__FAST_MATH__)
 #error "-ffast-math: the bounds do not hold for sums that the compiler has rearranged by algebra"
 #endif
@@ -57,7 +61,7 @@ struct block {
   const double *errors;            /* (rows,) bounds of D as the pass computes it; below 0: the row of D is 0 */
   const double *row_norms, *column_norms; /* of left and right, for the bound of a dot product in double */
   double spread;                   /* times |W + D|: its rounding, that of its ends, and of their casts */
-  double dot_unit;                 /* times both norms: the bound of a dot product */
+  double dot_unit, dot_least;      /* the bound of a dot product is dot_unit * norm * norm + dot_least */
   double dot_spread;               /* times a sum with a dot product: its rounding and that of an interval's ends */
   double margin;                   /* times the larger end of a run: its rounding */
   double pair_unit;                /* times both norms: the bound of a dot product in pairs */
@@ -169,7 +173,7 @@ INLINE int is_between(struct pair x) {
   return fabs(x.low) > x.bound && fabs(x.low) + x.bound < fabs(x.high) * 0x1.fp-54;
 }
 
-/* Whether it is `high`, and known to be. */
+/* Whether it is exactly `high`. */
 INLINE int is_high(struct pair x) { return x.low == 0 && x.bound == 0 && x.high != 0; }
 
 /* Half the interval that surely has the number, about `high`. */
@@ -206,7 +210,7 @@ INLINE double dot(const struct block *b, int64_t i, int64_t j, double *bound) {
     second += left[k + 1] * right[k + 1];
   }
   if (k < b->rank) sum += left[k] * right[k];
-  *bound = b->dot_unit * b->row_norms[i] * b->column_norms[j];
+  *bound = b->dot_unit * b->row_norms[i] * b->column_norms[j] + b->dot_least;
   return sum + second;
 }
 
@@ -485,7 +489,8 @@ PyMODINIT_FUNC PyInit__native(void) {
   fill_lanes();
   module = PyModule_Create(&MODULE);
   if (module && (PyModule_AddIntConstant(module, "SIZE_OF_BLOCK", (long)sizeof(struct block)) < 0 ||
-                 PyModule_AddStringConstant(module, "VECTORS", "avx2") < 0)) {
+                 PyModule_AddStringConstant(module, "VECTORS", "avx2") < 0 ||
+                 PyModule_AddStringConstant(module, "SOURCE", SOURCE) < 0)) {
     Py_DECREF(module);
     return NULL;
   }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,8 +32,22 @@ def describe_native() -> str:
 def _load() -> tuple[ModuleType | None, str]:
     """Return the module, or None and why it is not there."""
     try:
-        return import_module("._native", __package__), ""
+        module = import_module("._native", __package__)
     except ModuleNotFoundError:
         return None, "not built"
     except ImportError as error:
         return None, str(error)
+    if module.SOURCE and _source() not in ("", module.SOURCE):
+        return None, "built from other sources: build again"
+    return module, ""
+
+
+def _source() -> str:
+    """Return setup.py's hash of the C sources, empty if they are not here, as in a wheel."""
+    import hashlib
+
+    try:
+        sources = [Path(__file__).with_name(name).read_bytes() for name in ("kernel.c", "row.h")]
+    except OSError:
+        return ""
+    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
