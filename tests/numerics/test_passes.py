@@ -176,14 +176,12 @@ def test_nearly_all_weights_of_a_model_are_decided(dtype: torch.dtype, monkeypat
 
 
 @needs_passes
-@pytest.mark.parametrize("flush", [False, True])
-def test_modes_of_the_processor_do_not_matter(flush: bool) -> None:
-    torch.set_flush_denormal(flush)
+def test_flushed_subnormals_do_not_matter() -> None:
+    torch.set_flush_denormal(True)
     try:
-        names = Counter(make_block([5, k]).name for k in range(60) if not differences(make_block([5, k]), k))
+        check(0, 40, 5)
     finally:
         torch.set_flush_denormal(False)
-    assert names.total() == 60
 
 
 @needs_passes
