@@ -95,7 +95,8 @@ INLINE uint32_t nearest_fp32(double x) { return bits_of_float((float)x); }
 
 static int32_t LANES[256][8] __attribute__((aligned(32))); /* the places of the bits that are set in a byte */
 
-static int32_t HALVES[16][8] __attribute__((aligned(32))); /* the same of 4 bits, each as two places: halves of doubles */
+/* the same of 4 bits, each as the two places of a double's halves */
+static int32_t HALVES[16][8] __attribute__((aligned(32)));
 
 static void fill_lanes(void) {
   for (int mask = 0; mask < 256; mask++)
@@ -218,8 +219,8 @@ INLINE double dot(const struct block *b, int64_t i, int64_t j, double *bound) {
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(x) JOIN(x, TYPE)
 
-/* TYPE; PATTERN, an integer for its bits; REAL, in which it is summed, and whether that is float; PRECISION, LEAST, SIZE
-   and INF as in `forms.Form`; STEP, its least number. */
+/* TYPE; PATTERN, an integer for its bits; REAL, in which it is summed, and whether that is float; PRECISION, LEAST,
+   SIZE and INF as in `forms.Form`; STEP, its least number. */
 #define TYPE bf16
 #define PATTERN uint16_t
 #define REAL float
@@ -283,7 +284,8 @@ INLINE void write_bits(struct bit_writer *writer, uint64_t bits, int count) {
 }
 
 /* Move entry i to `left`, with the largest index that its run has in place of the count. Return the next `left`. */
-INLINE int64_t open_entry(int32_t *index, int32_t *count, int64_t i, int64_t left, uint32_t every, struct bit_writer *to) {
+INLINE int64_t open_entry(
+    int32_t *index, int32_t *count, int64_t i, int64_t left, uint32_t every, struct bit_writer *to) {
   uint32_t last = (uint32_t)count[i] - 1;
   if (count[i] == EVERY) {
     write_bits(to, index[i] == 0, 1);
@@ -314,7 +316,8 @@ static int64_t pack_entries(int32_t *index, int32_t *count, int64_t entries, int
   for (int bit = 0; left; bit++) {
     int64_t open = 0;
     for (i = 0; i + 8 <= left; i += 8) {
-      __m256i x = _mm256_loadu_si256((const __m256i *)(index + i)), last = _mm256_loadu_si256((const __m256i *)(count + i));
+      __m256i x = _mm256_loadu_si256((const __m256i *)(index + i));
+      __m256i last = _mm256_loadu_si256((const __m256i *)(count + i));
       __m256i done = _mm256_cmpeq_epi32(_mm256_srli_epi32(last, bit + 1), _mm256_setzero_si256());
       __m256i plane = _mm256_sll_epi32(x, _mm_cvtsi32_si128(31 - bit));
       uint32_t mask = 255 & ~(uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(done));
@@ -339,7 +342,8 @@ static int64_t pack_entries(int32_t *index, int32_t *count, int64_t entries, int
 /* Read the index of each entry from `length` bits. Return how many were read; -1 if they are too few. The count of an
    entry of every number that is +0.0 becomes 0; `open` has room for the entries. */
 static int64_t unpack_entries(
-    const uint8_t *from, int64_t length, int32_t *index, int32_t *count, int64_t entries, int64_t width, int32_t *open) {
+    const uint8_t *from, int64_t length, int32_t *index, int32_t *count, int64_t entries, int64_t width,
+    int32_t *open) {
   const uint32_t every = UINT32_MAX >> (32 - width);
   int64_t read = 0, left = 0;
 #define NEXT_BIT ((uint32_t)from[read >> 3] >> (read & 7) & 1)

@@ -44,7 +44,8 @@ INLINE void NAME(multiply)(const REAL *left, int64_t rank, const REAL *panel, RE
       }
     }
     for (int i = 0; i < GROUP; i++) {
-      NAME(vector) *first = (NAME(vector) *)(to + i * stride), *second = (NAME(vector) *)(to + i * stride + NAME(width));
+      NAME(vector) *first = (NAME(vector) *)(to + i * stride);
+      NAME(vector) *second = (NAME(vector) *)(to + i * stride + NAME(width));
       if (start) sum[i][0] += *first, sum[i][1] += *second;
       *first = sum[i][0];
       *second = sum[i][1];
@@ -358,9 +359,9 @@ static void NAME(decide)(struct block *b, int64_t row, struct NAME(list) *list, 
   }
 }
 
-/* The run of W', the numbers W that give it. Everything has the sign of W'. The cell of W' reaches from its inner to its
-   outer midpoint, so W lies between these ends minus D. If no number of the type is within the margin of an end, first
-   and last number are certain. */
+/* The run of W', the numbers W that give it. Everything has the sign of W'. The cell of W' reaches from its inner to
+   its outer midpoint, so W lies between these ends minus D. If no number of the type is within the margin of an end,
+   first and last number are certain. */
 #if IS_FLOAT
 #define WORD int32_t
 #define WORD_BITS 24
@@ -429,8 +430,8 @@ INLINE int64_t NAME(floor_of_double)(double size) {
   return (bits_of_double(size) >> (53 - PRECISION)) - ((int64_t)(LEAST + 1022) << (PRECISION - 1));
 }
 
-/* The same of the size of a pair, and whether it is certain, with the sign of `high`. If the pair is a number of the type,
-   that counts as larger if `is_larger`. */
+/* The same of the size of a pair, and whether it is certain, with the sign of `high`. If the pair is a number of the
+   type, that counts as larger if `is_larger`. */
 INLINE int NAME(floor_of_pair)(struct pair x, double spread, int is_larger, int64_t *ordinal) {
   const double size = fabs(x.high), reach = reach_of(x, spread);
   if (is_between(x)) {
@@ -452,12 +453,13 @@ INLINE int NAME(run_by_pair)(uint32_t pattern, struct pair change, double spread
   const int64_t size = pattern & SIZE, second = (int64_t)2 << (PRECISION - 1);
   int64_t of_inner, of_outer;
   if (size == 0 || size >= (int64_t)INF) return 0;
-  const double middle = NAME(value)((uint32_t)size), under = size < second ? STEP : middle - NAME(value)((uint32_t)size - 1);
+  const double middle = NAME(value)((uint32_t)size);
+  const double under = size < second ? STEP : middle - NAME(value)((uint32_t)size - 1);
   const int is_largest = size + 1 == (int64_t)INF;
   const double above = size < second ? STEP : is_largest ? under : NAME(value)((uint32_t)size + 1) - middle;
   if (!negative) change.high = -change.high, change.low = -change.low;
   const struct pair inner = add_pair(middle - under / 2, change), outer = add_pair(middle + above / 2, change);
-  /* an end that is a number of the type is a tie, and in the run if W' is even: the nearer end is not to count as below */
+  /* an end that is a number of the type is a tie, and in the run if W' is even: then the nearer one is not below it */
   const int falls = outer.high < 0, straddles = (inner.high < 0) != falls, is_even = !(size & 1);
   if (!NAME(floor_of_pair)(inner, spread, falls ? !is_even : is_even, &of_inner)) return 0;
   if (!NAME(floor_of_pair)(outer, spread, falls ? is_even : !is_even, &of_outer)) return 0;
@@ -468,7 +470,8 @@ INLINE int NAME(run_by_pair)(uint32_t pattern, struct pair change, double spread
 }
 
 /* What the pass's D did not tell: by a dot product, and then by one in pairs. */
-static int NAME(run_by_dot)(const struct block *b, uint32_t pattern, int64_t i, int64_t j, int32_t *start, int32_t *count) {
+static int NAME(run_by_dot)(
+    const struct block *b, uint32_t pattern, int64_t i, int64_t j, int32_t *start, int32_t *count) {
 #if PRECISION < 24
   struct pair change = {0, 0, 0};
   change.high = dot(b, i, j, &change.bound);
@@ -477,8 +480,8 @@ static int NAME(run_by_dot)(const struct block *b, uint32_t pattern, int64_t i, 
   return NAME(run_by_pair)(pattern, dot_in_pairs(b, i, j), b->dot_spread, start, count);
 }
 
-/* Add the runs of what is listed to the entries: places in those of several numbers, and what is handed back. On the way
-   back, write W where it is the only number. error: of D in all rows of the strip. */
+/* Add the runs of what is listed to the entries: places in those of several numbers, and what is handed back. On the
+   way back, write W where it is the only number. error: of D in all rows of the strip. */
 INLINE void NAME(add_runs)(struct block *b, const int back, int64_t row, const struct NAME(list) *list, REAL error) {
   const REAL margin = (REAL)b->margin;
   const int32_t start_of_strip = (int32_t)(row * b->columns);
