@@ -27,7 +27,7 @@ from lib.hostile.hostile_blocks import (
 from loratool.numerics.decide import Reals
 from loratool.numerics.passes import blocks
 from loratool.numerics.passes.blocks import BOUNDS, PassBounds
-from loratool.numerics.passes.native import NATIVE, _load, describe_native
+from loratool.numerics.passes.native import NATIVE, _load, describe_native, native
 from loratool.numerics.products import Products, Term
 from loratool.numerics.workspace import Workspace
 from loratool.undo.records import bytes_of
@@ -43,7 +43,7 @@ def passes(on: bool) -> Iterator[None]:
 
 
 class Takes:
-    """Counts the blocks that the passes did."""
+    """Counts the blocks that the passes did, and those that they left, where they are on."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.counts: Counter[bool] = Counter()
@@ -53,7 +53,8 @@ class Takes:
     def _counting(self, work: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **named: Any) -> Any:
             result = work(*arguments, **named)
-            self.counts[result is not None] += 1
+            if native() is not None:
+                self.counts[result is not None] += 1
             return result
 
         return counted
@@ -97,7 +98,7 @@ def check(first: int, count: int, seed: int) -> None:
 def test_hostile_blocks(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     takes = Takes(monkeypatch)
     check(first, 50, 0)
-    assert takes.counts[True] > 0.6 * (takes.counts.total() - 100)  # a half of the merges is the other way's
+    assert takes.counts[True] > 0.6 * takes.counts.total()
 
 
 @needs_passes

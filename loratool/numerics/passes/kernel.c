@@ -50,7 +50,7 @@ enum { SEGMENT = 4096 };       /* numbers of a row whose squares are summed in t
 enum { TOGETHER = 256 };       /* runs that are computed at a time */
 enum { EVERY = -1, UNKNOWN = 0 }; /* counts of a run: all numbers of the type, and one that is handed back */
 
-/* What a pass reads and writes; `blocks.Block` has the same fields. Positions are in the block, row by row. */
+/* What a pass reads and writes; `blocks._Block` has the same fields. Positions are in the block, row by row. */
 struct block {
   int64_t kind, back, record;      /* the type; whether W' is read and W written; whether runs are asked for */
   int64_t rows, columns, rank, strip; /* strip: rows between two looks at what is left */
