@@ -19,7 +19,7 @@ from typing import Any
 import click
 import pytest
 import yaml
-from conftest import ROOT, run_command
+from conftest import ROOT, run_command, slow
 from lib import guide_tables, markdown
 from lib.messages import is_said, says
 from rich.console import Console
@@ -751,7 +751,7 @@ def test_the_picture_of_a_page_is_shown_and_small() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo-terminal")
-@pytest.mark.parametrize("name", ["merge", "diff"])
+@pytest.mark.parametrize("name", ["merge", slow("diff")])
 def test_a_picture_shows_what_a_terminal_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from html import unescape
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, needs_shared, weights
+from conftest import SHARED, needs_shared, spread, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def flux(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("name", spread(LISTS, 2))
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     """Through the format that fuses or splits otherwise, every name, shape and value of the list comes back."""
     own, count, others = LISTS[name]
@@ -85,7 +85,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
         assert after[key].dtype == tensor.dtype and torch.equal(after[key], tensor), key
 
 
-@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("name", spread(LISTS, 2))
 def test_all_of_it_merges(name: str, tmp_path: Path) -> None:
     own, _, _ = LISTS[name]
     save_file(tensors(name), tmp_path / "a.safetensors")

@@ -185,7 +185,7 @@ class TestFailure:
             assert {p: digest(p) for p in before} == before
 
     @pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
-    @pytest.mark.parametrize("out", ["out", "out.safetensors"])
+    @pytest.mark.parametrize("out", ["out", slow("out.safetensors")])
     def test_a_write_that_the_system_refuses(self, tmp_path: Path, out: str) -> None:
         """A real refusal before the weights, with which no run could go on: no file may grow past 100 kB."""
         (tmp_path / "work").mkdir()

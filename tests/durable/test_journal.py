@@ -696,7 +696,7 @@ def test_what_resume_sees_of_an_input(what: str, large: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes and hard links are POSIX's")
-@pytest.mark.parametrize("what", few(NOT_SEEN, "a bit between the pages", "another file with the same bytes"))
+@pytest.mark.parametrize("what", few(NOT_SEEN, "a bit between the pages"))
 def test_what_resume_does_not_see_of_an_input(what: str, large: Path, reused: list[int]) -> None:
     """As the guide `scale` says: no mode, link or inode; nor bytes between the pages, which `verify` does find."""
     merge("out")

@@ -30,6 +30,7 @@ from lib.hostile.hostile_reals import (
     together,
 )
 
+from loratool.numerics import merge
 from loratool.numerics.decide import Factor
 from loratool.numerics.dense import Bounds, DenseRows
 from loratool.numerics.products import ProductRows, Products, Term, lowest_bits, norms
@@ -175,6 +176,7 @@ def test_bounds_of_a_hundredth_show(monkeypatch: pytest.MonkeyPatch) -> None:
     W = normal(g, 128, 2048, dtype=FP16, size=0.02)
     terms = [Term(normal(g, 128, 16, dtype=FP32, size=1e-2), normal(g, 16, 2048, dtype=FP32), F(1 / 3))]
     few = [Term(terms[0].left[:4], terms[0].right[:, :64], terms[0].scale)]
+    monkeypatch.setattr(merge, "merge_block", lambda *block, **options: None)  # the compiled passes have other bounds
     expected = changes(few)
     right, _ = merge_rows(Products(terms).rows(0, 128), W, FP16)
     bound, bounds = ProductRows.bound, DenseRows.bounds

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import factors, only_families
+from conftest import factors, only_families, slow, spread
 from lib.models.diffusers_models import FILE, LOADERS, clip, compute, diffusers, peft, pipelines, unet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -68,7 +68,7 @@ def loaded(path: Path, family: str) -> Tensor:
 MIXED = {"rank_pattern": {"conv1": 2, "attn1.to_q": 3}, "alpha_pattern": {"attn2.to_k": 5}}
 
 
-@pytest.mark.parametrize("family", LOADERS)
+@pytest.mark.parametrize("family", spread(LOADERS, 1))
 def test_every_way_there_and_back_as_diffusers_loads_it(family: str, tmp_path: Path) -> None:
     """Mixed ranks and alphas; the factors' bytes, the names of the UNet, and what it computes, bit for bit."""
     start, expected = write(tmp_path / "a", family, **MIXED)
@@ -143,7 +143,7 @@ def test_what_diffusers_writes_for_kohya(tmp_path: Path) -> None:
     assert set(back) == set(own) and all(torch.equal(back[k], t) for k, t in own.items())
 
 
-@pytest.mark.parametrize(("family", "dora"), [("sd1", True), ("sdxl", False)])
+@pytest.mark.parametrize(("family", "dora"), [("sd1", True), slow("sdxl", False)])
 def test_peft_loads_our_folder(family: str, dora: bool, tmp_path: Path) -> None:
     """The UNet's part as PEFT's own adapter, also by way of kohya's spelling."""
     start, _ = write(tmp_path / "a", family, use_dora=dora, **MIXED)
@@ -172,7 +172,7 @@ def metadata_of(path: Path) -> Any:
         return json.loads(file.metadata()["lora_adapter_metadata"])
 
 
-@pytest.mark.parametrize(("family", "dora"), [("sd1", True), ("sdxl", False)])
+@pytest.mark.parametrize(("family", "dora"), [slow("sd1", True), ("sdxl", False)])
 def test_a_merge_computes_what_diffusers_does(family: str, dora: bool, tmp_path: Path) -> None:
     """Into a single file, under the model's own names: as a model the same as the adapter beside the base."""
     start, expected = write(tmp_path / "a", family, use_dora=dora, **MIXED)

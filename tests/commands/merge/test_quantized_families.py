@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_model
+from conftest import load_model, slow
 from lib.models.quantized_loading import load_quantized
 from lib.oracles.reference import round_reference, to_longdouble
 from safetensors.torch import save_file
@@ -616,7 +616,7 @@ def packages(key: str) -> None:
         pytest.importorskip(name, reason=f"{name} is not installed")
 
 
-@pytest.mark.parametrize(("name", "adapter"), [("llama", "all-linear"), ("qwen3_moe", "experts")])
+@pytest.mark.parametrize(("name", "adapter"), [slow("llama", "all-linear"), ("qwen3_moe", "experts")])
 def test_merges_into_blocks_of_fp8_are_right_in_every_way(name: str, adapter: str, tmp_path: Path) -> None:
     found = list(cells(Subject(name, tmp_path), ["fp8"], [adapter]))
     assert [cell for cell in found if cell.state != "right"] == []

@@ -413,7 +413,7 @@ def test_ulps_count_the_numbers_of_every_type() -> None:
     assert max_ulps_off(ends, ends, ~yes) == 0
 
 
-@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("is_whole", [slow(False), True])
 def test_the_one_of_many_that_a_tensor_was_swapped_with_is_named(tmp_path: Path, is_whole: bool) -> None:
     """Of 20 others only the nearest by their sketches are replayed."""
     names = [f"model.layers.{i}.q" for i in range(21)]
