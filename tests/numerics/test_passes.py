@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from lib.hostile.hostile_blocks import (
 from loratool.numerics.decide import Reals
 from loratool.numerics.passes import blocks
 from loratool.numerics.passes.blocks import BOUNDS, PassBounds
-from loratool.numerics.passes.native import NATIVE, _load, describe_native, native
+from loratool.numerics.passes.native import NATIVE, _is_stale, _load, describe_native, native
 from loratool.numerics.products import Products, Term
 from loratool.numerics.workspace import Workspace
 from loratool.undo.records import bytes_of
@@ -224,9 +226,20 @@ def test_what_is_left_to_the_way_without_them(dtype: torch.dtype, monkeypatch: p
 
 
 @needs_passes
-def test_a_build_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.numerics.passes.native._source", lambda: "0123456789abcdef")
-    assert _load.__wrapped__() == (None, "built from other sources: build again")
+def test_a_stale_build_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.numerics.passes.native._is_stale", lambda built: True)
+    assert _load.__wrapped__() == (None, "its sources are newer: build again")
+
+
+def test_a_build_that_is_older_than_its_sources_is_not_used(tmp_path: Path) -> None:
+    built, source = tmp_path / "_native.abi3.so", tmp_path / "kernel.c"
+    built.touch()
+    assert not _is_stale(built), "a wheel has no sources"
+    source.touch()
+    os.utime(source, (1, 1))
+    assert not _is_stale(built)
+    os.utime(source, (2**31, 2**31))
+    assert _is_stale(built)
 
 
 def test_their_absence_can_be_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 SIZE_OF_BLOCK: int
 VECTORS: str
-SOURCE: str
 
 def run_pass(block: int, /) -> None: ...
 def size_of_scratch(kind: int, strip: int, columns: int, rank: int, /) -> int: ...

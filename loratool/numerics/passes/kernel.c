@@ -14,10 +14,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifndef SOURCE
-#define SOURCE "" /* setup.py's hash of the sources, so that no module of other sources is used */
-#endif
-
 #if defined(__FAST_MATH__)
 #error "-ffast-math: the bounds do not hold for sums that the compiler has rearranged by algebra"
 #endif
@@ -493,8 +489,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   fill_lanes();
   module = PyModule_Create(&MODULE);
   if (module && (PyModule_AddIntConstant(module, "SIZE_OF_BLOCK", (long)sizeof(struct block)) < 0 ||
-                 PyModule_AddStringConstant(module, "VECTORS", "avx2") < 0 ||
-                 PyModule_AddStringConstant(module, "SOURCE", SOURCE) < 0)) {
+                 PyModule_AddStringConstant(module, "VECTORS", "avx2") < 0)) {
     Py_DECREF(module);
     return NULL;
   }
