@@ -258,19 +258,6 @@ def word_sum(data: memoryview) -> int:
     return (int(words.sum(dtype=np.uint64)) + int.from_bytes(data[full:], "little")) % (1 << 64)
 
 
-def page_sums(data: memoryview) -> bytes:
-    """Return the sum of each PAGE of bytes as little-endian 32-bit words, padded with zeros, 8 bytes each.
-
-    A hash of the sums detects pages that a crash lost: no sum wraps, so only a page of zeros has the sum 0.
-    """
-    import numpy as np
-
-    full = len(data) // PAGE * PAGE
-    sums = np.frombuffer(data[:full], "<u4").reshape(-1, PAGE // 4).sum(1, dtype="<u8")
-    rest = np.frombuffer(bytes(data[full:]).ljust(PAGE, b"\0"), "<u4").sum(dtype="<u8")
-    return bytes(sums) + int(rest).to_bytes(8, "little")
-
-
 def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))

@@ -4,7 +4,7 @@
     0, 1, ...      the records of each rank
 
 A record marks one item of the plan as finished. It has the item's number, where it wrote, the digest of the bytes it
-wrote (`fileio.page_sums`), and its results. Bytes among the results, such as undo records, follow the record's text:
+wrote (sums of its pages), and its results. Bytes among the results, such as undo records, follow the record's text:
 they stay in the journal until the undo file is written, and rank 0 reads the results of the other ranks here.
 
     20 bytes       `lora`, bytes of the text (u32), bytes of data (u64), CRC-32 of both (u32), little-endian

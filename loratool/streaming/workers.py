@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..durable.fileio import copy_checked, copy_range, has_bytes, page_sums, read_into, write_at
+from ..durable.fileio import copy_checked, copy_range, has_bytes, read_into, write_at
 from ..errors import MachineError, UsageError
 from ..files.weights_file import copy_bytes, sha256_bytes
+from ..numerics.passes.hashes import page_sums
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked
 from .items import CopyBytes, FinishedItem, GatherBytes, HashBytes, Item, MapBatch, MapRows, Outcome, Step

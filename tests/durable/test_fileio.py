@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from lib.models.sharded_model import digest, write_adapter_of_two, write_sharded
 
 import loratool
 from loratool.durable import disk, fileio
-from loratool.durable.fileio import PAGE, open_for_reading, page_sums, size, write_back_early
+from loratool.durable.fileio import open_for_reading, size, write_back_early
 from loratool.errors import InputError, MachineError, UsageError
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
@@ -235,15 +234,3 @@ class TestFailure:
         with pytest.raises(loratool.InputError, match="model-00003-of-00004.safetensors: is cut off"):
             loratool.merge(model, adapter, tmp_path / "out")
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 4097, 3 * 4096 + 6])
-def test_the_sums_of_pages_are_zero_of_zeros_alone(nbytes: int) -> None:
-    """Where 64-bit words wrap: a page of float64's 2.0 sums up to 2**71."""
-    twos = (struct.pack("<d", 2.0) * (nbytes // 8 + 1))[:nbytes]
-    for start in range(0, nbytes, PAGE):
-        lost = twos[:start] + bytes(len(twos[start : start + PAGE])) + twos[start + PAGE :]
-        assert (page_sums(memoryview(lost)) == page_sums(memoryview(twos))) == (lost == twos)
-    words = [*struct.unpack(f"<{-(-nbytes // 4)}I", twos.ljust(-(-nbytes // 4) * 4, b"\0"))]
-    sums = [sum(words[1024 * page : 1024 * (page + 1)]) for page in range(nbytes // PAGE + 1)]
-    assert page_sums(memoryview(twos)) == b"".join(each.to_bytes(8, "little") for each in sums)

@@ -44,6 +44,7 @@ enum { GROUP = 6 };            /* rows that are multiplied together: their sums 
 enum { CHUNK = 16 };           /* products that are summed at a time, which makes the bound nearly that of so few */
 enum { SEGMENT = 4096 };       /* numbers of a row whose squares are summed in the row's own type */
 enum { TOGETHER = 256 };       /* runs that are computed at a time */
+enum { PAGE = 4096 };          /* bytes */
 enum { EVERY = -1, UNKNOWN = 0 }; /* counts of a run: all numbers of the type, and one that is handed back */
 
 /* What a pass reads and writes; `blocks._Block` has the same fields. Positions are in the block, row by row. */
@@ -384,6 +385,19 @@ static void put_entries(
   }
 }
 
+/* Write the sum of each page as 32-bit words. */
+static void sum_pages(const uint8_t *from, int64_t pages, uint64_t *to) {
+  for (int64_t page = 0; page < pages; page++, from += PAGE) {
+    uint64_t sum = 0;
+    for (int i = 0; i < PAGE / 4; i++) {
+      uint32_t word;
+      memcpy(&word, from + 4 * i, 4);
+      sum += word;
+    }
+    to[page] = sum;
+  }
+}
+
 /* Rounding to nearest, no subnormal flushed, no trap: what the bounds need, whatever the caller's thread has set. */
 enum { MODES = 0x1f80 };
 
@@ -421,6 +435,8 @@ static void fill_panels(int64_t kind, const double *right, int64_t columns, int6
 #pragma GCC pop_options
 #endif
 
+#include "sha256.h"
+
 /* The module. Addresses are integers, and the caller keeps what is there. The lock is released: nothing is shared but
    constants. */
 
@@ -456,11 +472,14 @@ FUNCTION(unpack_entries, 7, NUMBER,
          found = unpack_entries(ADDRESS(a[0]), a[1], ADDRESS(a[2]), ADDRESS(a[3]), a[4], a[5], ADDRESS(a[6])))
 FUNCTION(put_entries, 7, NOTHING,
          put_entries(ADDRESS(a[0]), a[1], ADDRESS(a[2]), ADDRESS(a[3]), ADDRESS(a[4]), ADDRESS(a[5]), a[6]))
+FUNCTION(sum_pages, 3, NOTHING, sum_pages(ADDRESS(a[0]), a[1], ADDRESS(a[2])))
+FUNCTION(hash_blocks, 4, NOTHING, hash_blocks(ADDRESS(a[0]), ADDRESS(a[1]), ADDRESS(a[2]), a[3]))
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 static PyMethodDef METHODS[] = {
     METHOD(run_pass), METHOD(size_of_scratch), METHOD(size_of_panels), METHOD(fill_panels),
-    METHOD(pack_entries), METHOD(unpack_entries), METHOD(put_entries), {NULL, NULL, 0, NULL}};
+    METHOD(pack_entries), METHOD(unpack_entries), METHOD(put_entries),
+    METHOD(sum_pages), METHOD(hash_blocks), {NULL, NULL, 0, NULL}};
 
 static const char *missing(void) {
   unsigned a, b, c, d;
@@ -475,6 +494,7 @@ static PyMethodDef METHODS[] = {{NULL, NULL, 0, NULL}};
 struct block { char nothing; };
 static const char *missing(void) { return "none for this processor"; }
 static void fill_lanes(void) {}
+static int has_sha(void) { return 0; }
 #endif
 
 static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_native", NULL, -1, METHODS, NULL, NULL, NULL, NULL};
@@ -489,6 +509,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   fill_lanes();
   module = PyModule_Create(&MODULE);
   if (module && (PyModule_AddIntConstant(module, "SIZE_OF_BLOCK", (long)sizeof(struct block)) < 0 ||
+                 PyModule_AddIntConstant(module, "HAS_SHA", has_sha()) < 0 ||
                  PyModule_AddStringConstant(module, "VECTORS", "avx2") < 0)) {
     Py_DECREF(module);
     return NULL;

@@ -44,5 +44,5 @@ def _load() -> tuple[ModuleType | None, str]:
 
 def _is_stale(built: Path) -> bool:
     """Return whether a clone's C sources were changed after the build. A wheel has none."""
-    sources = [built.with_name(name) for name in ("kernel.c", "row.h")]
-    return any(source.exists() and source.stat().st_mtime > built.stat().st_mtime for source in sources)
+    sources = [source for pattern in ("*.c", "*.h") for source in built.parent.glob(pattern)]
+    return any(source.stat().st_mtime > built.stat().st_mtime for source in sources)
