@@ -35,7 +35,7 @@ from .descriptors import kept_open
 from .fileio import open_for_reading, open_scratch, read_into, write_at, write_file
 from .partial import journal_head, journal_path
 
-VERSION = 1  # of the layout, of what results mean, and of how a plan is divided into items
+VERSION = 2  # of the layout, of what results mean, and of how a plan is divided into items
 
 HEAD = struct.Struct("<4sIQI")  # of a record
 

@@ -146,14 +146,13 @@ def copy_bytes(file: WeightsFile, name: str, first: int, nbytes: int, target: Bi
     return crc
 
 
-def sha256_bytes(file: WeightsFile, name: str, first: int, nbytes: int) -> str:
-    """Return the sha256 of `nbytes` of a tensor from `first` on."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(1 << 20, nbytes)))
+def read_parts(file: WeightsFile, name: str, first: int, nbytes: int) -> Iterator[memoryview]:
+    """Yield `nbytes` of a tensor from `first` on in parts of 1 MiB; each overwrites the one before."""
+    buffer = memoryview(bytearray(min(1 << 20, nbytes)))
     for done in range(0, nbytes, 1 << 20):
         part = buffer[: nbytes - done]
         file.read_bytes(name, first + done, part)
-        digest.update(part)
-    return digest.hexdigest()
+        yield part
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:

@@ -22,12 +22,13 @@ from ..files.dtypes import DTYPE_NAMES, FLOATS, TensorSpec
 from ..files.tensor_ref import TensorRef
 from ..numerics.forms import Wide
 from ..numerics.merge import RowMerge
+from ..numerics.passes.hashes import AwaitsHash
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
 from ..numerics.workspace import Workspace
 from ..undo.checks import record_rows
 from ..undo.reader import Record, UndoFile
-from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
-from .items import Batching, Step
+from ..undo.records import CodedRows, Doubted, Recorder, Restorer, subtract
+from .items import Batching, Buffer, Step
 from .rewrite import ChangedTensor, CopiedRows, RowRange
 from .scattered import Scattered, Written
 from .segment import RowSegment, UpdateLoader, reals_of_batch
@@ -60,7 +61,8 @@ def merge_tensor(
     Args:
         base: the base's tensor; None if the base has no tensor of this name.
         source: the tensor whose rows are read, `base` or another one.
-        record: the steps return a `RecordedBlock` instead of `RoundingStats`, except for rows that the base lacks.
+        record: the steps return a `RecordedBlock`, once hashed, instead of `RoundingStats`, except for rows that the
+            base lacks.
     """
     rows = placements[0].rows if placements else source.spec.shape[0]
     columns = source.spec.size // max(1, rows)
@@ -68,6 +70,7 @@ def merge_tensor(
     replaced = base if base != source else None
     shared = min(rows, replaced.spec.shape[0]) if replaced else 0
     codes = source if record and base == source and source.weight else None
+    hashed: Buffer | None = "base" if record else None
 
     def ranges() -> Iterator[RowRange]:
         for start, stop, inside in segments(placements, {0, rows} if replaced or codes else set()):
@@ -75,14 +78,14 @@ def merge_tensor(
             if replaced and start < shared:
                 differs = record and not replaced.weight  # else the undo file keeps the stored tensors unchanged
                 step = partial(_replace, replaced, segment if inside else None, differs)
-                yield RowRange(start, min(stop, shared), step, height, height)
+                yield RowRange(start, min(stop, shared), step, height, height, hashed=hashed)
             if inside and stop > shared:
                 step = partial(_merge, segment, record and base == source, codes)
                 is_whole = base == source and stop - start == rows <= height and not source.parts
                 batching = _batching(segment, record) if is_whole else None
-                yield RowRange(max(start, shared), stop, step, height, height, batching)
+                yield RowRange(max(start, shared), stop, step, height, height, batching, hashed)
             elif codes:
-                yield RowRange(start, stop, partial(_decode, codes), height, height)
+                yield RowRange(start, stop, partial(_decode, codes), height, height, hashed=hashed)
 
     return ChangedTensor(rows, ranges)
 
@@ -97,7 +100,7 @@ def segments(placements: Sequence[Placement], ends: set[int]) -> Iterator[tuple[
 def _decode(source: TensorRef, start: int, stop: int) -> Step:
     """Return the step that only decodes rows start:stop of a coded tensor, and records their codes."""
 
-    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RecordedBlock:
+    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> AwaitsHash:
         stats = cast_rounded(base, out, work)
         recorder = Recorder(base.dtype, _rows_of(source, start + row, base.shape[1]), work)
         recorder.difference(base, out)
@@ -114,7 +117,7 @@ def _rows_of(source: TensorRef, start: int, columns: int) -> CodedRows:
 def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: int, stop: int) -> Step:
     """Return the step that merges rows start:stop of a tensor. codes: the tensor if its codes are to be recorded."""
 
-    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
+    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | AwaitsHash:
         if not record:
             return segment.merge(base, start + row, out, work)
         x, norms = segment.reals_of(start + row, start + row + len(base), base, work)
@@ -139,7 +142,7 @@ def _batching(segment: RowSegment, record: bool) -> Batching | None:
 def _merge_batch(record: bool, segments: Sequence[RowSegment]) -> Step:
     """Return the step that merges all rows of several tensors, as one sum if `reals_of_batch` can."""
 
-    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> list[RoundingStats] | list[RecordedBlock]:
+    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> list[RoundingStats] | list[AwaitsHash]:
         x = reals_of_batch(segments)
         if x is None:
             blocks = zip(segments, base.chunk(len(segments)), out.chunk(len(segments)), strict=True)
@@ -155,7 +158,7 @@ def _replace(base: TensorRef, segment: RowSegment | None, record: bool, start: i
     """Return the step for rows with values of another tensor; it reads the base's too, for statistics and undo."""
     inner = _merge(segment, False, None, start, stop) if segment else None
 
-    def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
+    def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | AwaitsHash:
         done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
         first = start + row
         weight = base.as_stored(out.dtype).rows(first, first + len(value)).to(out.device)
@@ -190,7 +193,7 @@ def restore_tensor(
                 codes = CodedRows(parts, record.start, columns) if parts else None
                 prepare = partial(_restore, undo, record, name, dtype, segment, codes)
                 height = record.stop - record.start
-                yield RowRange(record.start, record.stop, prepare, height, height)
+                yield RowRange(record.start, record.stop, prepare, height, height, hashed="out")
         if copied := undo.copied_rows(name):
             first, offset = copied
             yield CopiedRows(first, rows, undo.file, offset)
@@ -250,7 +253,7 @@ def _restore(
     """Return the step that restores a record's rows. segment: None for rows that were replaced or only decoded."""
     restorer = _restorer(undo, record, name, dtype, codes)
 
-    def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
+    def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> AwaitsHash:
         with restorer.damage():
             if segment is None:
                 restorer.replaced(merged, out, work)
@@ -262,7 +265,7 @@ def _restore(
                     restorer.norms(segment.count_column_norms())
                 x, _ = segment.reals_of(start + row, start + row + len(merged), None, work, norms)
                 restorer.block(merged, x, out, work)
-        restorer.check(out, merged)
+        return restorer.check(out, merged)
 
     return step
 

@@ -1,15 +1,15 @@
 """Work items of a rewrite: their sources, their places in the output, and their outcomes.
 
 An item is a range of bytes to copy or to hash, a range of a tensor's rows to compute, or a batch. A batch holds all
-rows of several small tensors that are alike, since a block costs three hundred calls whatever its size. Any worker can
-run any item, and no result depends on their order.
+rows of several small tensors that are alike, since a block costs three hundred calls whatever its size. A pair is two
+items that are hashed together. Any worker can run any item, and no result depends on their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +71,9 @@ class HashBytes:
     nbytes = 0  # of its output
 
 
+# What a worker reads into, and what a step writes to.
+Buffer = Literal["base", "out"]
+
 # Compute a block: (base, index of its first row within the item, out, work) -> the block's result. It writes `out`.
 Step = Callable[[Tensor, int, Tensor, Workspace], Any]
 
@@ -117,6 +120,7 @@ class MapRows:
     checked: bool = False  # the results begin with the CRC-32 of the output
     scattered: tuple[Scattered, Locate, int] | None = None  # with the number of all rows, if the step writes codes
     batching: Batching | None = None  # of all rows of a small tensor
+    hashed: Buffer | None = None  # which buffer the result of its only block awaits the hash of
 
     @property
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -163,7 +167,23 @@ class MapBatch:
         return sum(part.nbytes for part in self.parts)
 
 
-Item = CopyBytes | GatherBytes | MapRows | MapBatch | HashBytes
+@dataclass(frozen=True)
+class HashedPair:
+    """Two items that hash equally many bytes, which together takes hardly longer than for one."""
+
+    parts: tuple[MapRows | HashBytes, MapRows | HashBytes]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+Item = CopyBytes | GatherBytes | MapRows | MapBatch | HashBytes | HashedPair
+
+
+def parts_of(item: Item) -> tuple[Any, ...]:
+    """Return the parts of a batch or a pair, or the item alone."""
+    return item.parts if isinstance(item, MapBatch | HashedPair) else (item,)
 
 
 @dataclass(frozen=True)
@@ -190,8 +210,8 @@ class Outcome:
 
     Attributes:
         digest: of its output, as in `FinishedItem`.
-        results: one of each block, in the order of rows, after a CRC-32 or the places of codes; or a hash. Of a batch,
-            a list of these for each part. None if an earlier run has written it.
+        results: one of each block, in the order of rows, after a CRC-32 or the places of codes; or a hash. Of a batch
+            or pair, a list of these for each part. None if an earlier run has written it.
     """
 
     digest: str

@@ -12,11 +12,12 @@ from ..binding.modules.placement import Placement
 from ..files.codecs.codec import Parts
 from ..files.tensor_ref import TensorRef
 from ..numerics.code_grid import round_to_codes
+from ..numerics.passes.hashes import AwaitsHash
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
 from ..undo.checks import recoded_shape, record_rows
 from ..undo.reader import UndoFile
-from ..undo.records import CodedRows, RecordedBlock, Restorer, record_recoded
+from ..undo.records import CodedRows, Restorer, record_recoded
 from .apply import scattered_codes, segments
 from .items import Step
 from .rewrite import ChangedTensor, RowRange
@@ -31,7 +32,7 @@ def recode_tensor(
     Args:
         source: the weight, stored as codes.
         placements: one or more; none of them replaces the weight.
-        record: the steps return a `RecordedBlock` instead of `RoundingStats`.
+        record: the steps return a `RecordedBlock`, once hashed, instead of `RoundingStats`.
     """
     assert source.parts
     parts, rows = source.parts, placements[0].rows
@@ -49,7 +50,7 @@ def recode_tensor(
 def _recode(parts: Parts, segment: RowSegment | None, record: bool, start: int, stop: int) -> Step:
     """Return the step that rounds rows start:stop to codes. segment: None for rows that keep their codes."""
 
-    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | RecordedBlock:
+    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | AwaitsHash:
         first = start + row
         rows = CodedRows(parts, first, base.shape[1])
         former = rows.read(len(base))
@@ -88,10 +89,10 @@ def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
 def _restore(restorer: Restorer, rows: CodedRows, start: int, stop: int) -> Step:
     """Return the step that restores a record's codes; the weight's numbers, which a rewrite reads, are not used."""
 
-    def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> None:
+    def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> AwaitsHash:
         codes = rows.read(stop - start)
         with restorer.damage():
             restorer.recoded(codes, out)
-        restorer.check(out, torch.from_numpy(codes))
+        return restorer.check(out, torch.from_numpy(codes))
 
     return step

@@ -29,16 +29,19 @@ from ..undo.records import Doubted, RecordedBlock
 from ..undo.table import HASH_PART
 from .items import (
     Batching,
+    Buffer,
     CopyBytes,
     FinishedItem,
     GatherBytes,
     HashBytes,
+    HashedPair,
     Item,
     Locate,
     MapBatch,
     MapRows,
     Prepare,
     Step,
+    parts_of,
 )
 from .journaled import journaled, read_others
 from .ranks import Job, current_job
@@ -72,6 +75,7 @@ class RowRange:
     block_rows: int  # rows of a block
     item_rows: int = 0  # rows of an item, 0 for as many as suit the machine
     batching: Batching | None = None  # if these are all rows of a small tensor
+    hashed: Buffer | None = None  # as in MapRows; of items of one block
 
 
 @dataclass(frozen=True)
@@ -208,15 +212,15 @@ def _is_scattered(item: Item) -> bool:
 
 def _place_of(item: Item, names: Mapping[BinaryIO, str]) -> Place:
     """Return the place that an item writes, or, for a hash, the place that it reads."""
-    if isinstance(item, HashBytes):
-        return item.tensor, item.first, item.length
-    first = item.parts[0] if isinstance(item, MapBatch) else item
+    first = parts_of(item)[0]
+    if isinstance(first, HashBytes):
+        return first.tensor, first.first, first.length
     return names[first.target], first.target_offset, item.nbytes
 
 
 def _parts(item: Item, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
-    """Return each part of a batch with its results, or another item with its own."""
-    return zip(item.parts, results, strict=True) if isinstance(item, MapBatch) else [(item, results)]
+    """Return each part of a batch or pair with its results, or another item with its own."""
+    return zip(parts_of(item), results if isinstance(item, MapBatch | HashedPair) else [results], strict=True)
 
 
 def refuse_overflow(
@@ -249,10 +253,11 @@ def _items(
     hashed: Collection[str],
 ) -> Iterator[Item]:
     """Yield the output's items, one of each file in turn, since threads that write to one file wait for its lock."""
-    waiting: list[Iterator[Item]] = [_hash_items(sources, hashed)]
+    waiting: list[Iterator[Item]] = [_grouped(_hash_items(sources, hashed))]
     begin = {name: (targets[file.name], offset) for file in output.files for name, offset in file.begin.items()}
     waiting += [
-        _file_items(output, file, targets[file.name], sources, changed, begin.__getitem__) for file in output.files
+        _grouped(_file_items(output, file, targets[file.name], sources, changed, begin.__getitem__))
+        for file in output.files
     ]
     while waiting:
         for source in list(waiting):
@@ -284,7 +289,6 @@ def _file_items(
 ) -> Iterator[Item]:
     """Yield the items of one file in the order of its bytes; copies that continue each other are one item."""
     span: CopyBytes | None = None
-    small: dict[Hashable, list[MapRows]] = {}
     checked = file.archive is not None
     for name, offset in file.begin.items():
         if name not in sources:
@@ -292,8 +296,7 @@ def _file_items(
         source, new = sources[name], output.specs[name]
         place = _Place(name, new, target, offset, checked)
         if name in changed and new.size:
-            for item in _changed_items(source, place, changed[name], locate):
-                yield from _batched(item, small)
+            yield from _changed_items(source, place, changed[name], locate)
             continue
         computed = source.weight or source.spec.dtype != new.dtype or source.file.is_computed(source.name)
         if computed and new.size:
@@ -311,19 +314,29 @@ def _file_items(
                 yield from _copy_items(span)
                 span = copy
     yield from _copy_items(span)
+
+
+def _grouped(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield items, but small ones in batches and hashed ones in pairs, once there are enough alike."""
+    small: dict[Hashable, list[MapRows]] = {}
+    single: dict[Hashable, MapRows | HashBytes] = {}
+    for item in items:
+        if isinstance(item, MapRows) and item.batching:
+            alike = item.batching.alike, item.source.dtype, item.target_dtype, item.stop - item.start, item.columns
+            waiting = small.setdefault(alike, [])
+            waiting.append(item)
+            if (len(waiting) + 1) * item.batching.size > BATCH:
+                yield MapBatch(tuple(small.pop(alike)))
+        elif isinstance(item, HashBytes) or (isinstance(item, MapRows) and item.hashed):
+            hashed = item.length if isinstance(item, HashBytes) else (item.hashed, item.nbytes, item.source.dtype)
+            if hashed in single:
+                yield HashedPair((single.pop(hashed), item))
+            else:
+                single[hashed] = item
+        else:
+            yield item
     yield from (MapBatch(tuple(items)) for items in small.values())
-
-
-def _batched(item: Item, small: dict[Hashable, list[MapRows]]) -> Iterator[Item]:
-    """Yield an item, or collect a small one in `small` and yield a batch once there are enough alike."""
-    if not isinstance(item, MapRows) or item.batching is None:
-        yield item
-        return
-    alike = item.batching.alike, item.source.dtype, item.target_dtype, item.stop - item.start, item.columns
-    waiting = small.setdefault(alike, [])
-    waiting.append(item)
-    if (len(waiting) + 1) * item.batching.size > BATCH:
-        yield MapBatch(tuple(small.pop(alike)))
+    yield from single.values()
 
 
 @dataclass(frozen=True)
@@ -413,6 +426,7 @@ def _row_items(source: TensorRef, place: _Place, columns: int, written: int, row
             block_rows=rows.block_rows,
             checked=place.checked,
             batching=rows.batching,
+            hashed=rows.hashed,
         )
 
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
@@ -23,11 +23,23 @@ from torch import Tensor
 
 from ..durable.fileio import copy_checked, copy_range, has_bytes, read_into, write_at
 from ..errors import MachineError, UsageError
-from ..files.weights_file import copy_bytes, sha256_bytes
-from ..numerics.passes.hashes import page_sums
+from ..files.weights_file import copy_bytes, read_parts
+from ..numerics.passes.hashes import finish_each, page_sums, sha256_each
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked
-from .items import CopyBytes, FinishedItem, GatherBytes, HashBytes, Item, MapBatch, MapRows, Outcome, Step
+from .items import (
+    CopyBytes,
+    FinishedItem,
+    GatherBytes,
+    HashBytes,
+    HashedPair,
+    Item,
+    MapBatch,
+    MapRows,
+    Outcome,
+    Step,
+    parts_of,
+)
 from .ranks import current_job
 from .scattered import Strided, add_place
 
@@ -62,42 +74,45 @@ class Worker:
         """Run one item."""
         if isinstance(item, FinishedItem):
             return Outcome(item.digest, None) if self._is_written(item) else self(item.item)
-        self._digest = hashlib.sha256()
         if isinstance(item, CopyBytes):
             place = item.source, item.source_offset, item.target, item.target_offset, item.nbytes
             if item.checked:
                 return Outcome("", [copy_checked(*place)])
             copy_range(*place)
             return Outcome("", [])
-        if isinstance(item, HashBytes):
-            return Outcome("", [sha256_bytes(item.source.file, item.source.name, item.first, item.length)])
         if isinstance(item, GatherBytes):
             crc = copy_bytes(item.source, item.name, item.first, item.nbytes, item.target, item.target_offset)
             return Outcome("", [crc] if item.checked else [])
+        parts, digest = parts_of(item), ""
         with self._streaming:
-            if isinstance(item, MapBatch):
-                results: list[Any] = self._batch(item)
-                return Outcome(self._digest.hexdigest(), results)
-            step = item.prepare(item.start, item.stop)
-            self._crc, self._places = 0, []
-            results = [self._block(item, step, row, end) for row, end in item.blocks]
-            first = [self._crc] if item.checked else [self._places] if item.scattered else []
-            return Outcome(self._digest.hexdigest(), [*first, *results])
+            if isinstance(parts[0], HashBytes):
+                files = [read_parts(each.source.file, each.source.name, each.first, each.length) for each in parts]
+                results = [[each] for each in sha256_each(files)]
+            else:
+                self._digest = hashlib.sha256()
+                done = self._batch(item) if isinstance(item, MapBatch) else map(self._rows, parts, count())
+                results, digest = finish_each([*done]), self._digest.hexdigest()
+        return Outcome(digest, results if isinstance(item, MapBatch | HashedPair) else results[0])
 
     def _is_written(self, finished: FinishedItem) -> bool:
         """Return whether an earlier run's output of an item is still there."""
-        item = finished.item
-        if isinstance(item, HashBytes):
+        item, digest = finished.item, hashlib.sha256()
+        if isinstance(parts_of(item)[0], HashBytes):
             return True
         if isinstance(item, CopyBytes | GatherBytes):
             return has_bytes(item.target, item.target_offset, item.nbytes, item.read)
-        digest = hashlib.sha256()
-        parts = item.parts if isinstance(item, MapBatch) else (item,)
-        for target, offset, nbytes in chain.from_iterable(part.places(finished.written) for part in parts):
+        for target, offset, nbytes in chain.from_iterable(part.places(finished.written) for part in parts_of(item)):
             data = memoryview(bytearray(nbytes))
             read_into(target, data, offset)
             digest.update(page_sums(data))
         return digest.hexdigest() == finished.digest
+
+    def _rows(self, item: MapRows, place: int = 0) -> list[Any]:
+        """Run the steps of an item. place: in its pair; of the first one the hashed buffer stays for the second."""
+        step = item.prepare(item.start, item.stop)
+        self._crc, self._places = 0, []
+        results = [self._block(item, step, row, end, place) for row, end in item.blocks]
+        return [*([self._crc] if item.checked else [self._places] if item.scattered else []), *results]
 
     def _batch(self, batch: MapBatch) -> list[list[Any]]:
         parts, step = batch.parts, batch.prepare()
@@ -111,9 +126,10 @@ class Worker:
             outcomes.append([self._crc, result] if part.checked else [result])
         return outcomes
 
-    def _buffers(self, item: MapRows, rows: int) -> tuple[Tensor, Tensor]:
-        base = self.host.take("base", item.source.dtype, rows, item.columns)
-        return base, self.host.take("out", item.target_dtype, rows, item.target_columns)
+    def _buffers(self, item: MapRows, rows: int, place: int = 0) -> tuple[Tensor, Tensor]:
+        base, out = (f"{name} {place}" if name == item.hashed else name for name in ("base", "out"))
+        source = self.host.take(base, item.source.dtype, rows, item.columns)
+        return source, self.host.take(out, item.target_dtype, rows, item.target_columns)
 
     def _run(self, step: Step, base: Tensor, row: int, out: Tensor, on_host: bool = False) -> Any:
         """Run a step on the device. on_host: the step writes `out` on the host."""
@@ -129,8 +145,8 @@ class Worker:
         self.stream.synchronize()
         return result
 
-    def _block(self, item: MapRows, step: Step, row: int, end: int) -> Any:
-        base, out = self._buffers(item, end - row)
+    def _block(self, item: MapRows, step: Step, row: int, end: int, place: int) -> Any:
+        base, out = self._buffers(item, end - row, place)
         item.source.read_rows(item.start + row, base)
         result = self._run(step, base, row, out, on_host=item.scattered is not None)
         if item.scattered:

@@ -18,7 +18,6 @@ float64) and scales among the codes come before the data that depend on them.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +54,7 @@ from ..numerics.forms import (
 )
 from ..numerics.merge import TOGETHER, Tile, positions, put, take
 from ..numerics.passes.blocks import EVERY, RunEntries, restore_block
+from ..numerics.passes.hashes import AwaitsHash
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
 from .candidates import Runs, every, find_runs
@@ -303,18 +303,23 @@ class Recorder:
             rows = rows.with_padding(rows.padding(self._codes))
         self._payloads[0] += rows.pack(self._codes, guess_codes(out, x, first, rows, self._work))
 
-    def result(self, change: RoundingStats, base: Tensor, out: Tensor) -> RecordedBlock:
-        """Return the record of a block of one matrix, W in `base` and W' in `out`."""
+    def result(self, change: RoundingStats, base: Tensor, out: Tensor) -> AwaitsHash:
+        """Return the `RecordedBlock` of a block of one matrix, W in `base` and W' in `out`."""
         return self.results([change], base, out)[0]
 
-    def results(self, changes: Sequence[RoundingStats], base: Tensor, out: Tensor) -> list[RecordedBlock]:
-        """Return the record of each matrix of a block, W in `base` and W' in `out`."""
+    def results(self, changes: Sequence[RoundingStats], base: Tensor, out: Tensor) -> list[AwaitsHash]:
+        """Return the `RecordedBlock` of each matrix of a block, W in `base` and W' in `out`."""
         stored = bytes_of(base) if self._codes is None else np.ascontiguousarray(self._codes).data.cast("B")
         both = (_cut(data, len(changes)) for data in (stored, bytes_of(out)))
         return [
-            RecordedBlock(change, payload, hashlib.sha256(former).hexdigest(), word_sum(written))
+            _recorded(change, payload, former, written)
             for change, payload, former, written in zip(changes, self._payloads, *both, strict=True)
         ]
+
+
+def _recorded(change: RoundingStats, payload: bytes, former: memoryview, written: memoryview) -> AwaitsHash:
+    words = word_sum(written)
+    return AwaitsHash(former, lambda sha256: RecordedBlock(change, payload, sha256, words))
 
 
 def _cut(data: memoryview, parts: int) -> list[memoryview]:
@@ -323,15 +328,14 @@ def _cut(data: memoryview, parts: int) -> list[memoryview]:
     return [data[k * length : (k + 1) * length] for k in range(parts)]
 
 
-def record_recoded(rows: CodedRows, former: Codes, written: Codes, change: RoundingStats) -> RecordedBlock:
-    """Return the record of rows that were rounded to codes: the differences of the former codes to the new ones.
+def record_recoded(rows: CodedRows, former: Codes, written: Codes, change: RoundingStats) -> AwaitsHash:
+    """Return the `RecordedBlock` of rows that were rounded to codes: the former codes' differences to the new ones.
 
     Args:
         former, written: in the shape of `CodedRows.read`.
     """
     payload = rows.pack(former, rows.without_padding(written))
-    digest = hashlib.sha256(np.ascontiguousarray(former).data).hexdigest()
-    return RecordedBlock(change, payload, digest, word_sum(bytes_of(torch.from_numpy(written))))
+    return _recorded(change, payload, np.ascontiguousarray(former).data.cast("B"), bytes_of(torch.from_numpy(written)))
 
 
 def take_all(x: Tensor) -> Bits:
@@ -599,11 +603,14 @@ class Restorer:
         padding = self._rows.padding(written) if self._rows.format.padding_has_scales else None
         _put_codes(self._rows.unpack(self._reader, self._rows.without_padding(written), padding), out)
 
-    def check(self, restored: Tensor, merged: Tensor) -> None:
-        """Raise InputError unless both are the rows that the merge read and wrote."""
+    def check(self, restored: Tensor, merged: Tensor) -> AwaitsHash:
+        """Raise InputError unless both are the rows that the merge read and wrote; the hash tells whether W is."""
         if word_sum(bytes_of(merged)) != self._sum:
             raise InputError("is not what the merge wrote: the merged file was edited since", culprit=self._name)
-        if self._reader.rest or hashlib.sha256(bytes_of(restored)).hexdigest() != self._sha256:
+        return AwaitsHash(bytes_of(restored), self._require_restored)
+
+    def _require_restored(self, sha256: str) -> None:
+        if self._reader.rest or sha256 != self._sha256:
             raise InputError(
                 "is not restored exactly: the merged file, the undo file or an adapter is not that of the merge",
                 culprit=self._name,

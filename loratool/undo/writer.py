@@ -47,7 +47,8 @@ from ..files.dtypes import DTYPES, TensorSpec
 from ..files.folder.side_files import CARD, has_card, is_of_whole
 from ..files.output.model_card import shown_name
 from ..files.output.output import Output
-from ..files.weights_file import WeightsFile, copy_bytes, sha256_bytes
+from ..files.weights_file import WeightsFile, copy_bytes, read_parts
+from ..numerics.passes.hashes import sha256_each
 from .checks import Tiles, bytes_before, counted_rows, is_replaced, kept_names, recoded_shape, spec_of, tiles_of
 from .differences import UNIT, WIDEST
 from .reader import END, MAGIC, TRAILER, VERSION, UnrecordedBytes, card_packer, is_readable, unrecorded
@@ -267,9 +268,13 @@ def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, start: int, r
     source, nbytes = base.shard_of[name], _bytes_from(base, name, row)
     first = bytes_before(base.stored[name], row)
     copy_bytes(source, name, first, nbytes, target, start)
-    for part in hashed_parts(nbytes):
-        length = min(HASH_PART, nbytes - part)
-        rows += ROW.pack(length, bytes.fromhex(sha256_bytes(source, name, first + part, length)), 0)
+    lengths = [min(HASH_PART, nbytes - part) for part in hashed_parts(nbytes)]
+    parts = [
+        read_parts(source, name, first + part, length)
+        for part, length in zip(hashed_parts(nbytes), lengths, strict=True)
+    ]
+    for length, digest in zip(lengths, sha256_each(parts), strict=True):
+        rows += ROW.pack(length, bytes.fromhex(digest), 0)
     return start + nbytes
 
 

@@ -28,7 +28,7 @@ from loratool.commands.merge import command
 from loratool.files.output.output import Output
 from loratool.streaming import rewrite
 from loratool.streaming.forked import AHEAD
-from loratool.streaming.items import HashBytes, Item, MapBatch, MapRows
+from loratool.streaming.items import HashBytes, HashedPair, Item, MapBatch, MapRows
 
 SIZES = ((1, 1), (1, 8), (8, 8), (64, 8))  # ranks, and workers of each
 BANDWIDTHS = (10e9, 40e9, 100e9, math.inf)  # bytes/s, of reading and writing together
@@ -108,7 +108,7 @@ def task_of(item: Item, costs: Costs) -> Task:
     """Return what an item costs."""
     if isinstance(item, HashBytes):
         return Task(costs.call + costs.hashed * item.length, item.length, 0)
-    if isinstance(item, MapBatch):
+    if isinstance(item, MapBatch | HashedPair):
         parts = [task_of(part, costs) for part in item.parts]
         seconds = sum(part.seconds - costs.call for part in parts) + costs.call
         return Task(seconds, sum(part.read for part in parts), item.nbytes)

@@ -120,7 +120,7 @@ def reused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_what_is_finished_is_not_done_again(stage: Path, out: str, reused: list[int]) -> None:
     """By whichever of command line and library it died."""
     files = made(out)
-    for after in (1, 9, 20):
+    for after in (1, 9, 12):
         die(out, after)
         assert resume(out) == (0, "")
         assert len(reused) == after + 1 and taken() == files

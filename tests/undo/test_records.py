@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bits, factors, slow, weights
+from conftest import bits, factors, hashed, slow, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lib.hostile.strange_rows import STRANGE, product_of
@@ -47,7 +47,7 @@ def scaled(D: Tensor, a: float | None = None) -> Reals:
 def merged(W: Tensor, x: Reals) -> tuple[Tensor, RecordedBlock]:
     out, recorder = torch.empty_like(W), Recorder(W.dtype)
     change = RowMerge(x, W.dtype, W.dtype, CPU).apply(W, 0, out, Workspace(CPU), recorder)
-    return out, recorder.result(change, W, out)
+    return out, hashed(recorder.result(change, W, out))
 
 
 def restored(out: Tensor, x: Reals, record: RecordedBlock) -> Tensor:
@@ -55,7 +55,7 @@ def restored(out: Tensor, x: Reals, record: RecordedBlock) -> Tensor:
     restorer = Restorer("x", out.dtype, record.payload, record.sha256, record.sum)
     with restorer.damage():
         restorer.block(out, x, back, Workspace(CPU))
-    restorer.check(back, out)
+    hashed(restorer.check(back, out))
     return back
 
 
@@ -195,10 +195,10 @@ class TestRoundTrips:
         W[0, :2], out[0, :2] = torch.tensor([0.0, -0.0]), torch.tensor([-0.0, 0.0])
         recorder = Recorder(dtype)
         recorder.difference(W, out)
-        record = recorder.result(RoundingStats(), W, out)
+        record = hashed(recorder.result(RoundingStats(), W, out))
         restorer, back = Restorer("x", dtype, record.payload, record.sha256, record.sum), torch.empty_like(W)
         restorer.replaced(out, back, Workspace(torch.device("cpu")))
-        restorer.check(back, out)
+        hashed(restorer.check(back, out))
         assert torch.equal(bits(back), bits(W))
 
 
@@ -405,7 +405,7 @@ class TestBrokenRecords:
         longer = Restorer("x", dtype, data + b"\0", "", 0)
         longer.replaced(out, back, Workspace(torch.device("cpu")))
         with pytest.raises(InputError, match="x: "):
-            longer.check(back, out)
+            hashed(longer.check(back, out))
 
     def test_the_largest_differences(self) -> None:
         """A difference of places may need one bit more than its type has; taken modulo 2**n it is right."""

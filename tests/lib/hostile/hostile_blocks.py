@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from conftest import hashed
 from torch import Tensor
 
 from loratool.durable.fileio import word_sum
@@ -216,7 +217,7 @@ def merge_hostile(block: HostileBlock, record: bool = True) -> tuple[MergedBlock
     out, recorder = torch.empty_like(W), Recorder(W.dtype, None, work)
     merge = RowMerge(block.reals(), W.dtype, W.dtype, CPU)
     stats = merge.apply(W, block.first, out, work, recorder if record else None)
-    payload = recorder.result(stats, W, out).payload if not stats.overflowed else b""  # such a merge is refused
+    payload = hashed(recorder.result(stats, W, out)).payload if not stats.overflowed else b""  # such a merge is refused
     assert isinstance(payload, bytes)
     counts = stats.changed, stats.not_finite, stats.overflowed
     return MergedBlock(bytes(bytes_of(out)), payload, counts, stats.largest, stats), out
@@ -230,7 +231,7 @@ def restore_hostile(block: HostileBlock, merged: Tensor, payload: bytes) -> tupl
     try:
         with restorer.damage():
             restorer.block(merged, x, back, Workspace(CPU))
-        restorer.check(back, merged)
+        hashed(restorer.check(back, merged))
     except InputError as error:
         return b"", str(error)
     return bytes(bytes_of(back)), ""
