@@ -226,7 +226,7 @@ class Recorder:
 
     @property
     def needs_tiles(self) -> bool:
-        return bool(self._rows) or self._form.precision == 53 or len(self._payloads) > 1
+        return bool(self._rows) or self._form.precision == 53
 
     def tile(self, tile: Tile, dense: DenseRows) -> None:
         if self._form.precision == 53 or self._rows:
@@ -260,7 +260,7 @@ class Recorder:
             code = take(base, flat)
             places = place(code, self._form) - runs.start
             entries.index[some] = np.where(runs.count == every(self._form), code, places)
-        self._payloads[0] += entries.pack()
+        self._payloads = [head + packed for head, packed in zip(self._payloads, entries.pack(), strict=True)]
 
     def _record_runs(self, base: Tensor, out: Tensor, x: Reals, first: int, asked: _Asked) -> None:
         """Record W's places in their runs, of all matrices at once, split at the end of each matrix."""

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -30,7 +31,7 @@ from loratool.numerics.decide import Reals
 from loratool.numerics.passes import blocks
 from loratool.numerics.passes.blocks import BOUNDS, PassBounds
 from loratool.numerics.passes.native import NATIVE, _is_stale, _load, describe_native, native
-from loratool.numerics.products import Products, Term
+from loratool.numerics.products import ProductRows, Products, Term
 from loratool.numerics.workspace import Workspace
 from loratool.undo.records import bytes_of
 
@@ -68,19 +69,22 @@ def differences(block: HostileBlock, seed: int) -> list[str]:
         wanted, merged = merge_hostile(block)
     with passes(True):
         both = merge_hostile(block)[0], merge_hostile(block, record=False)[0]
-    found = [name for name in ("merged", "payload", "counts", "largest") if not _equal(wanted, both[0], name)]
+    found = [name for name in ("merged", "payloads", "counts", "largest") if not _equal(wanted, both[0], name)]
     found += [
         f"{name} without a record" for name in ("merged", "counts", "largest") if not _equal(wanted, both[1], name)
     ]
-    if not wanted.stats.overflowed:
+    results = merged.chunk(block.matrices)
+    for one, result, payload, stats in zip(block.each(), results, wanted.payloads, wanted.stats, strict=True):
+        if stats.overflowed:
+            continue
         with passes(True):
-            restored = restore_hostile(block, merged, wanted.payload)
-        found += [f"restored {restored[1]}"] if restored != (bytes(bytes_of(block.weight)), "") else []
-        if wanted.payload and seed % 4 == 0:
-            data, refusals = damaged(np.random.default_rng(seed), wanted.payload), []
+            restored = restore_hostile(one, result, payload)
+        found += [f"restored {restored[1]}"] if restored != (bytes(bytes_of(one.weight)), "") else []
+        if payload and seed % 4 == 0:
+            data, refusals = damaged(np.random.default_rng(seed), payload), []
             for on in (False, True):
                 with passes(on):
-                    refusals.append(restore_hostile(block, merged, data))
+                    refusals.append(restore_hostile(one, result, data))
             found += [] if refusals[0] == refusals[1] else [f"refused {refusals}"]
     return found
 
@@ -123,12 +127,28 @@ def smaller(method: str, factor: float) -> Callable[[PassBounds], PassBounds]:
     return make
 
 
+def of_the_least_matrix(bounds: PassBounds) -> PassBounds:
+    """Return bounds in which all matrices have the norms of the columns of the least one."""
+
+    def errors(_: PassBounds, rows: ProductRows, here: slice) -> Any:
+        products = copy(rows.products)
+        by_matrix = products.column_norms.reshape(products.matrices, -1)
+        vars(products)["column_norms"] = np.tile(by_matrix[by_matrix.max(1).argmin()], products.matrices)
+        other = copy(rows)
+        other.products = products
+        return bounds.errors(other, here)
+
+    kind: type[PassBounds] = type("OfTheLeast", (PassBounds,), {"errors": errors})
+    return kind(bounds.number, bounds.real, bounds.spread, bounds.margin)
+
+
 def without(name: str) -> Callable[[PassBounds], PassBounds]:
     return lambda bounds: replace(bounds, **{name: 0.0})
 
 
 MUTANTS = {
     "E": smaller("errors", 1e-3),
+    "E of the least matrix": of_the_least_matrix,
     "spread": without("spread"),
     "dot_unit": smaller("dot_unit", 0.0),  # fp32 is decided by pairs alone
     "dot_spread": without("dot_spread"),
@@ -154,17 +174,19 @@ def test_a_bound_with_a_term_too_small_is_caught(
 
 @needs_passes
 @pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
-def test_sums_for_the_report(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("matrices", [1, 2])
+def test_sums_for_the_report(matrices: int, dtype: torch.dtype) -> None:
     """To 6 digits, on weights as of models; rows in which D is 0, and inf, are among them."""
-    W, (A, B) = weights(70, 5000, dtype=dtype), factors(70, 5000, 20)
+    W, (A, B) = weights(70, 5000, dtype=dtype), factors(70, 5000 * matrices, 20)
     B[::9] = 0
     W[1, 7], W[3, -1] = math.inf, -math.inf
-    block = HostileBlock("model", W, [Term(B, A, Fraction(2))])
+    block = HostileBlock("model", W, [Term(B, A, Fraction(2))], matrices=matrices)
     with passes(True):
         made, out = merge_hostile(block)
-    for name, wanted in sums_in_longdouble(block, out).items():
-        assert getattr(made.stats, name) == pytest.approx(wanted, rel=2e-6)
-    assert made.counts[1] == 2 and differences(block, 0) == []
+    for one, merged, stats in zip(block.each(), out.chunk(matrices), made.stats, strict=True):
+        for name, wanted in sums_in_longdouble(one, merged).items():
+            assert getattr(stats, name) == pytest.approx(wanted, rel=2e-6)
+    assert made.counts[0][1] == 2 and differences(block, 0) == []
 
 
 @needs_passes
@@ -174,8 +196,8 @@ def test_nearly_all_weights_of_a_model_are_decided(dtype: torch.dtype, monkeypat
     block = HostileBlock("model", weights(300, 2000, dtype=dtype), [Term(B, A, Fraction(2))])
     with passes(True):
         made, out = merge_hostile(block)
-        assert restore_hostile(block, out, made.payload)[1] == ""
-    assert takes.counts == {True: 2} and made.stats.steps["dense"] >= 600_000 - 3
+        assert restore_hostile(block, out, made.payloads[0])[1] == ""
+    assert takes.counts == {True: 2} and made.stats[0].steps["dense"] >= 600_000 - 3
 
 
 @needs_passes

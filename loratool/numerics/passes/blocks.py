@@ -32,6 +32,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -96,8 +97,9 @@ class PassBounds:
         """Return E of some rows."""
         rank, products = rows.products.rank, rows.products
         roundings = min(rank, self.chunk) + -(-rank // self.chunk) + self.extra
-        longest = float(products.column_norms.max(initial=0.0))
-        errors: npt.NDArray[np.float64] = roundings * UNIT_OF[self.real] * longest * rows.row_norms[here]
+        longest = products.column_norms.reshape(products.matrices, -1).max(1)  # of each matrix
+        sizes = np.repeat(longest, rows.shape[0] // products.matrices)[here] * rows.row_norms[here]
+        errors: npt.NDArray[np.float64] = roundings * UNIT_OF[self.real] * sizes
         errors += self.least(rows, self.real)
         return errors
 
@@ -130,15 +132,23 @@ class _Block(ctypes.Structure):
     """`struct block` of kernel.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in "kind back record rows columns rank strip".split()),
+        *((name, ctypes.c_int64) for name in "kind back record matrices rows columns rank strip".split()),
         *((name, ctypes.c_void_p) for name in "source result left right panels errors".split()),
         *((name, ctypes.c_void_p) for name in ("row_norms", "column_norms")),
         *((name, ctypes.c_double) for name in "spread dot_unit dot_least dot_spread margin pair_unit".split()),
         ("is_exact", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in "scratch squares index count at".split()),
-        *((name, ctypes.c_int64) for name in "entries undecided changed not_finite".split()),
-        *((name, ctypes.c_double) for name in ("base", "kept")),
+        *((name, ctypes.c_int64) for name in ("entries", "undecided")),
+        ("sums", ctypes.c_void_p),
     ]
+
+
+_SUMS = np.dtype(  # `struct sums` of kernel.c
+    [
+        *((name, np.int64) for name in ("changed", "not_finite", "entries")),
+        *((name, np.float64) for name in ("base_squared", "kept", "squares")),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -153,12 +163,14 @@ class RunEntries:
         count: how many numbers; EVERY, or UNKNOWN.
         at: the weights' positions, on the way back.
         width: bits of a number.
+        ends: how many entries there are up to the end of each matrix.
     """
 
     index: npt.NDArray[np.int32]
     count: npt.NDArray[np.int32]
     at: npt.NDArray[np.int32] | None
     width: int
+    ends: list[int]
 
     def unknown(self) -> Iterator[tuple[Positions, Positions]]:
         """Yield the entries that are not known, and the positions of their weights."""
@@ -167,13 +179,19 @@ class RunEntries:
             some = entries[start : start + TOGETHER]
             yield some, (self.index if self.at is None else self.at).take(some).astype(np.intp)
 
-    def pack(self) -> bytes:
-        """Return the bits of all places, as an undo record has them. All entries must be known; they are used up."""
-        module = _required()
-        data = np.zeros(len(self.index) * (1 + self.width) // 8 + 16, np.uint8)
-        entries = _address(self.index), _address(self.count), len(self.index)
-        used = module.pack_entries(*entries, self.width, _address(data))
-        return data[: (used + 7) // 8].tobytes()
+    def pack(self) -> Iterator[bytes]:
+        """Yield the bits of each matrix's places, as an undo record has them.
+
+        All entries must be known; they are used up.
+        """
+        module, edges = _required(), list(pairwise([0, *self.ends]))
+        longest = max(stop - start for start, stop in edges)
+        data = np.empty(longest * (1 + self.width) // 8 + 16, np.uint8)
+        index, count, to = _address(self.index), _address(self.count), _address(data)
+        for start, stop in edges:
+            skipped = start * self.index.itemsize
+            used = module.pack_entries(index + skipped, count + skipped, stop - start, self.width, to)
+            yield data[: (used + 7) // 8].tobytes()
 
     def put(self, data: bytes, out: Tensor) -> int:
         """Write the numbers W into `out`, by the bits of their places, and return how many bits these were.
@@ -224,17 +242,12 @@ def merge_block(x: Reals, base: Tensor, first: int, out: Tensor, work: Workspace
     prepared = _prepare(x, base, first, out, work, record=record)
     if prepared is None:
         return None
-    block, squares, errors = prepared.run(), prepared.arrays["squares"], prepared.arrays["errors"]
+    block, (squares, errors, found) = prepared.run(), (prepared.arrays[name] for name in ("squares", "errors", "sums"))
     # else D is hardly more than its errors, or beyond the type of its squares: then the sums would not hold
     if not (((squares > prepared.least_squares) & (squares < np.inf)) | (errors < 0)).all():
         return None
-    sums: dict[str, npt.NDArray[Any]] = {
-        "base_squared": np.array([block.base]),
-        "change_squared": np.array([squares.sum()]),
-        "kept": np.array([block.kept]),
-        "changed": np.array([block.changed], np.intp),
-        "not_finite": np.array([block.not_finite], np.intp),
-    }
+    sums = {name: found[name] for name in ("base_squared", "kept", "changed", "not_finite")}
+    sums["change_squared"] = squares.reshape(len(found), -1).sum(1)
     undecided = prepared.arrays["at"][: block.undecided].astype(np.intp)
     return PassedBlock(undecided, prepared.entries() if record else None, sums)
 
@@ -273,7 +286,8 @@ class _Pass:
     def entries(self) -> RunEntries:
         """Return the runs after the pass."""
         index, count, at = (self.arrays[name][: self.block.entries] for name in _LISTS)
-        return RunEntries(index, count, at if self.block.back else None, self.width)
+        ends = self.arrays["sums"]["entries"].tolist()
+        return RunEntries(index, count, at if self.block.back else None, self.width, ends)
 
 
 _LISTS = ("index", "count", "at")
@@ -288,16 +302,18 @@ def _prepare(
         return None
     assert isinstance(x.delta, ProductRows)
     rows, products, bounds = x.delta, x.delta.products, BOUNDS[source.dtype]
-    height, columns = source.shape
-    here = slice(first, first + height)
+    height, columns = len(source) // products.matrices, source.shape[1]
+    here = slice(first, first + len(source))
     errors = bounds.errors(rows, here)
     if not errors.max(initial=0.0) < BEYOND:
         return None
     least_squares = np.square(errors) * (LOST**2 * columns) + LEAST_SQUARES[bounds.real]
     if bounds.number not in products.panels:
         right = np.ascontiguousarray(products.right)
-        panels = np.empty(module.size_of_panels(bounds.number, columns, products.rank), np.uint8)
-        module.fill_panels(bounds.number, _address(right), columns, products.rank, _address(panels))
+        size = module.size_of_panels(bounds.number, columns, products.rank)
+        panels = np.empty(products.matrices * size, np.uint8)
+        shape = products.matrices, columns, products.rank
+        module.fill_panels(bounds.number, _address(right), *shape, _address(panels))
         products.panels[bounds.number] = right, panels
     right, panels = products.panels[bounds.number]
     strip = -(-min(height, max(1, STRIP // columns)) // GROUP) * GROUP
@@ -310,13 +326,15 @@ def _prepare(
         "row_norms": np.ascontiguousarray(rows.row_norms[here]),
         "column_norms": products.column_norms,
         "scratch": work.take("pass", torch.uint8, 1, scratch).numpy()[0],
-        "squares": np.empty(height),
+        "squares": np.empty(len(source)),
+        "sums": np.empty(products.matrices, _SUMS),
         **{name: work.take(f"pass {name}", torch.int32, 1, source.numel()).numpy()[0] for name in _LISTS},
     }
     block = _Block(
         kind=bounds.number,
         back=back,
         record=record,
+        matrices=products.matrices,
         rows=height,
         columns=columns,
         rank=products.rank,
@@ -336,7 +354,7 @@ def _prepare(
 
 
 def _takes(x: Reals, source: Tensor, result: Tensor) -> bool:
-    """Return whether a block is one of the passes': of one type, and with products of one matrix added to it."""
+    """Return whether a block is one of the passes': of one type, and with products added to it."""
     return (
         source.dtype == result.dtype
         and source.dtype in BOUNDS
@@ -346,7 +364,6 @@ def _takes(x: Reals, source: Tensor, result: Tensor) -> bool:
         and isinstance(x.delta, ProductRows)
         and x.delta.in_range
         and not x.delta.products.scaled
-        and x.delta.products.matrices == 1
         and x.delta.products.rank > 0
         and x.delta.largest < LARGEST
         and 0 < source.numel() < 1 << 31

@@ -50,11 +50,12 @@ enum { EVERY = -1, UNKNOWN = 0 }; /* counts of a run: all numbers of the type, a
 /* What a pass reads and writes; `blocks._Block` has the same fields. Positions are in the block, row by row. */
 struct block {
   int64_t kind, back, record;      /* the type; whether W' is read and W written; whether runs are asked for */
-  int64_t rows, columns, rank, strip; /* strip: rows between two looks at what is left */
+  int64_t matrices, rows, columns, rank; /* matrices of one shape, one after the other in all arrays */
+  int64_t strip;                   /* rows between two looks at what is left */
   const void *source;              /* (rows, columns), W; on the way back W' */
   void *result;                    /* (rows, columns), W'; on the way back W */
   const double *left, *right;      /* (rows, rank), (columns, rank) */
-  const void *panels;              /* right as `pack_panels` packed it */
+  const void *panels;              /* right as `fill_panels` packed it */
   const double *errors;            /* (rows,) bounds of D as the pass computes it; below 0: the row of D is 0 */
   const double *row_norms, *column_norms; /* of left and right, for the bound of a dot product in double */
   double spread;                   /* times |W + D|: its rounding, that of its ends, and of their casts */
@@ -67,13 +68,14 @@ struct block {
   double *squares;                 /* (rows,) out: <D, D> where W and W' are finite */
   int32_t *index, *count, *at;     /* (rows * columns) out, in the order of positions */
   int64_t entries, undecided;      /* out: how many of index and count; of `at`, on the way there */
-  int64_t changed, not_finite;     /* out: W' that differ; W that are inf or nan */
-  double base, kept;               /* out: <W, W> and <W' - W, D>, where both are finite */
+  struct sums *sums;               /* out: of each matrix */
 };
 
+/* Of a matrix; `blocks._SUMS` has the same fields. */
 struct sums {
-  int64_t changed, not_finite;
-  double base, squares, kept;
+  int64_t changed, not_finite, entries; /* W' that differ; W that are inf or nan; the block's entries up to its end */
+  double base, kept;               /* <W, W> and <W' - W, D>, where both are finite */
+  double squares;                  /* <D, D> of the row that is at work */
 };
 
 INLINE float float_of(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -401,15 +403,6 @@ static void sum_pages(const uint8_t *from, int64_t pages, uint64_t *to) {
 /* Rounding to nearest, no subnormal flushed, no trap: what the bounds need, whatever the caller's thread has set. */
 enum { MODES = 0x1f80 };
 
-static void run_pass(struct block *b) {
-  const unsigned modes = _mm_getcsr();
-  _mm_setcsr(MODES);
-  if (b->kind == BF16) pass_bf16(b);
-  else if (b->kind == FP16) pass_fp16(b);
-  else pass_fp32(b);
-  _mm_setcsr(modes);
-}
-
 static int64_t size_of_scratch(int64_t kind, int64_t strip, int64_t columns, int64_t rank) {
   if (kind == BF16) return scratch_size_bf16(strip, columns, rank);
   return kind == FP16 ? scratch_size_fp16(strip, columns, rank) : scratch_size_fp32(strip, columns, rank);
@@ -420,12 +413,30 @@ static int64_t size_of_panels(int64_t kind, int64_t columns, int64_t rank) {
   return (columns + width - 1) / width * width * rank * (kind == BF16 ? 4 : 8);
 }
 
-static void fill_panels(int64_t kind, const double *right, int64_t columns, int64_t rank, void *to) {
+static void fill_panels(
+    int64_t kind, const double *right, int64_t matrices, int64_t columns, int64_t rank, char *to) {
   const unsigned modes = _mm_getcsr();
   _mm_setcsr(MODES);
-  if (kind == BF16) pack_panels_bf16(right, columns, rank, (float *)to);
-  else if (kind == FP16) pack_panels_fp16(right, columns, rank, (double *)to);
-  else pack_panels_fp32(right, columns, rank, (double *)to);
+  for (int64_t k = 0; k < matrices; k++, right += columns * rank, to += size_of_panels(kind, columns, rank)) {
+    if (kind == BF16) pack_panels_bf16(right, columns, rank, (float *)to);
+    else if (kind == FP16) pack_panels_fp16(right, columns, rank, (double *)to);
+    else pack_panels_fp32(right, columns, rank, (double *)to);
+  }
+  _mm_setcsr(modes);
+}
+
+/* Rows are counted in the block; what belongs to the columns is moved on from matrix to matrix. */
+static void run_pass(struct block *b) {
+  const unsigned modes = _mm_getcsr();
+  _mm_setcsr(MODES);
+  for (int64_t k = 0; k < b->matrices; k++) {
+    if (b->kind == BF16) pass_bf16(b, k);
+    else if (b->kind == FP16) pass_fp16(b, k);
+    else pass_fp32(b, k);
+    b->right += b->columns * b->rank;
+    b->column_norms += b->columns;
+    b->panels = (const char *)b->panels + size_of_panels(b->kind, b->columns, b->rank);
+  }
   _mm_setcsr(modes);
 }
 
@@ -466,7 +477,7 @@ static int read_integers(PyObject *const *from, Py_ssize_t given, Py_ssize_t wan
 FUNCTION(run_pass, 1, NOTHING, run_pass(ADDRESS(a[0])))
 FUNCTION(size_of_scratch, 4, NUMBER, found = size_of_scratch(a[0], a[1], a[2], a[3]))
 FUNCTION(size_of_panels, 3, NUMBER, found = size_of_panels(a[0], a[1], a[2]))
-FUNCTION(fill_panels, 5, NOTHING, fill_panels(a[0], ADDRESS(a[1]), a[2], a[3], ADDRESS(a[4])))
+FUNCTION(fill_panels, 6, NOTHING, fill_panels(a[0], ADDRESS(a[1]), a[2], a[3], a[4], ADDRESS(a[5])))
 FUNCTION(pack_entries, 5, NUMBER, found = pack_entries(ADDRESS(a[0]), ADDRESS(a[1]), a[2], a[3], ADDRESS(a[4])))
 FUNCTION(unpack_entries, 7, NUMBER,
          found = unpack_entries(ADDRESS(a[0]), a[1], ADDRESS(a[2]), ADDRESS(a[3]), a[4], a[5], ADDRESS(a[6])))

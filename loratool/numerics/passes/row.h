@@ -537,7 +537,7 @@ static int64_t NAME(scratch_size)(int64_t strip, int64_t columns, int64_t rank) 
   return (int64_t)sizeof(REAL) * (GROUP * (rank + padded) + listed) + 4 * 4 * listed + 64;
 }
 
-static void NAME(pass)(struct block *b) {
+static void NAME(pass)(struct block *b, int64_t matrix) {
   const int64_t n = b->columns, rank = b->rank, stride = (n + NAME(panel) - 1) / NAME(panel) * NAME(panel);
   const int64_t listed = b->strip * n + 32;
   REAL *change = (REAL *)(((uintptr_t)b->scratch + 31) & ~(uintptr_t)31), *left = change + GROUP * stride;
@@ -547,9 +547,10 @@ static void NAME(pass)(struct block *b) {
   list.hit = list.at + listed;
   list.from = (uint32_t *)(list.hit + listed);
   list.to = list.from + listed;
-  struct sums sums = {0, 0, 0, 0, 0};
-  for (int64_t strip = 0; strip < b->rows; strip += b->strip) {
-    const int64_t end = strip + b->strip < b->rows ? strip + b->strip : b->rows;
+  const int64_t last = (matrix + 1) * b->rows;
+  struct sums sums = {0};
+  for (int64_t strip = matrix * b->rows; strip < last; strip += b->strip) {
+    const int64_t end = strip + b->strip < last ? strip + b->strip : last;
     double error = 0;
     list.length = list.hits = 0;
     for (int64_t group = strip; group < end; group += GROUP) {
@@ -581,10 +582,8 @@ static void NAME(pass)(struct block *b) {
       else NAME(add_runs)(b, 0, strip, &list, (REAL)error);
     }
   }
-  b->changed = sums.changed;
-  b->not_finite = sums.not_finite;
-  b->base = sums.base;
-  b->kept = sums.kept;
+  sums.entries = b->entries;
+  b->sums[matrix] = sums;
 }
 
 #undef WORD

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -22,7 +22,7 @@ from loratool.numerics.merge import RowMerge
 from loratool.numerics.products import Products, Term
 from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.workspace import Workspace
-from loratool.undo.records import Recorder, Restorer, bytes_of
+from loratool.undo.records import RecordedBlock, Recorder, Restorer, bytes_of
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -35,30 +35,59 @@ SCALES = (1.0, 1.0, 2.0, 0.5, -1.0, 1 / 3, 0.7, 16 / 7, 1e-3, 0.0)
 
 @dataclass(frozen=True)
 class HostileBlock:
-    """A block and what is added to it, whose first row is row `first` of the terms."""
+    """A block and what is added to it, whose first row is row `first` of the terms.
+
+    Several matrices are one below the other; their left sides are too, and their right sides are side by side.
+    """
 
     name: str
     weight: Tensor  # (rows, n)
     terms: list[Term]
     first: int = 0
+    matrices: int = 1
 
     def reals(self) -> Reals:
-        return Reals(Products(self.terms).rows(0, self.first + len(self.weight)))
+        return Reals(Products(self.terms, self.matrices).rows(0, self.first + len(self.weight)))
+
+    def each(self) -> list[HostileBlock]:
+        """Return a block of each matrix."""
+        if self.matrices == 1:
+            return [self]
+        weights = self.weight.chunk(self.matrices)
+        sides = zip(
+            *(zip(t.left.chunk(self.matrices), t.right.chunk(self.matrices, 1), strict=True) for t in self.terms),
+            strict=True,
+        )
+        return [
+            HostileBlock(self.name, W, [replace(t, left=x, right=y) for t, (x, y) in zip(self.terms, of, strict=True)])
+            for W, of in zip(weights, sides, strict=True)
+        ]
 
 
 def make_block(seed: int | Sequence[int]) -> HostileBlock:
     g = np.random.default_rng(seed)
     dtype = g.choice([BF16, FP16, FP32])
     if g.random() < 0.4:
-        return _aimed(g, dtype)
+        block = _aimed(g, dtype)
+        return _beside_a_smaller(block) if g.random() < 0.35 else block
     rows, n = int(g.choice(HEIGHTS)), int(g.choice(WIDTHS)) if g.random() < 0.97 else int(g.integers(4090, 4200))
     kind = g.choice(list(WEIGHTS))
-    W = _sprinkled(g, WEIGHTS[kind](g, (rows, n), dtype))
-    first = int(g.integers(1, 9)) if g.random() < 0.2 else 0
-    terms = [_term(g, first + rows, n, kind == "coarse") for _ in range(g.choice([1, 1, 1, 2, 3]))]
+    matrices = int(g.integers(2, 6)) if n < 1000 and g.random() < 0.2 else 1
+    W = torch.cat([_sprinkled(g, WEIGHTS[kind](g, (rows, n), dtype)) for _ in range(matrices)])
+    first = int(g.integers(1, 9)) if matrices == 1 and g.random() < 0.2 else 0
+    shape = first + len(W), matrices * n
+    terms = [_term(g, *shape, kind == "coarse") for _ in range(g.choice([1, 1, 1, 2, 3]))]
+    if matrices > 1:  # whose sizes differ
+        terms = [replace(t, left=_of_sizes(g, t.left, rows), right=_of_sizes(g, t.right.T, n).T) for t in terms]
     if g.random() < 0.05:  # all or nearly all cancels
         terms.append(Term(-terms[0].left, terms[0].right, terms[0].scale))
-    return HostileBlock(f"{NAMES[dtype]} {kind}", W, terms, first)
+    return HostileBlock(f"{NAMES[dtype]} {kind}, {matrices} matrices", W, terms, first, matrices)
+
+
+def _of_sizes(g: np.random.Generator, x: Tensor, rows: int) -> Tensor:
+    """Multiply the rows of each matrix by a power of two."""
+    powers = torch.from_numpy(2.0 ** np.repeat(g.integers(-8, 2, len(x) // rows), rows))
+    return (x.double() * powers[:, None]).to(x.dtype)
 
 
 def _of_bits(bits: Any, dtype: torch.dtype) -> Tensor:
@@ -182,6 +211,16 @@ def _aimed(g: np.random.Generator, dtype: torch.dtype) -> HostileBlock:
     return HostileBlock(f"{NAMES[dtype]} aimed", W, [Term(left, right, Fraction(1, 3) if third else Fraction(1))])
 
 
+def _beside_a_smaller(block: HostileBlock) -> HostileBlock:
+    """Add a second matrix with a smaller D."""
+    terms = [replace(t, left=torch.cat([t.left] * 2), right=_beside(t.right)) for t in block.terms]
+    return HostileBlock(f"{block.name}, two matrices", torch.cat([block.weight] * 2), terms, matrices=2)
+
+
+def _beside(right: Tensor) -> Tensor:
+    return torch.cat([right, right * 2.0**-30], 1)
+
+
 def _cancelling(g: np.random.Generator, step: npt.NDArray[np.float64]) -> Term:
     """Return products of one row that sum to `step` and a hair: 2**-90 to 2**-115 times as much as each of them."""
     n, rank = len(step), int(g.integers(2, 7))
@@ -205,22 +244,27 @@ class MergedBlock:
     """What a merge makes of a block."""
 
     merged: bytes
-    payload: bytes  # of the undo record
-    counts: tuple[int, ...]  # changed, not finite, overflowed
-    largest: float  # of those that overflowed
-    stats: RoundingStats = field(compare=False)
+    payloads: list[bytes]  # of the undo record of each matrix
+    counts: list[tuple[int, ...]]  # changed, not finite, overflowed
+    largest: list[float]  # of those that overflowed
+    stats: list[RoundingStats] = field(compare=False)
 
 
 def merge_hostile(block: HostileBlock, record: bool = True) -> tuple[MergedBlock, Tensor]:
     """Return what a merge makes of a block, with an undo record or without, and W'."""
     W, work = block.weight, Workspace(CPU)
-    out, recorder = torch.empty_like(W), Recorder(W.dtype, None, work)
+    out, recorder = torch.empty_like(W), Recorder(W.dtype, None, work, block.matrices)
     merge = RowMerge(block.reals(), W.dtype, W.dtype, CPU)
-    stats = merge.apply(W, block.first, out, work, recorder if record else None)
-    payload = hashed(recorder.result(stats, W, out)).payload if not stats.overflowed else b""  # such a merge is refused
-    assert isinstance(payload, bytes)
-    counts = stats.changed, stats.not_finite, stats.overflowed
-    return MergedBlock(bytes(bytes_of(out)), payload, counts, stats.largest, stats), out
+    stats = merge.apply_each(W, block.first, out, work, recorder if record else None)
+    records = map(hashed, recorder.results(stats, W, out))
+    payloads = [b"" if one.change.overflowed else bytes_in(one) for one in records]  # such a merge is refused
+    counts = [(each.changed, each.not_finite, each.overflowed) for each in stats]
+    return MergedBlock(bytes(bytes_of(out)), payloads, counts, [each.largest for each in stats], stats), out
+
+
+def bytes_in(record: RecordedBlock) -> bytes:
+    assert isinstance(record.payload, bytes)
+    return record.payload
 
 
 def restore_hostile(block: HostileBlock, merged: Tensor, payload: bytes) -> tuple[bytes, str]:
