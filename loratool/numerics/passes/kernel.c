@@ -24,21 +24,18 @@
 #error "not a little-endian machine"
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define HAS_PASSES 1
-#include <cpuid.h>
-#include <immintrin.h>
-/* for these functions only: the module is also loaded where the processor lacks them, and says so */
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt")
-#endif
-
 #define INLINE static inline __attribute__((always_inline))
 #define UNLIKELY(x) __builtin_expect((x) != 0, 0)
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_PASSES 1
+#include "avx2.h"
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define HAS_PASSES 1
+#include "neon.h"
+#endif
+
+#ifdef HAS_PASSES
 enum { BF16, FP16, FP32 };
 enum { GROUP = 6 };            /* rows that are multiplied together: their sums fill the registers */
 enum { CHUNK = 16 };           /* products that are summed at a time, which makes the bound nearly that of so few */
@@ -84,68 +81,72 @@ INLINE double double_of(int64_t bits) { double x; memcpy(&x, &bits, 8); return x
 INLINE int64_t bits_of_double(double x) { int64_t bits; memcpy(&bits, &x, 8); return bits; }
 
 INLINE float value_bf16(uint32_t pattern) { return float_of(pattern << 16); }
-INLINE float value_fp16(uint32_t pattern) { return _cvtsh_ss((unsigned short)pattern); }
 INLINE float value_fp32(uint32_t pattern) { return float_of(pattern); }
 
 /* Rounded to nearest, a tie away from 0: no tie is ever decided, as it is strictly within its bound. */
 INLINE uint32_t nearest_bf16(float x) { return ((bits_of_float(x) + 0x8000u) >> 16) & 0xffffu; }
-INLINE uint32_t nearest_fp16(double x) { return _cvtss_sh((float)x, _MM_FROUND_TO_NEAREST_INT); }
 INLINE uint32_t nearest_fp32(double x) { return bits_of_float((float)x); }
 
-static int32_t LANES[256][8] __attribute__((aligned(32))); /* the places of the bits that are set in a byte */
+/* The same of a vector. The patterns of a type of 16 bits are words of which the upper half is 0. */
+INLINE words load_32(const void *from) { words x; memcpy(&x, from, sizeof x); return x; }
+INLINE void store_32(void *to, words x) { memcpy(to, &x, sizeof x); }
+INLINE words nearests_bf16(floats x) { return ((words)x + 0x8000u) >> 16; }
+INLINE words nearests_fp32(floats x) { return (words)x; }
+INLINE floats load_bf16(const uint16_t *from, words *patterns) {
+  *patterns = load_16(from);
+  return (floats)(*patterns << 16);
+}
+INLINE floats load_fp32(const uint32_t *from, words *patterns) {
+  *patterns = load_32(from);
+  return (floats)*patterns;
+}
+INLINE floats store_bf16(uint16_t *to, floats x, words *patterns) {
+  store_16(to, *patterns = nearests_bf16(x));
+  return (floats)(*patterns << 16);
+}
+INLINE floats store_fp32(uint32_t *to, floats x, words *patterns) {
+  store_32(to, *patterns = (words)x);
+  return x;
+}
 
-/* the same of 4 bits, each as the two places of a double's halves */
-static int32_t HALVES[16][8] __attribute__((aligned(32)));
+INLINE floats size_float(floats x) { return (floats)((words)x & 0x7fffffffu); }
+INLINE doubles size_double(doubles x) { return (doubles)((longs)x & INT64_MAX); }
+
+/* The numbers of a vector in the type of the sums: one vector of float, or two of double */
+INLINE floats load_float(const float *from) { floats x; memcpy(&x, from, sizeof x); return x; }
+INLINE doubles load_double(const double *from) { doubles x; memcpy(&x, from, sizeof x); return x; }
+INLINE void to_float(floats x, floats *to) { *to = x; }
+INLINE floats of_float(const floats *x) { return *x; }
+
+enum { VECTORS_OF_PANEL = 16 / WIDTH };
+enum { ALL = (1 << WIDTH) - 1, HALF = WIDTH / 2 };
+static uint32_t LANES[1 << WIDTH][WIDTH] __attribute__((aligned(4 * WIDTH))); /* the places of a mask's bits */
+
+/* the same of half as many bits, each as the two places of a double's halves */
+static uint32_t HALVES[1 << HALF][WIDTH] __attribute__((aligned(4 * WIDTH)));
 
 static void fill_lanes(void) {
-  for (int mask = 0; mask < 256; mask++)
-    for (int bit = 0, count = 0; bit < 8; bit++)
+  for (uint32_t mask = 0; mask <= ALL; mask++)
+    for (uint32_t bit = 0, count = 0; bit < WIDTH; bit++)
       if (mask >> bit & 1) LANES[mask][count++] = bit;
-  for (int mask = 0; mask < 16; mask++)
-    for (int bit = 0, count = 0; bit < 4; bit++)
+  for (uint32_t mask = 0; mask < 1 << HALF; mask++)
+    for (uint32_t bit = 0, count = 0; bit < HALF; bit++)
       if (mask >> bit & 1) {
         HALVES[mask][count++] = 2 * bit;
         HALVES[mask][count++] = 2 * bit + 1;
       }
 }
 
-INLINE double sum_of_floats(__m256 x) {
-  float each[8];
-  double sum = 0;
-  _mm256_storeu_ps(each, x);
-  for (int i = 0; i < 8; i++) sum += each[i];
-  return sum;
-}
-
-INLINE double sum_of_doubles(__m256d x) {
-  double each[4];
-  _mm256_storeu_pd(each, x);
-  return (each[0] + each[1]) + (each[2] + each[3]);
-}
-
-INLINE __m256 size_ps(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
-INLINE __m256d size_pd(__m256d x) { return _mm256_andnot_pd(_mm256_set1_pd(-0.0), x); }
-INLINE __m256d low_pd(__m256 x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
-INLINE __m256d high_pd(__m256 x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
-
-/* Write the lanes of a mask, one after the other. Up to 8 numbers are written, of which the first ones count. */
-INLINE void compress_32(void *to, __m256i x, uint32_t mask) {
-  __m256i order = _mm256_load_si256((const __m256i *)LANES[mask]);
-  _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(x, order));
-}
-
-INLINE void compress_64(double *to, const double *x, uint32_t mask) {
-  const __m256i first = _mm256_loadu_si256((const __m256i *)x), second = _mm256_loadu_si256((const __m256i *)(x + 4));
-  const uint32_t low = mask & 15, high = mask >> 4;
-  const __m256i order = _mm256_load_si256((const __m256i *)HALVES[low]);
-  const __m256i order2 = _mm256_load_si256((const __m256i *)HALVES[high]);
-  _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(first, order));
-  _mm256_storeu_si256((__m256i *)(to + __builtin_popcount(low)), _mm256_permutevar8x32_epi32(second, order2));
-}
-
+/* Write the lanes of a mask, one after the other. A whole vector is written, of which the first ones count. */
+INLINE void compress(void *to, words x, uint32_t mask) { store_32(to, permute(x, load_32(LANES[mask]))); }
 INLINE void compress_positions(int32_t *to, int64_t first, uint32_t mask) {
-  __m256i order = _mm256_load_si256((const __m256i *)LANES[mask]);
-  _mm256_storeu_si256((__m256i *)to, _mm256_add_epi32(order, _mm256_set1_epi32((int32_t)first)));
+  store_32(to, load_32(LANES[mask]) + (uint32_t)first);
+}
+INLINE void compress_float(float *to, const float *x, uint32_t mask) { compress(to, load_32(x), mask); }
+INLINE void compress_double(double *to, const double *x, uint32_t mask) {
+  const uint32_t low = mask & ((1 << HALF) - 1), high = mask >> HALF;
+  store_32(to, permute(load_32(x), load_32(HALVES[low])));
+  store_32(to + __builtin_popcount(low), permute(load_32(x + HALF), load_32(HALVES[high])));
 }
 
 /* A real number as high + low, |low| at most half of the last bit of high, and a bound on the error. */
@@ -188,8 +189,8 @@ static struct pair dot_in_pairs(const struct block *b, int64_t i, int64_t j) {
   struct pair sum = {0, 0, b->pair_unit * b->row_norms[i] * b->column_norms[j]};
   int is_rounded = !b->is_exact;
   for (int64_t k = 0; k < b->rank; k++) {
-    double product = left[k] * right[k], rest;
-    __asm__("" : "+x"(product)); /* so that it is rounded here, and not made part of an FMA with the sum below */
+    const double product = rounded(left[k] * right[k]); /* and not part of an FMA with the sum below */
+    double rest;
     const double error = fma(left[k], right[k], -product);
     sum.high = two_sum(sum.high, product, &rest);
     sum.low += rest + error;
@@ -300,30 +301,26 @@ static int64_t pack_entries(int32_t *index, int32_t *count, int64_t entries, int
   const uint32_t every = UINT32_MAX >> (32 - width);
   struct bit_writer to = {out, 0, 0};
   int64_t left = 0, i = 0;
-  for (; i + 8 <= entries; i += 8) {
-    __m256i n = _mm256_loadu_si256((const __m256i *)(count + i)), x = _mm256_loadu_si256((const __m256i *)(index + i));
-    __m256i usual = _mm256_cmpgt_epi32(n, _mm256_set1_epi32(1));
-    if (UNLIKELY(_mm256_movemask_epi8(usual) != -1)) {
-      for (int k = 0; k < 8; k++) left = open_entry(index, count, i + k, left, every, &to);
+  for (; i + WIDTH <= entries; i += WIDTH) {
+    const words x = load_32(index + i), last = load_32(count + i) - 1;
+    if (UNLIKELY(mask_of(last | (words)(last == 0)))) { /* none, one, or every number */
+      for (int k = 0; k < WIDTH; k++) left = open_entry(index, count, i + k, left, every, &to);
       continue;
     }
-    _mm256_storeu_si256((__m256i *)(index + left), x);
-    _mm256_storeu_si256((__m256i *)(count + left), _mm256_sub_epi32(n, _mm256_set1_epi32(1)));
-    left += 8;
+    store_32(index + left, x);
+    store_32(count + left, last);
+    left += WIDTH;
   }
   for (; i < entries; i++) left = open_entry(index, count, i, left, every, &to);
   for (int bit = 0; left; bit++) {
     int64_t open = 0;
-    for (i = 0; i + 8 <= left; i += 8) {
-      __m256i x = _mm256_loadu_si256((const __m256i *)(index + i));
-      __m256i last = _mm256_loadu_si256((const __m256i *)(count + i));
-      __m256i done = _mm256_cmpeq_epi32(_mm256_srli_epi32(last, bit + 1), _mm256_setzero_si256());
-      __m256i plane = _mm256_sll_epi32(x, _mm_cvtsi32_si128(31 - bit));
-      uint32_t mask = 255 & ~(uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(done));
-      write_bits(&to, (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(plane)), 8);
-      compress_32(index + open, x, mask);
-      compress_32(count + open, last, mask);
-      open += __builtin_popcount(mask);
+    for (i = 0; i + WIDTH <= left; i += WIDTH) {
+      const words x = load_32(index + i), last = load_32(count + i);
+      const uint32_t stays = ALL & ~mask_of((words)(last >> bit >> 1 == 0));
+      write_bits(&to, mask_of(x << (31 - bit)), WIDTH);
+      compress(index + open, x, stays);
+      compress(count + open, last, stays);
+      open += __builtin_popcount(stays);
     }
     for (; i < left; i++) {
       uint32_t x = (uint32_t)index[i], last = (uint32_t)count[i];
@@ -400,9 +397,6 @@ static void sum_pages(const uint8_t *from, int64_t pages, uint64_t *to) {
   }
 }
 
-/* Rounding to nearest, no subnormal flushed, no trap: what the bounds need, whatever the caller's thread has set. */
-enum { MODES = 0x1f80 };
-
 static int64_t size_of_scratch(int64_t kind, int64_t strip, int64_t columns, int64_t rank) {
   if (kind == BF16) return scratch_size_bf16(strip, columns, rank);
   return kind == FP16 ? scratch_size_fp16(strip, columns, rank) : scratch_size_fp32(strip, columns, rank);
@@ -415,20 +409,20 @@ static int64_t size_of_panels(int64_t kind, int64_t columns, int64_t rank) {
 
 static void fill_panels(
     int64_t kind, const double *right, int64_t matrices, int64_t columns, int64_t rank, char *to) {
-  const unsigned modes = _mm_getcsr();
-  _mm_setcsr(MODES);
+  const modes before = get_modes();
+  set_modes(MODES);
   for (int64_t k = 0; k < matrices; k++, right += columns * rank, to += size_of_panels(kind, columns, rank)) {
     if (kind == BF16) pack_panels_bf16(right, columns, rank, (float *)to);
     else if (kind == FP16) pack_panels_fp16(right, columns, rank, (double *)to);
     else pack_panels_fp32(right, columns, rank, (double *)to);
   }
-  _mm_setcsr(modes);
+  set_modes(before);
 }
 
 /* Rows are counted in the block; what belongs to the columns is moved on from matrix to matrix. */
 static void run_pass(struct block *b) {
-  const unsigned modes = _mm_getcsr();
-  _mm_setcsr(MODES);
+  const modes before = get_modes();
+  set_modes(MODES);
   for (int64_t k = 0; k < b->matrices; k++) {
     if (b->kind == BF16) pass_bf16(b, k);
     else if (b->kind == FP16) pass_fp16(b, k);
@@ -437,16 +431,18 @@ static void run_pass(struct block *b) {
     b->column_norms += b->columns;
     b->panels = (const char *)b->panels + size_of_panels(b->kind, b->columns, b->rank);
   }
-  _mm_setcsr(modes);
+  set_modes(before);
 }
 
+#ifdef __x86_64__
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #endif
-
+#define HAS_HASHES 1
 #include "sha256.h"
+#endif
 
 /* The module. Addresses are integers, and the caller keeps what is there. The lock is released: nothing is shared but
    constants. */
@@ -484,25 +480,23 @@ FUNCTION(unpack_entries, 7, NUMBER,
 FUNCTION(put_entries, 7, NOTHING,
          put_entries(ADDRESS(a[0]), a[1], ADDRESS(a[2]), ADDRESS(a[3]), ADDRESS(a[4]), ADDRESS(a[5]), a[6]))
 FUNCTION(sum_pages, 3, NOTHING, sum_pages(ADDRESS(a[0]), a[1], ADDRESS(a[2])))
+#ifdef HAS_HASHES
 FUNCTION(hash_blocks, 4, NOTHING, hash_blocks(ADDRESS(a[0]), ADDRESS(a[1]), ADDRESS(a[2]), a[3]))
+#endif
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, NULL}
 static PyMethodDef METHODS[] = {
     METHOD(run_pass), METHOD(size_of_scratch), METHOD(size_of_panels), METHOD(fill_panels),
     METHOD(pack_entries), METHOD(unpack_entries), METHOD(put_entries),
-    METHOD(sum_pages), METHOD(hash_blocks), {NULL, NULL, 0, NULL}};
-
-static const char *missing(void) {
-  unsigned a, b, c, d;
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2")) return "no AVX2";
-  if (!__builtin_cpu_supports("fma")) return "no FMA";
-  if (!__builtin_cpu_supports("bmi2")) return "no BMI2";
-  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C ? NULL : "no F16C";
-}
+    METHOD(sum_pages),
+#ifdef HAS_HASHES
+    METHOD(hash_blocks),
+#endif
+    {NULL, NULL, 0, NULL}};
 #else
 static PyMethodDef METHODS[] = {{NULL, NULL, 0, NULL}};
 struct block { char nothing; };
+#define VECTORS ""
 static const char *missing(void) { return "none for this processor"; }
 static void fill_lanes(void) {}
 static int has_sha(void) { return 0; }
@@ -521,7 +515,7 @@ PyMODINIT_FUNC PyInit__native(void) {
   module = PyModule_Create(&MODULE);
   if (module && (PyModule_AddIntConstant(module, "SIZE_OF_BLOCK", (long)sizeof(struct block)) < 0 ||
                  PyModule_AddIntConstant(module, "HAS_SHA", has_sha()) < 0 ||
-                 PyModule_AddStringConstant(module, "VECTORS", "avx2") < 0)) {
+                 PyModule_AddStringConstant(module, "VECTORS", VECTORS) < 0)) {
     Py_DECREF(module);
     return NULL;
   }

@@ -1,5 +1,12 @@
 /* The passes for one type of numbers (see kernel.c). */
 
+#if IS_FLOAT
+#define REAL_MAX FLT_MAX
+#else
+#define REAL_MAX DBL_MAX
+#endif
+#define POWERS (SIZE - ((1u << (PRECISION - 1)) - 1)) /* of a pattern: the number without its fraction, if no subnormal */
+
 /* What is looked at again after a pass: numbers that it did not decide, and those whose runs may be longer than one. */
 struct NAME(list) {
   int64_t length, hits;
@@ -18,9 +25,13 @@ struct NAME(row) {
   int record;
 };
 
-/* Vectors of 32 bytes, of which two at a time are a panel. */
-typedef REAL NAME(vector) __attribute__((vector_size(32), aligned(sizeof(REAL)), may_alias));
-enum { NAME(width) = 32 / sizeof(REAL), NAME(panel) = 2 * NAME(width) };
+/* Numbers are done WIDTH at a time, in so many vectors of REAL; a panel has 64 bytes of each product's factor. */
+#if IS_FLOAT
+typedef floats NAME(vector);
+#else
+typedef doubles NAME(vector);
+#endif
+enum { NAME(parts) = sizeof(REAL) / 4, NAME(width) = WIDTH / NAME(parts), NAME(panel) = 16 / NAME(parts) };
 
 /* (columns, rank) -> (panels, rank, NAME(panel)); zeros fill the last one */
 static void NAME(pack_panels)(const double *right, int64_t columns, int64_t rank, REAL *to) {
@@ -33,35 +44,23 @@ static void NAME(pack_panels)(const double *right, int64_t columns, int64_t rank
 INLINE void NAME(multiply)(const REAL *left, int64_t rank, const REAL *panel, REAL *to, int64_t stride) {
   for (int64_t start = 0; start < rank; start += CHUNK) {
     const int64_t stop = start + CHUNK < rank ? start + CHUNK : rank;
-    NAME(vector) sum[GROUP][2];
-    for (int i = 0; i < GROUP; i++) sum[i][0] = sum[i][1] = (NAME(vector)){0};
+    NAME(vector) sum[GROUP][VECTORS_OF_PANEL];
+    for (int i = 0; i < GROUP; i++)
+      for (int v = 0; v < VECTORS_OF_PANEL; v++) sum[i][v] = (NAME(vector)){0};
     for (int64_t k = start; k < stop; k++) {
-      const NAME(vector) first = *(const NAME(vector) *)(panel + k * NAME(panel));
-      const NAME(vector) second = *(const NAME(vector) *)(panel + k * NAME(panel) + NAME(width));
-      for (int i = 0; i < GROUP; i++) {
-        sum[i][0] += left[i * rank + k] * first;
-        sum[i][1] += left[i * rank + k] * second;
+      NAME(vector) right[VECTORS_OF_PANEL];
+      for (int v = 0; v < VECTORS_OF_PANEL; v++) right[v] = JOIN(load, REAL)(panel + k * NAME(panel) + v * NAME(width));
+      for (int i = 0; i < GROUP; i++)
+        for (int v = 0; v < VECTORS_OF_PANEL; v++) sum[i][v] += left[i * rank + k] * right[v];
+    }
+    for (int i = 0; i < GROUP; i++)
+      for (int v = 0; v < VECTORS_OF_PANEL; v++) {
+        REAL *product = to + i * stride + v * NAME(width);
+        if (start) sum[i][v] += JOIN(load, REAL)(product);
+        memcpy(product, &sum[i][v], sizeof sum[i][v]);
       }
-    }
-    for (int i = 0; i < GROUP; i++) {
-      NAME(vector) *first = (NAME(vector) *)(to + i * stride);
-      NAME(vector) *second = (NAME(vector) *)(to + i * stride + NAME(width));
-      if (start) sum[i][0] += *first, sum[i][1] += *second;
-      *first = sum[i][0];
-      *second = sum[i][1];
-    }
   }
 }
-
-#if IS_FLOAT
-INLINE __m256i JOIN(up, bf16)(__m256 x) {
-  return _mm256_srli_epi32(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0x8000)), 16);
-}
-
-INLINE __m256i JOIN(pack, bf16)(__m256i first, __m256i second) {
-  return _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xd8);
-}
-#endif
 
 INLINE void NAME(append)(struct NAME(list) *list, int64_t at, uint32_t from, uint32_t to, REAL change, int is_hit) {
   list->hit[list->hits] = (int32_t)list->length;
@@ -104,7 +103,7 @@ INLINE void NAME(do_numbers)(
       sums->kept += ((double)NAME(value)(high) - x) * change;
     }
     const int is_hit = high != low || high_size >= INF;
-    const uint32_t power = (back ? pattern : high) & (SIZE - ((1u << (PRECISION - 1)) - 1));
+    const uint32_t power = (back ? pattern : high) & POWERS;
     const int may_have_several = power >= (back ? high_size : size);
     if (is_hit || (row->record && may_have_several)) NAME(append)(list, row->at + i, pattern, high, change, is_hit);
   }
@@ -116,147 +115,54 @@ INLINE int64_t NAME(do_vectors)(
     const int back, const struct NAME(row) *row, int64_t first, int64_t last, struct NAME(list) *list,
     struct sums *sums) {
   const struct NAME(list) before = *list;
+  const NAME(vector) spread = row->spread - (NAME(vector)){0}, error = row->error - (NAME(vector)){0};
+  NAME(vector) base = {0}, squares = {0}, kept = {0};
+  words most = {0}, same = {0};
   int64_t i = first;
-#if PRECISION == 8
-  const __m256 spread = _mm256_set1_ps(row->spread), error = _mm256_set1_ps(row->error);
-  const __m256i size_mask = _mm256_set1_epi16(0x7fff), power_mask = _mm256_set1_epi16(0x7f80);
-  __m256 base = _mm256_setzero_ps(), squares = base, kept = base, base2 = base, squares2 = base, kept2 = base;
-  __m256i same = _mm256_setzero_si256(), most = same;
-  for (; i + 16 <= last; i += 16) {
-    const __m256i from = _mm256_loadu_si256((const __m256i *)(row->from + i));
-    const __m256i from1 = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(from));
-    const __m256i from2 = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(from, 1));
-    const __m256 x1 = _mm256_castsi256_ps(_mm256_slli_epi32(from1, 16));
-    const __m256 x2 = _mm256_castsi256_ps(_mm256_slli_epi32(from2, 16));
-    const __m256 d1 = _mm256_loadu_ps(row->change + i), d2 = _mm256_loadu_ps(row->change + i + 8);
-    const __m256 sum1 = _mm256_add_ps(x1, d1), sum2 = _mm256_add_ps(x2, d2);
-    const __m256 reach1 = _mm256_fmadd_ps(size_ps(sum1), spread, error);
-    const __m256 reach2 = _mm256_fmadd_ps(size_ps(sum2), spread, error);
-    const __m256i high1 = up_bf16(_mm256_add_ps(sum1, reach1)), high2 = up_bf16(_mm256_add_ps(sum2, reach2));
-    const __m256i low1 = up_bf16(_mm256_sub_ps(sum1, reach1)), low2 = up_bf16(_mm256_sub_ps(sum2, reach2));
-    const __m256i high = pack_bf16(high1, high2), decided = _mm256_cmpeq_epi16(high, pack_bf16(low1, low2));
-    const __m256i size = _mm256_and_si256(from, size_mask), high_size = _mm256_and_si256(high, size_mask);
-    _mm256_storeu_si256((__m256i *)(row->to + i), high);
-    most = _mm256_max_epu16(most, _mm256_max_epu16(size, high_size));
-    if (!back) {
-      const __m256 moved1 = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_slli_epi32(high1, 16)), x1);
-      const __m256 moved2 = _mm256_sub_ps(_mm256_castsi256_ps(_mm256_slli_epi32(high2, 16)), x2);
-      same = _mm256_sub_epi16(same, _mm256_cmpeq_epi16(high, from));
-      base = _mm256_fmadd_ps(x1, x1, base);
-      base2 = _mm256_fmadd_ps(x2, x2, base2);
-      squares = _mm256_fmadd_ps(d1, d1, squares);
-      squares2 = _mm256_fmadd_ps(d2, d2, squares2);
-      kept = _mm256_fmadd_ps(moved1, d1, kept);
-      kept2 = _mm256_fmadd_ps(moved2, d2, kept2);
+  for (; i + WIDTH <= last; i += WIDTH) {
+    words from, high;
+    NAME(vector) x[NAME(parts)], d[NAME(parts)], above[NAME(parts)], below[NAME(parts)], result[NAME(parts)];
+    JOIN(to, REAL)(NAME(load)(row->from + i, &from), x);
+    for (int k = 0; k < NAME(parts); k++) {
+      d[k] = JOIN(load, REAL)(row->change + i + k * NAME(width));
+      const NAME(vector) sum = x[k] + d[k], reach = JOIN(size, REAL)(sum) * spread + error;
+      above[k] = sum + reach;
+      below[k] = sum - reach;
     }
-    const uint32_t hits = _pext_u32(~(uint32_t)_mm256_movemask_epi8(decided), 0x55555555u);
+    const words low = NAME(nearests)(JOIN(of, REAL)(below));
+    JOIN(to, REAL)(NAME(store)(row->to + i, JOIN(of, REAL)(above), &high), result);
+    const words size = from & SIZE, high_size = high & SIZE;
+    if (back) most = larger(most, larger(size, high_size));
+    else {
+      same -= (words)(high == from);
+      for (int k = 0; k < NAME(parts); k++) {
+        base += x[k] * x[k];
+        squares += d[k] * d[k];
+        kept += (result[k] - x[k]) * d[k];
+      }
+    }
+    const uint32_t hits = ALL & ~mask_of((words)(high == low));
     if (row->record || UNLIKELY(hits)) {
       uint32_t listed = hits;
       if (row->record) { /* all but those with |W| above the power of two of |W'| */
-        const __m256i power = _mm256_and_si256(back ? from : high, power_mask);
-        const __m256i single = _mm256_cmpgt_epi16(back ? high_size : size, power);
-        listed |= _pext_u32(~(uint32_t)_mm256_movemask_epi8(single), 0x55555555u);
+        const words power = (back ? from : high) & POWERS;
+        listed |= ALL & ~mask_of((words)((ints)(back ? high_size : size) > (ints)power));
       }
       NAME(note_hits)(list, hits, listed);
-      compress_positions(list->at + list->length, row->at + i, listed & 255);
-      compress_32(list->from + list->length, from1, listed & 255);
-      compress_32(list->to + list->length, high1, listed & 255);
-      compress_32(list->change + list->length, _mm256_castps_si256(d1), listed & 255);
-      list->length += __builtin_popcount(listed & 255);
-      compress_positions(list->at + list->length, row->at + i + 8, listed >> 8);
-      compress_32(list->from + list->length, from2, listed >> 8);
-      compress_32(list->to + list->length, high2, listed >> 8);
-      compress_32(list->change + list->length, _mm256_castps_si256(d2), listed >> 8);
-      list->length += __builtin_popcount(listed >> 8);
-    }
-  }
-  uint16_t sizes[16], equal[16];
-  int64_t unchanged = 0;
-  int is_finite = 1;
-  _mm256_storeu_si256((__m256i *)sizes, most);
-  _mm256_storeu_si256((__m256i *)equal, same);
-  for (int k = 0; k < 16; k++) is_finite &= sizes[k] < INF, unchanged += equal[k];
-  const double sum_base = sum_of_floats(_mm256_add_ps(base, base2));
-  const double sum_squares = sum_of_floats(_mm256_add_ps(squares, squares2));
-  const double sum_kept = sum_of_floats(_mm256_add_ps(kept, kept2));
-  is_finite &= sum_base <= FLT_MAX && sum_squares <= FLT_MAX && fabs(sum_kept) <= FLT_MAX; /* else sum in double */
-#else
-  const __m256d spread = _mm256_set1_pd(row->spread), error = _mm256_set1_pd(row->error);
-  __m256d base = _mm256_setzero_pd(), squares = base, kept = base;
-  int64_t unchanged = 0;
-  int is_finite = 1;
-#if PRECISION == 11
-  const __m128i size_mask = _mm_set1_epi16(0x7fff), power_mask = _mm_set1_epi16(0x7c00);
-  __m128i most = _mm_setzero_si128();
-#else
-  const __m256i size_mask = _mm256_set1_epi32(0x7fffffff), power_mask = _mm256_set1_epi32(0x7f800000);
-  __m256i most = _mm256_setzero_si256();
-#endif
-  for (; i + 8 <= last; i += 8) {
-#if PRECISION == 11
-    const __m128i from = _mm_loadu_si128((const __m128i *)(row->from + i));
-    const __m256 x = _mm256_cvtph_ps(from);
-#else
-    const __m256i from = _mm256_loadu_si256((const __m256i *)(row->from + i));
-    const __m256 x = _mm256_castsi256_ps(from);
-#endif
-    const __m256d x1 = low_pd(x), x2 = high_pd(x);
-    const __m256d d1 = _mm256_loadu_pd(row->change + i), d2 = _mm256_loadu_pd(row->change + i + 4);
-    const __m256d sum1 = _mm256_add_pd(x1, d1), sum2 = _mm256_add_pd(x2, d2);
-    const __m256d reach1 = _mm256_fmadd_pd(size_pd(sum1), spread, error);
-    const __m256d reach2 = _mm256_fmadd_pd(size_pd(sum2), spread, error);
-    const __m256 above = _mm256_set_m128(
-        _mm256_cvtpd_ps(_mm256_add_pd(sum2, reach2)), _mm256_cvtpd_ps(_mm256_add_pd(sum1, reach1)));
-    const __m256 below = _mm256_set_m128(
-        _mm256_cvtpd_ps(_mm256_sub_pd(sum2, reach2)), _mm256_cvtpd_ps(_mm256_sub_pd(sum1, reach1)));
-#if PRECISION == 11
-    const __m128i high = _mm256_cvtps_ph(above, _MM_FROUND_TO_NEAREST_INT);
-    const __m128i decided = _mm_cmpeq_epi16(high, _mm256_cvtps_ph(below, _MM_FROUND_TO_NEAREST_INT));
-    const __m128i size = _mm_and_si128(from, size_mask), high_size = _mm_and_si128(high, size_mask);
-    const __m128i single = _mm_cmpgt_epi16(back ? high_size : size, _mm_and_si128(back ? from : high, power_mask));
-    const __m256 result = _mm256_cvtph_ps(high);
-    const __m256i from32 = _mm256_cvtepu16_epi32(from), high32 = _mm256_cvtepu16_epi32(high);
-    const uint32_t hits = _pext_u32(~(uint32_t)_mm_movemask_epi8(decided), 0x5555u);
-    const uint32_t equal = _pext_u32((uint32_t)_mm_movemask_epi8(_mm_cmpeq_epi16(high, from)), 0x5555u);
-    const uint32_t several = _pext_u32(~(uint32_t)_mm_movemask_epi8(single), 0x5555u);
-    _mm_storeu_si128((__m128i *)(row->to + i), high);
-    most = _mm_max_epu16(most, _mm_max_epu16(size, high_size));
-#else
-    const __m256i high = _mm256_castps_si256(above), decided = _mm256_cmpeq_epi32(high, _mm256_castps_si256(below));
-    const __m256i size = _mm256_and_si256(from, size_mask), high_size = _mm256_and_si256(high, size_mask);
-    const __m256i single =
-        _mm256_cmpgt_epi32(back ? high_size : size, _mm256_and_si256(back ? from : high, power_mask));
-    const __m256 result = above;
-    const __m256i from32 = from, high32 = high;
-    const uint32_t hits = 255 & ~(uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(decided));
-    const uint32_t equal =
-        255 & (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(high, from)));
-    const uint32_t several = 255 & ~(uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(single));
-    _mm256_storeu_si256((__m256i *)(row->to + i), high);
-    most = _mm256_max_epu32(most, _mm256_max_epu32(size, high_size));
-#endif
-    if (!back) {
-      base = _mm256_fmadd_pd(x2, x2, _mm256_fmadd_pd(x1, x1, base));
-      squares = _mm256_fmadd_pd(d2, d2, _mm256_fmadd_pd(d1, d1, squares));
-      kept = _mm256_fmadd_pd(_mm256_sub_pd(low_pd(result), x1), d1, kept);
-      kept = _mm256_fmadd_pd(_mm256_sub_pd(high_pd(result), x2), d2, kept);
-      unchanged += __builtin_popcount(equal);
-    }
-    const uint32_t listed = hits | (row->record ? several : 0);
-    if (listed) {
-      NAME(note_hits)(list, hits, listed);
       compress_positions(list->at + list->length, row->at + i, listed);
-      compress_32(list->from + list->length, from32, listed);
-      compress_32(list->to + list->length, high32, listed);
-      compress_64(list->change + list->length, row->change + i, listed);
+      compress(list->from + list->length, from, listed);
+      compress(list->to + list->length, high, listed);
+      JOIN(compress, REAL)(list->change + list->length, row->change + i, listed);
       list->length += __builtin_popcount(listed);
     }
   }
-  PATTERN sizes[8];
-  memcpy(sizes, &most, sizeof sizes);
-  for (int k = 0; k < 8; k++) is_finite &= sizes[k] < INF;
-  const double sum_base = sum_of_doubles(base), sum_squares = sum_of_doubles(squares), sum_kept = sum_of_doubles(kept);
-#endif
+  int64_t unchanged = 0;
+  double sum_base = 0, sum_squares = 0, sum_kept = 0;
+  int is_finite = 1;
+  for (int k = 0; k < WIDTH; k++) is_finite &= most[k] < INF, unchanged += same[k];
+  for (int k = 0; k < NAME(width); k++) sum_base += base[k], sum_squares += squares[k], sum_kept += kept[k];
+  /* as of numbers that are all finite, with squares that are; of others in float, sum in double */
+  is_finite &= sum_base <= REAL_MAX && sum_squares <= REAL_MAX && fabs(sum_kept) <= REAL_MAX;
   if (!is_finite) {
     *list = before;
     return -1;
@@ -596,3 +502,5 @@ static void NAME(pass)(struct block *b, int64_t matrix) {
 #undef ZERO
 #undef SECOND
 #undef SAME_EXPONENTS
+#undef REAL_MAX
+#undef POWERS

@@ -1,0 +1,1 @@
+"""Run the compiled passes of 64-bit ARM in an emulator."""

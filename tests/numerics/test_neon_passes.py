@@ -1,0 +1,29 @@
+"""Hold the compiled passes of 64-bit ARM, in an emulator, to the way without them: the same hostile blocks as here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from lib.neon.remote_module import MISSING, RemoteModule
+from test_passes import Takes, check
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteModule]:
+    remote = RemoteModule(tmp_path_factory.mktemp("neon"))
+    yield remote
+    remote.close()
+
+
+@pytest.mark.parametrize("seed", range(20, 24))
+def test_hostile_blocks_on_arm(module: RemoteModule, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.numerics.passes.native._load", lambda: (module, ""))
+    takes = Takes(monkeypatch)
+    check(0, 250, seed)
+    assert module.VECTORS == "neon" and takes.counts[True] > 0.6 * takes.counts.total()
