@@ -380,6 +380,9 @@ ALONE: dict[str, tuple[dict[str, str], str, int]] = {
 }
 
 
+KINDS = ("lora", "dora", "dora and lora")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("everywhere")
@@ -393,6 +396,26 @@ def test_merges_have_the_bytes_of_the_table(folder: Path, native: str, monkeypat
     monkeypatch.setenv("LORATOOL_NATIVE", native)
     found = digest_merges(str(folder))
     assert found.keys() == TABLE.keys() and differing(found) == {}
+
+
+@needs_passes
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_what_one_way_merges_the_other_way_restores(
+    folder: Path, tmp_path: Path, native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the compiled passes and without them."""
+    import loratool
+
+    merges = json.loads((folder / "merges.json").read_text())
+    for name in (f"{kind} {dtype}" for kind in KINDS for dtype in ("bf16", "fp16", "fp32")):
+        base, adapters = merges[name]
+        requests = [tuple(adapter) for adapter in adapters]
+        out, back = tmp_path / f"{name}.safetensors", tmp_path / f"{name} back.safetensors"
+        monkeypatch.setenv("LORATOOL_NATIVE", native)
+        loratool.merge(base, requests, out)
+        monkeypatch.setenv("LORATOOL_NATIVE", str(1 - int(native)))
+        loratool.unmerge(out, requests, back)
+        assert back.read_bytes() == Path(base).read_bytes()
 
 
 @pytest.mark.parametrize("name", few(TOGETHER, next(iter(TOGETHER))))

@@ -6,8 +6,9 @@ largest factor. All sums are rounded to nearest, and no subnormal number is flus
 
 **D.** A pass sums CHUNK products at a time, and then these sums. So each product goes through at most min(R, CHUNK) +
 ceil(R / CHUNK) - 1 sums (with or without FMA) and its own rounding. Both factors are rounded to T, and the left one was
-rounded twice in float64. With 5 for all of these and second-order terms, gamma_n times the sum of |B A|, which is at
-most b a (Cauchy, Schwarz), gives `(min(R, CHUNK) + ceil(R / CHUNK) + 5) u b a`. Underflows add `4 R t max(1, M)`, as in
+rounded in float64: twice by its scale, and once by DoRA's ratio, which itself is off by 4 u. With `extra` for all of
+these and second-order terms, 5 if T is float32 and else 10, gamma_n times the sum of |B A|, which is at most b a
+(Cauchy, Schwarz), gives `(min(R, CHUNK) + ceil(R / CHUNK) + extra) u b a`. Underflows add `4 R t max(1, M)`, as in
 `products`. This is E. The passes get 1.01 E, which is more than E by more than T's least number.
 
 **W + D.** Let s be the computed sum. |s - (W + D)| <= u |s| + E, and the ends s +- r are off by u |s +- r|. So with
@@ -15,16 +16,21 @@ r = 1.01 E + c |s| and c > 2 u, X is strictly between the ends. A tie never has 
 between ends of two signs. For fp16 the ends are cast by way of float32: c is more than 2**-24, float32's unit roundoff,
 and float64's are small beside that.
 
-**A dot product** in float64 is off by (R + 8) u b a + 4 R t max(1, M) at most (`products`); the passes get R + 16, for
+**f W + D**, with DoRA's factor f of a row: f is known to rho |f|, is rounded to T, and so is its product with W. So
+|f W| (2 u + rho) is added to E + c |s|. As |f W| is at most |X| + |D|, and |D| at most b a, (2 u + rho) is added to c,
+and times b a to E. What underflows in the product is far below E's underflows, as |f| is at least 1 / `APART`.
+
+**A dot product** in float64 is off by (R + 16) u b a + 4 R t max(1, M) at most (`products`); the passes get R + 24, for
 the roundings of the bound. c is 4 u.
 
 **In pairs** the same sum is off by (2 R + 8)**2 u**2 b a at most: 2 R errors of at most (R + 1) u b a together are
-summed in float64. Where errors could underflow, nothing is decided. If a scale is no power of two, the left side itself
-is off by two roundings: 4 u b a more. What lies strictly between two neighbors of float64 rounds as every number
-between them.
+summed in float64. Where errors could underflow, nothing is decided. If a scale is no power of two, or there is a ratio,
+the left side itself is off by up to seven roundings: 12 u b a more. What lies strictly between two neighbors of float64
+rounds as every number between them.
 
 **The end of a run** is a midpoint, which is exact, minus D. Its rounding and those of the margin are below 16 u times
-the larger end. D is off by E.
+the larger end. D is off by E. Ends times the inverse of f are off by E / |f|, and by rho times themselves; the
+roundings of the inverse and of the product are among the 16 u.
 """
 
 from __future__ import annotations
@@ -41,8 +47,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..decide import Reals, U
-from ..forms import Positions
+from ..decide import Factor, Reals, U
+from ..forms import Positions, Wide
 from ..products import LEAST_OF, UNIT_OF, ProductRows, Products
 from ..workspace import Workspace
 from .native import native
@@ -52,6 +58,8 @@ GROUP = 6  # rows that a pass multiplies together
 WIDEST = 1 << 18  # columns; of longer rows the sums of a group would take much memory
 LARGEST = 2.0**60  # products of larger factors could overflow in float32
 BEYOND = 2.0**100  # of larger bounds too
+APART = 2.0**10  # DoRA's a are rarely larger, or smaller than its inverse
+UNSURE = 2.0**-45  # and their relative errors
 LOST = 2.0**10  # times its errors: of a D that is not larger the sums have lost digits
 LEAST_SQUARES = {torch.float32: 2.0**-80, torch.float64: 2.0**-800}  # of smaller ones squares may have underflowed
 TOGETHER = 1 << 16  # runs that are handed back at a time, which bounds the memory
@@ -61,7 +69,7 @@ EVERY, UNKNOWN = -1, 0  # counts of a run that counts as every number, and of on
 
 def has_exact_sides(products: Products) -> bool:
     """Return whether both sides are the factors, times powers of two."""
-    return all(side.is_power for side in products.sides)
+    return all(side.is_power for side in products.sides) and not products.scaled
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class PassBounds:
         dot_spread: c of a sum with a dot product.
         margin: times the larger end of a run.
         pair_extra: roundings of a dot product in pairs beside 2 R.
-        pair_rounded: the same of its left side, if a scale is no power of two.
+        pair_rounded: the same of its left side, if a scale is no power of two, or there is a ratio.
     """
 
     number: int
@@ -86,22 +94,31 @@ class PassBounds:
     spread: float
     margin: float
     chunk: int = 16
-    extra: int = 5
+    extra: int = 10
     underflow: int = 4
-    dot_extra: int = 16
+    dot_extra: int = 24
     dot_spread: float = 4 * U
     pair_extra: int = 8
-    pair_rounded: int = 4
+    pair_rounded: int = 12
 
-    def errors(self, rows: ProductRows, here: slice) -> npt.NDArray[np.float64]:
-        """Return E of some rows."""
-        rank, products = rows.products.rank, rows.products
+    def errors(self, rows: ProductRows, here: slice, of_product: Wide) -> npt.NDArray[np.float64]:
+        """Return E of some rows. of_product: of f W of each of them."""
+        rank, products, unit = rows.products.rank, rows.products, UNIT_OF[self.real]
         roundings = min(rank, self.chunk) + -(-rank // self.chunk) + self.extra
         longest = products.column_norms.reshape(products.matrices, -1).max(1)  # of each matrix
         sizes = np.repeat(longest, rows.shape[0] // products.matrices)[here] * rows.row_norms[here]
-        errors: npt.NDArray[np.float64] = roundings * UNIT_OF[self.real] * sizes
+        errors: npt.NDArray[np.float64] = (roundings * unit + of_product) * sizes
         errors += self.least(rows, self.real)
         return errors
+
+    def of_product(self, unknown: Wide) -> Wide:
+        """Return the bounds of f W, in units of |f W|. unknown: rho of each row."""
+        bounds: Wide = 2 * UNIT_OF[self.real] + unknown
+        return bounds
+
+    def factor_errors(self, factor: Factor, here: slice) -> Wide:
+        """Return the bounds of the errors of f of some rows."""
+        return np.ascontiguousarray(factor.error[here])
 
     def least(self, rows: ProductRows, kind: torch.dtype) -> float:
         """Return what underflows in a dot product at most."""
@@ -122,7 +139,7 @@ class PassBounds:
 
 _SINGLE, _DOUBLE = UNIT_OF[torch.float32], UNIT_OF[torch.float64]
 BOUNDS = {
-    torch.bfloat16: PassBounds(0, torch.float32, 1.0625 * 2 * _SINGLE, 16 * _SINGLE),
+    torch.bfloat16: PassBounds(0, torch.float32, 1.0625 * 2 * _SINGLE, 16 * _SINGLE, extra=5),
     torch.float16: PassBounds(1, torch.float64, 1.1875 * _SINGLE, 16 * _DOUBLE),
     torch.float32: PassBounds(2, torch.float64, 1.0625 * 2 * _DOUBLE, 16 * _DOUBLE),
 }
@@ -135,6 +152,8 @@ class _Block(ctypes.Structure):
         *((name, ctypes.c_int64) for name in "kind back record matrices rows columns rank strip".split()),
         *((name, ctypes.c_void_p) for name in "source result left right panels errors".split()),
         *((name, ctypes.c_void_p) for name in ("row_norms", "column_norms")),
+        ("is_scaled", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("factors", "factor_errors")),
         *((name, ctypes.c_double) for name in "spread dot_unit dot_least dot_spread margin pair_unit".split()),
         ("is_exact", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in "scratch squares index count at".split()),
@@ -304,7 +323,17 @@ def _prepare(
     rows, products, bounds = x.delta, x.delta.products, BOUNDS[source.dtype]
     height, columns = len(source) // products.matrices, source.shape[1]
     here = slice(first, first + len(source))
-    errors = bounds.errors(rows, here)
+    factors, factor_errors = np.ones(len(source)), np.zeros(len(source))
+    unknown, of_product = 0.0, np.zeros(1)
+    if x.factor:
+        factors = np.ascontiguousarray(x.factor.value[here])
+        factor_errors = bounds.factor_errors(x.factor, here)
+        relative = factor_errors / np.abs(factors)
+        unknown = float(relative.max())
+        if not ((np.maximum(np.abs(factors), 1 / np.abs(factors)) <= APART).all() and unknown <= UNSURE):
+            return None
+        of_product = bounds.of_product(relative)
+    errors = bounds.errors(rows, here, of_product)
     if not errors.max(initial=0.0) < BEYOND:
         return None
     least_squares = np.square(errors) * (LOST**2 * columns) + LEAST_SQUARES[bounds.real]
@@ -322,12 +351,14 @@ def _prepare(
         "left": np.ascontiguousarray(rows.left[here]),
         "right": right,
         "panels": panels,
-        "errors": np.where(rows.live[here], 1.01 * errors, -1.0),
+        "errors": np.where(rows.live[here] | (x.factor is not None), 1.01 * errors, -1.0),
         "row_norms": np.ascontiguousarray(rows.row_norms[here]),
         "column_norms": products.column_norms,
         "scratch": work.take("pass", torch.uint8, 1, scratch).numpy()[0],
         "squares": np.empty(len(source)),
         "sums": np.empty(products.matrices, _SUMS),
+        "factors": factors,
+        "factor_errors": factor_errors,
         **{name: work.take(f"pass {name}", torch.int32, 1, source.numel()).numpy()[0] for name in _LISTS},
     }
     block = _Block(
@@ -341,11 +372,12 @@ def _prepare(
         strip=strip,
         source=source.data_ptr(),
         result=result.data_ptr(),
-        spread=bounds.spread,
+        is_scaled=x.factor is not None,
+        spread=bounds.spread + 1.0625 * float(of_product.max()),
         dot_unit=bounds.dot_unit(products),
         dot_least=bounds.least(rows, torch.float64),
         dot_spread=bounds.dot_spread,
-        margin=bounds.margin,
+        margin=bounds.margin + unknown,
         pair_unit=bounds.pair_unit(products),
         is_exact=has_exact_sides(products),
         **{name: _address(array) for name, array in arrays.items()},
@@ -354,16 +386,15 @@ def _prepare(
 
 
 def _takes(x: Reals, source: Tensor, result: Tensor) -> bool:
-    """Return whether a block is one of the passes': of one type, and with products added to it."""
+    """Return whether a block is one of the passes': of one type, and W or f W with products added."""
     return (
         source.dtype == result.dtype
         and source.dtype in BOUNDS
         and source.device.type == result.device.type == "cpu"
-        and x.factor is None
+        and (x.factor is None or x.factor.axis == 0)
         and x.sign == 1
         and isinstance(x.delta, ProductRows)
         and x.delta.in_range
-        and not x.delta.products.scaled
         and x.delta.products.rank > 0
         and x.delta.largest < LARGEST
         and 0 < source.numel() < 1 << 31

@@ -1,5 +1,5 @@
-/* Passes over the rows of a weight, in one stream through memory: W' = RN(W + D) and what an undo record needs of W,
-   and the way back. W and W' are bf16, fp16 or fp32 (`row.h` is included for each), D = left right^T.
+/* Passes over the rows of a weight, in one stream through memory: W' = RN(a W + D) and what an undo record needs of W,
+   and the way back. W and W' are bf16, fp16 or fp32 (`row.h` is included for each), D = left right^T, a of each row.
 
    A pass is a filter. It computes each number with a bound, and decides it only if all numbers within the bound round
    to one. What is left is handed back, for `numerics.decide` and `undo.candidates`. So any compiler, vector width, FMA
@@ -55,7 +55,9 @@ struct block {
   const void *panels;              /* right as `fill_panels` packed it */
   const double *errors;            /* (rows,) bounds of D as the pass computes it; below 0: the row of D is 0 */
   const double *row_norms, *column_norms; /* of left and right, for the bound of a dot product in double */
-  double spread;                   /* times |W + D|: its rounding, that of its ends, and of their casts */
+  int64_t is_scaled;               /* whether any a may be other than 1 */
+  const double *factors, *factor_errors; /* (rows,) a, and a bound on its error */
+  double spread;                   /* times |a W + D|: its rounding, that of its ends, and of their casts */
   double dot_unit, dot_least;      /* the bound of a dot product is dot_unit * norm * norm + dot_least */
   double dot_spread;               /* times a sum with a dot product: its rounding and that of an interval's ends */
   double margin;                   /* times the larger end of a run: its rounding */
@@ -167,6 +169,22 @@ INLINE struct pair add_pair(double x, struct pair y) {
   sum.high = two_sum(sum.high, rest, &sum.low);
   sum.bound = (y.bound + fabs(lost)) * (1 + 0x1p-40);
   return sum;
+}
+
+/* a x + D, with a bound on a's error. */
+INLINE struct pair sum_of(double a, double error, double x, struct pair D) {
+  const double product = rounded(a * x);
+  double lost;
+  D.low = two_sum(D.low, fma(a, x, -product), &lost);
+  D.bound += error * fabs(x) + fabs(lost);
+  return add_pair(product, D);
+}
+
+/* The quotient to the precision of a double. */
+INLINE struct pair divided(struct pair x, double a, double error) {
+  const double quotient = x.high / a, rounding = error / fabs(a) + 0x1p-51; /* beside the quotient's: |x.low| */
+  const struct pair result = {quotient, 0, x.bound / fabs(a) + fabs(quotient) * rounding};
+  return result;
 }
 
 /* Whether the number is strictly between `high` and one of its neighbors, on the side of `low`. */

@@ -21,8 +21,10 @@ struct NAME(row) {
   PATTERN *to;
   const REAL *change;
   int64_t columns, at; /* at: the position of its first number in the strip */
+  REAL factor, less; /* a and a - 1 */
   REAL error, spread;
   int record;
+  uint32_t all; /* the lanes that are listed in any case: all where a is not 1 */
 };
 
 /* Numbers are done WIDTH at a time, in so many vectors of REAL; a panel has 64 bytes of each product's factor. */
@@ -93,18 +95,19 @@ INLINE void NAME(do_numbers)(
       sums->not_finite++;
       continue;
     }
-    const REAL x = NAME(value)(pattern), sum = x + change, reach = (sum < 0 ? -sum : sum) * row->spread + row->error;
+    const REAL x = NAME(value)(pattern), sum = x * row->factor + change, requested = x * row->less + change;
+    const REAL reach = (sum < 0 ? -sum : sum) * row->spread + row->error;
     const uint32_t high = NAME(nearest)(sum + reach), low = NAME(nearest)(sum - reach), high_size = high & SIZE;
     row->to[i] = (PATTERN)high;
     sums->changed += high != pattern;
     if (high_size < INF) {
       sums->base += (double)x * x;
-      sums->squares += (double)change * change;
-      sums->kept += ((double)NAME(value)(high) - x) * change;
+      sums->squares += (double)requested * requested;
+      sums->kept += ((double)NAME(value)(high) - x) * requested;
     }
     const int is_hit = high != low || high_size >= INF;
     const uint32_t power = (back ? pattern : high) & POWERS;
-    const int may_have_several = power >= (back ? high_size : size);
+    const int may_have_several = row->all || power >= (back ? high_size : size);
     if (is_hit || (row->record && may_have_several)) NAME(append)(list, row->at + i, pattern, high, change, is_hit);
   }
 }
@@ -116,6 +119,7 @@ INLINE int64_t NAME(do_vectors)(
     struct sums *sums) {
   const struct NAME(list) before = *list;
   const NAME(vector) spread = row->spread - (NAME(vector)){0}, error = row->error - (NAME(vector)){0};
+  const NAME(vector) factor = row->factor - (NAME(vector)){0}, less = row->less - (NAME(vector)){0};
   NAME(vector) base = {0}, squares = {0}, kept = {0};
   words most = {0}, same = {0};
   int64_t i = first;
@@ -125,7 +129,7 @@ INLINE int64_t NAME(do_vectors)(
     JOIN(to, REAL)(NAME(load)(row->from + i, &from), x);
     for (int k = 0; k < NAME(parts); k++) {
       d[k] = JOIN(load, REAL)(row->change + i + k * NAME(width));
-      const NAME(vector) sum = x[k] + d[k], reach = JOIN(size, REAL)(sum) * spread + error;
+      const NAME(vector) sum = x[k] * factor + d[k], reach = JOIN(size, REAL)(sum) * spread + error;
       above[k] = sum + reach;
       below[k] = sum - reach;
     }
@@ -137,8 +141,9 @@ INLINE int64_t NAME(do_vectors)(
       same -= (words)(high == from);
       for (int k = 0; k < NAME(parts); k++) {
         base += x[k] * x[k];
-        squares += d[k] * d[k];
-        kept += (result[k] - x[k]) * d[k];
+        const NAME(vector) requested = x[k] * less + d[k];
+        squares += requested * requested;
+        kept += (result[k] - x[k]) * requested;
       }
     }
     const uint32_t hits = ALL & ~mask_of((words)(high == low));
@@ -146,7 +151,7 @@ INLINE int64_t NAME(do_vectors)(
       uint32_t listed = hits;
       if (row->record) { /* all but those with |W| above the power of two of |W'| */
         const words power = (back ? from : high) & POWERS;
-        listed |= ALL & ~mask_of((words)((ints)(back ? high_size : size) > (ints)power));
+        listed |= ALL & (row->all | ~mask_of((words)((ints)(back ? high_size : size) > (ints)power)));
       }
       NAME(note_hits)(list, hits, listed);
       compress_positions(list->at + list->length, row->at + i, listed);
@@ -241,20 +246,21 @@ static void NAME(decide)(struct block *b, int64_t row, struct NAME(list) *list, 
     const int32_t which = list->hit[k], at = list->at[which];
     const int64_t i = row + at / b->columns, j = at % b->columns;
     const uint32_t pattern = list->from[which], former = list->to[which];
-    const double x = NAME(value)(pattern);
+    const double x = NAME(value)(pattern), a = b->factors[i], error = b->factor_errors[i];
     struct pair D = {0, 0, 0};
     uint32_t decided = 0;
     int is_sure = 0;
 #if PRECISION < 24
     D.high = dot(b, i, j, &D.bound);
-    is_sure = NAME(nearest_to_pair)(add_pair(x, D), b->dot_spread, &decided);
+    is_sure = NAME(nearest_to_pair)(sum_of(a, error, x, D), b->dot_spread, &decided);
 #endif
     if (!is_sure) {
       D = dot_in_pairs(b, i, j);
-      is_sure = NAME(nearest_to_pair)(add_pair(x, D), b->dot_spread, &decided);
+      is_sure = NAME(nearest_to_pair)(sum_of(a, error, x, D), b->dot_spread, &decided);
     }
     if (is_sure) {
-      if ((former & SIZE) < INF) sums->kept += ((double)NAME(value)(decided) - NAME(value)(former)) * D.high;
+      const double moved = (double)NAME(value)(decided) - NAME(value)(former);
+      if ((former & SIZE) < INF) sums->kept += moved * (x * (a - 1) + D.high);
       sums->changed += (decided != pattern) - (former != pattern);
       list->to[which] = decided;
       to[at] = (PATTERN)decided;
@@ -266,7 +272,7 @@ static void NAME(decide)(struct block *b, int64_t row, struct NAME(list) *list, 
 }
 
 /* The run of W', the numbers W that give it. Everything has the sign of W'. The cell of W' reaches from its inner to
-   its outer midpoint, so W lies between these ends minus D. If no number of the type is within the margin of an end,
+   its outer midpoint, so a W lies between these ends minus D. If no number of the type is within the margin of an end,
    first and last number are certain. */
 #if IS_FLOAT
 #define WORD int32_t
@@ -303,10 +309,12 @@ INLINE WORD NAME(floor)(REAL x) {
   return ordinal;
 }
 
-/* Return whether first place and count are certain. change: D with an error of at most `reach`; nan if unknown. */
-INLINE int NAME(run)(uint32_t pattern, REAL change, REAL reach, REAL margin_of_size, int32_t *start, int32_t *count) {
+/* Return whether first place and count are certain, as 0 or -1: all conditions are masks of the same width, which
+   every compiler makes vectors of. change: D, nan if unknown; inverse: 1 / a; reach: of D / a. */
+INLINE WORD NAME(run)(
+    uint32_t pattern, REAL change, REAL inverse, REAL reach, REAL margin_of_size, int32_t *start, int32_t *count) {
   const WORD half = (WORD)1 << (SHIFT - 1), size = (WORD)(pattern & SIZE), middle = (size + ZERO) << SHIFT;
-  const int negative = pattern > SIZE;
+  const WORD negative = (WORD)pattern > (WORD)SIZE ? -1 : 0;
   const REAL d = negative ? -change : change;
   REAL inner = REAL_OF(middle - half), outer = REAL_OF(middle + half);
   if (!SAME_EXPONENTS) {
@@ -314,20 +322,21 @@ INLINE int NAME(run)(uint32_t pattern, REAL change, REAL reach, REAL margin_of_s
     inner = size < SECOND ? (ordinal - (REAL)0.5) * (REAL)STEP : inner;
     outer = size < SECOND ? (ordinal + (REAL)0.5) * (REAL)STEP : outer;
   }
-  inner -= d;
-  outer -= d;
-  const int falls = outer < 0, straddles = (inner < 0) != falls;
+  inner = (inner - d) * inverse;
+  outer = (outer - d) * inverse;
+  const WORD falls = outer < 0 ? -1 : 0, straddles = falls ^ (inner < 0 ? -1 : 0);
   inner = SIZE_OF(inner);
   outer = SIZE_OF(outer);
   const REAL near = inner < outer ? inner : outer, far = inner < outer ? outer : inner;
   const REAL margin = far * margin_of_size + reach;
   const WORD below = NAME(floor)(near - margin), same = NAME(floor)(near + margin);
   const WORD last = NAME(floor)(far - margin), equal = NAME(floor)(far + margin);
-  int sure = (below == same) & (last == equal) & (last < ZERO + (WORD)INF);
-  sure = (sure | straddles) & (near > 2 * margin) & (size > 0) & (size < (WORD)INF);
-  *count = straddles ? EVERY : (int32_t)(last - below); /* a run that holds 0.0 */
+  WORD sure = (below ^ same) | (last ^ equal) ? 0 : -1;
+  sure = (last < ZERO + (WORD)INF ? sure : 0) | straddles; /* a run that holds 0.0 counts as every number */
+  sure = near > 2 * margin ? sure : 0;
+  *count = (int32_t)(straddles ? EVERY : last - below);
   *start = (int32_t)((falls ^ negative) ? ZERO - last - 1 : below + 1 - ZERO);
-  return sure;
+  return size > 0 && size < (WORD)INF ? sure : 0;
 }
 
 /* The ordinal of the last number of the type that is not larger in size than a double. */
@@ -353,8 +362,9 @@ INLINE int NAME(floor_of_pair)(struct pair x, double spread, int is_larger, int6
   return *ordinal == NAME(floor_of_double)(size + reach);
 }
 
-/* The same run, by D in a pair. */
-INLINE int NAME(run_by_pair)(uint32_t pattern, struct pair change, double spread, int32_t *start, int32_t *count) {
+/* The same run of a weight in row i, by D in a pair. */
+INLINE int NAME(run_by_pair)(
+    const struct block *b, uint32_t pattern, int64_t i, struct pair change, int32_t *start, int32_t *count) {
   const int negative = pattern > SIZE;
   const int64_t size = pattern & SIZE, second = (int64_t)2 << (PRECISION - 1);
   int64_t of_inner, of_outer;
@@ -364,12 +374,16 @@ INLINE int NAME(run_by_pair)(uint32_t pattern, struct pair change, double spread
   const int is_largest = size + 1 == (int64_t)INF;
   const double above = size < second ? STEP : is_largest ? under : NAME(value)((uint32_t)size + 1) - middle;
   if (!negative) change.high = -change.high, change.low = -change.low;
-  const struct pair inner = add_pair(middle - under / 2, change), outer = add_pair(middle + above / 2, change);
+  struct pair inner = add_pair(middle - under / 2, change), outer = add_pair(middle + above / 2, change);
+  if (b->is_scaled) {
+    inner = divided(inner, b->factors[i], b->factor_errors[i]);
+    outer = divided(outer, b->factors[i], b->factor_errors[i]);
+  }
   /* an end that is a number of the type is a tie, and in the run if W' is even: then the nearer one is not below it */
   const int falls = outer.high < 0, straddles = (inner.high < 0) != falls, is_even = !(size & 1);
-  if (!NAME(floor_of_pair)(inner, spread, falls ? !is_even : is_even, &of_inner)) return 0;
-  if (!NAME(floor_of_pair)(outer, spread, falls ? is_even : !is_even, &of_outer)) return 0;
-  const int64_t below = falls ? of_outer : of_inner, last = falls ? of_inner : of_outer;
+  if (!NAME(floor_of_pair)(inner, b->dot_spread, falls ? !is_even : is_even, &of_inner)) return 0;
+  if (!NAME(floor_of_pair)(outer, b->dot_spread, falls ? is_even : !is_even, &of_outer)) return 0;
+  const int64_t below = of_inner < of_outer ? of_inner : of_outer, last = of_inner + of_outer - below;
   *count = straddles ? EVERY : (int32_t)(last - below);
   *start = (int32_t)((falls ^ negative) ? -last - 1 : below + 1);
   return straddles || last < (int64_t)INF;
@@ -381,14 +395,15 @@ static int NAME(run_by_dot)(
 #if PRECISION < 24
   struct pair change = {0, 0, 0};
   change.high = dot(b, i, j, &change.bound);
-  if (NAME(run_by_pair)(pattern, change, b->dot_spread, start, count)) return 1;
+  if (NAME(run_by_pair)(b, pattern, i, change, start, count)) return 1;
 #endif
-  return NAME(run_by_pair)(pattern, dot_in_pairs(b, i, j), b->dot_spread, start, count);
+  return NAME(run_by_pair)(b, pattern, i, dot_in_pairs(b, i, j), start, count);
 }
 
 /* Add the runs of what is listed to the entries: places in those of several numbers, and what is handed back. On the
-   way back, write W where it is the only number. error: of D in all rows of the strip. */
-INLINE void NAME(add_runs)(struct block *b, const int back, int64_t row, const struct NAME(list) *list, REAL error) {
+   way back, write W where it is the only number. inverse: 1 / a; error: of D / a in all of these rows. */
+INLINE void NAME(add_runs)(
+    struct block *b, const int back, int64_t row, const struct NAME(list) *list, REAL inverse, REAL error) {
   const REAL margin = (REAL)b->margin;
   const int32_t start_of_strip = (int32_t)(row * b->columns);
   PATTERN *restored = (PATTERN *)b->result + row * b->columns;
@@ -401,7 +416,8 @@ INLINE void NAME(add_runs)(struct block *b, const int back, int64_t row, const s
     const REAL *change = list->change + first;
     uint8_t all = 1;
     for (int i = 0; i < some; i++)
-      is_sure[i] = (uint8_t)NAME(run)(results[i], back ? -change[i] : change[i], error, margin, start + i, count + i);
+      is_sure[i] = (uint8_t)NAME(run)(
+          results[i], back ? -change[i] : change[i], inverse, error, margin, start + i, count + i);
     for (int i = 0; i < some; i++) all &= is_sure[i];
     for (int i = 0; UNLIKELY(!all) && i < some; i++) {
       if (is_sure[i]) continue;
@@ -438,6 +454,19 @@ INLINE void NAME(add_runs)(struct block *b, const int back, int64_t row, const s
   b->entries = entry;
 }
 
+/* Decide what is listed of the rows from `row` on, and add its runs; the list is used up. error: of D. */
+static void NAME(finish)(
+    struct block *b, int64_t row, struct NAME(list) *list, double error, struct sums *sums) {
+  const double inverse = 1 / b->factors[row];
+  const REAL reach = (REAL)(error * fabs(inverse));
+  if (!b->back) NAME(decide)(b, row, list, sums);
+  if (b->record) {
+    if (b->back) NAME(add_runs)(b, 1, row, list, (REAL)inverse, reach);
+    else NAME(add_runs)(b, 0, row, list, (REAL)inverse, reach);
+  }
+  list->length = list->hits = 0;
+}
+
 static int64_t NAME(scratch_size)(int64_t strip, int64_t columns, int64_t rank) {
   const int64_t listed = strip * columns + 32, padded = columns + NAME(panel);
   return (int64_t)sizeof(REAL) * (GROUP * (rank + padded) + listed) + 4 * 4 * listed + 64;
@@ -455,10 +484,10 @@ static void NAME(pass)(struct block *b, int64_t matrix) {
   list.to = list.from + listed;
   const int64_t last = (matrix + 1) * b->rows;
   struct sums sums = {0};
+  list.length = list.hits = 0;
   for (int64_t strip = matrix * b->rows; strip < last; strip += b->strip) {
     const int64_t end = strip + b->strip < last ? strip + b->strip : last;
     double error = 0;
-    list.length = list.hits = 0;
     for (int64_t group = strip; group < end; group += GROUP) {
       const int64_t count = end - group < GROUP ? end - group : GROUP;
       int is_live = 0;
@@ -471,22 +500,20 @@ static void NAME(pass)(struct block *b, int64_t matrix) {
         NAME(multiply)(left, rank, (const REAL *)b->panels + j * rank, change + j, stride);
       for (int64_t i = 0; i < count; i++) {
         const int64_t start = (group + i) * n;
-        const double its_error = b->errors[group + i];
+        const double its_error = b->errors[group + i], a = b->factors[group + i];
         struct NAME(row) row = {
-            (const PATTERN *)b->source + start, (PATTERN *)b->result + start, change + i * stride, n, start - strip * n,
-            (REAL)its_error, (REAL)b->spread, (int)b->record};
+            (const PATTERN *)b->source + start, (PATTERN *)b->result + start, change + i * stride, n,
+            b->is_scaled ? 0 : start - strip * n, (REAL)a, (REAL)(a - 1), (REAL)its_error, (REAL)b->spread,
+            (int)b->record, b->is_scaled ? UINT32_MAX : 0};
         sums.squares = 0;
         if (its_error < 0) NAME(keep_row)(&row, &sums);
         else NAME(do_row)((int)b->back, &row, &list, &sums);
         b->squares[group + i] = sums.squares;
-        if (its_error > error) error = its_error;
+        if (b->is_scaled) NAME(finish)(b, group + i, &list, its_error, &sums);
+        else if (its_error > error) error = its_error;
       }
     }
-    if (!b->back) NAME(decide)(b, strip, &list, &sums);
-    if (b->record) {
-      if (b->back) NAME(add_runs)(b, 1, strip, &list, (REAL)error);
-      else NAME(add_runs)(b, 0, strip, &list, (REAL)error);
-    }
+    if (!b->is_scaled) NAME(finish)(b, strip, &list, error, &sums);
   }
   sums.entries = b->entries;
   b->sums[matrix] = sums;

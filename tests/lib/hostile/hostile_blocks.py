@@ -16,10 +16,11 @@ from torch import Tensor
 
 from loratool.durable.fileio import word_sum
 from loratool.errors import InputError
-from loratool.numerics.decide import Reals
-from loratool.numerics.forms import FORMS, IntArray, number, numpy_bits, wide
+from loratool.numerics.decide import Factor, Reals
+from loratool.numerics.forms import FORMS, IntArray, fraction, number, numpy_bits, rounded, wide
 from loratool.numerics.merge import RowMerge
-from loratool.numerics.products import Products, Term
+from loratool.numerics.norms import magnitude_ratio
+from loratool.numerics.products import ProductRows, Products, Term
 from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.workspace import Workspace
 from loratool.undo.records import RecordedBlock, Recorder, Restorer, bytes_of
@@ -34,6 +35,18 @@ SCALES = (1.0, 1.0, 2.0, 0.5, -1.0, 1 / 3, 0.7, 16 / 7, 1e-3, 0.0)
 
 
 @dataclass(frozen=True)
+class DoraRows:
+    """DoRA's numbers of rows, from the first row of the terms on, as `numerics.norms.magnitude_ratio` takes them."""
+
+    magnitude: Tensor
+    norms: npt.NDArray[np.float64]
+    weight: float
+
+    def ratio_and_factor(self, rows: slice = slice(None)) -> tuple[Factor, Factor]:
+        return magnitude_ratio(self.magnitude[rows], self.norms[rows], self.weight, 0)
+
+
+@dataclass(frozen=True)
 class HostileBlock:
     """A block and what is added to it, whose first row is row `first` of the terms.
 
@@ -45,9 +58,13 @@ class HostileBlock:
     terms: list[Term]
     first: int = 0
     matrices: int = 1
+    dora: DoraRows | None = None
 
-    def reals(self) -> Reals:
-        return Reals(Products(self.terms, self.matrices).rows(0, self.first + len(self.weight)))
+    def reals(self, start: int = 0) -> Reals:
+        """Return the reals of the terms' rows from `start` on."""
+        rows, products = slice(start, self.first + len(self.weight)), Products(self.terms, self.matrices)
+        ratio, factor = self.dora.ratio_and_factor(rows) if self.dora else (None, None)
+        return Reals(products.rows(rows.start, rows.stop, ratio), factor)
 
     def each(self) -> list[HostileBlock]:
         """Return a block of each matrix."""
@@ -67,7 +84,10 @@ class HostileBlock:
 def make_block(seed: int | Sequence[int]) -> HostileBlock:
     g = np.random.default_rng(seed)
     dtype = g.choice([BF16, FP16, FP32])
-    if g.random() < 0.4:
+    how = g.random()
+    if how < 0.1:
+        return _aimed_at_dora(g, dtype)
+    if how < 0.45:
         block = _aimed(g, dtype)
         return _beside_a_smaller(block) if g.random() < 0.35 else block
     rows, n = int(g.choice(HEIGHTS)), int(g.choice(WIDTHS)) if g.random() < 0.97 else int(g.integers(4090, 4200))
@@ -81,7 +101,24 @@ def make_block(seed: int | Sequence[int]) -> HostileBlock:
         terms = [replace(t, left=_of_sizes(g, t.left, rows), right=_of_sizes(g, t.right.T, n).T) for t in terms]
     if g.random() < 0.05:  # all or nearly all cancels
         terms.append(Term(-terms[0].left, terms[0].right, terms[0].scale))
+    if matrices == 1 and g.random() < 0.2:
+        terms = [replace(t, by_rows=bool(g.random() < 0.8)) for t in terms]
+        return HostileBlock(f"{NAMES[dtype]} {kind} under DoRA", W, terms, first, dora=_dora(g, first + rows, True))
     return HostileBlock(f"{NAMES[dtype]} {kind}, {matrices} matrices", W, terms, first, matrices)
+
+
+def _dora(g: np.random.Generator, rows: int, has_odd: bool) -> DoraRows:
+    """Return numbers by which the weights' factors are near 1, of any size, or what is left where two cancel."""
+    weight, norms = float(g.choice([1.0, 1.0, 0.5, 2.0, 1.3, -1.0])), g.uniform(0.1, 10, rows)
+    factors = g.uniform(0.9, 1.1, rows) * g.choice([1.0, 1.0, 1.0, -1.0, 0.1, 0.01])
+    if g.random() < 0.2:
+        factors *= 2.0 ** g.integers(-12, 12, rows)
+    magnitude = (factors - 1 + weight) / weight * norms
+    if has_odd and g.random() < 0.2:
+        odd = g.integers(rows)
+        norms[odd] = g.choice([0.0, norms[odd], norms[odd], 2.0**-500])
+        magnitude[odd] = g.choice([0.0, -0.0, magnitude[odd], 2.0**-1060, 2.0**-130, 2.0**120])
+    return DoraRows(torch.from_numpy(magnitude).to(g.choice([BF16, FP32, FP32, FP64])), norms, weight)
 
 
 def _of_sizes(g: np.random.Generator, x: Tensor, rows: int) -> Tensor:
@@ -221,6 +258,30 @@ def _beside(right: Tensor) -> Tensor:
     return torch.cat([right, right * 2.0**-30], 1)
 
 
+def _aimed_at_dora(g: np.random.Generator, dtype: torch.dtype) -> HostileBlock:
+    """Return a few weights under DoRA whose X are a midpoint of two numbers, or beside one by a hair of any size."""
+    form, rows, n = FORMS[dtype], int(g.choice([1, 2])), 16
+    W = WEIGHTS[g.choice(["normal", "powers", "coarse"])](g, (rows, n), dtype)
+    W = torch.where(W.isfinite() & (W.abs() < 100), W, 1.0)
+    dora, is_far = _dora(g, rows, False), g.random() < 0.3
+    ratio, factor = dora.ratio_and_factor()
+    right = np.zeros((rows, 3, n))
+    for i, j in np.ndindex(rows, n):
+        scaled = factor.exact(i) * Fraction(float(W[i, j]))
+        place = min(rounded(abs(scaled), form) + int(g.integers(-2, 3)), form.inf - 3)
+        place = max(place + is_far * int(g.integers(-2, 3)) * (1 << (form.precision - 1)), 0)
+        goal = (fraction(number(np.array(place), form), form) + fraction(number(np.array(place + 1), form), form)) / 2
+        goal *= -1 if scaled < 0 else 1
+        goal += goal * int(g.integers(-1, 2)) / 2 ** int(g.integers(18, 60))
+        missing = (goal - scaled) / (ratio.exact(i) or 1)
+        for k in range(3):
+            right[i, k, j] = float(missing)
+            missing -= Fraction(float(right[i, k, j]))
+    left = np.kron(np.eye(rows), np.ones(3))
+    terms = [Term(torch.from_numpy(left), torch.from_numpy(right.reshape(3 * rows, n)), Fraction(1), by_rows=True)]
+    return HostileBlock(f"{NAMES[dtype]} aimed at DoRA", W, terms, dora=dora)
+
+
 def _cancelling(g: np.random.Generator, step: npt.NDArray[np.float64]) -> Term:
     """Return products of one row that sum to `step` and a hair: 2**-90 to 2**-115 times as much as each of them."""
     n, rank = len(step), int(g.integers(2, 7))
@@ -271,10 +332,9 @@ def restore_hostile(block: HostileBlock, merged: Tensor, payload: bytes) -> tupl
     """Return W as a record restores it, and what is wrong if it is not W."""
     back = torch.full_like(merged, 7)
     restorer = Restorer("x", merged.dtype, payload, _digest(block.weight), word_sum(bytes_of(merged)))
-    x = Reals(Products(block.terms).rows(block.first, block.first + len(merged)))
     try:
         with restorer.damage():
-            restorer.block(merged, x, back, Workspace(CPU))
+            restorer.block(merged, block.reals(block.first), back, Workspace(CPU))
         hashed(restorer.check(back, merged))
     except InputError as error:
         return b"", str(error)
@@ -298,10 +358,13 @@ def _digest(x: Tensor) -> str:
 
 @np.errstate(invalid="ignore")
 def sums_in_longdouble(block: HostileBlock, merged: Tensor) -> dict[str, float]:
-    """Return <W, W>, <D, D> and <W' - W, D> of weights that are finite and stay so."""
-    rows = Products(block.terms).rows(block.first, block.first + len(merged))
-    D = np.longdouble(rows.left) @ np.longdouble(rows.products.right).T
+    """Return <W, W>, <D, D> and <W' - W, D> of weights that are finite and stay so. D: X - W."""
+    x = block.reals(block.first)
+    assert isinstance(x.delta, ProductRows)
+    D = np.longdouble(x.delta.left) @ np.longdouble(x.delta.products.right).T
     W, W1 = (np.longdouble(x.double().numpy()) for x in (block.weight, merged))
+    if x.factor:
+        D += (np.longdouble(x.factor.value[:, None]) - 1) * W
     fine = np.isfinite(W) & np.isfinite(W1)
     W, D, moved = np.where(fine, W, 0), np.where(fine, D, 0), np.where(fine, W1 - W, 0)
     return {name: float((x * y).sum()) for name, x, y in zip(_SUMS, (W, D, moved), (W, D, D), strict=True)}

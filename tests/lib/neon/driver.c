@@ -11,7 +11,7 @@ static int64_t number(void) {
   return x;
 }
 
-enum { MOST = 16 };
+enum { MOST = 24 };
 
 /* A request: the function; buffers with their lengths; pointers as (buffer, place in it, buffer that it points to);
    arguments as (buffer or -1, number). The answer: the result, and the buffers. */

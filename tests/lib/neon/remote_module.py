@@ -58,7 +58,7 @@ class RemoteModule:
             "column_norms": 8 * columns,
             "sums": b.matrices * _SUMS.itemsize,
             "scratch": self.size_of_scratch(b.kind, b.strip, b.columns, b.rank),
-            **dict.fromkeys(("errors", "row_norms", "squares"), 8 * rows),
+            **dict.fromkeys(("errors", "row_norms", "factors", "factor_errors", "squares"), 8 * rows),
             **dict.fromkeys(("index", "count", "at"), 4 * numbers),
         }
         pointers = [(getattr(_Block, name).offset, getattr(b, name)) for name in _POINTERS]
