@@ -32,6 +32,7 @@ FIXTURES = ROOT / "fixtures"
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 TYPES["e4m3"] = torch.float8_e4m3fn
 PREFIX = "base_model.model."
+CASTS = {"bf16": "fp16 fp32", "fp16": "bf16 fp32", "fp32": "bf16 fp16"}
 LORA = {"linear": (24, 40), "Conv1D": (40, 24), "conv": (12, 6, 3, 2)}  # module -> the shape of its weight
 EMBEDDING = (50, 16)  # (vocabulary, dimension)
 
@@ -40,6 +41,8 @@ TABLE = {
     "gpt2 fp32": "1f8c5cc6f1bf7408 e9f56e99d6d2d67f",
     "llama bf16": "b65b04d7b054516c a10f038024b3e171",
     "lora bf16": "35fdcad875e13b38 995a9662d0a829d7",
+    "lora bf16 to fp16": "335d06dfe762164c e3b0c44298fc1c14",
+    "lora bf16 to fp32": "bfc7cde389bb7ed3 e3b0c44298fc1c14",
     "two bf16": "2138c2cc9b0337c0 e9b431e3003d40ec",
     "dora bf16": "967e869645e28ed3 ab7f768158a4ea5a",
     "dora and lora bf16": "aa8237daeabc6399 71c565447f1e1347",
@@ -50,6 +53,8 @@ TABLE = {
     "wide bf16": "8291cfce4938b887 369ba2e352a08a19",
     "sdxl bf16": "f26d885cbe0aaa27 7a6678cf979809a5",
     "lora fp16": "1d5b8d3e06066053 ee8279ce805fc251",
+    "lora fp16 to bf16": "dab4ff53a4640012 e3b0c44298fc1c14",
+    "lora fp16 to fp32": "6e3169d248c89446 e3b0c44298fc1c14",
     "two fp16": "801c24bdb237eb8f 3e3b573a3b1d25a5",
     "dora fp16": "129759139f3d060a 608c2460841b70d1",
     "dora and lora fp16": "b231c573d41ccd43 67b0c9d42f7d852b",
@@ -60,6 +65,8 @@ TABLE = {
     "wide fp16": "b4f3a37429ba721a 1a32a4b1187f0d84",
     "sdxl fp16": "327a7afd77d37183 7b7c9f27b3a82c7c",
     "lora fp32": "0fbf85842e97902c ad7c1ca9a608a271",
+    "lora fp32 to bf16": "22ee664d3bb90a71 e3b0c44298fc1c14",
+    "lora fp32 to fp16": "3008d91f5ba03891 e3b0c44298fc1c14",
     "two fp32": "dac1320b2a12ec02 45d3787ca1797962",
     "dora fp32": "8df5e4fe282d824d 955f8f6c01fa85b1",
     "dora and lora fp32": "6d41d1f8dd9864ef 5f3009210a9aa5cd",
@@ -256,6 +263,8 @@ def write_fixture(folder: Path) -> dict[str, Any]:
         base = folder / f"{name}.safetensors"
         save_file({**layers, "norm.weight": numbers("norm", (24,), 2.0, dtype)}, base)
         merges[f"lora {name}"] = base, [(one, 1.0)]
+        for to in CASTS.get(name, "").split():
+            merges[f"lora {name} to {to}"] = base, [(one, 1.0)], {"dtype": to, "undo": False}
         merges[f"two {name}"] = base, [(one, 1 / 3), (other, -0.7)]
         merges[f"dora {name}"] = base, [(scaled, 1.0)]
         merges[f"dora and lora {name}"] = base, [(scaled, 0.5), (other, -0.7)]

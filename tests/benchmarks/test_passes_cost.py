@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,26 @@ def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkey
         )
     assert torch.equal(back.view(torch.uint8), W.view(torch.uint8))
     assert all(ratio <= limit for *_, ratio, limit in lines)
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize(("base", "to"), [*permutations((BF16, FP16, FP32), 2)])
+def test_casts(base: torch.dtype, to: torch.dtype, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of factors of W's type, those in bf16 and fp16 have exact sums in float64, and many ties."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    W, (A, B) = weights(*SHAPE, dtype=base), factors(*SHAPE, rank)
+    B, A = (B * (0.09 * W.float().norm() / (B @ A).norm())).to(base), A.to(base)
+    work, out = Workspace(CPU), torch.empty_like(W, dtype=to)
+
+    def merged() -> None:
+        x = Reals(Products([Term(B, A, Fraction(1))]).rows(0, len(W)))
+        RowMerge(x, base, to, CPU).apply(W, 0, out, work)
+
+    without, with_passes = in_turns(merged, monkeypatch)
+    torch.set_num_threads(threads)
+    print(f"\n{base} to {to} rank {rank}: {without:.2f} -> {with_passes:.2f} ns, {with_passes / without:.2f}", end="")
+    assert with_passes <= 0.66 * without
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from lib.hostile.hostile_blocks import HostileBlock, make_block, make_cast
 from lib.neon.remote_module import MISSING, RemoteModule
 from test_passes import Takes, check
 
@@ -22,8 +23,11 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteModule]:
 
 
 @pytest.mark.parametrize("seed", range(20, 24))
-def test_hostile_blocks_on_arm(module: RemoteModule, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("make", [make_block, make_cast])
+def test_hostile_blocks_on_arm(
+    make: Callable[[list[int]], HostileBlock], seed: int, module: RemoteModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("loratool.numerics.passes.native._load", lambda: (module, ""))
     takes = Takes(monkeypatch)
-    check(0, 250, seed)
+    check(0, 250, seed, make)
     assert module.VECTORS == "neon" and takes.counts[True] > 0.6 * takes.counts.total()

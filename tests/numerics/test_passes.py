@@ -23,6 +23,7 @@ from lib.hostile.hostile_blocks import (
     HostileBlock,
     damaged,
     make_block,
+    make_cast,
     merge_hostile,
     restore_hostile,
     sums_in_longdouble,
@@ -74,6 +75,8 @@ def differences(block: HostileBlock, seed: int) -> list[str]:
     found += [
         f"{name} without a record" for name in ("merged", "counts", "largest") if not _equal(wanted, both[1], name)
     ]
+    if block.to:
+        return found
     results = merged.chunk(block.matrices)
     for one, result, payload, stats in zip(block.each(), results, wanted.payloads, wanted.stats, strict=True):
         if stats.overflowed:
@@ -94,10 +97,10 @@ def _equal(one: Any, other: Any, name: str) -> bool:
     return bool(getattr(one, name) == getattr(other, name))
 
 
-def check(first: int, count: int, seed: int) -> None:
+def check(first: int, count: int, seed: int, make: Callable[[list[int]], HostileBlock] = make_block) -> None:
     for number in range(first, first + count):
-        block = make_block([seed, number])
-        assert differences(block, number) == [], f"make_block([{seed}, {number}]): {block.name}"
+        block = make([seed, number])
+        assert differences(block, number) == [], f"{make.__name__}([{seed}, {number}]): {block.name}"
 
 
 @needs_passes
@@ -109,10 +112,18 @@ def test_hostile_blocks(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_passes
+def test_hostile_casts(monkeypatch: pytest.MonkeyPatch) -> None:
+    takes = Takes(monkeypatch)
+    check(0, 100, 0, make_cast)
+    assert takes.counts[True] > 0.6 * takes.counts.total()
+
+
+@needs_passes
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 11))
-def test_many_hostile_blocks(seed: int) -> None:
-    check(0, 500, seed)
+@pytest.mark.parametrize("make", [make_block, make_cast])
+def test_many_hostile_blocks(make: Callable[[list[int]], HostileBlock], seed: int) -> None:
+    check(0, 500, seed, make)
 
 
 def of_kind(bounds: PassBounds, method: str, term: Callable[..., Any]) -> PassBounds:
@@ -151,7 +162,7 @@ def without(name: str) -> Callable[[PassBounds], PassBounds]:
     return lambda bounds: replace(bounds, **{name: 0.0})
 
 
-MUTANTS = {
+MUTANTS: dict[str, Callable[[PassBounds], PassBounds]] = {
     "E": smaller("errors", 1e-3),
     "E of the least matrix": of_the_least_matrix,
     "spread": without("spread"),
@@ -162,23 +173,29 @@ MUTANTS = {
     "margin": without("margin"),
     "f W": smaller("of_product", 0.0),
     "rho": smaller("factor_errors", 0.0),
+    "room": lambda bounds: replace(bounds, room=bounds.room * 2.0**8),
+    "finest": lambda bounds: replace(bounds, finest=bounds.finest * 2.0**8),
 }
 # fp32 is decided by pairs alone. Beside a midpoint of bf16, all sums are too; fp16 has the cast to float32
 UNSEEN = {("dot_unit", FP32), ("f W", BF16), ("f W", FP16)}
+UNSEEN |= {(term, dtype) for term in ("room", "finest") for dtype in (BF16, FP16)}
+OF_CASTS = "E", "spread", "dot_unit", "dot_spread", "pair_unit", "pair_rounded"
 
 
 @needs_passes
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
-@pytest.mark.parametrize("term", MUTANTS)
+@pytest.mark.parametrize(
+    ("make", "term"), [*((make_block, term) for term in MUTANTS), *((make_cast, term) for term in OF_CASTS)]
+)
 def test_a_bound_with_a_term_too_small_is_caught(
-    term: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[list[int]], HostileBlock], term: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if (term, dtype) in UNSEEN:
         pytest.skip("no number depends on it")
     monkeypatch.setitem(blocks.BOUNDS, dtype, MUTANTS[term](BOUNDS[dtype]))
-    found = (differences(block, 1) for k in range(900) if (block := make_block([9, k])).weight.dtype == dtype)
-    assert any(found)
+    some = (make([9, k]) for k in range(900 if make is make_block else 2000))
+    assert any(differences(block, 1) for block in some if (block.to or block.weight.dtype) == dtype)
 
 
 @needs_passes

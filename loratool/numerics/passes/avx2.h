@@ -24,7 +24,9 @@ INLINE float value_fp16(uint32_t pattern) { return _cvtsh_ss((unsigned short)pat
 INLINE uint32_t nearest_fp16(double x) { return _cvtss_sh((float)x, _MM_FROUND_TO_NEAREST_INT); }
 
 /* Patterns of 16 bits, each as a word */
-INLINE words load_16(const uint16_t *from) { return (words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)); }
+INLINE words load_16(const uint16_t *from) {
+  return (words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
+}
 INLINE void store_16(uint16_t *to, words x) {
   const __m128i low = _mm256_castsi256_si128((__m256i)x), high = _mm256_extracti128_si256((__m256i)x, 1);
   _mm_storeu_si128((__m128i *)to, _mm_packus_epi32(low, high));

@@ -20,6 +20,13 @@ and float64's are small beside that.
 |f W| (2 u + rho) is added to E + c |s|. As |f W| is at most |X| + |D|, and |D| at most b a, (2 u + rho) is added to c,
 and times b a to E. What underflows in the product is far below E's underflows, as |f| is at least 1 / `APART`.
 
+**A cast.** W of another type than W' is exact in float32, and so in T. So all bounds are those of the type of W'.
+
+**Exact sums.** If W and the products of a row are multiples of one power of two, and |W| + b a is less than 2**53 times
+as large, then D, all partial sums and W + D are exact in float64. The lowest bit of a W in float32 is more than
+2**-24 |W|. For W' in float32, r is 2**-1000 then: s +- r is s, and a tie is rounded to even by the cast. Only if s is 0
+have the ends two signs. Without this, bf16 factors leave many ties.
+
 **A dot product** in float64 is off by (R + 16) u b a + 4 R t max(1, M) at most (`products`); the passes get R + 24, for
 the roundings of the bound. c is 4 u.
 
@@ -36,7 +43,7 @@ roundings of the inverse and of the product are among the 16 u.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
@@ -49,7 +56,7 @@ from torch import Tensor
 
 from ..decide import Factor, Reals, U
 from ..forms import Positions, Wide
-from ..products import LEAST_OF, UNIT_OF, ProductRows, Products
+from ..products import EXPONENTS, LEAST_OF, UNIT_OF, ProductRows, Products
 from ..workspace import Workspace
 from .native import native
 
@@ -64,6 +71,7 @@ LOST = 2.0**10  # times its errors: of a D that is not larger the sums have lost
 LEAST_SQUARES = {torch.float32: 2.0**-80, torch.float64: 2.0**-800}  # of smaller ones squares may have underflowed
 TOGETHER = 1 << 16  # runs that are handed back at a time, which bounds the memory
 
+FP32 = 2  # `kernel.c`'s number of float32
 EVERY, UNKNOWN = -1, 0  # counts of a run that counts as every number, and of one that is not known
 
 
@@ -87,6 +95,8 @@ class PassBounds:
         margin: times the larger end of a run.
         pair_extra: roundings of a dot product in pairs beside 2 R.
         pair_rounded: the same of its left side, if a scale is no power of two, or there is a ratio.
+        room: times what all products of a row are multiples of, and more than exact sums are.
+        finest: the same times |W|.
     """
 
     number: int
@@ -100,14 +110,14 @@ class PassBounds:
     dot_spread: float = 4 * U
     pair_extra: int = 8
     pair_rounded: int = 12
+    room: float = 2.0**52
+    finest: float = 2.0**28
 
     def errors(self, rows: ProductRows, here: slice, of_product: Wide) -> npt.NDArray[np.float64]:
         """Return E of some rows. of_product: of f W of each of them."""
-        rank, products, unit = rows.products.rank, rows.products, UNIT_OF[self.real]
+        rank, unit = rows.products.rank, UNIT_OF[self.real]
         roundings = min(rank, self.chunk) + -(-rank // self.chunk) + self.extra
-        longest = products.column_norms.reshape(products.matrices, -1).max(1)  # of each matrix
-        sizes = np.repeat(longest, rows.shape[0] // products.matrices)[here] * rows.row_norms[here]
-        errors: npt.NDArray[np.float64] = (roundings * unit + of_product) * sizes
+        errors: npt.NDArray[np.float64] = (roundings * unit + of_product) * _sizes(rows, here)
         errors += self.least(rows, self.real)
         return errors
 
@@ -119,6 +129,16 @@ class PassBounds:
     def factor_errors(self, factor: Factor, here: slice) -> Wide:
         """Return the bounds of the errors of f of some rows."""
         return np.ascontiguousarray(factor.error[here])
+
+    def rooms(self, rows: ProductRows, here: slice) -> npt.NDArray[np.float64]:
+        """Return what exact sums of some rows are less than; 0 if they may be inexact."""
+        products = rows.products
+        if self.number != FP32 or not products.binary:
+            return np.zeros(here.stop - here.start)
+        of_rows, of_columns = rows.lowest[here], _by_rows(products.lowest, np.min, rows)[here]
+        known = np.minimum(of_rows, of_columns) > -EXPONENTS
+        rooms: npt.NDArray[np.float64] = np.where(known, np.ldexp(self.room, (of_rows + of_columns).astype(np.intc)), 0)
+        return rooms
 
     def least(self, rows: ProductRows, kind: torch.dtype) -> float:
         """Return what underflows in a dot product at most."""
@@ -137,11 +157,24 @@ class PassBounds:
         return bound
 
 
+def _sizes(rows: ProductRows, here: slice) -> npt.NDArray[np.float64]:
+    """Return b times the largest a of some rows."""
+    sizes: npt.NDArray[np.float64] = _by_rows(rows.products.column_norms, np.max, rows)[here] * rows.row_norms[here]
+    return sizes
+
+
+def _by_rows(columns: npt.NDArray[Any], most: Callable[..., Any], rows: ProductRows) -> npt.NDArray[Any]:
+    """Return, for each row, the largest or least number of its matrix's columns."""
+    matrices = rows.products.matrices
+    found: npt.NDArray[Any] = np.repeat(most(columns.reshape(matrices, -1), axis=1), rows.shape[0] // matrices)
+    return found
+
+
 _SINGLE, _DOUBLE = UNIT_OF[torch.float32], UNIT_OF[torch.float64]
 BOUNDS = {
     torch.bfloat16: PassBounds(0, torch.float32, 1.0625 * 2 * _SINGLE, 16 * _SINGLE, extra=5),
     torch.float16: PassBounds(1, torch.float64, 1.1875 * _SINGLE, 16 * _DOUBLE),
-    torch.float32: PassBounds(2, torch.float64, 1.0625 * 2 * _DOUBLE, 16 * _DOUBLE),
+    torch.float32: PassBounds(FP32, torch.float64, 1.0625 * 2 * _DOUBLE, 16 * _DOUBLE),
 }
 
 
@@ -149,8 +182,9 @@ class _Block(ctypes.Structure):
     """`struct block` of kernel.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in "kind back record matrices rows columns rank strip".split()),
-        *((name, ctypes.c_void_p) for name in "source result left right panels errors".split()),
+        *((name, ctypes.c_int64) for name in "kind source_kind back record matrices rows columns rank strip".split()),
+        *((name, ctypes.c_void_p) for name in "source result left right panels errors sizes rooms".split()),
+        ("finest", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("row_norms", "column_norms")),
         ("is_scaled", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("factors", "factor_errors")),
@@ -317,10 +351,10 @@ def _prepare(
 ) -> _Pass | None:
     """Return the pass over a block; None if the block is to be done without it."""
     module = native()
-    if module is None or not _takes(x, source, result):
+    if module is None or not _takes(x, source, result, record or back):
         return None
     assert isinstance(x.delta, ProductRows)
-    rows, products, bounds = x.delta, x.delta.products, BOUNDS[source.dtype]
+    rows, products, bounds = x.delta, x.delta.products, BOUNDS[result.dtype]
     height, columns = len(source) // products.matrices, source.shape[1]
     here = slice(first, first + len(source))
     factors, factor_errors = np.ones(len(source)), np.zeros(len(source))
@@ -352,6 +386,8 @@ def _prepare(
         "right": right,
         "panels": panels,
         "errors": np.where(rows.live[here] | (x.factor is not None), 1.01 * errors, -1.0),
+        "sizes": 1.01 * _sizes(rows, here),
+        "rooms": np.zeros(len(source)) if x.factor else bounds.rooms(rows, here),
         "row_norms": np.ascontiguousarray(rows.row_norms[here]),
         "column_norms": products.column_norms,
         "scratch": work.take("pass", torch.uint8, 1, scratch).numpy()[0],
@@ -363,6 +399,7 @@ def _prepare(
     }
     block = _Block(
         kind=bounds.number,
+        source_kind=BOUNDS[source.dtype].number,
         back=back,
         record=record,
         matrices=products.matrices,
@@ -373,6 +410,7 @@ def _prepare(
         source=source.data_ptr(),
         result=result.data_ptr(),
         is_scaled=x.factor is not None,
+        finest=bounds.finest,
         spread=bounds.spread + 1.0625 * float(of_product.max()),
         dot_unit=bounds.dot_unit(products),
         dot_least=bounds.least(rows, torch.float64),
@@ -385,11 +423,12 @@ def _prepare(
     return _Pass(module, block, arrays, least_squares, 8 * source.itemsize)
 
 
-def _takes(x: Reals, source: Tensor, result: Tensor) -> bool:
-    """Return whether a block is one of the passes': of one type, and W or f W with products added."""
+def _takes(x: Reals, source: Tensor, result: Tensor, needs_runs: bool) -> bool:
+    """Return whether a block is one of the passes': of types that they have, and W or f W with products added."""
     return (
-        source.dtype == result.dtype
-        and source.dtype in BOUNDS
+        source.dtype in BOUNDS
+        and result.dtype in BOUNDS
+        and (source.dtype == result.dtype or not needs_runs)
         and source.device.type == result.device.type == "cpu"
         and (x.factor is None or x.factor.axis == 0)
         and x.sign == 1

@@ -1,5 +1,6 @@
 /* Passes over the rows of a weight, in one stream through memory: W' = RN(a W + D) and what an undo record needs of W,
-   and the way back. W and W' are bf16, fp16 or fp32 (`row.h` is included for each), D = left right^T, a of each row.
+   and the way back. W and W' are bf16, fp16 or fp32 (`type.h` is included for each W'), D = left right^T, a of each
+   row. If W' is of another type than W, a row of W is widened to fp32 before.
 
    A pass is a filter. It computes each number with a bound, and decides it only if all numbers within the bound round
    to one. What is left is handed back, for `numerics.decide` and `undo.candidates`. So any compiler, vector width, FMA
@@ -46,7 +47,9 @@ enum { EVERY = -1, UNKNOWN = 0 }; /* counts of a run: all numbers of the type, a
 
 /* What a pass reads and writes; `blocks._Block` has the same fields. Positions are in the block, row by row. */
 struct block {
-  int64_t kind, back, record;      /* the type; whether W' is read and W written; whether runs are asked for */
+  int64_t kind, source_kind;       /* the types of what is written and read */
+  int64_t back, record;            /* whether W' is read and W written; whether runs are asked for. Neither if the
+                                      types differ */
   int64_t matrices, rows, columns, rank; /* matrices of one shape, one after the other in all arrays */
   int64_t strip;                   /* rows between two looks at what is left */
   const void *source;              /* (rows, columns), W; on the way back W' */
@@ -54,6 +57,10 @@ struct block {
   const double *left, *right;      /* (rows, rank), (columns, rank) */
   const void *panels;              /* right as `fill_panels` packed it */
   const double *errors;            /* (rows,) bounds of D as the pass computes it; below 0: the row of D is 0 */
+  const double *sizes;             /* (rows,) of D at most */
+  double *rooms;                   /* (rows,) 2^52 times a power of two that all products are multiples of; 0 if none is
+                                      known, and where sums turn out to be inexact */
+  double finest;                   /* the same times a W, of its own bits */
   const double *row_norms, *column_norms; /* of left and right, for the bound of a dot product in double */
   int64_t is_scaled;               /* whether any a may be other than 1 */
   const double *factors, *factor_errors; /* (rows,) a, and a bound on its error */
@@ -119,6 +126,31 @@ INLINE floats load_float(const float *from) { floats x; memcpy(&x, from, sizeof 
 INLINE doubles load_double(const double *from) { doubles x; memcpy(&x, from, sizeof x); return x; }
 INLINE void to_float(floats x, floats *to) { *to = x; }
 INLINE floats of_float(const floats *x) { return *x; }
+
+/* A row of W in fp32, which has all numbers of the other types: where it is, or widened to `to`. */
+static const uint32_t *row_in_fp32(const struct block *b, int64_t start, uint32_t *to) {
+  if (b->source_kind == FP32) return (const uint32_t *)b->source + start;
+  const uint16_t *from = (const uint16_t *)b->source + start;
+  const int is_bf16 = b->source_kind == BF16;
+  int64_t i = 0;
+  for (words patterns; i + WIDTH <= b->columns; i += WIDTH)
+    store_32(to + i, (words)(is_bf16 ? load_bf16(from + i, &patterns) : load_fp16(from + i, &patterns)));
+  for (; i < b->columns; i++) to[i] = bits_of_float(is_bf16 ? value_bf16(from[i]) : value_fp16(from[i]));
+  return to;
+}
+
+/* Whether all sums of a row are exact in double: of multiples of one power of two, less than 2^53 times as large. */
+static int is_exact(const struct block *b, int64_t row, const uint32_t *from) {
+  uint32_t most = 0, least = UINT32_MAX; /* least: less 1, so that 0 is the largest */
+  if (!(b->sizes[row] < b->rooms[row])) return 0;
+  for (int64_t i = 0; i < b->columns; i++) {
+    const uint32_t size = from[i] & 0x7fffffffu;
+    most = size > most ? size : most;
+    least = size - 1 < least ? size - 1 : least;
+  }
+  const double size = b->sizes[row] + value_fp32(most);
+  return size < b->rooms[row] && (most == 0 || size < b->finest * value_fp32(least + 1));
+}
 
 enum { VECTORS_OF_PANEL = 16 / WIDTH };
 enum { ALL = (1 << WIDTH) - 1, HALF = WIDTH / 2 };
@@ -248,7 +280,7 @@ INLINE double dot(const struct block *b, int64_t i, int64_t j, double *bound) {
 #define SIZE 0x7fffu
 #define INF 0x7f80u
 #define STEP 0x1p-133
-#include "row.h"
+#include "type.h"
 #undef TYPE
 #undef REAL
 #undef IS_FLOAT
@@ -264,7 +296,7 @@ INLINE double dot(const struct block *b, int64_t i, int64_t j, double *bound) {
 #define LEAST (-14)
 #define INF 0x7c00u
 #define STEP 0x1p-24
-#include "row.h"
+#include "type.h"
 #undef TYPE
 #undef PATTERN
 #undef PRECISION
@@ -280,7 +312,7 @@ INLINE double dot(const struct block *b, int64_t i, int64_t j, double *bound) {
 #define SIZE 0x7fffffffu
 #define INF 0x7f800000u
 #define STEP 0x1p-149
-#include "row.h"
+#include "type.h"
 
 /* Records: a bit for each run of every number, set if W is +0.0; then planes of index, the lowest bit first. */
 
@@ -437,14 +469,15 @@ static void fill_panels(
   set_modes(before);
 }
 
+static void (*const PASSES[2][3])(struct block *, int64_t) = {
+    {pass_bf16, pass_fp16, pass_fp32}, {cast_pass_bf16, cast_pass_fp16, cast_pass_fp32}};
+
 /* Rows are counted in the block; what belongs to the columns is moved on from matrix to matrix. */
 static void run_pass(struct block *b) {
   const modes before = get_modes();
   set_modes(MODES);
   for (int64_t k = 0; k < b->matrices; k++) {
-    if (b->kind == BF16) pass_bf16(b, k);
-    else if (b->kind == FP16) pass_fp16(b, k);
-    else pass_fp32(b, k);
+    PASSES[b->kind != b->source_kind][b->kind](b, k);
     b->right += b->columns * b->rank;
     b->column_norms += b->columns;
     b->panels = (const char *)b->panels + size_of_panels(b->kind, b->columns, b->rank);

@@ -59,6 +59,7 @@ class HostileBlock:
     first: int = 0
     matrices: int = 1
     dora: DoraRows | None = None
+    to: torch.dtype | None = None  # the type of W', if it is another one
 
     def reals(self, start: int = 0) -> Reals:
         """Return the reals of the terms' rows from `start` on."""
@@ -88,8 +89,20 @@ def make_block(seed: int | Sequence[int]) -> HostileBlock:
     if how < 0.1:
         return _aimed_at_dora(g, dtype)
     if how < 0.45:
-        block = _aimed(g, dtype)
+        block = _aimed(g, dtype, dtype)
         return _beside_a_smaller(block) if g.random() < 0.35 else block
+    return _random(g, dtype)
+
+
+def make_cast(seed: int | Sequence[int]) -> HostileBlock:
+    """Return a block whose W' is of another type than W."""
+    g = np.random.default_rng(seed)
+    source, to = (list(NAMES)[int(k)] for k in g.permutation(len(NAMES))[:2])
+    block = _aimed(g, source, to) if g.random() < 0.5 else _random(g, source)
+    return replace(block, name=f"{block.name} to {NAMES[to]}", to=to)
+
+
+def _random(g: np.random.Generator, dtype: torch.dtype) -> HostileBlock:
     rows, n = int(g.choice(HEIGHTS)), int(g.choice(WIDTHS)) if g.random() < 0.97 else int(g.integers(4090, 4200))
     kind = g.choice(list(WEIGHTS))
     matrices = int(g.integers(2, 6)) if n < 1000 and g.random() < 0.2 else 1
@@ -214,16 +227,19 @@ def _term(g: np.random.Generator, rows: int, n: int, is_coarse: bool) -> Term:
     return Term(left, right, scale)
 
 
-def _aimed(g: np.random.Generator, dtype: torch.dtype) -> HostileBlock:
-    """Return weights whose sums are a midpoint of two numbers, or beside one by a hair of any size.
+def _aimed(g: np.random.Generator, dtype: torch.dtype, to: torch.dtype) -> HostileBlock:
+    """Return weights whose sums are a midpoint of two numbers of the type `to`, or beside one by a hair of any size.
 
     The hair is one of the products, and so are two large ones that cancel. So float32 or float64 may lose the hair.
     """
-    form, n = FORMS[dtype], int(g.choice([16, 17, 33]))
-    W = WEIGHTS[g.choice(["normal", "powers", "powers", "least", "coarse"])](g, (1, n), dtype)
+    if to == FP32 and g.random() < 0.25:
+        return _narrow(g, dtype)
+    form, n = FORMS[to], int(g.choice([16, 17, 33]))
+    W = WEIGHTS[g.choice(["normal", "powers", "powers", "least", "coarse"])](g, (1, n), to)
+    W = W.to(dtype)
     W = torch.where(W.isfinite(), W, 1.0)
-    weight = wide(numpy_bits(W)[0], form)
-    place = np.abs(numpy_bits(W)[0].astype(np.int64) & form.size) + g.integers(-3, 4, n) * (g.random(n) < 0.8)
+    weight = wide(numpy_bits(W)[0], FORMS[dtype])
+    place = np.abs(numpy_bits(W.to(to))[0].astype(np.int64) & form.size) + g.integers(-3, 4, n) * (g.random(n) < 0.8)
     if g.random() < 0.3:  # far from W
         place += g.integers(0, 6 << (form.precision - 1), n)
     place = np.clip(place, 0, form.inf - 2)
@@ -241,11 +257,31 @@ def _aimed(g: np.random.Generator, dtype: torch.dtype) -> HostileBlock:
     right = right.to(FP32) if g.random() < 0.3 else right
     rows = int(g.choice([1, 1, 1, 2, 7]))
     halvings = np.arange(rows)[:, None]
-    if bool((np.abs(weight) < 2.0 ** (form.least + rows + 1)).any()):
+    if bool((np.abs(weight) < 2.0 ** (max(form.least, FORMS[dtype].least) + rows + 1)).any()):
         halvings[:] = 0
     left = torch.from_numpy(np.repeat(2.0**-halvings, len(parts), 1))
     W = (W.double() * torch.from_numpy(2.0**-halvings)).to(dtype)
     return HostileBlock(f"{NAMES[dtype]} aimed", W, [Term(left, right, Fraction(1, 3) if third else Fraction(1))])
+
+
+def _narrow(g: np.random.Generator, dtype: torch.dtype) -> HostileBlock:
+    """Return weights whose sums are beside a midpoint of float32, with factors in bf16.
+
+    The hair is a product, or the lowest bit of a small W in float32.
+    """
+    n, of_weight = int(g.choice([7, 16, 33])), g.random() < 0.5
+    middle = (1 + g.integers(0, 1 << 23, n) * 2.0**-23 + 2.0**-24) * g.choice([-1.0, 1.0], n)
+    hair = g.choice([-1.0, 1.0], n) * 2.0 ** -int(g.integers(24, 40) if of_weight else g.integers(44, 68))
+    W = torch.from_numpy(hair * (1 + 2.0**-23) if of_weight else 2.0 ** -g.integers(1, 9, n)).to(dtype)
+    rest, parts = middle - (hair if of_weight else W.double().numpy()), []
+    for _ in range(7):
+        parts.append(torch.from_numpy(rest).bfloat16())
+        rest = rest - parts[-1].double().numpy()
+    if not of_weight:
+        parts.append(torch.from_numpy(hair).bfloat16())
+    right = torch.stack(parts)[torch.from_numpy(g.permutation(len(parts)))]
+    left = torch.ones(1, len(parts)).bfloat16()
+    return HostileBlock(f"{NAMES[dtype]} narrow", W[None], [Term(left, right, Fraction(1))])
 
 
 def _beside_a_smaller(block: HostileBlock) -> HostileBlock:
@@ -312,12 +348,12 @@ class MergedBlock:
 
 
 def merge_hostile(block: HostileBlock, record: bool = True) -> tuple[MergedBlock, Tensor]:
-    """Return what a merge makes of a block, with an undo record or without, and W'."""
-    W, work = block.weight, Workspace(CPU)
-    out, recorder = torch.empty_like(W), Recorder(W.dtype, None, work, block.matrices)
-    merge = RowMerge(block.reals(), W.dtype, W.dtype, CPU)
-    stats = merge.apply_each(W, block.first, out, work, recorder if record else None)
-    records = map(hashed, recorder.results(stats, W, out))
+    """Return what a merge makes of a block, with an undo record or without, and W'. A cast has no record."""
+    W, work, to = block.weight, Workspace(CPU), block.to or block.weight.dtype
+    out, recorder = torch.empty_like(W, dtype=to), Recorder(W.dtype, None, work, block.matrices)
+    merge = RowMerge(block.reals(), W.dtype, to, CPU)
+    stats = merge.apply_each(W, block.first, out, work, recorder if record and not block.to else None)
+    records = [] if block.to else map(hashed, recorder.results(stats, W, out))
     payloads = [b"" if one.change.overflowed else bytes_in(one) for one in records]  # such a merge is refused
     counts = [(each.changed, each.not_finite, each.overflowed) for each in stats]
     return MergedBlock(bytes(bytes_of(out)), payloads, counts, [each.largest for each in stats], stats), out

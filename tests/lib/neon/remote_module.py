@@ -48,17 +48,18 @@ class RemoteModule:
     def run_pass(self, block: int, /) -> None:
         b = _Block.from_address(block)
         rows, columns = b.matrices * b.rows, b.matrices * b.columns
-        numbers, wide = rows * b.columns, 2 if b.kind < 2 else 4
+        numbers, wide = rows * b.columns, (2, 2, 4)
+        names = "errors sizes rooms row_norms factors factor_errors squares".split()
         sizes = {
-            "source": numbers * wide,
-            "result": numbers * wide,
+            "source": numbers * wide[b.source_kind],
+            "result": numbers * wide[b.kind],
             "left": 8 * rows * b.rank,
             "right": 8 * columns * b.rank,
             "panels": b.matrices * self.size_of_panels(b.kind, b.columns, b.rank),
             "column_norms": 8 * columns,
             "sums": b.matrices * _SUMS.itemsize,
             "scratch": self.size_of_scratch(b.kind, b.strip, b.columns, b.rank),
-            **dict.fromkeys(("errors", "row_norms", "factors", "factor_errors", "squares"), 8 * rows),
+            **dict.fromkeys(names, 8 * rows),
             **dict.fromkeys(("index", "count", "at"), 4 * numbers),
         }
         pointers = [(getattr(_Block, name).offset, getattr(b, name)) for name in _POINTERS]
