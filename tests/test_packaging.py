@@ -115,7 +115,8 @@ def test_sanitizers_find_nothing(project: Path) -> None:
     ]
     path = os.pathsep.join(map(str, (project, ROOT / "tests", ROOT / "tests/numerics")))
     variables = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": path}
-    code = "import loratool, test_passes; test_passes.check(0, 200, 7); print(loratool.__file__)"
+    check = "check(0, 200, 7); check(0, 100, 7, make_cast)"
+    code = f"import loratool; from test_passes import check, make_cast; {check}; print(loratool.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=project, env={**os.environ, **variables}, capture_output=True, text=True
     )
