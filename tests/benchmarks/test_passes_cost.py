@@ -15,15 +15,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import factors, hashed, needs_passes, weights
 
 from loratool.numerics.decide import Reals
 from loratool.numerics.merge import RowMerge
+from loratool.numerics.norms import magnitude_ratio
+from loratool.numerics.passes.hashes import finish_each
 from loratool.numerics.passes.native import NATIVE
 from loratool.numerics.products import Products, Term
 from loratool.numerics.workspace import Workspace
@@ -123,6 +127,36 @@ def test_casts(base: torch.dtype, to: torch.dtype, rank: int, monkeypatch: pytes
     torch.set_num_threads(threads)
     print(f"\n{base} to {to} rank {rank}: {without:.2f} -> {with_passes:.2f} ns, {with_passes / without:.2f}", end="")
     assert with_passes <= 0.66 * without
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("is_dora", [True, False])
+def test_dora_and_small_modules(is_dora: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block under DoRA, its norms known, and 512 modules of 64 x 64 in one block."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    matrices, rows, n = (1, *SHAPE) if is_dora else (512, 512 * 64, 64)
+    W, (A, B) = weights(rows, n, dtype=dtype), factors(rows, n * matrices, 8)
+    term = Term(B.to(dtype), A.to(dtype), Fraction(1, 20), by_rows=is_dora)
+    norms = np.linspace(1.0, 1.1, rows)
+    ratio, factor = magnitude_ratio(torch.ones(rows), norms, 1.0, 0) if is_dora else (None, None)
+    work, out = Workspace(CPU), torch.empty_like(W)
+
+    def merged(record: bool) -> None:
+        x = Reals(Products([term], matrices).rows(0, rows, ratio), factor)
+        recorder = Recorder(dtype, matrices=matrices) if record else None
+        stats = RowMerge(x, dtype, dtype, CPU).apply_each(W, 0, out, work, recorder)
+        if recorder:
+            finish_each([recorder.results(stats, W, out)])
+
+    ratios = []
+    for name, record in (("merge", False), ("merge with undo", True)):
+        without, with_passes = in_turns(partial(merged, record), monkeypatch)
+        ratios.append(with_passes / without)
+        kind = "DoRA" if is_dora else "small modules"
+        print(f"\n{dtype} {kind}, {name}: {without:.2f} -> {with_passes:.2f} ns, {ratios[-1]:.2f}", end="")
+    torch.set_num_threads(threads)
+    assert max(ratios) <= 0.66
 
 
 @pytest.fixture(scope="module")
