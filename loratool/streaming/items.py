@@ -181,7 +181,7 @@ class HashedPair:
 Item = CopyBytes | GatherBytes | MapRows | MapBatch | HashBytes | HashedPair
 
 
-def parts_of(item: Item) -> tuple[Any, ...]:
+def each_part(item: Item) -> tuple[Any, ...]:
     """Return the parts of a batch or a pair, or the item alone."""
     return item.parts if isinstance(item, MapBatch | HashedPair) else (item,)
 

@@ -41,7 +41,7 @@ from .items import (
     MapRows,
     Prepare,
     Step,
-    parts_of,
+    each_part,
 )
 from .journaled import journaled, read_others
 from .ranks import Job, current_job
@@ -212,7 +212,7 @@ def _is_scattered(item: Item) -> bool:
 
 def _place_of(item: Item, names: Mapping[BinaryIO, str]) -> Place:
     """Return the place that an item writes, or, for a hash, the place that it reads."""
-    first = parts_of(item)[0]
+    first = each_part(item)[0]
     if isinstance(first, HashBytes):
         return first.tensor, first.first, first.length
     return names[first.target], first.target_offset, item.nbytes
@@ -220,7 +220,7 @@ def _place_of(item: Item, names: Mapping[BinaryIO, str]) -> Place:
 
 def _parts(item: Item, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
     """Return each part of a batch or pair with its results, or another item with its own."""
-    return zip(parts_of(item), results if isinstance(item, MapBatch | HashedPair) else [results], strict=True)
+    return zip(each_part(item), results if isinstance(item, MapBatch | HashedPair) else [results], strict=True)
 
 
 def refuse_overflow(

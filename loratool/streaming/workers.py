@@ -38,7 +38,7 @@ from .items import (
     MapRows,
     Outcome,
     Step,
-    parts_of,
+    each_part,
 )
 from .ranks import current_job
 from .scattered import Strided, add_place
@@ -83,7 +83,7 @@ class Worker:
         if isinstance(item, GatherBytes):
             crc = copy_bytes(item.source, item.name, item.first, item.nbytes, item.target, item.target_offset)
             return Outcome("", [crc] if item.checked else [])
-        parts, digest = parts_of(item), ""
+        parts, digest = each_part(item), ""
         with self._streaming:
             if isinstance(parts[0], HashBytes):
                 files = [read_parts(each.source.file, each.source.name, each.first, each.length) for each in parts]
@@ -97,11 +97,11 @@ class Worker:
     def _is_written(self, finished: FinishedItem) -> bool:
         """Return whether an earlier run's output of an item is still there."""
         item, digest = finished.item, hashlib.sha256()
-        if isinstance(parts_of(item)[0], HashBytes):
+        if isinstance(each_part(item)[0], HashBytes):
             return True
         if isinstance(item, CopyBytes | GatherBytes):
             return has_bytes(item.target, item.target_offset, item.nbytes, item.read)
-        for target, offset, nbytes in chain.from_iterable(part.places(finished.written) for part in parts_of(item)):
+        for target, offset, nbytes in chain.from_iterable(part.places(finished.written) for part in each_part(item)):
             data = memoryview(bytearray(nbytes))
             read_into(target, data, offset)
             digest.update(page_sums(data))

@@ -11,7 +11,7 @@ import schedule
 import trillion
 from schedule import Task, Times
 
-from loratool.streaming.items import HashBytes, parts_of
+from loratool.streaming.items import HashBytes, each_part
 
 FREE = schedule.Costs(*[0.0] * 11)
 
@@ -29,7 +29,7 @@ def test_the_items_are_those_of_a_merge(tmp_path: Path) -> None:
     beside = {name for name in specs if name.removesuffix("_scale_inv") in merged}
     left = sum(spec.nbytes for name, spec in specs.items() if name not in beside)
     assert sum(item.nbytes for item in items) == sum(merged.values()) + left
-    assert sum(part.length for item in items for part in parts_of(item) if isinstance(part, HashBytes)) == left
+    assert sum(part.length for item in items for part in each_part(item) if isinstance(part, HashBytes)) == left
 
 
 ALIKE = [Task(3.0, 4, 2)] * 8
