@@ -54,13 +54,13 @@ class Adapter:
         wanted = frozenset(modules)
         return replace(self, updates={module: update for module, update in self.updates.items() if module in wanted})
 
-    def load(self, spec: UpdateSpec) -> Update:
-        """Read the tensors of one update.
+    def load(self, spec: UpdateSpec, as_numbers: bool = False) -> Update:
+        """Read the tensors of one update, as torch's or as `Numbers`.
 
         Raises:
             InputError: a tensor holds nan or inf.
         """
-        return spec.cls.load(spec, self.file, self.name)
+        return spec.cls.load(spec, self.file, self.name, as_numbers)
 
     def in_modules_to_save(self, module: str) -> bool:
         """Return whether `module` is, or is inside, a module that the config lists in modules_to_save."""

@@ -128,7 +128,7 @@ class AdapterModule:
                 stop=len(rows),
                 expert=expert,
             )
-            segment = RowSegment(None, rows.shape[1], 0, len(rows), [placement], UpdateLoader(out.device))
+            segment = RowSegment(None, rows.shape[1], 0, len(rows), [placement], UpdateLoader())
             rows += segment.reals(rows, 0)[0]
         return out
 

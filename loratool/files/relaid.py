@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .containers.safetensors_file import tensor_bytes
 from .dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
@@ -21,6 +21,7 @@ from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     import torch
 
     Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -162,11 +163,17 @@ class RelaidFile(WeightsFile):
         import torch
 
         out = torch.empty(self.specs[name].shape, dtype=self.tensors[name].dtype)
-        self.read_numbers(name, 0, out)
+        self._read(name, 0, out.view(-1))
         return out
 
-    def read_numbers(self, name: str, first: int, out: torch.Tensor) -> None:
-        tensor, flat = self.tensors[name], out.view(-1)
+    def read_numbers(self, name: str, first: int, out: npt.NDArray[Any]) -> None:
+        import torch
+
+        flat = torch.from_numpy(out.reshape(-1).view(f"i{out.itemsize}"))
+        self._read(name, first, flat.view(self.tensors[name].dtype))
+
+    def _read(self, name: str, first: int, flat: torch.Tensor) -> None:
+        tensor = self.tensors[name]
         size, done = tensor.rows * tensor.columns, 0
         while done < len(flat):
             matrix, start = divmod(first + done, size)

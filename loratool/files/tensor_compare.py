@@ -36,10 +36,11 @@ def _round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if x.dtype != torch.float64:
         return x.to(dtype)
     from ..numerics.rounding_stats import cast_rounded
+    from ..numerics.tensors import numbers_of
     from ..numerics.workspace import Workspace
 
     out = torch.empty(x.shape, dtype=dtype)
-    cast_rounded(x, out, Workspace(x.device))
+    cast_rounded(numbers_of(x.cpu()), numbers_of(out), Workspace())
     return out
 
 

@@ -17,6 +17,9 @@ from .weights_file import WeightsFile
 if TYPE_CHECKING:
     import torch
 
+    from ..numerics.arrays import Numbers
+    from ..numerics.forms import Form
+
 BLOCK = 1 << 20  # numbers read at a time
 
 SHORT = 1 << 20  # for at most so many numbers, float64 costs nothing
@@ -65,42 +68,63 @@ class TensorRef:
         return self.weight.codec if self.weight else codec_of(self.full_spec)
 
     @property
+    def form(self) -> Form:
+        """Return the form in which rows are read.
+
+        Raises:
+            InputError: the type is not a float.
+        """
+        from ..numerics.forms import FORMS
+
+        codec = self.codec
+        form = FORMS.get(self.spec.dtype if codec is RAW else codec.numbers)
+        if form is None:
+            raise InputError(f"has dtype {self.spec.dtype}, not a floating-point type", culprit=self.name)
+        return form
+
+    @property
     def dtype(self) -> torch.dtype:
         """Return the type in which rows are read."""
         import torch
 
         codec = self.codec
-        name = DTYPE_NAMES.get(self.spec.dtype, "uint8") if codec is RAW else codec.numbers
+        name = DTYPE_NAMES.get(self.spec.dtype if codec is RAW else codec.numbers, "uint8")
         dtype: torch.dtype = getattr(torch, name)
         return dtype
 
-    def as_stored(self, dtype: torch.dtype) -> TensorRef:
+    def as_stored(self, dtype: str) -> TensorRef:
         """Return a reference whose rows are read in the stored type if that is `dtype`, else `self`."""
-        stored = DTYPE_NAMES.get(self.spec.dtype)
-        return replace(self, undecoded=True) if not self.weight and str(dtype) == f"torch.{stored}" else self
+        return replace(self, undecoded=True) if not self.weight and dtype == self.spec.dtype else self
 
     def read_rows(self, start: int, out: torch.Tensor) -> None:
+        """Read rows as `read` does into a tensor of the type `dtype`."""
+        from ..numerics.tensors import numbers_of
+
+        if out.numel():
+            self.read(start, numbers_of(out))
+
+    def read(self, start: int, out: Numbers) -> None:
         """Read rows from `start` on into `out`, viewing the weight as a matrix with the columns of `out`.
 
         Args:
-            out: (rows, columns), contiguous, on the CPU, of type `dtype`.
+            out: (rows, columns), contiguous, on the CPU, of the form `form`.
         """
-        if not out.numel():
+        if not out.size:
             return
-        import torch
+        from ..numerics.arrays import Numbers
 
         if self.parts:
             self.parts.require_sound()
         codec, parts = self.codec, self.parts or _alone(self.file, self.name)
         columns, first = codec.columns(self.full_spec), start * out.shape[1]
         first += self.start * math.prod(self.full_spec.shape[1:][-1:])
-        above, count = first % columns, out.numel()
+        above, count = first % columns, out.size
         if not above and not count % columns:
-            codec.read_rows(parts, first // columns, out.view(-1, columns))
+            codec.read_rows(parts, first // columns, out.reshape(-1, columns))
             return
-        rows = torch.empty(-(-(above + count) // columns), columns, dtype=out.dtype)
+        rows = Numbers.empty(out.form, -(-(above + count) // columns), columns)
         codec.read_rows(parts, first // columns, rows)
-        out.copy_(rows.view(-1)[above : above + count].view(out.shape))
+        out.bits[...] = rows.bits.reshape(-1)[above : above + count].reshape(out.shape)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Return rows start:stop of the first dimension, the others flattened: (at most stop - start, columns).
@@ -123,19 +147,33 @@ class TensorRef:
         return self.rows(0, self.spec.shape[0]).view(self.spec.shape)
 
     def blocks(self, most: int) -> Iterator[torch.Tensor]:
+        """Yield the `blocks_of_numbers` as tensors."""
+        from ..numerics.tensors import tensor_of
+
+        yield from map(tensor_of, self.blocks_of_numbers(most))
+
+    def blocks_of_numbers(self, most: int) -> Iterator[Numbers]:
         """Yield a nonempty float tensor in blocks (rows, columns) of about `most` numbers.
 
         A row is an item of the first dimension. If an item is a matrix of more than `most` numbers, its rows are.
         """
         spec = self.spec
         if not spec.shape:
-            yield self.tensor().view(1, 1)
+            yield self.file.numbers(self.name).reshape(1, 1)
             return
         columns = spec.size // spec.shape[0]
         columns = columns if columns <= most else spec.shape[-1]
         rows, step = spec.size // columns, max(1, most // columns)
         for start in range(0, rows, step):
-            yield self.matrix_rows(rows, start, start + step)
+            yield self.read_matrix(rows, start, start + step)
+
+    def read_matrix(self, rows: int, start: int, stop: int) -> Numbers:
+        """Return rows start:stop of the tensor viewed as (rows, columns), even if it is a stack of matrices."""
+        from ..numerics.arrays import Numbers
+
+        out = Numbers.empty(self.form, min(stop, rows) - start, self.spec.size // rows if rows else 0)
+        self.read(start, out)
+        return out
 
     def matrix_rows(self, rows: int, start: int, stop: int) -> torch.Tensor:
         """Return rows start:stop of the tensor viewed as (rows, columns), even if it is a stack of matrices."""
@@ -154,9 +192,11 @@ def _alone(file: WeightsFile, name: str) -> Parts:
 
 def squared_norm(source: TensorRef) -> float:
     """Return ||W||^2 in float64; 0 if the dtype is not a float."""
+    import numpy as np
+
     if source.spec.dtype not in FLOATS or not source.spec.size or not source.spec.shape:
         return 0.0
-    return math.fsum(float(block.double().square().sum()) for block in source.blocks(BLOCK))
+    return math.fsum(float(np.square(block.wide()).sum()) for block in source.blocks_of_numbers(BLOCK))
 
 
 def norm(x: torch.Tensor) -> float:
@@ -190,8 +230,8 @@ def require_finite(source: TensorRef) -> None:
     spec = source.spec
     if spec.dtype not in FLOATS or not spec.size or not spec.shape:
         return
-    for block in source.blocks(BLOCK):
-        if not is_finite(block):
+    for block in source.blocks_of_numbers(BLOCK):
+        if not block.all_finite():
             raise InputError(f"holds nan or inf; {source.file.path} is damaged", culprit=source.name)
 
 
@@ -210,13 +250,17 @@ def known_finite(
     Args:
         mapped: a function like `map` that reads the runs in order; `streaming` has one with several threads.
     """
-    import torch
+    import numpy as np
+
+    from ..numerics.arrays import Numbers
+    from ..numerics.forms import FORMS
 
     def is_sound(run: Run) -> bool:
         dtype, begin, end, _ = run
-        data = torch.empty(end - begin, dtype=torch.uint8)  # not zeroed first
-        read_into(file.file, data.numpy().data, begin)
-        return is_finite(data.view(getattr(torch, TORCH_FLOATS[dtype])))
+        data = np.empty(end - begin, np.uint8)  # not zeroed first
+        read_into(file.file, data.data, begin)
+        form = FORMS[dtype]
+        return Numbers(data.view(form.bits_type), form).all_finite()
 
     runs = list(_runs(file, names))
     return {name for run, sound in zip(runs, mapped(is_sound, runs), strict=True) if sound for name in run[3]}

@@ -18,7 +18,10 @@ from ..errors import InputError
 from .dtypes import TORCH_FLOATS, TensorSpec
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
+
+    from ..numerics.arrays import Numbers
 
 
 class WeightsFile:
@@ -105,21 +108,26 @@ class WeightsFile:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read a tensor; raise InputError unless its dtype is in `TORCH_FLOATS`."""
-        import torch
+        from ..numerics.tensors import tensor_of
+
+        return tensor_of(self.numbers(name))
+
+    def numbers(self, name: str) -> Numbers:
+        """Read the numbers of a tensor; raise InputError unless its dtype is in `TORCH_FLOATS`."""
+        from ..numerics.arrays import Numbers
+        from ..numerics.forms import FORMS
 
         spec = self.specs[name]
         if spec.dtype not in TORCH_FLOATS:
             raise InputError(f"has dtype {spec.dtype}, not a floating-point type of 16 bits or more", culprit=name)
-        dtype = getattr(torch, TORCH_FLOATS[spec.dtype])
-        if spec.size == 0:
-            return torch.empty(spec.shape, dtype=dtype)
-        return torch.frombuffer(self.read(name), dtype=dtype).reshape(spec.shape)
+        out = Numbers.empty(FORMS[spec.dtype], *spec.shape)
+        if out.size:
+            self.read_numbers(name, 0, out.bits)
+        return out
 
-    def read_numbers(self, name: str, first: int, out: torch.Tensor) -> None:
-        """Read a tensor's numbers from `first` on into `out`, which is contiguous and of the stored type."""
-        import torch
-
-        self.read_bytes(name, first * out.itemsize, out.view(torch.uint8).numpy().data.cast("B"))
+    def read_numbers(self, name: str, first: int, out: npt.NDArray[Any]) -> None:
+        """Read a tensor's numbers from `first` on into `out`, which is contiguous and of the stored type's width."""
+        self.read_bytes(name, first * out.itemsize, out.reshape(-1).view("u1").data)
 
     def scalar(self, name: str) -> float:
         """Read the value of a tensor with one element, without torch; raise InputError for more elements."""

@@ -14,13 +14,12 @@ from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from .arrays import Numbers, fetched, widen
 from .code_levels import Codes
 from .decide import Reals
 from .dense import DenseRows
-from .forms import FORMS, IntArray, Wide, fraction, numpy_bits, widen
+from .forms import F64, IntArray, Wide, fraction
 from .rounding_stats import RoundingStats
 from .workspace import Workspace
 
@@ -46,7 +45,7 @@ class CodeGrid(Protocol):
 
 @np.errstate(all="ignore")
 def round_to_codes(
-    x: Reals, base: Tensor, former: Codes, grid: CodeGrid, work: Workspace
+    x: Reals, base: Numbers, former: Codes, grid: CodeGrid, work: Workspace
 ) -> tuple[Codes, RoundingStats]:
     """Return the codes nearest to X (rows, n), ties to even codes, and the statistics of their rounding.
 
@@ -57,16 +56,16 @@ def round_to_codes(
         base: W of the rows of `x`, (rows, n), float64.
         former: the codes of W, (rows, n).
     """
-    dense = DenseRows(x, base.dtype, torch.float64, base.device)
+    dense = DenseRows(x, base.form, F64, base.bits)
     bounds = dense.bounds(base, 0)
-    weight = base.cpu().numpy()
+    weight = base.wide()
     change = np.empty(base.shape)
 
     def parts() -> Iterator[tuple[slice, Wide, Wide]]:
         for here in _tiles(dense, base):
             total, delta, _ = dense.fill(base[here], here.start, bounds.shift, work)
-            upper = total.cpu().numpy()
-            change[here] = (upper - weight[here] if x.factor else delta.cpu().numpy()) - bounds.shift
+            upper = fetched(total)
+            change[here] = (upper - weight[here] if x.factor else fetched(delta)) - bounds.shift
             margin = MARGIN * float(np.abs(np.nan_to_num(upper, posinf=0.0, neginf=0.0)).max(initial=0.0))
             yield here, *_ends(upper - (bounds.span + margin), upper + margin)
 
@@ -99,7 +98,7 @@ def _sums(weight: Wide, change: Wide, moved: Wide) -> RoundingStats:
 
 
 @np.errstate(all="ignore")
-def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, work: Workspace) -> Codes:
+def guess_codes(merged: Numbers, x: Reals | None, first: int, grid: CodeGrid, work: Workspace) -> Codes:
     """Return the codes nearest to (W' - D) / a, which nearly always are W's own. If `x` is None, those nearest to W'.
 
     Where a is 0 or W' not finite, W is unknown, and the guess is 0.
@@ -109,9 +108,10 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
         first: the row of `x` that is its first row.
     """
     if x is None:
-        return grid.nearest(0, np.nan_to_num(merged.double().cpu().numpy(), posinf=0.0, neginf=0.0))
-    kind = merged.dtype if merged.itemsize <= 2 else torch.float64  # for float32, `bounds` may be exact sums
-    dense = DenseRows(x, merged.dtype, kind, merged.device)
+        return grid.nearest(0, np.nan_to_num(merged.wide(), posinf=0.0, neginf=0.0))
+    form = merged.form
+    to = form if form.itemsize <= 2 else F64  # for float32, `bounds` may be exact sums
+    dense = DenseRows(x, form, to, merged.bits)
     bounds = dense.bounds(merged, first, backward=True)
     both = bounds.shift + bounds.span
     size = merged.shape
@@ -120,7 +120,9 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
     def parts() -> Iterator[tuple[slice, Wide, Wide]]:
         for here in _tiles(dense, merged):
             total, change, _ = dense.fill(merged[here], first + here.start, bounds.shift, work)
-            low = widen(merged[here], total).sub_(change).double().cpu().numpy()
+            widen(merged[here], total)
+            total -= change
+            low = fetched(total).astype(np.float64)
             low += bounds.shift - 2 * both
             high = low + 4 * both
             if a is not None:
@@ -130,8 +132,7 @@ def guess_codes(merged: Tensor, x: Reals | None, first: int, grid: CodeGrid, wor
                 low, high = np.minimum(from_low, from_high) - reach, np.maximum(from_low, from_high) + reach
             yield here, *_ends(low, high)
 
-    form = FORMS[merged.dtype]
-    stored = numpy_bits(merged.cpu())
+    stored = merged.host()
 
     def exact(i: int, j: int) -> float:
         if (stored[i, j] & form.size) >= form.inf:
@@ -162,14 +163,14 @@ def _ends(low: Wide, high: Wide) -> tuple[Wide, Wide]:
     return low, high
 
 
-def _tiles(dense: DenseRows, rows: Tensor) -> Iterator[slice]:
+def _tiles(dense: DenseRows, rows: Numbers) -> Iterator[slice]:
     """Yield the rows to compute at a time, which bounds the memory."""
-    height = dense.height(rows.shape[1], rows.device)
+    height = dense.height(rows)
     yield from (slice(row, min(row + height, len(rows))) for row in range(0, len(rows), height))
 
 
 def _decide(
-    grid: CodeGrid, shape: torch.Size, parts: Iterator[tuple[slice, Wide, Wide]]
+    grid: CodeGrid, shape: tuple[int, ...], parts: Iterator[tuple[slice, Wide, Wide]]
 ) -> tuple[Codes, list[tuple[int, int]]]:
     """Return the codes of intervals whose ends have the same code, and the places of the others."""
     decided: Codes | None = None

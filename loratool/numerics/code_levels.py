@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from .forms import IntArray, Wide
+from .arrays import Numbers
+from .forms import FORMS, IntArray, Wide
 
 Codes = npt.NDArray[Any]  # codes of quantized weights, one for each number, of an integer type
 
@@ -155,19 +155,18 @@ def _require_within(ordinals: IntArray, low: int, high: int) -> None:
         raise IndexError(f"has a code beyond {low} to {high}")
 
 
-def _floats(kind: torch.dtype) -> tuple[float, ...]:
+def _floats(name: str) -> tuple[float, ...]:
     """Return the numbers of 8-bit floats; a nan has the sign of its code on every processor."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(kind).double().numpy()
-    return tuple(np.copysign(numbers, np.where(np.arange(256) < 128, 1.0, -1.0)).tolist())
+    return tuple(Numbers(np.arange(256, dtype=np.uint8).view(np.int8), FORMS[name]).wide().tolist())
 
 
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 E2M1 = Table((*_HALF, *(-x for x in _HALF)))
 
-E4M3 = Table(_floats(torch.float8_e4m3fn))
+E4M3 = Table(_floats("F8_E4M3"))
 
-E5M2 = Table(_floats(torch.float8_e5m2))
+E5M2 = Table(_floats("F8_E5M2"))
 
 INT8 = Integers(-128, 127, "int8")
 

@@ -12,9 +12,8 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from .arrays import ON_CPU, Array, Kind, empty, sent
 from .decide import LEAST, SLACK, Delta, DenseDelta, Factor, U, anything
 from .error_free import two_product
 from .forms import Positions, Wide
@@ -25,7 +24,6 @@ Pair = tuple[Wide, Wide, Wide]  # high, low and a bound, as `Delta.near` has the
 REACH = 400  # pairs with numbers beyond 2**-400 and 2**400 are left to the fractions, as their products may underflow
 SCALES = 300  # all pairs are, if the scale is beyond 2**-300 and 2**300
 ROUNDINGS = 5  # of a product of two numbers and a scale: three casts to the type and two products
-CPU = torch.device("cpu")
 
 
 class _Multiplied(ABC):
@@ -46,13 +44,13 @@ class _Multiplied(ABC):
         return float(np.max([self._first.largest, self._second.largest, first, second, *products]))
 
     @abstractmethod
-    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta: ...
+    def dense(self, kind: Kind, like: Array) -> DenseDelta: ...
 
     @abstractmethod
     def _places(self, i: Positions, j: Positions) -> tuple[Positions, Positions, Positions, Positions]:
         """Return the rows and columns of D1, then of D2."""
 
-    def _bounds(self, sizes: tuple[Wide, Wide], errors: tuple[Wide, Wide], kind: torch.dtype) -> tuple[Wide, Wide]:
+    def _bounds(self, sizes: tuple[Wide, Wide], errors: tuple[Wide, Wide], kind: Kind) -> tuple[Wide, Wide]:
         """Return the sizes and errors of products in a type. sizes, errors: of both sides, for each row."""
         scale, (first, second), (d, e) = abs(self._factor), sizes, errors
         with np.errstate(all="ignore"):
@@ -108,14 +106,16 @@ class Hadamard(_Multiplied):
         super().__init__(first, second, scale)
         self.shape = first.shape
 
-    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        first, second = (delta.dense(kind, device) for delta in (self._first, self._second))
+    def dense(self, kind: Kind, like: Array) -> DenseDelta:
+        first, second = (delta.dense(kind, like) for delta in (self._first, self._second))
         sizes, errors = self._bounds((first.sizes, second.sizes), (first.errors, second.errors), kind)
 
-        def fill(rows: slice, shift: float, out: Tensor) -> None:
+        def fill(rows: slice, shift: float, out: Array) -> None:
             first.fill(rows, 0.0, out)
-            second.fill(rows, 0.0, more := torch.empty_like(out))
-            torch.addcmul(out.new_full((), shift), out, more, value=self._factor, out=out)
+            second.fill(rows, 0.0, more := empty(kind, *out.shape, like=out))
+            out *= more
+            out *= self._factor
+            out += shift
 
         return DenseDelta(sizes, errors, fill)
 
@@ -136,18 +136,19 @@ class Kron(_Multiplied):
         self.shape = rows.stop - rows.start, first.shape[1] * second.shape[1]
         self._rows = np.arange(rows.start, rows.stop)
 
-    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+    def dense(self, kind: Kind, like: Array) -> DenseDelta:
         (values1, sizes1, errors1), (values2, sizes2, errors2) = map(_filled, (self._first, self._second))
         i, k = self._rows // len(values2), self._rows % len(values2)
         sizes, errors = self._bounds((sizes1[i], sizes2[k]), (errors1[i], errors2[k]), kind)
-        first, second = (values1 * self._factor).to(kind).to(device), values2.to(kind).to(device)
-        outer, inner = (torch.from_numpy(x).to(device) for x in (i, k))
+        first, second = (sent(x.astype(kind), like) for x in (values1 * self._factor, values2))
+        outer, inner = (sent(x, like) for x in (i, k))
 
-        def fill(rows: slice, shift: float, out: Tensor) -> None:
+        def fill(rows: slice, shift: float, out: Array) -> None:
             left, right = first[outer[rows]], second[inner[rows]]
-            blocks = out.view(len(left), left.shape[1], right.shape[1])
-            torch.mul(left[:, :, None], right[:, None], out=blocks)
-            out.add_(shift)
+            blocks = out.reshape(len(left), left.shape[1], right.shape[1])
+            blocks[...] = right[:, None]
+            blocks *= left[:, :, None]
+            out += shift
 
         return DenseDelta(sizes, errors, fill)
 
@@ -168,8 +169,8 @@ class Scaled:
         size, ratio = _largest_of(self._delta), float(np.abs(self._ratio.value).max(initial=0.0))
         return float(np.max([self._delta.largest, size, ratio, ratio * size]))
 
-    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        inner, by_rows = self._delta.dense(kind, device), self._ratio.axis == 0
+    def dense(self, kind: Kind, like: Array) -> DenseDelta:
+        inner, by_rows = self._delta.dense(kind, like), self._ratio.axis == 0
         ratio, off = np.abs(self._ratio.value), self._ratio.error
         if not by_rows:
             ratio, off = ratio.max(initial=0.0), off.max(initial=0.0)
@@ -178,12 +179,13 @@ class Scaled:
             error = (ratio + off) * inner.errors + inner.sizes * off + ROUNDINGS * UNIT_OF[kind] * ratio * reach
             errors = (error + 8 * LEAST_OF[kind] * (1 + ratio) * (1 + reach)) * SLACK
             sizes = (ratio + off) * inner.sizes * SLACK
-        value = torch.from_numpy(self._ratio.value).to(kind).to(device)
+        value = sent(self._ratio.value.astype(kind), like)
         value = value[:, None] if by_rows else value[None]
 
-        def fill(rows: slice, shift: float, out: Tensor) -> None:
+        def fill(rows: slice, shift: float, out: Array) -> None:
             inner.fill(rows, 0.0, out)
-            torch.addcmul(out.new_full((), shift), out, value[rows] if by_rows else value, out=out)
+            out *= value[rows] if by_rows else value
+            out += shift
 
         return DenseDelta(_known(sizes), _known(errors), fill)
 
@@ -207,17 +209,17 @@ class Scaled:
         return _cleaned(product, rest, np.where(usual, total, np.inf), _vanishes(pair) | ((value == 0) & (error == 0)))
 
 
-def _filled(delta: Delta) -> tuple[Tensor, Wide, Wide]:
+def _filled(delta: Delta) -> tuple[Wide, Wide, Wide]:
     """Return all of a small delta in float64, and for each row bounds on its largest size and error."""
-    dense, value = delta.dense(torch.float64, CPU), torch.empty(delta.shape, dtype=torch.float64)
+    dense, value = delta.dense(np.float64, ON_CPU), np.empty(delta.shape)
     dense.fill(slice(0, delta.shape[0]), 0.0, value)
-    largest = value.abs().amax(1).numpy() if value.numel() else np.zeros(len(value))
+    largest = np.abs(value).max(1, initial=0.0)
     return value, _known(np.minimum(dense.sizes, largest + dense.errors)), _known(dense.errors)
 
 
 def _largest_of(delta: Delta) -> float:
     """Return an upper bound of |D|."""
-    return float(delta.dense(torch.float64, CPU).sizes.max(initial=0.0))
+    return float(delta.dense(np.float64, ON_CPU).sizes.max(initial=0.0))
 
 
 def _known(x: Wide) -> Wide:

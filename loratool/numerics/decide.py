@@ -18,11 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from .arrays import Array, Kind, Numbers, narrow
 from .error_free import two_product, two_sum
-from .forms import FORMS, Bits, Form, Positions, Wide, fraction, numpy_bits, rounded, signed, wide
+from .forms import Bits, Form, Positions, Wide, fraction, rounded, signed, wide
 
 U = 2.0**-53  # unit roundoff of float64
 PAIR = 2.0**-98  # no pair of numbers is off by more of their size, roundings of pairs included
@@ -31,7 +30,7 @@ TINY = 2.0**-700  # of a smaller factor the tail, or itself, may have been flush
 SLACK = 1 + 1e-9  # times a bound, for the roundings of the bound itself
 CHUNK = 1 << 13  # numbers processed at a time, so that all arrays stay in a core's cache
 
-PerMatrix = Any  # a float; of several matrices, one below the other, a tensor with a number for each row, (rows, 1)
+PerMatrix = Any  # a float; of several matrices, one below the other, an array with a number for each row, (rows, 1)
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,13 @@ class DenseDelta:
     Attributes:
         sizes: (rows,), no |D| of a row is larger.
         errors: (rows,), no error of a row is larger.
-        fill: writes D + shift of some rows into a tensor, (rows, n) of this type, by (rows, shift, tensor).
+        fill: writes D + shift of some rows into an array, (rows, n) of this type, by (rows, shift, array).
         squares: (rows,), about ||D||^2 of each row; None if only the numbers themselves tell.
     """
 
     sizes: Wide
     errors: Wide
-    fill: Callable[[slice, PerMatrix, Tensor], None]
+    fill: Callable[[slice, PerMatrix, Array], None]
     squares: Wide | None = None
 
 
@@ -66,8 +65,8 @@ class Delta(Protocol):
     def largest(self) -> float:
         """Upper bound of the factors of all products. Up to 2**60, float32 cannot overflow."""
 
-    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        """Return D in float32 or float64, with bounds on its errors."""
+    def dense(self, kind: Kind, like: Array) -> DenseDelta:
+        """Return D in float32 or float64 where `like` is, with bounds on its errors."""
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         """Return D at rows i and columns j as high + low, and a bound that is 0 only where that is exact."""
@@ -248,16 +247,14 @@ def _as_fraction(x: Reals, bits: Bits, form: Form, i: int, j: int, to: Form) -> 
 
 
 def _by_casts(total: Wide, bound: Wide, form: Form) -> tuple[Bits, Bits]:
-    """Decide results of 16 bits by two casts. torch casts in two roundings, so the bound includes float32's."""
+    """Decide results of 16 bits by two casts, which may go by way of float32, so the bound includes its rounding."""
     if form.precision > 11:
         return np.empty(len(total), form.bits_type), np.zeros(len(total), np.bool_)
     reach = bound * SLACK + np.abs(total) * 2.0**-23.8 + 2.0**-120
-    kind = next(kind for kind, its in FORMS.items() if its == form)
-    low, high = (numpy_bits(torch.from_numpy(end).to(kind)) for end in (total - reach, total + reach))
-    sure = (high == low) & np.isfinite(total)
-    if form.inf == form.size:  # there is no inf, and torch's cast stops at the largest number, or gives a nan
-        sure &= (high & form.size) < form.inf - 1
-    return high, sure
+    low, high = (Numbers.empty(form, len(total)) for _ in range(2))
+    narrow(total - reach, low)
+    narrow(total + reach, high)
+    return high.bits, (high.bits == low.bits) & np.isfinite(total)
 
 
 def nearest(total: Wide, rest: Wide, bound: Wide, form: Form) -> tuple[Bits, Bits]:

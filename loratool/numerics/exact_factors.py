@@ -7,35 +7,35 @@ a Tucker core and a side, or a factor and AdaLoRA's singular values or VeRA's ve
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from .arrays import Numbers
 from .error_free import halves
-from .forms import FORMS, Wide, numpy_bits, wide
+from .forms import Wide, wide
 from .products import Term
 
 REACH = 98  # `Products` can balance products of halves of float64 numbers from 2**-98 to 2**98
 
 
-def multiply_exactly(first: Tensor, second: Tensor) -> list[Tensor]:
-    """Return float64 tensors whose sum is first * second, element by element, exactly.
+def multiply_exactly(first: Numbers, second: Numbers) -> list[Numbers]:
+    """Return float64 numbers whose sum is first * second, element by element, exactly.
 
     Args:
-        first, second: shapes that broadcast, any types of FORMS.
+        first, second: shapes that broadcast.
 
     Raises:
         ValueError: a float64 number is so small or large that a product could be lost, or it is inf or nan.
     """
     with np.errstate(invalid="ignore"):  # inf and nan, which `Products` refuses
-        return [torch.from_numpy(x * y) for x in _parts(first) for y in _parts(second)]
+        return [Numbers.of(x * y) for x in _parts(first) for y in _parts(second)]
 
 
-def _parts(x: Tensor) -> list[Wide]:
+def _parts(x: Numbers) -> list[Wide]:
     """Return the numbers, or the two halves of each."""
-    bits, form = numpy_bits(x.cpu().contiguous()), FORMS[x.dtype]
+    bits, form = x.host(), x.form
     if form.precision < 53:
         return [wide(bits, form)]
     size = bits & form.size
@@ -44,7 +44,7 @@ def _parts(x: Tensor) -> list[Wide]:
     return list(halves(wide(bits, form)))
 
 
-def tucker_terms(up: Tensor, mid: Tensor, down: Tensor, scale: Fraction) -> list[Term]:
+def tucker_terms(up: Numbers, mid: Numbers, down: Numbers, scale: Fraction) -> list[Term]:
     """Return the terms of D[p, (s, k)] = scale * sum over i and j of up[p, i] * mid[i, j, k] * down[j, s].
 
     Args:
@@ -55,8 +55,8 @@ def tucker_terms(up: Tensor, mid: Tensor, down: Tensor, scale: Fraction) -> list
     Raises:
         ValueError: as `multiply_exactly`.
     """
-    core = mid.reshape(*mid.shape[:2], -1)
+    core = mid.reshape(*mid.shape[:2], math.prod(mid.shape[2:]))
     r1, r2, size = core.shape
-    left = up.repeat_interleave(r2, 1)  # (out, r1 * r2)
+    left = Numbers(up.bits.repeat(r2, 1), up.form)  # (out, r1 * r2)
     rights = multiply_exactly(core[:, :, None], down[None, :, :, None])  # each (r1, r2, in, k)
     return [Term(left, right.reshape(r1 * r2, down.shape[1] * size), scale) for right in rights]

@@ -8,13 +8,10 @@ to zero, changes them.
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 # Arrays of bit patterns are of the signed integer type of their width, -0.0 being the least.
 Bits = npt.NDArray[Any]
@@ -26,53 +23,35 @@ Positions = npt.NDArray[np.intp]
 class Form(NamedTuple):
     """A binary format of numbers."""
 
+    name: str  # as safetensors spells it
     precision: int  # bits of the significand, the hidden one included
     least: int  # exponent of the least normal number, which is 2**least
     bits_type: type  # numpy's integer type of the bit patterns
     size: int  # the mask of all bits but the sign; the masked bits are the ordinal of |x| among the numbers
     inf: int  # the ordinal after that of the largest number
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return np.dtype(self.bits_type).itemsize
 
-FORMS = {
-    torch.bfloat16: Form(8, -126, np.int16, 0x7FFF, 0x7F80),
-    torch.float16: Form(11, -14, np.int16, 0x7FFF, 0x7C00),
-    torch.float32: Form(24, -126, np.int32, 2**31 - 1, 0xFF << 23),
-    torch.float64: Form(53, -1022, np.int64, 2**63 - 1, 0x7FF << 52),
-    torch.float8_e4m3fn: Form(4, -6, np.int8, 0x7F, 0x7F),
-    torch.float8_e5m2: Form(3, -14, np.int8, 0x7F, 0x7C),
-}
+    @property
+    def has_inf(self) -> bool:
+        return self.inf < self.size
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def tensor_bits(x: Tensor) -> Tensor:
-    """Return the bit patterns of a tensor as signed integers, a view in its shape."""
-    return x.view(_INTEGERS[x.element_size()])
+    @property
+    def native(self) -> npt.DTypeLike | None:
+        """numpy's type of the numbers, if it has one."""
+        return {"F16": np.float16, "F32": np.float32, "F64": np.float64}.get(self.name)
 
 
-def finite(x: Tensor) -> Tensor:
-    """Return where a tensor is neither inf nor nan; torch.isfinite does not support e4m3."""
-    form = FORMS[x.dtype]
-    return (tensor_bits(x) & form.size) < form.inf
-
-
-@cache
-def _numbers_of_8_bits(x: torch.dtype, out: torch.dtype) -> npt.NDArray[Any]:
-    table: npt.NDArray[Any] = torch.arange(256, dtype=torch.uint8).view(x).to(out).numpy()
-    return table
-
-
-def widen(x: Tensor, out: Tensor) -> Tensor:
-    """Write numbers into `out`, of a wider type, and return it. Numbers of 8 bits use a table, as torch is slow."""
-    if x.itemsize > 1 or x.is_cuda:
-        return out.copy_(x)
-    np.take(_numbers_of_8_bits(x.dtype, out.dtype), x.view(torch.uint8).numpy(), out=out.numpy(), mode="wrap")
-    return out
-
-
-def numpy_bits(x: Tensor) -> Bits:
-    """Return the bit patterns of a CPU tensor as signed integers, a view in its shape."""
-    return tensor_bits(x).numpy()
+BF16 = Form("BF16", 8, -126, np.int16, 0x7FFF, 0x7F80)
+F16 = Form("F16", 11, -14, np.int16, 0x7FFF, 0x7C00)
+F32 = Form("F32", 24, -126, np.int32, 2**31 - 1, 0xFF << 23)
+F64 = Form("F64", 53, -1022, np.int64, 2**63 - 1, 0x7FF << 52)
+E4M3 = Form("F8_E4M3", 4, -6, np.int8, 0x7F, 0x7F)
+E5M2 = Form("F8_E5M2", 3, -14, np.int8, 0x7F, 0x7C)
+FORMS = {form.name: form for form in (BF16, F16, F32, F64, E4M3, E5M2)}
 
 
 def integers(bits: Bits, form: Form) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -89,9 +68,10 @@ def wide(bits: Bits, form: Form) -> Wide:
         return bits.view(np.float64)
     if form.precision == 24 and _keeps_subnormals():
         return bits.view(np.float32).astype(np.float64)
-    if form.bits_type is np.int16 and _keeps_subnormals():
-        kind = torch.bfloat16 if form.precision == 8 else torch.float16
-        return torch.from_numpy(bits).view(kind).double().numpy()
+    if form.precision == 11:  # numpy widens by integers
+        return bits.view(np.float16).astype(np.float64)
+    if form.precision == 8 and _keeps_subnormals():
+        return (bits.astype(np.int32) << 16).view(np.float32).astype(np.float64)
     m, e = integers(bits, form)
     values: Wide = np.copysign(m.astype(np.float64) * ((e + 1023) << 52).view(np.float64), bits)  # an integer has no -0
     return values

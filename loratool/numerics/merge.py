@@ -10,12 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from .arrays import ON_CPU, Array, Numbers, doubled, empty, fetched, narrow, positions, put, sent, take, where, widen
 from .decide import PerMatrix, Reals, decide
 from .dense import Bounds, DenseRows, each_number, mask_apart, midpoints
-from .forms import FORMS, Bits, Positions, Wide, finite, numpy_bits, tensor_bits, wide, widen
+from .forms import Bits, Form, Positions, Wide, wide
 from .passes.blocks import RunEntries, merge_block
 from .products import ProductRows
 from .rounding_stats import RoundingStats, count_different, dot_by_matrix, set_quiet_nan
@@ -34,13 +33,13 @@ Sums = dict[str, npt.NDArray[Any]]  # fields of RoundingStats, with a number for
 class Tile:
     """All columns of some rows of a block after the GEMM, in buffers that the next tile overwrites."""
 
-    base: Tensor  # (rows, n)
-    out: Tensor  # (rows, n), not final where `hit` is set
-    change: Tensor  # (rows, n), D + shift
+    base: Numbers  # (rows, n)
+    out: Numbers  # (rows, n), not final where `hit` is set
+    change: Array  # (rows, n), D + shift
     shift: PerMatrix
-    hit: Tensor  # (rows, n), bool: undecided by the GEMM
+    hit: Array  # (rows, n), bool: undecided by the GEMM
     undecided: Positions  # the flat positions where `hit` is set
-    ties: Tensor | None  # (rows, n), bool: sums that are midpoints, if the GEMM is exact
+    ties: npt.NDArray[np.bool_] | None  # (rows, n): sums that are midpoints, if the GEMM is exact
     start: int  # flat position in the block
 
 
@@ -53,9 +52,9 @@ class Watcher(Protocol):
 
     def tile(self, tile: Tile, dense: DenseRows) -> None: ...
 
-    def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None: ...
+    def block(self, base: Numbers, out: Numbers, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None: ...
 
-    def passed(self, base: Tensor, out: Tensor, x: Reals, first: int, entries: RunEntries) -> None: ...
+    def passed(self, base: Numbers, out: Numbers, x: Reals, first: int, entries: RunEntries) -> None: ...
 
 
 class RowMerge:
@@ -63,21 +62,21 @@ class RowMerge:
 
     Args:
         x: their reals.
-        base, out: the types of W and W'.
+        base, out: the forms of W and W'.
+        like: an array where the rows are; on the CPU by default.
     """
 
-    def __init__(self, x: Reals, base: torch.dtype, out: torch.dtype, device: torch.device) -> None:
-        self.x, self._base, self._out, self._device = x, base, out, device
-        self._form, self._to = FORMS[base], FORMS[out]
+    def __init__(self, x: Reals, base: Form, out: Form, like: Array = ON_CPU) -> None:
+        self.x, self._form, self._to, self._like = x, base, out, like
         plain = x.delta if isinstance(x.delta, ProductRows) and x.factor is None else None
         self._matrices = plain.products.matrices if plain else 1
 
     @cached_property
     def dense(self) -> DenseRows:
-        return DenseRows(self.x, self._base, self._out, self._device)
+        return DenseRows(self.x, self._form, self._to, self._like)
 
     def apply(
-        self, base: Tensor, first: int, out: Tensor, work: Workspace, watcher: Watcher | None = None
+        self, base: Numbers, first: int, out: Numbers, work: Workspace, watcher: Watcher | None = None
     ) -> RoundingStats:
         """Write W' of a block into `out`, and return its statistics.
 
@@ -89,7 +88,7 @@ class RowMerge:
         return stats
 
     def apply_each(
-        self, base: Tensor, first: int, out: Tensor, work: Workspace, watcher: Watcher | None = None
+        self, base: Numbers, first: int, out: Numbers, work: Workspace, watcher: Watcher | None = None
     ) -> list[RoundingStats]:
         """Write W' of a block of all rows of one or more matrices, and return the statistics of each matrix."""
         passed = bounds = None
@@ -106,16 +105,16 @@ class RowMerge:
             watcher.passed(base, out, self.x, first, passed.entries)
         elif watcher and bounds:
             watcher.block(base, out, self.x, first, self.dense, bounds)
-        steps = Counter({"dense": base.numel() - len(undecided), **self.x.steps})
+        steps = Counter({"dense": base.size - len(undecided), **self.x.steps})
         self.x.steps.clear()
         return _statistics(sums, self._matrices, steps)
 
     def _tiles(
-        self, base: Tensor, first: int, out: Tensor, bounds: Bounds, work: Workspace, watcher: Watcher | None
+        self, base: Numbers, first: int, out: Numbers, bounds: Bounds, work: Workspace, watcher: Watcher | None
     ) -> tuple[Positions, list[Sums]]:
         """Fill `out` tile by tile, and return the flat positions that are undecided, and each tile's sums."""
         sums, undecided_parts = [], []
-        height = self.dense.height(base.shape[1], base.device)
+        height = self.dense.height(base)
         for row in range(0, len(base), height):
             part = slice(row, row + height)
             undecided, change = self._tile(base[part], out[part], first + row, row, bounds, work, watcher)
@@ -126,8 +125,8 @@ class RowMerge:
     @np.errstate(all="ignore")
     def _tile(
         self,
-        base: Tensor,
-        out: Tensor,
+        base: Numbers,
+        out: Numbers,
         first: int,
         row: int,
         bounds: Bounds,
@@ -144,13 +143,13 @@ class RowMerge:
         upper, change, squared = dense.fill(base, first, bounds.shift, work)
         ties = None
         if bounds.apart:
-            out.copy_(upper)
+            narrow(upper, out)
             hit = mask_apart(base, row, bounds.apart, work)
             ties = midpoints(upper, work) if watcher else None
         else:
             hit = dense.settle(upper, bounds, out, work)
         if self._to.precision == 53:
-            hit.fill_(True)
+            hit[...] = True
         kept, change_squared = self._sums(base, out, upper, change, first, bounds, work)
         changed = count_different(out, base, work, dense.matrices)
         sums: Sums = {"base_squared": squared, "change_squared": change_squared, "kept": kept, "changed": changed}
@@ -164,59 +163,67 @@ class RowMerge:
         return undecided, sums
 
     def _sums(
-        self, base: Tensor, out: Tensor, upper: Tensor, change: Tensor, first: int, bounds: Bounds, work: Workspace
+        self, base: Numbers, out: Numbers, upper: Array, change: Array, first: int, bounds: Bounds, work: Workspace
     ) -> tuple[Wide, Wide]:
         """Return about <W' - W, D> and <D, D>: X - W' and the shift are small beside D, unless D is slight."""
         squares, matrices = self.dense.delta.squares, self.dense.matrices
         if squares is not None and not self.x.factor:
             change_squared: Wide = squares[first : first + len(base)].reshape(matrices, -1).sum(1)
             if not bounds.slight:
-                residual = upper.sub_(_mixable(out, upper.dtype, work))
-                return change_squared - dot_by_matrix(residual, change, matrices), change_squared
-        weight = _mixable(base, upper.dtype, work)
-        moved = widen(out, work.take("end", upper.dtype, *upper.shape)).sub_(weight)
+                upper -= widen(out, work.take("end", self.dense.kind, *upper.shape))
+                return change_squared - dot_by_matrix(upper, change, matrices), change_squared
+        weight = widen(base, work.take("start", self.dense.kind, *upper.shape))
+        moved = widen(out, work.take("end", self.dense.kind, *upper.shape))
+        moved -= weight
         if squares is not None and not self.x.factor:
-            more = moved.view(matrices, -1).sum(1).double().cpu().numpy()
+            more = fetched(moved.reshape(matrices, -1).sum(1)).astype(np.float64)
             shift = each_number(bounds.shift, matrices)
             kept = dot_by_matrix(moved, change, matrices) - shift * more
-            vanishing = change_squared <= np.square(LOST * shift) * (base.numel() // matrices)
+            vanishing = change_squared <= np.square(LOST * shift) * (base.size // matrices)
             return np.where(vanishing & np.isfinite(kept), 0.0, kept), change_squared
-        requested = upper.sub_(weight) if self.x.factor else torch.sub(change, bounds.shift, out=upper)
-        return dot_by_matrix(moved, requested, matrices), dot_by_matrix(requested, requested, matrices)
+        if self.x.factor:
+            upper -= weight
+        else:
+            upper[...] = change
+            upper -= bounds.shift
+        return dot_by_matrix(moved, upper, matrices), dot_by_matrix(upper, upper, matrices)
 
     def _not_finite(
-        self, base: Tensor, out: Tensor, change: Tensor, first: int, shift: PerMatrix, hit: Tensor, work: Workspace
+        self, base: Numbers, out: Numbers, change: Array, first: int, shift: PerMatrix, hit: Array, work: Workspace
     ) -> Sums:
         """Copy W's inf and nan, except where a is 0; mark other non-finite results as undecided. Return the sums."""
-        not_finite = ~finite(base)
+        not_finite = ~base.is_finite()
         if self.x.factor:
-            a = torch.from_numpy(self.x.factor.value)
-            a = a[first : first + len(base), None] if self.x.factor.axis == 0 else a[None]
-            not_finite &= (a != 0).to(not_finite.device)
-        if out.dtype == base.dtype:
-            tensor_bits(out).copy_(torch.where(not_finite, tensor_bits(base), tensor_bits(out)))
+            a = self.x.factor.value
+            a = sent(a[first : first + len(base), None] if self.x.factor.axis == 0 else a[None], base.bits)
+            not_finite &= a != 0
+        if out.form == base.form:
+            out.bits[...] = where(not_finite, base.bits, out.bits)
         else:
-            out.copy_(torch.where(not_finite, base.to(out.dtype), out))
-            set_quiet_nan(out, not_finite & base.isnan())
-        infinite = (tensor_bits(out) & self._to.size) >= self._to.inf
+            infinity = self._to.inf | where(base.bits < 0, ~self._to.size, 0)
+            out.bits[...] = where(not_finite, infinity, out.bits)
+            set_quiet_nan(out, not_finite & ((base.bits & base.form.size) >= base.form.inf + base.form.has_inf))
+        infinite = ~out.is_finite()
         hit |= infinite
         hit &= ~not_finite
-        fine = finite(base) & ~infinite
-        weight, result = (torch.where(fine, x.double(), 0.0) for x in (base, out))
-        moved = torch.where(fine, change.double() - shift, 0.0)
+        fine = base.is_finite() & ~infinite
+        weight, result = (
+            where(fine, widen(each, empty(np.float64, *each.shape, like=each.bits)), 0.0) for each in (base, out)
+        )
+        moved = where(fine, doubled(change) - shift, 0.0)
         if self.x.factor:
-            moved += torch.where(fine, (a.to(not_finite.device) - 1) * weight, 0.0)
+            moved += where(fine, (a - 1) * weight, 0.0)
         matrices = self.dense.matrices
         return {
             "base_squared": dot_by_matrix(weight, weight, matrices),
             "change_squared": dot_by_matrix(moved, moved, matrices),
             "kept": dot_by_matrix(result - weight, moved, matrices),
             "changed": count_different(out, base, work, matrices),
-            "not_finite": not_finite.view(matrices, -1).sum(1).cpu().numpy(),
+            "not_finite": fetched(not_finite.reshape(matrices, -1).sum(1)),
         }
 
     @np.errstate(all="ignore")
-    def _decide(self, base: Tensor, first: int, out: Tensor, undecided: Positions) -> Sums:
+    def _decide(self, base: Numbers, first: int, out: Numbers, undecided: Positions) -> Sums:
         """Write W' at these flat positions, and return the differences of the statistics."""
         i = undecided // base.shape[1]
         j = undecided - i * base.shape[1]
@@ -224,7 +231,7 @@ class RowMerge:
         decided = decide(self.x, bits, self._form, i + first, j, self._to)
         put(out, undecided, decided)
         matrices = self._matrices
-        which = undecided // (base.numel() // matrices)
+        which = undecided // (base.size // matrices)
         changed = self._changed(decided, bits).astype(np.int8) - self._changed(former, bits)
         changed = np.bincount(which, changed, matrices).astype(np.intp)
         overflowed = np.flatnonzero((decided & self._to.size) == self._to.inf)
@@ -256,33 +263,3 @@ def _statistics(sums: Sequence[Sums], matrices: int, steps: Counter[str]) -> lis
     stats = [RoundingStats(**dict(zip(total, values, strict=True))) for values in by_matrix]
     stats[0].steps.update(steps)
     return stats
-
-
-def _mixable(x: Tensor, kind: torch.dtype, work: Workspace) -> Tensor:
-    """Return numbers that torch can subtract from those of a type; it mixes no 8-bit floats with other types."""
-    return x if x.itemsize > 1 else widen(x, work.take("mixable", kind, *x.shape))
-
-
-def positions(hit: Tensor) -> Positions:
-    """Return the flat positions of a mask."""
-    if hit.is_cuda:
-        flat: Positions = hit.view(-1).nonzero().squeeze(1).cpu().numpy()
-        return flat
-    return np.flatnonzero(hit.numpy())
-
-
-def take(x: Tensor, places: Positions) -> Bits:
-    """Return the bit patterns at flat positions."""
-    flat = tensor_bits(x).reshape(-1)
-    if not x.is_cuda:
-        return flat.numpy().take(places)
-    patterns: Bits = flat[torch.from_numpy(places).to(x.device)].cpu().numpy()
-    return patterns
-
-
-def put(x: Tensor, places: Positions, bits: Bits) -> None:
-    """Write the bit patterns at flat positions of a contiguous tensor."""
-    if x.is_cuda:
-        tensor_bits(x).view(-1)[torch.from_numpy(places).to(x.device)] = torch.from_numpy(bits).to(x.device)
-    else:
-        numpy_bits(x).reshape(-1)[places] = bits

@@ -17,14 +17,14 @@ from fractions import Fraction
 from math import isqrt
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from .arrays import Array, Numbers, fetched, matmul, sent, widen
 from .decide import LEAST, SLACK, Delta, Factor, U
 from .dense import TILE
 from .error_free import two_product, two_sum
-from .forms import FORMS, Wide, exponent, fraction, integers, numpy_bits, power, wide
+from .forms import Wide, exponent, fraction, integers, power, wide
 from .products import ProductRows, norms
+from .tensors import AnyNumbers, numbers_of
 from .workspace import Workspace
 
 NORM_BITS = 36
@@ -33,19 +33,19 @@ FLUSHED = 2.0**-110  # upper bound of the norm of a row's subnormal weights, whi
 LARGEST_SQUARE = 2.0**1000  # larger squares are left to the exact numbers, as their sum may overflow float64
 
 # Each call yields (first row, rows of W) of blocks that cover a weight
-Blocks = Callable[[], Iterable[tuple[int, Tensor]]]
+Blocks = Callable[[], Iterable[tuple[int, Numbers]]]
 # Each call yields (delta, W) of the same rows
-Parts = Callable[[], Iterable[tuple[Delta, Tensor]]]
+Parts = Callable[[], Iterable[tuple[Delta, Numbers]]]
 Line = tuple[slice, slice]  # the rows and columns that have one norm
 
 
 @np.errstate(all="ignore")
-def row_norms(delta: Delta, base: Tensor, work: Workspace) -> Wide:
+def row_norms(delta: Delta, base: Numbers, work: Workspace) -> Wide:
     """Return the norm of each row of W + D. base: W, (rows, n), finite; its first row is the first of `delta`."""
-    columns, about, sums = base.shape[1], np.empty(len(base)), _Sums(delta, base.device)
-    for start in range(0, len(base), height := max(1, TILE[torch.float64] // max(1, columns))):
+    columns, about, sums = base.shape[1], np.empty(len(base)), _Sums(delta, base.bits)
+    for start in range(0, len(base), height := max(1, TILE[np.float64] // max(1, columns))):
         here = slice(start, start + height)
-        about[here] = np.sqrt(_folded(sums.take(start, base[here], work).square_(), 1).cpu().numpy())
+        about[here] = np.sqrt(fetched(_folded(_squared(sums.take(start, base[here], work)), 1)))
     sizes, errors = (x[: len(base)] for x in sums.of_rows())
     low, high = _ends(about, sizes, errors, columns.bit_length() + 1 + sums.roundings)
     doubt = np.flatnonzero(low != high)
@@ -64,11 +64,11 @@ def column_norms(rows: Callable[[int, int], Delta], blocks: Blocks, work: Worksp
     total, rest, sizes, errors = np.zeros((4, 1))
     folds = roundings = 0
     for first, base in blocks():
-        height = max(1, TILE[torch.float64] // max(1, base.shape[1]))
-        sums = _Sums(rows(first, first + len(base)), base.device)
+        height = max(1, TILE[np.float64] // max(1, base.shape[1]))
+        sums = _Sums(rows(first, first + len(base)), base.bits)
         for start in range(0, len(base), height):
-            squares = _folded(sums.take(start, base[start : start + height], work).square_(), 0)
-            total, e = two_sum(total, _folded(squares.view(-1, together), 1).cpu().numpy())
+            squares = _folded(_squared(sums.take(start, base[start : start + height], work)), 0)
+            total, e = two_sum(total, fetched(_folded(squares.reshape(-1, together), 1)))
             rest = rest + e
         size, error = (np.square(x).reshape(-1, together).sum(1) for x in sums.of_columns())
         sizes, errors = sizes + size, errors + error
@@ -80,15 +80,28 @@ def column_norms(rows: Callable[[int, int], Delta], blocks: Blocks, work: Worksp
     return low
 
 
-def _folded(x: Tensor, dim: int) -> Tensor:
-    """Return the sums along a dimension, by halves: 2 log2(numbers) roundings."""
-    while x.shape[dim] > 1:
-        half = x.shape[dim] // 2
-        sums = x.narrow(dim, 0, half) + x.narrow(dim, half, half)
-        if x.shape[dim] % 2:
-            sums.narrow(dim, 0, 1).add_(x.narrow(dim, 2 * half, 1))
+def _squared(x: Array) -> Array:
+    x *= x
+    return x
+
+
+def _folded(x: Array, axis: int) -> Array:
+    """Return the sums along an axis of a matrix, by halves: 2 log2(numbers) roundings."""
+    if axis:
+        while x.shape[1] > 1:
+            half = x.shape[1] // 2
+            sums = x[:, :half] + x[:, half : 2 * half]
+            if x.shape[1] % 2:
+                sums[:, :1] += x[:, 2 * half :]
+            x = sums
+        return x.sum(1)
+    while x.shape[0] > 1:
+        half = x.shape[0] // 2
+        sums = x[:half] + x[half : 2 * half]
+        if x.shape[0] % 2:
+            sums[:1] += x[2 * half :]
         x = sums
-    return x.sum(dim)
+    return x.sum(0)
 
 
 class _Sums:
@@ -98,21 +111,23 @@ class _Sums:
         roundings: of each sum.
     """
 
-    def __init__(self, delta: Delta, device: torch.device) -> None:
+    def __init__(self, delta: Delta, like: Array) -> None:
         self._products = delta if isinstance(delta, ProductRows) else None
-        self._dense = None if isinstance(delta, ProductRows) else delta.dense(torch.float64, device)
+        self._dense = None if isinstance(delta, ProductRows) else delta.dense(np.float64, like)
         self._columns = delta.shape[1]
         self.roundings = self._products.products.rank + 2 if self._products else 2
 
-    def take(self, row: int, base: Tensor, work: Workspace) -> Tensor:
+    def take(self, row: int, base: Numbers, work: Workspace) -> Array:
         """Return the sums of some rows, from row `row` of the delta on, in a buffer."""
-        sums, rows = work.take("sums", torch.float64, *base.shape).copy_(base), slice(row, row + len(base))
+        sums, rows = widen(base, work.take("sums", np.float64, *base.shape)), slice(row, row + len(base))
+        change = work.take("change", np.float64, *base.shape)
         if self._dense:
-            self._dense.fill(rows, 0.0, change := work.take("change", torch.float64, *base.shape))
-            return sums.add_(change)
-        assert self._products
-        left, right = torch.from_numpy(self._products.left[rows]), torch.from_numpy(self._products.products.right)
-        return sums.addmm_(left.to(sums.device), right.T.to(sums.device))
+            self._dense.fill(rows, 0.0, change)
+        else:
+            assert self._products
+            matmul(sent(self._products.left[rows], sums), sent(self._products.products.right, sums).T, change)
+        sums += change
+        return sums
 
     def of_rows(self) -> tuple[Wide, Wide]:
         """Return upper bounds of the norm of D in each row, and of the norm of its error."""
@@ -170,11 +185,11 @@ def _settled(parts: Parts, lines: Sequence[Line]) -> list[float]:
     return [_root(x) for x in low]
 
 
-def _pair_squares(delta: Delta, base: Tensor, line: Line) -> tuple[Fraction, Fraction] | None:
+def _pair_squares(delta: Delta, base: Numbers, line: Line) -> tuple[Fraction, Fraction] | None:
     """Return the ends of an interval around the sum of the squares of W + D in a line; None if it is unbounded."""
     rows, columns = (np.arange(*part.indices(length)) for part, length in zip(line, base.shape, strict=True))
     i, j = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
-    bits, form = numpy_bits(base[line].cpu().contiguous()).reshape(-1), FORMS[base.dtype]
+    bits, form = base[line].host().reshape(-1), base.form
     high, low, bound = delta.nearer(i, j)
     sums, rest = two_sum(wide(bits, form), high)
     rest, rounding = two_sum(rest, low)
@@ -201,9 +216,9 @@ def short_root(x: Fraction) -> Fraction:
     return ((root + (1 << (drop - 1))) >> drop) * power(e + drop)
 
 
-def _exact_squares(delta: Delta, base: Tensor, i: slice, j: slice) -> Fraction:
+def _exact_squares(delta: Delta, base: Numbers, i: slice, j: slice) -> Fraction:
     """Return the sum of the squares of W + D in some rows and columns."""
-    bits, form = numpy_bits(base[i, j].cpu().contiguous()), FORMS[base.dtype]
+    bits, form = base[i, j].host(), base.form
     if not isinstance(delta, ProductRows):
         rows, columns = (range(*part.indices(length)) for part, length in zip((i, j), base.shape, strict=True))
         places = zip(bits.reshape(-1), ((a, b) for a in rows for b in columns), strict=True)
@@ -239,15 +254,15 @@ def norm_of(n: float) -> Fraction:
 
 
 @np.errstate(all="ignore")
-def magnitude_ratio(magnitude: Tensor, norm: Wide, weight: float, axis: int) -> tuple[Factor, Factor]:
+def magnitude_ratio(magnitude: AnyNumbers, norm: Wide, weight: float, axis: int) -> tuple[Factor, Factor]:
     """Return w m / n and a = (1 - w) + w m / n of each row (axis 0) or column of DoRA; m / n counts as 0 where n is 0.
 
     Args:
-        magnitude: m, (k,), any type of FORMS, finite.
+        magnitude: m, (k,), in any of FORMS, finite.
         norm: n, (k,), as `row_norms` returns it.
         weight: w.
     """
-    bits, form = numpy_bits(magnitude.cpu().contiguous()), FORMS[magnitude.dtype]
+    bits, form = (stored := numbers_of(magnitude)).host(), stored.form
     m, size, up = wide(bits, form), np.abs(norm), np.where(norm < 0, TINY_BY, 0).astype(np.intc)
     quotient = np.where(norm == 0, 0.0, m / size)
     back, e = two_product(quotient, size)

@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from .arrays import Array, Kind, matmul, sent
 from .decide import LEAST, PAIR, SLACK, DenseDelta, Factor, PerMatrix, U, anything
 from .error_free import halves, two_product, two_sum
-from .forms import FORMS, Bits, Form, IntArray, Positions, Wide, exponent, integers, numpy_bits, power, wide
+from .forms import Bits, Form, IntArray, Positions, Wide, exponent, integers, power, wide
+from .tensors import AnyNumbers, numbers_of
 
 GATHER = 1 << 15  # numbers of a factor read at a time, so that they stay in a core's cache
-LEAST_OF = {torch.float32: 2.0**-126, torch.float64: 2.0**-1022}
-UNIT_OF = {torch.float32: 2.0**-24, torch.float64: U}
+LEAST_OF: dict[Kind, float] = {np.float32: 2.0**-126, np.float64: 2.0**-1022}
+UNIT_OF: dict[Kind, float] = {np.float32: 2.0**-24, np.float64: U}
 EXPONENTS = 480  # lowest bits beyond 2**-480 and 2**480 do not count as known
 BITS_OF_EXACT_SUMS = 24  # of both factors together: products of such numbers leave room to sum them in float64
 
@@ -40,14 +40,14 @@ class Term:
     """`scale * left @ right`.
 
     Attributes:
-        left: (m, r), any type of FORMS.
-        right: (r, n), any type of FORMS.
+        left: (m, r), in any of FORMS.
+        right: (r, n), in any of FORMS.
         columns: a factor for each column of the product, (n,).
         by_rows: each row is also multiplied by its factor in `Products.rows`.
     """
 
-    left: Tensor
-    right: Tensor
+    left: AnyNumbers
+    right: AnyNumbers
     scale: Fraction
     columns: Factor | None = None
     by_rows: bool = False
@@ -57,7 +57,7 @@ class Term:
 class _Side:
     """A term's factors as bit patterns, and its scale as significand * 2**exponent + tail."""
 
-    left: Tensor  # (m, r)
+    left: Bits  # (m, r)
     right: Bits  # (n, r)
     forms: tuple[Form, Form]
     scale: Fraction
@@ -82,12 +82,11 @@ def split_scale(scale: Fraction) -> tuple[float, int, float]:
 
 def _side(term: Term) -> _Side:
     significand, e, tail = split_scale(term.scale)
-    forms = FORMS[term.left.dtype], FORMS[term.right.dtype]
-    right = numpy_bits(term.right.T.contiguous())
+    left, right = numbers_of(term.left), numbers_of(term.right)
     return _Side(
-        left=term.left,
-        right=right,
-        forms=forms,
+        left=np.ascontiguousarray(left.bits),
+        right=np.ascontiguousarray(right.bits.T),
+        forms=(left.form, right.form),
         scale=term.scale,
         columns=term.columns,
         by_rows=term.by_rows,
@@ -99,7 +98,7 @@ def _side(term: Term) -> _Side:
 
 def _is_usual(side: _Side) -> bool:
     """Return whether all factors but 0 are 2**-300 or more; only float64 ones can be smaller."""
-    factors = zip((numpy_bits(side.left.contiguous()), side.right), side.forms, strict=True)
+    factors = zip((side.left, side.right), side.forms, strict=True)
     sizes = [bits & form.size for bits, form in factors if form.precision == 53]
     return all(bool(((size == 0) | (size >= 723 << 52)).all()) for size in sizes)
 
@@ -140,7 +139,7 @@ class Products:
             and _is_known(side.columns)
             for side, half in zip(self.sides, self._halves, strict=True)
         )
-        self._made: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # made here, as threads share it
+        self._made: dict[tuple[Kind, str], Array] = {}  # made here, as threads share it
         self.panels: dict[int, tuple[Wide, npt.NDArray[Any]]] = {}  # of the passes: right, and as packed for a type
 
     @cached_property
@@ -159,7 +158,7 @@ class Products:
     def _balance(self, side: _Side) -> IntArray:
         """Return, for each matrix, the powers of two that balance the sizes of each rank's column and row."""
         exponents = []
-        for bits, form in zip((numpy_bits(side.left.contiguous()), side.right), side.forms, strict=True):
+        for bits, form in zip((side.left, side.right), side.forms, strict=True):
             most = _by_matrix(bits & form.size, self.matrices).max(1, initial=0)
             if most.max(initial=0) >= form.inf:
                 raise ValueError("a factor has inf or nan")
@@ -199,10 +198,11 @@ class Products:
         return norms(self.right)
 
     @cached_property
-    def gram(self) -> Tensor:
+    def gram(self) -> Wide:
         """(matrices, R, R), right.T @ right of each."""
-        right = torch.from_numpy(_by_matrix(self.right, self.matrices))
-        return right.mT @ right
+        right = _by_matrix(self.right, self.matrices)
+        gram: Wide = _turned(right) @ right
+        return gram
 
     @cached_property
     def lowest(self) -> IntArray:
@@ -212,13 +212,14 @@ class Products:
     def most(self) -> float:
         return largest(self.right)
 
-    def right_of(self, kind: torch.dtype, device: torch.device) -> Tensor:
+    def right_of(self, kind: Kind, like: Array) -> Array:
         """Return the right sides (matrices, R + 1, n) in a type. The last row is ones: a GEMM adds the shift by it."""
-        if (kind, device) not in self._made:
-            right = torch.ones(self.matrices, self.rank + 1, self.shape[1], dtype=kind)
-            right[:, :-1] = torch.from_numpy(_by_matrix(self.right, self.matrices)).mT
-            self._made[kind, device] = right.to(device)
-        return self._made[kind, device]
+        place = kind, "" if isinstance(like, np.ndarray) else str(like.device)
+        if place not in self._made:
+            right = np.ones((self.matrices, self.rank + 1, self.shape[1]), kind)
+            right[:, :-1] = _turned(_by_matrix(self.right, self.matrices))
+            self._made[place] = sent(right, like)
+        return self._made[place]
 
     @np.errstate(all="ignore")
     def left(self, start: int, stop: int, ratio: Factor | None) -> tuple[list[Wide], Wide]:
@@ -228,7 +229,7 @@ class Products:
         """
         plain, scaled = [], np.empty((stop - start, self.rank))
         for side, ranks, half in zip(self.sides, self.ranks, self._halves, strict=True):
-            x = _scaled(wide(numpy_bits(side.left[start:stop].contiguous()), side.forms[0]), side.exponent - half)
+            x = _scaled(wide(side.left[start:stop], side.forms[0]), side.exponent - half)
             plain.append(x)
             np.multiply(x, side.significand, out=scaled[:, ranks])
             if side.by_rows and ratio:
@@ -243,6 +244,11 @@ class Products:
 def _by_matrix(x: npt.NDArray[Any], matrices: int) -> npt.NDArray[Any]:
     """Return rows as (matrices, rows of each, r)."""
     return x.reshape(matrices, len(x) // matrices, x.shape[1])
+
+
+def _turned(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return each matrix transposed."""
+    return x.transpose(0, 2, 1)
 
 
 @np.errstate(all="ignore")
@@ -311,7 +317,7 @@ class ProductRows:
         return lowest_bits(self._plain, self.shape[0])
 
     @np.errstate(all="ignore")
-    def bound(self, size: Wide, kind: torch.dtype = torch.float64) -> Wide:
+    def bound(self, size: Wide, kind: Kind = np.float64) -> Wide:
         """Return the error bound of a product summed in any order. size: b a."""
         rank = self.products.rank
         # a ratio is right to 4 u, and its product with a factor is rounded too
@@ -320,21 +326,20 @@ class ProductRows:
         return bounds if self.in_range else np.full_like(bounds, np.inf)
 
     @np.errstate(all="ignore")
-    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        right, wide = self.products.right_of(kind, device), torch.from_numpy(self.left)
-        left = torch.cat([wide, wide.new_zeros(len(wide), 1)], 1).to(kind).to(device)
+    def dense(self, kind: Kind, like: Array) -> DenseDelta:
+        right, matrices = self.products.right_of(kind, like), self.products.matrices
+        both = np.zeros((len(self.left), self.left.shape[1] + 1), kind)
+        both[:, :-1] = self.left
+        left, shifted = sent(both, like), None
 
-        shifted: PerMatrix = None
-        matrices = self.products.matrices
-
-        def fill(rows: slice, shift: PerMatrix, out: Tensor) -> None:
+        def fill(rows: slice, shift: PerMatrix, out: Array) -> None:
             nonlocal shifted
             if shift is not shifted:
                 left[:, -1:] = shifted = shift  # the GEMM adds it as one more rank
             if matrices == 1:
-                torch.mm(left[rows], right[0], out=out)
+                matmul(left[rows], right[0], out)
             else:  # all rows
-                torch.bmm(left.view(matrices, -1, left.shape[1]), right, out=out.view(matrices, -1, out.shape[1]))
+                matmul(left.reshape(matrices, -1, left.shape[1]), right, out.reshape(matrices, -1, out.shape[1]))
 
         longest = self.products.column_norms.reshape(matrices, -1).max(1, initial=0.0)
         sizes = self.row_norms * np.repeat(longest, len(left) // matrices)
@@ -376,7 +381,7 @@ class ProductRows:
         of_right = self.products.right_rows(i, j)
         high, low, bound = np.zeros((3, len(i)))
         for side in self.products.sides:
-            left = numpy_bits(side.left[self.start : self.start + self.shape[0]].contiguous())
+            left = side.left[self.start : self.start + self.shape[0]]
             parts = [
                 [x] if form.precision < 53 else list(halves(x))
                 for x, form in (
@@ -434,7 +439,7 @@ class ProductRows:
     def _integer_products(self, i: slice, j: slice) -> Iterator[tuple[_Side, IntArray, int]]:
         """Yield (side, m, e) with m * 2**e the numbers of left @ right in one row or one column."""
         for side in self.products.sides:
-            left = numpy_bits(side.left[self.start : self.start + self.shape[0]][i].contiguous())
+            left = side.left[self.start : self.start + self.shape[0]][i]
             sides = [integers(bits, form) for bits, form in zip((left, side.right[j]), side.forms, strict=True)]
             least = [int(e.min(initial=0)) for _, e in sides]
             x, y = (m.astype(object) << (e - low).astype(object) for (m, e), low in zip(sides, least, strict=True))
@@ -445,8 +450,8 @@ class ProductRows:
 def _squares(rows: ProductRows) -> Wide:
     """Return ||D||^2 of each row; where terms cancel, a mere rounding error counts as 0."""
     products, matrices = rows.products, rows.products.matrices
-    left, right = (torch.from_numpy(_by_matrix(x, matrices)) for x in (rows.left, products.right))
-    squared: Wide = ((left @ products.gram) * left).sum(2).numpy()
+    left, right = (_by_matrix(x, matrices) for x in (rows.left, products.right))
+    squared: Wide = ((left @ products.gram) * left).sum(2)
     squares = np.square(products.column_norms).reshape(matrices, -1).sum(1, keepdims=True)
     size = np.square(rows.row_norms).reshape(matrices, -1) * squares
     doubtful = squared <= 4 * products.rank * U * size
@@ -454,6 +459,6 @@ def _squares(rows: ProductRows) -> Wide:
         doubt = np.flatnonzero(doubtful[k])
         for start in range(0, len(doubt), step := max(1, GATHER // max(1, products.shape[1]))):
             some = doubt[start : start + step]
-            squared[k, some] = (left[k, torch.from_numpy(some)] @ right[k].T).square_().sum(1).numpy()
+            squared[k, some] = np.square(left[k, some] @ right[k].T).sum(1)
             squared[k, some[squared[k, some] <= np.square((products.rank + 8) * U) * size[k, some]]] = 0.0
     return squared.reshape(-1)

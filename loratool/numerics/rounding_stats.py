@@ -10,11 +10,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from .decide import CHUNK, nearest
-from .forms import FORMS, Wide, finite, numpy_bits, tensor_bits
+from .arrays import (
+    Array,
+    Numbers,
+    dot,
+    dots_of_rows,
+    fetched,
+    largest_ordinal,
+    narrow,
+    not_equal,
+    sent,
+    take,
+    widen,
+)
+from .forms import F32, F64, Wide, wide
 from .workspace import Workspace
 
 
@@ -55,72 +65,62 @@ class RoundingStats:
 SUMMED = ("base_squared", "change_squared", "kept", "changed", "not_finite", "overflowed", "moved_squared")
 
 
-def cast_rounded(base: Tensor, out: Tensor, work: Workspace) -> RoundingStats:
-    """Write RN(base) into `out`, for any two float types; only the overflow is counted."""
-    form = FORMS[out.dtype]
-    if base.dtype == torch.float64 and out.itemsize == 2:
-        out.copy_(_round_to_odd(base))
-    elif base.dtype == torch.float64 and out.itemsize == 1:
-        _cast_double(base, out)
-    elif form.inf == form.size and base.dtype != out.dtype:  # where there is no inf, torch stops at the largest number
-        _cast_double(base.double(), out)
-    elif base.itemsize == out.itemsize and base.dtype != out.dtype:  # torch is slow between two types of 16 bits
-        out.copy_(work.take("narrow", torch.float32, *base.shape).copy_(base))
+def cast_rounded(base: Numbers, out: Numbers, work: Workspace) -> RoundingStats:
+    """Write RN(base) into `out`, for any two forms; only the overflow is counted."""
+    if out.on_gpu:
+        made = Numbers.empty(out.form, *out.shape)
+        stats = cast_rounded(Numbers(base.host(), base.form), made, work)
+        out.bits[...] = sent(made.bits, out.bits)
+        return stats
+    if base.form == out.form:
+        np.copyto(out.bits, base.bits)
+    elif base.form != F64:
+        kind = np.float64 if out.form == F64 else np.float32
+        narrow(widen(base, work.take("narrow", kind, *base.shape)), out)
+    elif out.form == F32:
+        narrow(base.wide(), out)
     else:
-        out.copy_(base)  # torch goes through float32, which holds every value of base: one rounding
-    if out.itemsize > 1 and math.isfinite(float(out.abs().max())):
+        narrow(_round_to_odd(base.wide()), out)
+    if largest_ordinal(out) < out.form.inf:
         return RoundingStats()
-    if out.dtype != base.dtype:
-        set_quiet_nan(out, base.isnan())
-    overflowed = ((tensor_bits(out) & form.size) >= form.inf).logical_and_(finite(base))
-    count = int(overflowed.sum())
-    return RoundingStats(overflowed=count, largest=float(base[overflowed].double().abs().max()) if count else 0.0)
+    if base.form != out.form:
+        set_quiet_nan(out, (base.bits & base.form.size) >= base.form.inf + base.form.has_inf)
+    overflowed = np.flatnonzero(~out.is_finite() & base.is_finite())
+    largest = float(np.abs(wide(take(base, overflowed), base.form)).max(initial=0.0))
+    return RoundingStats(overflowed=len(overflowed), largest=largest)
 
 
-def set_quiet_nan(out: Tensor, where: Tensor) -> None:
+def set_quiet_nan(out: Numbers, mask: Array) -> None:
     """Write the format's quiet nan, positive and without payload; a cast's bits would depend on the processor."""
-    form = FORMS[out.dtype]
-    tensor_bits(out).masked_fill_(where, form.inf | 1 << (form.precision - 2))
-
-
-def _round_to_odd(x: Tensor) -> Tensor:
-    """Round float64 to float32; a number between two neighbors becomes the one whose last bit is 1.
-
-    Rounding the result to 16 bits is the same as rounding x directly (Boldo and Melquiond 2008, theorem 3). On some
-    processors torch's own cast goes through the nearest float32, which is not.
-    """
-    near = x.float()
-    back, pattern = near.double(), near.view(torch.int32)
-    pattern.sub_((back.abs() > x.abs()).int()).bitwise_or_((back != x).int())
-    return near
+    out.bits[mask] = out.form.inf | 1 << (out.form.precision - 2)
 
 
 @np.errstate(all="ignore")
-def _cast_double(base: Tensor, out: Tensor) -> None:
-    """Cast float64 in one rounding; torch takes two on some processors. An overflow gets the bits of inf."""
-    out.copy_(base)
-    flat, result, form = base.reshape(-1).cpu().numpy(), torch.empty(base.shape, dtype=out.dtype), FORMS[out.dtype]
-    patterns = numpy_bits(result).reshape(-1)
-    patterns[...] = numpy_bits(out.cpu().contiguous()).reshape(-1)
-    for start in range(0, len(flat), CHUNK):
-        part = slice(start, start + CHUNK)
-        zero = np.zeros(len(flat[part]))
-        rounded, sure = nearest(flat[part], zero, zero, form)
-        patterns[part] = np.where(sure & (flat[part] != 0), rounded, patterns[part])  # of 0 the sign stays
-    out.copy_(result)
+def _round_to_odd(x: Wide) -> npt.NDArray[np.float32]:
+    """Round float64 to float32; a number between two neighbors becomes the one whose last bit is 1.
+
+    Rounding the result to 16 or 8 bits is the same as rounding x directly (Boldo and Melquiond 2008, theorem 3).
+    """
+    near = x.astype(np.float32)
+    back, pattern = near.astype(np.float64), near.view(np.int32)
+    pattern -= np.abs(back) > np.abs(x)
+    pattern |= back != x
+    return near
 
 
-def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, cast: RoundingStats) -> RoundingStats:
+def replaced_change(base: Numbers, value: Numbers, out: Numbers, work: Workspace, cast: RoundingStats) -> RoundingStats:
     """Return the statistics of rows of `base` that were replaced by `value`, rounded to `out`. All are (rows, n).
 
     Args:
         cast: the statistics that `cast_rounded` returned for the replacement, with its overflow.
     """
-    wide, new, total = (work.take(name, torch.float64, *base.shape) for name in ("wide", "change", "total"))
-    wide.copy_(base)
-    new.copy_(value).sub_(wide)
-    total.copy_(out).sub_(wide)
-    kept, change, squared = dot(total, new), dot(new, new), dot(wide, wide)
+    weight, new, total = (
+        widen(each, work.take(name, np.float64, *base.shape))
+        for name, each in (("wide", base), ("change", value), ("total", out))
+    )
+    new -= weight
+    total -= weight
+    kept, change, squared = dot(total, new), dot(new, new), dot(weight, weight)
     if not math.isfinite(squared):
         kept = change = squared = 0.0  # inf and nan have no size
     return RoundingStats(
@@ -128,29 +128,18 @@ def replaced_change(base: Tensor, value: Tensor, out: Tensor, work: Workspace, c
     )
 
 
-def dot(x: Tensor, y: Tensor) -> float:
-    return float(torch.dot(x.view(-1), y.view(-1)))
-
-
-def dot_by_matrix(x: Tensor, y: Tensor, matrices: int) -> Wide:
+def dot_by_matrix(x: Array, y: Array, matrices: int) -> Wide:
     """Return <x, y> of each matrix; x and y hold `matrices` matrices, one below the other."""
-    if matrices == 1:
-        return np.array([dot(x, y)])
-    products: Wide = torch.linalg.vecdot(x.view(matrices, -1), y.view(matrices, -1)).double().cpu().numpy()
-    return products
+    return dots_of_rows(x.reshape(matrices, -1), y.reshape(matrices, -1))
 
 
-def count_different(x: Tensor, base: Tensor, work: Workspace, matrices: int = 1) -> npt.NDArray[np.intp]:
-    """Return how many values of each matrix differ, by their bits if the types are equal."""
-    if x.is_cuda or x.itemsize == 1:
-        differ = x.double() != base.double() if x.dtype != base.dtype else tensor_bits(x) != tensor_bits(base)
-        return differ.view(matrices, -1).sum(1).cpu().numpy()
-    hit = work.take("different", torch.bool, *x.shape).numpy()
-    if x.dtype == base.dtype:
-        np.not_equal(numpy_bits(x), numpy_bits(base), out=hit)
-    else:
-        kind = torch.float64 if 8 in (x.itemsize, base.itemsize) else torch.float32
-        first, second = (work.take(name, kind, *x.shape).copy_(source) for name, source in (("one", x), ("two", base)))
-        np.not_equal(first.numpy(), second.numpy(), out=hit)
-    by_matrix = hit.reshape(matrices, -1)
-    return np.array([np.count_nonzero(row) for row in by_matrix])  # by axis numpy takes ten times as long
+def count_different(x: Numbers, base: Numbers, work: Workspace, matrices: int = 1) -> npt.NDArray[np.intp]:
+    """Return how many values of each matrix differ, by their bits if the forms are equal."""
+    both = [x.bits, base.bits]
+    if x.form != base.form:
+        kind = np.float64 if F64 in (x.form, base.form) else np.float32
+        both = [widen(each, work.take(name, kind, *x.shape)) for name, each in (("one", x), ("two", base))]
+    hit = not_equal(both[0], both[1], work.take("different", np.bool_, *x.shape)).reshape(matrices, -1)
+    if x.on_gpu:
+        return fetched(hit.sum(1))
+    return np.array([np.count_nonzero(row) for row in hit])  # by axis numpy takes ten times as long

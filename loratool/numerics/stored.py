@@ -7,63 +7,66 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from .arrays import Array, Kind, Numbers, empty, sent, widen
 from .decide import LEAST, SLACK, Delta, DenseDelta, U
 from .error_free import two_product, two_sum
-from .forms import FORMS, Positions, Wide, fraction, numpy_bits, wide
+from .forms import Positions, Wide, fraction, wide
 from .products import LEAST_OF, UNIT_OF
+from .tensors import AnyNumbers, numbers_of
 
 
 class Stored:
     """D = weight * V for stored values V.
 
     Args:
-        value: (k, n), any type of FORMS, finite.
+        value: (k, n), in any of FORMS, finite.
         weight: a float64, so that D is the product of two numbers.
         index: (rows,), the row of V for each row, -1 for D = 0; by default all in order.
     """
 
-    def __init__(self, value: Tensor, weight: float, index: Positions | None = None) -> None:
-        self._value, self._weight = value.cpu().contiguous(), weight
+    def __init__(self, value: AnyNumbers, weight: float, index: Positions | None = None) -> None:
+        stored = numbers_of(value)
+        self._value, self._weight = Numbers(stored.host(), stored.form), weight
         self._index, self._is_whole = np.arange(len(value)) if index is None else index, index is None
         self.shape = len(self._index), value.shape[1]
-        bits, form = numpy_bits(self._value), FORMS[value.dtype]
+        bits, form = self._value.bits, self._value.form
         self._most = wide((bits & form.size).max(1, initial=0).astype(form.bits_type), form)  # of each row of V
         most = float(self._most.max(initial=0.0))
         self.largest = max(most, most * abs(weight), abs(weight))
 
     @np.errstate(all="ignore")
-    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        value, weight = self._value.to(device), abs(self._weight)
+    def dense(self, kind: Kind, like: Array) -> DenseDelta:
+        value, weight = Numbers(sent(self._value.bits, like), self._value.form), abs(self._weight)
         most = np.append(self._most, 0.0)[self._index]
         sizes = most * weight * SLACK
         # rounding errors of the values' cast, the weight's cast, and the product; a flushed part of one is multiplied
         # by the other, and 16 bits are cast through float32
-        errors = 3 * UNIT_OF[kind] * sizes + 4 * LEAST_OF[torch.float32] * (1 + most) * (1 + weight)
+        errors = 3 * UNIT_OF[kind] * sizes + 4 * LEAST_OF[np.float32] * (1 + most) * (1 + weight)
 
-        def fill(rows: slice, shift: float, out: Tensor) -> None:
+        def fill(rows: slice, shift: float, out: Array) -> None:
             if self._is_whole:
-                out.copy_(value[rows])
+                widen(value[rows], out)
             else:
-                index = torch.from_numpy(self._index[rows])
-                some = (index >= 0).nonzero()[:, 0]
-                out.zero_()[some.to(device)] = value[index[some].to(device)].to(kind)
+                index = self._index[rows]
+                some = np.flatnonzero(index >= 0)
+                out[...] = 0
+                taken = value[sent(index[some], like)]
+                out[sent(some, like)] = widen(taken, empty(kind, *taken.shape, like=like))
             if self._weight != 1:
-                out.mul_(self._weight)
-            out.add_(shift)
+                out *= self._weight
+            out += shift
 
         return DenseDelta(sizes, errors, fill)
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         row = self._index.take(i)
         bits = (
-            numpy_bits(self._value)[np.maximum(row, 0), j]
+            self._value.bits[np.maximum(row, 0), j]
             if len(self._value)
-            else np.zeros(len(i), FORMS[self._value.dtype].bits_type)
+            else np.zeros(len(i), self._value.form.bits_type)
         )
-        value = np.where(row >= 0, wide(bits, FORMS[self._value.dtype]), 0.0)
+        value = np.where(row >= 0, wide(bits, self._value.form), 0.0)
         if self._weight == 1:
             size = value.view(np.int64) & np.int64(2**63 - 1)
             subnormal = (size > 0) & (size < 1 << 52)  # in float64: may be flushed
@@ -78,7 +81,7 @@ class Stored:
         row = int(self._index[i])
         if row < 0:
             return Fraction(0)
-        return Fraction(self._weight) * fraction(numpy_bits(self._value)[row, j], FORMS[self._value.dtype])
+        return Fraction(self._weight) * fraction(self._value.bits[row, j], self._value.form)
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,11 @@ class Zero:
     shape: tuple[int, int]
     largest: float = 0.0
 
-    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
+    def dense(self, kind: Kind, like: Array) -> DenseDelta:
         none = np.zeros(self.shape[0])
 
-        def fill(rows: slice, shift: float, out: Tensor) -> None:
-            out.fill_(shift)
+        def fill(rows: slice, shift: float, out: Array) -> None:
+            out[...] = shift
 
         return DenseDelta(none, none, fill)
 
@@ -120,16 +123,16 @@ class Sum:
         return max(delta.largest for delta in self.deltas)
 
     @np.errstate(all="ignore")
-    def dense(self, kind: torch.dtype, device: torch.device) -> DenseDelta:
-        first, *rest = parts = [delta.dense(kind, device) for delta in self.deltas]
+    def dense(self, kind: Kind, like: Array) -> DenseDelta:
+        first, *rest = parts = [delta.dense(kind, like) for delta in self.deltas]
         sizes = np.sum([part.sizes for part in parts], axis=0) * SLACK
         errors = np.sum([part.errors for part in parts], axis=0) * SLACK + len(parts) * UNIT_OF[kind] * sizes
 
-        def fill(rows: slice, shift: float, out: Tensor) -> None:
+        def fill(rows: slice, shift: float, out: Array) -> None:
             first.fill(rows, shift, out)
             for part in rest:
-                part.fill(rows, 0.0, more := torch.empty_like(out))
-                out.add_(more)
+                part.fill(rows, 0.0, more := empty(kind, *out.shape, like=out))
+                out += more
 
         return DenseDelta(sizes, errors, fill)
 

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
+
+import numpy.typing as npt
+
+from .arrays import ON_CPU, Array, Numbers, empty
+from .forms import Form
 
 
 class Workspace:
-    """Buffers of one worker, flat and reused for every shape. Views are cached, because making one costs a call."""
+    """Buffers of one worker, flat and reused for every shape. Views are cached, because making one costs a call.
 
-    def __init__(self, device: torch.device, pinned: bool = False) -> None:
-        self.device = device
-        self._pinned = pinned
-        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._views: dict[tuple[str, torch.dtype, int, int], Tensor] = {}
+    Args:
+        like: an array where the buffers are to be.
+        pinned: in pages that a GPU can read by itself.
+    """
 
-    def take(self, name: str, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-        """Return the buffer of this name and dtype as (rows, columns); it overwrites the one taken before."""
-        view = self._views.get((name, dtype, rows, columns))
+    def __init__(self, like: Array = ON_CPU, pinned: bool = False) -> None:
+        self._like, self._pinned = like, pinned
+        self._flat: dict[tuple[str, Any], Array] = {}
+        self._views: dict[tuple[str, Any, int, int], Array] = {}
+
+    def take(self, name: str, kind: npt.DTypeLike, rows: int, columns: int) -> Array:
+        """Return the buffer of this name and kind as (rows, columns); it overwrites the one taken before."""
+        view = self._views.get((name, kind, rows, columns))
         if view is None:
             size = rows * columns
-            flat = self._flat.get((name, dtype))
+            flat = self._flat.get((name, kind))
             if flat is None or len(flat) < size:
-                flat = torch.empty(size, dtype=dtype, device=self.device, pin_memory=self._pinned)
-                self._flat[name, dtype] = flat
-                self._views = {key: old for key, old in self._views.items() if key[:2] != (name, dtype)}
-            view = self._views[name, dtype, rows, columns] = flat[:size].view(rows, columns)
+                flat = self._flat[name, kind] = self._made(kind, size)
+                self._views = {key: old for key, old in self._views.items() if key[:2] != (name, kind)}
+            view = self._views[name, kind, rows, columns] = flat[:size].reshape(rows, columns)
         return view
+
+    def _made(self, kind: npt.DTypeLike, size: int) -> Array:
+        if not self._pinned:
+            return empty(kind, size, like=self._like)
+        from . import gpu
+
+        return gpu.pinned(kind, size)
+
+    def numbers(self, name: str, form: Form, rows: int, columns: int) -> Numbers:
+        """Return the buffer of this name for numbers."""
+        return Numbers(self.take(name, form.bits_type, rows, columns), form)

@@ -12,15 +12,16 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from ..binding.merge.merge_plan import MergePlan
 from ..binding.modules.placement import Placement
 from ..files.codecs.codec import Parts, StoredTensor
-from ..files.dtypes import DTYPE_NAMES, FLOATS, TensorSpec
+from ..files.dtypes import FLOATS, TensorSpec
 from ..files.tensor_ref import TensorRef
-from ..numerics.forms import Wide
+from ..numerics.arrays import Numbers, sent
+from ..numerics.forms import F64, FORMS, Form, Wide
 from ..numerics.merge import RowMerge
 from ..numerics.passes.hashes import AwaitsHash
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
@@ -100,9 +101,9 @@ def segments(placements: Sequence[Placement], ends: set[int]) -> Iterator[tuple[
 def _decode(source: TensorRef, start: int, stop: int) -> Step:
     """Return the step that only decodes rows start:stop of a coded tensor, and records their codes."""
 
-    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> AwaitsHash:
+    def step(base: Numbers, row: int, out: Numbers, work: Workspace) -> AwaitsHash:
         stats = cast_rounded(base, out, work)
-        recorder = Recorder(base.dtype, _rows_of(source, start + row, base.shape[1]), work)
+        recorder = Recorder(base.form, _rows_of(source, start + row, base.shape[1]), work)
         recorder.difference(base, out)
         return recorder.result(stats, base, out)
 
@@ -117,14 +118,14 @@ def _rows_of(source: TensorRef, start: int, columns: int) -> CodedRows:
 def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: int, stop: int) -> Step:
     """Return the step that merges rows start:stop of a tensor. codes: the tensor if its codes are to be recorded."""
 
-    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | AwaitsHash:
+    def step(base: Numbers, row: int, out: Numbers, work: Workspace) -> RoundingStats | AwaitsHash:
         if not record:
             return segment.merge(base, start + row, out, work)
         x, norms = segment.reals_of(start + row, start + row + len(base), base, work)
-        recorder = Recorder(base.dtype, _rows_of(codes, start + row, base.shape[1]) if codes else None, work)
+        recorder = Recorder(base.form, _rows_of(codes, start + row, base.shape[1]) if codes else None, work)
         if norms is not None and (segment.norms_of_rows or start + row == segment.start):
             recorder.head(norms)
-        stats = RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work, recorder)
+        stats = RowMerge(x, base.form, out.form, base.bits).apply(base, 0, out, work, recorder)
         return recorder.result(stats, base, out)
 
     return step
@@ -142,13 +143,13 @@ def _batching(segment: RowSegment, record: bool) -> Batching | None:
 def _merge_batch(record: bool, segments: Sequence[RowSegment]) -> Step:
     """Return the step that merges all rows of several tensors, as one sum if `reals_of_batch` can."""
 
-    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> list[RoundingStats] | list[AwaitsHash]:
+    def step(base: Numbers, row: int, out: Numbers, work: Workspace) -> list[RoundingStats] | list[AwaitsHash]:
         x = reals_of_batch(segments)
         if x is None:
-            blocks = zip(segments, base.chunk(len(segments)), out.chunk(len(segments)), strict=True)
+            blocks = zip(segments, base.split(len(segments)), out.split(len(segments)), strict=True)
             return [_merge(segment, record, None, 0, len(b))(b, 0, merged, work) for segment, b, merged in blocks]
-        recorder = Recorder(base.dtype, matrices=len(segments)) if record else None
-        stats = RowMerge(x, base.dtype, out.dtype, base.device).apply_each(base, 0, out, work, recorder)
+        recorder = Recorder(base.form, matrices=len(segments)) if record else None
+        stats = RowMerge(x, base.form, out.form, base.bits).apply_each(base, 0, out, work, recorder)
         return recorder.results(stats, base, out) if recorder else stats
 
     return step
@@ -158,14 +159,15 @@ def _replace(base: TensorRef, segment: RowSegment | None, record: bool, start: i
     """Return the step for rows with values of another tensor; it reads the base's too, for statistics and undo."""
     inner = _merge(segment, False, None, start, stop) if segment else None
 
-    def step(value: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | AwaitsHash:
+    def step(value: Numbers, row: int, out: Numbers, work: Workspace) -> RoundingStats | AwaitsHash:
         done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
         first = start + row
-        weight = base.as_stored(out.dtype).rows(first, first + len(value)).to(out.device)
+        rows = base.as_stored(out.form.name).read_matrix(base.spec.shape[0], first, first + len(value))
+        weight = Numbers(sent(rows.bits, out.bits), rows.form)
         stats = replaced_change(weight, value, out, work, done)
         if not record:
             return stats
-        recorder = Recorder(weight.dtype)
+        recorder = Recorder(weight.form)
         recorder.difference(weight, out)
         return recorder.result(stats, weight, out)
 
@@ -178,8 +180,7 @@ def restore_tensor(
     """Return a merged tensor that is restored to the base's from its undo records. spec: of the base's tensor."""
     rows = placements[0].rows if placements else (spec.shape or (1,))[0]
     columns = spec.size // rows if rows else 0
-    dtype = getattr(torch, DTYPE_NAMES[spec.dtype] if spec.dtype in FLOATS else "uint8")
-
+    form = FORMS.get(spec.dtype, F64)
     parts = undo.parts_of(name) if name in undo.weights else None
 
     def ranges() -> Iterator[RowRange | CopiedRows]:
@@ -189,9 +190,9 @@ def restore_tensor(
             while records and records[0].stop <= stop:
                 record = records.popleft()
                 if segment and record.start == start:
-                    segment.stored_norms = partial(_read_norms, undo, record, name, dtype)
+                    segment.stored_norms = partial(_read_norms, undo, record, name, form)
                 codes = CodedRows(parts, record.start, columns) if parts else None
-                prepare = partial(_restore, undo, record, name, dtype, segment, codes)
+                prepare = partial(_restore, undo, record, name, form, segment, codes)
                 height = record.stop - record.start
                 yield RowRange(record.start, record.stop, prepare, height, height, hashed="out")
         if copied := undo.copied_rows(name):
@@ -206,11 +207,11 @@ def scattered_codes(parts: Parts, columns: int) -> Scattered:
     codec, codes = parts.weight.format, parts.weight.tensors[0]
     fold, width = columns // parts.weight.spec.shape[-1], codec.width(parts)
 
-    def write(start: int, out: Tensor, result: Any) -> tuple[Any, Iterator[Written]]:
-        places = codec.places(parts, start * fold, out.numpy().reshape(-1, width))
+    def write(start: int, out: npt.NDArray[Any], result: Any) -> tuple[Any, Iterator[Written]]:
+        places = codec.places(parts, start * fold, out.reshape(-1, width))
         return result, ((codes, offset, data) for offset, data in places)
 
-    return Scattered(getattr(torch, codec.code), width * fold, parts.codes_spec.nbytes, write)
+    return Scattered(np.dtype(codec.code), width * fold, parts.codes_spec.nbytes, write)
 
 
 def restore_codes(
@@ -228,14 +229,12 @@ def restore_codes(
     return restored
 
 
-def _restorer(
-    undo: UndoFile, record: Record, name: str, dtype: torch.dtype, codes: CodedRows | None = None
-) -> Restorer:
-    return Restorer(name, dtype, undo.bytes(record.offset, record.length), record.sha256, record.sum, codes)
+def _restorer(undo: UndoFile, record: Record, name: str, form: Form, codes: CodedRows | None = None) -> Restorer:
+    return Restorer(name, form, undo.bytes(record.offset, record.length), record.sha256, record.sum, codes)
 
 
-def _read_norms(undo: UndoFile, record: Record, name: str, dtype: torch.dtype, count: int) -> Wide:
-    restorer = _restorer(undo, record, name, dtype)
+def _read_norms(undo: UndoFile, record: Record, name: str, form: Form, count: int) -> Wide:
+    restorer = _restorer(undo, record, name, form)
     with restorer.damage():
         return restorer.norms(count)
 
@@ -244,16 +243,16 @@ def _restore(
     undo: UndoFile,
     record: Record,
     name: str,
-    dtype: torch.dtype,
+    form: Form,
     segment: RowSegment | None,
     codes: CodedRows | None,
     start: int,
     stop: int,
 ) -> Step:
     """Return the step that restores a record's rows. segment: None for rows that were replaced or only decoded."""
-    restorer = _restorer(undo, record, name, dtype, codes)
+    restorer = _restorer(undo, record, name, form, codes)
 
-    def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> AwaitsHash:
+    def step(merged: Numbers, row: int, out: Any, work: Workspace) -> AwaitsHash:
         with restorer.damage():
             if segment is None:
                 restorer.replaced(merged, out, work)
@@ -276,7 +275,7 @@ def subtract_tensor(source: TensorRef, placements: Sequence[Placement], load: Up
     height = record_rows(columns)
 
     def prepare(segment: RowSegment, start: int, stop: int) -> Step:
-        def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> Doubted:
+        def step(merged: Numbers, row: int, out: Numbers, work: Workspace) -> Doubted:
             x, _ = segment.reals_of(start + row, start + row + len(merged), merged, work)
             return subtract(merged, x, out, work)
 

@@ -9,19 +9,21 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..binding.modules.placement import Placement
 from ..errors import InputError, NeedsFlag
 from ..files.codecs.codec import Parts, Piece, Quantizer
-from ..files.tensor_ref import TensorRef, is_finite
+from ..files.dtypes import DTYPE_NAMES
+from ..files.tensor_ref import TensorRef
+from ..numerics.arrays import Numbers, empty
+from ..numerics.code_levels import Codes
+from ..numerics.forms import F32, Form
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
+from ..numerics.tensors import tensor_of
 from ..numerics.workspace import Workspace
 from ..undo.checks import record_rows
 from .apply import scattered_codes, segments
 from .items import Step
-from .rewrite import ChangedTensor, RowRange
+from .rewrite import LARGEST_FLOAT32, ChangedTensor, RowRange
 from .scattered import Scattered, Written
 from .segment import RowSegment, UpdateLoader
 
@@ -34,13 +36,11 @@ class MergedRows:
 
     Args:
         source: the tensor of W.
-        dtype: of W'.
+        form: of W'.
     """
 
-    def __init__(
-        self, source: TensorRef, placements: Sequence[Placement], dtype: torch.dtype, load: UpdateLoader
-    ) -> None:
-        self.source, self.dtype = source, dtype
+    def __init__(self, source: TensorRef, placements: Sequence[Placement], form: Form, load: UpdateLoader) -> None:
+        self.source, self.form = source, form
         self.rows = placements[0].rows if placements else source.spec.size // max(1, source.spec.shape[-1])
         self.columns = source.spec.size // max(1, self.rows)
         self._parts = [
@@ -48,7 +48,7 @@ class MergedRows:
             for start, stop, inside in segments(placements, {0, self.rows})
         ]
 
-    def merge(self, base: Tensor, start: int, work: Workspace) -> tuple[Tensor, RoundingStats]:
+    def merge(self, base: Numbers, start: int, work: Workspace) -> tuple[Numbers, RoundingStats]:
         """Return W' of rows from `start` on, and the statistics of their rounding.
 
         Args:
@@ -57,7 +57,7 @@ class MergedRows:
         Raises:
             NeedsFlag, InputError: a number is not finite.
         """
-        out, stats = torch.empty(base.shape, dtype=self.dtype, device=base.device), []
+        out, stats = Numbers(empty(self.form.bits_type, *base.shape, like=base.bits), self.form), []
         for first, last, segment in self._parts:
             low, high = max(start, first), min(start + len(base), last)
             if low < high:
@@ -71,16 +71,16 @@ class MergedRows:
         self._require_codes(out, total)
         return out, total
 
-    def _require_codes(self, out: Tensor, stats: RoundingStats) -> None:
+    def _require_codes(self, out: Numbers, stats: RoundingStats) -> None:
         """Raise for numbers that no code stands for: one of them would spoil the scale of its group."""
-        kind = str(self.dtype).removeprefix("torch.")
+        kind = DTYPE_NAMES[self.form.name]
         if stats.overflowed:
             message = f"{stats.overflowed} weights become infinite in {kind}, before they are encoded"
             remedy = "is this the adapter's base, and its alpha right?"
-            if self.dtype != torch.float32 and stats.largest < torch.finfo(torch.float32).max:
+            if self.form != F32 and stats.largest < LARGEST_FLOAT32:
                 raise NeedsFlag(message, culprit=self.source.name, flags="--dtype fp32", why=", which holds them")
             raise InputError(message, culprit=self.source.name, remedy=remedy)
-        if not is_finite(out):
+        if not out.all_finite():
             message = "holds inf or nan, for which the format has no codes"
             raise InputError(message, culprit=self.source.name, remedy="download the original again")
 
@@ -88,17 +88,17 @@ class MergedRows:
 def encode_tensor(
     source: TensorRef,
     placements: Sequence[Placement],
-    dtype: torch.dtype,
+    form: Form,
     quantizer: Callable[[], Quantizer],
     load: UpdateLoader,
 ) -> ChangedTensor:
     """Return a merged weight as codes; the steps also write the tensors beside the codes, and return RoundingStats.
 
     Args:
-        dtype: the type that W' is rounded to before it is encoded.
+        form: what W' is rounded to before it is encoded.
         quantizer: returns a new quantizer for each item.
     """
-    merged, like = MergedRows(source, placements, dtype, load), quantizer()
+    merged, like = MergedRows(source, placements, form, load), quantizer()
     fold = merged.columns // source.spec.shape[-1]  # the codec's rows in a row
     is_whole = like.sees_all or not like.together
     together = max(1, like.together // math.gcd(like.together, fold))
@@ -116,15 +116,17 @@ def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop:
     """Return the step that merges and encodes rows start:stop; a quantizer that `sees_all` sees them first."""
     quantizer, width = make(), merged.source.spec.shape[-1]
     if quantizer.sees_all:
-        step, work = record_rows(merged.columns), Workspace(torch.device("cpu"))
+        step, work = record_rows(merged.columns), Workspace()
         for first in range(start, stop, step):
-            base = merged.source.matrix_rows(merged.rows, first, min(first + step, stop))
-            quantizer.see(merged.merge(base, first, work)[0].view(-1, width))
+            base = merged.source.read_matrix(merged.rows, first, min(first + step, stop))
+            quantizer.see(tensor_of(merged.merge(base, first, work)[0]).view(-1, width))
 
-    def step_of(base: Tensor, row: int, out: Tensor, work: Workspace) -> Encoded:
+    def step_of(base: Numbers, row: int, out: Codes, work: Workspace) -> Encoded:
         rounded, stats = merged.merge(base, start + row, work)
-        codes, pieces = quantizer.rows((start + row) * (merged.columns // width), rounded.cpu().view(-1, width))
-        out.numpy()[...] = codes.reshape(tuple(out.shape))
+        codes, pieces = quantizer.rows(
+            (start + row) * (merged.columns // width), tensor_of(rounded).cpu().view(-1, width)
+        )
+        out[...] = codes.reshape(out.shape)
         return stats, [*pieces, *(quantizer.rest() if start + row + len(base) == merged.rows else ())]
 
     return step_of
@@ -134,7 +136,7 @@ def _scattered(parts: Parts, columns: int) -> Scattered:
     """Return how the codes are written, and the pieces of the tensors beside them that a step returns."""
     codes, names = scattered_codes(parts, columns), parts.weight.names
 
-    def write(start: int, out: Tensor, result: Encoded) -> tuple[Any, Iterator[Written]]:
+    def write(start: int, out: Codes, result: Encoded) -> tuple[Any, Iterator[Written]]:
         (stats, pieces), (_, written) = result, codes.write(start, out, None)
         return stats, chain(((names[role], offset, data) for role, offset, data in pieces), written)
 

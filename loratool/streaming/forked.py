@@ -24,10 +24,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
-import torch
-
 from ..durable.interrupts import SIGNALS, unless_done
 from ..errors import MachineError
+from .threads import set_threads
 
 AHEAD = 2  # items assigned to a worker, so that it never waits for the next
 
@@ -130,7 +129,7 @@ def _serve(
         return
     for other in parents:
         other.close()
-    torch.set_num_threads(1)  # the workers are the parallelism
+    set_threads(1)
     worker = make_worker()
     try:
         for number, item in chosen(items, iter(link.recv, None)):

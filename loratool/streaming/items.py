@@ -11,12 +11,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from ..durable.fileio import read_into
 from ..files.tensor_ref import TensorRef
 from ..files.weights_file import WeightsFile
+from ..numerics.arrays import Numbers
+from ..numerics.forms import Form
 from ..numerics.workspace import Workspace
 from .scattered import Scattered, Strided
 
@@ -74,8 +76,9 @@ class HashBytes:
 # What a worker reads into, and what a step writes to.
 Buffer = Literal["base", "out"]
 
-# Compute a block: (base, index of its first row within the item, out, work) -> the block's result. It writes `out`.
-Step = Callable[[Tensor, int, Tensor, Workspace], Any]
+# Compute a block: (base, index of its first row within the item, out, work) -> the block's result. It writes `out`,
+# which is Numbers, or an array of codes.
+Step = Callable[[Numbers, int, Any, Workspace], Any]
 
 # (start, stop) of an item's rows -> the step for its blocks; it holds what all of these rows share.
 Prepare = Callable[[int, int], Step]
@@ -111,7 +114,7 @@ class MapRows:
     columns: int
     target: BinaryIO
     target_offset: int  # of row `start`
-    target_dtype: torch.dtype
+    written: Form | npt.DTypeLike  # the form of what is written, or the type of codes
     target_columns: int
     start: int
     stop: int
@@ -129,10 +132,15 @@ class MapRows:
         return ((row, min(row + self.block_rows, count)) for row in range(0, count, self.block_rows))
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number that is written."""
+        return self.written.itemsize if isinstance(self.written, Form) else np.dtype(self.written).itemsize
+
+    @property
     def nbytes(self) -> int:
         if self.scattered:
             return (self.stop - self.start) * self.scattered[0].nbytes // self.scattered[2]
-        return (self.stop - self.start) * self.target_columns * self.target_dtype.itemsize
+        return (self.stop - self.start) * self.target_columns * self.itemsize
 
     def places(self, written: Iterable[Strided]) -> Iterator[tuple[BinaryIO, int, int]]:
         """Yield the places of the blocks: the file, the first byte, and the number of bytes.
@@ -141,7 +149,7 @@ class MapRows:
             written: the places of codes; unused for other tensors.
         """
         if self.scattered is None:
-            width = self.target_columns * self.target_dtype.itemsize
+            width = self.target_columns * self.itemsize
             yield from (
                 (self.target, self.target_offset + row * width, (end - row) * width) for row, end in self.blocks
             )

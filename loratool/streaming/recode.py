@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from ..binding.modules.placement import Placement
 from ..files.codecs.codec import Parts
 from ..files.tensor_ref import TensorRef
+from ..numerics.arrays import Numbers
 from ..numerics.code_grid import round_to_codes
+from ..numerics.code_levels import Codes
+from ..numerics.forms import F64
 from ..numerics.passes.hashes import AwaitsHash
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
@@ -50,11 +50,11 @@ def recode_tensor(
 def _recode(parts: Parts, segment: RowSegment | None, record: bool, start: int, stop: int) -> Step:
     """Return the step that rounds rows start:stop to codes. segment: None for rows that keep their codes."""
 
-    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats | AwaitsHash:
+    def step(base: Numbers, row: int, out: Codes, work: Workspace) -> RoundingStats | AwaitsHash:
         first = start + row
         rows = CodedRows(parts, first, base.shape[1])
         former = rows.read(len(base))
-        codes, stats = out.numpy().reshape(former.shape), RoundingStats()
+        codes, stats = out.reshape(former.shape), RoundingStats()
         codes[...] = former
         if segment:
             x, _ = segment.reals_of(first, first + len(base), base, work)
@@ -79,7 +79,7 @@ def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
         for record in undo.records(name):
             data = undo.bytes(record.offset, record.length)
             coded = CodedRows(parts, record.start, columns)
-            restorer = Restorer(name, torch.float64, data, record.sha256, record.sum, coded)
+            restorer = Restorer(name, F64, data, record.sha256, record.sum, coded)
             height = record.stop - record.start
             yield RowRange(record.start, record.stop, partial(_restore, restorer, coded), height, height)
 
@@ -89,10 +89,10 @@ def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
 def _restore(restorer: Restorer, rows: CodedRows, start: int, stop: int) -> Step:
     """Return the step that restores a record's codes; the weight's numbers, which a rewrite reads, are not used."""
 
-    def step(merged: Tensor, row: int, out: Tensor, work: Workspace) -> AwaitsHash:
+    def step(merged: Numbers, row: int, out: Codes, work: Workspace) -> AwaitsHash:
         codes = rows.read(stop - start)
         with restorer.damage():
             restorer.recoded(codes, out)
-        return restorer.check(out, torch.from_numpy(codes))
+        return restorer.check(out, codes)
 
     return step

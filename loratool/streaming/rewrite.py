@@ -15,14 +15,14 @@ from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, TypeGuard
 
-import torch
-
 from ..durable.fileio import write_at, write_back_early
 from ..durable.journal import Journal, Place
 from ..errors import InputError, NeedsFlag
-from ..files.dtypes import DTYPE_NAMES, DTYPES, TensorSpec
+from ..files.dtypes import DTYPES, TensorSpec
 from ..files.output.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
+from ..numerics.arrays import Device
+from ..numerics.forms import F32, FORMS, fraction
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.reader import belongs
 from ..undo.records import Doubted, RecordedBlock
@@ -53,6 +53,8 @@ RESULTS = {kind.__name__: kind for kind in (RoundingStats, RecordedBlock, Doubte
 
 # A type -> the --dtype that holds numbers that overflow in it
 WIDER = {"F16": "fp32", "BF16": "fp32", "F8_E4M3": "bf16", "F8_E5M2": "bf16"}
+
+LARGEST_FLOAT32 = float(fraction(F32.inf - 1, F32))
 
 CAST_BLOCK = 1 << 17  # numbers cast at a time
 
@@ -102,7 +104,7 @@ def rewrite(
     output: Output,
     sources: Mapping[str, TensorRef],
     changed: Mapping[str, ChangedTensor],
-    device: torch.device,
+    device: Device,
     workers: int,
     progress: Progress | None = None,
     finish: Callable[[Mapping[str, BinaryIO]], Mapping[str, bytes]] | None = None,
@@ -234,7 +236,7 @@ def refuse_overflow(
     message = f"{count} weights become infinite in {new}"
     if new == "F8_E4M3":
         message = f"{count} weights are beyond the largest number of {new}"
-    if largest < torch.finfo(torch.float32).max and new in WIDER:
+    if largest < LARGEST_FLOAT32 and new in WIDER:
         flags = f"--dtype {WIDER[new]}" + " --no-undo" * bool(output.undo)
         raise NeedsFlag(message, culprit=tensor, flags=flags, why=", which holds them")
     remedy = "is this the adapter's base, and its alpha right?"
@@ -322,13 +324,13 @@ def _grouped(items: Iterable[Item]) -> Iterator[Item]:
     single: dict[Hashable, MapRows | HashBytes] = {}
     for item in items:
         if isinstance(item, MapRows) and item.batching:
-            alike = item.batching.alike, item.source.dtype, item.target_dtype, item.stop - item.start, item.columns
+            alike = item.batching.alike, item.source.form, item.written, item.stop - item.start, item.columns
             waiting = small.setdefault(alike, [])
             waiting.append(item)
             if (len(waiting) + 1) * item.batching.size > BATCH:
                 yield MapBatch(tuple(small.pop(alike)))
         elif isinstance(item, HashBytes) or (isinstance(item, MapRows) and item.hashed):
-            hashed = item.length if isinstance(item, HashBytes) else (item.hashed, item.nbytes, item.source.dtype)
+            hashed = item.length if isinstance(item, HashBytes) else (item.hashed, item.nbytes, item.source.form)
             if hashed in single:
                 yield HashedPair((single.pop(hashed), item))
             else:
@@ -383,7 +385,7 @@ def _scattered_items(
                 columns=changed.columns,
                 target=place.target,
                 target_offset=place.offset,
-                target_dtype=how.dtype,
+                written=how.dtype,
                 target_columns=how.width,
                 start=start,
                 stop=stop,
@@ -411,14 +413,14 @@ def _gather_items(span: GatherBytes) -> Iterator[GatherBytes]:
 def _row_items(source: TensorRef, place: _Place, columns: int, written: int, rows: RowRange) -> Iterator[MapRows]:
     step = rows.item_rows or max(MIN_ROWS, ROWS_ITEM // columns)
     for start in range(rows.start, rows.stop, step):
-        new = getattr(torch, DTYPE_NAMES[place.spec.dtype])
+        new = FORMS[place.spec.dtype]
         yield MapRows(
             tensor=place.name,
-            source=source.as_stored(new),
+            source=source.as_stored(new.name),
             columns=columns,
             target=place.target,
             target_offset=place.offset + start * written * new.itemsize,
-            target_dtype=new,
+            written=new,
             target_columns=written,
             start=start,
             stop=min(start + step, rows.stop),

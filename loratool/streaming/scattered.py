@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 # What a step writes: a tensor of the output, the first byte there, and the bytes from there on
 Written = tuple[str, int, bytes]
@@ -18,16 +17,16 @@ class Scattered:
     """How the rows of a step become bytes of tensors.
 
     Attributes:
-        dtype, width: `out` of a step is (rows, width) of this type, on the CPU, which computes codes.
+        dtype, width: `out` of a step is an array of codes, (rows, width) of this type.
         nbytes: of all rows, roughly.
         write: takes the first row of `out`, `out` and the step's result; returns the result to keep, and the bytes to
             write.
     """
 
-    dtype: torch.dtype
+    dtype: npt.DTypeLike
     width: int
     nbytes: int
-    write: Callable[[int, Tensor, Any], tuple[Any, Iterable[Written]]]
+    write: Callable[[int, npt.NDArray[Any], Any], tuple[Any, Iterable[Written]]]
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import RowsOfDelta, Update
 from ..binding.modules.placement import Placement
 from ..errors import InputError
-from ..files.tensor_ref import TensorRef, is_finite
+from ..files.tensor_ref import TensorRef
+from ..numerics.arrays import CPU, ON_CPU, Device, Numbers, like_of, sent
 from ..numerics.composed import Scaled
 from ..numerics.decide import Delta, Factor, Reals
 from ..numerics.forms import Wide
@@ -25,7 +25,11 @@ from ..numerics.norms import column_norms, magnitude_ratio, row_norms
 from ..numerics.products import Products, Term
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.stored import Sum, Zero
+from ..numerics.tensors import numbers_of
 from ..numerics.workspace import Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEPT_STACKS = 2  # updates of all experts of a layer that are kept in memory
 NORM_ROWS = 256  # rows read at a time for the norms of columns
@@ -34,20 +38,20 @@ NORM_ROWS = 256  # rows read at a time for the norms of columns
 class UpdateLoader:
     """Reads updates, and caches a few updates of stacks, since each has the factors of all experts of a layer."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: Device = CPU) -> None:
+        self.like = like_of(device)
         self._kept: dict[int, Update] = {}
         self._lock = threading.Lock()
 
     def __call__(self, placement: Placement) -> Update:
         if placement.expert is None:
-            return placement.adapter.load(placement.update)
+            return placement.adapter.load(placement.update, as_numbers=True)
         key = id(placement.update)
         with self._lock:
             if key not in self._kept:
                 if len(self._kept) >= KEPT_STACKS:
                     del self._kept[next(iter(self._kept))]
-                self._kept[key] = placement.adapter.load(placement.update)
+                self._kept[key] = placement.adapter.load(placement.update, as_numbers=True)
             return self._kept[key]
 
 
@@ -108,10 +112,10 @@ class RowSegment:
         norms = self._get().norms
         return 0 if norms is None else len(norms)
 
-    def merge(self, base: Tensor, row: int, out: Tensor, work: Workspace) -> RoundingStats:
+    def merge(self, base: Numbers, row: int, out: Numbers, work: Workspace) -> RoundingStats:
         """Write the merge of rows of the tensor, from row `row` on, into `out`. base, out: (rows, n)."""
         x, _ = self.reals_of(row, row + len(base), base, work)
-        return RowMerge(x, base.dtype, out.dtype, base.device).apply(base, 0, out, work)
+        return RowMerge(x, base.form, out.form, base.bits).apply(base, 0, out, work)
 
     def alike(self) -> Hashable:
         """Return a key that is equal for segments whose products nearly always have the same shapes and scales."""
@@ -121,19 +125,23 @@ class RowSegment:
         """Return the terms of the sum that is added to all rows."""
         return self._get().deltas.terms
 
-    def reals(self, base: Tensor, row: int) -> tuple[Tensor, Tensor | None]:
+    def reals(self, tensor: Tensor, row: int) -> tuple[Tensor, Tensor | None]:
         """Return X of rows of the tensor in float64, to about 2**-48 of the sizes of its summands, and a."""
-        x, _ = self.reals_of(row, row + len(base), base, Workspace(torch.device("cpu")))
-        wide, change = base.double(), torch.empty(base.shape, dtype=torch.float64)
-        x.delta.dense(torch.float64, change.device).fill(slice(0, len(base)), 0.0, change)
+        import torch
+
+        base = numbers_of(tensor)
+        x, _ = self.reals_of(row, row + len(base), base, Workspace())
+        wide, change = base.wide(), np.empty(base.shape)
+        x.delta.dense(np.float64, ON_CPU).fill(slice(0, len(base)), 0.0, change)
         if x.factor is None:
-            return wide + change, None
-        a = torch.from_numpy(x.factor.value)
+            return torch.from_numpy(wide + change), None
+        a = x.factor.value
         a = a[:, None] if x.factor.axis == 0 else a[None]
-        return torch.where(a == 0, 0.0, a * wide) + change, a
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(np.where(a == 0, 0.0, a * wide) + change), torch.from_numpy(a)
 
     def reals_of(
-        self, start: int, stop: int, base: Tensor | None, work: Workspace, norms: Wide | None = None
+        self, start: int, stop: int, base: Numbers | None, work: Workspace, norms: Wide | None = None
     ) -> tuple[Reals, Wide | None]:
         """Return the reals of rows start:stop of the tensor, and the DoRA norms that they depend on.
 
@@ -160,12 +168,12 @@ class RowSegment:
         value, factor = update.moved(other.weight, other.transposed, _rows_of(other, start, stop), self.columns)
         return Reals(loaded.deltas.rows(first, last, beside=value), factor), None
 
-    def _magnitude(self, update: Update, start: int, stop: int) -> Tensor:
+    def _magnitude(self, update: Update, start: int, stop: int) -> Numbers:
         assert self._other and isinstance(update, DoRA)
-        return update.magnitude.flatten()[_rows_of(self._other, start, stop)]
+        return numbers_of(update.magnitude).reshape(-1)[_rows_of(self._other, start, stop)]
 
-    def _require_finite(self, base: Tensor) -> None:
-        if not is_finite(base):
+    def _require_finite(self, base: Numbers) -> None:
+        if not base.all_finite():
             name = self._source.name if self._source else ""
             raise InputError("has rows with inf or nan, but DoRA needs their norms", culprit=name)
 
@@ -192,7 +200,7 @@ class RowSegment:
         if isinstance(update, DoRA):
             loaded.plain.add(other, update.inner, 1.0, self.start, self.stop)
             if self.norms_of_columns:
-                magnitude = update.magnitude.flatten()
+                magnitude = numbers_of(update.magnitude).reshape(-1)
                 together = self.columns // len(magnitude)  # columns of the kernel of one input
                 stored = self.stored_norms
                 loaded.norms = stored(len(magnitude)) if stored else self._column_norms(other, update.inner, together)
@@ -209,13 +217,13 @@ class RowSegment:
         assert source
         deltas.add(placement, update, 1.0, 0, placement.rows)
 
-        def blocks() -> Iterator[tuple[int, Tensor]]:
+        def blocks() -> Iterator[tuple[int, Numbers]]:
             for start in range(0, placement.rows, NORM_ROWS):
-                rows = source.matrix_rows(placement.rows, start, min(start + NORM_ROWS, placement.rows))
+                rows = source.read_matrix(placement.rows, start, min(start + NORM_ROWS, placement.rows))
                 self._require_finite(rows)
-                yield start, rows.to(self._load.device)
+                yield start, Numbers(sent(rows.bits, self._load.like), rows.form)
 
-        return self._in_range(column_norms(deltas.rows, blocks, Workspace(self._load.device), together))
+        return self._in_range(column_norms(deltas.rows, blocks, Workspace(self._load.like), together))
 
 
 def reals_of_batch(segments: Sequence[RowSegment]) -> Reals | None:
@@ -225,15 +233,19 @@ def reals_of_batch(segments: Sequence[RowSegment]) -> Reals | None:
         None if the terms differ in shape, type or scale, or if some are so large or small that others lose precision.
     """
     terms = [segment.additive_terms() for segment in segments]
-    kinds = {tuple((t.left.shape, t.left.dtype, t.right.shape, t.right.dtype, t.scale) for t in row) for row in terms}
+    kinds = {tuple((t.left.shape, t.left.form, t.right.shape, t.right.form, t.scale) for t in row) for row in terms}
     if len(kinds) > 1:
         return None
     stacked = [
-        Term(torch.cat([t.left for t in alike]), torch.cat([t.right for t in alike], 1), alike[0].scale)
+        Term(_joined([t.left for t in alike], 0), _joined([t.right for t in alike], 1), alike[0].scale)
         for alike in zip(*terms, strict=True)
     ]
     products = Products(stacked, len(segments))
     return Reals(products.rows(0, products.shape[0])) if products.in_range else None
+
+
+def _joined(parts: Sequence[Numbers], axis: int) -> Numbers:
+    return Numbers(np.concatenate([part.bits for part in parts], axis), parts[0].form)
 
 
 def _rows_of(placement: Placement, start: int, stop: int) -> slice:
@@ -282,7 +294,7 @@ class _Deltas:
             terms, of_rows = matrix.terms(weight, transposed), matrix.delta(weight, transposed)
         except ValueError as error:
             raise InputError(str(error), culprit=placement.update.module) from error
-        self.terms += [Term(t.left[rows], t.right[:, : self._columns], t.scale) for t in terms]
+        self.terms += [Term(numbers_of(t.left)[rows], numbers_of(t.right)[:, : self._columns], t.scale) for t in terms]
         if of_rows:
             self._parts.append(_Part(of_rows, rows.start))
 

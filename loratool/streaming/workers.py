@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from itertools import chain, count, islice
+from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..durable.fileio import copy_checked, copy_range, has_bytes, read_into, write_at
 from ..errors import MachineError, UsageError
 from ..files.weights_file import copy_bytes, read_parts
+from ..numerics.arrays import CPU, Device, Numbers, bytes_of, like_of, send, stream_of
+from ..numerics.forms import Form
 from ..numerics.passes.hashes import finish_each, page_sums, sha256_each
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked
@@ -42,6 +43,7 @@ from .items import (
 )
 from .ranks import current_job
 from .scattered import Strided, add_place
+from .threads import set_threads
 
 KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
@@ -60,15 +62,14 @@ Progress = Callable[[int, int], None]
 class Worker:
     """Runs items one by one, with buffers of its own and, on a GPU, a stream, so that copies and kernels overlap."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.work = Workspace(device)
-        self.host = Workspace(torch.device("cpu"), pinned=device.type == "cuda")
+    def __init__(self, device: Device) -> None:
+        self.like = like_of(device)
+        self.work, self.host = Workspace(self.like), Workspace(pinned=device.is_gpu)
         self._crc, self._digest, self._places = 0, hashlib.sha256(), list[Strided]()
         # glibc returns freed memory to the system above twice the largest block freed so far; without this allocation
         # every block's temporary arrays would fault in their pages again
         np.empty(KEPT_BYTES, np.uint8)
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._streaming = torch.cuda.stream(self.stream)  # made once: finding the device takes as long as a small item
+        self.stream, self._streaming = stream_of(device)  # made once: it takes as long as a small item
 
     def __call__(self, item: Item | FinishedItem) -> Outcome:
         """Run one item."""
@@ -117,38 +118,42 @@ class Worker:
     def _batch(self, batch: MapBatch) -> list[list[Any]]:
         parts, step = batch.parts, batch.prepare()
         base, out = self._buffers(parts[0], sum(part.stop - part.start for part in parts))
-        for part, rows in zip(parts, base.chunk(len(parts)), strict=True):
-            part.source.read_rows(part.start, rows)
+        for part, rows in zip(parts, base.split(len(parts)), strict=True):
+            part.source.read(part.start, rows)
         results, outcomes = self._run(step, base, 0, out), []
-        for part, rows, result in zip(parts, out.chunk(len(parts)), results, strict=True):
+        for part, rows, result in zip(parts, out.split(len(parts)), results, strict=True):
             self._crc = 0
             self._write(part, 0, rows)
             outcomes.append([self._crc, result] if part.checked else [result])
         return outcomes
 
-    def _buffers(self, item: MapRows, rows: int, place: int = 0) -> tuple[Tensor, Tensor]:
+    def _buffers(self, item: MapRows, rows: int, place: int = 0) -> tuple[Numbers, Any]:
+        """Return the buffers of a block: of what is read, and of the numbers or codes that are written."""
         base, out = (f"{name} {place}" if name == item.hashed else name for name in ("base", "out"))
-        source = self.host.take(base, item.source.dtype, rows, item.columns)
-        return source, self.host.take(out, item.target_dtype, rows, item.target_columns)
+        source = self.host.numbers(base, item.source.form, rows, item.columns)
+        if isinstance(item.written, Form):
+            return source, self.host.numbers(out, item.written, rows, item.target_columns)
+        return source, self.host.take(out, item.written, rows, item.target_columns)
 
-    def _run(self, step: Step, base: Tensor, row: int, out: Tensor, on_host: bool = False) -> Any:
-        """Run a step on the device. on_host: the step writes `out` on the host."""
+    def _run(self, step: Step, base: Numbers, row: int, out: Any) -> Any:
+        """Run a step on the device; codes are written on the host."""
         if self.stream is None:
             return step(base, row, out, self.work)
-        moved = self.work.take("base", base.dtype, *base.shape).copy_(base, non_blocking=True)
-        if on_host:
-            result = step(moved, row, out, self.work)
-        else:
-            on_device = self.work.take("out", out.dtype, *out.shape)
+        moved = self.work.numbers("base", base.form, *base.shape)
+        send(base.bits, moved.bits)
+        if isinstance(out, Numbers):
+            on_device = self.work.numbers("out", out.form, *out.shape)
             result = step(moved, row, on_device, self.work)
-            out.copy_(on_device, non_blocking=True)
+            send(on_device.bits, out.bits)
+        else:
+            result = step(moved, row, out, self.work)
         self.stream.synchronize()
         return result
 
     def _block(self, item: MapRows, step: Step, row: int, end: int, place: int) -> Any:
         base, out = self._buffers(item, end - row, place)
-        item.source.read_rows(item.start + row, base)
-        result = self._run(step, base, row, out, on_host=item.scattered is not None)
+        item.source.read(item.start + row, base)
+        result = self._run(step, base, row, out)
         if item.scattered:
             scattered, locate, _ = item.scattered
             result, written = scattered.write(item.start + row, out, result)
@@ -160,18 +165,18 @@ class Worker:
         self._write(item, row, out)
         return result
 
-    def _write(self, item: MapRows, row: int, out: Tensor) -> None:
-        data = out.view(torch.uint8).numpy().data.cast("B")
+    def _write(self, item: MapRows, row: int, out: Numbers) -> None:
+        data = bytes_of(out.bits)
         if item.checked:
             self._crc = zlib.crc32(data, self._crc)
-        self._put(item.target, data, item.target_offset + row * item.target_columns * out.itemsize)
+        self._put(item.target, data, item.target_offset + row * item.target_columns * item.itemsize)
 
     def _put(self, target: BinaryIO, data: memoryview, offset: int) -> None:
         self._digest.update(page_sums(data))
         write_at(target, data, offset)
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> Device:
     """Return the device that a --device option names; `auto` is a CUDA device if there is one, else the CPU.
 
     A GPU without a number is the first one; under torchrun, each rank on a machine gets a different one.
@@ -180,6 +185,10 @@ def choose_device(name: str) -> torch.device:
         UsageError: no device has this name.
         MachineError: the device is absent, or has no float64, which exact arithmetic needs.
     """
+    if name == "cpu" or (name == "auto" and not may_have_gpu()):
+        return CPU
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -188,28 +197,34 @@ def choose_device(name: str) -> torch.device:
         remedy = "a GPU is cuda, the second one cuda:1"
         raise UsageError(f"{name!r} is none of auto, cpu, cuda, cuda:N", culprit="--device", remedy=remedy) from error
     if device.type == "cpu":
-        return device
+        return CPU
     if device.type != "cuda":
         raise MachineError(f"{device.type} has no float64, which exact arithmetic needs", remedy="use --device cpu")
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise MachineError(f"there is no device {name}", remedy="use --device cpu")
     index = current_job().local_rank % torch.cuda.device_count() if device.index is None else device.index
-    return torch.device("cuda", index)
+    return Device(f"cuda:{index}")
 
 
-def worker_count(device: torch.device | None = None) -> int:
+def may_have_gpu() -> bool:
+    """Return whether the system has a driver of a GPU, without torch, whose import takes a second."""
+    drivers = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA's, AMD's, and Windows' in Linux
+    return platform.system() == "Windows" or any(any(Path("/dev").glob(driver)) for driver in drivers)
+
+
+def worker_count(device: object = "cpu") -> int:
     """Return how many workers to run: one for each core that this process may use, up to MAX_WORKERS.
 
     torchrun's ranks on a machine share its cores. Work on a device other than the CPU has one worker.
     """
-    if device is not None and device.type != "cpu":
+    if str(device) != "cpu":
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores // current_job().local_count, MAX_WORKERS))
 
 
 def run_items(
-    items: Iterable[Item | FinishedItem], numbers: Iterable[int], device: torch.device, workers: int, nbytes: int
+    items: Iterable[Item | FinishedItem], numbers: Iterable[int], device: Device, workers: int, nbytes: int
 ) -> Generator[tuple[int, Item | FinishedItem, Outcome], None, None]:
     """Run items with `workers` workers, and yield each with its number and outcome, in the order in which they end.
 
@@ -221,7 +236,7 @@ def run_items(
         nbytes: of the output of all items, roughly.
     """
     has_offsets = hasattr(os, "preadv") and hasattr(os, "pwrite")  # otherwise forks would share a file's position
-    if CAN_FORK and has_offsets and device.type == "cpu" and workers > 1 and nbytes >= WORTH_A_FORK:
+    if CAN_FORK and has_offsets and not device.is_gpu and workers > 1 and nbytes >= WORTH_A_FORK:
         return run_forked(iter(items), numbers, lambda: Worker(device), workers)
     return run_threads(chosen(iter(items), numbers), lambda: Worker(device), workers, ahead=1)
 
@@ -239,11 +254,11 @@ def run_threads(
             use 0 for large items, as no other rank gets those that are drawn.
     """
     local = threading.local()
-    threads_before = torch.get_num_threads()
+    threads_before = set_threads(1)
 
     def run_item(number: int, item: T) -> tuple[int, T, R]:
         if not hasattr(local, "worker"):
-            torch.set_num_threads(1)  # the workers are the parallelism
+            set_threads(1)  # torch's are by thread
             local.worker = make_worker()
         return number, item, local.worker(item)
 
@@ -261,22 +276,7 @@ def run_threads(
         finally:
             for future in pending:
                 future.cancel()
-            torch.set_num_threads(threads_before)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Limit torch to one thread; `map_in_order` and `Ahead` are the parallelism of small products.
-
-    BLAS and LAPACK split a sum among threads, so its rounding depends on their number. Their threads also spin while
-    they wait for each other, which on a busy machine takes ten times the CPU time.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+            set_threads(*threads_before)
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
@@ -284,8 +284,8 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -
 
     Exhaust or close the generator: that restores torch's number of threads.
     """
-    threads_before, source = torch.get_num_threads(), iter(items)
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    threads_before, source = set_threads(1), iter(items)
+    with ThreadPoolExecutor(workers, initializer=set_threads, initargs=(1,)) as pool:
         waiting = deque(pool.submit(function, item) for item in islice(source, workers))
         try:
             while waiting:
@@ -295,7 +295,7 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -
         finally:
             for future in waiting:
                 future.cancel()
-            torch.set_num_threads(threads_before)
+            set_threads(*threads_before)
 
 
 class Ahead(Generic[T, R]):
@@ -308,8 +308,8 @@ class Ahead(Generic[T, R]):
     def __init__(self, function: Callable[[T], R], items: Iterable[T], workers: int) -> None:
         self._function, self._left, self._workers = function, dict.fromkeys(items), workers
         self._pending: dict[T, Future[R]] = {}
-        self._threads_before = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        self._threads_before = set_threads(1)
+        self._pool = ThreadPoolExecutor(workers, initializer=set_threads, initargs=(1,))
 
     def __call__(self, item: T) -> R:
         """Return the item's result, and start the next items."""
@@ -323,4 +323,4 @@ class Ahead(Generic[T, R]):
         for future in self._pending.values():
             future.cancel()
         self._pool.shutdown()
-        torch.set_num_threads(self._threads_before)
+        set_threads(*self._threads_before)

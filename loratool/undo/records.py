@@ -26,33 +26,28 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from ..durable.fileio import word_sum
 from ..durable.journal import StoredBytes
 from ..errors import InputError
 from ..files.codecs.codec import CodeFormat, Parts
+from ..numerics.arrays import Array, Numbers, bytes_of, fetched, narrow, positions, put, sent, take, widen
 from ..numerics.code_grid import guess_codes
 from ..numerics.code_levels import Codes
 from ..numerics.decide import LEAST, Reals, decide
 from ..numerics.dense import Bounds, DenseRows, each_number, mask_apart, midpoints
 from ..numerics.forms import (
-    FORMS,
+    F64,
     Bits,
     Form,
     IntArray,
     Positions,
     Wide,
-    finite,
     number,
-    numpy_bits,
     place,
-    tensor_bits,
     wide,
-    widen,
 )
-from ..numerics.merge import TOGETHER, Tile, positions, put, take
+from ..numerics.merge import TOGETHER, Tile
 from ..numerics.passes.blocks import EVERY, RunEntries, restore_block
 from ..numerics.passes.hashes import AwaitsHash
 from ..numerics.rounding_stats import RoundingStats
@@ -81,12 +76,6 @@ class RecordedBlock:
     payload: bytes | StoredBytes
     sha256: str
     sum: int
-
-
-def bytes_of(x: Tensor) -> memoryview:
-    """Return a tensor's bytes."""
-    data: Any = x.contiguous().view(-1).view(torch.uint8).cpu().numpy()
-    return memoryview(data)
 
 
 @dataclass(frozen=True)
@@ -205,7 +194,7 @@ class Recorder:
     """Writes the records of one block, as a `numerics.merge.Watcher` of its merge.
 
     Args:
-        dtype: of W.
+        form: of W.
         rows: W's rows if it is stored as codes, else None.
         work: a workspace, needed with `rows`.
         matrices: how many matrices the block has, one below the other, each with its own record. A block of several
@@ -213,9 +202,9 @@ class Recorder:
     """
 
     def __init__(
-        self, dtype: torch.dtype, rows: CodedRows | None = None, work: Workspace | None = None, matrices: int = 1
+        self, form: Form, rows: CodedRows | None = None, work: Workspace | None = None, matrices: int = 1
     ) -> None:
-        self._form, self._rows, self._work = FORMS[dtype], rows, work
+        self._form, self._rows, self._work = form, rows, work
         self._codes: Codes | None = None
         self._found: list[tuple[Positions | None, npt.NDArray[Any]]] = []
         self._payloads = [b""] * matrices
@@ -231,12 +220,12 @@ class Recorder:
     def tile(self, tile: Tile, dense: DenseRows) -> None:
         if self._form.precision == 53 or self._rows:
             return
-        change, shift = tile.change.view(-1), tile.shift
-        if isinstance(shift, Tensor):  # a number for each row
-            tile.change.sub_(shift)
+        change, shift = tile.change.reshape(-1), tile.shift
+        if not isinstance(shift, (int, float)):  # a number for each row
+            change = (tile.change - shift).reshape(-1)
             shift = 0.0
         if tile.ties is not None:
-            change[torch.from_numpy(tile.undecided)] = torch.nan  # all others are exact
+            change[tile.undecided] = np.nan  # all others are exact
         hit = None
         if dense.factor is None:
             hit = may_have_several(tile.out, tile.base, tile.hit)
@@ -244,7 +233,7 @@ class Recorder:
                 hit |= tile.ties
         self._found.append(_taken(hit, change, shift, tile.start))
 
-    def block(self, base: Tensor, out: Tensor, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
+    def block(self, base: Numbers, out: Numbers, x: Reals, first: int, dense: DenseRows, bounds: Bounds) -> None:
         if self._rows:
             self._record_codes(out, x, first)
         elif self._form.precision == 53:
@@ -255,16 +244,16 @@ class Recorder:
             asked = _Asked(*_joined(self._found), reach_of(dense, bounds, first, len(base)))
             self._record_runs(base, out, x, first, asked)
 
-    def passed(self, base: Tensor, out: Tensor, x: Reals, first: int, entries: RunEntries) -> None:
+    def passed(self, base: Numbers, out: Numbers, x: Reals, first: int, entries: RunEntries) -> None:
         for some, flat, runs in _find_unknown(entries, out, x, first, self._form):
             code = take(base, flat)
             places = place(code, self._form) - runs.start
             entries.index[some] = np.where(runs.count == every(self._form), code, places)
         self._payloads = [head + packed for head, packed in zip(self._payloads, entries.pack(), strict=True)]
 
-    def _record_runs(self, base: Tensor, out: Tensor, x: Reals, first: int, asked: _Asked) -> None:
+    def _record_runs(self, base: Numbers, out: Numbers, x: Reals, first: int, asked: _Asked) -> None:
         """Record W's places in their runs, of all matrices at once, split at the end of each matrix."""
-        size = base.numel() // len(self._payloads)
+        size = base.size // len(self._payloads)
         edges = np.arange(len(self._payloads) + 1) * size  # flat positions in the block
         flags, index, count = [], [], []  # flags: bits, and how many of them are before each edge
         ends = np.zeros_like(edges)  # places in longer runs before each edge
@@ -288,14 +277,14 @@ class Recorder:
             planes = [part[cuts[k] : cuts[k + 1]] for part, cuts in flags]
             self._payloads[k] += np.packbits(np.concatenate([*planes, _NO_BITS]), bitorder="little").tobytes()
 
-    def difference(self, base: Tensor, out: Tensor) -> None:
+    def difference(self, base: Numbers, out: Numbers) -> None:
         """Record a block whose values were replaced, or of codes that were dequantized without an update."""
         if self._rows:
             self._record_codes(out, None, 0)
         else:
             self._payloads[0] += pack_differences(place(take_all(base), self._form) - place(take_all(out), self._form))
 
-    def _record_codes(self, out: Tensor, x: Reals | None, first: int) -> None:
+    def _record_codes(self, out: Numbers, x: Reals | None, first: int) -> None:
         assert self._rows and self._work
         rows, self._codes = self._rows, self._rows.read(len(out))
         if rows.format.padding_has_scales:
@@ -303,14 +292,14 @@ class Recorder:
             rows = rows.with_padding(rows.padding(self._codes))
         self._payloads[0] += rows.pack(self._codes, guess_codes(out, x, first, rows, self._work))
 
-    def result(self, change: RoundingStats, base: Tensor, out: Tensor) -> AwaitsHash:
+    def result(self, change: RoundingStats, base: Numbers, out: Numbers) -> AwaitsHash:
         """Return the `RecordedBlock` of a block of one matrix, W in `base` and W' in `out`."""
         return self.results([change], base, out)[0]
 
-    def results(self, changes: Sequence[RoundingStats], base: Tensor, out: Tensor) -> list[AwaitsHash]:
+    def results(self, changes: Sequence[RoundingStats], base: Numbers, out: Numbers) -> list[AwaitsHash]:
         """Return the `RecordedBlock` of each matrix of a block, W in `base` and W' in `out`."""
-        stored = bytes_of(base) if self._codes is None else np.ascontiguousarray(self._codes).data.cast("B")
-        both = (_cut(data, len(changes)) for data in (stored, bytes_of(out)))
+        stored = base.host() if self._codes is None else self._codes
+        both = (_cut(bytes_of(data), len(changes)) for data in (stored, out.host()))
         return [
             _recorded(change, payload, former, written)
             for change, payload, former, written in zip(changes, self._payloads, *both, strict=True)
@@ -335,13 +324,12 @@ def record_recoded(rows: CodedRows, former: Codes, written: Codes, change: Round
         former, written: in the shape of `CodedRows.read`.
     """
     payload = rows.pack(former, rows.without_padding(written))
-    return _recorded(change, payload, np.ascontiguousarray(former).data.cast("B"), bytes_of(torch.from_numpy(written)))
+    return _recorded(change, payload, bytes_of(former), bytes_of(written))
 
 
-def take_all(x: Tensor) -> Bits:
-    """Return all bit patterns of a tensor, flat."""
-    patterns: Bits = tensor_bits(x.contiguous()).cpu().numpy().reshape(-1)
-    return patterns
+def take_all(x: Numbers) -> Bits:
+    """Return all bit patterns, flat."""
+    return x.host().reshape(-1)
 
 
 def _together(parts: Sequence[IntArray]) -> IntArray:
@@ -356,13 +344,13 @@ def _joined(parts: list[tuple[Positions | None, npt.NDArray[Any]]]) -> tuple[Pos
 
 
 @np.errstate(all="ignore")
-def _taken(hit: Tensor | None, change: Tensor, shift: float, start: int) -> tuple[Positions | None, npt.NDArray[Any]]:
+def _taken(hit: Array | None, change: Array, shift: float, start: int) -> tuple[Positions | None, npt.NDArray[Any]]:
     """Return the block positions where a tile's mask is set, None for all, and D there. start: of the tile."""
     flat = None if hit is None else positions(hit)
     if flat is None:
-        D: npt.NDArray[Any] = change.cpu().numpy().copy()
+        D: npt.NDArray[Any] = fetched(change).copy()
     else:
-        D = change.numpy().take(flat) if not change.is_cuda else change[torch.from_numpy(flat).cuda()].cpu().numpy()
+        D = fetched(change.take(sent(flat, change)))
         flat += start
     if math.isfinite(shift):
         D -= D.dtype.type(shift)
@@ -371,18 +359,15 @@ def _taken(hit: Tensor | None, change: Tensor, shift: float, start: int) -> tupl
     return flat, D
 
 
-def may_have_several(result: Tensor, like: Tensor, near: Tensor) -> Tensor:
+def may_have_several(result: Numbers, like: Numbers, near: Array) -> Array:
     """Return a mask of weights whose runs may have several numbers: `near`, or |W| <= the power of two of |W'|.
 
     Where |W| is above that power of two, the steps of both grids are equal. A second number then needs both ends of
     the cell to be on the grid. That is a tie, and no step with an error bound above 0 decides a tie.
     """
-    form = FORMS[result.dtype]
+    form = result.form
     exponent = form.size & -(1 << (form.precision - 1))
-    if result.is_cuda:
-        return near | ((tensor_bits(result) & exponent) >= (tensor_bits(like) & form.size))
-    hit = near.numpy()
-    hit |= (numpy_bits(result) & form.bits_type(exponent)) >= (numpy_bits(like) & form.bits_type(form.size))
+    near |= (result.bits & form.bits_type(exponent)) >= (like.bits & form.bits_type(form.size))
     return near
 
 
@@ -398,7 +383,7 @@ def reach_of(dense: DenseRows, bounds: Bounds, first: int, rows: int) -> float |
 
 
 def _runs_of(
-    out: Tensor,
+    out: Numbers,
     x: Reals,
     first: int,
     flat: Positions,
@@ -423,7 +408,7 @@ def _runs_of(
 
 
 def _find_unknown(
-    entries: RunEntries, result: Tensor, x: Reals, first: int, form: Form
+    entries: RunEntries, result: Numbers, x: Reals, first: int, form: Form
 ) -> Iterator[tuple[Positions, Positions, Runs]]:
     """Find the runs that a compiled pass did not, and set their counts; an infinite W' has nothing to store.
 
@@ -453,21 +438,21 @@ def _planes(index: IntArray, count: IntArray, ends: Positions) -> Iterator[tuple
         bit += 1
 
 
-def guess_double(merged: Tensor, x: Reals, first: int) -> Bits:
+def guess_double(merged: Numbers, x: Reals, first: int) -> Bits:
     """Return a guess of a float64 W that writer and reader both compute: RN(W' - D), or W' if a is not 1."""
-    form, bits = FORMS[merged.dtype], take_all(merged)
+    form, bits = merged.form, take_all(merged)
     guess: Bits = wide(bits, form).view(np.int64).copy()
     if not x.factor:
         finite = np.flatnonzero((bits & form.size) < form.inf)
         for start in range(0, len(finite), TOGETHER):
             some = finite[start : start + TOGETHER]
-            guess[some] = _without_delta(merged, some, x, first, FORMS[torch.float64])
+            guess[some] = _without_delta(merged, some, x, first, F64)
     return guess
 
 
-def _without_delta(merged: Tensor, flat: Positions, x: Reals, first: int, to: Form) -> Bits:
+def _without_delta(merged: Numbers, flat: Positions, x: Reals, first: int, to: Form) -> Bits:
     """Return RN(W' - D) of finite weights at flat positions of a block."""
-    form, i = FORMS[merged.dtype], flat // merged.shape[1]
+    form, i = merged.form, flat // merged.shape[1]
     return decide(replace(x, sign=-1), take(merged, flat), form, i + first, flat - i * merged.shape[1], to)
 
 
@@ -486,12 +471,12 @@ class Doubted:
     farthest: int
 
 
-def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
+def subtract(merged: Numbers, x: Reals, out: Numbers, work: Workspace) -> Doubted:
     """Write RN(W' - D) into `out`, both (rows, n), the rows of `x`, which is additive."""
-    form = FORMS[merged.dtype]
+    form = merged.form
     if form.precision == 53:
         guess = guess_double(merged, x, 0)
-        tensor_bits(out).copy_(torch.from_numpy(guess).view(out.shape))
+        _put_all(guess, out)
         doubtful = int(np.count_nonzero(guess != take_all(merged)))
         farthest = 1 + bool(doubtful)
     else:
@@ -502,23 +487,27 @@ def subtract(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> Doubted:
             put(out, flat, _without_delta(merged, flat, x, 0, form))
             doubtful += int((runs.count > 1).sum())
             farthest = max(farthest, int(runs.count[runs.count < every(form)].max(initial=1)))
-    overflowed = ~finite(out) & finite(merged)
-    largest = float(merged[overflowed].double().abs().max()) if bool(overflowed.any()) else 0.0
-    return Doubted(RoundingStats(overflowed=int(overflowed.sum()), largest=2 * largest), doubtful, farthest - 1)
+    overflowed = positions(~out.is_finite() & merged.is_finite())
+    largest = float(np.abs(wide(take(merged, overflowed), form)).max(initial=0.0))
+    return Doubted(RoundingStats(overflowed=len(overflowed), largest=2 * largest), doubtful, farthest - 1)
+
+
+def _put_all(bits: Bits, out: Numbers) -> None:
+    out.bits[...] = sent(bits.reshape(out.shape), out.bits)
 
 
 class Restorer:
     """Restores some rows from their record, and checks them against its hash and sum.
 
     Args:
-        dtype: of W.
+        form: of W.
         rows: W's rows if codes are to be restored, else None.
     """
 
     def __init__(
-        self, name: str, dtype: torch.dtype, data: bytes, sha256: str, sum: int, rows: CodedRows | None = None
+        self, name: str, form: Form, data: bytes, sha256: str, sum: int, rows: CodedRows | None = None
     ) -> None:
-        self._name, self._form, self._rows = name, FORMS[dtype], rows
+        self._name, self._form, self._rows = name, form, rows
         self._sha256, self._sum = sha256, sum
         self._reader = Reader(data)
 
@@ -541,26 +530,26 @@ class Restorer:
             raise ValueError("has invalid norms")
         return norms
 
-    def replaced(self, merged: Tensor, out: Tensor, work: Workspace) -> None:
+    def replaced(self, merged: Numbers, out: Any, work: Workspace) -> None:
         """Write W into `out`, for a block that `Recorder.difference` recorded."""
         if self._rows:
             self._to_codes(self._rows, merged, None, out, work)
         else:
             self._from_guess(take_all(merged), out)
 
-    def _to_codes(self, rows: CodedRows, merged: Tensor, x: Reals | None, out: Tensor, work: Workspace) -> None:
+    def _to_codes(self, rows: CodedRows, merged: Numbers, x: Reals | None, out: Codes, work: Workspace) -> None:
         padding = rows.read_scales(self._reader, len(merged))
         if padding is not None:
             rows = rows.with_padding(padding)
         _put_codes(rows.unpack(self._reader, guess_codes(merged, x, 0, rows, work), padding), out)
 
-    def _from_guess(self, guess: Bits, out: Tensor) -> None:
+    def _from_guess(self, guess: Bits, out: Numbers) -> None:
         differences = self._reader.differences(len(guess), self._form.bits_type)
         restored = number(place(guess, self._form) + differences, self._form)
-        tensor_bits(out).copy_(torch.from_numpy(restored).view(tensor_bits(out).shape))
+        _put_all(restored, out)
 
-    def block(self, merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> None:
-        """Write W into `out` from W', `merged`; both (rows, n), of one type, with the rows of `x`."""
+    def block(self, merged: Numbers, x: Reals, out: Any, work: Workspace) -> None:
+        """Write W, or its codes, into `out` from W', `merged`, both (rows, n), with the rows of `x`."""
         if self._rows:
             return self._to_codes(self._rows, merged, x, out, work)
         if self._form.precision == 53:
@@ -589,7 +578,7 @@ class Restorer:
         raw: Bits = index.astype(f"u{np.dtype(self._form.bits_type).itemsize}").view(self._form.bits_type)
         put(out, flat, np.where(count == all_numbers, raw, number(start + index, self._form)))
 
-    def _from_entries(self, entries: RunEntries, merged: Tensor, x: Reals, out: Tensor) -> None:
+    def _from_entries(self, entries: RunEntries, merged: Numbers, x: Reals, out: Numbers) -> None:
         for some, _, runs in _find_unknown(entries, merged, x, 0, self._form):
             entries.index[some] = runs.start
         data = self._reader.take(self._reader.rest)
@@ -597,17 +586,18 @@ class Restorer:
         if 8 * len(data) - read >= 8 or (read % 8 and data[-1] >> read % 8):
             raise ValueError("is longer than it should be")
 
-    def recoded(self, written: Codes, out: Tensor) -> None:
+    def recoded(self, written: Codes, out: Codes) -> None:
         """Write the former codes into `out` from those that a merge wrote, both in the shape of `CodedRows.read`."""
         assert self._rows
         padding = self._rows.padding(written) if self._rows.format.padding_has_scales else None
         _put_codes(self._rows.unpack(self._reader, self._rows.without_padding(written), padding), out)
 
-    def check(self, restored: Tensor, merged: Tensor) -> AwaitsHash:
+    def check(self, restored: Numbers | Codes, merged: Numbers | Codes) -> AwaitsHash:
         """Raise InputError unless both are the rows that the merge read and wrote; the hash tells whether W is."""
-        if word_sum(bytes_of(merged)) != self._sum:
+        before, after = (x.host() if isinstance(x, Numbers) else x for x in (restored, merged))
+        if word_sum(bytes_of(after)) != self._sum:
             raise InputError("is not what the merge wrote: the merged file was edited since", culprit=self._name)
-        return AwaitsHash(bytes_of(restored), self._require_restored)
+        return AwaitsHash(bytes_of(before), self._require_restored)
 
     def _require_restored(self, sha256: str) -> None:
         if self._reader.rest or sha256 != self._sha256:
@@ -617,8 +607,8 @@ class Restorer:
             )
 
 
-def _put_codes(restored: Codes, out: Tensor) -> None:
-    numpy_bits(out)[...] = restored.view(numpy_bits(out).dtype).reshape(tuple(out.shape))
+def _put_codes(restored: Codes, out: Codes) -> None:
+    out[...] = restored.view(out.dtype).reshape(out.shape)
 
 
 def _from_planes(data: npt.NDArray[np.bool_], count: IntArray) -> IntArray:
@@ -638,29 +628,31 @@ def _from_planes(data: npt.NDArray[np.bool_], count: IntArray) -> IntArray:
     return places
 
 
-def go_back(merged: Tensor, x: Reals, out: Tensor, work: Workspace) -> _Asked:
+def go_back(merged: Numbers, x: Reals, out: Numbers, work: Workspace) -> _Asked:
     """Write RN(W' - D) into `out` where it is certainly W, and return all other weights."""
-    dense = DenseRows(x, merged.dtype, merged.dtype, merged.device)
+    dense = DenseRows(x, merged.form, merged.form, merged.bits)
     bounds = dense.bounds(merged, 0, backward=True)
     both = bounds.shift + bounds.span
     parts: list[tuple[Positions | None, npt.NDArray[Any]]] = []
-    height = dense.height(merged.shape[1], merged.device)
+    height = dense.height(merged)
     for row in range(0, len(merged), height):
         here = slice(row, row + height)
         result, weight = merged[here], out[here]
         upper, change, squared = dense.fill(result, row, bounds.shift, work)
         hit = None
         if dense.factor is None and math.isfinite(both):
-            widen(result, upper).sub_(change)
+            widen(result, upper)
+            upper -= change
             if bounds.apart:
-                weight.copy_(upper)
+                narrow(upper, weight)
                 hit = mask_apart(result, row, bounds.apart, work)
-                change[hit] = torch.nan
+                change[hit] = np.nan
                 hit |= midpoints(upper, work)
             else:
-                hit = dense.settle(upper.add_(both), replace(bounds, span=2 * both), weight, work)
+                upper += both
+                hit = dense.settle(upper, replace(bounds, span=2 * both), weight, work)
             hit = may_have_several(result, weight, hit)
             if not (math.isfinite(squared[0]) and math.isfinite(float(upper.sum()))):
-                hit |= ~(finite(result) & finite(weight) & upper.isfinite())
-        parts.append(_taken(hit, change.view(-1), bounds.shift, row * merged.shape[1]))
+                hit |= ~(result.is_finite() & weight.is_finite() & (upper - upper == 0))
+        parts.append(_taken(hit, change.reshape(-1), bounds.shift, row * merged.shape[1]))
     return _Asked(*_joined(parts), reach_of(dense, bounds, 0, len(merged)))

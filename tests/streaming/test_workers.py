@@ -18,7 +18,8 @@ from loratool.files.tensor_ref import TensorRef
 from loratool.numerics.workspace import Workspace
 from loratool.streaming.items import MapRows
 from loratool.streaming.scattered import Scattered, Written
-from loratool.streaming.workers import Ahead, Worker, map_in_order, one_thread
+from loratool.streaming.threads import one_thread
+from loratool.streaming.workers import Ahead, Worker, map_in_order
 
 
 def test_results_come_in_order_and_wait_for_whoever_takes_them() -> None:

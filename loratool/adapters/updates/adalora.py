@@ -76,9 +76,11 @@ class AdaLoRA(Update):
     def terms(self, weight: float, transposed: bool) -> list[Term]:
         from ...numerics.exact_factors import multiply_exactly
         from ...numerics.products import Term
+        from ...numerics.tensors import numbers_of
 
         scale = Fraction(self.scale) * Fraction(weight)
-        terms = [Term(self.B, right, scale) for right in multiply_exactly(self.E, self.A)]
+        B, E, A = map(numbers_of, (self.B, self.E, self.A))
+        terms = [Term(B, right, scale) for right in multiply_exactly(E, A)]
         return transposed_terms(terms) if transposed else terms
 
     def factors(self) -> tuple[Tensor, Tensor]:

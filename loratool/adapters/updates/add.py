@@ -40,7 +40,11 @@ class AddDelta(Update):
         return cls(tensors["value"], spec.scale)
 
     def terms(self, weight: float, transposed: bool) -> list[Term]:
-        from ...numerics.products import Term
+        import numpy as np
 
-        column = self.value.reshape(-1, 1)
-        return [Term(column, column.new_ones(1, 1), Fraction(self.scale) * Fraction(weight))]
+        from ...numerics.arrays import Numbers
+        from ...numerics.products import Term
+        from ...numerics.tensors import numbers_of
+
+        column, one = numbers_of(self.value).reshape(-1, 1), Numbers.of(np.ones((1, 1), np.float32))
+        return [Term(column, one, Fraction(self.scale) * Fraction(weight))]

@@ -35,7 +35,8 @@ class Diff(Update):
 
     def delta(self, weight: float, transposed: bool) -> RowsOfDelta:
         from ...numerics.stored import Stored
+        from ...numerics.tensors import numbers_of
 
-        matrix = self.value.reshape(len(self.value), -1)
+        matrix = numbers_of(self.value).matrix
         oriented = matrix.T if transposed else matrix
-        return lambda start, stop: Stored(oriented[start:stop].contiguous(), weight)
+        return lambda start, stop: Stored(oriented[start:stop], weight)

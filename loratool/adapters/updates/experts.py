@@ -51,8 +51,8 @@ class Experts(Update):
     def matrix(self, expert: int | None) -> LowRank:
         assert expert is not None
         rank = len(self.A) // self.experts
-        A = self.A.view(self.experts, rank, -1)[expert]
-        return LowRank(A, self.B.view(-1, rank, self.experts)[:, :, expert], self.scale)
+        A = self.A.reshape(self.experts, rank, -1)[expert]
+        return LowRank(A, self.B.reshape(-1, rank, self.experts)[:, :, expert], self.scale)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         import torch

@@ -97,13 +97,14 @@ class IA3(Update):
 
     @classmethod
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> IA3:
-        return cls(tensors["vector"].flatten(), _side_of(spec))
+        return cls(tensors["vector"].reshape(-1), _side_of(spec))
 
     def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[None, Factor]:
         from ...numerics.decide import Factor
+        from ...numerics.tensors import numbers_of
 
         w, offset = Fraction(weight), Fraction(int(self.side.difference))
-        numbers = [1 + w * (Fraction(x) + offset - 1) for x in self.vector.double().tolist()]
+        numbers = [1 + w * (Fraction(x) + offset - 1) for x in numbers_of(self.vector).wide().tolist()]
         if self.side.inputs is not transposed:
             return None, Factor.of_columns(numbers).repeated(columns // len(numbers))
         return None, Factor.of_rows(numbers[rows])

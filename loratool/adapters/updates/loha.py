@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
@@ -97,9 +97,11 @@ class LoHa(Update):
         """Return both products as terms."""
         from ...numerics.exact_factors import tucker_terms
         from ...numerics.products import Term
+        from ...numerics.tensors import numbers_of
 
-        unit = Fraction(1)
-        sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)
+        unit, sides = Fraction(1), list[tuple[Any, ...]]()
+        for side in ((self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)):
+            sides.append(tuple(None if x is None else numbers_of(x) for x in side))
         return [[Term(a, b, unit)] if t is None else tucker_terms(a.T, t, b, unit) for a, b, t in sides]
 
     def delta(self, weight: float, transposed: bool) -> RowsOfDelta:

@@ -172,12 +172,17 @@ def _delta_of(full: Tensor | None, a: Tensor | None, b: Tensor | None, core: Ten
     from ...numerics.exact_factors import tucker_terms
     from ...numerics.products import Term
     from ...numerics.stored import Stored
+    from ...numerics.tensors import numbers_of
 
     if full is not None:
-        matrix = full.flatten(1)
-        return Stored(matrix.T.contiguous() if transposed else matrix, 1.0)
+        matrix = numbers_of(full).matrix
+        return Stored(matrix.T if transposed else matrix, 1.0)
     assert a is not None and b is not None
-    terms = [Term(a, b, Fraction(1))] if core is None else tucker_terms(a.T, core, b, Fraction(1))
+    left, right = numbers_of(a), numbers_of(b)
+    if core is None:
+        terms = [Term(left, right, Fraction(1))]
+    else:
+        terms = tucker_terms(left.T, numbers_of(core), right, Fraction(1))
     products = sum_terms(terms, transposed)
     return products.rows(0, products.shape[0])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
@@ -69,8 +69,9 @@ class LowRank(Update):
 
     def terms(self, weight: float, transposed: bool) -> list[Term]:
         from ...numerics.products import Term
+        from ...numerics.tensors import numbers_of
 
-        scale, A, B = Fraction(self.scale) * Fraction(weight), self.A.flatten(1), self.B.flatten(1)
+        scale, A, B = Fraction(self.scale) * Fraction(weight), numbers_of(self.A).matrix, numbers_of(self.B).matrix
         return [Term(A.T, B.T, scale) if transposed else Term(B, A, scale)]
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -87,15 +88,22 @@ def other_rank(spec: UpdateSpec, expected: int) -> InputError:
     )
 
 
-def _expand_merged_linear(B: Tensor, enabled: Sequence[bool]) -> Tensor:
+def _expand_merged_linear(B: Any, enabled: Sequence[bool]) -> Any:
     """Expand a MergedLinear's B (rows of the n enabled slices, r) to LoRA's block-sparse B (out, r * n).
 
     The g-th enabled slice uses rows g * r to (g + 1) * r of A: loralib convolves A with B in n groups
     (microsoft/LoRA: loralib/layers.py).
     """
-    n, (rows, r) = sum(enabled), B.shape
+    import numpy as np
+
+    from ...numerics.arrays import Numbers
+    from ...numerics.tensors import numbers_of, tensor_of
+
+    numbers = numbers_of(B)
+    n, (rows, r) = sum(enabled), numbers.shape
     size = rows // n
-    expanded = B.new_zeros(size * len(enabled), r * n)
+    expanded: np.ndarray[Any, Any] = np.zeros((size * len(enabled), r * n), numbers.form.bits_type)  # bits of +0.0
     for g, slot in enumerate(i for i, on in enumerate(enabled) if on):
-        expanded[slot * size : (slot + 1) * size, g * r : (g + 1) * r] = B[g * size : (g + 1) * size]
-    return expanded
+        expanded[slot * size : (slot + 1) * size, g * r : (g + 1) * r] = numbers.bits[g * size : (g + 1) * size]
+    made = Numbers(expanded, numbers.form)
+    return made if isinstance(B, Numbers) else tensor_of(made)

@@ -33,7 +33,7 @@ class ReplaceTensor(Update):
         return spec.specs["value"].shape
 
     @classmethod
-    def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str) -> ReplaceTensor:
+    def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str, as_numbers: bool = False) -> ReplaceTensor:
         return cls(TensorRef(file, spec.tensors["value"]))
 
     @classmethod
@@ -45,5 +45,5 @@ class ReplaceTensor(Update):
         from ...numerics.stored import Stored
 
         count = rows.stop - rows.start
-        value = self.value.rows(rows.start, rows.stop).reshape(count, -1)
+        value = self.value.read_matrix(self.value.spec.shape[0], rows.start, rows.stop).reshape(count, -1)
         return Stored(value, weight), Factor.of_rows([1 - Fraction(weight)] * count)

@@ -63,9 +63,11 @@ class Tucker(Update):
 
     def terms(self, weight: float, transposed: bool) -> list[Term]:
         from ...numerics.exact_factors import tucker_terms
+        from ...numerics.tensors import numbers_of
 
         scale = Fraction(self.scale) * Fraction(weight)
-        terms = tucker_terms(self.B.flatten(1), self.mid, self.A.flatten(1), scale)
+        B, mid, A = map(numbers_of, (self.B, self.mid, self.A))
+        terms = tucker_terms(B.matrix, mid, A.matrix, scale)
         return transposed_terms(terms) if transposed else terms
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError, LoratoolError
 from ...files.dtypes import TensorSpec
-from ...files.tensor_ref import is_finite
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
 
@@ -256,25 +255,30 @@ class Update(ABC):
         return None
 
     @classmethod
-    def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str) -> Update:
+    def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str, as_numbers: bool = False) -> Update:
         """Read the tensors of an update.
 
         Args:
             adapter: the adapter's name, for messages.
+            as_numbers: as `Numbers`, which are enough for a merge, and not as torch's tensors.
 
         Raises:
             InputError: a tensor holds nan or inf.
         """
-        tensors = {role: file.tensor(name) for role, name in spec.tensors.items()}
-        for role, tensor in tensors.items():
-            if not is_finite(tensor):
+        tensors = {role: file.numbers(name) for role, name in spec.tensors.items()}
+        for role, numbers in tensors.items():
+            if not numbers.all_finite():
                 raise InputError(f"holds nan or inf; {adapter} is damaged", culprit=spec.tensors[role])
-        return cls.make(spec, tensors)
+        if as_numbers:
+            return cls.make(spec, tensors)
+        from ...numerics.tensors import tensor_of
+
+        return cls.make(spec, {role: tensor_of(numbers) for role, numbers in tensors.items()})
 
     @classmethod
     @abstractmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Update:
-        """Return the update with these tensors, by role."""
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Any]) -> Update:
+        """Return the update with these tensors or numbers, by role."""
 
     @classmethod
     def norm_axis(cls, spec: UpdateSpec, transposed: bool) -> int | None:

@@ -79,8 +79,10 @@ class VeRA(Update):
     def terms(self, weight: float, transposed: bool) -> list[Term]:
         from ...numerics.exact_factors import multiply_exactly
         from ...numerics.products import Term
+        from ...numerics.tensors import numbers_of
 
-        lefts = multiply_exactly(self.b[:, None], self.B[: len(self.b)])
-        rights = multiply_exactly(self.d[:, None], self.A)
+        b, d, B, A = map(numbers_of, (self.b, self.d, self.B, self.A))
+        lefts = multiply_exactly(b[:, None], B[: len(b)])
+        rights = multiply_exactly(d[:, None], A)
         terms = [Term(left, right, Fraction(weight)) for left in lefts for right in rights]
         return transposed_terms(terms) if transposed else terms

@@ -22,7 +22,8 @@ from ...numerics.factored_svd import FactoredSVD, factored_svd, singular_values
 from ...numerics.seeded_random import Draw
 from ...numerics.spectrum import spectrum_points
 from ...numerics.svd import TruncatedSVD, truncated_svd
-from ...streaming.workers import Ahead, Progress, map_in_order, one_thread, worker_count
+from ...streaming.threads import one_thread
+from ...streaming.workers import Ahead, Progress, map_in_order, worker_count
 from ...transform.rank_rules import BUDGETS, SingularValues, choose_ranks
 from ...views.diff_shared import Shared
 from ..diff.shared import overlaps_of_factors, shared_of

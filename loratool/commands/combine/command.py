@@ -100,7 +100,9 @@ def run_combine(call: Combine) -> CombineReport:
                 *loss_warnings(alike.states),
             ),
         )
-        choices = CombineChoices(call.method, density, by, call.seed, choose_device(call.device), DTYPES[call.dtype])
+        choices = CombineChoices(
+            call.method, density, by, call.seed, torch.device(choose_device(call.device)), DTYPES[call.dtype]
+        )
         moments = None if file is None else InputMoments.of_adapter(file, loaded[0][0])
         if moments:
             moments.require_known(aligned.updates)

@@ -33,7 +33,7 @@ from ...files.output.output import CONTAINERS, naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
 from ...streaming.ranks import current_job
-from ...streaming.workers import one_thread
+from ...streaming.threads import one_thread
 from ...transform.lazy import size_of_change, start
 from ...transform.numbers import Settled
 from ...transform.output import content, rows, unused_modules

@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ...architectures.experts import EXPERTS
 from ...architectures.mlx_names import ONE_BY_ONE, find_share, mlx_names
@@ -37,6 +35,7 @@ from ...files.output.paths import check_output_name, check_output_path, check_un
 from ...files.output.plan import plan_output
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
+from ...numerics.arrays import CPU, Numbers
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
@@ -290,7 +289,7 @@ def _execute(
         if spec.size and spec.dtype != sources[name].spec.dtype
     }
     flushed: dict[str, int] = defaultdict(int)
-    with closing(rewrite(output, sources, cast, torch.device("cpu"), workers, progress)) as runs:
+    with closing(rewrite(output, sources, cast, CPU, workers, progress)) as runs:
         for item, blocks in runs:
             refuse_overflow(item.tensor, [stats for stats, _ in blocks], sources, output)
             flushed[item.tensor] += sum(zeros for _, zeros in blocks)
@@ -306,16 +305,15 @@ def _all_rows(rows: int, columns: int) -> list[RowRange]:
     return [RowRange(0, rows, lambda start, stop: _cast, max(1, CAST_BLOCK // columns))]
 
 
-def _cast(base: Tensor, row: int, out: Tensor, work: Workspace) -> tuple[RoundingStats, int]:
+def _cast(base: Numbers, row: int, out: Numbers, work: Workspace) -> tuple[RoundingStats, int]:
     """Cast a block into `out`. Return its rounding statistics, and how many numbers became 0."""
     stats = cast_rounded(base, out, work)
-    least, former = (torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps for x in (out, base))
+    least, former = (x.form.least - x.form.precision for x in (out, base))
     return stats, _count_nonzero(base) - _count_nonzero(out) if least > former else 0
 
 
-def _count_nonzero(x: Tensor) -> int:
-    bits = x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]).numpy()
-    return int(np.count_nonzero(bits << 1))  # less the sign; numpy counts integers in a quarter of torch's time
+def _count_nonzero(x: Numbers) -> int:
+    return int(np.count_nonzero(x.bits << 1))  # less the sign
 
 
 def _report(

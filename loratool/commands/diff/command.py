@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
+import torch
+
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, holds_adapter
 from ...binding.modules.selection import Selection
 from ...errors import InputError, UsageError
 from ...files.checkpoint import open_checkpoint, read_config
 from ...files.gguf_model import with_names_of_one
-from ...streaming.workers import choose_device, one_thread
+from ...streaming.threads import one_thread
+from ...streaming.workers import choose_device
 from ...transform.in_memory import by_meaning
 from ...transform.lazy import Transformed
 from ...views.diff_adapters import AdapterDiff
@@ -70,7 +73,9 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
         aligned = align_modules(selected)
         require_known_names(selected, aligned)
         if call.others:
-            return replace(diff_several(selected, aligned, choose_device(call.device), call.progress), sha256=sha256)
+            return replace(
+                diff_several(selected, aligned, torch.device(choose_device(call.device)), call.progress), sha256=sha256
+            )
         model = None if call.base is None else open_model(call.base, "--base must be the model under both", opened)
         first, second = selected
         report = diff_adapters(
@@ -79,7 +84,7 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
             aligned,
             model,
             os.fspath(call.base) if call.base else None,
-            choose_device(call.device),
+            torch.device(choose_device(call.device)),
             call.progress,
         )
         return replace(report, sha256=sha256)

@@ -31,7 +31,7 @@ from .call import DiffSpectra
 
 def run_diff_spectra(call: DiffSpectra) -> SpectraDiff:
     """Count the intruder dimensions of a fine-tune: of all linear layers, if no target is named."""
-    rule, where = IntruderRule.parse(call.top, call.threshold), choose_device(call.device)
+    rule, where = IntruderRule.parse(call.top, call.threshold), torch.device(choose_device(call.device))
     for path, other in ((call.a, call.b), (call.b, call.a)):
         if holds_adapter(path):
             raise InputError(

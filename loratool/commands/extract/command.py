@@ -39,7 +39,8 @@ from ...files.output.paths import check_output_path
 from ...files.weights_file import described_inputs, paths_of
 from ...streaming.journaled import journaled
 from ...streaming.ranks import Job, current_job
-from ...streaming.workers import choose_device, one_thread
+from ...streaming.threads import one_thread
+from ...streaming.workers import choose_device
 from ...transform.delta_factors import RESULTS as FACTORS
 from ...transform.delta_factors import DeltaFactors, SvdChoices
 from ...transform.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns
@@ -102,7 +103,7 @@ def run_extract(call: Extract) -> ExtractReport:
         selection = replace(requested, exclude=excluded)
         keeps_biases = call.bias and ReplaceTensor in output_format.can.kinds
         sorting = plan_sorting(sides[0], pairs, selection, call.embed, keeps_biases, in_model)
-        used = choose_device(call.device)
+        used = torch.device(choose_device(call.device))
         opened.enter_context(naming_output(path))
         opened.enter_context(one_thread())  # sums of the report too are the same, however many there are
         head = _head(sides, call, file, used)

@@ -44,7 +44,8 @@ from ...files.output.paths import check_output_name, check_output_path, check_sc
 from ...files.relaid import RelaidFile
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
-from ...streaming.workers import choose_device, map_in_order, one_thread, worker_count
+from ...streaming.threads import one_thread
+from ...streaming.workers import choose_device, map_in_order, worker_count
 from ...transform.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ...views.init import InitReport, ModuleInit, ResidualReport
 from ...views.parts.numbers import share
@@ -100,7 +101,12 @@ def run_init(call: Init) -> InitReport:
         starter = opened.enter_context(
             closing(
                 AdapterInitializer(
-                    checkpoint, adapted_weights, call.method, call.seed, call.dora, choose_device(call.device)
+                    checkpoint,
+                    adapted_weights,
+                    call.method,
+                    call.seed,
+                    call.dora,
+                    torch.device(choose_device(call.device)),
                 )
             )
         )

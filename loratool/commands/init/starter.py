@@ -35,6 +35,7 @@ from ...files.hub.names import base_fields
 from ...files.tensor_ref import READ_NUMBERS, TensorRef, read_float32
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import energy_of
+from ...numerics.tensors import tensor_of
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import map_in_order, worker_count
 from ...transform.base import Base
@@ -290,7 +291,7 @@ def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[floa
 
     plan: of the merge that took the factors out; result: its output.
     """
-    load = UpdateLoader(torch.device("cpu"))
+    load = UpdateLoader()
 
     def distance(name: str) -> tuple[float, float]:
         sides = plan.sources[name], result.ref(name)
@@ -305,9 +306,10 @@ def _residual_error(
     placement: Placement, load: UpdateLoader, base: TensorRef, residual: TensorRef
 ) -> tuple[float, float]:
     (term,) = load(placement).matrix(placement.expert).terms(1.0, placement.transposed)
+    sides = tensor_of(term.left), tensor_of(term.right)
     # a residual of 16 bits is 1e-3 off, which float32 resolves to four digits and more in half the time
     wide = torch.float32 if residual.spec.dtype in ("BF16", "F16") else torch.float64
-    left, right = (term.left.double() * float(term.scale)).to(wide), term.right.to(wide)
+    left, right = (sides[0].double() * float(term.scale)).to(wide), sides[1].to(wide)
     row_count = max(1, READ_NUMBERS // right.shape[1])
     errors, squares = [], []
     for row in range(placement.start, placement.stop, row_count):

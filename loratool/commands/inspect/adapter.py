@@ -234,7 +234,7 @@ def _norm_without_factors(adapter: Adapter, spec: UpdateSpec, placed: Sequence[P
 
 def _norm_of_change(placed: Sequence[Placed]) -> float | None:
     """Return ||W' - W||, with weights read by blocks of rows. None if the weights are not finite."""
-    load, parts = UpdateLoader(torch.device("cpu")), []
+    load, parts = UpdateLoader(), []
     for weight, placement, _ in placed:
         columns = weight.spec.size // placement.rows
         segment = RowSegment(weight, columns, placement.start, placement.stop, [placement], load)

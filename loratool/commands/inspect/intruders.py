@@ -72,7 +72,7 @@ def _of_same_rows(placed: Placed) -> tuple[Placement, ...]:
 
 def matrices_of(placed: Sequence[Placed], device: torch.device) -> Iterator[MatrixPair]:
     """Yield functions that read W' and W, for each matrix that a module changes."""
-    load = UpdateLoader(torch.device("cpu"))
+    load = UpdateLoader()
     for weight, placement, together in placed:
         columns = weight.spec.size // placement.rows
         segment = RowSegment(weight, columns, placement.start, placement.stop, together, load)

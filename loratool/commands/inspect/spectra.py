@@ -29,7 +29,8 @@ from ...files.tensor_ref import read_float32
 from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
 from ...numerics.spectrum import RANK_TOLERANCE, spectrum_points
 from ...numerics.svd import UNRESOLVED, singular_values_of
-from ...streaming.workers import choose_device, map_in_order, one_thread, worker_count
+from ...streaming.threads import one_thread
+from ...streaming.workers import choose_device, map_in_order, worker_count
 from ...views.inspect_spectra import SpectraReport, Spectrum
 from ...views.intruders import IntruderRule
 from ..inputs import open_model, without_base_option
@@ -43,7 +44,7 @@ TARGET = ("all-linear",)
 
 def run_spectra(call: Spectra) -> SpectraReport:
     """Return the singular values of every selected module."""
-    where, is_adapter = choose_device(call.device), holds_adapter(call.path)
+    where, is_adapter = torch.device(choose_device(call.device)), holds_adapter(call.path)
     if call.base is None and not (call.top is call.threshold is None):
         raise UsageError("--top and --threshold are for intruder dimensions: add --base")
     if call.base is not None and not is_adapter:

@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, cast
 
-import torch
-
 from ...adapters.adapter import UNREAD, Adapter
 from ...adapters.formats import usual_format
 from ...adapters.updates.replace import ReplaceTensor
@@ -37,7 +35,7 @@ from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.containers.gguf_file import GgufFile
-from ...files.dtypes import DTYPE_NAMES, MERGE_DTYPES
+from ...files.dtypes import MERGE_DTYPES
 from ...files.folder.sentence_transformers import MODULES
 from ...files.folder.side_files import CARD, has_card, provenance
 from ...files.output.model_card import ModelCard, code, name_on_hub, read_licence, shown_name
@@ -46,6 +44,7 @@ from ...files.output.paths import check_output_path, check_undo_files, output_pa
 from ...files.output.plan import plan_output
 from ...files.tensor_ref import TensorRef, known_finite, require_finite
 from ...files.weights_file import WeightsFile, paths_of
+from ...numerics.forms import FORMS
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
 from ...streaming.apply import plan_changed_tensors
@@ -377,9 +376,9 @@ def _encode(plan: MergePlan, name: str, load: UpdateLoader) -> ChangedTensor:
     """Return the codes of a weight in the format of the `like` model."""
     assert plan.like
     parts = plan.like.parts_of(name)
-    dtype = getattr(torch, DTYPE_NAMES[plan.encoded[name]])
+    form = FORMS[plan.encoded[name]]
     make = cast("Callable[[], Quantizer]", partial(parts.weight.format.quantizer, parts))
-    return encode_tensor(plan.sources[name], plan.placements.get(name, ()), dtype, make, load)
+    return encode_tensor(plan.sources[name], plan.placements.get(name, ()), form, make, load)
 
 
 def _hash_the_rest(

@@ -44,7 +44,8 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank, factored_svd, singular_values
 from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
-from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, one_thread, worker_count
+from ...streaming.threads import one_thread
+from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, worker_count
 from ...transform.expand import expand, kinds_to_expand
 from ...transform.in_memory import loss_warnings, open_converted, rank_notes
 from ...transform.lazy import start
@@ -103,7 +104,7 @@ def run_resize(call: Resize) -> ResizeReport:
         moments = None if file is None else InputMoments.of_adapter(file, source)
         if moments:
             moments.require_known({module: update for module, update in source.updates.items() if update.rank})
-        work = _Resizing(source, moments, choose_device(call.device), DTYPES[call.dtype], call.progress)
+        work = _Resizing(source, moments, torch.device(choose_device(call.device)), DTYPES[call.dtype], call.progress)
         ranks = work.ranks(*rule, call.max_rank)
         require_same_init(source, ranks)
 

@@ -432,14 +432,15 @@ def _subtract(
         resume=call.resume,
     )
     check_undo_files(output, inputs, call.force or call.dry_run)
-    load = UpdateLoader(choose_device(call.device))
+    device = choose_device(call.device)
+    load = UpdateLoader(device)
     uncertain: list[Doubted] = []
     if call.dry_run:
         output.require_own_journal()
     else:
         tensors = {n: subtract_tensor(plan.sources[n], p, load) for n, p in plan.placements.items()}
         sources = plan.stored_sources(output.specs)
-        runs = rewrite(output, sources, tensors, load.device, call.workers or worker_count(), call.progress)
+        runs = rewrite(output, sources, tensors, device, call.workers or worker_count(), call.progress)
         with closing(runs) as items:
             for item, blocks in items:
                 refuse_overflow(item.tensor, [block.change for block in blocks], plan.sources, output)

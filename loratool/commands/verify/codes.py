@@ -15,15 +15,14 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from ...binding.merge.merge_plan import MergePlan
 from ...binding.modules.placement import Placement
 from ...files.codecs.codec import Parts, Quantizer, StoredTensor
+from ...files.dtypes import DTYPE_NAMES
 from ...files.tensor_ref import TensorRef
 from ...numerics.code_levels import Codes
-from ...numerics.forms import Wide
+from ...numerics.forms import BF16, F16, F32, Wide
 from ...numerics.rounding_stats import RoundingStats
 from ...numerics.workspace import Workspace
 from ...streaming.encode import encode_tensor
@@ -58,7 +57,7 @@ ENOUGH = 8  # codes that must tell a merge from its base before one can say that
 MOST = 8  # where one code in so many is not the nearest, none was altered: they are of another base, or calibrated
 
 # The types that a merge rounds to before it encodes
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
+FORMS_BEFORE = (BF16, F16, F32)
 
 
 @dataclass(frozen=True)
@@ -188,9 +187,9 @@ def _same_padding(first: Parts, second: Parts) -> bool:
     )
 
 
-def _run(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Tensor, Any]]:
+def _run(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Codes, Any]]:
     """Run a merge's steps on all rows. Yield the first row of each block, its codes, and the step's result."""
-    work, form = Workspace(torch.device("cpu")), tensor.scattered
+    work, form = Workspace(), tensor.scattered
     assert form
     for part in tensor.ranges():
         assert isinstance(part, RowRange)
@@ -198,8 +197,8 @@ def _run(tensor: ChangedTensor, source: TensorRef) -> Iterator[tuple[int, Tensor
             stop = min(start + part.item_rows, part.stop)
             step = part.prepare(start, stop)
             for first in range(start, stop, part.block_rows):
-                rows = source.matrix_rows(tensor.rows, first, min(first + part.block_rows, stop))
-                out = torch.empty(len(rows), form.width, dtype=form.dtype)
+                rows = source.read_matrix(tensor.rows, first, min(first + part.block_rows, stop))
+                out = np.empty((len(rows), form.width), form.dtype)
                 result = step(rows, first - start, out, work)
                 yield first, out, result
 
@@ -267,7 +266,7 @@ def _merged_codes(
     tensor = recode_tensor(source, placements, load, record=False)
     for first, out, result in _run(tensor, source):
         stats.append(result)
-        yield first * (tensor.columns // columns), out.numpy().reshape(-1, codec.width(base_parts))
+        yield first * (tensor.columns // columns), out.reshape(-1, codec.width(base_parts))
 
 
 def _judge_encoded(
@@ -279,16 +278,16 @@ def _judge_encoded(
     if quantizer is None or quantizer.specs() != {role: tensor.spec for role, tensor in theirs.tensors.items()}:
         return None
     make = cast("Callable[[], Quantizer]", partial(codec.quantizer, theirs))
-    for dtype in dict.fromkeys((source.dtype, *TYPES)):
-        stats = _encoded(encode_tensor(source, placements, dtype, make, load), source, theirs)
+    for form in dict.fromkeys((source.form, *FORMS_BEFORE)):
+        stats = _encoded(encode_tensor(source, placements, form, make, load), source, theirs)
         if stats is not None:
             break
     else:
         return None
     moves = bool(placements)
     if moves and not sure:
-        moves = _encoded(encode_tensor(source, (), dtype, make, load), source, theirs) is None
-    via = "" if dtype == source.dtype else f", rounded to {str(dtype).removeprefix('torch.')} first"
+        moves = _encoded(encode_tensor(source, (), form, make, load), source, theirs) is None
+    via = "" if form == source.form else f", rounded to {DTYPE_NAMES[form.name]} first"
     detail = f"quantized again as {theirs.weight.kind}{via}"
     return CodesVerdict("exact", detail, RoundingStats.of(stats).change_squared, moves=moves)
 
@@ -299,7 +298,7 @@ def _encoded(tensor: ChangedTensor, source: TensorRef, theirs: Parts) -> list[Ro
     fold = tensor.columns // source.spec.shape[-1]
     for first, out, (stats, pieces) in _run(tensor, source):
         stored = codec.codes(theirs, first * fold, (first + len(out)) * fold)
-        if not np.array_equal(out.numpy().reshape(stored.shape), stored):
+        if not np.array_equal(out.reshape(stored.shape), stored):
             return None
         if not all(_holds(theirs[role], start, data) for role, start, data in pieces):
             return None

@@ -291,7 +291,7 @@ class _TensorVerifier:
 
     def __init__(self, plan: MergePlan, merged: Checkpoint) -> None:
         self._plan, self._found = plan, merged
-        self._load = UpdateLoader(torch.device("cpu"))
+        self._load = UpdateLoader()
         self._kinds = _stored_types(plan, merged)
         self._sketches: Sketches = {}
         self._moves = False  # some finding has it

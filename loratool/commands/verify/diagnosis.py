@@ -123,7 +123,7 @@ def find_fault(plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches
 
 
 def _replay(plan: MergePlan, name: str, placements: Sequence[Placement]) -> Replay:
-    return Replay(plan.sources[name], placements, UpdateLoader(torch.device("cpu")))
+    return Replay(plan.sources[name], placements, UpdateLoader())
 
 
 def _distance(replay: Replay, merged: TensorRef, sample: bool = False) -> float:

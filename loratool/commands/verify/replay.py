@@ -10,16 +10,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import RowsOfDelta, Update
 from ...binding.modules.placement import Placement
-from ...files.dtypes import DTYPE_NAMES
 from ...files.tensor_ref import TensorRef
+from ...numerics.arrays import ON_CPU, Numbers
 from ...numerics.products import Term
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
+from ...numerics.tensors import numbers_of, tensor_of
 from ...numerics.workspace import Workspace
 from ...streaming.apply import segments
 from ...streaming.segment import RowSegment, UpdateLoader
@@ -47,10 +49,12 @@ class ReplayBlock:
     @cached_property
     def expected(self) -> tuple[Tensor, RoundingStats]:
         """The rows as `merge` writes them, (rows, n) in the merged model's type, with rounding statistics."""
-        out = torch.empty_like(self.merged)
+        base, out = numbers_of(self.base), Numbers.empty(numbers_of(self.merged).form, *self.merged.shape)
         if self.piece is not None:
-            return out, self.piece.merge(self.base, self.first, out, self.work)
-        return out, cast_rounded(self.base, out, self.work)
+            stats = self.piece.merge(base, self.first, out, self.work)
+        else:
+            stats = cast_rounded(base, out, self.work)
+        return tensor_of(out), stats
 
     @cached_property
     def reals(self) -> tuple[Tensor, Tensor | None]:
@@ -69,8 +73,8 @@ class Replay:
 
     def blocks(self, merged: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
         """Yield the blocks of a tensor beside `merged`. With `sample` yield only one small block from the middle."""
-        merged = merged.as_stored(getattr(torch, DTYPE_NAMES[merged.spec.dtype]))  # compared in the type that it has
-        work, columns = Workspace(torch.device("cpu")), self.source.spec.size // max(1, self.rows)
+        merged = merged.as_stored(merged.spec.dtype)  # compared in the type that it has
+        work, columns = Workspace(), self.source.spec.size // max(1, self.rows)
         height = max(1, min(ROWS, NUMBERS // max(1, columns)))
         for start, stop, inside in segments(self.placements, {0, self.rows}):
             if sample and not start <= self.rows // 2 < stop:
@@ -79,7 +83,7 @@ class Replay:
             for first in [self.rows // 2] if sample else range(start, stop, height):
                 last = min(first + (max(1, height // 4) if sample else height), stop)
                 rows = merged.matrix_rows(self.rows, first, last)
-                base = self.source.as_stored(rows.dtype).matrix_rows(self.rows, first, last)
+                base = self.source.as_stored(numbers_of(rows).form.name).matrix_rows(self.rows, first, last)
                 yield ReplayBlock(first, tuple(inside), piece, base, rows, work)
 
 
@@ -138,10 +142,11 @@ class _Added:
         """Return these of its rows in float64, (rows, columns)."""
         total = torch.zeros(rows.stop - rows.start, columns, dtype=torch.float64)
         for term in self.terms:
-            total += float(term.scale) * (term.left[rows].double() @ term.right[:, :columns].double())
+            left, right = tensor_of(term.left[rows]), tensor_of(term.right[:, :columns])
+            total += float(term.scale) * (left.double() @ right.double())
         if self.of_rows:
             delta, part = self.of_rows(rows.start, rows.stop), torch.empty_like(total)
-            delta.dense(torch.float64, total.device).fill(slice(0, len(total)), 0.0, part)
+            delta.dense(np.float64, ON_CPU).fill(slice(0, len(total)), 0.0, part.numpy())
             total += part
         return total
 
@@ -149,10 +154,10 @@ class _Added:
         """Return left, right and scale of scale * left @ right, the sum. None if there are no factors."""
         if len(self.terms) == 1:
             (term,) = self.terms
-            return term.left, term.right[:, :columns], float(term.scale)
+            return tensor_of(term.left), tensor_of(term.right[:, :columns]), float(term.scale)
         if self.terms:
-            left = torch.cat([float(term.scale) * term.left.double() for term in self.terms], 1)
-            return left, torch.cat([term.right[:, :columns] for term in self.terms]), 1.0
+            left = torch.cat([float(term.scale) * tensor_of(term.left).double() for term in self.terms], 1)
+            return left, torch.cat([tensor_of(term.right[:, :columns]) for term in self.terms]), 1.0
         factors = self.update.factors()
         if factors is None:
             return None
@@ -180,7 +185,7 @@ class AdapterDeltas:
         return self._made[kind]
 
     def _added(self, placement: Placement) -> _Loaded:
-        update = self._load(placement).matrix(placement.expert)
+        update = placement.adapter.load(placement.update).matrix(placement.expert)
         magnitude = update.magnitude.double().flatten() if isinstance(update, DoRA) else None
         return _Loaded(placement, update.inner if isinstance(update, DoRA) else update, magnitude)
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError
-from ..dtypes import BLOCK_TYPES, DTYPE_NAMES, DTYPES, TensorSpec
+from ..dtypes import BLOCK_TYPES, DTYPES, TensorSpec
 from ..weights_file import WeightsFile
 from .quantized import Blocks, stated_blocks
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
+
+    from ...numerics.arrays import Numbers
 
     Codes = npt.NDArray[Any]  # unsigned or signed integers, one code per number
     Wide = npt.NDArray[np.float64]
@@ -49,19 +51,9 @@ class StoredTensor:
     def spec(self) -> TensorSpec:
         return self.file.specs[self.name]
 
-    def read(self, first: int, out: torch.Tensor) -> None:
-        """Read numbers of the stored type from `first` on into `out`, which is contiguous."""
+    def read(self, first: int, out: npt.NDArray[Any]) -> None:
+        """Read numbers from `first` on into `out`, which is contiguous and of the stored type's width."""
         self.file.read_numbers(self.name, first, out)
-
-    def numbers(self, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """Return numbers of the stored type, flat, from `first` on; by default all that follow."""
-        import torch
-
-        kind = getattr(torch, DTYPE_NAMES[self.spec.dtype])
-        out = torch.empty(self.spec.size - first if count is None else count, dtype=kind)
-        if out.numel():
-            self.read(first, out)
-        return out
 
     @property
     def count(self) -> int:
@@ -73,28 +65,27 @@ class StoredTensor:
 
         This includes types that an older torch does not have, such as E8M0. For types of blocks it returns all bytes.
         """
-        import torch
+        import numpy as np
 
-        itemsize = DTYPES.get(self.spec.dtype, 8) // 8
-        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
-        out = torch.empty(self.count - first if count is None else count, dtype=kind)
-        if out.numel():
+        out = np.empty(self.count - first if count is None else count, f"u{DTYPES.get(self.spec.dtype, 8) // 8}")
+        if out.size:
             self.read(first, out)
-        return out.numpy().view(f"u{itemsize}")
+        return out
 
     def floats(self, first: int = 0, count: int | None = None) -> Wide:
         """Return numbers as float64, flat. E8M0, and bytes that mean E8M0, are left to the format."""
         import numpy as np
-        import torch
 
-        from ...numerics.forms import FORMS, numpy_bits, wide, widen
+        from ...numerics.arrays import Numbers
+        from ...numerics.forms import FORMS
 
-        numbers = self.numbers(first, count)
-        form = FORMS.get(numbers.dtype)
-        if form and numbers.itemsize == 1:  # `wide` does not support their nan
-            return widen(numbers, torch.empty(numbers.shape, dtype=torch.float64)).numpy()
+        patterns = self.integers(first, count)
+        form = FORMS.get(self.spec.dtype)
         with np.errstate(invalid="ignore"):  # a damaged tensor may have signaling nan
-            return wide(numpy_bits(numbers), form).copy() if form else numbers.numpy().astype(np.float64)
+            if form:
+                return Numbers(patterns.view(form.bits_type), form).wide()
+        signed = patterns.view(f"i{patterns.itemsize}") if self.spec.dtype.startswith("I") else patterns
+        return signed.astype(np.float64)
 
     def box(self, rows: int, width: int, start: int, stop: int, first: int = 0) -> Codes:
         """Return columns start:stop of `rows` rows of `width` numbers from `first` on, as `integers`.
@@ -118,11 +109,9 @@ class StoredTensor:
 
     def float_box(self, rows: int, width: int, start: int, stop: int) -> Wide:
         """Return the `box` of a float type as float64, from the first number on."""
-        import torch
-
         from ...numerics.forms import FORMS, wide
 
-        form = FORMS[getattr(torch, DTYPE_NAMES[self.spec.dtype])]
+        form = FORMS[self.spec.dtype]
         return wide(self.box(rows, width, start, stop).view(form.bits_type), form)
 
 
@@ -291,18 +280,18 @@ class Codec(ABC):
 
     key: ClassVar[str]  # the name in CODECS, in undo files, messages and reports
     dtypes: ClassVar[frozenset[str]] = frozenset()  # types of tensors that are complete weights of this codec
-    numbers: ClassVar[str] = "float64"  # torch's name of the type of dequantized rows
+    numbers: ClassVar[str] = "F64"  # the form of dequantized rows
 
     def columns(self, spec: TensorSpec) -> int:
         """Return how many numbers a row has: the last dimension, unless the codec dequantizes more or fewer."""
         return spec.shape[-1]
 
     @abstractmethod
-    def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:
+    def read_rows(self, parts: Parts, start: int, out: Numbers) -> None:
         """Dequantize rows from `start` on into `out`, with the same bits on every machine.
 
         Args:
-            out: (rows, columns), contiguous, on the CPU, of the type `numbers`.
+            out: (rows, columns), contiguous, on the CPU, of the form `numbers`.
         """
 
 
@@ -458,6 +447,6 @@ class CodeFormat(Codec):
             InputError: a companion has a number that no writer of the format writes, such as nan.
         """
 
-    def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:
+    def read_rows(self, parts: Parts, start: int, out: Numbers) -> None:
         numbers = self.values(parts, start, self.codes(parts, start, start + len(out)))
-        out.numpy()[...] = numbers
+        out.bits.view("f8")[...] = numbers

@@ -103,7 +103,7 @@ class IntQuantizer(Quantizer):
     def kept(self) -> list[Piece]:
         """Return the other companions, copied from the imitated model."""
         others = {role: tensor for role, tensor in self.parts.tensors.items() if role not in KEPT}
-        return [(role, 0, tensor.numbers().view(torch.uint8).numpy().tobytes()) for role, tensor in others.items()]
+        return [(role, 0, tensor.integers().tobytes()) for role, tensor in others.items()]
 
 
 class OneScaleQuantizer(IntQuantizer):

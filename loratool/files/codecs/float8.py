@@ -8,7 +8,7 @@ from ..dtypes import FLOAT8, TensorSpec
 from .codec import Codec, Parts
 
 if TYPE_CHECKING:
-    import torch
+    from ...numerics.arrays import Numbers
 
 
 class Float8(Codec):
@@ -16,15 +16,16 @@ class Float8(Codec):
 
     key = "float8"
     dtypes = frozenset(FLOAT8)
-    numbers = "float32"  # holds them all; torch has few operations on 8 bits
+    numbers = "F32"  # holds them all
 
     def columns(self, spec: TensorSpec) -> int:
         return 1
 
-    def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:
-        import torch
+    def read_rows(self, parts: Parts, start: int, out: Numbers) -> None:
+        from ...numerics.arrays import Numbers, widen
+        from ...numerics.forms import FORMS
 
         tensor = parts["codes"]
-        codes = torch.empty(out.shape, dtype=getattr(torch, FLOAT8[tensor.spec.dtype]))
-        tensor.read(start, codes)
-        out.copy_(codes)
+        codes = Numbers.empty(FORMS[tensor.spec.dtype], *out.shape)
+        tensor.read(start, codes.bits)
+        widen(codes, out.bits.view("f4"))

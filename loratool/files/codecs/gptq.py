@@ -153,7 +153,7 @@ def column_groups(parts: Parts, groups: int) -> tuple[Codes, int]:
     """
     import numpy as np
 
-    index = parts["groups"].numbers().numpy()
+    index = parts["groups"].integers().view("i4")
     if index.min() < 0 or index.max() >= groups:
         raise parts.damaged("groups", f"names a group that is not among the {groups} of the scales")
     size = int(np.argmax(index != index[0])) or len(index)

@@ -9,7 +9,7 @@ from ..dtypes import FLOATS, TensorSpec
 from .codec import Codec, Parts
 
 if TYPE_CHECKING:
-    import torch
+    from ...numerics.arrays import Numbers
 
 
 class Raw(Codec):
@@ -20,8 +20,8 @@ class Raw(Codec):
     def columns(self, spec: TensorSpec) -> int:
         return 1
 
-    def read_rows(self, parts: Parts, start: int, out: torch.Tensor) -> None:
+    def read_rows(self, parts: Parts, start: int, out: Numbers) -> None:
         tensor = parts["codes"]
         if tensor.spec.dtype not in FLOATS:
             raise InputError(f"has dtype {tensor.spec.dtype}, not a floating-point type", culprit=tensor.name)
-        tensor.read(start, out)
+        tensor.read(start, out.bits)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
 from ..weights_file import WeightsFile
 from .safetensors_file import tensor_bytes
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 
@@ -67,5 +68,5 @@ class VirtualFile(WeightsFile):
     def tensor(self, name: str) -> torch.Tensor:
         return self._load(name)
 
-    def read_numbers(self, name: str, first: int, out: torch.Tensor) -> None:
-        out.copy_(self._load(name).reshape(-1)[first : first + out.numel()].view(out.shape))
+    def read_numbers(self, name: str, first: int, out: npt.NDArray[Any]) -> None:
+        self.read_bytes(name, first * out.itemsize, out.reshape(-1).view("u1").data)

@@ -51,9 +51,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from ..arrays import Kind, Numbers
 from ..decide import Factor, Reals, U
 from ..forms import Positions, Wide
 from ..products import EXPONENTS, LEAST_OF, UNIT_OF, ProductRows, Products
@@ -68,7 +67,7 @@ BEYOND = 2.0**100  # of larger bounds too
 APART = 2.0**10  # DoRA's a are rarely larger, or smaller than its inverse
 UNSURE = 2.0**-45  # and their relative errors
 LOST = 2.0**10  # times its errors: of a D that is not larger the sums have lost digits
-LEAST_SQUARES = {torch.float32: 2.0**-80, torch.float64: 2.0**-800}  # of smaller ones squares may have underflowed
+LEAST_SQUARES = {np.float32: 2.0**-80, np.float64: 2.0**-800}  # of smaller ones squares may have underflowed
 TOGETHER = 1 << 16  # runs that are handed back at a time, which bounds the memory
 
 FP32 = 2  # `kernel.c`'s number of float32
@@ -100,7 +99,7 @@ class PassBounds:
     """
 
     number: int
-    real: torch.dtype
+    real: Kind
     spread: float
     margin: float
     chunk: int = 16
@@ -140,7 +139,7 @@ class PassBounds:
         rooms: npt.NDArray[np.float64] = np.where(known, np.ldexp(self.room, (of_rows + of_columns).astype(np.intc)), 0)
         return rooms
 
-    def least(self, rows: ProductRows, kind: torch.dtype) -> float:
+    def least(self, rows: ProductRows, kind: Kind) -> float:
         """Return what underflows in a dot product at most."""
         least: float = self.underflow * rows.products.rank * LEAST_OF[kind] * max(1.0, rows.largest)
         return least
@@ -170,11 +169,11 @@ def _by_rows(columns: npt.NDArray[Any], most: Callable[..., Any], rows: ProductR
     return found
 
 
-_SINGLE, _DOUBLE = UNIT_OF[torch.float32], UNIT_OF[torch.float64]
+_SINGLE, _DOUBLE = UNIT_OF[np.float32], UNIT_OF[np.float64]
 BOUNDS = {
-    torch.bfloat16: PassBounds(0, torch.float32, 1.0625 * 2 * _SINGLE, 16 * _SINGLE, extra=5),
-    torch.float16: PassBounds(1, torch.float64, 1.1875 * _SINGLE, 16 * _DOUBLE),
-    torch.float32: PassBounds(FP32, torch.float64, 1.0625 * 2 * _DOUBLE, 16 * _DOUBLE),
+    "BF16": PassBounds(0, np.float32, 1.0625 * 2 * _SINGLE, 16 * _SINGLE, extra=5),
+    "F16": PassBounds(1, np.float64, 1.1875 * _SINGLE, 16 * _DOUBLE),
+    "F32": PassBounds(FP32, np.float64, 1.0625 * 2 * _DOUBLE, 16 * _DOUBLE),
 }
 
 
@@ -246,7 +245,7 @@ class RunEntries:
             used = module.pack_entries(index + skipped, count + skipped, stop - start, self.width, to)
             yield data[: (used + 7) // 8].tobytes()
 
-    def put(self, data: bytes, out: Tensor) -> int:
+    def put(self, data: bytes, out: Numbers) -> int:
         """Write the numbers W into `out`, by the bits of their places, and return how many bits these were.
 
         Raises:
@@ -262,7 +261,7 @@ class RunEntries:
         if read < 0:
             raise ValueError("ends too early")
         first, count, at = _address(self.index), _address(self.count), _address(self.at)
-        module.put_entries(out.data_ptr(), self.width, first, _address(index), count, at, entries)
+        module.put_entries(_address(out.bits), self.width, first, _address(index), count, at, entries)
         return read
 
 
@@ -282,7 +281,7 @@ class PassedBlock:
 
 
 @np.errstate(all="ignore")
-def merge_block(x: Reals, base: Tensor, first: int, out: Tensor, work: Workspace, record: bool) -> PassedBlock | None:
+def merge_block(x: Reals, base: Numbers, first: int, out: Numbers, work: Workspace, record: bool) -> PassedBlock | None:
     """Write W' of a block into `out` where the passes decide it.
 
     Args:
@@ -306,7 +305,7 @@ def merge_block(x: Reals, base: Tensor, first: int, out: Tensor, work: Workspace
 
 
 @np.errstate(all="ignore")
-def restore_block(x: Reals, merged: Tensor, out: Tensor, work: Workspace) -> RunEntries | None:
+def restore_block(x: Reals, merged: Numbers, out: Numbers, work: Workspace) -> RunEntries | None:
     """Write into `out` each W that is the only number of its run, and return the other runs.
 
     Args:
@@ -347,14 +346,14 @@ _LISTS = ("index", "count", "at")
 
 
 def _prepare(
-    x: Reals, source: Tensor, first: int, result: Tensor, work: Workspace, record: bool = True, back: bool = False
+    x: Reals, source: Numbers, first: int, result: Numbers, work: Workspace, record: bool = True, back: bool = False
 ) -> _Pass | None:
     """Return the pass over a block; None if the block is to be done without it."""
     module = native()
     if module is None or not _takes(x, source, result, record or back):
         return None
     assert isinstance(x.delta, ProductRows)
-    rows, products, bounds = x.delta, x.delta.products, BOUNDS[result.dtype]
+    rows, products, bounds = x.delta, x.delta.products, BOUNDS[result.form.name]
     height, columns = len(source) // products.matrices, source.shape[1]
     here = slice(first, first + len(source))
     factors, factor_errors = np.ones(len(source)), np.zeros(len(source))
@@ -390,16 +389,16 @@ def _prepare(
         "rooms": np.zeros(len(source)) if x.factor else bounds.rooms(rows, here),
         "row_norms": np.ascontiguousarray(rows.row_norms[here]),
         "column_norms": products.column_norms,
-        "scratch": work.take("pass", torch.uint8, 1, scratch).numpy()[0],
+        "scratch": work.take("pass", np.uint8, 1, scratch)[0],
         "squares": np.empty(len(source)),
         "sums": np.empty(products.matrices, _SUMS),
         "factors": factors,
         "factor_errors": factor_errors,
-        **{name: work.take(f"pass {name}", torch.int32, 1, source.numel()).numpy()[0] for name in _LISTS},
+        **{name: work.take(f"pass {name}", np.int32, 1, source.size)[0] for name in _LISTS},
     }
     block = _Block(
         kind=bounds.number,
-        source_kind=BOUNDS[source.dtype].number,
+        source_kind=BOUNDS[source.form.name].number,
         back=back,
         record=record,
         matrices=products.matrices,
@@ -407,38 +406,38 @@ def _prepare(
         columns=columns,
         rank=products.rank,
         strip=strip,
-        source=source.data_ptr(),
-        result=result.data_ptr(),
+        source=_address(source.bits),
+        result=_address(result.bits),
         is_scaled=x.factor is not None,
         finest=bounds.finest,
         spread=bounds.spread + 1.0625 * float(of_product.max()),
         dot_unit=bounds.dot_unit(products),
-        dot_least=bounds.least(rows, torch.float64),
+        dot_least=bounds.least(rows, np.float64),
         dot_spread=bounds.dot_spread,
         margin=bounds.margin + unknown,
         pair_unit=bounds.pair_unit(products),
         is_exact=has_exact_sides(products),
         **{name: _address(array) for name, array in arrays.items()},
     )
-    return _Pass(module, block, arrays, least_squares, 8 * source.itemsize)
+    return _Pass(module, block, arrays, least_squares, 8 * source.form.itemsize)
 
 
-def _takes(x: Reals, source: Tensor, result: Tensor, needs_runs: bool) -> bool:
+def _takes(x: Reals, source: Numbers, result: Numbers, needs_runs: bool) -> bool:
     """Return whether a block is one of the passes': of types that they have, and W or f W with products added."""
     return (
-        source.dtype in BOUNDS
-        and result.dtype in BOUNDS
-        and (source.dtype == result.dtype or not needs_runs)
-        and source.device.type == result.device.type == "cpu"
+        source.form.name in BOUNDS
+        and result.form.name in BOUNDS
+        and (source.form.name == result.form.name or not needs_runs)
+        and not source.on_gpu
         and (x.factor is None or x.factor.axis == 0)
         and x.sign == 1
         and isinstance(x.delta, ProductRows)
         and x.delta.in_range
         and x.delta.products.rank > 0
         and x.delta.largest < LARGEST
-        and 0 < source.numel() < 1 << 31
+        and 0 < source.size < 1 << 31
         and source.shape[1] <= WIDEST
-        and all(t.is_contiguous() and t.data_ptr() % t.itemsize == 0 for t in (source, result))
+        and all(t.bits.flags.c_contiguous and t.bits.flags.aligned for t in (source, result))
     )
 
 
