@@ -51,7 +51,7 @@ class Numbers:
     @classmethod
     def of(cls, x: npt.NDArray[Any]) -> Numbers:
         """Return numpy's floats of 16 to 64 bits, which share their memory."""
-        form = next(form for form in FORMS.values() if form.native == x.dtype)
+        form = next(form for form in FORMS.values() if form.native and form.native == x.dtype)  # None equals float64
         return cls(np.ascontiguousarray(x).view(form.bits_type), form)
 
     @property
@@ -136,6 +136,7 @@ def doubled(x: Array) -> Array:
     return x.astype(np.float64) if isinstance(x, np.ndarray) else x.double()
 
 
+@np.errstate(invalid="ignore")  # signaling nan
 def widen(x: Numbers, out: Array) -> Array:
     """Write numbers into `out`, of a type that holds them all, and return it."""
     bits, form = x.bits, x.form

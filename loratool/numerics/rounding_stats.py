@@ -108,6 +108,7 @@ def _round_to_odd(x: Wide) -> npt.NDArray[np.float32]:
     return near
 
 
+@np.errstate(all="ignore")
 def replaced_change(base: Numbers, value: Numbers, out: Numbers, work: Workspace, cast: RoundingStats) -> RoundingStats:
     """Return the statistics of rows of `base` that were replaced by `value`, rounded to `out`. All are (rows, n).
 

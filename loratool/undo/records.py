@@ -628,6 +628,7 @@ def _from_planes(data: npt.NDArray[np.bool_], count: IntArray) -> IntArray:
     return places
 
 
+@np.errstate(all="ignore")
 def go_back(merged: Numbers, x: Reals, out: Numbers, work: Workspace) -> _Asked:
     """Write RN(W' - D) into `out` where it is certainly W, and return all other weights."""
     dense = DenseRows(x, merged.form, merged.form, merged.bits)
