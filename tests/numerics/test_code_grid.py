@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import spread
-from lib.hostile.hostile_reals import CPU, changes, normal
+from lib.hostile.hostile_reals import changes, normal
 
 from loratool.numerics.code_grid import guess_codes, round_to_codes
 from loratool.numerics.code_levels import E4M3, INT8, Codes, Integers, Levels
 from loratool.numerics.decide import Reals
 from loratool.numerics.forms import Wide
 from loratool.numerics.products import Products, Term
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 
 
@@ -84,7 +85,7 @@ SIZES = {
 @pytest.mark.parametrize("levels", spread(LEVELS, 3))
 def test_no_code_is_nearer(levels: str, size: str) -> None:
     grid, former, W, terms = hard_case(levels, SIZES[size])
-    made, stats = round_to_codes(Reals(Products(terms).rows(0, M)), W, former, grid, Workspace(CPU))
+    made, stats = round_to_codes(Reals(Products(terms).rows(0, M)), numbers_of(W), former, grid, Workspace())
     every = np.array(USED.get(levels, range(256))).astype(former.dtype)
     for at, D in enumerate(changes(terms)):
         i, j = divmod(at, N)
@@ -109,6 +110,6 @@ def test_the_guess_is_nearest_to_what_is_left(levels: str, size: str) -> None:
     D = changes(terms)
     merged = torch.tensor([float(F(float(w)) + d) for w, d in zip(W.flatten().nan_to_num(), D, strict=True)])
     merged = merged.bfloat16().view(M, N)
-    found = guess_codes(merged, Reals(Products(terms).rows(0, M)), 0, grid, Workspace(CPU))
+    found = guess_codes(numbers_of(merged), Reals(Products(terms).rows(0, M)), 0, grid, Workspace())
     left = [float(F(float(x)) - d) for x, d in zip(merged.flatten(), D, strict=True)]
     assert np.array_equal(found, grid.nearest(0, np.array(left).reshape(M, N)))

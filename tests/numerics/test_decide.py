@@ -14,10 +14,12 @@ from lib.hostile.hostile_reals import (
     FP16,
     FP32,
     FP64,
+    NAMES,
     SHAPE,
     both_ways,
     every_place,
     flushing,
+    form_of,
     hard_terms,
     hard_weights,
     id_of,
@@ -29,9 +31,10 @@ from lib.oracles.fractions_oracle import FORMATS, Replace, codes, merge_codes
 
 from loratool.numerics import decide as steps
 from loratool.numerics.decide import Factor, Reals, anything, decide, nearest
-from loratool.numerics.forms import FORMS, Bits, Form, Positions, Wide, numpy_bits, rounded, signed
+from loratool.numerics.forms import FORMS, Bits, Form, Positions, Wide, rounded, signed
 from loratool.numerics.products import ProductRows, Products
 from loratool.numerics.stored import Stored
+from loratool.numerics.tensors import numbers_of
 
 
 class Blind(ProductRows):
@@ -75,9 +78,9 @@ class TestWhatIsSure:
     """All of an interval rounds to the number that a step is sure of."""
 
     @both_ways
-    @pytest.mark.parametrize("dtype", FORMS, ids=id_of)
+    @pytest.mark.parametrize("dtype", NAMES, ids=id_of)
     def test_on_the_grid(self, dtype: torch.dtype, flush: bool) -> None:
-        form = FORMS[dtype]
+        form = form_of(dtype)
         total, rest, bound = hard_sums(form)
         with flushing(flush):
             found, sure = nearest(total, rest, bound, form)
@@ -87,9 +90,9 @@ class TestWhatIsSure:
         assert sure[(bound == 0) & (np.abs(total) > 2.0**-200)].all() and not sure.all()
 
     @both_ways
-    @pytest.mark.parametrize("dtype", [BF16, FP16, torch.float8_e5m2], ids=id_of)  # torch's e4m3 has no overflow
+    @pytest.mark.parametrize("dtype", [BF16, FP16, torch.float8_e4m3fn, torch.float8_e5m2], ids=id_of)
     def test_by_casts(self, dtype: torch.dtype, flush: bool) -> None:
-        form = FORMS[dtype]
+        form = form_of(dtype)
         total, rest, bound = hard_sums(form)
         with flushing(flush):
             found, sure = steps._by_casts(total, bound + np.abs(rest), form)
@@ -111,12 +114,12 @@ BLIND = {"near": (), "nearer": ("near",), "exact": ("near", "nearer")}
 
 def decided(W: torch.Tensor, out: torch.dtype, delta: ProductRows) -> tuple[Bits, dict[str, int]]:
     """Return W' of the finite weights as `decide` has it, and how often each step was asked."""
-    form, i, j = FORMS[W.dtype], *every_place()
-    code = numpy_bits(W).ravel()
+    form, i, j = form_of(W.dtype), *every_place()
+    code = numbers_of(W).bits.ravel()
     fine = (code & form.size) < form.inf
     x = Reals(delta)
-    found = numpy_bits(torch.zeros(SHAPE, dtype=out)).ravel().copy()
-    found[fine] = decide(x, code[fine], form, i[fine], j[fine], FORMS[out])
+    found = np.zeros(len(code), form_of(out).bits_type)
+    found[fine] = decide(x, code[fine], form, i[fine], j[fine], form_of(out))
     return found, x.steps
 
 
@@ -174,8 +177,8 @@ def test_a_multiple_of_the_weight(base: torch.dtype, value: torch.dtype, weight:
     V = torch.where(torch.from_numpy(g.random(SHAPE) < 0.5), W, normal(g, *SHAPE, dtype=base, size=0.02))
     V = torch.where(V.isfinite(), V * torch.from_numpy(g.choice([-1, 1], SHAPE)), 1.0).to(value)
     expected = merge_codes(W, base, [Replace(V, weight)])
-    form, i, j = FORMS[base], *every_place()
-    code = numpy_bits(W).ravel()
+    form, i, j = form_of(base), *every_place()
+    code = numbers_of(W).bits.ravel()
     fine = np.ones(len(code), np.bool_) if weight == 1 else (code & form.size) < form.inf
     with flushing(flush):
         x = Reals(Stored(V, weight), Factor.of_rows([1 - F(weight)] * SHAPE[0]))
@@ -196,10 +199,10 @@ def test_a_factor_knows_its_error() -> None:
 def test_nothing_to_decide() -> None:
     x = Reals(Blind(Products(hard_terms(BF16)["third"]), ()))
     none = np.zeros(0, np.intp)
-    assert len(decide(x, np.zeros(0, np.int16), FORMS[BF16], none, none, FORMS[FP32])) == 0 and not x.steps
+    assert len(decide(x, np.zeros(0, np.int16), form_of(BF16), none, none, form_of(FP32))) == 0 and not x.steps
 
 
 def test_codes_of_the_oracle_are_ours() -> None:
     """The tests compare the two: signed here, unsigned there."""
     W = hard_weights(FP32)["bits"]
-    assert [int(x) & 0xFFFFFFFF for x in numpy_bits(W).ravel()] == codes(W)
+    assert [int(x) & 0xFFFFFFFF for x in numbers_of(W).bits.ravel()] == codes(W)

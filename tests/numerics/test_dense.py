@@ -12,12 +12,12 @@ import pytest
 import torch
 from lib.hostile.hostile_reals import (
     BF16,
-    CPU,
     DTYPES,
     FP16,
     FP32,
     FP64,
     flushing,
+    form_of,
     hard_terms,
     hard_weights,
     id_of,
@@ -30,10 +30,12 @@ from lib.oracles.fractions_oracle import count_wrong
 from torch import Tensor
 
 from loratool.numerics import dense
+from loratool.numerics.arrays import ON_CPU
 from loratool.numerics.decide import Factor, Reals
 from loratool.numerics.dense import DenseRows, float32_is_whole, largest_of, midpoints
 from loratool.numerics.norms import magnitude_ratio, row_norms
 from loratool.numerics.products import Products, Term
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 
 CASES = [
@@ -115,7 +117,7 @@ def test_exact_sums_round_as_the_bounded_ones(
     rows, found = Products(terms).rows(0, 80), []
     for way in (dense._apart, lambda *_: None):
         monkeypatch.setattr(dense, "_apart", way)
-        bounds = DenseRows(Reals(rows), base, FP32, CPU).bounds(W, 0)
+        bounds = DenseRows(Reals(rows), form_of(base), form_of(FP32), ON_CPU).bounds(numbers_of(W), 0)
         assert (bounds.apart is not None) == (way.__name__ == "_apart" and scales != "third")
         found.append(merge_rows(rows, W, FP32))
     assert torch.equal(found[0][0].view(torch.int32), found[1][0].view(torch.int32))
@@ -131,7 +133,7 @@ def test_dora_of_sizes_that_float32_does_not_hold(dtype: torch.dtype) -> None:
     large = torch.finfo(dtype).max / 8
     W = (normal(g, 4, 32) * large / 4).clamp(-large, large).to(dtype)
     B, A = torch.zeros(4, 1), torch.ones(1, 32)
-    n = row_norms(Products([Term(B, A, F(1))]).rows(0, 4), W, Workspace(CPU))
+    n = row_norms(Products([Term(B, A, F(1))]).rows(0, 4), numbers_of(W), Workspace())
     m = normal(g, 4, dtype=FP32, size=2.0**-20)
     ratio, factor = magnitude_ratio(m, n, 1.0, 0)
     rows = Products([Term(B, A, F(1), by_rows=True)]).rows(0, 4, ratio)
@@ -162,25 +164,27 @@ def test_a_factor_of_columns(a: F) -> None:
 
 
 def test_what_is_read_from_bits() -> None:
-    work = Workspace(CPU)
+    work = Workspace()
     x = torch.tensor([[1 + 2.0**-24, 1 + 3 * 2.0**-24, 1.0, 1 + 2.0**-23, -3 - 2.0**-23, 0.0, 1 + 2.0**-24 + 2.0**-52]])
-    assert midpoints(x.double(), work).tolist() == [[False] * 7]  # rounded when it was made
+    assert midpoints(x.double().numpy(), work).tolist() == [[False] * 7]  # rounded when it was made
     x = torch.tensor(x.double().tolist(), dtype=FP64)
     x[0, :2] = torch.tensor([1 + 2.0**-24, 1 + 3 * 2.0**-24], dtype=FP64)
     x[0, 4] = torch.tensor(-3 - 2.0**-23, dtype=FP64)
-    assert midpoints(x, work).tolist() == [[True, True, False, False, True, False, False]]
+    assert midpoints(x.numpy(), work).tolist() == [[True, True, False, False, True, False, False]]
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         some = torch.tensor([[-3.0, 2.0, math.inf, math.nan, -math.inf]], dtype=dtype)
-        assert largest_of(some) == 3 and largest_of(-some[:, :2]) == 3 and largest_of(some[:0]) == 0
-        assert largest_of(torch.tensor([[-0.0]], dtype=dtype)) == 0
+        found = [largest_of(numbers_of(x)) for x in (some, -some[:, :2], some[:0], some[:, :1] * 0)]
+        assert found == [3, 3, 0, 0]  # at last of -0.0
 
 
 def test_short_products_are_not_trusted() -> None:
-    assert float32_is_whole()
+    """torch's, on a GPU; numpy's are never short."""
+    tensor = torch.empty(0)  # as one on a GPU
+    assert float32_is_whole(tensor)
     for precision in ("high", "medium"):
         torch.set_float32_matmul_precision(precision)
         try:
-            assert not float32_is_whole()
+            assert not float32_is_whole(tensor) and float32_is_whole(ON_CPU)
         finally:
             torch.set_float32_matmul_precision("highest")
-    assert float32_is_whole()
+    assert float32_is_whole(tensor) and float32_is_whole(ON_CPU)

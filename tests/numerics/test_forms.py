@@ -7,35 +7,20 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from lib.hostile.hostile_reals import both_ways, flushing, id_of
+from lib.hostile.hostile_reals import NAMES, both_ways, flushing, form_of, id_of, some_bits
 from lib.oracles.fractions_oracle import FORMATS, Format, Refused, log2_floor, real_of, round_to_code
 
 from loratool.numerics import forms
-from loratool.numerics.forms import FORMS, Bits, Form
-
-EDGES = 1 << 4  # so many bit patterns are tested on both sides of an edge
-
-
-def some_bits(dtype: torch.dtype) -> Bits:
-    """Return all bit patterns of a short type, and of a long one those around its edges and some others."""
-    form = FORMS[dtype]
-    if form.precision < 24:
-        return np.arange(-form.size - 1, form.size + 1).astype(form.bits_type)
-    normal = 1 << (form.precision - 1)
-    around = [0, normal, 2 * normal, 700 * normal if form.precision == 53 else 100 * normal, form.inf]
-    sizes = [x + np.arange(-EDGES, EDGES) for x in around] + [np.random.default_rng(0).integers(0, form.inf, 99)]
-    size = np.concatenate(sizes)
-    size = size[(size >= 0) & (size <= form.size)]
-    return np.concatenate([size, ~form.size | size]).astype(form.bits_type)
+from loratool.numerics.forms import Form
 
 
 def oracle_bits(bits: int, form: Format) -> int:
     return int(bits) % (1 << form.bits)
 
 
-@pytest.mark.parametrize("dtype", FORMS, ids=id_of)
+@pytest.mark.parametrize("dtype", NAMES, ids=id_of)
 def test_bits_mean_what_ieee_says(dtype: torch.dtype) -> None:
-    form, its, bits = FORMS[dtype], FORMATS[dtype], some_bits(dtype)
+    form, its, bits = form_of(dtype), FORMATS[dtype], some_bits(form_of(dtype))
     bits = bits[:: 97 if len(bits) > 4000 else 1]
     bits = bits[(bits & form.size) < form.inf]
     m, e = forms.integers(bits, form)
@@ -45,10 +30,10 @@ def test_bits_mean_what_ieee_says(dtype: torch.dtype) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("dtype", FORMS, ids=id_of)
+@pytest.mark.parametrize("dtype", NAMES, ids=id_of)
 def test_wide_keeps_every_number(dtype: torch.dtype, flush: bool) -> None:
     """numpy widens what it knows, torch bfloat16; subnormal numbers are not flushed either."""
-    form, bits = FORMS[dtype], some_bits(dtype)
+    form, bits = form_of(dtype), some_bits(form_of(dtype))
     bits = bits[(bits & form.size) < form.inf]
     expected = torch.from_numpy(bits).view(dtype).double().numpy().copy()
     with flushing(flush):
@@ -56,9 +41,9 @@ def test_wide_keeps_every_number(dtype: torch.dtype, flush: bool) -> None:
     assert np.array_equal(found.view(np.int64), expected.view(np.int64))
 
 
-@pytest.mark.parametrize("dtype", FORMS, ids=id_of)
+@pytest.mark.parametrize("dtype", NAMES, ids=id_of)
 def test_places_are_in_the_order_of_the_numbers(dtype: torch.dtype) -> None:
-    form, bits = FORMS[dtype], some_bits(dtype)
+    form, bits = form_of(dtype), some_bits(form_of(dtype))
     bits = np.unique(np.append(bits[:: 41 if len(bits) > 4000 else 1], bits[bits & form.size < 3]))
     place = forms.place(bits, form)
     assert np.array_equal(forms.number(place, form), bits)
@@ -72,7 +57,7 @@ def test_places_are_in_the_order_of_the_numbers(dtype: torch.dtype) -> None:
 
 def around(dtype: torch.dtype) -> list[F]:
     """Return numbers, midpoints and what is beside them, in and beyond the range."""
-    form, g = FORMS[dtype], np.random.default_rng(1)
+    form, g = form_of(dtype), np.random.default_rng(1)
     sizes = [*range(6), *(int(x) for x in g.integers(0, form.inf - 1, 20)), *range(form.inf - 4, form.inf - 1)]
     sizes += [each << (form.precision - 1) for each in range(1, 5)]
     found = []
@@ -84,9 +69,9 @@ def around(dtype: torch.dtype) -> list[F]:
     return [*found, top + (top - found[-6]) / 2, top * 2, F(1, 3), F(2) ** -4000]
 
 
-@pytest.mark.parametrize("dtype", FORMS, ids=id_of)
+@pytest.mark.parametrize("dtype", NAMES, ids=id_of)
 def test_rounded_is_the_nearest_ties_to_even(dtype: torch.dtype) -> None:
-    form, its = FORMS[dtype], FORMATS[dtype]
+    form, its = form_of(dtype), FORMATS[dtype]
     for x in around(dtype):
         assert x == 0 or forms.exponent(x) == log2_floor(x)
         found = forms.rounded(-x, form)
@@ -101,8 +86,8 @@ def test_rounded_is_the_nearest_ties_to_even(dtype: torch.dtype) -> None:
 
 def test_a_form_is_the_machines() -> None:
     """Significands, exponents and codes of `torch.finfo`."""
-    for dtype, form in FORMS.items():
-        info = torch.finfo(dtype)
+    for dtype in NAMES:
+        form, info = form_of(dtype), torch.finfo(dtype)
         assert (info.eps, info.tiny) == (2.0 ** (1 - form.precision), 2.0**form.least) and isinstance(form, Form)
         largest = torch.from_numpy(np.array([form.inf - 1], form.bits_type)).view(dtype)
         assert largest.double().item() == info.max

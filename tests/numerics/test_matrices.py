@@ -9,8 +9,8 @@ import pytest
 import torch
 from lib.hostile.hostile_reals import (
     BF16,
-    CPU,
     DTYPES,
+    form_of,
     hard_terms,
     hard_weights,
     id_of,
@@ -21,9 +21,12 @@ from lib.hostile.hostile_reals import (
 )
 from lib.oracles.fractions_oracle import codes, count_wrong
 
+from loratool.numerics import forms
+from loratool.numerics.arrays import Numbers
 from loratool.numerics.decide import Reals
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.products import Term
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 
 CASES = [
@@ -45,8 +48,8 @@ def test_each_rounds_the_exact_real_once(
     each, hard = several(hard_terms(factor, torch.finfo(out).eps)[terms]), hard_weights(base)
     Ws = [keeping(W, own, out) for W, own in zip((hard[weights], hard["normal"], hard["zeros"]), each, strict=True)]
     W, found = torch.cat(Ws), torch.empty(3 * len(Ws[0]), Ws[0].shape[1], dtype=out)
-    merge = RowMerge(Reals(together(each).rows(0, len(W))), base, out, CPU)
-    stats = merge.apply_each(W, 0, found, Workspace(CPU))
+    merge = RowMerge(Reals(together(each).rows(0, len(W))), form_of(base), form_of(out))
+    stats = merge.apply_each(numbers_of(W), 0, numbers_of(found), Workspace())
     for one, own, made, its in zip(Ws, each, found.chunk(3), stats, strict=True):
         expected = wanted(one, own, out)
         assert expected and count_wrong(made, expected) == 0
@@ -63,7 +66,8 @@ def test_what_overflows_is_told_of_each() -> None:
     W = torch.zeros(3, 4, 5, dtype=BF16)
     W[1, 2, 3] = W[1, 0, 4] = torch.finfo(BF16).max
     each = [[Term(torch.ones(4, 1), torch.full((1, 5), 2.0**122), F(1))]] * 3
-    merge = RowMerge(Reals(together(each).rows(0, 12)), BF16, BF16, CPU)
-    stats = merge.apply_each(W.view(12, 5), 0, torch.empty(12, 5, dtype=BF16), Workspace(CPU))
+    merge = RowMerge(Reals(together(each).rows(0, 12)), forms.BF16, forms.BF16)
+    out = Numbers.empty(forms.BF16, 12, 5)
+    stats = merge.apply_each(numbers_of(W.view(12, 5)), 0, out, Workspace())
     assert [its.overflowed for its in stats] == [0, 2, 0]
     assert [its.largest for its in stats] == [0, float(torch.finfo(BF16).max) + 2.0**122, 0]

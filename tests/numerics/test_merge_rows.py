@@ -9,22 +9,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import bits, factors, weights
+from lib.hostile.hostile_reals import form_of
 from lib.hostile.strange_rows import STRANGE, product_of
 from lib.oracles.fractions_oracle import Add, codes, low_rank, merge_codes
 from lib.oracles.reference import change_reference, round_reference, to_longdouble
 from torch import Tensor
 
-from loratool.numerics import dense
+from loratool.numerics import dense, forms
+from loratool.numerics.arrays import Numbers
 from loratool.numerics.decide import Factor, Reals, decide
-from loratool.numerics.forms import FORMS, numpy_bits
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.norms import magnitude_ratio
 from loratool.numerics.products import Products, Term
 from loratool.numerics.rounding_stats import RoundingStats, cast_rounded
 from loratool.numerics.stored import Stored
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 
-CPU = torch.device("cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 types = pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
@@ -34,9 +35,10 @@ shorter = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=NAMES.get)
 def merged(W: Tensor, x: Reals, out: torch.dtype | None = None, rows: int = 1 << 20) -> tuple[Tensor, RoundingStats]:
     """Return W' and the sums, from blocks of so many rows."""
     made, stats = torch.empty_like(W, dtype=out or W.dtype), []
-    merge = RowMerge(x, W.dtype, made.dtype, CPU)
+    base, result = numbers_of(W), numbers_of(made)
+    merge = RowMerge(x, base.form, result.form)
     for row in range(0, len(W), rows):
-        stats.append(merge.apply(W[row : row + rows], row, made[row : row + rows], Workspace(CPU)))
+        stats.append(merge.apply(base[row : row + rows], row, result[row : row + rows], Workspace()))
     return made, RoundingStats.of(stats)
 
 
@@ -90,7 +92,7 @@ def test_any_rows_tiles_threads_and_order_of_ranks(dtype: torch.dtype, monkeypat
     threads, order = torch.get_num_threads(), torch.randperm(12, generator=torch.Generator().manual_seed(3))
     try:
         for rows, tile, count in ((1, 100, 1), (5, 1, 2), (32, 1 << 12, 2)):
-            monkeypatch.setattr(dense, "TILE", {FP32: tile, FP64: tile})
+            monkeypatch.setattr(dense, "TILE", {np.float32: tile, np.float64: tile})
             torch.set_num_threads(count)
             out, other = merged(W, product_of(A[order], B[:, order], 1 / 3), rows=rows)
             assert torch.equal(bits(out), bits(expected)) and plain(other) == plain(stats)
@@ -183,8 +185,8 @@ def test_factors_of_w_beyond_float32(a: tuple[float, float]) -> None:
     D = weights(2, 40, seed=2).double() * torch.tensor([[1e-9], [1e12]])
     x = Reals(Stored(D, 1.0), Factor.of_rows([Fraction(each) for each in a]))
     i, j = (at.reshape(-1) for at in np.indices(W.shape))
-    wanted = decide(x, numpy_bits(W).reshape(-1), FORMS[BF16], i, j, FORMS[BF16])
-    assert (numpy_bits(merged(W, x)[0]).reshape(-1) == wanted).all()
+    wanted = decide(x, numbers_of(W).bits.reshape(-1), forms.BF16, i, j, forms.BF16)
+    assert (numbers_of(merged(W, x)[0]).bits.reshape(-1) == wanted).all()
 
 
 def test_a_float32_of_fewer_bits_is_not_trusted() -> None:
@@ -192,15 +194,15 @@ def test_a_float32_of_fewer_bits_is_not_trusted() -> None:
     expected, _ = merged(W, product_of(A, B))
     torch.set_float32_matmul_precision("medium")
     try:
-        assert not dense.float32_is_whole()
+        assert not dense.float32_is_whole(W)
         assert torch.equal(bits(merged(W, product_of(A, B))[0]), bits(expected))
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert dense.float32_is_whole()
+    assert dense.float32_is_whole(W)
 
 
 def test_a_row_longer_than_a_tile() -> None:
-    columns = dense.TILE[FP32] + 7
+    columns = dense.TILE[np.float32] + 7
     W, (A, B) = weights(2, columns, dtype=BF16), factors(2, columns, 2)
     one, _ = merged(W, product_of(A, B, 9.0), rows=1)
     assert torch.equal(bits(one), bits(merged(W, product_of(A, B, 9.0))[0]))
@@ -213,8 +215,8 @@ def test_what_would_be_infinite_is_counted(dtype: torch.dtype) -> None:
     W = torch.full((2, 3), top, dtype=dtype)
     out, stats = merged(W, product_of(torch.ones(1, 3, dtype=FP64), torch.tensor([[0.0], [top / 9]], dtype=FP64)))
     assert plain(stats) == (3, 0, 3) and math.isfinite(stats.kept) and torch.equal(out[0], W[0])
-    short = torch.empty(1, 3, dtype=FP16)
-    assert cast_rounded(torch.tensor([[1e5, math.inf, 1.0]]), short, Workspace(CPU)).overflowed == 1
+    short, x = Numbers.empty(forms.F16, 1, 3), torch.tensor([[1e5, math.inf, 1.0]])
+    assert cast_rounded(numbers_of(x), short, Workspace()).overflowed == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
@@ -231,17 +233,17 @@ def test_odd_shapes(shape: tuple[int, int]) -> None:
 def test_nan_in_another_type_is_the_quiet_one(dtype: torch.dtype, to: torch.dtype) -> None:
     """Whichever it was: processors differ in what a cast leaves of sign and payload."""
     W, (A, B) = weights(2, 40, dtype=dtype), factors(2, 40, 2)
-    inf = FORMS[dtype].inf
-    numpy_bits(W)[:, ::7] = [inf + 1, inf | 5, -1, -3, inf | inf >> 1, -2]
+    inf = form_of(dtype).inf
+    numbers_of(W).bits[:, ::7] = [inf + 1, inf | 5, -1, -3, inf | inf >> 1, -2]
     made, cast = merged(W, product_of(A, B), to)[0], torch.empty_like(W, dtype=to)
-    cast_rounded(W, cast, Workspace(CPU))
+    cast_rounded(numbers_of(W), numbers_of(cast), Workspace())
     quiet = {BF16: 0x7FC0, FP16: 0x7E00, FP32: 0x7FC00000}[to]
     for out in (made, cast):
         where = W.isnan().numpy()
         if dtype == to:
-            assert (numpy_bits(out)[where] == numpy_bits(W)[where]).all()
+            assert (numbers_of(out).bits[where] == numbers_of(W).bits[where]).all()
         else:
-            assert (numpy_bits(out)[where] == quiet).all()
+            assert (numbers_of(out).bits[where] == quiet).all()
 
 
 def test_a_ratio_below_float64_beside_factors_that_make_it_count() -> None:
@@ -258,19 +260,21 @@ def test_a_ratio_below_float64_beside_factors_that_make_it_count() -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_a_cast_of_float64_keeps_the_sign_of_zero(dtype: torch.dtype) -> None:
     x, out = torch.tensor([[-0.0, 0.0, -1e-320, 1e-320]], dtype=torch.float64), torch.empty(1, 4, dtype=dtype)
-    cast_rounded(x, out, Workspace(CPU))
+    cast_rounded(numbers_of(x), numbers_of(out), Workspace())
     assert not out.any() and torch.signbit(out).tolist() == [[True, False, True, False]]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_a_cast_of_float64_rounds_once(dtype: torch.dtype) -> None:
     """Halfway between all neighbors, and the next float64 on both sides of that, where float32 has but one number."""
-    numbers = torch.arange(FORMS[dtype].inf, dtype=torch.int16).view(dtype)  # rising from 0, the last bit even and odd
+    numbers = torch.arange(form_of(dtype).inf, dtype=torch.int16).view(
+        dtype
+    )  # rising from 0, the last bit even and odd
     low, high = numbers[:-1], numbers[1:]
     middle = (low.double() + high.double()) / 2
     even = torch.where(torch.arange(len(low)) % 2 == 0, low, high)
     above, below = (middle.nextafter(torch.tensor(end, dtype=FP64)) for end in (math.inf, -math.inf))
     for x, wanted in ((middle, even), (above, high), (below, low), (-above, -high), (-below, -low)):
         out = torch.empty(1, len(x), dtype=dtype)
-        cast_rounded(x[None], out, Workspace(CPU))
+        cast_rounded(numbers_of(x[None]), numbers_of(out), Workspace())
         assert torch.equal(out[0], wanted)

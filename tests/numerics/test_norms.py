@@ -7,7 +7,7 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from lib.hostile.hostile_reals import BF16, CPU, FP16, FP32, FP64, both_ways, changes, flushing, id_of, normal, reals
+from lib.hostile.hostile_reals import BF16, FP16, FP32, FP64, both_ways, changes, flushing, id_of, normal, reals
 from lib.oracles.fractions_oracle import root
 from torch import Tensor
 
@@ -17,9 +17,10 @@ from loratool.numerics.decide import Delta
 from loratool.numerics.forms import Wide
 from loratool.numerics.norms import TINY_BY, column_norms, magnitude_ratio, norm_of, row_norms, short_root
 from loratool.numerics.products import Products, Term
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 
-WORK = Workspace(CPU)
+WORK = Workspace()
 
 
 def exact_norms(W: Tensor, terms: list[Term]) -> list[float]:
@@ -48,12 +49,12 @@ def changed_columns(terms: list[Term]) -> Tensor:
 
 
 def by_rows(W: Tensor, terms: list[Term]) -> Wide:
-    return row_norms(Products(terms).rows(0, len(W)), W, WORK)
+    return row_norms(Products(terms).rows(0, len(W)), numbers_of(W), WORK)
 
 
 def by_columns(W: Tensor, terms: list[Term], height: int) -> Wide:
     turned = [Term(t.right.T.contiguous(), t.left.T.contiguous(), t.scale) for t in terms]
-    whole = W.T.contiguous()
+    whole = numbers_of(W.T.contiguous())
     blocks = [(start, whole[start : start + height]) for start in range(0, len(whole), height)]
     return column_norms(Products(turned).rows, lambda: blocks, WORK)
 
@@ -126,10 +127,10 @@ def test_norms_of_other_deltas(dtype: torch.dtype, step: str, monkeypatch: pytes
     turned = [Term(t.right.T.contiguous(), t.left.T.contiguous(), t.scale) for t in terms]
     blind(step, monkeypatch)
     delta = Hadamard(Products(terms).rows(0, 8), Products(ones).rows(0, 8), F(1))
-    assert row_norms(delta, W, WORK).tolist() == exact_norms(W, terms)
+    assert row_norms(delta, numbers_of(W), WORK).tolist() == exact_norms(W, terms)
     grouped = exact_norms(W.T.reshape(4, 24), [Term(torch.eye(4), changed_columns(terms), F(1))])
     for height in (1, 3, 8):
-        blocks = [(start, W[start : start + height]) for start in range(0, 8, height)]
+        blocks = [(start, numbers_of(W)[start : start + height]) for start in range(0, 8, height)]
 
         def rows(start: int, stop: int) -> Hadamard:
             return Hadamard(Products(terms).rows(start, stop), Products(ones).rows(start, stop), F(1))
@@ -153,7 +154,7 @@ def test_few_rows_are_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(norms, "_pair_squares", counted)
     monkeypatch.setattr(norms, "_exact_squares", None)
-    row_norms(delta, normal(g, 300, 200, dtype=BF16, size=0.02), WORK)
+    row_norms(delta, numbers_of(normal(g, 300, 200, dtype=BF16, size=0.02)), WORK)
     assert len(asked) < 15
 
 
@@ -192,4 +193,4 @@ def test_a_hair_below_the_middle_of_two_roots(composed: bool) -> None:
     delta: Delta = Products([Term(W.sign(), ones, -(F(2) ** -20))]).rows(0, 2)
     if composed:
         delta = Hadamard(delta, Products([Term(torch.ones(2, 1), ones, F(1))]).rows(0, 2), F(1))
-    assert row_norms(delta, W, WORK).tolist() == [2.0**36] * 2
+    assert row_norms(delta, numbers_of(W), WORK).tolist() == [2.0**36] * 2

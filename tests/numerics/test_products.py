@@ -10,7 +10,6 @@ import pytest
 import torch
 from lib.hostile.hostile_reals import (
     BF16,
-    CPU,
     DTYPES,
     FP16,
     FP32,
@@ -31,6 +30,7 @@ from lib.hostile.hostile_reals import (
 )
 
 from loratool.numerics import merge
+from loratool.numerics.arrays import ON_CPU, Numbers
 from loratool.numerics.decide import Factor
 from loratool.numerics.dense import Bounds, DenseRows
 from loratool.numerics.products import ProductRows, Products, Term, lowest_bits, norms
@@ -58,17 +58,17 @@ def check_bounds(rows: ProductRows, expected: list[F]) -> dict[str, int]:
         exact[name] = int((bound == 0).sum())
     for k in range(0, len(expected), 7):
         assert rows.exact(int(i[k]), int(j[k])) == expected[k]
-    for kind in (torch.float32, torch.float64):
-        if kind == torch.float32 and not rows.largest < 2.0**60:
+    for kind in (np.float32, np.float64):
+        if kind == np.float32 and not rows.largest < 2.0**60:
             continue
-        dense = rows.dense(kind, CPU)
+        dense = rows.dense(kind, ON_CPU)
         largest = np.abs(np.array([float(x) for x in expected])).reshape(rows.shape).max(1, initial=0.0)
         assert (largest <= dense.sizes * (1 + 1e-15) + 1e-300).all()
         for shift in (0.0, 0.125):
-            out = torch.empty(rows.shape, dtype=kind)
+            out = np.empty(rows.shape, kind)
             dense.fill(slice(0, rows.shape[0]), shift, out)
-            slack = (dense.errors * 1.01 + shift * 1e-6 * (kind == torch.float32) + shift * 1e-14).repeat(rows.shape[1])
-            assert exact_in_float64(out.double().numpy().ravel() - shift, slack, expected) == [], (kind, shift)
+            slack = (dense.errors * 1.01 + shift * 1e-6 * (kind == np.float32) + shift * 1e-14).repeat(rows.shape[1])
+            assert exact_in_float64(out.astype(np.float64).ravel() - shift, slack, expected) == [], (kind, shift)
         least = (dense.errors**2).max(initial=0.0) * rows.shape[1]  # what is only rounding counts as 0
         n = rows.shape[1]
         squares = np.array([float(sum(x * x for x in expected[k * n : (k + 1) * n])) for k in range(rows.shape[0])])
@@ -181,11 +181,11 @@ def test_bounds_of_a_hundredth_show(monkeypatch: pytest.MonkeyPatch) -> None:
     right, _ = merge_rows(Products(terms).rows(0, 128), W, FP16)
     bound, bounds = ProductRows.bound, DenseRows.bounds
 
-    def slight(self: DenseRows, base: torch.Tensor, first: int, backward: bool = False) -> Bounds:
+    def slight(self: DenseRows, base: Numbers, first: int, backward: bool = False) -> Bounds:
         found = bounds(self, base, first, backward)
         return replace(found, shift=found.shift * SHRUNK, span=found.span * SHRUNK, curve=found.curve * SHRUNK)
 
-    monkeypatch.setattr(ProductRows, "bound", lambda self, size, kind=torch.float64: bound(self, size, kind) * SHRUNK)
+    monkeypatch.setattr(ProductRows, "bound", lambda self, size, kind=np.float64: bound(self, size, kind) * SHRUNK)
     with pytest.raises(AssertionError):
         check_bounds(Products(few).rows(0, 4), expected)
     monkeypatch.setattr(DenseRows, "bounds", slight)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from lib.hostile.hostile_reals import (
     BF16,
-    CPU,
     DTYPES,
     FP16,
     FP32,
@@ -29,6 +28,7 @@ from lib.hostile.hostile_reals import (
 from lib.oracles.fractions_oracle import Add, codes, merge_codes
 from torch import Tensor
 
+from loratool.numerics.arrays import ON_CPU
 from loratool.numerics.decide import Delta, Factor
 from loratool.numerics.products import Products
 from loratool.numerics.stored import Stored, Sum, Zero
@@ -47,11 +47,11 @@ def check(delta: Delta, expected: list[F], dense: bool = True) -> int:
             assert np.isinf(bound[k]) or abs(F(float(high[k])) + F(float(low[k])) - number) <= F(float(bound[k]))
         exact = int((bound == 0).sum())
     assert [delta.exact(int(a), int(b)) for a, b in zip(i[::5], j[::5], strict=True)] == expected[::5]
-    for kind in (torch.float32, torch.float64) if dense else ():
-        if kind == torch.float64 or delta.largest < 2.0**60:
-            out, of = torch.empty(delta.shape, dtype=kind), delta.dense(kind, CPU)
+    for kind in (np.float32, np.float64) if dense else ():
+        if kind == np.float64 or delta.largest < 2.0**60:
+            out, of = np.empty(delta.shape, kind), delta.dense(kind, ON_CPU)
             of.fill(slice(0, delta.shape[0]), 0.0, out)
-            for k, (number, x) in enumerate(zip(expected, reals(out), strict=True)):
+            for k, (number, x) in enumerate(zip(expected, reals(torch.from_numpy(out)), strict=True)):
                 assert abs(x - number) <= F(float(of.errors[k // delta.shape[1]]))
                 assert abs(number) <= F(float(of.sizes[k // delta.shape[1]])) * (1 + F(1, 10**6)) + F(2) ** -900
     return exact

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from loratool.adapters.formats import open_adapter
 from loratool.binding.modules.placement import Placement
 from loratool.files.checkpoint import open_checkpoint
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 from loratool.streaming.segment import RowSegment, UpdateLoader
 
@@ -27,10 +28,10 @@ def test_norms_of_columns_are_of_all_rows(tmp_path: Path) -> None:
     placement = Placement(adapter, adapter.updates["lora_unet_q"], 1.0, False, 8, 0, 8)
 
     def merged(*edges: int) -> torch.Tensor:
-        out, work = torch.empty_like(W), Workspace(cpu)
+        out, work = torch.empty_like(W), Workspace()
         for start, stop in pairwise(edges):
             segment = RowSegment(base.ref("q.weight"), 6, start, stop, [placement], UpdateLoader(cpu))
-            segment.merge(W[start:stop].contiguous(), start, out[start:stop], work)
+            segment.merge(numbers_of(W[start:stop]), start, numbers_of(out[start:stop]), work)
         return out
 
     V = W.double() + B.double() @ A.double()

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from loratool.files.containers.safetensors_file import TensorFile
 from loratool.files.tensor_ref import TensorRef
+from loratool.numerics.arrays import Numbers
+from loratool.numerics.code_levels import Codes
 from loratool.numerics.workspace import Workspace
 from loratool.streaming.items import MapRows
 from loratool.streaming.scattered import Scattered, Written
@@ -99,18 +101,20 @@ def test_codes_are_made_on_the_cpu_whatever_the_device(tmp_path: Path) -> None:
     devices: list[bool] = []
     worker = Worker(torch.device("cpu"))
     worker.stream = OneStream()  # type: ignore[assignment]
+    worker.work = Workspace(torch.empty(0))  # a tensor, as on a GPU
 
-    def step(base: Tensor, row: int, out: Tensor, work: Workspace) -> None:
-        hosts = (worker.host.take("out", torch.uint8, 3, 4), worker.host.take("base", torch.float32, 3, 4))
-        devices.extend(x.data_ptr() == host.data_ptr() for x, host in zip((out, base), hosts, strict=True))
-        out.numpy()[...] = base.numpy()
+    def step(base: Numbers, row: int, out: Codes, work: Workspace) -> None:
+        hosts = (worker.host.take("out", np.uint8, 3, 4), worker.host.take("base", np.int32, 3, 4))
+        places = (out.ctypes.data, base.bits.data_ptr())
+        devices.extend(place == host.ctypes.data for place, host in zip(places, hosts, strict=True))
+        out[...] = base.wide()
 
-    def write(start: int, out: Tensor, result: None) -> tuple[None, list[Written]]:
+    def write(start: int, out: Codes, result: None) -> tuple[None, list[Written]]:
         written.extend(out.tolist())
         return None, []
 
     with closing(TensorFile(tmp_path / "x.safetensors")) as file, open(os.devnull, "wb") as target:
-        source, how = TensorRef(file, "x"), Scattered(torch.uint8, 4, 12, write)
-        place = (target, 0, torch.uint8, 4, 0, 3, lambda start, stop: step, 3)
+        source, how = TensorRef(file, "x"), Scattered(np.uint8, 4, 12, write)
+        place = (target, 0, np.uint8, 4, 0, 3, lambda start, stop: step, 3)
         worker(MapRows("x", source, 4, *place, scattered=(how, lambda name: (target, 0), 3)))
     assert devices == [True, False] and written == torch.arange(12).view(3, 4).tolist()

@@ -14,21 +14,41 @@ from torch import Tensor
 
 from lib.oracles.fractions_oracle import FORMATS, Add, finite_reals, merge_codes, real_of
 from loratool.numerics.decide import Delta, Factor, Reals
+from loratool.numerics.forms import FORMS, Bits, Form
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.products import Products, Term
 from loratool.numerics.rounding_stats import RoundingStats
+from loratool.numerics.tensors import NAMES as NAMES_OF_FORMS
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = [BF16, FP16, FP32, FP64]
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-CPU = torch.device("cpu")
 SHAPE = M, N = 6, 16
 RANK = 5
+EDGES = 1 << 4  # so many bit patterns are tested on both sides of an edge
 
 
 def id_of(value: object) -> str | None:
     return NAMES.get(value) if isinstance(value, torch.dtype) else None
+
+
+def form_of(dtype: torch.dtype) -> Form:
+    """Return the form of a torch type."""
+    return FORMS[NAMES_OF_FORMS[str(dtype)]]
+
+
+def some_bits(form: Form) -> Bits:
+    """Return all bit patterns of a short form, and of a long one those around its edges and some others."""
+    if form.precision < 24:
+        return np.arange(-form.size - 1, form.size + 1).astype(form.bits_type)
+    normal = 1 << (form.precision - 1)
+    around = [0, normal, 2 * normal, 700 * normal if form.precision == 53 else 100 * normal, form.inf]
+    sizes = [x + np.arange(-EDGES, EDGES) for x in around] + [np.random.default_rng(0).integers(0, form.inf, 99)]
+    size = np.concatenate(sizes)
+    size = size[(size >= 0) & (size <= form.size)]
+    return np.concatenate([size, ~form.size | size]).astype(form.bits_type)
 
 
 @contextmanager
@@ -139,9 +159,9 @@ def keeping(W: Tensor, terms: Sequence[Term], out: torch.dtype) -> Tensor:
 
 def merge_rows(delta: Delta, W: Tensor, out: torch.dtype, factor: Factor | None = None) -> tuple[Tensor, RoundingStats]:
     """Return W' and the statistics."""
-    result = torch.empty(W.shape, dtype=out)
-    x = Reals(delta, factor)
-    stats = RowMerge(x, W.dtype, out, CPU).apply(W.contiguous(), 0, result, Workspace(CPU))
+    base, result = numbers_of(W.contiguous()), torch.empty(W.shape, dtype=out)
+    merge = RowMerge(Reals(delta, factor), base.form, form_of(out))
+    stats = merge.apply(base, 0, numbers_of(result), Workspace())
     return result, stats
 
 
