@@ -139,7 +139,6 @@ def cases_of(factor: torch.dtype, step: float = 2.0**-9) -> dict[str, Callable[[
             Case(products(terms["two"]), changes(terms["two"])),
         ),
         "cancel": lambda: added(hadamard(terms["third"], tiny, F(3)), hadamard(tiny, terms["third"], F(-3))),
-        "rows of products": lambda: scaled(kron(factor, THIRD, stored=""), RATIOS[0], 0),
     }  # fmt: skip
 
 
@@ -220,7 +219,9 @@ def test_a_scale_next_to_a_power_of_two() -> None:
 )
 def test_bounds_of_a_hundredth_show(name: str, answers: tuple[str, ...]) -> None:
     """Else the data of these tests would not tell a bound that is too small."""
-    case = cases_of(FP32)[name]()
+    cases = cases_of(FP32)
+    cases["rows of products"] = lambda: scaled(kron(FP32, THIRD, stored=""), RATIOS[0], 0)  # farther off than "rows"
+    case = cases[name]()
     found = " ".join(beyond(case.delta, case.numbers, 0.01))
     assert all(answer in found for answer in answers)
 
