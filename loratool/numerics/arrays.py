@@ -173,7 +173,7 @@ def _table(name: str, kind: str) -> npt.NDArray[Any]:
 def narrow(x: Array, out: Numbers, ties: bool = True) -> None:
     """Round numbers into `out`: to nearest, an overflow to inf, or to nan where there is no inf.
 
-    float64 is rounded to 16 or 8 bits by way of float32, except to fp16 on the CPU.
+    float64 is rounded to 16 or 8 bits by way of float32, except to fp16 on the CPU if ties go to even.
 
     Args:
         ties: ties go to even. Otherwise they may go anywhere.
@@ -208,11 +208,11 @@ def _round_to_fp16(x: npt.NDArray[np.float32], out: Bits) -> None:
     upper &= np.int16(-0x8000)
     out |= upper
     places = np.flatnonzero(size < 0x3880)  # below 2**-14 all steps are 2**-24, as those of float32 from 1/2 to 1
-    steps = (np.abs(x.reshape(-1).take(places)) + np.float32(0.5)).view(np.int32) - 0x3F000000
-    out.reshape(-1)[places] = steps | upper.reshape(-1).take(places)
+    steps = (np.abs(x.take(places)) + np.float32(0.5)).view(np.int32) - 0x3F000000
+    out.put(places, steps | upper.take(places))
     if size.size and int(size.max()) >= 0x4780:  # 2**16
         places = np.flatnonzero(size >= 0x4780)
-        out.reshape(-1)[places] = x.reshape(-1).take(places).astype(np.float16).view(np.int16)
+        out.put(places, x.take(places).astype(np.float16).view(np.int16))
 
 
 def _rounded_to_8_bits(x: npt.NDArray[np.float32], form: Form) -> Bits:
