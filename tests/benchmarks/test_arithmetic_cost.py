@@ -18,11 +18,11 @@ import loratool
 from loratool.numerics.decide import Reals
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.products import Products, Term
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 from loratool.undo.checks import record_rows
 from loratool.undo.records import Recorder
 
-CPU = torch.device("cpu")
 SHAPE = (2048, 5632)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -59,7 +59,8 @@ def test_a_merge_beside_a_plain_one(
     torch.set_num_threads(1)
     W, (A, B) = weights(*SHAPE, dtype=base), factors(*SHAPE, rank)
     B, A = (B * (relative * W.float().norm() / (B @ A).norm())).to(stored), A.to(stored)
-    work, out, step = Workspace(CPU), torch.empty_like(W), record_rows(SHAPE[1])
+    work, out, step = Workspace(), torch.empty_like(W), record_rows(SHAPE[1])
+    before, after = numbers_of(W), numbers_of(out)
 
     def plain() -> None:
         for row in range(0, len(W), 64):
@@ -70,8 +71,8 @@ def test_a_merge_beside_a_plain_one(
         products = Products([Term(B, A, Fraction(scale))])
         for row in range(0, len(W), step):
             here = slice(row, min(row + step, len(W)))
-            rows = RowMerge(Reals(products.rows(here.start, here.stop)), base, base, CPU)
-            rows.apply(W[here], 0, out[here], work, Recorder(base) if record else None)
+            rows = RowMerge(Reals(products.rows(here.start, here.stop)), before.form, before.form)
+            rows.apply(before[here], 0, after[here], work, Recorder(before.form) if record else None)
 
     by_torch, ours, recorded = best_of([plain, lambda: merged(False), lambda: merged(True)], W.numel())
     torch.set_num_threads(threads)

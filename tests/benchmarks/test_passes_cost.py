@@ -24,12 +24,14 @@ import pytest
 import torch
 from conftest import factors, hashed, needs_passes, weights
 
+from loratool.numerics.arrays import Numbers
 from loratool.numerics.decide import Reals
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.norms import magnitude_ratio
 from loratool.numerics.passes.hashes import finish_each
 from loratool.numerics.passes.native import NATIVE
 from loratool.numerics.products import Products, Term
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 from loratool.undo.records import RecordedBlock, Recorder, Restorer
 
@@ -37,7 +39,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import make
 
 pytestmark = [pytest.mark.slow, needs_passes]
-CPU = torch.device("cpu")
 SHAPE = (1024, 2048)
 TURNS = 9
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -73,13 +74,15 @@ def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkey
     torch.set_num_threads(1)
     W, (A, B) = weights(*SHAPE, dtype=dtype), factors(*SHAPE, rank)
     B, A = (B * (0.09 * W.float().norm() / (B @ A).norm())).to(dtype), A.to(dtype)
-    work, out, back = Workspace(CPU), torch.empty_like(W), torch.empty_like(W)
+    work, base = Workspace(), numbers_of(W)
+    form = base.form
+    out, back = Numbers.empty(form, *SHAPE), Numbers.empty(form, *SHAPE)
 
     def merged(record: bool) -> RecordedBlock | None:
         x = Reals(Products([Term(B, A, Fraction(1))]).rows(0, len(W)))
-        recorder = Recorder(dtype) if record else None
-        stats = RowMerge(x, dtype, dtype, CPU).apply(W, 0, out, work, recorder)
-        return hashed(recorder.result(stats, W, out)) if recorder else None
+        recorder = Recorder(form) if record else None
+        stats = RowMerge(x, form, form).apply(base, 0, out, work, recorder)
+        return hashed(recorder.result(stats, base, out)) if recorder else None
 
     record = merged(True)
     assert record
@@ -87,7 +90,7 @@ def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkey
     assert isinstance(payload, bytes)
 
     def restored() -> None:
-        restorer = Restorer("x", dtype, payload, record.sha256, record.sum)
+        restorer = Restorer("x", form, payload, record.sha256, record.sum)
         restorer.block(out, Reals(Products([Term(B, A, Fraction(1))]).rows(0, len(W))), back, work)
         hashed(restorer.check(back, out))
 
@@ -105,7 +108,7 @@ def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkey
             f"\n{dtype} rank {rank}, {name}: {without:.2f} -> {with_passes:.2f} ns, {ratio:.2f} (at most {limit})",
             end="",
         )
-    assert torch.equal(back.view(torch.uint8), W.view(torch.uint8))
+    assert np.array_equal(back.bits, base.bits)
     assert all(ratio <= limit for *_, ratio, limit in lines)
 
 

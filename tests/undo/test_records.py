@@ -11,24 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bits, factors, hashed, slow, weights
+from conftest import bits, factors, form_of, hashed, slow, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lib.hostile.strange_rows import STRANGE, product_of
 from torch import Tensor
 
 from loratool.errors import InputError
+from loratool.numerics.arrays import Numbers
 from loratool.numerics.decide import Factor, Reals, decide
-from loratool.numerics.forms import FORMS, Bits, number, numpy_bits, place
+from loratool.numerics.forms import Bits, number, place
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.stored import Stored, Sum
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 from loratool.undo.candidates import every, find_runs
 from loratool.undo.differences import UNIT, Reader, pack_code_differences, pack_differences
 from loratool.undo.records import RecordedBlock, Recorder, Restorer, subtract
 
-CPU = torch.device("cpu")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -45,18 +46,21 @@ def scaled(D: Tensor, a: float | None = None) -> Reals:
 
 
 def merged(W: Tensor, x: Reals) -> tuple[Tensor, RecordedBlock]:
-    out, recorder = torch.empty_like(W), Recorder(W.dtype)
-    change = RowMerge(x, W.dtype, W.dtype, CPU).apply(W, 0, out, Workspace(CPU), recorder)
-    return out, hashed(recorder.result(change, W, out))
+    result = torch.empty_like(W)
+    base, out = numbers_of(W), numbers_of(result)
+    recorder = Recorder(base.form)
+    change = RowMerge(x, base.form, base.form).apply(base, 0, out, Workspace(), recorder)
+    return result, hashed(recorder.result(change, base, out))
 
 
 def restored(out: Tensor, x: Reals, record: RecordedBlock) -> Tensor:
-    back = torch.empty_like(out)
-    restorer = Restorer("x", out.dtype, record.payload, record.sha256, record.sum)
+    found = torch.empty_like(out)
+    result, back = numbers_of(out), numbers_of(found)
+    restorer = Restorer("x", result.form, record.payload, record.sha256, record.sum)
     with restorer.damage():
-        restorer.block(out, x, back, Workspace(CPU))
-    hashed(restorer.check(back, out))
-    return back
+        restorer.block(result, x, back, Workspace())
+    hashed(restorer.check(back, result))
+    return found
 
 
 def comes_back(W: Tensor, x: Reals) -> RecordedBlock:
@@ -173,7 +177,7 @@ class TestRoundTrips:
         W[2], W[5:8, ::2] = -0.0, 0.0
         expected = comes_back(W, product_of(A, B, 0.5))
         for tile, asked, together in ((1, 50, 7), (150, 9, 1 << 16), (1 << 12, 999, 20)):
-            monkeypatch.setattr("loratool.numerics.dense.TILE", {FP32: tile, FP64: tile})
+            monkeypatch.setattr("loratool.numerics.dense.TILE", {np.float32: tile, np.float64: tile})
             monkeypatch.setattr("loratool.undo.records.ASKED", asked)
             monkeypatch.setattr("loratool.numerics.merge.TOGETHER", together)
             found = comes_back(W, product_of(A, B, 0.5))
@@ -193,13 +197,14 @@ class TestRoundTrips:
         W, out = any_bits(g, (3, UNIT // 2 + 9), dtype), any_bits(g, (3, UNIT // 2 + 9), dtype)
         out[1] = W[1]
         W[0, :2], out[0, :2] = torch.tensor([0.0, -0.0]), torch.tensor([-0.0, 0.0])
-        recorder = Recorder(dtype)
-        recorder.difference(W, out)
-        record = hashed(recorder.result(RoundingStats(), W, out))
-        restorer, back = Restorer("x", dtype, record.payload, record.sha256, record.sum), torch.empty_like(W)
-        restorer.replaced(out, back, Workspace(torch.device("cpu")))
-        hashed(restorer.check(back, out))
-        assert torch.equal(bits(back), bits(W))
+        base, result, back = numbers_of(W), numbers_of(out), numbers_of(torch.empty_like(W))
+        recorder = Recorder(base.form)
+        recorder.difference(base, result)
+        record = hashed(recorder.result(RoundingStats(), base, result))
+        restorer = Restorer("x", base.form, record.payload, record.sha256, record.sum)
+        restorer.replaced(result, back, Workspace())
+        hashed(restorer.check(back, result))
+        assert np.array_equal(back.bits, base.bits)
 
 
 def deltas(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -224,7 +229,7 @@ class Found:
 
 
 def brute_force(x: Reals, i: int, j: int, dtype: torch.dtype) -> Found:
-    form = FORMS[dtype]
+    form = form_of(dtype)
     at = np.arange(-form.inf, form.inf)
     made = decide(x, number(at, form), form, np.full(len(at), i), np.full(len(at), j), form)
     edges = np.flatnonzero(np.diff(made, prepend=~made[:1]))  # one run for each W', as rounding is monotone
@@ -249,7 +254,7 @@ def known_as(exact: Fraction, j: int) -> list[tuple[Any, float]]:
 
 def check_runs(dtype: torch.dtype, a: float | None, columns: range, most: int) -> int:
     """Hold the runs of so many W' and more, those near zero and near the ends among them; return how many they were."""
-    (D, right), form, count = deltas(dtype), FORMS[dtype], 0
+    (D, right), form, count = deltas(dtype), form_of(dtype), 0
     for x in [scaled(D, a), *([] if a else [product_of(right, torch.ones(1, 3))])]:
         for j in columns:
             exact, found = x.delta.exact(0, j), brute_force(x, 0, j, dtype)
@@ -284,18 +289,18 @@ class TestRuns:
     @settings(max_examples=8)
     def test_their_ends(self, dtype: torch.dtype, seed: int, a: float | None) -> None:
         """By fractions: the first and the last number give W', their neighbours do not."""
-        g, form = np.random.default_rng(seed), FORMS[dtype]
+        g, form = np.random.default_rng(seed), form_of(dtype)
         W = any_bits(g, (1, 40), dtype)
         W = torch.where(W.isfinite() & (W.double().abs() < torch.finfo(dtype).max / 1e4), W, 1.0)
         D = torch.from_numpy(g.standard_normal(W.shape) * 10.0 ** g.integers(-7, 3, W.shape)) * W.double().abs()
         D = D.to(g.choice([FP64, FP32, BF16])).double() if g.random() < 0.7 else (W.double() * 0.5).to(dtype).double()
         D = torch.where(D.abs() < torch.finfo(dtype).max / 4, D, 0.5)
-        x, i, j = scaled(D, a), np.zeros(40, np.int64), np.arange(40)
-        result = decide(x, numpy_bits(W)[0], form, i, j, form)
+        x, i, j, base = scaled(D, a), np.zeros(40, np.int64), np.arange(40), numbers_of(W).bits[0]
+        result = decide(x, base, form, i, j, form)
         fine = np.flatnonzero((result & form.size) < form.inf)
         runs = find_runs(x, result[fine], j[fine], 0, 40, D[0].numpy()[fine], 0.0, form)
         first, count = runs.start.astype(np.int64), runs.count.astype(np.int64)
-        whole, places = count == every(form), place(numpy_bits(W)[0], form)[fine]
+        whole, places = count == every(form), place(base, form)[fine]
         assert (whole | ((first <= places) & (places < first + count))).all()
         keeps = np.array([x.keeps(0, int(k)) for k in j])[fine]
         for at, inside in ((first, True), (first + count - 1, True), (first - 1, False), (first + count, False)):
@@ -307,13 +312,13 @@ class TestRuns:
 
     def test_rows_under_two_updates(self) -> None:
         """Half replaced, and added to: what `near` gives is a sum of both."""
-        A, B = factors(2, 12, 2)
+        (A, B), form = factors(2, 12, 2), form_of(BF16)
         x = Reals(Sum([Stored(weights(2, 12, dtype=FP16), 0.5), product_of(A, B, 0.1).delta]), HALVES)
         for j in (0, 7):
             found = brute_force(x, 1, j, BF16)
             nothing, at = np.full(len(found.result), np.nan), np.full(len(found.result), 12 + j)
-            runs = find_runs(x, found.result, at, 0, 12, nothing, 0.0, FORMS[BF16])
-            assert (runs.count == np.where(found.holds_zero, every(FORMS[BF16]), found.count)).all()
+            runs = find_runs(x, found.result, at, 0, 12, nothing, 0.0, form)
+            assert (runs.count == np.where(found.holds_zero, every(form), found.count)).all()
             assert (runs.start == found.start)[~found.holds_zero].all()
 
 
@@ -330,9 +335,9 @@ class TestDoubts:
         forward = product_of(A, B, size * 7)
         out, _ = merged(W, forward)
         back = torch.empty_like(W)
-        doubted = subtract(out, forward, back, Workspace(CPU))
+        doubted = subtract(numbers_of(out), forward, numbers_of(back), Workspace())
         sizes, few = [], [1]
-        for k, result in enumerate(numpy_bits(out).reshape(-1)):
+        for k, result in enumerate(numbers_of(out).bits.reshape(-1)):
             found = brute_force(forward, 0, k, dtype)
             at = int(np.flatnonzero(found.result == result)[0])
             sizes.append(found.count[at])
@@ -343,15 +348,15 @@ class TestDoubts:
         assert wrong.view(-1, dtype.itemsize).any(1).sum() <= doubted.doubtful
 
     def test_float64_is_in_doubt_wherever_something_is_added(self) -> None:
-        W, (A, B) = weights(3, 30, dtype=FP64), factors(3, 30, 2)
+        W, (A, B) = numbers_of(weights(3, 30, dtype=FP64)), factors(3, 30, 2)
         B[1] = 0
-        doubted = subtract(W, product_of(A, B, 1.0), torch.empty_like(W), Workspace(CPU))
+        doubted = subtract(W, product_of(A, B, 1.0), Numbers.empty(W.form, *W.shape), Workspace())
         assert (doubted.doubtful, doubted.farthest) == (60, 1)
 
 
 def refusal(dtype: torch.dtype, payload: bytes, work: Callable[[Restorer], object]) -> str:
     """Return what is wrong with a record."""
-    restorer = Restorer("x", dtype, payload, "", 0)
+    restorer = Restorer("x", form_of(dtype), payload, "", 0)
     with pytest.raises(InputError, match="x: cannot be restored: its record") as caught, restorer.damage():
         work(restorer)
     return str(caught.value)
@@ -369,7 +374,7 @@ class TestBrokenRecords:
         assert len(data) > 20
 
         def block(restorer: Restorer) -> None:
-            restorer.block(out, x, torch.empty_like(W), Workspace(CPU))
+            restorer.block(numbers_of(out), x, numbers_of(torch.empty_like(W)), Workspace())
 
         for end in (0, 1, len(data) // 2, len(data) - 1):
             assert "ends too early" in refusal(dtype, data[:end], block)
@@ -381,29 +386,30 @@ class TestBrokenRecords:
         x = scaled(torch.full((1, 1), 4.0))
         out, record = merged(W, x)
         assert record.payload == b"\4"
+        result = numbers_of(out)
         for bit in (3, 5, 7):
             padded = bytes([record.payload[0] | 1 << bit])
-            text = refusal(BF16, padded, lambda r: r.block(out, x, torch.empty_like(W), Workspace(CPU)))
+            text = refusal(BF16, padded, lambda r: r.block(result, x, Numbers.empty(result.form, 1, 1), Workspace()))
             assert "longer than it should be" in text
 
     @types
     def test_differences(self, dtype: torch.dtype) -> None:
         size, count, kind = 8 * dtype.itemsize, 11, INTEGERS[dtype.itemsize]
-        out = weights(1, count, dtype=dtype)
+        out = numbers_of(weights(1, count, dtype=dtype))
         change = torch.arange(count).to(kind).numpy()
-        data, back = pack_differences(change), torch.empty_like(out)
+        data, back = pack_differences(change), Numbers.empty(out.form, *out.shape)
         assert data[0] == 5 and len(data) == 1 + (5 * count + 7) // 8
 
         def replaced(restorer: Restorer) -> None:
-            restorer.replaced(out, back, Workspace(torch.device("cpu")))
+            restorer.replaced(out, back, Workspace())
 
         assert f"has numbers of {size + 1} bits" in refusal(dtype, bytes([size + 1]) + bytes(1000), replaced)
         assert "has numbers of 255 bits" in refusal(dtype, b"\xff" + bytes(1000), replaced)
         for end in range(len(data)):
             assert "ends too early" in refusal(dtype, data[:end], replaced)
         assert "longer than it should be" in refusal(dtype, data[:-1] + bytes([data[-1] | 0x80]), replaced)
-        longer = Restorer("x", dtype, data + b"\0", "", 0)
-        longer.replaced(out, back, Workspace(torch.device("cpu")))
+        longer = Restorer("x", out.form, data + b"\0", "", 0)
+        longer.replaced(out, back, Workspace())
         with pytest.raises(InputError, match="x: "):
             hashed(longer.check(back, out))
 

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bits, factors, load_model, run_command, weights, write_model, write_peft
+from conftest import bits, factors, form_of, load_model, run_command, weights, write_model, write_peft
 from lib.oracles.fractions_oracle import FORMATS, Add, codes, count_wrong, low_rank, merge_codes, round_to_code
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
 from loratool.errors import InputError, NeedsFlag
-from loratool.numerics.forms import FORMS, widen
+from loratool.numerics.arrays import narrow, widen
 from loratool.numerics.rounding_stats import cast_rounded
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -157,22 +158,24 @@ def test_what_changed_is_extracted_and_started_from(tmp_path: Path, kind: torch.
 
 
 class TestCasts:
-    """torch's casts are what the dense step trusts below the largest number, and `cast_rounded` where it does not."""
+    """The casts are what the dense step trusts: ours, and below the largest number torch's, which a GPU makes."""
 
     @staticmethod
     def hard(kind: torch.dtype) -> Tensor:
         """Every midpoint of two numbers and its neighbours in float32, of both signs."""
-        numbers = torch.arange(FORMS[kind].inf, dtype=torch.uint8).view(kind).float()
+        numbers = torch.arange(form_of(kind).inf, dtype=torch.uint8).view(kind).float()
         middle = torch.cat([(numbers[1:] + numbers[:-1]) / 2, numbers])
         near = [middle, *(torch.nextafter(middle, torch.full_like(middle, end)) for end in (-1e9, 1e9))]
         return torch.cat([*near, *(-x for x in near)])
 
     @KINDS
-    def test_torch_rounds_to_the_nearest(self, kind: torch.dtype) -> None:
+    def test_both_round_to_the_nearest(self, kind: torch.dtype) -> None:
         x = self.hard(kind)
-        assert codes(x.to(kind)) == [
-            round_to_code(Fraction(float(each)), FORMATS[kind]) | (128 * _is_minus(each)) for each in x
-        ]
+        expected = [round_to_code(Fraction(float(each)), FORMATS[kind]) | (128 * _is_minus(each)) for each in x]
+        assert codes(x.to(kind)) == expected
+        ours = torch.empty(x.shape, dtype=kind)
+        narrow(x.numpy(), numbers_of(ours))
+        assert codes(ours) == expected
 
     @KINDS
     @pytest.mark.parametrize("source", [torch.float32, torch.float64, torch.bfloat16])
@@ -180,18 +183,18 @@ class TestCasts:
         largest, half = LARGEST[kind]
         x = torch.tensor([[largest, 2 * largest, -1e30, largest + half / 2, 0.0, -0.0, 1.0]]).to(source)
         out = torch.empty(x.shape, dtype=kind)
-        stats = cast_rounded(x, out, Workspace(torch.device("cpu")))
+        stats = cast_rounded(numbers_of(x), numbers_of(out), Workspace())
         assert stats.overflowed == 2 and stats.largest == float(x[0, 2].abs())
         fine = [0, 3, 4, 5, 6]
         assert codes(out[0, fine]) == codes(x[0, fine].to(kind))
 
     @KINDS
-    @pytest.mark.parametrize("wider", [torch.float32, torch.float64])
-    def test_every_code_is_widened(self, kind: torch.dtype, wider: torch.dtype) -> None:
+    @pytest.mark.parametrize("wider", [np.float32, np.float64])
+    def test_every_code_is_widened(self, kind: torch.dtype, wider: type) -> None:
         x = torch.arange(256, dtype=torch.uint8).view(kind).view(16, 16)[:, 3:]
-        found, wanted = widen(x, torch.empty(x.shape, dtype=wider)), x.to(wider)
-        assert np.array_equal(found.numpy(), wanted.numpy(), equal_nan=True)
-        assert torch.equal(found.signbit(), wanted.signbit())
+        found, wanted = widen(numbers_of(x), np.empty(x.shape, wider)), x.double().numpy()
+        assert np.array_equal(found, wanted, equal_nan=True)
+        assert np.array_equal(np.signbit(found), np.signbit(wanted))
 
 
 def _is_minus(x: Tensor) -> bool:

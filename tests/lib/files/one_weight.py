@@ -78,9 +78,8 @@ class Rewritten(StoredTensor):
 
     data: bytes = b""
 
-    def read(self, first: int, out: Tensor) -> None:
-        size = out.itemsize
-        out.view(torch.uint8).numpy()[...] = np.frombuffer(self.data, np.uint8)[first * size :][: out.numel() * size]
+    def read(self, first: int, out: np.ndarray) -> None:
+        out.view(np.uint8)[...] = np.frombuffer(self.data, np.uint8)[first * out.itemsize :][: out.nbytes]
 
 
 def possible_codes(parts: Parts) -> list[int]:
