@@ -101,6 +101,7 @@ class TensorRef:
         from ..numerics.tensors import numbers_of
 
         if out.numel():
+            _ = self.form  # raises for integers
             self.read(start, numbers_of(out))
 
     def read(self, start: int, out: Numbers) -> None:
