@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from loratool.adapters.formats import open_adapter
 from loratool.binding.modules.placement import Placement
 from loratool.files.checkpoint import open_checkpoint
+from loratool.numerics.arrays import CPU
 from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 from loratool.streaming.segment import RowSegment, UpdateLoader
@@ -19,7 +20,7 @@ from loratool.streaming.segment import RowSegment, UpdateLoader
 
 def test_norms_of_columns_are_of_all_rows(tmp_path: Path) -> None:
     """Another adapter's update of some rows splits the tensor; a DoRA along the inputs keeps the norms of the whole."""
-    W, cpu = weights(8, 6, dtype=torch.bfloat16, seed=1), torch.device("cpu")
+    W = weights(8, 6, dtype=torch.bfloat16, seed=1)
     save_file({"q.weight": W}, tmp_path / "base.safetensors")
     A, B, m = weights(2, 6, seed=2), weights(8, 2, seed=3), weights(1, 6, seed=4).abs()
     roles = {"lora_down.weight": A, "lora_up.weight": B, "dora_scale": m}
@@ -30,7 +31,7 @@ def test_norms_of_columns_are_of_all_rows(tmp_path: Path) -> None:
     def merged(*edges: int) -> torch.Tensor:
         out, work = torch.empty_like(W), Workspace()
         for start, stop in pairwise(edges):
-            segment = RowSegment(base.ref("q.weight"), 6, start, stop, [placement], UpdateLoader(cpu))
+            segment = RowSegment(base.ref("q.weight"), 6, start, stop, [placement], UpdateLoader(CPU))
             segment.merge(numbers_of(W[start:stop]), start, numbers_of(out[start:stop]), work)
         return out
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from loratool.files.containers.safetensors_file import TensorFile
 from loratool.files.tensor_ref import TensorRef
-from loratool.numerics.arrays import Numbers
+from loratool.numerics.arrays import CPU, Numbers
 from loratool.numerics.code_levels import Codes
 from loratool.numerics.workspace import Workspace
 from loratool.streaming.items import MapRows
@@ -99,7 +99,7 @@ def test_codes_are_made_on_the_cpu_whatever_the_device(tmp_path: Path) -> None:
     save_file({"x": torch.arange(12.0).view(3, 4)}, tmp_path / "x.safetensors")
     written: list[list[int]] = []
     devices: list[bool] = []
-    worker = Worker(torch.device("cpu"))
+    worker = Worker(CPU)
     worker.stream = OneStream()  # type: ignore[assignment]
     worker.work = Workspace(torch.empty(0))  # a tensor, as on a GPU
 
