@@ -24,10 +24,8 @@ from torch import Tensor
 
 from loratool.architectures.families import FAMILIES
 from loratool.architectures.families.table import ModelFamily
-from loratool.numerics.forms import Form
 from loratool.numerics.passes.hashes import AwaitsHash, finish_each
 from loratool.numerics.passes.native import describe_native
-from loratool.numerics.tensors import numbers_of
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # else each command that a test starts compiles the whole package again
@@ -145,10 +143,6 @@ def factors(out: int, inp: int, rank: int, seed: int = 0, dtype: torch.dtype = t
 
 def weights(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 1000)) * 0.02).to(dtype)
-
-
-def form_of(dtype: torch.dtype) -> Form:
-    return numbers_of(torch.empty(0, dtype=dtype)).form
 
 
 def hashed(awaiting: AwaitsHash) -> Any:

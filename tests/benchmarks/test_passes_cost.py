@@ -120,11 +120,11 @@ def test_casts(base: torch.dtype, to: torch.dtype, rank: int, monkeypatch: pytes
     torch.set_num_threads(1)
     W, (A, B) = weights(*SHAPE, dtype=base), factors(*SHAPE, rank)
     B, A = (B * (0.09 * W.float().norm() / (B @ A).norm())).to(base), A.to(base)
-    work, out = Workspace(CPU), torch.empty_like(W, dtype=to)
+    work, start, out = Workspace(), numbers_of(W), numbers_of(torch.empty_like(W, dtype=to))
 
     def merged() -> None:
         x = Reals(Products([Term(B, A, Fraction(1))]).rows(0, len(W)))
-        RowMerge(x, base, to, CPU).apply(W, 0, out, work)
+        RowMerge(x, start.form, out.form).apply(start, 0, out, work)
 
     without, with_passes = in_turns(merged, monkeypatch)
     torch.set_num_threads(threads)
@@ -143,14 +143,15 @@ def test_dora_and_small_modules(is_dora: bool, dtype: torch.dtype, monkeypatch: 
     term = Term(B.to(dtype), A.to(dtype), Fraction(1, 20), by_rows=is_dora)
     norms = np.linspace(1.0, 1.1, rows)
     ratio, factor = magnitude_ratio(torch.ones(rows), norms, 1.0, 0) if is_dora else (None, None)
-    work, out = Workspace(CPU), torch.empty_like(W)
+    work, base = Workspace(), numbers_of(W)
+    out = Numbers.empty(base.form, *base.shape)
 
     def merged(record: bool) -> None:
         x = Reals(Products([term], matrices).rows(0, rows, ratio), factor)
-        recorder = Recorder(dtype, matrices=matrices) if record else None
-        stats = RowMerge(x, dtype, dtype, CPU).apply_each(W, 0, out, work, recorder)
+        recorder = Recorder(base.form, matrices=matrices) if record else None
+        stats = RowMerge(x, base.form, base.form).apply_each(base, 0, out, work, recorder)
         if recorder:
-            finish_each([recorder.results(stats, W, out)])
+            finish_each([recorder.results(stats, base, out)])
 
     ratios = []
     for name, record in (("merge", False), ("merge with undo", True)):

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bits, factors, form_of, hashed, slow, weights
+from conftest import bits, factors, hashed, slow, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lib.hostile.hostile_reals import form_of
 from lib.hostile.strange_rows import STRANGE, product_of
 from torch import Tensor
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bits, factors, form_of, load_model, run_command, weights, write_model, write_peft
+from conftest import bits, factors, load_model, run_command, weights, write_model, write_peft
+from lib.hostile.hostile_reals import form_of
 from lib.oracles.fractions_oracle import FORMATS, Add, codes, count_wrong, low_rank, merge_codes, round_to_code
 from safetensors.torch import load_file, save_file
 from torch import Tensor
