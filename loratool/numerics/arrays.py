@@ -1,7 +1,7 @@
 """Arrays of stored numbers, and the operations that differ between numpy on the CPU and torch on a GPU.
 
 `Numbers` are bit patterns with their form. All computing is in float32 or float64: on the CPU in numpy's arrays, on a
-GPU in torch's tensors (`gpu.py`), which are imported for that alone. Operators and slices are the same in both.
+GPU in tensors of torch, which is imported for that alone. Operators and slices are the same in both.
 """
 
 from __future__ import annotations
@@ -112,18 +112,18 @@ def empty(kind: npt.DTypeLike, *shape: int, like: Array) -> Array:
     """Return an array where `like` is."""
     if isinstance(like, np.ndarray):
         return np.empty(shape, kind)
-    from . import gpu
+    import torch
 
-    return gpu.empty(kind, shape, like)
+    return torch.empty(shape, dtype=torch.from_numpy(np.empty(0, kind)).dtype, device=like.device)
 
 
 def sent(x: npt.NDArray[Any], like: Array) -> Array:
     """Return an array of the CPU where `like` is."""
     if isinstance(like, np.ndarray):
         return x
-    from . import gpu
+    import torch
 
-    return gpu.sent(x, like)
+    return torch.from_numpy(x).to(like.device)
 
 
 def fetched(x: Array) -> npt.NDArray[Any]:
@@ -141,9 +141,7 @@ def widen(x: Numbers, out: Array) -> Array:
     """Write numbers into `out`, of a type that holds them all, and return it."""
     bits, form = x.bits, x.form
     if x.on_gpu:
-        from . import gpu
-
-        return gpu.widen(x, out)
+        return out.copy_(_tensor(x))
     if form.itemsize == 1 or form == F16:  # numpy's cast of fp16 takes three times as long as a table
         np.take(_table(form.name, out.dtype.name), bits.view(f"u{form.itemsize}"), out=out, mode="wrap")
     elif form.native:
@@ -153,6 +151,13 @@ def widen(x: Numbers, out: Array) -> Array:
     else:
         np.copyto(out, (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32))
     return out
+
+
+def _tensor(x: Numbers) -> Any:
+    """Return numbers on a GPU as a tensor of their type."""
+    import torch
+
+    return x.bits.view(getattr(torch, x.form.torch_name))
 
 
 @cache
@@ -180,9 +185,7 @@ def narrow(x: Array, out: Numbers, ties: bool = True) -> None:
     """
     bits, form = out.bits, out.form
     if out.on_gpu:
-        from . import gpu
-
-        gpu.narrow(x, out)
+        _tensor(out).copy_(x)
     elif form == F16 and not ties:
         _round_to_fp16(x.astype(np.float32, copy=False), bits)
     elif form.native:
@@ -239,10 +242,10 @@ def matmul(left: Array, right: Array, out: Array) -> None:
     """Write left @ right."""
     if isinstance(out, np.ndarray):
         np.matmul(left, right, out=out)
-        return
-    from . import gpu
+    else:
+        import torch
 
-    gpu.matmul(left, right, out)
+        torch.matmul(left, right, out=out)
 
 
 def dot(x: Array, y: Array) -> float:
@@ -261,18 +264,18 @@ def not_equal(x: Array, y: Array, out: Array) -> Array:
     """Write a mask of where two arrays differ, and return it."""
     if isinstance(out, np.ndarray):
         return np.not_equal(x, y, out=out)
-    from . import gpu
+    import torch
 
-    return gpu.not_equal(x, y, out)
+    return torch.ne(x, y, out=out)
 
 
 def where(mask: Array, x: Any, y: Any) -> Array:
     """Return x where the mask is set, and y elsewhere."""
     if isinstance(mask, np.ndarray):
         return np.where(mask, x, y)
-    from . import gpu
+    import torch
 
-    return gpu.where(mask, x, y)
+    return torch.where(mask, x, y)
 
 
 def largest_ordinal(x: Numbers) -> int:
@@ -315,22 +318,31 @@ def like_of(device: Device) -> Array:
     """Return an array on a device, for what is made where another array is."""
     if not device.is_gpu:
         return ON_CPU
-    from . import gpu
+    import torch
 
-    return gpu.at(device)
+    return torch.empty(0, dtype=torch.float64, device=device)
 
 
 def stream_of(device: Device) -> tuple[Any, AbstractContextManager[Any]]:
     """Return a stream on a GPU, and the context that computes in it; None and nothing on the CPU."""
     if not device.is_gpu:
         return None, nullcontext()
-    from . import gpu
+    import torch
 
-    return gpu.stream_of(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream, torch.cuda.stream(stream)
 
 
 def send(x: Array, out: Array) -> None:
     """Copy an array to or from a GPU, in its stream."""
-    from . import gpu
+    import torch
 
-    gpu.send(x, out)
+    source, target = (torch.from_numpy(each) if isinstance(each, np.ndarray) else each for each in (x, out))
+    target.copy_(source, non_blocking=True)
+
+
+def pinned(kind: npt.DTypeLike, size: int) -> npt.NDArray[Any]:
+    """Return an array in pages that a GPU can read by itself."""
+    import torch
+
+    return torch.empty(size * np.dtype(kind).itemsize, dtype=torch.uint8, pin_memory=True).numpy().view(kind)

@@ -40,6 +40,11 @@ class Form(NamedTuple):
         return self.inf < self.size
 
     @property
+    def torch_name(self) -> str:
+        """torch's name of its type."""
+        return TORCH_NAMES[self.name]
+
+    @property
     def native(self) -> npt.DTypeLike | None:
         """numpy's type of the numbers, if it has one."""
         return {"F16": np.float16, "F32": np.float32, "F64": np.float64}.get(self.name)
@@ -51,6 +56,14 @@ F32 = Form("F32", 24, -126, np.int32, 2**31 - 1, 0xFF << 23)
 F64 = Form("F64", 53, -1022, np.int64, 2**63 - 1, 0x7FF << 52)
 E4M3 = Form("F8_E4M3", 4, -6, np.int8, 0x7F, 0x7F)
 E5M2 = Form("F8_E5M2", 3, -14, np.int8, 0x7F, 0x7C)
+TORCH_NAMES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 FORMS = {form.name: form for form in (BF16, F16, F32, F64, E4M3, E5M2)}
 
 

@@ -232,17 +232,37 @@ class RowMerge:
         put(out, undecided, decided)
         matrices = self._matrices
         which = undecided // (base.size // matrices)
+        kept = np.bincount(which, self._kept(decided, former, bits, i + first, j), matrices)
         changed = self._changed(decided, bits).astype(np.int8) - self._changed(former, bits)
         changed = np.bincount(which, changed, matrices).astype(np.intp)
         overflowed = np.flatnonzero((decided & self._to.size) == self._to.inf)
         if not len(overflowed):
-            return {"changed": changed}
+            return {"changed": changed, "kept": kept}
         which, largest = which[overflowed], np.zeros(matrices)
         i, j, bits = i[overflowed] + first, j[overflowed], bits[overflowed]
         weight = np.where((bits & self._form.size) < self._form.inf, wide(bits, self._form), 0.0)
         a = self.x.factor.at(i, j)[0] if self.x.factor else 1.0
         np.maximum.at(largest, which, np.abs(a * weight + self.x.delta.near(i, j)[0]))
-        return {"changed": changed, "overflowed": np.bincount(which, minlength=matrices), "largest": largest}
+        return {
+            "changed": changed,
+            "kept": kept,
+            "overflowed": np.bincount(which, minlength=matrices),
+            "largest": largest,
+        }
+
+    def _kept(self, decided: Bits, former: Bits, bits: Bits, i: Positions, j: Positions) -> Wide:
+        """Return what <W' - W, D> changes by where W' was not right yet."""
+        gains = np.zeros(len(decided))
+        size, of = self._to.size, self._form.size
+        finite = ((decided & size) < self._to.inf) & ((former & size) < self._to.inf) & ((bits & of) < self._form.inf)
+        some = np.flatnonzero((decided != former) & finite)
+        if len(some):
+            moved = wide(decided[some], self._to) - wide(former[some], self._to)
+            change = self.x.delta.near(i[some], j[some])[0]
+            if self.x.factor:
+                change = change + (self.x.factor.at(i[some], j[some])[0] - 1) * wide(bits[some], self._form)
+            gains[some] = moved * change
+        return gains
 
     def _changed(self, result: Bits, bits: Bits) -> npt.NDArray[np.bool_]:
         differs: npt.NDArray[np.bool_] = (

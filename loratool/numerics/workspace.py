@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from .arrays import ON_CPU, Array, Numbers, empty
+from .arrays import ON_CPU, Array, Numbers, empty, pinned
 from .forms import Form
 
 
@@ -36,11 +36,7 @@ class Workspace:
         return view
 
     def _made(self, kind: npt.DTypeLike, size: int) -> Array:
-        if not self._pinned:
-            return empty(kind, size, like=self._like)
-        from . import gpu
-
-        return gpu.pinned(kind, size)
+        return pinned(kind, size) if self._pinned else empty(kind, size, like=self._like)
 
     def numbers(self, name: str, form: Form, rows: int, columns: int) -> Numbers:
         """Return the buffer of this name for numbers."""

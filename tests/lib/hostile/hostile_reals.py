@@ -18,7 +18,6 @@ from loratool.numerics.forms import FORMS, Bits, Form
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.products import Products, Term
 from loratool.numerics.rounding_stats import RoundingStats
-from loratool.numerics.tensors import NAMES as NAMES_OF_FORMS
 from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
 
@@ -36,7 +35,7 @@ def id_of(value: object) -> str | None:
 
 def form_of(dtype: torch.dtype) -> Form:
     """Return the form of a torch type."""
-    return FORMS[NAMES_OF_FORMS[str(dtype)]]
+    return next(form for form in FORMS.values() if str(dtype) == f"torch.{form.torch_name}")
 
 
 def some_bits(form: Form) -> Bits:
