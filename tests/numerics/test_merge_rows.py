@@ -25,6 +25,7 @@ from loratool.numerics.rounding_stats import RoundingStats, cast_rounded
 from loratool.numerics.stored import Stored
 from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
+from loratool.streaming.threads import set_threads
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
@@ -89,16 +90,16 @@ def test_any_rows_tiles_threads_and_order_of_ranks(dtype: torch.dtype, monkeypat
     W, (A, B) = weights(33, 257, dtype=dtype), factors(33, 257, 12)
     A, B = A * torch.logspace(-3, 3, 12)[:, None], B * torch.logspace(4, -4, 12)
     expected, stats = merged(W, product_of(A, B, 1 / 3))
-    threads, order = torch.get_num_threads(), torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    threads, order = set_threads(1), torch.randperm(12, generator=torch.Generator().manual_seed(3))
     try:
         for rows, tile, count in ((1, 100, 1), (5, 1, 2), (32, 1 << 12, 2)):
             monkeypatch.setattr(dense, "TILE", {np.float32: tile, np.float64: tile})
-            torch.set_num_threads(count)
+            set_threads(count)
             out, other = merged(W, product_of(A[order], B[:, order], 1 / 3), rows=rows)
             assert torch.equal(bits(out), bits(expected)) and plain(other) == plain(stats)
             assert other.kept == pytest.approx(stats.kept, rel=1e-5)
     finally:
-        torch.set_num_threads(threads)
+        set_threads(*threads)
 
 
 @types
