@@ -111,6 +111,7 @@ class AdapterModule:
             raise InputError(what, culprit=self.name, remedy="merge it, then compare the weights")
         import torch
 
+        from ..numerics.tensors import numbers_of
         from ..streaming.segment import RowSegment, UpdateLoader
 
         self._opened._require_open()
@@ -129,7 +130,7 @@ class AdapterModule:
                 expert=expert,
             )
             segment = RowSegment(None, rows.shape[1], 0, len(rows), [placement], UpdateLoader())
-            rows += segment.reals(rows, 0)[0]
+            rows += torch.from_numpy(segment.reals(numbers_of(rows), 0)[0])
         return out
 
     @property

@@ -77,6 +77,9 @@ class Numbers:
     def __getitem__(self, place: Any) -> Numbers:
         return Numbers(self.bits[place], self.form)
 
+    def __abs__(self) -> Numbers:
+        return Numbers(self.bits & self.form.size, self.form)
+
     @property
     def matrix(self) -> Numbers:
         """The first axis by all others."""

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,9 +26,6 @@ from ..numerics.rounding_stats import RoundingStats
 from ..numerics.stored import Sum, Zero
 from ..numerics.tensors import numbers_of
 from ..numerics.workspace import Workspace
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 KEPT_STACKS = 2  # updates of all experts of a layer that are kept in memory
 NORM_ROWS = 256  # rows read at a time for the norms of columns
@@ -125,20 +121,17 @@ class RowSegment:
         """Return the terms of the sum that is added to all rows."""
         return self._get().deltas.terms
 
-    def reals(self, tensor: Tensor, row: int) -> tuple[Tensor, Tensor | None]:
+    def reals(self, base: Numbers, row: int) -> tuple[Wide, Wide | None]:
         """Return X of rows of the tensor in float64, to about 2**-48 of the sizes of its summands, and a."""
-        import torch
-
-        base = numbers_of(tensor)
         x, _ = self.reals_of(row, row + len(base), base, Workspace())
         wide, change = base.wide(), np.empty(base.shape)
         x.delta.dense(np.float64, ON_CPU).fill(slice(0, len(base)), 0.0, change)
         if x.factor is None:
-            return torch.from_numpy(wide + change), None
+            return wide + change, None
         a = x.factor.value
         a = a[:, None] if x.factor.axis == 0 else a[None]
         with np.errstate(all="ignore"):
-            return torch.from_numpy(np.where(a == 0, 0.0, a * wide) + change), torch.from_numpy(a)
+            return np.where(a == 0, 0.0, a * wide) + change, a
 
     def reals_of(
         self, start: int, stop: int, base: Numbers | None, work: Workspace, norms: Wide | None = None

@@ -325,17 +325,15 @@ class Update(ABC):
         factors = self.factors()
         return None if factors is None else singular_values(*factors)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Update:
-        """Return the update with a function applied to each of its tensors."""
-        import torch
-
+    def map(self, function: Callable[[Any], Any]) -> Update:
+        """Return the update with a function applied to each of its tensors or numbers."""
         changed: dict[str, Any] = {}
         for attribute in fields(self):  # type: ignore[arg-type]  # all kinds are dataclasses
             value = getattr(self, attribute.name)
-            if isinstance(value, torch.Tensor):
-                changed[attribute.name] = function(value)
-            elif isinstance(value, Update):
+            if isinstance(value, Update):
                 changed[attribute.name] = value.map(function)
+            elif hasattr(value, "reshape"):  # neither torch nor numpy is imported for this
+                changed[attribute.name] = function(value)
         return replace(self, **changed)  # type: ignore[type-var]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
+import numpy as np
 import torch
 
 from ...adapters.adapter import Adapter
@@ -240,8 +241,8 @@ def _norm_of_change(placed: Sequence[Placed]) -> float | None:
         segment = RowSegment(weight, columns, placement.start, placement.stop, [placement], load)
         step = max(1, BLOCK // columns)
         for start in range(placement.start, placement.stop, step):
-            W = weight.matrix_rows(placement.rows, start, min(start + step, placement.stop))
-            parts.append(float((segment.reals(W, start)[0] - W.double()).square().sum()))
+            W = weight.read_matrix(placement.rows, start, min(start + step, placement.stop))
+            parts.append(float(np.square(segment.reals(W, start)[0] - W.wide()).sum()))
     norm = math.sqrt(math.fsum(parts)) if all(map(math.isfinite, parts)) else math.inf
     return norm if math.isfinite(norm) else None
 

@@ -18,9 +18,11 @@ from ...binding.ties.placed_modules import Placed, bind_adapter, placed_modules
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import BLOCK, TensorRef
+from ...numerics.arrays import Numbers
 from ...numerics.intruders import find_intruders
 from ...numerics.seeded_random import Draw
 from ...numerics.spectrum import spectrum_points
+from ...numerics.tensors import tensor_of
 from ...streaming.segment import RowSegment, UpdateLoader
 from ...views.intruders import IntruderCount, IntruderRule
 
@@ -78,16 +80,16 @@ def matrices_of(placed: Sequence[Placed], device: torch.device) -> Iterator[Matr
         segment = RowSegment(weight, columns, placement.start, placement.stop, together, load)
 
         def merged(weight: TensorRef = weight, p: Placement = placement, segment: RowSegment = segment) -> Tensor:
-            return _read(weight, p, lambda W, start: segment.reals(W, start)[0], device)
+            return _read(weight, p, lambda W, start: torch.from_numpy(segment.reals(W, start)[0]), device)
 
         def plain(weight: TensorRef = weight, p: Placement = placement) -> Tensor:
-            return _read(weight, p, lambda W, start: W, device)
+            return _read(weight, p, lambda W, start: tensor_of(W), device)
 
         yield merged, plain
 
 
 def _read(
-    weight: TensorRef, placement: Placement, change: Callable[[Tensor, int], Tensor], device: torch.device
+    weight: TensorRef, placement: Placement, change: Callable[[Numbers, int], Tensor], device: torch.device
 ) -> Tensor:
     """Return a placement's rows as (out, in) in float32, by blocks.
 
@@ -98,7 +100,7 @@ def _read(
     out = torch.empty(count, columns, dtype=torch.float32, device=device)
     step = max(1, BLOCK // columns)
     for start in range(placement.start, placement.stop, step):
-        W = weight.matrix_rows(placement.rows, start, min(start + step, placement.stop))
+        W = weight.read_matrix(placement.rows, start, min(start + step, placement.stop))
         block = change(W, start).float()
         if not block.isfinite().all():
             raise InputError(

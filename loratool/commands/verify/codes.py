@@ -31,7 +31,7 @@ from ...streaming.rewrite import ChangedTensor, RowRange
 from ...streaming.segment import UpdateLoader
 from ...undo.checks import record_rows
 from ...undo.records import CodedRows
-from .diagnosis import NEARER, find_fault
+from .diagnosis import NEARER, find_fault, finite
 from .replay import Replay, ReplayBlock
 
 Flags = npt.NDArray[np.bool_]
@@ -232,7 +232,7 @@ def _rounded_before(replay: Replay, merged: TensorRef, wrong: int) -> str | None
     farthest = 0.0
     assert merged.parts
     for block in replay.blocks(merged):
-        W, X, stored = (x.double().numpy() for x in (block.base, block.reals[0], block.merged))
+        W, X, stored = block.base.wide(), block.reals[0], block.merged.wide()
         grid = CodedRows(merged.parts, block.first, W.shape[1])
         beyond = np.abs(stored - X) - np.abs(grid.values(0, grid.nearest(0, X)) - X)
         off = beyond > 0
@@ -332,33 +332,28 @@ class _Measure:
 
     def add(self, block: ReplayBlock, parts: Parts) -> None:
         """Add some rows. parts: of the codes."""
-        W, X, merged = (x.double().numpy() for x in (block.base, block.reals[0], block.merged))
+        W, X, merged = block.base.wide(), block.reals[0], block.merged.wide()
         grid = CodedRows(parts, block.first, W.shape[1])
         codes = grid.nearest(0, X)
         steps = grid.ordinals(grid.without_padding(grid.read(len(X)))).astype(np.int32) - grid.ordinals(codes)
         nearest = grid.values(0, codes)
-        D, E, off, least = _finite(X - W), _finite(merged - W), _finite(merged - X), _finite(nearest - X)
-        reach = NEAR * _finite(np.abs(X)).max(1, keepdims=True)
+        D, E, off, least = finite(X - W), finite(merged - W), finite(merged - X), finite(nearest - X)
+        reach = NEAR * finite(np.abs(X)).max(1, keepdims=True)
         stray = (np.abs(off) > np.abs(least) + reach) & (np.abs(steps) > STEPS)
         stray |= np.isnan(merged) != np.isnan(W)
         self.strays.add(block.first * grid.fold, stray, stray)
         self.apart += int(np.count_nonzero(steps))
-        self.base += _squared(_finite(W))
+        self.base += _squared(finite(W))
         self.asked += _squared(D)
         self.kept += float(np.vdot(E, D))
         self.moved += _squared(E)
         self.off += _squared(off)
         self.least += _squared(least)
         if block.inside:
-            self.misses += _squared(_finite(merged - nearest))
+            self.misses += _squared(finite(merged - nearest))
             before = grid.nearest(0, W)
-            self.idle += _squared(_finite(merged - grid.values(0, before)))
+            self.idle += _squared(finite(merged - grid.values(0, before)))
             self.tell += int(np.count_nonzero(before != codes))
-
-
-def _finite(x: Wide) -> Wide:
-    """Return numbers with 0 in place of inf and nan, so that sums ignore these."""
-    return np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _squared(x: Wide) -> float:

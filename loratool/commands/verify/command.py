@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from ...adapters.adapter import Adapter
 from ...architectures.config_tensors import declared_class
@@ -35,6 +35,7 @@ from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import WeightsFile, require_unchanged
+from ...numerics.forms import F32, FORMS, Form
 from ...streaming.forked import chosen
 from ...streaming.ranks import Job, current_job
 from ...streaming.segment import UpdateLoader
@@ -49,7 +50,8 @@ from .call import Verify
 from .codes import describe_share, judge_codes
 from .diagnosis import Sketches, describe_ulps, diagnose
 from .replay import Replay
-from .trial import max_ulps_off, same_bits, try_roundings
+from .roundings import cast, rounded
+from .trial import max_ulps_off, try_roundings
 
 BUFFERS = re.compile(
     r"(^|[./])(position_ids|(original_)?inv_freq|masked_bias|causal_mask|relative_position_index|num_batches_tracked|"
@@ -296,6 +298,7 @@ class _TensorVerifier:
         self._sketches: Sketches = {}
         self._moves = False  # some finding has it
 
+    @np.errstate(all="ignore")  # inf and nan
     def __call__(self, name: str) -> _Finding:
         finding = _Finding()
         finding.verdict = self._judge(name, finding)
@@ -345,7 +348,7 @@ class _TensorVerifier:
     def _replay(self, name: str) -> Replay:
         return Replay(self._plan.sources[name], self._plan.placements.get(name, ()), self._load)
 
-    def _stored(self, name: str, source: TensorRef, merged: TensorRef) -> list[torch.dtype]:
+    def _stored(self, name: str, source: TensorRef, merged: TensorRef) -> list[Form]:
         """Return the other float types of the weight, in the base and in adapters that replace it.
 
         For codes these are the types to which other programs dequantize.
@@ -358,7 +361,7 @@ class _TensorVerifier:
         if source.weight:
             kinds += [merged.spec.dtype, "F32"]
         others = dict.fromkeys(kind for kind in kinds if kind != source.spec.dtype and kind in TORCH_FLOATS)
-        return [getattr(torch, TORCH_FLOATS[kind]) for kind in others]
+        return [FORMS[kind] for kind in others]
 
     def _as_stored(self, name: str, source: TensorRef, merged: TensorRef, unsupported: int) -> TensorVerdict | None:
         """Return the verdict on an untouched tensor with the base's values, by its type. None for the base's type.
@@ -392,10 +395,10 @@ class _TensorVerifier:
             out, stats = block.expected
             finding.asked |= asked and stats.change_squared > 0
             finding.moves |= stats.changed > 0
-            if block.piece is None and out.dtype != block.base.dtype:
-                unsupported += int((out.double() != block.base.double()).sum())
-            off = ~same_bits(out, block.merged)
-            wrong += int(off.sum())
+            if block.piece is None and out.form != block.base.form:
+                unsupported += int(np.count_nonzero(out.wide() != block.base.wide()))
+            off = out.bits != block.merged.bits
+            wrong += int(np.count_nonzero(off))
             ulps_off = max(ulps_off, max_ulps_off(out, block.merged, off))
         return wrong, ulps_off, unsupported
 
@@ -403,7 +406,7 @@ class _TensorVerifier:
 def _decoded_in_float32(replay: Replay, merged: TensorRef) -> bool:
     """Return whether all weights are those of a coded base, rounded to float32 first, as other programs dequantize."""
     return all(
-        bool(same_bits(block.base.float().to(block.merged.dtype), block.merged).all())
+        np.array_equal(cast(rounded(block.base.wide(), F32), block.merged.form).bits, block.merged.bits)
         for block in replay.blocks(merged)
     )
 

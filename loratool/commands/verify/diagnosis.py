@@ -10,16 +10,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ...binding.merge.merge_plan import MergePlan
 from ...binding.modules.placement import Placement
 from ...files.tensor_ref import TensorRef
+from ...numerics.forms import Wide
 from ...streaming.segment import UpdateLoader
 from ...undo.records import CodedRows
 from ...views.parts.numbers import measure, plural
 from .replay import Replay, ReplayBlock, adds
+from .roundings import rounded
 
 
 def _scaled(factor: Callable[[Placement], float]) -> Callable[[Placement], Placement | None]:
@@ -78,7 +79,7 @@ TRIED = 8  # of the tensors of the same shape, the nearest by their sketches
 SKETCHED = 4096  # numbers of a tensor, about
 
 # Tensor, merged model's type -> some of its numbers in the base and in the merge, which one run of `verify` fills
-Sketches = dict[tuple[str, str], tuple[Tensor, Tensor]]
+Sketches = dict[tuple[str, str], tuple[Wide, Wide]]
 
 CLOSE = 0.9  # the cosine above which one delta counts as a multiple of the other
 
@@ -105,8 +106,8 @@ def diagnose(plan: MergePlan, name: str, merged: TensorRef, outside: int, ulps_o
         return f"{plural(outside, 'weight')} altered, {describe_ulps(ulps_off)}"
     E2 = D2 = ED = 0.0  # of the delta found, E, and the requested one, D
     for block in _replay(plan, name, plan.placements[name]).blocks(merged):
-        W = block.base.double()
-        E, D = ((x - W).nan_to_num(0, 0, 0) for x in (block.merged.double(), block.reals[0]))
+        W = block.base.wide()
+        E, D = (finite(x - W) for x in (block.merged.wide(), block.reals[0]))
         E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
     if E2 * D2 and ED > CLOSE * (E2 * D2) ** 0.5 and abs(ED / D2 - 1) > 0.1:
         return f"the delta is {ED / D2:.3g} times what it should be"
@@ -128,16 +129,16 @@ def _replay(plan: MergePlan, name: str, placements: Sequence[Placement]) -> Repl
 
 def _distance(replay: Replay, merged: TensorRef, sample: bool = False) -> float:
     """Return the sum of the squared differences between a tensor and a rounded replay."""
-    blocks = ((_rounded(block, merged), block.merged) for block in replay.blocks(merged, sample))
-    return sum(float((x.double() - y.double()).nan_to_num(0, 0, 0).square().sum()) for x, y in blocks)
+    blocks = replay.blocks(merged, sample)
+    return sum(float(np.square(finite(_rounded(block, merged) - block.merged.wide())).sum()) for block in blocks)
 
 
-def _rounded(block: ReplayBlock, merged: TensorRef) -> Tensor:
-    """Return the rows of a replay in the merged tensor's type, or rounded to its codes."""
+def _rounded(block: ReplayBlock, merged: TensorRef) -> Wide:
+    """Return the rows of a replay rounded to the merged tensor's type, or to its codes."""
     if merged.parts is None:
-        return block.expected[0]
-    grid, X = CodedRows(merged.parts, block.first, block.base.shape[1]), block.reals[0].numpy()
-    return torch.from_numpy(grid.values(0, grid.nearest(0, X)))
+        return block.expected[0].wide()
+    grid = CodedRows(merged.parts, block.first, block.base.shape[1])
+    return grid.values(0, grid.nearest(0, block.reals[0]))
 
 
 def _likeliest_fault(
@@ -194,21 +195,26 @@ def _nearest_others(
     kind = merged.spec.dtype
     for tensor in (tensor for tensor in (name, *others) if (tensor, kind) not in sketches):
         (block,) = _replay(plan, tensor, plan.placements.get(tensor, ())).blocks(merged, sample=True)
-        sketches[tensor, kind] = _sketch(block.base), _sketch(block.reals[0])
+        sketches[tensor, kind] = _sketch(block.base.wide()), _sketch(block.reals[0])
     (block,) = _replay(plan, name, plan.placements[name]).blocks(merged, sample=True)
-    W, wanted = sketches[name, kind][0], _sketch(block.merged)
+    W, wanted = sketches[name, kind][0], _sketch(block.merged.wide())
     if any(sketches[other, kind][0].shape != W.shape for other in others):
         return list(others)
-    bases, merges = (torch.stack([sketches[other, kind][i] for other in others]) for i in range(2))
+    bases, merges = (np.stack([sketches[other, kind][i] for other in others]) for i in range(2))
     misses = [
-        (predictions.to(block.merged.dtype).double() - wanted).nan_to_num(0, 0, 0).square().sum(1)
+        np.square(finite(rounded(predictions, block.merged.form) - wanted)).sum(1)
         for predictions in (W + (merges - bases), merges)
     ]
-    order = torch.minimum(*misses).argsort(stable=True).tolist()
+    order = np.minimum(*misses).argsort(kind="stable").tolist()
     names = list(others)
     return [names[i] for i in order[:TRIED]]
 
 
-def _sketch(x: Tensor) -> Tensor:
-    """Return some numbers of a block, evenly spaced, in float64."""
-    return x.flatten()[:: max(1, x.numel() // SKETCHED)].double()
+def _sketch(x: Wide) -> Wide:
+    """Return some numbers of a block, evenly spaced."""
+    return x.reshape(-1)[:: max(1, x.size // SKETCHED)].copy()
+
+
+def finite(x: Wide) -> Wide:
+    """Return numbers with 0 in place of inf and nan, so that sums ignore these."""
+    return np.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)

@@ -11,22 +11,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import RowsOfDelta, Update
 from ...binding.modules.placement import Placement
 from ...files.tensor_ref import TensorRef
 from ...numerics.arrays import ON_CPU, Numbers
+from ...numerics.forms import Form, Wide
 from ...numerics.products import Term
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.tensors import numbers_of, tensor_of
 from ...numerics.workspace import Workspace
 from ...streaming.apply import segments
 from ...streaming.segment import RowSegment, UpdateLoader
+from .roundings import cast
 
-F32 = 2.0**-24  # half an ulp of float32, relative
+U32 = 2.0**-24  # half an ulp of float32, relative
 
 ROWS = 128  # of a block, unless these are more than NUMBERS
 
@@ -42,24 +42,24 @@ class ReplayBlock:
     first: int  # row
     inside: tuple[Placement, ...]  # those on these rows
     piece: RowSegment | None  # the rows with the same placements, which this block is in
-    base: Tensor  # (rows, n), in the base's type
-    merged: Tensor  # (rows, n), in the merged model's type
+    base: Numbers  # (rows, n), in the base's type
+    merged: Numbers  # (rows, n), in the merged model's type
     work: Workspace
 
     @cached_property
-    def expected(self) -> tuple[Tensor, RoundingStats]:
+    def expected(self) -> tuple[Numbers, RoundingStats]:
         """The rows as `merge` writes them, (rows, n) in the merged model's type, with rounding statistics."""
-        base, out = numbers_of(self.base), Numbers.empty(numbers_of(self.merged).form, *self.merged.shape)
+        out = Numbers.empty(self.merged.form, *self.merged.shape)
         if self.piece is not None:
-            stats = self.piece.merge(base, self.first, out, self.work)
+            stats = self.piece.merge(self.base, self.first, out, self.work)
         else:
-            stats = cast_rounded(base, out, self.work)
-        return tensor_of(out), stats
+            stats = cast_rounded(self.base, out, self.work)
+        return out, stats
 
     @cached_property
-    def reals(self) -> tuple[Tensor, Tensor | None]:
+    def reals(self) -> tuple[Wide, Wide | None]:
         """X = a * W + D, the rows before rounding, (rows, n) in float64, and a; None for a = 1."""
-        return (self.base.double(), None) if self.piece is None else self.piece.reals(self.base, self.first)
+        return (self.base.wide(), None) if self.piece is None else self.piece.reals(self.base, self.first)
 
 
 class Replay:
@@ -82,17 +82,17 @@ class Replay:
             piece = RowSegment(self.source, columns, start, stop, inside, self._load) if inside else None
             for first in [self.rows // 2] if sample else range(start, stop, height):
                 last = min(first + (max(1, height // 4) if sample else height), stop)
-                rows = merged.matrix_rows(self.rows, first, last)
-                base = self.source.as_stored(numbers_of(rows).form.name).matrix_rows(self.rows, first, last)
+                rows = merged.read_matrix(self.rows, first, last)
+                base = self.source.as_stored(rows.form.name).read_matrix(self.rows, first, last)
                 yield ReplayBlock(first, tuple(inside), piece, base, rows, work)
 
 
 @dataclass(frozen=True)
 class DeltaBounds:
-    """One adapter's delta of a block, with bounds of other programs' errors. Tensors are (rows, n) in float64."""
+    """One adapter's delta of a block, with bounds of other programs' errors. Arrays are (rows, n) in float64."""
 
-    change: Tensor  # the delta, of a DoRA what is added before the norm
-    slack: Tensor  # an upper bound of the error of float32 arithmetic
+    change: Wide  # the delta, of a DoRA what is added before the norm
+    slack: Wide  # an upper bound of the error of float32 arithmetic
     scale: float
 
 
@@ -101,10 +101,10 @@ class AdapterDelta(DeltaBounds):
     """The delta of a placement that adds something, with its errors in float32."""
 
     placement: Placement
-    sizes: Tensor  # the delta of the absolute values, which bounds rounding errors
-    errors: Tensor  # (ways, rows, n), the actual errors of a few ways to compute it in float32
-    gain: Tensor  # (rows or 1, n or 1), by what it is multiplied before it is added: m / n of a DoRA, at most
-    magnitude: Tensor | None  # m of a DoRA, (rows, 1), or (1, n) if the base stores (in, out)
+    sizes: Wide  # the delta of the absolute values, which bounds rounding errors
+    errors: Wide  # (ways, rows, n), the actual errors of a few ways to compute it in float32
+    gain: Wide  # (rows or 1, n or 1), by what it is multiplied before it is added: m / n of a DoRA, at most
+    magnitude: Wide | None  # m of a DoRA, (rows, 1), or (1, n) if the base stores (in, out)
 
     @property
     def is_additive(self) -> bool:
@@ -117,14 +117,14 @@ class _Loaded:
 
     placement: Placement
     added: Update  # of a DoRA that without its norm
-    magnitude: Tensor | None  # m of a DoRA, one for each row of the update, or column if the base stores (in, out)
-    cache: dict[tuple[torch.dtype | None, bool], _Added] = field(default_factory=dict)
+    magnitude: Wide | None  # m of a DoRA, one for each row of the update, or column if the base stores (in, out)
+    cache: dict[tuple[Form | None, bool], _Added] = field(default_factory=dict)
 
-    def of(self, kind: torch.dtype | None, absolute: bool = False) -> _Added:
+    def of(self, kind: Form | None, absolute: bool = False) -> _Added:
         """Return the sum with tensors rounded to `kind` and then, if `absolute`, without signs."""
         if (kind, absolute) not in self.cache:
-            update = self.added if kind is None else self.added.map(lambda each: each.to(kind))
-            update = update.map(torch.abs) if absolute else update
+            update = self.added if kind is None else self.added.map(lambda each: cast(each.wide(), kind))
+            update = update.map(abs) if absolute else update
             how = self.placement.weight, self.placement.transposed
             self.cache[kind, absolute] = _Added(update, update.terms(*how), update.delta(*how))
         return self.cache[kind, absolute]
@@ -138,30 +138,29 @@ class _Added:
     terms: list[Term]
     of_rows: RowsOfDelta | None  # what it adds beside them
 
-    def dense(self, rows: slice, columns: int) -> Tensor:
+    def dense(self, rows: slice, columns: int) -> Wide:
         """Return these of its rows in float64, (rows, columns)."""
-        total = torch.zeros(rows.stop - rows.start, columns, dtype=torch.float64)
+        total = np.zeros((rows.stop - rows.start, columns))
         for term in self.terms:
-            left, right = tensor_of(term.left[rows]), tensor_of(term.right[:, :columns])
-            total += float(term.scale) * (left.double() @ right.double())
+            total += float(term.scale) * (term.left[rows].wide() @ term.right[:, :columns].wide())
         if self.of_rows:
-            delta, part = self.of_rows(rows.start, rows.stop), torch.empty_like(total)
-            delta.dense(np.float64, ON_CPU).fill(slice(0, len(total)), 0.0, part.numpy())
+            delta, part = self.of_rows(rows.start, rows.stop), np.empty_like(total)
+            delta.dense(np.float64, ON_CPU).fill(slice(0, len(total)), 0.0, part)
             total += part
         return total
 
-    def factors(self, placement: Placement, columns: int) -> tuple[Tensor, Tensor, float] | None:
+    def factors(self, placement: Placement, columns: int) -> tuple[Wide, Wide, float] | None:
         """Return left, right and scale of scale * left @ right, the sum. None if there are no factors."""
         if len(self.terms) == 1:
             (term,) = self.terms
-            return tensor_of(term.left), tensor_of(term.right[:, :columns]), float(term.scale)
+            return term.left.wide(), term.right[:, :columns].wide(), float(term.scale)
         if self.terms:
-            left = torch.cat([float(term.scale) * tensor_of(term.left).double() for term in self.terms], 1)
-            return left, torch.cat([tensor_of(term.right[:, :columns]) for term in self.terms]), 1.0
-        factors = self.update.factors()
+            left = np.concatenate([float(term.scale) * term.left.wide() for term in self.terms], 1)
+            return left, np.concatenate([term.right[:, :columns].wide() for term in self.terms]), 1.0
+        factors = self.update.map(tensor_of).factors()
         if factors is None:
             return None
-        B, A = factors[0][0], factors[1][0]
+        B, A = (side[0].numpy() for side in factors)
         return (A.T, B.T, placement.weight) if placement.transposed else (B, A, placement.weight)
 
 
@@ -172,9 +171,9 @@ class AdapterDeltas:
         self._load = load
         self._loaded: dict[int, _Loaded] = {}
         self._block: ReplayBlock | None = None
-        self._made: dict[torch.dtype | None, list[AdapterDelta]] = {}  # of that block, by the type of factors
+        self._made: dict[Form | None, list[AdapterDelta]] = {}  # of that block, by the type of factors
 
-    def of(self, block: ReplayBlock, kind: torch.dtype | None = None) -> list[AdapterDelta]:
+    def of(self, block: ReplayBlock, kind: Form | None = None) -> list[AdapterDelta]:
         """Return the deltas of additive updates, and the sums inside DoRAs, with tensors rounded to `kind`."""
         if self._block is not block:
             placements = [p for p in block.inside if adds(p)]
@@ -185,30 +184,30 @@ class AdapterDeltas:
         return self._made[kind]
 
     def _added(self, placement: Placement) -> _Loaded:
-        update = placement.adapter.load(placement.update).matrix(placement.expert)
-        magnitude = update.magnitude.double().flatten() if isinstance(update, DoRA) else None
+        update = placement.adapter.load(placement.update, as_numbers=True).matrix(placement.expert)
+        magnitude = numbers_of(update.magnitude).wide().reshape(-1) if isinstance(update, DoRA) else None
         return _Loaded(placement, update.inner if isinstance(update, DoRA) else update, magnitude)
 
 
-def _bound(block: ReplayBlock, loaded: _Loaded, kind: torch.dtype | None) -> AdapterDelta:
+def _bound(block: ReplayBlock, loaded: _Loaded, kind: Form | None) -> AdapterDelta:
     placement, added = loaded.placement, loaded.of(kind)
     start, columns = placement.skip + block.first - placement.start, block.base.shape[1]
     rows = slice(start, start + len(block.base))
     change = added.dense(rows, columns)
-    sizes = loaded.of(kind, absolute=True).dense(rows, columns).abs()
-    left, right, scale = added.factors(placement, columns) or (change.new_zeros(0), change.new_zeros(0), 1.0)
-    ways = [change.float()] * WAYS
+    sizes = np.abs(loaded.of(kind, absolute=True).dense(rows, columns))
+    left, right, scale = added.factors(placement, columns) or (np.zeros(0), np.zeros(0), 1.0)
+    ways = [change.astype(np.float32)] * WAYS
     if len(right):
-        L, R, root = left[rows].float(), right.float(), abs(scale) ** 0.5
+        L, R, root = left[rows].astype(np.float32), right.astype(np.float32), abs(scale) ** 0.5
         ways[1:] = (L @ R) * scale, (L * root) @ (R * (root if scale > 0 else -root))
-    slack = sizes * (F32 * (len(right) + 8))
-    errors = (torch.stack(ways).double() - change).abs()
-    m, gain, (_, a) = loaded.magnitude, torch.ones(1, 1, dtype=torch.float64), block.reals
+    slack = sizes * (U32 * (len(right) + 8))
+    errors = np.abs(np.stack(ways).astype(np.float64) - change)
+    m, gain, (_, a) = loaded.magnitude, np.ones((1, 1)), block.reals
     if m is not None:
         alike = columns_of_a_norm(placement, columns)
-        m = m.repeat_interleave(alike).unsqueeze(0) if norm_axis(placement) == 1 else m[rows].unsqueeze(1)
+        m = np.repeat(m, alike)[None] if norm_axis(placement) == 1 else m[rows, None]
         if a is not None and placement.weight:
-            gain = (a.abs() + abs(1 - placement.weight)) / abs(placement.weight)
+            gain = (np.abs(a) + abs(1 - placement.weight)) / abs(placement.weight)
     return AdapterDelta(change, slack, scale, placement, sizes, errors, gain, m)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from ...files.tensor_ref import TensorRef
+from ...numerics.forms import F32, F64, Form, Wide
 from ...streaming.segment import UpdateLoader
 from .replay import (
-    F32,
+    U32,
     AdapterDelta,
     AdapterDeltas,
     DeltaBounds,
@@ -25,49 +26,48 @@ from .replay import (
     norm_axis,
     normalizes_rows,
 )
-from .roundings import Rounding
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to a type and return the values in float64."""
-    return x.to(dtype).double()
+from .roundings import Rounding, rounded
 
 
 @dataclass(frozen=True)
 class Interval:
     """Lower and upper bounds of numbers, in float64."""
 
-    low: Tensor  # (rows, n), of norms (rows, 1) or (1, n)
-    high: Tensor
+    low: Wide  # (rows, n), of norms (rows, 1) or (1, n)
+    high: Wide
 
     def __add__(self, other: Interval) -> Interval:
         return Interval(self.low + other.low, self.high + other.high)
 
-    def widened(self, by: Tensor) -> Interval:
+    def widened(self, by: Wide) -> Interval:
         return Interval(self.low - by, self.high + by)
 
-    def rounded(self, *types: torch.dtype) -> Interval:
-        """Return the interval after rounding to each of the types in turn. Rounding keeps the order of numbers."""
+    def rounded(self, *forms: Form) -> Interval:
+        """Return the interval after rounding to each of the forms in turn. Rounding keeps the order of numbers."""
         low, high = self.low, self.high
-        for dtype in types:
-            low, high = cast(low, dtype), cast(high, dtype)
+        for form in forms:
+            low, high = rounded(low, form), rounded(high, form)
         return Interval(low, high)
 
-    def times(self, *factors: Tensor | float) -> Interval:
+    def times(self, *factors: Wide | float) -> Interval:
         """Return the interval of products with a factor, or with any factor between the given ones."""
-        ends = torch.stack([factor * end for factor in factors for end in (self.low, self.high)])
-        return Interval(ends.amin(0), ends.amax(0))
+        ends = np.stack([factor * end for factor in factors for end in (self.low, self.high)])
+        return Interval(ends.min(0), ends.max(0))
 
-    def squares(self, dim: int, together: int = 1) -> Interval:
-        """Return the interval of sums of squares along a dimension, which is kept, each over that many columns."""
-        low, high = self.low.abs(), self.high.abs()
-        least = torch.where(self.low * self.high <= 0, 0.0, torch.minimum(low, high))
-        ends = (x.square().sum(dim, True) for x in (least, torch.maximum(low, high)))
+    def squares(self, axis: int, together: int = 1) -> Interval:
+        """Return the interval of sums of squares along an axis, which is kept, each over that many columns."""
+        low, high = np.abs(self.low), np.abs(self.high)
+        least = np.where(self.low * self.high <= 0, 0.0, np.minimum(low, high))
+        ends = (np.square(x).sum(axis, keepdims=True) for x in (least, np.maximum(low, high)))
         if together > 1:
-            ends = (x.view(len(x), -1, together).sum(2).repeat_interleave(together, 1) for x in ends)
+            ends = (np.repeat(x.reshape(len(x), -1, together).sum(2), together, 1) for x in ends)
         return Interval(*ends)
 
-    def holds(self, x: Tensor) -> Tensor:
+    def equals(self, other: Interval) -> bool:
+        """Return whether both have the same bounds, and none is nan."""
+        return np.array_equal(self.low, other.low) and np.array_equal(self.high, other.high)
+
+    def holds(self, x: Wide) -> npt.NDArray[np.bool_]:
         """Return which elements of x are inside."""
         return (x >= self.low) & (x <= self.high)
 
@@ -86,22 +86,22 @@ class Predictions:
             order: id() of adapters, in the order of addition if `way` adds them separately.
             slack: a factor of float32's error bound.
         """
-        dtype, deltas = block.merged.dtype, self.deltas.of(block, way.factors)
+        form, deltas = block.merged.form, self.deltas.of(block, way.factors)
         start, moving = self._start(block, way, deltas)
         apart: list[list[DeltaBounds]] = [
             [d for d in deltas if d.is_additive and id(d.placement.adapter) == each] for each in order
         ]
         groups: list[list[DeltaBounds]] = [moving, *apart] if way.apart else [sum(apart, moving)]
-        interval = (start.rounded(dtype) if way.apart else start).rounded(way.total)
+        interval = (start.rounded(form) if way.apart else start).rounded(way.total)
         for group in filter(None, groups):  # the deltas of a group are added before one rounding
             first, *others = (bound_delta(delta, way, slack) for delta in group)
             change = sum(others, first)
-            sizes = torch.maximum(interval.low.abs() + change.low.abs(), interval.high.abs() + change.high.abs())
-            unit = 2.0**-51 if way.total == torch.float64 else F32 * 2
-            if way.total != torch.float64 and len(group) == 1 and (way.change or dtype.itemsize > 2):
+            sizes = np.maximum(np.abs(interval.low) + np.abs(change.low), np.abs(interval.high) + np.abs(change.high))
+            unit = 2.0**-51 if way.total == F64 else U32 * 2
+            if way.total != F64 and len(group) == 1 and (way.change or form.itemsize > 2):
                 unit = 0.0  # the sum of two float32 numbers is rounded right by everyone
-            interval = (interval + change).widened(sizes * (slack * unit)).rounded(way.total, dtype)
-        return interval.rounded(dtype)
+            interval = (interval + change).widened(sizes * (slack * unit)).rounded(way.total, form)
+        return interval.rounded(form)
 
     def _start(
         self, block: ReplayBlock, way: Rounding, deltas: Sequence[AdapterDelta]
@@ -110,36 +110,36 @@ class Predictions:
 
         That delta is empty if its weight is 1. Else it is a part of the way from W to the update's value.
         """
-        W = cast(block.base, way.base)
+        W = rounded(block.base.wide(), way.base)
         X, a = block.reals
         if any(map(normalizes_rows, block.inside)):
             return self._normalize(block, way, next(d for d in deltas if normalizes_rows(d.placement))), []
         if a is None:
             return Interval(W, W), []
-        value = X - sum((delta.change for delta in deltas if delta.is_additive), torch.zeros_like(X))
-        start = torch.where(a == 0, value if way.factors is None else cast(value, way.factors), W)
+        value = X - sum((delta.change for delta in deltas if delta.is_additive), np.zeros_like(X))
+        start = np.where(a == 0, value if way.factors is None else rounded(value, way.factors), W)
         moving = (a != 0) & (a != 1)
-        if not bool(moving.any()):
+        if not moving.any():
             return Interval(start, start), []
         weight = next(p.weight for p in block.inside if not p.update.additive)
-        sizes = torch.where(moving, value.abs() + (2 + abs(weight)) * W.abs(), 0.0)
-        slack = sizes * (F32 * (max(X.shape) ** 0.5 + 16))
+        sizes = np.where(moving, np.abs(value) + (2 + abs(weight)) * np.abs(W), 0.0)
+        slack = sizes * (U32 * (max(X.shape) ** 0.5 + 16))
         slack = sum((delta.slack * delta.gain for delta in deltas if not delta.is_additive), slack)
-        return Interval(start, start), [DeltaBounds(torch.where(moving, value - W, 0.0), slack, weight)]
+        return Interval(start, start), [DeltaBounds(np.where(moving, value - W, 0.0), slack, weight)]
 
     def _normalize(self, block: ReplayBlock, way: Rounding, delta: AdapterDelta) -> Interval:
         """Return the interval of m / n * V with V = W + D and its norms n, in the rows of a DoRA."""
         assert delta.magnitude is not None
         norms = self._norms(block, way, delta)
-        m = delta.magnitude if way.magnitude is None else cast(delta.magnitude, way.magnitude)
-        ratios = [(m / n).nan_to_num(nan=0.0, posinf=1e300, neginf=-1e300) for n in (norms.low, norms.high)]
-        return self._sum(block, way, delta).times(*(cast(ratio, way.ratio) for ratio in ratios)).rounded(way.ratio)
+        m = delta.magnitude if way.magnitude is None else rounded(delta.magnitude, way.magnitude)
+        ratios = [np.nan_to_num(m / n, nan=0.0, posinf=1e300, neginf=-1e300) for n in (norms.low, norms.high)]
+        return self._sum(block, way, delta).times(*(rounded(ratio, way.ratio) for ratio in ratios)).rounded(way.ratio)
 
     def _sum(self, block: ReplayBlock, way: Rounding, delta: AdapterDelta) -> Interval:
         """Return the interval of V = W + D, (rows, n)."""
-        W = cast(block.base, way.base)
-        if way.total == torch.float32:
-            W = cast(W, way.total)
+        W = rounded(block.base.wide(), way.base)
+        if way.total == F32:
+            W = rounded(W, way.total)
         return (Interval(W, W) + bound_delta(delta, way)).rounded(way.total)
 
     def _norms(self, block: ReplayBlock, way: Rounding, delta: AdapterDelta) -> Interval:
@@ -171,6 +171,6 @@ def bound_norms(squares: Interval, count: int, way: Rounding) -> Interval:
 
     The random errors of a float32 sum grow with the square root of `count`.
     """
-    tolerance = (2.0**-50 if way.total == torch.float64 else F32) * (count**0.5 + 8)
-    low, high = squares.low.sqrt() * (1 - tolerance), squares.high.sqrt() * (1 + tolerance)
+    tolerance = (2.0**-50 if way.total == F64 else U32) * (count**0.5 + 8)
+    low, high = np.sqrt(squares.low) * (1 - tolerance), np.sqrt(squares.high) * (1 + tolerance)
     return Interval(low, high).rounded(way.total)

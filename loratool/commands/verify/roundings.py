@@ -9,24 +9,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-import torch
+import numpy as np
+
+from ...files.dtypes import DTYPE_NAMES
+from ...numerics.arrays import Numbers, narrow
+from ...numerics.forms import BF16, F16, F32, F64, Form, Wide
 
 
 @dataclass(frozen=True)
 class Rounding:
     """The types to which a merge rounds at each step. None, or no type, for steps without rounding."""
 
-    base: torch.dtype  # W
-    factors: torch.dtype | None  # A and B, before they are multiplied
-    product: torch.dtype | None  # B @ A, before it is scaled
-    change: tuple[torch.dtype, ...]  # each adapter's delta, one type after the other
-    total: torch.dtype  # W + D, and its norm
-    magnitude: torch.dtype | None  # m
-    ratio: torch.dtype  # m / n, and its product with W + D
+    base: Form  # W
+    factors: Form | None  # A and B, before they are multiplied
+    product: Form | None  # B @ A, before it is scaled
+    change: tuple[Form, ...]  # each adapter's delta, one type after the other
+    total: Form  # W + D, and its norm
+    magnitude: Form | None  # m
+    ratio: Form  # m / n, and its product with W + D
     apart: bool  # adapters are added one after the other, and each sum is rounded
 
 
-NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what {type} in a title stands for
+NARROW = {"bf16": BF16, "fp16": F16}  # what {type} in a title stands for
 
 # Title -> what is rounded to {type}, as in `Rounding`; `cast` is the delta to the base's type, `apart` no type. From
 # the least rounding to the most, as in peft/tuners/lora/layer.py (Linear.merge and get_delta_weight), where the
@@ -67,9 +71,20 @@ DORA_ROUNDINGS = {
 }
 
 
-def list_roundings(
-    kind: torch.dtype, others: Sequence[torch.dtype], dora: bool, several: bool
-) -> list[tuple[str, Rounding]]:
+@np.errstate(all="ignore")
+def cast(x: Wide, form: Form) -> Numbers:
+    """Return numbers rounded as torch casts them: to 16 or 8 bits by way of float32."""
+    out = Numbers.empty(form, *x.shape)
+    narrow(x if form == F64 else x.astype(np.float32), out)
+    return out
+
+
+def rounded(x: Wide, form: Form) -> Wide:
+    """Return numbers rounded as by `cast`, in float64."""
+    return cast(x, form).wide()
+
+
+def list_roundings(kind: Form, others: Sequence[Form], dora: bool, several: bool) -> list[tuple[str, Rounding]]:
     """Return the distinct ways of rounding on a base of type `kind` with their titles, the likeliest first.
 
     Args:
@@ -78,13 +93,13 @@ def list_roundings(
         several: whether more than one adapter changes the tensor.
     """
     table = (DORA_ROUNDINGS if dora else ROUNDINGS).items()
-    totals = {"": torch.float32} if kind != torch.float64 else {"": kind, ", all in float32": torch.float32}
+    totals = {"": F32} if kind != F64 else {"": kind, ", all in float32": F32}
     titles: dict[Rounding, str] = {}
-    for base, (end, total), (title, words), (name, narrow) in product(
+    for base, (end, total), (title, words), (name, form) in product(
         (kind, *others), totals.items(), table, NARROW.items()
     ):
-        to = dict.fromkeys(words.split(), narrow)
-        change = dict.fromkeys(each for word, each in (("change", narrow), ("cast", kind)) if word in to)
+        to = dict.fromkeys(words.split(), form)
+        change = dict.fromkeys(each for word, each in (("change", form), ("cast", kind)) if word in to)
         way = Rounding(
             base=base,
             factors=to.get("factors"),
@@ -92,10 +107,10 @@ def list_roundings(
             change=tuple(each for each in change if each.itemsize == 2),  # in float32 it is of that type already
             total=to.get("total", total),
             magnitude=to.get("magnitude"),
-            ratio=to.get("ratio", torch.float32 if "total" in to else total),
+            ratio=to.get("ratio", F32 if "total" in to else total),
             apart="apart" in to,
         )
         if several or not way.apart:
-            first = f", from weights in {base}" if base != kind else ""
+            first = f", from weights in torch.{DTYPE_NAMES[base.name]}" if base != kind else ""
             titles.setdefault(way, title.format(type=name) + end + first)
     return [(title, way) for way, title in titles.items()]

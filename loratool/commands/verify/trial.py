@@ -12,97 +12,98 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from ...files.dtypes import TORCH_FLOATS
-from ...files.tensor_compare import float_ordinals
 from ...files.tensor_ref import TensorRef
+from ...numerics.arrays import Numbers
+from ...numerics.forms import F32, FORMS, Form, IntArray, Wide
 from ...streaming.segment import UpdateLoader
-from .replay import F32, AdapterDelta, Replay, ReplayBlock, normalizes_rows
+from .replay import U32, AdapterDelta, Replay, ReplayBlock, normalizes_rows
 from .rounding_bounds import Interval, Predictions
-from .roundings import Rounding, list_roundings
+from .roundings import Rounding, cast, list_roundings
 
-_BIT_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Flags = npt.NDArray[np.bool_]
 
-TIE = 1e-6  # in F32 times the summed sizes: weights this near to a tie can round either way, since float64 rounds too
-
-
-def same_bits(first: Tensor, second: Tensor) -> Tensor:
-    """Return which elements have the same bits, in the shape of both."""
-    kind = _BIT_TYPES[first.element_size()]
-    return first.view(kind) == second.view(kind)
+TIE = 1e-6  # in U32 times the summed sizes: weights this near to a tie can round either way, since float64 rounds too
 
 
-def next_toward(x: Tensor, goal: Tensor) -> Tensor:
-    """Return the next number of x's type toward `goal` (float64), in float64. torch.nextafter takes no float8."""
-    if x.element_size() > 1:
-        return torch.nextafter(x, goal.to(x.dtype)).double()
-    sizes = torch.arange(128, dtype=torch.uint8).view(x.dtype).double()
-    sizes = sizes[sizes.isfinite()]
-    numbers = torch.cat([-sizes[1:].flip(0), sizes])
-    index = torch.searchsorted(numbers, x.double()) + (goal - x.double()).nan_to_num(0.0).sign().long()
-    return numbers[index.clamp(0, len(numbers) - 1)]
+def ordinals(x: Numbers) -> IntArray:
+    """Return an int64 for each number such that adjacent numbers have adjacent integers, and both zeros 0."""
+    sizes = (x.bits & x.form.size).astype(np.int64)
+    values: IntArray = np.where(x.bits < 0, -sizes, sizes)
+    return values
 
 
-def ulp_of(x: Tensor) -> Tensor:
+def next_toward(x: Numbers, goal: Wide) -> Wide:
+    """Return the next number of x's form toward `goal`, in float64. In 8 bits none is after the largest finite one."""
+    form, here = x.form, x.wide()
+    most = form.inf - (form.itemsize == 1)
+    after = np.clip(ordinals(x) + (goal > here) - (goal < here), -most, most)
+    value: Wide = np.copysign(Numbers(np.abs(after).astype(form.bits_type), form).wide(), after)
+    return value
+
+
+def ulp_of(x: Numbers) -> Wide:
     """Return the distance from each number to the next larger one in absolute value, in float64."""
-    size = x.abs()
-    return next_toward(size, torch.full_like(size, torch.inf, dtype=torch.float64)) - size.double()
+    size = abs(x)
+    return next_toward(size, np.full(x.shape, np.inf)) - size.wide()
 
 
-def max_ulps_off(expected: Tensor, actual: Tensor, where: Tensor) -> float:
-    """Return the largest distance in ulps between `actual` and `expected`.
+def max_ulps_off(expected: Numbers, actual: Numbers, where: Flags) -> float:
+    """Return the largest distance in ulps between numbers of one form where `where` is set.
 
     Returns:
         At least 1, as bits differ; inf if either is inf or nan, 0 for no weights.
     """
-    expected, actual = expected[where].to(actual.dtype), actual[where]
-    if not actual.numel():
+    if not where.any():
         return 0.0
-    if not bool((actual.double().isfinite() & expected.double().isfinite()).all()):
+    expected, actual = expected[where], actual[where]
+    if not (expected.all_finite() and actual.all_finite()):
         return math.inf
-    here, wanted = float_ordinals(actual), float_ordinals(expected)
-    across_zero = here.double().abs() + wanted.double().abs()  # of float64 more than an int64 holds
-    return max(1.0, float(torch.where((here < 0) == (wanted < 0), (here - wanted).abs().double(), across_zero).max()))
+    here, wanted = ordinals(actual), ordinals(expected)
+    across_zero = np.abs(here.astype(np.float64)) + np.abs(wanted)  # of float64 more than an int64 holds
+    return max(1.0, float(np.where((here < 0) == (wanted < 0), np.abs(here - wanted), across_zero).max()))
 
 
 class ReplayErrors:
     """A test that float32 explains how many weights differ from our replay, and how near they are to a tie.
 
-    Errors are in units of F32 times the sizes of the terms.
+    Errors are in units of U32 times the sizes of the terms.
     """
 
     def __init__(self) -> None:
         self.differ = 0  # weights that differ, except near ties
         self.need = 0.0  # the error that the other arithmetic must have made at least, at the worst weight
-        self.expected = self.largest = torch.zeros(1, dtype=torch.float64)  # by way: changed weights; largest error
+        self.expected = self.largest = np.zeros(1)  # by way: changed weights; largest error
 
     def add(self, block: ReplayBlock, deltas: Sequence[AdapterDelta]) -> None:
         """Add a block with its deltas."""
-        (X, a), actual, wanted = block.reals, block.merged, block.expected[0]
-        known = X.isfinite() & actual.double().isfinite()
-        zero = torch.zeros_like(X)
+        (X, a), form = block.reals, block.merged.form
+        actual, wanted = block.merged.wide(), block.expected[0].wide()
+        known = np.isfinite(X) & np.isfinite(actual)
+        zero = np.zeros_like(X)
         sizes = sum((delta.sizes * delta.gain for delta in deltas), zero)
-        errors = sum((delta.errors * delta.gain for delta in deltas), zero.unsqueeze(0))  # (ways, rows, n)
+        errors = sum((delta.errors * delta.gain for delta in deltas), zero[None])  # (ways, rows, n)
         extra = least = zero
         if a is not None or sum(delta.is_additive for delta in deltas) > 1:
             grown = 1 + (max(X.shape) ** 0.5 / 8 if a is not None else 0.0)
-            magnitudes = X.abs() + block.base.double().abs()
-            extra, least, sizes = magnitudes * (F32 * 0.25 * grown), magnitudes * (F32 * 0.05), sizes + magnitudes
-        unit = (sizes * F32).clamp_min(1e-300)
-        if actual.element_size() > 2:  # in 16 bits the few that differ are at ties, where `need` tells
-            self.expected = self.expected + ((errors + least) / ulp_of(actual)).clamp(max=1.0)[:, known].sum(1)
+            magnitudes = np.abs(X) + np.abs(block.base.wide())
+            extra, least, sizes = magnitudes * (U32 * 0.25 * grown), magnitudes * (U32 * 0.05), sizes + magnitudes
+        unit = np.maximum(sizes * U32, 1e-300)
+        if form.itemsize > 2:  # in 16 bits the few that differ are at ties, where `need` tells
+            self.expected = self.expected + np.minimum((errors + least) / ulp_of(block.merged), 1.0)[:, known].sum(1)
         if known.any():
-            self.largest = torch.maximum(self.largest, ((errors + extra) / unit)[:, known].amax(1))
+            self.largest = np.maximum(self.largest, ((errors + extra) / unit)[:, known].max(1))
         off = (actual != wanted) & known
         if off.any():
-            tie = (actual.double() + next_toward(actual, wanted.double())) / 2
-            need = (X - tie).abs()
-            if actual.element_size() <= 2:
-                need = (need - X.abs() * (F32 * 1.5)).clamp_min(0.0)
+            tie = (actual + next_toward(block.merged, wanted)) / 2
+            need = np.abs(X - tie)
+            if form.itemsize <= 2:
+                need = np.maximum(need - np.abs(X) * (U32 * 1.5), 0.0)
             needed = (need / unit)[off]
-            self.differ += int((needed > TIE).sum())
+            self.differ += int(np.count_nonzero(needed > TIE))
             self.need = max(self.need, float(needed.max()))
 
     @property
@@ -133,9 +134,7 @@ class TrialOutcome:
     beyond: float  # by how many ulps at most
 
 
-def try_roundings(
-    replay: Replay, merged: TensorRef, load: UpdateLoader, stored: Sequence[torch.dtype] = ()
-) -> TrialOutcome:
+def try_roundings(replay: Replay, merged: TensorRef, load: UpdateLoader, stored: Sequence[Form] = ()) -> TrialOutcome:
     """Try all ways of rounding on one tensor.
 
     Args:
@@ -150,8 +149,8 @@ def try_roundings(
     stray, farthest = 0, 0.0
     for block in replay.blocks(merged):
         bad = _where_stray(block)
-        stray += int(bad.sum())
-        farthest = max(farthest, max_ulps_off(block.reals[0], block.merged, bad))
+        stray += int(np.count_nonzero(bad))
+        farthest = max(farthest, max_ulps_off(cast(block.reals[0], block.merged.form), block.merged, bad))
         if block.piece is not None:
             errors.add(block, predictions.deltas.of(block))
             _test(block, candidates, predictions)
@@ -163,12 +162,13 @@ def try_roundings(
     return TrialOutcome(None, first.outside + stray or errors.differ, max(first.beyond, farthest))
 
 
-def _list_candidates(replay: Replay, stored: Sequence[torch.dtype]) -> list[RoundingCandidate]:
+def _list_candidates(replay: Replay, stored: Sequence[Form]) -> list[RoundingCandidate]:
     placements = replay.placements
     adapters = tuple(dict.fromkeys(id(p.adapter) for p in placements if p.update.additive))
     several = len(adapters) + any(not p.update.additive for p in placements) > 1
     orders = list(permutations(adapters)) if len(adapters) <= 3 else [adapters, adapters[::-1]]
-    kind = getattr(torch, TORCH_FLOATS.get(replay.source.spec.dtype, "float32"))
+    dtype = replay.source.spec.dtype
+    kind = FORMS[dtype] if dtype in TORCH_FLOATS else F32
     return [
         RoundingCandidate(title, way, order)
         for title, way in list_roundings(kind, stored, any(map(normalizes_rows, placements)), several)
@@ -176,29 +176,34 @@ def _list_candidates(replay: Replay, stored: Sequence[torch.dtype]) -> list[Roun
     ]
 
 
-def _where_stray(block: ReplayBlock) -> Tensor:
+def _where_stray(block: ReplayBlock) -> Flags:
     """Return which weights no rounding explains, in untouched rows and among weights that are not finite."""
-    X, base, actual = block.reals[0], block.base.double(), block.merged.double()
+    X, base, actual = block.reals[0], block.base.wide(), block.merged.wide()
+    right: Flags = np.isnan(base) & np.isnan(actual)
     if block.piece is None:
-        return ~(same_bits(block.expected[0], block.merged) | (base.isnan() & actual.isnan()))
-    return ~(X.isfinite() | (base.isnan() & actual.isnan()) | (actual == base) | (actual == X))
+        right |= block.expected[0].bits == block.merged.bits
+    else:
+        right |= np.isfinite(X) | (actual == base) | (actual == X)
+    return ~right
 
 
 def _test(block: ReplayBlock, candidates: Sequence[RoundingCandidate], predictions: Predictions) -> None:
     """Count the weights of a block that each candidate does not explain, if it is the first or explained all so far."""
-    actual, known = block.merged.double(), block.reals[0].isfinite()
+    form, actual, known = block.merged.form, block.merged.wide(), np.isfinite(block.reals[0])
     first: Interval | None = None
     for candidate in candidates:
         if candidate.outside and first:
             continue
         intervals = predictions.of(block, candidate.way, candidate.order)
         first = first or intervals
-        candidate.distinct |= not (torch.equal(intervals.low, first.low) and torch.equal(intervals.high, first.high))
+        candidate.distinct |= not (
+            np.array_equal(intervals.low, first.low) and np.array_equal(intervals.high, first.high)
+        )
         off = ~intervals.holds(actual) & known
         if off.any():
-            candidate.outside += int(off.sum())
-            nearest = torch.minimum(intervals.high, torch.maximum(intervals.low, actual.nan_to_num()))
-            candidate.beyond = max(candidate.beyond, max_ulps_off(nearest, block.merged, off))
+            candidate.outside += int(np.count_nonzero(off))
+            nearest = np.minimum(intervals.high, np.maximum(intervals.low, np.nan_to_num(actual)))
+            candidate.beyond = max(candidate.beyond, max_ulps_off(cast(nearest, form), block.merged, off))
         elif candidate.way.apart and not candidate.way.change and not any(map(normalizes_rows, block.inside)):
             middle = predictions.of(block, candidate.way, candidate.order, 0.0)
-            candidate.moved += int(((middle.low != block.expected[0].double()) & known).sum())
+            candidate.moved += int(np.count_nonzero((middle.low != block.expected[0].wide()) & known))

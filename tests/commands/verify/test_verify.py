@@ -22,6 +22,9 @@ from loratool.commands.verify.command import is_optional
 from loratool.commands.verify.roundings import DORA_ROUNDINGS, NARROW, ROUNDINGS
 from loratool.commands.verify.trial import max_ulps_off
 from loratool.errors import InputError, UsageError
+from loratool.files.dtypes import DTYPE_NAMES
+from loratool.numerics.arrays import Numbers
+from loratool.numerics.tensors import numbers_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 SHAPE = (96, 64)
@@ -225,14 +228,17 @@ def merge_rounded(
     return narrow("ratio", ratio[:, None] * V).to(W.dtype)
 
 
+KINDS = {name: getattr(torch, DTYPE_NAMES[form.name]) for name, form in NARROW.items()}
+
+
 def rounds_in_the_wider_type(title: str, kind: str, dtype: torch.dtype) -> bool:
     """Whether torch would add two types in the wider one, where the title says the other."""
-    return "total" in (ROUNDINGS | DORA_ROUNDINGS)[title].split() and dtype != NARROW[kind]
+    return "total" in (ROUNDINGS | DORA_ROUNDINGS)[title].split() and dtype != KINDS[kind]
 
 
 @pytest.mark.parametrize(
     ("title", "kind", "dtype"),
-    covering([*ROUNDINGS, *DORA_ROUNDINGS], NARROW, WIDE, never=rounds_in_the_wider_type),
+    covering([*ROUNDINGS, *DORA_ROUNDINGS], KINDS, WIDE, never=rounds_in_the_wider_type),
 )
 def test_every_way_of_rounding_is_no_fault(tmp_path: Path, title: str, kind: str, dtype: torch.dtype) -> None:
     if rounds_in_the_wider_type(title, kind, dtype):
@@ -249,7 +255,7 @@ def test_every_way_of_rounding_is_no_fault(tmp_path: Path, title: str, kind: str
             file = adapter / "adapter_model.safetensors"
             tensors = {**load_file(file), "base_model.model.x.lora_magnitude_vector": m}
             save_file(tensors, file, metadata={"format": "pt"})
-        merged = merge_rounded(words, NARROW[kind], merged, A, B * 0.3, 7 / 5, m)
+        merged = merge_rounded(words, KINDS[kind], merged, A, B * 0.3, 7 / 5, m)
         adapters.append(adapter)
     report = loratool.verify(base, adapters, write_merged(tmp_path / "m", base, {"x.weight": merged}))
     assert report.status == "proven", report.tensors
@@ -404,12 +410,12 @@ def test_ulps_count_the_numbers_of_every_type() -> None:
         numbers = numbers[numbers.isfinite()].unique(sorted=True)
         at = torch.randint(0, len(numbers), (2, 500), generator=torch.Generator().manual_seed(1))
         for one_at, other_at in at.T.tolist():
-            pair = numbers[[one_at]], numbers[[other_at]].to(kind)
-            assert max_ulps_off(*pair, torch.tensor([True])) == max(1, abs(one_at - other_at)), (kind, *pair)
-    ends = torch.tensor([torch.finfo(torch.float64).max], dtype=torch.float64)
-    yes = torch.tensor([True])
-    assert max_ulps_off(ends, torch.nextafter(ends, 0 * ends), yes) == 1
-    assert max_ulps_off(-ends, ends, yes) == 2 * float(0x7FEFFFFFFFFFFFFF)  # more than an int64 holds
+            pair = numbers_of(numbers[[one_at]].to(kind)), numbers_of(numbers[[other_at]].to(kind))
+            assert max_ulps_off(*pair, np.array([True])) == max(1, abs(one_at - other_at)), (kind, *pair)
+    most, yes = np.array([np.finfo(np.float64).max]), np.array([True])
+    ends, minus = Numbers.of(most), Numbers.of(-most)
+    assert max_ulps_off(ends, Numbers.of(np.nextafter(most, 0.0)), yes) == 1
+    assert max_ulps_off(minus, ends, yes) == 2 * float(0x7FEFFFFFFFFFFFFF)  # more than an int64 holds
     assert max_ulps_off(ends, ends, ~yes) == 0
 
 
