@@ -1,4 +1,4 @@
-"""Merge, unmerge and verify without an import of torch, which takes longer than a small merge."""
+"""Commands without an import of torch, which takes longer than a small merge."""
 
 from __future__ import annotations
 
@@ -70,6 +70,10 @@ def test_no_import_of_torch(tmp_path: Path) -> None:
         *there_and_back(tmp_path / "file", SDXL / "base.safetensors", SDXL / "adapter.safetensors"),
         *there_and_back(tmp_path / "pickle", pickled, adapter),
         ("verify", base, adapter, rounded),
+        ("inspect", base),
+        ("count", base, "--rank", "8"),
+        ("diff", base, rounded),
+        ("convert", base, "--dtype", "fp32", "-o", tmp_path / "wide"),
         ("verify", base, adapter, LLAMA / "tuned"),
     )
     for argv, code, places in results:

@@ -12,6 +12,8 @@ from .dtypes import FLOATS, TORCH_FLOATS
 from .tensor_ref import BLOCK, TensorRef, norm
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
     from ..numerics.arrays import Numbers
@@ -172,7 +174,9 @@ def compare(first: TensorRef, second: TensorRef) -> Comparison:
 
     If a dtype is not a float, only `equal` and `changed` are computed, from the bits; if dtypes differ, all changed.
     """
-    import torch
+    import numpy as np
+
+    from ..numerics.arrays import Numbers
 
     same_type = first.spec.dtype == second.spec.dtype and first.codec is second.codec
     if not first.spec.size:
@@ -182,20 +186,22 @@ def compare(first: TensorRef, second: TensorRef) -> Comparison:
         return Comparison(same_type and not changed, largest=None, max_ulps=None, changed=changed)
     counted = same_type and first.spec.dtype in ("BF16", "F16", "F32")
     norms, largest, ulps, changed, not_finite = [], 0.0, 0, 0, 0
-    for a, b in zip(first.blocks(BLOCK), second.blocks(BLOCK), strict=True):
-        if same_type and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+    for a, b in zip(first.blocks_of_numbers(BLOCK), second.blocks_of_numbers(BLOCK), strict=True):
+        if same_type and np.array_equal(a.bits, b.bits):
             norms.append((norm(a),) * 2 + (0.0,))
             continue
-        x, y = a.double(), b.double()
-        D = y - x
-        different = ~((x == y) | (x.isnan() & y.isnan()))
-        not_finite += int((~D.isfinite() & different).sum())
-        D = torch.where(D.isfinite(), D, 0.0)
-        norms.append((norm(a), norm(b), norm(D)))
-        largest = max(largest, float(D.abs().max()))
+        x, y = a.wide(), b.wide()
+        with np.errstate(all="ignore"):
+            D = y - x
+        different = ~((x == y) | (np.isnan(x) & np.isnan(y)))
+        not_finite += int((~np.isfinite(D) & different).sum())
+        D[~np.isfinite(D)] = 0.0
+        norms.append((norm(a), norm(b), norm(Numbers.of(D))))
+        largest = max(largest, float(np.abs(D).max()))
         changed += int(different.sum())
-        if counted and bool((D != 0).any()):
-            ulps = max(ulps, int((float_ordinals(b) - float_ordinals(a))[D != 0].abs().max()))
+        moved = D != 0
+        if counted and moved.any():
+            ulps = max(ulps, int(np.abs(_ordinals(b) - _ordinals(a))[moved].max()))
     totals = tuple(math.hypot(*side) for side in zip(*norms, strict=True))
     # bits may differ where values do not: a zero's sign, a nan's payload
     return Comparison(same_type and not changed, totals, largest, ulps if counted else None, changed, not_finite)  # type: ignore[arg-type]
@@ -203,7 +209,7 @@ def compare(first: TensorRef, second: TensorRef) -> Comparison:
 
 def _count_different_bits(first: TensorRef, second: TensorRef) -> int:
     """Count the values of one dtype that differ in their bits; for a dtype below a byte, all if any."""
-    import torch
+    import numpy as np
 
     a, b = (side.file.read(side.name) for side in (first, second))
     if a == b:
@@ -211,15 +217,12 @@ def _count_different_bits(first: TensorRef, second: TensorRef) -> int:
     size, width = first.spec.size, first.spec.nbytes // first.spec.size
     if not width:
         return size
-    x, y = (torch.frombuffer(side, dtype=torch.uint8).view(size, width) for side in (a, b))
+    x, y = (np.frombuffer(side, np.uint8).reshape(size, width) for side in (a, b))
     return int((x != y).any(1).sum())
 
 
-def float_ordinals(x: torch.Tensor) -> torch.Tensor:
-    """Return an int64 for each float such that adjacent floats have adjacent integers."""
-    import torch
-
-    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    bits = x.view(kind).to(torch.int64)
-    sign = torch.iinfo(kind).min
-    return torch.where(bits < 0, sign - bits, bits)
+def _ordinals(x: Numbers) -> npt.NDArray[np.int64]:
+    """Return an integer for each float such that adjacent floats have adjacent integers; of zeros 0."""
+    sizes: npt.NDArray[np.int64] = (x.bits & x.form.size).astype("i8")
+    sizes[x.bits < 0] *= -1
+    return sizes

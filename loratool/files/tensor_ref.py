@@ -200,19 +200,25 @@ def squared_norm(source: TensorRef) -> float:
     return math.fsum(float(np.square(block.wide()).sum()) for block in source.blocks_of_numbers(BLOCK))
 
 
-def norm(x: torch.Tensor) -> float:
+def norm(x: Numbers) -> float:
     """Return ||x|| over the finite numbers of x.
 
     A short x is summed in float64, a long one in float32, or in float64 if it has that type. If the squares overflow
     or underflow, x / max|x| is summed instead.
     """
-    wide = (x.double() if x.numel() < SHORT else x.float() if x.element_size() < 4 else x).flatten()
-    squared = float(wide.dot(wide))
-    if 1e-20 < squared < math.inf:
-        return math.sqrt(squared)
-    finite = wide.double().nan_to_num(0.0, 0.0, 0.0)
-    largest = float(finite.abs().max())
-    return largest * float((finite / largest).norm()) if largest else 0.0
+    import numpy as np
+
+    from ..numerics.arrays import widen
+
+    is_wide = x.size < SHORT or x.form.itemsize == 8
+    numbers = widen(x, np.empty(x.shape, np.float64 if is_wide else np.float32)).reshape(-1)
+    with np.errstate(all="ignore"):
+        squared = float(numbers @ numbers)
+        if 1e-20 < squared < math.inf:
+            return math.sqrt(squared)
+        finite = np.nan_to_num(numbers.astype(np.float64), posinf=0.0, neginf=0.0)
+        largest = float(np.abs(finite).max(initial=0.0))
+        return largest * math.sqrt(float(np.square(finite / largest).sum())) if largest else 0.0
 
 
 def is_finite(x: torch.Tensor) -> bool:

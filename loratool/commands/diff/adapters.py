@@ -19,6 +19,7 @@ from ...binding.modules.selection import Selection
 from ...binding.ties.placed_modules import Placed, bind_adapter, placed_modules
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import require_finite, squared_norm
+from ...numerics.arrays import Device
 from ...numerics.factored_svd import (
     FactoredSVD,
     amplification,
@@ -44,7 +45,7 @@ def diff_adapters(
     aligned: Sequence[AlignedModule],
     base: Checkpoint | None,
     base_name: str | None,
-    device: torch.device,
+    device: Device,
     progress: Progress | None,
 ) -> AdapterDiff:
     """Compare two aligned adapters, and their deltas with a base.

@@ -23,6 +23,7 @@ from ...architectures.renames import RENAMES, canonical
 from ...binding.modules.resolve import strip_wrappers
 from ...binding.weights.model_pairs import missing_prefix
 from ...errors import InputError
+from ...numerics.arrays import Device
 from ...numerics.factored_svd import FactoredSVD, factored_svd
 from ...numerics.overlaps import Overlaps, overlaps
 from ...streaming.workers import Progress, map_in_order, worker_count
@@ -121,7 +122,7 @@ class LoadedModule:
 def measure_modules(
     adapters: Sequence[Adapter],
     aligned: Sequence[AlignedModule],
-    device: torch.device,
+    device: Device,
     progress: Progress | None,
     measure: Callable[[LoadedModule], T],
 ) -> list[T]:
@@ -205,7 +206,7 @@ def _count_numbers(update: UpdateSpec) -> int:
 
 
 def _changes(
-    adapters: Sequence[Adapter], batch: Sequence[AlignedModule], device: torch.device, reading: threading.Lock
+    adapters: Sequence[Adapter], batch: Sequence[AlignedModule], device: Device, reading: threading.Lock
 ) -> tuple[FactoredSVD, ...]:
     """Return the SVDs of each adapter's changes of N modules, (N, E, ...). An adapter without changes has rank 0."""
     columns = zip(*(module.factored for module in batch), strict=True)
@@ -215,7 +216,7 @@ def _changes(
 
 
 def _svd(
-    adapter: Adapter, updates: Sequence[UpdateSpec | None], device: torch.device, reading: threading.Lock
+    adapter: Adapter, updates: Sequence[UpdateSpec | None], device: Device, reading: threading.Lock
 ) -> FactoredSVD | None:
     with reading:
         pairs = [load_stacked_factors(adapter, update) for update in updates if update]

@@ -6,8 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS, holds_adapter
@@ -17,8 +16,6 @@ from ...files.checkpoint import open_checkpoint, read_config
 from ...files.gguf_model import with_names_of_one
 from ...streaming.threads import one_thread
 from ...streaming.workers import choose_device
-from ...transform.in_memory import by_meaning
-from ...transform.lazy import Transformed
 from ...views.diff_adapters import AdapterDiff
 from ...views.diff_models import CheckpointDiff
 from ...views.diff_several import AdaptersDiff
@@ -26,12 +23,11 @@ from ...views.parts.writing import command_line
 from ..adapter_requests import parse_adapters
 from ..arguments import parse_words
 from ..inputs import open_adapters, open_model, without_base_option
-from .adapters import diff_adapters
-from .aligned import align_modules
 from .call import Diff
 from .models import diff_models
-from .related import require_known_names, require_of_one_model
-from .several import diff_several
+
+if TYPE_CHECKING:
+    from ...transform.lazy import Transformed
 
 
 def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
@@ -48,6 +44,13 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
                 opened.callback(side.close)
             model_a, model_b = with_names_of_one(sides)
             return diff_models((paths[0], paths[1]), model_a, model_b, selection, call.progress)
+        # these load torch
+        from ...transform.in_memory import by_meaning
+        from .adapters import diff_adapters
+        from .aligned import align_modules
+        from .related import require_known_names, require_of_one_model
+        from .several import diff_several
+
         if call.others and call.base is not None:
             raise UsageError("--base is for two adapters: run diff for each pair")
         config = None if call.base is None else read_config(call.base)
@@ -73,9 +76,7 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
         aligned = align_modules(selected)
         require_known_names(selected, aligned)
         if call.others:
-            return replace(
-                diff_several(selected, aligned, torch.device(choose_device(call.device)), call.progress), sha256=sha256
-            )
+            return replace(diff_several(selected, aligned, choose_device(call.device), call.progress), sha256=sha256)
         model = None if call.base is None else open_model(call.base, "--base must be the model under both", opened)
         first, second = selected
         report = diff_adapters(
@@ -84,7 +85,7 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
             aligned,
             model,
             os.fspath(call.base) if call.base else None,
-            torch.device(choose_device(call.device)),
+            choose_device(call.device),
             call.progress,
         )
         return replace(report, sha256=sha256)

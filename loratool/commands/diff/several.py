@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-import torch
-
 from ...adapters.adapter import Adapter
+from ...numerics.arrays import Device
 from ...numerics.overlaps import Overlaps, stacked
 from ...streaming.workers import Progress
 from ...views.diff_several import AdaptersDiff, ModuleSpread, ValueSpread
@@ -18,7 +17,7 @@ from .values import SAME, compare_values, is_same_value
 
 
 def diff_several(
-    adapters: Sequence[Adapter], aligned: Sequence[AlignedModule], device: torch.device, progress: Progress | None
+    adapters: Sequence[Adapter], aligned: Sequence[AlignedModule], device: Device, progress: Progress | None
 ) -> AdaptersDiff:
     """Compare aligned adapters."""
 
