@@ -50,7 +50,7 @@ from .call import Verify
 from .codes import describe_share, judge_codes
 from .diagnosis import Sketches, describe_ulps, diagnose
 from .replay import Replay
-from .roundings import cast, rounded
+from .roundings import cast, cast_wide
 from .trial import max_ulps_off, try_roundings
 
 BUFFERS = re.compile(
@@ -406,7 +406,7 @@ class _TensorVerifier:
 def _decoded_in_float32(replay: Replay, merged: TensorRef) -> bool:
     """Return whether all weights are those of a coded base, rounded to float32 first, as other programs dequantize."""
     return all(
-        np.array_equal(cast(rounded(block.base.wide(), F32), block.merged.form).bits, block.merged.bits)
+        np.array_equal(cast(cast_wide(block.base.wide(), F32), block.merged.form).bits, block.merged.bits)
         for block in replay.blocks(merged)
     )
 

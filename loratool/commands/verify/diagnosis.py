@@ -20,7 +20,7 @@ from ...streaming.segment import UpdateLoader
 from ...undo.records import CodedRows
 from ...views.parts.numbers import measure, plural
 from .replay import Replay, ReplayBlock, adds
-from .roundings import rounded
+from .roundings import cast_wide
 
 
 def _scaled(factor: Callable[[Placement], float]) -> Callable[[Placement], Placement | None]:
@@ -202,7 +202,7 @@ def _nearest_others(
         return list(others)
     bases, merges = (np.stack([sketches[other, kind][i] for other in others]) for i in range(2))
     misses = [
-        np.square(finite(rounded(predictions, block.merged.form) - wanted)).sum(1)
+        np.square(finite(cast_wide(predictions, block.merged.form) - wanted)).sum(1)
         for predictions in (W + (merges - bases), merges)
     ]
     order = np.minimum(*misses).argsort(kind="stable").tolist()

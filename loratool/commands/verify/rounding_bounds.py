@@ -26,7 +26,7 @@ from .replay import (
     norm_axis,
     normalizes_rows,
 )
-from .roundings import Rounding, rounded
+from .roundings import Rounding, cast_wide
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Interval:
         """Return the interval after rounding to each of the forms in turn. Rounding keeps the order of numbers."""
         low, high = self.low, self.high
         for form in forms:
-            low, high = rounded(low, form), rounded(high, form)
+            low, high = cast_wide(low, form), cast_wide(high, form)
         return Interval(low, high)
 
     def times(self, *factors: Wide | float) -> Interval:
@@ -110,14 +110,14 @@ class Predictions:
 
         That delta is empty if its weight is 1. Else it is a part of the way from W to the update's value.
         """
-        W = rounded(block.base.wide(), way.base)
+        W = cast_wide(block.base.wide(), way.base)
         X, a = block.reals
         if any(map(normalizes_rows, block.inside)):
             return self._normalize(block, way, next(d for d in deltas if normalizes_rows(d.placement))), []
         if a is None:
             return Interval(W, W), []
         value = X - sum((delta.change for delta in deltas if delta.is_additive), np.zeros_like(X))
-        start = np.where(a == 0, value if way.factors is None else rounded(value, way.factors), W)
+        start = np.where(a == 0, value if way.factors is None else cast_wide(value, way.factors), W)
         moving = (a != 0) & (a != 1)
         if not moving.any():
             return Interval(start, start), []
@@ -131,15 +131,15 @@ class Predictions:
         """Return the interval of m / n * V with V = W + D and its norms n, in the rows of a DoRA."""
         assert delta.magnitude is not None
         norms = self._norms(block, way, delta)
-        m = delta.magnitude if way.magnitude is None else rounded(delta.magnitude, way.magnitude)
+        m = delta.magnitude if way.magnitude is None else cast_wide(delta.magnitude, way.magnitude)
         ratios = [np.nan_to_num(m / n, nan=0.0, posinf=1e300, neginf=-1e300) for n in (norms.low, norms.high)]
-        return self._sum(block, way, delta).times(*(rounded(ratio, way.ratio) for ratio in ratios)).rounded(way.ratio)
+        return self._sum(block, way, delta).times(*(cast_wide(ratio, way.ratio) for ratio in ratios)).rounded(way.ratio)
 
     def _sum(self, block: ReplayBlock, way: Rounding, delta: AdapterDelta) -> Interval:
         """Return the interval of V = W + D, (rows, n)."""
-        W = rounded(block.base.wide(), way.base)
+        W = cast_wide(block.base.wide(), way.base)
         if way.total == F32:
-            W = rounded(W, way.total)
+            W = cast_wide(W, way.total)
         return (Interval(W, W) + bound_delta(delta, way)).rounded(way.total)
 
     def _norms(self, block: ReplayBlock, way: Rounding, delta: AdapterDelta) -> Interval:

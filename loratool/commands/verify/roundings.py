@@ -79,7 +79,7 @@ def cast(x: Wide, form: Form) -> Numbers:
     return out
 
 
-def rounded(x: Wide, form: Form) -> Wide:
+def cast_wide(x: Wide, form: Form) -> Wide:
     """Return numbers rounded as by `cast`, in float64."""
     return cast(x, form).wide()
 
