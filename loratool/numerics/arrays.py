@@ -6,6 +6,7 @@ GPU in tensors of torch, which is imported for that alone. Operators and slices 
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -61,7 +62,7 @@ class Numbers:
     @property
     def size(self) -> int:
         """How many numbers."""
-        return int(np.prod(self.shape))
+        return math.prod(self.bits.shape)
 
     @property
     def on_gpu(self) -> bool:
@@ -83,6 +84,8 @@ class Numbers:
     @property
     def matrix(self) -> Numbers:
         """The first axis by all others."""
+        if len(self.bits.shape) == 2:
+            return self
         return self.reshape(len(self), self.size // max(1, len(self)))
 
     def reshape(self, *shape: int) -> Numbers:
@@ -283,12 +286,12 @@ def where(mask: Array, x: Any, y: Any) -> Array:
 
 def largest_ordinal(x: Numbers) -> int:
     """Return the largest ordinal of |x|, inf and nan included; 0 of no numbers."""
-    if not x.size:
-        return 0
+    bits, form = x.bits, x.form
     if x.on_gpu:
-        return int((x.bits & x.form.size).max())
-    unsigned = x.bits.view(f"u{x.form.itemsize}")
-    return max(int(x.bits.max()), int(unsigned.max()) & x.form.size)
+        return int((bits & form.size).max()) if x.size else 0
+    positive = np.maximum.reduce(bits, axis=None, initial=0)
+    negative = np.maximum.reduce(bits.view(f"u{form.itemsize}"), axis=None, initial=0)
+    return max(int(positive), int(negative) & form.size)
 
 
 def positions(mask: Array) -> Positions:

@@ -29,11 +29,7 @@ class Form(NamedTuple):
     bits_type: type  # numpy's integer type of the bit patterns
     size: int  # the mask of all bits but the sign; the masked bits are the ordinal of |x| among the numbers
     inf: int  # the ordinal after that of the largest number
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number."""
-        return np.dtype(self.bits_type).itemsize
+    itemsize: int  # bytes of a number
 
     @property
     def has_inf(self) -> bool:
@@ -50,12 +46,12 @@ class Form(NamedTuple):
         return {"F16": np.float16, "F32": np.float32, "F64": np.float64}.get(self.name)
 
 
-BF16 = Form("BF16", 8, -126, np.int16, 0x7FFF, 0x7F80)
-F16 = Form("F16", 11, -14, np.int16, 0x7FFF, 0x7C00)
-F32 = Form("F32", 24, -126, np.int32, 2**31 - 1, 0xFF << 23)
-F64 = Form("F64", 53, -1022, np.int64, 2**63 - 1, 0x7FF << 52)
-E4M3 = Form("F8_E4M3", 4, -6, np.int8, 0x7F, 0x7F)
-E5M2 = Form("F8_E5M2", 3, -14, np.int8, 0x7F, 0x7C)
+BF16 = Form("BF16", 8, -126, np.int16, 0x7FFF, 0x7F80, 2)
+F16 = Form("F16", 11, -14, np.int16, 0x7FFF, 0x7C00, 2)
+F32 = Form("F32", 24, -126, np.int32, 2**31 - 1, 0xFF << 23, 4)
+F64 = Form("F64", 53, -1022, np.int64, 2**63 - 1, 0x7FF << 52, 8)
+E4M3 = Form("F8_E4M3", 4, -6, np.int8, 0x7F, 0x7F, 1)
+E5M2 = Form("F8_E5M2", 3, -14, np.int8, 0x7F, 0x7C, 1)
 TORCH_NAMES = {
     "BF16": "bfloat16",
     "F16": "float16",

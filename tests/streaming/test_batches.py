@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import loratool
+from loratool.numerics.passes.native import native
 from loratool.streaming import apply
 
 SHAPES = {"q_proj": (6, 8), "k_proj": (6, 8), "v_proj": (2, 8), "down_proj": (8, 6)}
 # Calls of functions, Python's and built in, that a module more costs, and with its record; alone 1,160 and 1,550
 CALLS = {False: 480, True: 670}
+WITHOUT_PASSES = 40  # so many more
 
 
 def write_model(folder: Path, layers: int, dtype: torch.dtype, strange: bool = False) -> tuple[Path, Path]:
@@ -124,4 +126,4 @@ def test_a_module_more_costs_few_calls(undo: bool, tmp_path: Path) -> None:
     few, many = calls(tmp_path, 4, undo), calls(tmp_path, 12, undo)
     each = (many - few) / (8 * len(SHAPES))
     print(f"{each:.0f} calls a module")
-    assert each <= CALLS[undo]
+    assert each <= CALLS[undo] + (0 if native() else WITHOUT_PASSES)
