@@ -76,6 +76,7 @@ class DenseRows:
         like: an array where the rows are.
     """
 
+    @np.errstate(over="ignore")  # a factor beyond float32 is inf there, and decides nothing
     def __init__(self, x: Reals, base: Form, out: Form, like: Array) -> None:
         in_range = x.delta.largest < IN_RANGE
         few = out == BF16 or out.itemsize == 1
