@@ -11,6 +11,7 @@ from test_passes import Takes, check
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.filterwarnings("error::RuntimeWarning"),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 

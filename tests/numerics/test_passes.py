@@ -28,16 +28,19 @@ from lib.hostile.hostile_blocks import (
     restore_hostile,
     sums_in_longdouble,
 )
+from lib.hostile.hostile_reals import form_of
 
+from loratool.numerics.arrays import Numbers, bytes_of
 from loratool.numerics.decide import Reals
 from loratool.numerics.passes import blocks
 from loratool.numerics.passes.blocks import BOUNDS, PassBounds
 from loratool.numerics.passes.native import NATIVE, _is_stale, _load, describe_native, native
 from loratool.numerics.products import ProductRows, Products, Term
+from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
-from loratool.undo.records import bytes_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # numpy's, which users would see
 
 
 @contextmanager
@@ -77,13 +80,13 @@ def differences(block: HostileBlock, seed: int) -> list[str]:
     ]
     if block.to:
         return found
-    results = merged.chunk(block.matrices)
+    results = merged.split(block.matrices)
     for one, result, payload, stats in zip(block.each(), results, wanted.payloads, wanted.stats, strict=True):
         if stats.overflowed:
             continue
         with passes(True):
             restored = restore_hostile(one, result, payload)
-        found += [f"restored {restored[1]}"] if restored != (bytes(bytes_of(one.weight)), "") else []
+        found += [f"restored {restored[1]}"] if restored != (bytes(bytes_of(numbers_of(one.weight).bits)), "") else []
         if payload and seed % 4 == 0:
             data, refusals = damaged(np.random.default_rng(seed), payload), []
             for on in (False, True):
@@ -184,7 +187,7 @@ OF_CASTS = "E", "spread", "dot_unit", "dot_spread", "pair_unit", "pair_rounded"
 
 @needs_passes
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
 @pytest.mark.parametrize(
     ("make", "term"), [*((make_block, term) for term in MUTANTS), *((make_cast, term) for term in OF_CASTS)]
 )
@@ -193,13 +196,14 @@ def test_a_bound_with_a_term_too_small_is_caught(
 ) -> None:
     if (term, dtype) in UNSEEN:
         pytest.skip("no number depends on it")
-    monkeypatch.setitem(blocks.BOUNDS, dtype, MUTANTS[term](BOUNDS[dtype]))
+    name = form_of(dtype).name
+    monkeypatch.setitem(blocks.BOUNDS, name, MUTANTS[term](BOUNDS[name]))
     some = (make([9, k]) for k in range(900 if make is make_block else 2000))
     assert any(differences(block, 1) for block in some if (block.to or block.weight.dtype) == dtype)
 
 
 @needs_passes
-@pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
 @pytest.mark.parametrize(("matrices", "is_dora"), [(1, False), (2, False), (1, True)])
 def test_sums_for_the_report(matrices: int, is_dora: bool, dtype: torch.dtype) -> None:
     """To 6 digits, on weights as of models; rows in which D is 0, and inf, are among them."""
@@ -211,14 +215,14 @@ def test_sums_for_the_report(matrices: int, is_dora: bool, dtype: torch.dtype) -
     block = HostileBlock("model", W, [Term(B, A, Fraction(2), by_rows=is_dora)], matrices=matrices, dora=dora)
     with passes(True):
         made, out = merge_hostile(block)
-    for one, merged, stats in zip(block.each(), out.chunk(matrices), made.stats, strict=True):
+    for one, merged, stats in zip(block.each(), out.split(matrices), made.stats, strict=True):
         for name, wanted in sums_in_longdouble(one, merged).items():
             assert getattr(stats, name) == pytest.approx(wanted, rel=2e-6)
     assert made.counts[0][1] == 2 and differences(block, 0) == []
 
 
 @needs_passes
-@pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
 def test_nearly_all_weights_of_a_model_are_decided(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     takes, (A, B) = Takes(monkeypatch), factors(300, 2000, 16)
     block = HostileBlock("model", weights(300, 2000, dtype=dtype), [Term(B, A, Fraction(2))])
@@ -242,36 +246,41 @@ def test_flushed_subnormals_do_not_matter() -> None:
     "shape",
     [(1, 1), (1, 16), (7, 1), (6, 15), (13, 17), (3, 8), (2, 4095), (2, 4096), (2, 4097), (1, blocks.STRIP + 5)],
 )
-@pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
 def test_shapes(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     W, (A, B) = weights(*shape, dtype=dtype), factors(*shape, 5)
     assert differences(HostileBlock("shape", W, [Term(B, A, Fraction(3))]), 0) == []
 
 
 @needs_passes
-@pytest.mark.parametrize("dtype", BOUNDS, ids=NAMES.get)
+@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
 def test_what_is_left_to_the_way_without_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """No weights, no rank, other strides, places between numbers, types or a row too long, and factors beyond range."""
     monkeypatch.setattr(blocks, "WIDEST", 100)
-    work, takes = Workspace(torch.device("cpu")), []
-    (A, B), W = factors(6, 10, 2), weights(6, 10, dtype=dtype)
-    bytes_ = torch.zeros(121 * dtype.itemsize, dtype=torch.uint8)
-    shifted = bytes_[1 : 1 + 60 * dtype.itemsize].view(torch.uint8)
-    odd = torch.from_numpy(shifted.numpy().view(f"u{dtype.itemsize}")).view(dtype).reshape(6, 10)
+    work, takes = Workspace(), []
+    (A, B), W, wider = (
+        factors(6, 10, 2),
+        numbers_of(weights(6, 10, dtype=dtype)),
+        numbers_of(weights(6, 101, dtype=dtype)),
+    )
+    size = 60 * dtype.itemsize
+    odd = Numbers(np.zeros(1 + size, np.uint8)[1:].view(W.form.bits_type).reshape(6, 10), W.form)
     cases = [
         (W, W, Term(B, A, Fraction(1))),
         (W[:0], W[:0], Term(B[:0], A, Fraction(1))),
         (W, W, Term(B[:, :0], A[:0], Fraction(1))),
         (W, W, Term(B, A, Fraction(0))),
-        (W.T.contiguous().T, W, Term(B, A, Fraction(1))),
+        (Numbers(np.asfortranarray(W.bits), W.form), W, Term(B, A, Fraction(1))),
         (odd, W, Term(B, A, Fraction(1))),
-        (W, W.double(), Term(B, A, Fraction(1))),
-        (weights(6, 101, dtype=dtype), weights(6, 101, dtype=dtype), Term(B, factors(6, 101, 2)[0], Fraction(1))),
+        (W, Numbers.of(W.wide()), Term(B, A, Fraction(1))),
+        (wider, wider, Term(B, factors(6, 101, 2)[0], Fraction(1))),
         (W, W, Term(B.double() * 2.0**70, A.double() * 2.0**70, Fraction(1))),
     ]
     for source, result, term in cases:
         x = Reals(Products([term]).rows(0, len(source)))
-        takes.append(blocks.merge_block(x, source, 0, result.clone(), work, record=True) is not None)
+        takes.append(
+            blocks.merge_block(x, source, 0, Numbers(result.bits.copy(), result.form), work, record=True) is not None
+        )
     assert takes == [True] + [False] * 8
 
 

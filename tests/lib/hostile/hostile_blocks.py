@@ -14,20 +14,22 @@ import torch
 from conftest import hashed
 from torch import Tensor
 
+from lib.hostile.hostile_reals import form_of
 from loratool.durable.fileio import word_sum
 from loratool.errors import InputError
+from loratool.numerics.arrays import Numbers, bytes_of
 from loratool.numerics.decide import Factor, Reals
-from loratool.numerics.forms import FORMS, IntArray, fraction, number, numpy_bits, rounded, wide
+from loratool.numerics.forms import Bits, IntArray, fraction, number, rounded, wide
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.norms import magnitude_ratio
 from loratool.numerics.products import ProductRows, Products, Term
 from loratool.numerics.rounding_stats import RoundingStats
+from loratool.numerics.tensors import numbers_of, tensor_of
 from loratool.numerics.workspace import Workspace
-from loratool.undo.records import RecordedBlock, Recorder, Restorer, bytes_of
+from loratool.undo.records import RecordedBlock, Recorder, Restorer
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
-CPU = torch.device("cpu")
 HEIGHTS = (1, 2, 5, 6, 7, 12, 13, 31)
 WIDTHS = (1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 100, 257)
 RANKS = (1, 2, 3, 4, 8, 15, 16, 17, 31, 32, 33, 64, 128, 300)
@@ -141,11 +143,16 @@ def _of_sizes(g: np.random.Generator, x: Tensor, rows: int) -> Tensor:
 
 
 def _of_bits(bits: Any, dtype: torch.dtype) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(bits).astype(FORMS[dtype].bits_type)).view(dtype)
+    form = form_of(dtype)
+    return tensor_of(Numbers(np.ascontiguousarray(bits).astype(form.bits_type), form))
+
+
+def _bits_of(x: Tensor) -> Bits:
+    return numbers_of(x).host()
 
 
 def _signed(g: np.random.Generator, size: IntArray, dtype: torch.dtype) -> Tensor:
-    return _of_bits(size | np.where(g.random(size.shape) < 0.5, ~FORMS[dtype].size, 0), dtype)
+    return _of_bits(size | np.where(g.random(size.shape) < 0.5, ~form_of(dtype).size, 0), dtype)
 
 
 def _normal(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -157,11 +164,11 @@ def _any_bits(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype
 
 
 def _least(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return _signed(g, g.integers(0, 3 << (FORMS[dtype].precision - 1), shape), dtype)
+    return _signed(g, g.integers(0, 3 << (form_of(dtype).precision - 1), shape), dtype)
 
 
 def _largest(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    form = FORMS[dtype]
+    form = form_of(dtype)
     return _signed(g, form.inf - 1 - g.integers(0, 2 << (form.precision - 1), shape), dtype)
 
 
@@ -170,7 +177,7 @@ def _coarse(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) 
 
 
 def _around_powers(g: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    power = numpy_bits(torch.from_numpy(2.0 ** g.integers(-12, 4, shape)).to(dtype)).astype(np.int64)
+    power = _bits_of(torch.from_numpy(2.0 ** g.integers(-12, 4, shape)).to(dtype)).astype(np.int64)
     return _signed(g, power + g.integers(-2, 3, shape), dtype)
 
 
@@ -187,11 +194,11 @@ WEIGHTS = {
 
 def _sprinkled(g: np.random.Generator, W: Tensor) -> Tensor:
     """Put zeros of both signs, inf, and nans of any payload into weights."""
-    form, bits = FORMS[W.dtype], numpy_bits(W).copy()
+    form, bits = form_of(W.dtype), _bits_of(W).copy()
     for share, sizes in ((0.2, (0, 1)), (0.01, (form.inf, form.inf + 1)), (0.01, (form.inf + 1, form.size + 1))):
         if g.random() < 0.2:
             some = g.random(bits.shape) < share
-            bits[some] = numpy_bits(_signed(g, g.integers(*sizes, bits.shape), W.dtype))[some]
+            bits[some] = _bits_of(_signed(g, g.integers(*sizes, bits.shape), W.dtype))[some]
     return _of_bits(bits, W.dtype)
 
 
@@ -234,12 +241,12 @@ def _aimed(g: np.random.Generator, dtype: torch.dtype, to: torch.dtype) -> Hosti
     """
     if to == FP32 and g.random() < 0.25:
         return _narrow(g, dtype)
-    form, n = FORMS[to], int(g.choice([16, 17, 33]))
+    form, n = form_of(to), int(g.choice([16, 17, 33]))
     W = WEIGHTS[g.choice(["normal", "powers", "powers", "least", "coarse"])](g, (1, n), to)
     W = W.to(dtype)
     W = torch.where(W.isfinite(), W, 1.0)
-    weight = wide(numpy_bits(W)[0], FORMS[dtype])
-    place = np.abs(numpy_bits(W.to(to))[0].astype(np.int64) & form.size) + g.integers(-3, 4, n) * (g.random(n) < 0.8)
+    weight = wide(_bits_of(W)[0], form_of(dtype))
+    place = np.abs(_bits_of(W.to(to))[0].astype(np.int64) & form.size) + g.integers(-3, 4, n) * (g.random(n) < 0.8)
     if g.random() < 0.3:  # far from W
         place += g.integers(0, 6 << (form.precision - 1), n)
     place = np.clip(place, 0, form.inf - 2)
@@ -257,7 +264,7 @@ def _aimed(g: np.random.Generator, dtype: torch.dtype, to: torch.dtype) -> Hosti
     right = right.to(FP32) if g.random() < 0.3 else right
     rows = int(g.choice([1, 1, 1, 2, 7]))
     halvings = np.arange(rows)[:, None]
-    if bool((np.abs(weight) < 2.0 ** (max(form.least, FORMS[dtype].least) + rows + 1)).any()):
+    if bool((np.abs(weight) < 2.0 ** (max(form.least, form_of(dtype).least) + rows + 1)).any()):
         halvings[:] = 0
     left = torch.from_numpy(np.repeat(2.0**-halvings, len(parts), 1))
     W = (W.double() * torch.from_numpy(2.0**-halvings)).to(dtype)
@@ -296,7 +303,7 @@ def _beside(right: Tensor) -> Tensor:
 
 def _aimed_at_dora(g: np.random.Generator, dtype: torch.dtype) -> HostileBlock:
     """Return a few weights under DoRA whose X are a midpoint of two numbers, or beside one by a hair of any size."""
-    form, rows, n = FORMS[dtype], int(g.choice([1, 2])), 16
+    form, rows, n = form_of(dtype), int(g.choice([1, 2])), 16
     W = WEIGHTS[g.choice(["normal", "powers", "coarse"])](g, (rows, n), dtype)
     W = torch.where(W.isfinite() & (W.abs() < 100), W, 1.0)
     dora, is_far = _dora(g, rows, False), g.random() < 0.3
@@ -347,16 +354,16 @@ class MergedBlock:
     stats: list[RoundingStats] = field(compare=False)
 
 
-def merge_hostile(block: HostileBlock, record: bool = True) -> tuple[MergedBlock, Tensor]:
+def merge_hostile(block: HostileBlock, record: bool = True) -> tuple[MergedBlock, Numbers]:
     """Return what a merge makes of a block, with an undo record or without, and W'. A cast has no record."""
-    W, work, to = block.weight, Workspace(CPU), block.to or block.weight.dtype
-    out, recorder = torch.empty_like(W, dtype=to), Recorder(W.dtype, None, work, block.matrices)
-    merge = RowMerge(block.reals(), W.dtype, to, CPU)
+    W, work, to = numbers_of(block.weight), Workspace(), form_of(block.to or block.weight.dtype)
+    out, recorder = Numbers.empty(to, *W.shape), Recorder(W.form, matrices=block.matrices)
+    merge = RowMerge(block.reals(), W.form, to)
     stats = merge.apply_each(W, block.first, out, work, recorder if record and not block.to else None)
     records = [] if block.to else map(hashed, recorder.results(stats, W, out))
     payloads = [b"" if one.change.overflowed else bytes_in(one) for one in records]  # such a merge is refused
     counts = [(each.changed, each.not_finite, each.overflowed) for each in stats]
-    return MergedBlock(bytes(bytes_of(out)), payloads, counts, [each.largest for each in stats], stats), out
+    return MergedBlock(bytes(bytes_of(out.bits)), payloads, counts, [each.largest for each in stats], stats), out
 
 
 def bytes_in(record: RecordedBlock) -> bytes:
@@ -364,17 +371,17 @@ def bytes_in(record: RecordedBlock) -> bytes:
     return record.payload
 
 
-def restore_hostile(block: HostileBlock, merged: Tensor, payload: bytes) -> tuple[bytes, str]:
+def restore_hostile(block: HostileBlock, merged: Numbers, payload: bytes) -> tuple[bytes, str]:
     """Return W as a record restores it, and what is wrong if it is not W."""
-    back = torch.full_like(merged, 7)
-    restorer = Restorer("x", merged.dtype, payload, _digest(block.weight), word_sum(bytes_of(merged)))
+    form, back = merged.form, numbers_of(torch.full_like(block.weight, 7))
+    restorer = Restorer("x", form, payload, _digest(block.weight), word_sum(bytes_of(merged.bits)))
     try:
         with restorer.damage():
-            restorer.block(merged, block.reals(block.first), back, Workspace(CPU))
+            restorer.block(merged, block.reals(block.first), back, Workspace())
         hashed(restorer.check(back, merged))
     except InputError as error:
         return b"", str(error)
-    return bytes(bytes_of(back)), ""
+    return bytes(bytes_of(back.bits)), ""
 
 
 def damaged(g: np.random.Generator, payload: bytes) -> bytes:
@@ -389,16 +396,16 @@ def damaged(g: np.random.Generator, payload: bytes) -> bytes:
 
 
 def _digest(x: Tensor) -> str:
-    return hashlib.sha256(bytes_of(x)).hexdigest()
+    return hashlib.sha256(bytes_of(_bits_of(x))).hexdigest()
 
 
 @np.errstate(invalid="ignore")
-def sums_in_longdouble(block: HostileBlock, merged: Tensor) -> dict[str, float]:
+def sums_in_longdouble(block: HostileBlock, merged: Numbers) -> dict[str, float]:
     """Return <W, W>, <D, D> and <W' - W, D> of weights that are finite and stay so. D: X - W."""
     x = block.reals(block.first)
     assert isinstance(x.delta, ProductRows)
     D = np.longdouble(x.delta.left) @ np.longdouble(x.delta.products.right).T
-    W, W1 = (np.longdouble(x.double().numpy()) for x in (block.weight, merged))
+    W, W1 = (np.longdouble(x.wide()) for x in (numbers_of(block.weight), merged))
     if x.factor:
         D += (np.longdouble(x.factor.value[:, None]) - 1) * W
     fine = np.isfinite(W) & np.isfinite(W1)
