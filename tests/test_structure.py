@@ -7,6 +7,7 @@ break it. The import rule is in the guide `architecture`.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -625,7 +626,9 @@ def started(*arguments: str) -> set[str]:
         "    _run(sys.argv[1:])\n"
         "print(*sys.modules)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LORATOOL_")}
+    command = [sys.executable, "-c", code, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return set(result.stdout.split())
 
 
