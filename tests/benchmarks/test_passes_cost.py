@@ -33,6 +33,7 @@ from loratool.numerics.passes.native import NATIVE
 from loratool.numerics.products import Products, Term
 from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
+from loratool.streaming.threads import one_thread
 from loratool.undo.records import RecordedBlock, Recorder, Restorer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,12 +48,13 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 def in_turns(work: Callable[[], object], patch: pytest.MonkeyPatch) -> tuple[float, float]:
     """Return the least ns of CPU a weight without the passes, and with them."""
     found: dict[str, list[float]] = {"0": [], "1": []}
-    for _ in range(TURNS):
-        for native, times in found.items():
-            patch.setenv(NATIVE, native)
-            start = time.thread_time()
-            work()
-            times.append(time.thread_time() - start)
+    with one_thread():
+        for _ in range(TURNS):
+            for native, times in found.items():
+                patch.setenv(NATIVE, native)
+                start = time.thread_time()
+                work()
+                times.append(time.thread_time() - start)
     without, with_passes = (min(times) / SHAPE[0] / SHAPE[1] * 1e9 for times in found.values())
     return without, with_passes
 
@@ -70,8 +72,6 @@ def in_turns(work: Callable[[], object], patch: pytest.MonkeyPatch) -> tuple[flo
 )
 def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors of W's type, |D| about a tenth of |W|; their preparation, sha256 and sums are included."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     W, (A, B) = weights(*SHAPE, dtype=dtype), factors(*SHAPE, rank)
     B, A = (B * (0.09 * W.float().norm() / (B @ A).norm())).to(dtype), A.to(dtype)
     work, base = Workspace(), numbers_of(W)
@@ -102,7 +102,6 @@ def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkey
     ):
         without, with_passes = in_turns(call, monkeypatch)
         lines.append((name, without, with_passes, with_passes / without, limit))
-    torch.set_num_threads(threads)
     for name, without, with_passes, ratio, limit in lines:
         print(
             f"\n{dtype} rank {rank}, {name}: {without:.2f} -> {with_passes:.2f} ns, {ratio:.2f} (at most {limit})",
@@ -116,8 +115,6 @@ def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkey
 @pytest.mark.parametrize(("base", "to"), [*permutations((BF16, FP16, FP32), 2)])
 def test_casts(base: torch.dtype, to: torch.dtype, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of factors of W's type, those in bf16 and fp16 have exact sums in float64, and many ties."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     W, (A, B) = weights(*SHAPE, dtype=base), factors(*SHAPE, rank)
     B, A = (B * (0.09 * W.float().norm() / (B @ A).norm())).to(base), A.to(base)
     work, start, out = Workspace(), numbers_of(W), numbers_of(torch.empty_like(W, dtype=to))
@@ -127,7 +124,6 @@ def test_casts(base: torch.dtype, to: torch.dtype, rank: int, monkeypatch: pytes
         RowMerge(x, start.form, out.form).apply(start, 0, out, work)
 
     without, with_passes = in_turns(merged, monkeypatch)
-    torch.set_num_threads(threads)
     print(f"\n{base} to {to} rank {rank}: {without:.2f} -> {with_passes:.2f} ns, {with_passes / without:.2f}", end="")
     assert with_passes <= 0.66 * without
 
@@ -136,8 +132,6 @@ def test_casts(base: torch.dtype, to: torch.dtype, rank: int, monkeypatch: pytes
 @pytest.mark.parametrize("is_dora", [True, False])
 def test_dora_and_small_modules(is_dora: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block under DoRA, its norms known, and 512 modules of 64 x 64 in one block."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     matrices, rows, n = (1, *SHAPE) if is_dora else (512, 512 * 64, 64)
     W, (A, B) = weights(rows, n, dtype=dtype), factors(rows, n * matrices, 8)
     term = Term(B.to(dtype), A.to(dtype), Fraction(1, 20), by_rows=is_dora)
@@ -159,7 +153,6 @@ def test_dora_and_small_modules(is_dora: bool, dtype: torch.dtype, monkeypatch: 
         ratios.append(with_passes / without)
         kind = "DoRA" if is_dora else "small modules"
         print(f"\n{dtype} {kind}, {name}: {without:.2f} -> {with_passes:.2f} ns, {ratios[-1]:.2f}", end="")
-    torch.set_num_threads(threads)
     assert max(ratios) <= 0.66
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction as F
 
 import numpy as np
 import pytest
 import torch
 from lib.hostile.hostile_reals import BF16, DTYPES, FP32, FP64, changes, flushing, id_of, normal, reals
-from torch import Tensor
 
+from loratool.numerics.arrays import Numbers
 from loratool.numerics.exact_factors import multiply_exactly, tucker_terms
 from loratool.numerics.products import Products, Term
+from loratool.numerics.tensors import numbers_of, tensor_of
 
 
-def numbers(parts: list[Tensor]) -> list[F]:
-    return [sum(each, F(0)) for each in zip(*map(reals, parts), strict=True)]
+def numbers(parts: list[Numbers]) -> list[F]:
+    return [sum(each, F(0)) for each in zip(*(reals(tensor_of(part)) for part in parts), strict=True)]
 
 
 @pytest.mark.parametrize("one", DTYPES, ids=id_of)
@@ -32,8 +34,8 @@ def test_products_have_all_bits(one: torch.dtype, two: torch.dtype) -> None:
     wanted = [a * b for k, a in enumerate(reals(x)) for b in reals(y)[5 * k : 5 * k + 5]]
     for flush in (False, True):
         with flushing(flush):
-            parts = multiply_exactly(x, y)
-        assert numbers(parts) == wanted and {part.shape for part in parts} == {y.shape}
+            parts = multiply_exactly(numbers_of(x), numbers_of(y))
+        assert numbers(parts) == wanted and {part.shape for part in parts} == {tuple(y.shape)}
         assert Products([Term(torch.ones(2, 4), part, F(1)) for part in parts]).in_range
 
 
@@ -42,12 +44,12 @@ def test_a_float64_factor_that_could_be_lost_is_refused(value: float) -> None:
     x = torch.tensor([1.0, value], dtype=FP64)
     for sides in ((x, torch.ones(2)), (torch.ones(2, dtype=BF16), x)):
         with pytest.raises(ValueError, match="float64"):
-            multiply_exactly(*sides)
+            multiply_exactly(*map(numbers_of, sides))
 
 
 @pytest.mark.filterwarnings("error")
 def test_what_is_no_number_is_left_to_products() -> None:
-    parts = multiply_exactly(torch.tensor([[float("inf"), 1.0]]), torch.tensor([[0.0, 1.0]]))
+    parts = multiply_exactly(Numbers.of(np.float32([[np.inf, 1.0]])), Numbers.of(np.float32([[0.0, 1.0]])))
     with pytest.raises(ValueError, match="inf or nan"):
         Products([Term(torch.ones(2, 1), part, F(1)) for part in parts])
 
@@ -58,7 +60,7 @@ def test_a_tucker_core(core: torch.dtype, factor: torch.dtype, kernel: tuple[int
     """Unequal ranks; the columns count inputs first, as a flattened kernel of (out, in, ...) does."""
     g = np.random.default_rng(1)
     up, mid, down = normal(g, 4, 2, dtype=factor), normal(g, 2, 3, *kernel, dtype=core), normal(g, 3, 5, dtype=factor)
-    terms = tucker_terms(up, mid, down, F(1 / 3))
+    terms = tucker_terms(*map(numbers_of, (up, mid, down)), F(1 / 3))
     whole = torch.einsum("pi,ij...,js->ps...", up.double(), mid.double(), down.double()).flatten(1)
     size = whole.shape[1] // 5
     u, t, d = reals(up), reals(mid), reals(down)
@@ -69,6 +71,7 @@ def test_a_tucker_core(core: torch.dtype, factor: torch.dtype, kernel: tuple[int
         for s in range(5)
         for k in range(size)
     ]
-    assert changes(terms) == wanted
+    tensors = [replace(term, left=tensor_of(term.left), right=tensor_of(term.right)) for term in terms]
+    assert changes(tensors) == wanted
     assert [float(3 * x) for x in wanted] == pytest.approx(whole.flatten().tolist(), rel=1e-12)
     assert len(terms) == (4 if core == factor == FP64 else 2 if FP64 in (core, factor) else 1)

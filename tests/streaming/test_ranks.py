@@ -20,7 +20,7 @@ from lib.harness.torchrun import ended, free_port, ranks_of
 from torch.distributed import HashStore, TCPStore
 
 from loratool.errors import InputError, MachineError
-from loratool.streaming import ranks
+from loratool.streaming import ranks, workers
 from loratool.streaming.ranks import Job, RankDone, current_job, rendezvous
 from loratool.streaming.workers import choose_device, worker_count
 
@@ -309,18 +309,19 @@ def test_a_rank_whose_rank_0_does_not_come_says_so(monkeypatch: pytest.MonkeyPat
 
 class TestShares:
     def test_ranks_have_gpus_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(workers, "may_have_gpu", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         for rank in range(4):
             monkeypatch.setattr(ranks, "_job", Job(rank, 4, rank, 4))
-            assert [str(choose_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+            assert [choose_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
                 f"cuda:{rank % 2}",
                 f"cuda:{rank % 2}",
                 "cuda:1",
                 "cpu",
             ]
         monkeypatch.setattr(ranks, "_job", None)
-        assert str(choose_device("auto")) == "cuda:0"
+        assert choose_device("auto") == "cuda:0"
 
     @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system tells no process's cores")
     @pytest.mark.parametrize(("cores", "local", "workers"), [(8, 2, 4), (64, 2, 8), (2, 4, 1), (6, 1, 6)])

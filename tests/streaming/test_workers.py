@@ -1,4 +1,4 @@
-"""Hold the workers: results in order, no further ahead than asked for, and torch left as it was."""
+"""Hold the workers: results in order, no further ahead than asked for, and libraries left as they were."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loratool.numerics.code_levels import Codes
 from loratool.numerics.workspace import Workspace
 from loratool.streaming.items import MapRows
 from loratool.streaming.scattered import Scattered, Written
-from loratool.streaming.threads import one_thread
+from loratool.streaming.threads import one_thread, set_threads
 from loratool.streaming.workers import Ahead, Worker, map_in_order
 
 
@@ -39,17 +39,16 @@ def test_results_come_in_order_and_wait_for_whoever_takes_them() -> None:
         assert list(results) == [x * x for x in range(1, 20)]
 
 
-def test_an_error_is_raised_in_its_place_and_torch_has_its_threads_again() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+def test_an_error_is_raised_in_its_place_and_libraries_have_their_threads_again() -> None:
+    before = set_threads(2)
     try:
         results = map_in_order(lambda x: 1 / x, [1, 2, 0, 4], 2)
         assert [next(results), next(results)] == [1.0, 0.5]
         with pytest.raises(ZeroDivisionError):
             next(results)
-        assert torch.get_num_threads() == 2
+        assert set(set_threads(2)) == {2}
     finally:
-        torch.set_num_threads(before)
+        set_threads(*before)
 
 
 @pytest.mark.parametrize("order", [range(9), range(8, -1, -1), [4, 4, 0, 8, 3, 0]], ids=str)
