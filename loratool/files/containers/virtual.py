@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from ...numerics.arrays import Numbers
+
 
 class VirtualFile(WeightsFile):
     """A weights file whose tensors `load` computes.
@@ -67,6 +69,11 @@ class VirtualFile(WeightsFile):
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._load(name)
+
+    def numbers(self, name: str) -> Numbers:
+        from ...numerics.tensors import numbers_of
+
+        return numbers_of(self._load(name))  # between two steps their type may be wider than the file's
 
     def read_numbers(self, name: str, first: int, out: npt.NDArray[Any]) -> None:
         self.read_bytes(name, first * out.itemsize, out.reshape(-1).view("u1").data)
