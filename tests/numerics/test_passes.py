@@ -203,6 +203,24 @@ def test_a_bound_with_a_term_too_small_is_caught(
 
 
 @needs_passes
+@pytest.mark.slow
+def test_a_bound_without_what_underflows_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way back: forwards, rows with a D that is as small are left to the way without the passes."""
+
+    def tiny(seed: int) -> HostileBlock:
+        g = torch.Generator().manual_seed(seed)
+        rank, size = (1, 2, 4, 16)[seed % 4], 2.0 ** (-64 - seed % 5)
+        bits = torch.randint(0, 127, (64, 512), generator=g) | torch.randint(-1, 1, (64, 512), generator=g) << 15
+        A, B = (torch.randn(*shape, generator=g) * size for shape in ((rank, 512), (64, rank)))
+        return HostileBlock("tiny", bits.to(torch.int16).view(torch.bfloat16), [Term(B, A, Fraction(1))])
+
+    every = [tiny(seed) for seed in range(60)]
+    assert not any(differences(block, 1) for block in every)
+    monkeypatch.setitem(blocks.BOUNDS, "BF16", replace(BOUNDS["BF16"], underflow=0))
+    assert any(differences(block, 1) for block in every)
+
+
+@needs_passes
 @pytest.mark.parametrize("dtype", NAMES, ids=NAMES.get)
 @pytest.mark.parametrize(("matrices", "is_dora"), [(1, False), (2, False), (1, True)])
 def test_sums_for_the_report(matrices: int, is_dora: bool, dtype: torch.dtype) -> None:
