@@ -197,7 +197,8 @@ def squared_norm(source: TensorRef) -> float:
 
     if source.spec.dtype not in FLOATS or not source.spec.size or not source.spec.shape:
         return 0.0
-    return math.fsum(float(np.square(block.wide()).sum()) for block in source.blocks_of_numbers(BLOCK))
+    with np.errstate(over="ignore"):
+        return math.fsum(float(np.square(block.wide()).sum()) for block in source.blocks_of_numbers(BLOCK))
 
 
 def norm(x: Numbers) -> float:

@@ -271,6 +271,7 @@ class RowMerge:
         return differs
 
 
+@np.errstate(all="ignore")
 def _statistics(sums: Sequence[Sums], matrices: int, steps: Counter[str]) -> list[RoundingStats]:
     """Return the statistics of each matrix from the sums of its parts; the steps are in the first."""
     total: dict[str, Any] = {}

@@ -26,6 +26,7 @@ from loratool.files.tensor_ref import (
     require_finite,
     squared_norm,
 )
+from loratool.numerics.tensors import numbers_of
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -83,13 +84,14 @@ def test_pieces_of_rows_that_are_decoded_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [5, (1 << 20) + 3])
 def test_norms_are_those_of_numpy_where_squares_fit(scale: float, size: int) -> None:
     x = torch.linspace(-3, 2, size, dtype=torch.float64)
-    assert norm(x * scale) == pytest.approx(float(np.linalg.norm(x.numpy())) * scale, rel=1e-12)
+    assert norm(numbers_of(x * scale)) == pytest.approx(float(np.linalg.norm(x.numpy())) * scale, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_norms_are_over_finite_numbers(dtype: torch.dtype) -> None:
     x = torch.tensor([3.0, NAN, INF, -4.0, -INF], dtype=dtype)
-    assert norm(x) == 5.0 and norm(torch.zeros(3, dtype=dtype)) == 0.0 and norm(torch.full((2,), NAN)) == 0.0
+    zeros, nans = torch.zeros(3, dtype=dtype), torch.full((2,), NAN)
+    assert [norm(numbers_of(each)) for each in (x, zeros, nans)] == [5.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
