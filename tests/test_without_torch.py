@@ -71,6 +71,7 @@ def test_no_import_of_torch(tmp_path: Path) -> None:
         *there_and_back(tmp_path / "pickle", pickled, adapter),
         ("verify", base, adapter, rounded),
         ("inspect", base),
+        ("inspect", adapter, "--base", base),
         ("count", base, "--rank", "8"),
         ("diff", base, rounded),
         ("convert", base, "--dtype", "fp32", "-o", tmp_path / "wide"),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InputError, NeedsFlag
 from ..files.dtypes import FACTOR_DTYPES, TORCH_FLOATS
 from ..files.tensor_ref import is_finite
+from ..numerics.arrays import fetched
+from ..numerics.factored_svd import singular_values
+from ..numerics.forms import Wide
 from .adapter import Adapter
 from .updates.update import Update, UpdateSpec
 
@@ -18,11 +22,13 @@ FACTOR_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, full) for na
 LARGEST = 1e150  # bound on a delta's norm, so that float64 holds its square
 
 
+@np.errstate(all="ignore")  # `_check` tells
 def stack_factors(update: Update) -> tuple[Tensor, Tensor]:
     """Return the factors of an update that has a rank, (B (E, out, r), A (E, r, in)), in float64, the scale in B."""
     factors = update.factors()
     assert factors is not None, "an update with a rank has factors"
-    return factors
+    B, A = map(torch.from_numpy, factors)
+    return B, A
 
 
 def factor_dtypes(spec: UpdateSpec) -> tuple[torch.dtype, torch.dtype]:
@@ -42,17 +48,22 @@ def load_stacked_factors(adapter: Adapter, spec: UpdateSpec) -> tuple[Tensor, Te
     return B, A
 
 
+@np.errstate(all="ignore")
 def load_singular_values(adapter: Adapter, spec: UpdateSpec, device: torch.device) -> Tensor:
     """Load an update that has a rank and return its singular values, (E, k), largest first.
 
     Raises:
         InputError: as `load_stacked_factors`.
     """
-    update = adapter.load(spec).map(lambda each: each.to(device))
+    update = adapter.load(spec)
     _check(adapter, spec, *stack_factors(update))
-    values = update.singular_values()
+
+    def of_product(B: Wide, A: Wide) -> Wide:
+        return fetched(singular_values(torch.from_numpy(B).to(device), torch.from_numpy(A).to(device)))
+
+    values = update.singular_values(of_product)
     assert values is not None, "an update with a rank has factors"
-    return values
+    return torch.from_numpy(values)
 
 
 def _check(adapter: Adapter, spec: UpdateSpec, B: Tensor, A: Tensor) -> None:

@@ -134,14 +134,6 @@ def relative_distance(first: FactoredSVD, second: FactoredSVD) -> float:
     return float(torch.linalg.vector_norm(distance(first, second))) / norm if norm else 0.0
 
 
-def effective_rank(S: Tensor) -> Tensor:
-    """Return exp of the entropy of S / sum S (Roy & Vetterli, EUSIPCO 2007), (...), and 0 if D is 0. S: (..., k)."""
-    total = S.sum(-1, keepdim=True)
-    p = S / torch.where(total == 0, 1.0, total)
-    entropy = -torch.special.xlogy(p, p).sum(-1)
-    return torch.where(total.squeeze(-1) == 0, 0.0, entropy.exp())
-
-
 def stable_rank(S: Tensor) -> Tensor:
     """Return ||D||_F^2 / ||D||_2^2, (...), and 0 if D is 0. S: (..., k), largest first."""
     largest = S[..., 0]

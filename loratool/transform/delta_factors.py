@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..adapters.weight_kinds import WEIGHT_KINDS, Shape, stack_shape
 from ..durable.fileio import read_into
 from ..durable.journal import StoredBytes
-from ..numerics.factored_svd import core, effective_rank
+from ..numerics.factored_svd import core
 from ..numerics.input_weights import residuals
+from ..numerics.product_spectrum import effective_rank
 from ..numerics.seeded_random import Draw
 from ..numerics.spectrum import SpectrumPoints, spectrum_points
 from ..numerics.svd import TruncatedSVD, residual_energy, truncated_svd
@@ -73,7 +75,7 @@ class DeltaFactors:
 
     def effective_rank(self, rank: int) -> float:
         """Return the exp of the entropy of the top `rank` singular values (of a stack: root mean squares)."""
-        return float(effective_rank(torch.tensor(self.spectrum.squares[:rank], dtype=torch.float64).sqrt()))
+        return float(effective_rank(np.sqrt(self.spectrum.squares[:rank])))
 
     def curve(self) -> SpectrumPoints:
         """Return the points of the known singular values; energies are shares of the full delta's energy."""

@@ -14,6 +14,7 @@ from lib.files.lycoris_files import KINDS, Numbers, Peft, Roles, base_of, peft_o
 from safetensors.torch import load_file
 
 import loratool
+from loratool.adapters.stacked import stack_factors
 from loratool.adapters.updates.lokr import LoKr
 from loratool.errors import InputError, LoratoolError
 
@@ -196,7 +197,7 @@ def test_none_is_refused_as_it_is(tmp_path: Path) -> None:
 def test_factors_of_lokr_whose_core_has_rank_one(kernel: tuple[int, ...]) -> None:
     """Sides of 1, whose strides are those of another view."""
     core, a, b, w1 = N(1, 1, *kernel), N(1, 2), N(1, 3), N(2, 3)
-    B, A = LoKr(w1, None, None, None, a, b, core, 0.5).factors()
+    B, A = stack_factors(LoKr(w1, None, None, None, a, b, core, 0.5))
     w2 = torch.einsum("jk,p,q->pqk", core.flatten(2)[0].double(), a[0].double(), b[0].double()).flatten(1)
     assert torch.allclose(B[0] @ A[0], 0.5 * torch.kron(w1.double(), w2), rtol=1e-12, atol=0)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import loratool
 from loratool.adapters.formats import open_adapter
+from loratool.adapters.stacked import stack_factors
 from loratool.errors import InputError, NeedsFlag
 
 # Two layers of 4 heads of 4, of which keys have 2
@@ -136,7 +137,7 @@ class TestFacts:
         assert refused.value.remedy and "--base BASE" in refused.value.remedy
         of_base = open_adapter(tmp_path / "a", model=CONFIG)
         for module, update in of_base.updates.items():
-            one, two = (each.load(each.updates[module]).factors() for each in (of_base, with_copy))
+            one, two = (stack_factors(each.load(each.updates[module])) for each in (of_base, with_copy))
             assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True)), update
         found = run("inspect", tmp_path / "a")
         assert found.exit_code == 0 and "in torchtune's order" in found.stdout

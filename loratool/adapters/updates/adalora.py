@@ -19,6 +19,7 @@ from .update import PeftMethod, Update, UpdateSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...numerics.forms import Wide
     from ...numerics.products import Term
 
 
@@ -83,5 +84,8 @@ class AdaLoRA(Update):
         terms = [Term(B, right, scale) for right in multiply_exactly(E, A)]
         return transposed_terms(terms) if transposed else terms
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.B.double()[None] * self.scale, (self.E.double() * self.A.double())[None]
+    def factors(self) -> tuple[Wide, Wide]:
+        from ...numerics.tensors import numbers_of
+
+        B, E, A = (numbers_of(each).wide() for each in (self.B, self.E, self.A))
+        return B[None] * self.scale, (E * A)[None]

@@ -6,7 +6,7 @@ LyCORIS's wd_on_output=False, of its columns (the inputs; `lycoris/modules/locon
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from .update import Detail, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ...numerics.forms import Wide
 
 # the note for factors of a new rank
 BEFORE_NORM = (
@@ -95,8 +97,8 @@ class DoRA(Update):
         assert isinstance(spec.detail, Decomposition)
         return int(spec.detail.along_inputs is not transposed)
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
+    def factors(self) -> tuple[Wide, Wide] | None:
         return self.inner.factors()
 
-    def singular_values(self) -> Tensor | None:
-        return self.inner.singular_values()
+    def singular_values(self, of_product: Callable[[Wide, Wide], Wide]) -> Wide | None:
+        return self.inner.singular_values(of_product)

@@ -13,6 +13,8 @@ from .update import Stack, Update, UpdateSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...numerics.forms import Wide
+
 
 @dataclass(frozen=True)
 class Experts(Update):
@@ -54,9 +56,9 @@ class Experts(Update):
         A = self.A.reshape(self.experts, rank, -1)[expert]
         return LowRank(A, self.B.reshape(-1, rank, self.experts)[:, :, expert], self.scale)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        import torch
+    def factors(self) -> tuple[Wide, Wide]:
+        import numpy as np
 
         pairs = [self.matrix(number).factors() for number in range(self.experts)]
-        B, A = (torch.cat(sides) for sides in zip(*pairs, strict=True))
+        B, A = (np.concatenate(sides) for sides in zip(*pairs, strict=True))
         return B, A

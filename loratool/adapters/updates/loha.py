@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
@@ -21,6 +21,8 @@ from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec, require_rank
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...numerics.arrays import Numbers
+    from ...numerics.forms import Wide
     from ...numerics.products import Term
 
 
@@ -93,27 +95,32 @@ class LoHa(Update):
         w1_a, w1_b, w2_a, w2_b = (tensors[role] for role in cls.roles)
         return cls(w1_a, w1_b, w2_a, w2_b, tensors.get("hada_t1"), tensors.get("hada_t2"), spec.scale)
 
-    def _sides(self) -> list[list[Term]]:
+    def _sides(self) -> list[tuple[Numbers, Numbers, Numbers | None]]:
+        """Return a, b and the core of both products."""
+        from ...numerics.tensors import numbers_of
+
+        sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)
+        return [(numbers_of(a), numbers_of(b), None if t is None else numbers_of(t)) for a, b, t in sides]
+
+    def _terms(self) -> list[list[Term]]:
         """Return both products as terms."""
         from ...numerics.exact_factors import tucker_terms
         from ...numerics.products import Term
-        from ...numerics.tensors import numbers_of
 
-        unit, sides = Fraction(1), list[tuple[Any, ...]]()
-        for side in ((self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)):
-            sides.append(tuple(None if x is None else numbers_of(x) for x in side))
-        return [[Term(a, b, unit)] if t is None else tucker_terms(a.T, t, b, unit) for a, b, t in sides]
+        unit = Fraction(1)
+        return [[Term(a, b, unit)] if t is None else tucker_terms(a.T, t, b, unit) for a, b, t in self._sides()]
 
     def delta(self, weight: float, transposed: bool) -> RowsOfDelta:
         from ...numerics.composed import Hadamard
 
         scale = Fraction(self.scale) * Fraction(weight)
-        left, right = (sum_terms(terms, transposed) for terms in self._sides())
+        left, right = (sum_terms(terms, transposed) for terms in self._terms())
         return lambda start, stop: Hadamard(left.rows(start, stop), right.rows(start, stop), scale)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)
-        (B1, A1), (B2, A2) = ((a.double(), b.double()) if t is None else tucker_factors(a.T, t, b) for a, b, t in sides)
-        B = (B1[:, :, None] * B2[:, None]).flatten(1)  # Khatri-Rao products
-        A = (A1[:, None] * A2[None]).flatten(0, 1)
+    def factors(self) -> tuple[Wide, Wide]:
+        (B1, A1), (B2, A2) = (
+            (a.wide(), b.wide()) if t is None else tucker_factors(a.T, t, b) for a, b, t in self._sides()
+        )
+        B = (B1[:, :, None] * B2[:, None]).reshape(len(B1), -1)  # Khatri-Rao products
+        A = (A1[:, None] * A2[None]).reshape(-1, A1.shape[1])
         return B[None] * self.scale, A[None]

@@ -7,7 +7,7 @@ Defined by Edalati et al., KronA, 2022; files by LyCORIS (`lycoris/modules/lokr.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...numerics.decide import Delta
+    from ...numerics.forms import Wide
 
 ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -117,20 +118,12 @@ class LoKr(Update):
         w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = (tensors.get(role) for role in ROLES)
         return cls(w1, w1_a, w1_b, w2, w2_a, w2_b, t2, spec.scale)
 
-    def _first(self) -> tuple[Tensor, Tensor]:
+    def _first(self) -> tuple[Wide, Wide]:
         """Return factors of w1."""
-        if self.w1 is None:
-            assert self.w1_a is not None and self.w1_b is not None
-            return narrowed(self.w1_a.double(), self.w1_b.double())
-        return with_identity(self.w1.double())
+        return _factors_of(self.w1, self.w1_a, self.w1_b, None)
 
-    def _second(self) -> tuple[Tensor, Tensor]:
-        if self.w2 is not None:
-            return with_identity(self.w2.double().flatten(1))
-        assert self.w2_a is not None and self.w2_b is not None
-        if self.t2 is not None:
-            return narrowed(*tucker_factors(self.w2_a.T, self.t2, self.w2_b))
-        return narrowed(self.w2_a.double(), self.w2_b.double())
+    def _second(self) -> tuple[Wide, Wide]:
+        return _factors_of(self.w2, self.w2_a, self.w2_b, self.t2)
 
     def delta(self, weight: float, transposed: bool) -> RowsOfDelta:
         from ...numerics.composed import Kron
@@ -140,15 +133,18 @@ class LoKr(Update):
         right = _delta_of(self.w2, self.w2_a, self.w2_b, self.t2, transposed)
         return lambda start, stop: Kron(left, right, scale, slice(start, stop))
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Wide, Wide]:
+        import numpy as np
+
         (B1, A1), (B2, A2) = self._first(), self._second()
-        return _kron(B1, B2)[None] * self.scale, _kron(A1, A2)[None]
+        B, A = (np.kron(*sides).astype(np.float64, copy=False) for sides in ((B1, B2), (A1, A2)))
+        return B[None] * self.scale, A[None]
 
-    def singular_values(self) -> Tensor:
-        from ...numerics.factored_svd import singular_values
+    def singular_values(self, of_product: Callable[[Wide, Wide], Wide]) -> Wide:
+        import numpy as np
 
-        left, right = (singular_values(*side) for side in (self._first(), self._second()))
-        every: Tensor = (left[:, None] * right).flatten().sort(descending=True).values
+        left, right = (of_product(*side) for side in (self._first(), self._second()))
+        every = np.sort((left[:, None] * right).reshape(-1))[::-1]
         return every[None] * abs(self.scale)
 
 
@@ -187,20 +183,27 @@ def _delta_of(full: Tensor | None, a: Tensor | None, b: Tensor | None, core: Ten
     return products.rows(0, products.shape[0])
 
 
-def _kron(left: Tensor, right: Tensor) -> Tensor:
-    """Return the Kronecker product; torch.kron fails if a side of size 1 has the stride of another view."""
-    return (left[:, None, :, None] * right[None, :, None]).flatten(2).flatten(0, 1)
+def _factors_of(full: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> tuple[Wide, Wide]:
+    """Return factors of a side, whose rank is at most the smaller dimension."""
+    from ...numerics.tensors import numbers_of
+
+    if full is not None:
+        return with_identity(numbers_of(full).matrix.wide())
+    left, right = numbers_of(a), numbers_of(b)
+    if core is None:
+        return narrowed(left.wide(), right.wide())
+    return narrowed(*tucker_factors(left.T, numbers_of(core), right))
 
 
-def narrowed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def narrowed(left: Wide, right: Wide) -> tuple[Wide, Wide]:
     """Return factors of left @ right with at most its full rank; factors of a higher rank are multiplied out."""
     wide = right.shape[0] > min(left.shape[0], right.shape[1])
     return with_identity(left @ right) if wide else (left, right)
 
 
-def with_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def with_identity(matrix: Wide) -> tuple[Wide, Wide]:
     """Return a matrix as the product of the matrix and an identity of its smaller side."""
-    import torch
+    import numpy as np
 
-    identity = torch.eye(min(matrix.shape), dtype=matrix.dtype)
+    identity = np.eye(min(matrix.shape))
     return (matrix, identity) if matrix.shape[1] <= matrix.shape[0] else (identity, matrix)

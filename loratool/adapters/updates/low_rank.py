@@ -15,6 +15,7 @@ from .update import Detail, Update, UpdateSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...numerics.forms import Wide
     from ...numerics.products import Term
 
 
@@ -74,9 +75,11 @@ class LowRank(Update):
         scale, A, B = Fraction(self.scale) * Fraction(weight), numbers_of(self.A).matrix, numbers_of(self.B).matrix
         return [Term(A.T, B.T, scale) if transposed else Term(B, A, scale)]
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        B, A = self.B.flatten(1).unsqueeze(0), self.A.flatten(1).unsqueeze(0)
-        return B.double() * self.scale, A.double()
+    def factors(self) -> tuple[Wide, Wide]:
+        from ...numerics.tensors import numbers_of
+
+        B, A = (numbers_of(side).matrix.wide()[None] for side in (self.B, self.A))
+        return B * self.scale, A
 
 
 def other_rank(spec: UpdateSpec, expected: int) -> InputError:

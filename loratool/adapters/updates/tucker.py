@@ -18,6 +18,8 @@ from .update import Update, UpdateSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...numerics.arrays import Numbers
+    from ...numerics.forms import Wide
     from ...numerics.products import Products, Term
 
 
@@ -70,15 +72,18 @@ class Tucker(Update):
         terms = tucker_terms(B.matrix, mid, A.matrix, scale)
         return transposed_terms(terms) if transposed else terms
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        B, A = tucker_factors(self.B.flatten(1), self.mid, self.A.flatten(1))
-        return B[None] * self.scale, A[None]
+    def factors(self) -> tuple[Wide, Wide]:
+        from ...numerics.tensors import numbers_of
+
+        B, mid, A = map(numbers_of, (self.B, self.mid, self.A))
+        up, right = tucker_factors(B.matrix, mid, A.matrix)
+        return up[None] * self.scale, right[None]
 
 
-def tucker_factors(up: Tensor, mid: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def tucker_factors(up: Numbers, mid: Numbers, down: Numbers) -> tuple[Wide, Wide]:
     """Return (B, A) in float64 of a Tucker decomposition: A is the core contracted with `down`, (r, in * kernel)."""
-    core = mid.double().flatten(2)  # (r, r, k)
-    return up.double().contiguous(), (core.transpose(1, 2) @ down.double()).transpose(1, 2).flatten(1)
+    core = mid.reshape(*mid.shape[:2], -1).wide()  # (r, r, k)
+    return up.wide(), (core.swapaxes(1, 2) @ down.wide()).swapaxes(1, 2).reshape(len(core), -1)
 
 
 def transposed_terms(terms: Sequence[Term]) -> list[Term]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...numerics.decide import Delta, Factor
+    from ...numerics.forms import Wide
     from ...numerics.products import Term
 
 
@@ -314,16 +315,18 @@ class Update(ABC):
         """
         raise TypeError(f"{self.kind} says what it does by terms, a delta or norms")
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
+    def factors(self) -> tuple[Wide, Wide] | None:
         """Return (B (E, out, r), A (E, r, in)) in float64, with the scale in B; None if it is not a product."""
         return None
 
-    def singular_values(self) -> Tensor | None:
-        """Return the singular values of each matrix's change, (E, k), largest first; None without factors."""
-        from ...numerics.factored_svd import singular_values
+    def singular_values(self, of_product: Callable[[Wide, Wide], Wide]) -> Wide | None:
+        """Return the singular values of each matrix's change, (E, k), largest first; None without factors.
 
+        Args:
+            of_product: computes them from factors, as `product_spectrum.spectrum_of_product`.
+        """
         factors = self.factors()
-        return None if factors is None else singular_values(*factors)
+        return None if factors is None else of_product(*factors)
 
     def map(self, function: Callable[[Any], Any]) -> Update:
         """Return the update with a function applied to each of its tensors or numbers."""

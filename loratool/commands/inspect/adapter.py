@@ -14,7 +14,6 @@ from contextlib import closing
 from functools import partial
 
 import numpy as np
-import torch
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import FORMATS
@@ -44,7 +43,7 @@ from ...files.dtypes import FLOATS
 from ...files.gguf_model import with_names_of_one
 from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
 from ...files.weights_file import paths_of
-from ...numerics.factored_svd import effective_rank
+from ...numerics.product_spectrum import effective_rank, spectrum_of_product
 from ...streaming.segment import RowSegment, UpdateLoader
 from ...streaming.workers import map_in_order, worker_count
 from ...views.inspect_adapter import AdapterGroup, AdapterInspection, Coverage, ModuleReport
@@ -182,6 +181,7 @@ def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[Placed]]) -> tu
     return (f"{what}: a merge dequantizes them to {plain}, and keeps the codes of others",)
 
 
+@np.errstate(all="ignore")  # an overflow is inf
 def _measure(
     adapter: Adapter, placed_by_module: Mapping[str, Sequence[Placed]], module: str
 ) -> tuple[ModuleReport, list[str]]:
@@ -191,7 +191,7 @@ def _measure(
     norm = rank = relative = None
     try:
         if spec.rank:
-            norm, rank = _delta_norm(adapter.load(spec))
+            norm, rank = _delta_norm(adapter.load(spec, as_numbers=True))
         for name in (*(spec.tensors.values() if norm is None else ()), *([spec.base] if spec.base else [])):
             require_finite(TensorRef(adapter.file, name))
         if spec.fault:  # its scale may be anything
@@ -256,25 +256,25 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
     rows = indices_of(spec) or (range(value.spec.shape[0]) if value.spec.shape == weight.spec.shape else ())
     if not rows or value.spec.shape[1:] != weight.spec.shape[1:] or max(rows) >= weight.spec.shape[0]:
         return None
-    row_count = max(1, BLOCK // max(1, value.spec.size // value.spec.shape[0]))
+    count, row_count = weight.spec.shape[0], max(1, BLOCK // max(1, value.spec.size // value.spec.shape[0]))
     parts = []
     for start in range(0, len(rows), row_count):
         base_rows = rows[start : start + row_count]
-        new = value.rows(start, start + len(base_rows)).double()
+        new = value.read_matrix(value.spec.shape[0], start, start + len(base_rows)).wide()
         if indices_of(spec):
-            old = torch.cat([weight.rows(row, row + 1) for row in base_rows])
+            old = np.concatenate([weight.read_matrix(count, row, row + 1).wide() for row in base_rows])
         else:
-            old = weight.rows(start, start + len(base_rows))
-        parts.append(float((new - old.double()).square().sum()))
+            old = weight.read_matrix(count, start, start + len(base_rows)).wide()
+        parts.append(float(np.square(new - old).sum()))
     return math.sqrt(math.fsum(parts))
 
 
 def _delta_norm(update: Update) -> tuple[float, float | None]:
     """Return ||D|| and the effective rank of D, for an update with factors. None if float64 overflows."""
-    S = update.singular_values()
+    S = update.singular_values(spectrum_of_product)
     assert S is not None, "an update with a rank has factors"
-    norm = float(S.norm())
-    if not S.isfinite().all():
+    norm = float(np.linalg.norm(S))
+    if not np.isfinite(S).all():
         return sys.float_info.max, None
     return norm if math.isfinite(norm) else sys.float_info.max, float(effective_rank(S).mean())
 

@@ -26,7 +26,8 @@ from ...binding.weights.model_weights import ModelWeight
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ...files.tensor_ref import read_float32
-from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
+from ...numerics.factored_svd import rank_of_energy, stable_rank
+from ...numerics.product_spectrum import effective_rank
 from ...numerics.spectrum import RANK_TOLERANCE, spectrum_points
 from ...numerics.svd import UNRESOLVED, singular_values_of
 from ...streaming.threads import one_thread
@@ -156,7 +157,7 @@ def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full:
         full=full,
         norm=norm,
         top=tuple(S[:LARGEST].tolist()),
-        effective_rank=float(effective_rank(S)),
+        effective_rank=float(effective_rank(S.numpy())),
         stable_rank=float(stable_rank(S)),
         rank_50=rank_of_energy(S, 0.5),
         rank_90=rank_of_energy(S, 0.9),

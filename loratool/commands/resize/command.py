@@ -42,7 +42,8 @@ from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
-from ...numerics.factored_svd import effective_rank, factored_svd, singular_values
+from ...numerics.factored_svd import factored_svd, singular_values
+from ...numerics.product_spectrum import effective_rank
 from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
 from ...streaming.threads import one_thread
 from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, worker_count
@@ -287,7 +288,7 @@ class _Resizing:
             kept=figures.kept,
             error=figures.error,
             weighted_error=figures.weighted_error,
-            effective_rank=float(effective_rank(self._spectra[module].sqrt())),
+            effective_rank=float(effective_rank(self._spectra[module].sqrt().numpy())),
             spectrum=figures.spectrum,
         )
 

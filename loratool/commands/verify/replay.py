@@ -20,7 +20,7 @@ from ...numerics.arrays import ON_CPU, Numbers
 from ...numerics.forms import Form, Wide
 from ...numerics.products import Term
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
-from ...numerics.tensors import numbers_of, tensor_of
+from ...numerics.tensors import numbers_of
 from ...numerics.workspace import Workspace
 from ...streaming.apply import segments
 from ...streaming.segment import RowSegment, UpdateLoader
@@ -157,10 +157,10 @@ class _Added:
         if self.terms:
             left = np.concatenate([float(term.scale) * term.left.wide() for term in self.terms], 1)
             return left, np.concatenate([term.right[:, :columns].wide() for term in self.terms]), 1.0
-        factors = self.update.map(tensor_of).factors()
+        factors = self.update.factors()
         if factors is None:
             return None
-        B, A = (side[0].numpy() for side in factors)
+        B, A = (side[0] for side in factors)
         return (A.T, B.T, placement.weight) if placement.transposed else (B, A, placement.weight)
 
 
