@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import torch
 from conftest import factors, few, weights, write_kohya, write_model, write_peft
@@ -29,6 +30,7 @@ import loratool
 from loratool.cli import COMMANDS, cli
 from loratool.commands.choices import COMBINE_METHODS
 from loratool.commands.init.methods import INITS
+from loratool.streaming.threads import set_threads
 
 LONG, SHORT = 4608, 640  # SHORT is above svd.SMALL, so that a truncated SVD has its Krylov space
 SHAPES = {"self_attn.q_proj": (LONG, SHORT), "self_attn.v_proj": (LONG, SHORT), "mlp.down_proj": (SHORT, LONG)}
@@ -162,16 +164,14 @@ NUMBERS = (1, 2, 4)  # of threads and of workers
 
 @contextmanager
 def machine(threads: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give torch so many threads, and commands so many cores to work on."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    """Give numpy and torch so many threads, and commands so many cores to work on."""
+    before = set_threads(threads)
     with monkeypatch.context() as patched:
         patched.setattr(os, "sched_getaffinity", lambda pid: range(workers), raising=False)
         try:
             yield
         finally:
-            assert torch.get_num_threads() == threads
-            torch.set_num_threads(before)
+            assert {*set_threads(*before)} == {threads}
 
 
 def digests(call: Callable[[Path, Path], Any], inputs: Path, folder: Path) -> dict[str, str]:
@@ -235,19 +235,19 @@ SMALL_PRODUCTS: dict[str, Callable[[Path, Path], Any]] = {
     "resize --dry-run": lambda i, out: loratool.resize(i / "one", out, rank=8, dry_run=True),
     "combine": CALLS["combine by cat to a rank"],
 }
-DECOMPOSITIONS = ("qr", "svd", "svdvals")
+DECOMPOSITIONS = [(np.linalg, "qr"), (np.linalg, "svd"), *((torch.linalg, name) for name in ("qr", "svd", "svdvals"))]
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, called: Callable[[], object]) -> None:
     """Call `called` before each decomposition."""
-    for name in DECOMPOSITIONS:
-        original = getattr(torch.linalg, name)
+    for module, name in DECOMPOSITIONS:
+        original = getattr(module, name)
 
         def watched(*args: Any, original: Callable[..., Any] = original, **options: Any) -> Any:
             called()
             return original(*args, **options)
 
-        monkeypatch.setattr(torch.linalg, name, watched)
+        monkeypatch.setattr(module, name, watched)
 
 
 @pytest.mark.parametrize("name", [*SMALL_PRODUCTS, "convert to a rank"])
@@ -256,7 +256,13 @@ def test_small_products_have_one_thread(
 ) -> None:
     """Threads that wait for each other's parts of a small product spin, and on a busy machine they do so for long."""
     threads: list[int] = []
-    watch(monkeypatch, lambda: threads.append(torch.get_num_threads()))
+
+    def note() -> None:
+        now = set_threads(1)
+        set_threads(*now)
+        threads.extend(now)
+
+    watch(monkeypatch, note)
     with machine(4, 2, monkeypatch):
         {**SMALL_PRODUCTS, **CALLS}[name](inputs, tmp_path / "out")
     assert threads and {*threads} == {1}
