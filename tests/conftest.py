@@ -15,6 +15,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's: pytest's processes have the cores
+
 import pytest
 import torch
 from click.testing import CliRunner
