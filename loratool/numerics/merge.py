@@ -150,6 +150,7 @@ class RowMerge:
             hit = dense.settle(upper, bounds, out, work)
         if self._to.precision == 53:
             hit[...] = True
+        self._hold(base, out, positions(hit))
         kept, change_squared = self._sums(base, out, upper, change, first, bounds, work)
         changed = count_different(out, base, work, dense.matrices)
         sums: Sums = {"base_squared": squared, "change_squared": change_squared, "kept": kept, "changed": changed}
@@ -232,7 +233,7 @@ class RowMerge:
         put(out, undecided, decided)
         matrices = self._matrices
         which = undecided // (base.size // matrices)
-        kept = np.bincount(which, self._kept(decided, former, bits, i + first, j), matrices)
+        kept = np.bincount(which, self._kept(decided, bits, i + first, j), matrices)
         changed = self._changed(decided, bits).astype(np.int8) - self._changed(former, bits)
         changed = np.bincount(which, changed, matrices).astype(np.intp)
         overflowed = np.flatnonzero((decided & self._to.size) == self._to.inf)
@@ -250,19 +251,28 @@ class RowMerge:
             "largest": largest,
         }
 
-    def _kept(self, decided: Bits, former: Bits, bits: Bits, i: Positions, j: Positions) -> Wide:
-        """Return what <W' - W, D> changes by where W' was not right yet."""
-        gains = np.zeros(len(decided))
-        size, of = self._to.size, self._form.size
-        finite = ((decided & size) < self._to.inf) & ((former & size) < self._to.inf) & ((bits & of) < self._form.inf)
-        some = np.flatnonzero((decided != former) & finite)
+    def _hold(self, base: Numbers, out: Numbers, undecided: Positions) -> None:
+        """Write W in place of each W' that is undecided and finite, so that it adds nothing to the sums yet."""
+        undecided = undecided[(take(out, undecided) & self._to.size) < self._to.inf]
+        held = Numbers(take(base, undecided), self._form)
+        if self._to != self._form:
+            cast = Numbers.empty(self._to, len(undecided))
+            narrow(held.wide(), cast)
+            held = cast
+        put(out, undecided, held.bits)
+
+    def _kept(self, decided: Bits, bits: Bits, i: Positions, j: Positions) -> Wide:
+        """Return (W' - W) D of weights, 0 where W or W' is not finite."""
+        kept = np.zeros(len(decided))
+        finite = ((decided & self._to.size) < self._to.inf) & ((bits & self._form.size) < self._form.inf)
+        some = np.flatnonzero(finite & self._changed(decided, bits))
         if len(some):
-            moved = wide(decided[some], self._to) - wide(former[some], self._to)
+            weight = wide(bits[some], self._form)
             change = self.x.delta.near(i[some], j[some])[0]
             if self.x.factor:
-                change = change + (self.x.factor.at(i[some], j[some])[0] - 1) * wide(bits[some], self._form)
-            gains[some] = moved * change
-        return gains
+                change = change + (self.x.factor.at(i[some], j[some])[0] - 1) * weight
+            kept[some] = (wide(decided[some], self._to) - weight) * change
+        return kept
 
     def _changed(self, result: Bits, bits: Bits) -> npt.NDArray[np.bool_]:
         differs: npt.NDArray[np.bool_] = (
