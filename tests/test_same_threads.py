@@ -30,7 +30,7 @@ import loratool
 from loratool.cli import COMMANDS, cli
 from loratool.commands.choices import COMBINE_METHODS
 from loratool.commands.init.methods import INITS
-from loratool.streaming.threads import set_threads
+from loratool.streaming.threads import restore_threads, set_threads
 
 LONG, SHORT = 4608, 640  # SHORT is above svd.SMALL, so that a truncated SVD has its Krylov space
 SHAPES = {"self_attn.q_proj": (LONG, SHORT), "self_attn.v_proj": (LONG, SHORT), "mlp.down_proj": (SHORT, LONG)}
@@ -171,7 +171,8 @@ def machine(threads: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> Iter
         try:
             yield
         finally:
-            assert {*set_threads(*before)} == {threads}
+            assert {*set_threads(1).values()} == {threads}
+            restore_threads(before)
 
 
 def digests(call: Callable[[Path, Path], Any], inputs: Path, folder: Path) -> dict[str, str]:
@@ -259,8 +260,8 @@ def test_small_products_have_one_thread(
 
     def note() -> None:
         now = set_threads(1)
-        set_threads(*now)
-        threads.extend(now)
+        restore_threads(now)
+        threads.extend(now.values())
 
     watch(monkeypatch, note)
     with machine(4, 2, monkeypatch):

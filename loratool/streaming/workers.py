@@ -43,7 +43,7 @@ from .items import (
 )
 from .ranks import current_job
 from .scattered import Strided, add_place
-from .threads import set_threads
+from .threads import restore_threads, set_threads
 
 KEPT_BYTES = 1 << 24  # of half the memory that a worker keeps between blocks
 
@@ -208,7 +208,7 @@ def choose_device(name: str) -> Device:
 
 def may_have_gpu() -> bool:
     """Return whether the system has a driver of a GPU, without torch, whose import takes a second."""
-    drivers = ("nvidia[0-9]*", "kfd", "dxg")  # NVIDIA's, AMD's, and Windows' in Linux
+    drivers = ("nvidia[0-9]*", "nvhost*", "kfd", "dxg")  # NVIDIA's, of a Jetson too, AMD's, and Windows' in Linux
     return platform.system() == "Windows" or any(any(Path("/dev").glob(driver)) for driver in drivers)
 
 
@@ -276,7 +276,7 @@ def run_threads(
         finally:
             for future in pending:
                 future.cancel()
-            set_threads(*threads_before)
+            restore_threads(threads_before)
 
 
 def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
@@ -295,7 +295,7 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -
         finally:
             for future in waiting:
                 future.cancel()
-            set_threads(*threads_before)
+            restore_threads(threads_before)
 
 
 class Ahead(Generic[T, R]):
@@ -323,4 +323,4 @@ class Ahead(Generic[T, R]):
         for future in self._pending.values():
             future.cancel()
         self._pool.shutdown()
-        set_threads(*self._threads_before)
+        restore_threads(self._threads_before)

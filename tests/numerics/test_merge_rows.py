@@ -25,7 +25,7 @@ from loratool.numerics.rounding_stats import RoundingStats, cast_rounded
 from loratool.numerics.stored import Stored
 from loratool.numerics.tensors import numbers_of
 from loratool.numerics.workspace import Workspace
-from loratool.streaming.threads import set_threads
+from loratool.streaming.threads import restore_threads, set_threads
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
@@ -99,7 +99,7 @@ def test_any_rows_tiles_threads_and_order_of_ranks(dtype: torch.dtype, monkeypat
             assert torch.equal(bits(out), bits(expected)) and plain(other) == plain(stats)
             assert other.kept == pytest.approx(stats.kept, rel=1e-5)
     finally:
-        set_threads(*threads)
+        restore_threads(threads)
 
 
 @types

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES, ROOT
 
-from loratool.streaming.threads import _openblas, one_thread, set_threads
+from loratool.streaming.threads import _openblas, one_thread, restore_threads, set_threads
 
 
-def counts() -> tuple[int, ...]:
+def counts() -> dict[str, int]:
     """Return how many threads each library uses, as it says itself."""
-    return (*(get() for get, _ in _openblas()), torch.get_num_threads())
+    openblas = _openblas()
+    return {**({"numpy": openblas[0]()} if openblas else {}), "torch": torch.get_num_threads()}
 
 
 def test_threads_come_back() -> None:
     before = set_threads(2)
     try:
         with pytest.raises(ZeroDivisionError), one_thread():
-            assert set(counts()) == {1}
+            assert set(counts().values()) == {1}
             _ = 1 / 0
-        assert set(counts()) == {2}
+        assert set(counts().values()) == {2}
     finally:
-        set_threads(*before)
+        restore_threads(before)
     assert counts() == before
 
 
@@ -33,3 +38,29 @@ def test_numpys_library_is_found_where_it_is_openblas() -> None:
     if not list((Path(np.__file__).parent.parent / "numpy.libs").glob("*openblas*")):
         pytest.skip("this numpy brings no OpenBLAS")
     assert _openblas()
+
+
+def test_a_library_that_is_loaded_meanwhile_keeps_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's torch has as many threads after a command as before."""
+    before = counts()
+    with monkeypatch.context() as patched:
+        patched.delitem(sys.modules, "torch")
+        context = one_thread()
+        context.__enter__()
+    context.__exit__(None, None, None)
+    assert counts() == before
+
+
+def test_diff_loads_torch_before_it_limits_its_threads() -> None:
+    adapter = str(FIXTURES / "llama" / "adapter")
+    code = f"""
+import sys, loratool
+from loratool.commands.diff import command
+limit, seen = command.one_thread, []
+command.one_thread = lambda: seen.append("torch" in sys.modules) or limit()
+loratool.diff({adapter!r}, {adapter!r})
+print(seen)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "[True]", done.stderr

@@ -20,7 +20,7 @@ from loratool.numerics.code_levels import Codes
 from loratool.numerics.workspace import Workspace
 from loratool.streaming.items import MapRows
 from loratool.streaming.scattered import Scattered, Written
-from loratool.streaming.threads import one_thread, set_threads
+from loratool.streaming.threads import one_thread, restore_threads, set_threads
 from loratool.streaming.workers import Ahead, Worker, map_in_order
 
 
@@ -46,9 +46,9 @@ def test_an_error_is_raised_in_its_place_and_libraries_have_their_threads_again(
         assert [next(results), next(results)] == [1.0, 0.5]
         with pytest.raises(ZeroDivisionError):
             next(results)
-        assert set(set_threads(2)) == {2}
+        assert set(set_threads(2).values()) == {2}
     finally:
-        set_threads(*before)
+        restore_threads(before)
 
 
 @pytest.mark.parametrize("order", [range(9), range(8, -1, -1), [4, 4, 0, 8, 3, 0]], ids=str)

@@ -35,8 +35,8 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
     selection = Selection.parse(call.target, call.exclude, call.layers)
     paths = [os.fspath(path) for path in (call.a, call.b, *call.others)]
     with ExitStack() as opened:
-        opened.enter_context(one_thread())
         if not _are_adapters(paths):
+            opened.enter_context(one_thread())
             if call.base is not None or call.alpha is not None or call.drop:
                 raise UsageError("--base, --drop and --alpha are for adapters, but these are two models")
             sides = [open_checkpoint(path) for path in paths]
@@ -51,6 +51,7 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
         from .related import require_known_names, require_of_one_model
         from .several import diff_several
 
+        opened.enter_context(one_thread())  # of torch too
         if call.others and call.base is not None:
             raise UsageError("--base is for two adapters: run diff for each pair")
         config = None if call.base is None else read_config(call.base)
