@@ -6,7 +6,6 @@ pytest -m slow -s tests/benchmarks/test_cpu_cost.py
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from conftest import FIXTURES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from models import make
-from test_merge_speed import peak
+from test_merge_speed import cpu_of_children, peak
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
@@ -37,16 +36,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def cpu_of(command: list[object], made: Path | None = None) -> float:
     """Return the CPU seconds of a process and its workers. made: its output, which is removed before."""
 
-    def used() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
     if made:
         shutil.rmtree(made, ignore_errors=True)
-    before = used()
+    before = cpu_of_children()
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     subprocess.run([str(c) for c in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    return used() - before
+    return cpu_of_children() - before
 
 
 def test_against_peft(models: Path) -> None:

@@ -7,7 +7,6 @@ pytest -m slow -s tests/benchmarks/test_passes_cost.py
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from loratool.undo.records import RecordedBlock, Recorder, Restorer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from models import make
+from test_merge_speed import cpu_of_children
 
 pytestmark = [pytest.mark.slow, needs_passes]
 SHAPE = (1024, 2048)
@@ -167,14 +167,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def cpu_of(native: str, *arguments: object) -> float:
     """Return the CPU seconds of a command."""
 
-    def used() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    before = used()
+    before = cpu_of_children()
     command = [sys.executable, "-c", "from loratool.cli import main; main()", *map(str, arguments), "-q"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, NATIVE: native})
-    return used() - before
+    return cpu_of_children() - before
 
 
 def test_whole_commands(models: Path) -> None:
