@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from ..numerics.arrays import Array, Numbers, fetched, sent
 from ..numerics.factored_svd import FactoredSVD, factored_svd, relative_distance, rounding_distance
+from ..numerics.forms import Form
+from ..numerics.linalg import norm, square
 from ..numerics.spectrum import SpectrumPoints, spectrum_points
 from .stacked import round_factors
 
@@ -34,17 +34,17 @@ class Weighted(NamedTuple):
     """A change weighted by its effect on the outputs."""
 
     svd: FactoredSVD  # of D W
-    inputs: Tensor  # the diagonal of W, (E, 1, in), float64
+    inputs: Array  # the diagonal of W, (E, 1, in), float64
 
 
 def truncated_factors(
     module: str,
     D: FactoredSVD,
     rank: int,
-    dtype: torch.dtype,
+    form: Form,
     weighted: Weighted | None = None,
-    unchanged: tuple[Tensor, Tensor] | None = None,
-) -> tuple[tuple[Tensor, Tensor], Figures]:
+    unchanged: tuple[Array, Array] | None = None,
+) -> tuple[tuple[Numbers, Numbers], Figures]:
     """Return the best factors of a given rank and type for a stack D: B (E, out, rank) and A (E, rank, in).
 
     Args:
@@ -57,20 +57,21 @@ def truncated_factors(
     """
     C, inputs = weighted or (D, None)
     factors = unchanged if unchanged and not weighted and unchanged[0].shape[-1] == rank else C.truncated(rank)
-    B, A = factors
-    B, A = round_factors(module, (B, A if inputs is None else A / inputs), dtype)
-    energy, kept_energy = (float(S.square().sum()) for S in (C.S, C.S[..., :rank]))
-    distance = rounding_distance(C, factors, (B, A if inputs is None else A.double() * inputs))
-    error = float(torch.linalg.vector_norm(distance)) / math.sqrt(energy) if energy else 0.0
+    exact_B, exact_A = factors
+    rounded = round_factors(module, (exact_B, exact_A if inputs is None else exact_A / inputs), form)
+    B, A = (sent(side.wide(), D.S) for side in rounded)
+    energy, kept_energy = (float(square(S).sum()) for S in (C.S, C.S[..., :rank]))
+    distance = rounding_distance(C, factors, (B, A if inputs is None else A * inputs))
+    error = float(norm(distance)) / math.sqrt(energy) if energy else 0.0
     figures = Figures(
-        norm=float(torch.linalg.vector_norm(D.S)),
+        norm=float(norm(D.S)),
         energy=energy,
         kept=share_of(kept_energy, energy),
         error=error if inputs is None else relative_distance(D, factored_svd(B, A)),
         weighted_error=None if inputs is None else error,
-        spectrum=spectrum_points(C.S.square().sum(0), len(C.S)),
+        spectrum=spectrum_points(fetched(square(C.S)).sum(0), len(C.S)),
     )
-    return (B, A), figures
+    return rounded, figures
 
 
 def in_all(figures: Sequence[Figures]) -> Figures:

@@ -277,7 +277,7 @@ def not_equal(x: Array, y: Array, out: Array) -> Array:
 
 def where(mask: Array, x: Any, y: Any) -> Array:
     """Return x where the mask is set, and y elsewhere."""
-    if isinstance(mask, np.ndarray):
+    if isinstance(mask, np.ndarray | np.generic):
         return np.where(mask, x, y)
     import torch
 

@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from .arrays import Array, where
 from .factored_svd import FactoredSVD
+from .linalg import adjoint, cast, concatenate, eigh, norm, qr, split, sqrt, square, stack, svd, taken, zeros
 from .spectrum import RANK_TOLERANCE
 
 ROUNDS = 50  # of the alternating eigenproblems; a few are enough where the changes have low rank
@@ -32,9 +31,9 @@ EQUAL = 1e-9  # entries that differ by less, relatively, count as equal, so that
 class CoreSpace:
     """The common space of the changes D_i of one matrix, i = 1 .. T."""
 
-    U: Tensor  # (out, R), float64, orthonormal columns
-    V: Tensor  # (in, R'), float64, orthonormal columns
-    cores: Tensor  # (T, R, R'), float64: D_i = U @ cores[i] @ V^T
+    U: Array  # (out, R), float64, orthonormal columns
+    V: Array  # (in, R'), float64, orthonormal columns
+    cores: Array  # (T, R, R'), float64: D_i = U @ cores[i] @ V^T
 
     def compressed(self, rank: int) -> CoreSpace:
         """Return the space of at most `rank` directions a side that holds the most of all changes.
@@ -43,15 +42,15 @@ class CoreSpace:
         eigenproblems (Ye, Machine Learning 61, 2005; for adapters arXiv 2606.03723, "compress then merge").
         """
         P, Q = _shared_bases(self.cores, rank)
-        return CoreSpace(self.U @ P, self.V @ Q, P.mT @ self.cores @ Q)
+        return CoreSpace(self.U @ P, self.V @ Q, P.T @ self.cores @ Q)
 
 
 def core_space(changes: Sequence[FactoredSVD]) -> CoreSpace:
     """Return the common space of changes of one matrix, each given by its SVD with U (out, k_i)."""
     cut = [_of_its_rank(change) for change in changes]
-    U, left = _basis([change.U * change.S.sqrt() for change in cut])
-    V, right = _basis([change.V * change.S.sqrt() for change in cut])
-    return CoreSpace(U, V, torch.stack([of_left @ of_right.mT for of_left, of_right in zip(left, right, strict=True)]))
+    U, left = _basis([change.U * sqrt(change.S) for change in cut])
+    V, right = _basis([change.V * sqrt(change.S) for change in cut])
+    return CoreSpace(U, V, stack([of_left @ of_right.T for of_left, of_right in zip(left, right, strict=True)]))
 
 
 def _of_its_rank(change: FactoredSVD) -> FactoredSVD:
@@ -60,46 +59,46 @@ def _of_its_rank(change: FactoredSVD) -> FactoredSVD:
     return FactoredSVD(change.U[:, :k], change.S[:k], change.V[:, :k])
 
 
-def _basis(sides: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+def _basis(sides: Sequence[Array]) -> tuple[Array, Sequence[Array]]:
     """Return the left singular vectors (n, R) of [sides] with nonzero values, and each side (n, k) in them, (R, k).
 
     The largest entry of a vector is positive.
     """
-    Q, T = torch.linalg.qr(torch.cat(list(sides), 1))
-    W, S, _ = torch.linalg.svd(T, full_matrices=False)
+    Q, T = qr(concatenate(sides, 1))
+    W, S, _ = svd(T)
     W = W[:, : int((RANK_TOLERANCE * S[:1] < S).sum())]
     basis = Q @ W
     sign = signs(basis)
-    return basis * sign, ((W * sign).mT @ T).split([side.shape[1] for side in sides], 1)
+    return basis * sign, split((W * sign).T @ T, [side.shape[1] for side in sides], 1)
 
 
-def signs(basis: Tensor) -> Tensor:
+def signs(basis: Array) -> Array:
     """Return the sign of each column's entry of largest magnitude, the first of equal ones. basis: (n, k)."""
-    if not basis.numel():
-        return basis.new_ones(basis.shape[1])
-    near = torch.linalg.vector_norm(basis, torch.inf, dim=0) * (1 - EQUAL)
-    first = ((basis >= near) | (basis <= -near)).byte().argmax(0, keepdim=True)
-    return torch.where(basis.gather(0, first)[0] < 0, -1.0, 1.0).to(basis.dtype)
+    if 0 in basis.shape:
+        return 1 + zeros(basis.shape[1:], basis)
+    sizes = abs(basis)
+    near = taken(sizes, sizes.argmax(0)) * (1 - EQUAL)
+    first = cast(sizes >= near, basis).argmax(0)
+    return 1 - 2 * cast(taken(basis, first) < 0, basis)
 
 
-def _shared_bases(cores: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _shared_bases(cores: Array, rank: int) -> tuple[Array, Array]:
     """Return (P (R, k), Q (R', k)) with orthonormal columns as in `CoreSpace.compressed`."""
-    norms = torch.linalg.vector_norm(cores, dim=(1, 2), keepdim=True)
-    scaled = cores / torch.where(norms == 0, 1.0, norms)
-    Q, energy = _leading(scaled.mT @ scaled, rank), 0.0
+    norms = norm(cores, (1, 2))[:, None, None]
+    scaled = cores / where(norms == 0, 1.0, norms)
+    Q, energy = _leading(adjoint(scaled) @ scaled, rank), 0.0
     for _ in range(ROUNDS):
         right = scaled @ Q
-        P = _leading(right @ right.mT, rank)
-        left = P.mT @ scaled
-        Q = _leading(left.mT @ left, rank)
-        former, energy = energy, float((left @ Q).square().sum())
+        P = _leading(right @ adjoint(right), rank)
+        left = P.T @ scaled
+        Q = _leading(adjoint(left) @ left, rank)
+        former, energy = energy, float(square(left @ Q).sum())
         if energy - former <= SETTLED * energy:
             break
     return P, Q
 
 
-def _leading(grams: Tensor, rank: int) -> Tensor:
+def _leading(grams: Array, rank: int) -> Array:
     """Return the leading eigenvectors (n, rank or n) of a sum of symmetric matrices (T, n, n)."""
-    vectors: Tensor = torch.linalg.eigh(grams.sum(0)).eigenvectors
-    leading = vectors[:, max(0, vectors.shape[1] - rank) :].flip(1)
+    leading = eigh(grams.sum(0))[1][:, :rank]
     return leading * signs(leading)

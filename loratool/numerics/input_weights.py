@@ -7,15 +7,19 @@ and Young; the model of llama.cpp's imatrix). With equal h it is the best rank k
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
+from .arrays import Array, doubled
+from .forms import Wide
+from .linalg import concatenate, square, zeros
 from .svd import row_blocks
 
 FLOOR = 1e-3  # least weight, of the mean: an input that texts hardly used still matters, and A is divided by its weight
 
 
-def input_weights(h: Tensor) -> Tensor | None:
+@np.errstate(invalid="ignore")
+def input_weights(h: Wide) -> npt.NDArray[np.float32] | None:
     """Return sqrt(h) for the inputs of each matrix, (E, in) in float32, relative to the matrix's mean of h.
 
     So equal inputs have the weight 1, and no matrix counts more than another because its inputs are larger. A matrix
@@ -27,15 +31,15 @@ def input_weights(h: Tensor) -> Tensor | None:
     Returns:
         None if no matrix has any.
     """
-    mean = h.mean(-1, keepdim=True)
+    mean = h.mean(-1, keepdims=True)
     seen = mean > 0
     if not seen.any():
         return None
-    relative = torch.where(seen, h / torch.where(seen, mean, 1.0), 1.0)
-    return relative.clamp(min=FLOOR).sqrt().float()
+    relative = np.where(seen, h / np.where(seen, mean, 1.0), 1.0)
+    return np.sqrt(np.maximum(relative, FLOOR)).astype(np.float32)
 
 
-def residuals(C: Tensor, B: Tensor, A: Tensor, weights: Tensor) -> Tensor:
+def residuals(C: Array, B: Array, A: Array, weights: Array) -> Array:
     """Return ||D - D_k||^2 for k = 0 .. r, (r + 1,) in float64, where D = C W^-1 and D_k = B[:, :k] A[:k].
 
     Args:
@@ -43,14 +47,14 @@ def residuals(C: Tensor, B: Tensor, A: Tensor, weights: Tensor) -> Tensor:
         B: (out, r), A: (r, in).
         weights: (in,), the diagonal of W.
     """
-    B, A, w = B.double(), A.double(), weights.double()
-    norm, cross = C.new_zeros((), dtype=torch.float64), B.new_zeros(len(A))
+    B, A, w = doubled(B), doubled(A), doubled(weights)
+    norm, cross = zeros((1,), B), zeros((len(A),), B)
     start = 0
     for block in row_blocks(C):
-        D = block.double() / w
-        norm += D.square().sum()
-        cross += (B[start : start + len(block)] * (D @ A.mT)).sum(0)
+        D = doubled(block) / w
+        norm += square(D).sum()
+        cross += (B[start : start + len(block)] * (D @ A.T)).sum(0)
         start += len(block)
-    inner = ((B.mT @ B) * (A @ A.mT)).cumsum(0).cumsum(1).diagonal()
+    inner = ((B.T @ B) * (A @ A.T)).cumsum(0).cumsum(1).diagonal()
     left = norm - 2 * cross.cumsum(0) + inner
-    return torch.cat([norm[None], left.clamp(min=0)])
+    return concatenate([norm, left.clip(0.0)])

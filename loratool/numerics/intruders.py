@@ -18,10 +18,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from .svd import BLOCK, SMALL, TINY, WIDE, Krylov, energy_of, gram, random_block, row_blocks
+from .arrays import Array, doubled, fetched, sent
+from .forms import Wide
+from .linalg import cast, concatenate, eigh, eye, is_positive, norm, qr, solve, zeros
+from .seeded_random import Draw
+from .svd import BLOCK, IN_CACHE, SMALL, TINY, WIDE, Krylov, energy_of, gram, random_block, row_blocks
 
 ANGLE = 0.01  # a singular vector may be off by so much, in radians
 
@@ -39,50 +43,52 @@ EXTRA = 6  # random columns beside the vectors u, for W's leading vectors that a
 
 STEPS = (1e-6, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5)  # of the way between two eigenvalues, from either side
 
-Matrix = Callable[[], Tensor]  # reads or computes (m, n) in float32, so that only one is in memory
+Mask = npt.NDArray[np.bool_]
+
+Matrix = Callable[[], Array]  # reads or computes (m, n) in float32, so that only one is in memory
 
 
 @dataclass(frozen=True)
 class Leading:
     """Leading left singular vectors of a matrix, fewer than requested if its rank is less."""
 
-    U: Tensor  # (m, k)
-    S: Tensor  # (k,), float64, largest first
-    angle: Tensor  # (k,), float64: the error bound of each, in radians
+    U: Array  # (m, k)
+    S: Wide  # (k,), largest first
+    angle: Wide  # (k,): the error bound of each, in radians
     energy: float  # ||W||^2
 
 
 @dataclass(frozen=True)
 class Intruders:
-    """Which leading left singular vectors of W' are new; each tensor is (k,), from the largest singular value.
+    """Which leading left singular vectors of W' are new; each array is (k,), from the largest singular value.
 
     A vector is undecided if its cosine is closer to the threshold than its error, as singular values are too close.
     """
 
-    S: Tensor  # float64
-    new: Tensor  # bool
-    undecided: Tensor  # bool
+    S: Wide
+    new: Mask
+    undecided: Mask
     energy: float  # ||W'||^2
 
 
-def find_intruders(tuned: Matrix, base: Matrix, top: int, threshold: float, generator: torch.Generator) -> Intruders:
+def find_intruders(tuned: Matrix, base: Matrix, top: int, threshold: float, draw: Draw) -> Intruders:
     """Compare the leading `top` left singular vectors of W' (`tuned`) with all of W (`base`).
 
     Args:
         threshold: above 0, at most 1
-        generator: on the matrices' device, for random starts
+        draw: of random starts
     """
     intruders = None
     for exact in (False, True):
-        leading = leading_left(tuned(), top, generator, exact)
-        intruders = compare_with(base(), leading, threshold, generator)
+        leading = leading_left(tuned(), top, draw, exact)
+        intruders = compare_with(base(), leading, threshold, draw)
         if not intruders.undecided.any():
             break
     assert intruders is not None
     return intruders
 
 
-def leading_left(W: Tensor, top: int, generator: torch.Generator, exact: bool = False) -> Leading:
+def leading_left(W: Array, top: int, draw: Draw, exact: bool = False) -> Leading:
     """Return the leading left singular vectors of W (m, n), with singular values above float64's rounding error.
 
     Args:
@@ -92,13 +98,13 @@ def leading_left(W: Tensor, top: int, generator: torch.Generator, exact: bool = 
     top, energy = min(top, m, n), energy_of(W)
     leading = None
     if not exact and _is_large(W, energy) and WIDE * (top + 2 * BLOCK) <= min(m, n):
-        space = Krylov(W.T, min(m, n) // WIDE, random_block(m, max(BLOCK, top + EXTRA), generator, W))
+        space = Krylov(W.T, min(m, n) // WIDE, random_block(m, max(BLOCK, top + EXTRA), draw, "tuned", W))
         while leading is None and _grow(space):
             leading = _converged(space, top, energy)
     return leading or _leading_of_gram(W, top, energy)
 
 
-def _is_large(W: Tensor, energy: float) -> bool:
+def _is_large(W: Array, energy: float) -> bool:
     """Return whether W is large enough for a Krylov space, and its squares are within float32's range."""
     return min(W.shape) > SMALL and TINY < math.sqrt(energy) < 1 / TINY
 
@@ -119,95 +125,94 @@ def _converged(space: Krylov, top: int, energy: float) -> Leading | None:
     angle = _angles(values, rests)[:top]
     if bool((angle > ANGLE).any()):
         return None
-    U = torch.linalg.qr(space.Q @ vectors[:, :top].to(space.Q.dtype)).Q
-    return Leading(U, values[:top].sqrt(), angle, energy)
+    U = qr(space.Q @ cast(sent(vectors[:, :top].copy(), space.Q), space.Q))[0]
+    return Leading(U, np.sqrt(values[:top]), angle, energy)
 
 
-def _ritz_pairs(space: Krylov) -> tuple[Tensor, Tensor, Tensor]:
+def _ritz_pairs(space: Krylov) -> tuple[Wide, Wide, Wide]:
     """Return the eigenvalues of T, falling, its eigenvectors, and the residual of each outside the space.
 
     Returns:
         values (width,), vectors (width, width), rests (block, width): M y = x y + V rest for y = Q vector.
     """
-    values, vectors = torch.linalg.eigh(space.T)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    return values, vectors, space.R @ vectors[-space.block :]
+    values, vectors = eigh(fetched(space.T))
+    return np.maximum(values, 0.0), vectors, fetched(space.R) @ vectors[-space.block :]
 
 
-def _angles(values: Tensor, rests: Tensor) -> Tensor:
+def _angles(values: Wide, rests: Wide) -> Wide:
     """Bound the angle between each Ritz vector and its eigenvector: the residual over the gap to the other ones."""
-    rest = torch.linalg.vector_norm(rests, dim=0) + ROUNDING * values[0]
-    below = torch.cat([values[:-1] - values[1:] - rest[1:], values[-1:]])
-    above = torch.cat([values.new_full((1,), torch.inf), values[:-1] - values[1:]])
-    angles: Tensor = rest / torch.minimum(above, below).clamp(min=1e-300)
+    rest = norm(rests, 0) + ROUNDING * values[0]
+    below = np.append(values[:-1] - values[1:] - rest[1:], values[-1:])
+    above = np.append(np.inf, values[:-1] - values[1:])
+    angles: Wide = rest / np.maximum(np.minimum(above, below), 1e-300)
     return angles
 
 
-def _leading_of_gram(W: Tensor, top: int, energy: float) -> Leading:
+def _leading_of_gram(W: Array, top: int, energy: float) -> Leading:
     """Return the leading vectors from float64. Their error from rounding W to float32 is inverse to the gap (Wedin)."""
     m, n = W.shape
-    values, vectors = torch.linalg.eigh(gram(W.T if m <= n else W))
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    S, rank = values.sqrt(), min(top, int((values > RESOLUTION * values[0]).sum()))
-    gaps = torch.cat([S.new_full((1,), torch.inf), S[:-1] - S[1:], S[-1:]])
-    angle = 2.0**-24 * torch.linalg.vector_norm(S) / torch.minimum(gaps[:-1], gaps[1:]).clamp(min=1e-300)
+    values, vectors = eigh(gram(W.T if m <= n else W))
+    S = np.sqrt(np.maximum(fetched(values), 0.0))
+    rank = min(top, int((np.square(S) > RESOLUTION * S[0] ** 2).sum()))
+    gaps = np.concatenate([[np.inf], S[:-1] - S[1:], S[-1:]])
+    angle = 2.0**-24 * norm(S) / np.maximum(np.minimum(gaps[:-1], gaps[1:]), 1e-300)
     U = vectors[:, :rank]
     if m > n:
-        U = torch.cat([block.double() @ U for block in row_blocks(W)]) / S[:rank]
-    return Leading(U.to(W.dtype), S[:rank], angle[:rank], energy)
+        U = concatenate([doubled(block) @ U for block in row_blocks(W)]) / sent(S[:rank], W)
+    return Leading(cast(U, W), S[:rank], angle[:rank], energy)
 
 
-def compare_with(W: Tensor, leading: Leading, threshold: float, generator: torch.Generator) -> Intruders:
+def compare_with(W: Array, leading: Leading, threshold: float, draw: Draw) -> Intruders:
     """Find the leading vectors of W' that match no left singular vector of W (m, n)."""
     m, n = W.shape
-    new = torch.zeros(len(leading.S), dtype=torch.bool)
-    intruders = Intruders(leading.S.cpu(), new, ~new, leading.energy)
+    new = np.zeros(len(leading.S), bool)
+    intruders = Intruders(leading.S, new, ~new, leading.energy)
     if not len(leading.S):
         return intruders
     room = min(m // WIDE, n, MOST)
     if _is_large(W, energy_of(W)) and 2 * (len(leading.S) + EXTRA + BLOCK) <= room:
         first = FIRST * BLOCK if m > n else room
-        intruders = _search(W, leading, leading.U, intruders, threshold, min(first, room), generator)
+        intruders = _search(W, leading, leading.U, intruders, threshold, min(first, room), draw, "base")
         if m > n and intruders.undecided.any() and (inside := _projected(W, leading.U)) is not None:
-            intruders = _search(W, leading, inside, intruders, threshold, room, generator)
+            intruders = _search(W, leading, inside, intruders, threshold, room, draw, "inside")
     if intruders.undecided.any():
-        cosines = _cosines(W, leading.U).cpu()
-        angle = leading.angle.cpu()
+        cosines = _cosines(W, leading.U)
         intruders = replace(
             intruders,
-            new=torch.where(intruders.undecided, cosines < threshold, intruders.new),
-            undecided=intruders.undecided & ((cosines - threshold).abs() <= angle),
+            new=np.where(intruders.undecided, cosines < threshold, intruders.new),
+            undecided=intruders.undecided & (np.abs(cosines - threshold) <= leading.angle),
         )
         intruders = replace(intruders, new=intruders.new & ~intruders.undecided)
     return intruders
 
 
 def _search(
-    W: Tensor,
+    W: Array,
     leading: Leading,
-    U: Tensor,
+    U: Array,
     former: Intruders,
     threshold: float,
     columns: int,
-    generator: torch.Generator,
+    draw: Draw,
+    label: str,
 ) -> Intruders:
     """Decide as many of the undecided vectors as a Krylov space of `columns` columns can.
 
     Args:
         U: (m, k), the leading vectors, or their projections on W's outputs.
     """
-    start = torch.cat([U, random_block(len(W), max(BLOCK - U.shape[1], EXTRA), generator, W)], 1)
+    start = concatenate([U, random_block(len(W), max(BLOCK - U.shape[1], EXTRA), draw, label, W)], 1)
     space = Krylov(W.T, columns, start)
-    parts = (space.V.T @ U).double()  # (b, k)
+    parts = fetched(doubled(space.V.T @ U))  # (b, k)
     angle, intruders = leading.angle, former
     while intruders.undecided.any() and _grow(space):
         values, vectors, rests = _ritz_pairs(space)
         inside = vectors[: space.block].T @ parts  # (width, k): the cosines with the Ritz vectors
         off = _angles(values, rests)[:, None]
-        leads = (off <= 5 * ANGLE).cumprod(0).bool()  # those before which none is missing
-        matched = (leads & (inside.abs() - off - angle >= threshold)).any(0).cpu()
+        leads = np.logical_and.accumulate(off <= 5 * ANGLE)  # those before which none is missing
+        matched = (leads & (np.abs(inside) - off - angle >= threshold)).any(0)
         most = _largest_possible(values, rests, inside)
-        new = (most < threshold - angle).cpu()
+        new = most < threshold - angle
         intruders = replace(
             intruders,
             new=intruders.new | (intruders.undecided & new & ~matched),
@@ -216,7 +221,7 @@ def _search(
     return intruders
 
 
-def _largest_possible(values: Tensor, rests: Tensor, inside: Tensor) -> Tensor:
+def _largest_possible(values: Wide, rests: Wide, inside: Wide) -> Wide:
     """Bound |cos(u, w)| over all eigenvectors w of M = W W^T, for vectors u in the first block of a Krylov space.
 
     With Ritz pairs M y_i = x_i y_i + V g_i, a w of eigenvalue x has (x - x_i) y_i.w = g_i.h with h = V^T w. So
@@ -234,58 +239,55 @@ def _largest_possible(values: Tensor, rests: Tensor, inside: Tensor) -> Tensor:
         (k,)
     """
     near = ROUNDING * values[0]
-    steps = torch.tensor(STEPS, dtype=values.dtype, device=values.device)[:, None]
-    high = torch.cat([values[:1] + (values[0] - values[1]).clamp(min=near), values])
-    low = torch.cat([values, values.new_zeros(1)])
-    points = torch.cat([low + steps * (high - low), high - steps * (high - low), low[None] + near]).flatten()
-    most = inside.new_zeros(inside.shape[1])
-    for x in torch.split(points, max(1, (1 << 19) // len(values))):
-        apart = x[:, None] - values  # (points, width)
-        apart = 1 / torch.where(apart.abs() < near, torch.where(apart < 0, -near, near), apart)
-        H = torch.einsum("pi,bi,ci->pbc", apart.square(), rests, rests)
-        H.diagonal(dim1=1, dim2=2).add_(1.0)
-        p = torch.einsum("pi,bi,ik->pbk", apart, rests, inside)
-        most = torch.maximum(most, (p * torch.linalg.solve(H, p)).sum(1).amax(0))
-    within = (values[:, None] - values).abs() <= 2 * near  # eigenvalues equal within float32's rounding error
-    together = within.to(inside.dtype) @ inside.square()
-    return torch.maximum(most, together.amax(0)).clamp(min=0).sqrt()
+    steps = np.array(STEPS)[:, None]
+    high = np.append(values[0] + max(values[0] - values[1], near), values)
+    low = np.append(values, 0.0)
+    points = np.concatenate([low + steps * (high - low), high - steps * (high - low), low[None] + near]).reshape(-1)
+    most = np.zeros(inside.shape[1])
+    count = max(1, IN_CACHE // rests.size)
+    for start in range(0, len(points), count):
+        apart = points[start : start + count, None] - values  # (points, width)
+        scaled = rests / np.where(np.abs(apart) < near, np.where(apart < 0, -near, near), apart)[:, None]
+        H = scaled @ scaled.swapaxes(1, 2) + np.eye(len(rests))
+        p = scaled @ inside
+        most = np.maximum(most, (p * np.linalg.solve(H, p)).sum(1).max(0))
+    within = np.abs(values[:, None] - values) <= 2 * near  # eigenvalues equal within float32's rounding error
+    together = (within @ np.square(inside)).max(0)
+    cosines: Wide = np.sqrt(np.maximum(np.maximum(most, together), 0.0))
+    return cosines
 
 
-def _projected(W: Tensor, U: Tensor) -> Tensor | None:
+def _projected(W: Array, U: Array) -> Array | None:
     """Project U (m, k) on the column space of a tall W (m, n); None if W is numerically rank-deficient."""
     G = gram(W)
-    largest = torch.linalg.vector_norm(G)
-    G.diagonal().sub_(RESOLUTION * largest)
-    if int(torch.linalg.cholesky_ex(G).info):
+    if not is_positive(G - RESOLUTION * norm(G) * eye(len(G), G)):
         return None
-    G.diagonal().add_(RESOLUTION * largest)
-    solved = torch.cholesky_solve((W.T @ U).double(), torch.linalg.cholesky(G))
-    return W @ solved.to(W.dtype)
+    return W @ cast(solve(G, doubled(W.T @ U)), W)
 
 
-def _cosines(W: Tensor, U: Tensor) -> Tensor:
+def _cosines(W: Array, U: Array) -> Wide:
     """Return the largest |cos| of each of U (m, k) with any left singular vector of W, (k,), from a full decomposition.
 
     If singular values are equal in float64, every direction in the span of their vectors is a singular vector.
     """
     m, n = W.shape
-    values, vectors = torch.linalg.eigh(gram(W.T if m <= n else W))
-    nonzero = values > RESOLUTION * values[-1].clamp(min=0)
-    values, vectors = values[nonzero], vectors[:, nonzero]
-    wide = U.double()
-    inside = vectors.T @ (wide if m <= n else _transposed_product(W, wide))
-    inside = inside if m <= n else inside / values.sqrt()[:, None]
-    if not len(values):
-        return wide.new_zeros(U.shape[1])
-    ties = torch.cat([values.new_zeros(1), values[1:] - values[:-1] > RESOLUTION * values[-1]]).cumsum(0).long()
-    together = wide.new_zeros(int(ties[-1]) + 1, U.shape[1]).index_add_(0, ties, inside.square())
-    return together.amax(0).sqrt()
+    all_values, vectors = eigh(gram(W.T if m <= n else W))
+    values = fetched(all_values)
+    rank = int((values > RESOLUTION * max(values[0], 0.0)).sum())
+    if not rank:
+        return np.zeros(U.shape[1])
+    values, wide = values[:rank], doubled(U)
+    inside = fetched(vectors[:, :rank].T @ (wide if m <= n else _transposed_product(W, wide)))
+    squares = np.square(inside) if m <= n else np.square(inside) / values[:, None]
+    starts = [0, *(np.flatnonzero(values[:-1] - values[1:] > RESOLUTION * values[0]) + 1)]
+    together: Wide = np.sqrt(np.add.reduceat(squares, starts).max(0))
+    return together
 
 
-def _transposed_product(W: Tensor, X: Tensor) -> Tensor:
+def _transposed_product(W: Array, X: Array) -> Array:
     """Return W^T X in float64, by blocks of rows."""
-    total = X.new_zeros(W.shape[1], X.shape[1])
-    step = max(1, (1 << 22) // W.shape[1])
-    for start in range(0, len(W), step):
-        total += W[start : start + step].double().T @ X[start : start + step]
+    total, start = zeros((W.shape[1], X.shape[1]), X), 0
+    for block in row_blocks(W):
+        total += doubled(block).T @ X[start : start + len(block)]
+        start += len(block)
     return total

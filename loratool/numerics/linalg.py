@@ -24,8 +24,8 @@ class SVD(NamedTuple):
 
 
 def _torch(x: Array) -> Any:
-    """Return torch for its tensors; None for numpy's arrays."""
-    if isinstance(x, np.ndarray):
+    """Return torch for its tensors; None for numpy's arrays and numbers."""
+    if isinstance(x, np.ndarray | np.generic):
         return None
     import torch
 
@@ -181,3 +181,13 @@ def torch_type(kind: npt.DTypeLike) -> Any:
     import torch
 
     return torch.from_numpy(np.empty(0, kind)).dtype
+
+
+def is_positive(x: Array) -> bool:
+    """Return whether a symmetric matrix is positive definite."""
+    linalg: Any = (_torch(x) or np).linalg
+    try:
+        linalg.cholesky(x)
+    except linalg.LinAlgError:
+        return False
+    return True

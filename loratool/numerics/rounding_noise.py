@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-# a type's name in safetensors -> (mantissa bits, least exponent of a normal number)
-FLOAT_STEPS = {
-    "BF16": (7, -126), "F16": (10, -14), "F32": (23, -126), "F64": (52, -1022), "F8_E4M3": (3, -6), "F8_E5M2": (2, -14),
-}  # fmt: skip
+from .forms import Form, Wide
 
-_EXPONENTS = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF << 52)}  # their bits
+Floats = npt.NDArray[np.float32] | Wide
+
+# bytes of a float -> the integer of its bits, those of its exponent
+_EXPONENTS: dict[int, tuple[type, int]] = {4: (np.int32, 0x7F800000), 8: (np.int64, 0x7FF << 52)}
 
 LEAST = 1e-20  # smaller sums of squares may lack terms that underflowed in float32
 
@@ -27,8 +28,8 @@ LEAST = 1e-20  # smaller sums of squares may lack terms that underflowed in floa
 class RoundingNoise:
     """The variances of the errors of a matrix (m, n), summed over its rows and over its columns, in float64."""
 
-    rows: Tensor  # (m,)
-    columns: Tensor  # (n,)
+    rows: Wide  # (m,)
+    columns: Wide  # (n,)
 
     @property
     def energy(self) -> float:
@@ -57,50 +58,49 @@ class RoundingNoise:
 
 def below_one_another(parts: Sequence[RoundingNoise]) -> RoundingNoise:
     """Return the noise of several matrices, one below the other."""
-    return RoundingNoise(torch.cat([part.rows for part in parts]), torch.stack([p.columns for p in parts]).sum(0))
+    return RoundingNoise(np.concatenate([part.rows for part in parts]), np.sum([p.columns for p in parts], 0))
 
 
-def noise_of_steps(steps: Tensor) -> RoundingNoise:
+@np.errstate(over="ignore", under="ignore")
+def noise_of_steps(steps: Floats) -> RoundingNoise:
     """Return the noise of numbers (m, n) that were rounded with these steps."""
-    squares = steps.square()
-    rows, columns = squares.sum(1).double(), squares.sum(0).double()
-    if steps.dtype != torch.float64 and not LEAST < float(rows.sum()) < math.inf:
-        return noise_of_steps(steps.double())
+    squares = np.square(steps)
+    rows, columns = (squares.sum(axis).astype(np.float64) for axis in (1, 0))
+    if steps.dtype != np.float64 and not LEAST < float(rows.sum()) < math.inf:
+        return noise_of_steps(steps.astype(np.float64))
     return RoundingNoise(rows / 12, columns / 12)
 
 
-def float_steps(x: Tensor, dtype: str) -> Tensor:
+def float_steps(x: Floats, form: Form) -> Floats:
     """Return the distance between neighboring numbers of a type at each x. It overwrites x.
 
     Args:
-        x: contiguous, in float32 or float64.
-        dtype: a key of FLOAT_STEPS, the type that x was stored in.
+        x: contiguous.
+        form: of the type that x was stored in.
     """
-    mantissa, least = FLOAT_STEPS[dtype]
-    bits, exponents = _EXPONENTS[x.dtype]
-    steps: Tensor = x.view(bits).bitwise_and_(exponents).view(x.dtype)  # 2^exponent: frexp takes ten times as long
-    return steps.clamp_(min=2.0**least).mul_(2.0**-mantissa)
+    integer, exponents = _EXPONENTS[x.itemsize]
+    bits: npt.NDArray[Any] = x.view(integer)
+    bits &= integer(exponents)  # 2^exponent: frexp takes ten times as long
+    np.maximum(x, x.dtype.type(2.0**form.least), out=x)
+    x *= x.dtype.type(2.0 ** (1 - form.precision))
+    return x
 
 
-def product_noise_edge(B: Tensor, A: Tensor, dtypes: tuple[str, str]) -> float:
+def product_noise_edge(B: Wide, A: Wide, forms: tuple[Form, Form]) -> float:
     """Return an upper bound of ||B' A' - B A||, where B (m, r) and A (r, n) are roundings of B' and A'.
 
     By Weyl's inequality, a larger singular value of B A belongs to one of B' A' that is not 0. The norm is at most
     ||dB|| ||A|| + ||B|| ||dA|| + ||dB|| ||dA||.
 
     Args:
-        B, A: float64.
-        dtypes: keys of FLOAT_STEPS, of B and of A.
+        forms: of the types of B and of A.
     """
-    norm_B, norm_A = (float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()) for gram in (B.mT @ B, A @ A.mT))
-    dB, dA = (
-        noise_of_steps(float_steps(x.clone(memory_format=torch.contiguous_format), dtype)).edge()
-        for x, dtype in zip((B, A), dtypes, strict=True)
-    )
+    norm_B, norm_A = (math.sqrt(max(0.0, float(np.linalg.eigvalsh(gram)[-1]))) for gram in (B.T @ B, A @ A.T))
+    dB, dA = (noise_of_steps(float_steps(x.copy(), form)).edge() for x, form in zip((B, A), forms, strict=True))
     return dB * norm_A + (norm_B + dB) * dA
 
 
-def unknown_noise_edge(S: Tensor, shape: tuple[int, int]) -> float:
+def unknown_noise_edge(S: Wide, shape: tuple[int, int]) -> float:
     """Return the threshold for noise of unknown size that is uniform over the matrix.
 
     Most singular values must be noise. The threshold is omega(beta) times their median (Gavish and Donoho, IEEE
@@ -111,4 +111,4 @@ def unknown_noise_edge(S: Tensor, shape: tuple[int, int]) -> float:
     """
     beta = min(shape) / max(shape)
     omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
-    return omega * float(S.quantile(0.5))
+    return omega * float(np.median(S))

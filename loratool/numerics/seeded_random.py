@@ -1,8 +1,8 @@
 """Draw random numbers that depend on a key only, and have the same bits on every machine.
 
-torch's normals differ between processors. numpy keeps the stream of a bit generator from release to release, but not
-that of a Generator (NEP 19). So the raw bits are numpy's, and all further steps are +, -, *, / and sqrt, whose rounding
-IEEE 754 defines. We do not use the logarithm of a C library, because no standard defines its last bit.
+numpy keeps the stream of a bit generator from release to release, but not that of a Generator (NEP 19). So the raw bits
+are numpy's, and all further steps are +, -, *, / and sqrt, whose rounding IEEE 754 defines. We do not use the logarithm
+of a C library, because no standard defines its last bit.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -105,15 +103,10 @@ class Draw:
     seed: int
     name: str  # of the weight
 
-    def uniform(self, label: str, *shape: int) -> Tensor:
+    def uniform(self, label: str, *shape: int) -> Floats:
         """Draw numbers uniformly between -1 and 1, in float64. `label` distinguishes the draws for one weight."""
-        return torch.from_numpy(uniform(f"{self.seed} {self.name} {label}", math.prod(shape)) * 2.0 - 1.0).view(shape)
+        return (uniform(f"{self.seed} {self.name} {label}", math.prod(shape)) * 2.0 - 1.0).reshape(shape)
 
-    def normal(self, label: str, *shape: int) -> Tensor:
+    def normal(self, label: str, *shape: int) -> Floats:
         """Draw normal numbers with mean 0 and variance 1, in float64. `label` is as in `uniform`."""
-        return torch.from_numpy(normal(f"{self.seed} {self.name} {label}", math.prod(shape))).view(shape)
-
-    def generator(self, device: torch.device) -> torch.Generator:
-        """Return a generator of torch, seeded by `seed` and `name`, for the random start of a factorization."""
-        digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+        return normal(f"{self.seed} {self.name} {label}", math.prod(shape)).reshape(shape)

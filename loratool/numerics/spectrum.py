@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from .forms import Wide
 
 RANK_TOLERANCE = 1e-12  # relative to the largest singular value; smaller ones are rounding noise of float64
 FIRST = 8  # places that are all points
@@ -31,7 +31,7 @@ class SpectrumPoints:
 
 
 def spectrum_points(
-    squares: Tensor, matrices: int = 1, total: float | None = None, noise: float = RANK_TOLERANCE
+    squares: Wide, matrices: int = 1, total: float | None = None, noise: float = RANK_TOLERANCE
 ) -> SpectrumPoints:
     """Return the points of a spectrum.
 

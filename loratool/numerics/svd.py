@@ -13,8 +13,24 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from .arrays import Array, doubled, empty, fetched, sent, where
+from .linalg import (
+    cast,
+    concatenate,
+    eigenvalues,
+    eigh,
+    eye,
+    norm,
+    order_of,
+    qr,
+    sqrt,
+    square,
+    taken,
+    zeros,
+)
+from .seeded_random import Draw
 
 TOLERANCE = 1e-4  # relative to the optimum's energy
 
@@ -47,71 +63,66 @@ class TruncatedSVD:
     have length 1. Columns with little energy are only as orthogonal as they have converged.
     """
 
-    U: Tensor  # (m, r)
-    S: Tensor  # (r,), float64, largest first
-    V: Tensor  # (n, r)
+    U: Array  # (m, r)
+    S: Array  # (r,), float64, largest first
+    V: Array  # (n, r)
     total: float  # ||D||^2
     gap: float  # (E - energy) / E for the optimum's energy E: 0 if exact, a bound if certified, else an estimate
     columns: int  # of the basis that was built; 0 for the eigenvectors of D^T D, which are exact
 
     @property
     def energy(self) -> float:
-        return float(self.S.square().sum())
+        return float(square(self.S).sum())
 
 
-def truncated_svd(
-    D: Tensor, rank: int, generator: torch.Generator, tolerance: float = TOLERANCE, certify: bool = False
-) -> TruncatedSVD:
+def truncated_svd(D: Array, rank: int, draw: Draw, tolerance: float = TOLERANCE, certify: bool = False) -> TruncatedSVD:
     """Return the top `rank` singular triplets (u, s, v) of D.
 
     The largest entry of each column of V is positive.
 
     Args:
         D: (m, n), float32, all finite
-        generator: on D's device, for the random start
+        draw: of the random start
         tolerance: how much of the optimum's energy may be missing
         certify: prove that the tolerance is met, except with the probability MISS
     """
     m, n = D.shape
     if m < n:
-        return _transposed(truncated_svd(D.T, rank, generator, tolerance, certify))
+        return _transposed(truncated_svd(D.T, rank, draw, tolerance, certify))
     total = energy_of(D)
     rank = min(rank, n)
     if total == 0.0 or rank == 0:
-        return TruncatedSVD(D.new_zeros(m, 0), D.new_zeros(0).double(), D.new_zeros(n, 0), total, 0.0, 0)
+        U, V = (zeros((size, 0), D, np.float32) for size in (m, n))
+        return TruncatedSVD(U, zeros((0,), D), V, total, 0.0, 0)
     triplets = None
     if n > SMALL and WIDE * (rank + 2 * BLOCK) <= n and TINY < math.sqrt(total) < 1 / TINY:
-        triplets = _krylov(D, rank, generator, tolerance, certify)
+        triplets = _krylov(D, rank, draw, tolerance, certify)
     X, gap, columns = triplets or (_eigenvectors(D, rank), 0.0, 0)
     return _from_right(D, X, total, gap, columns)
 
 
-def truncated_svds(
-    stack: Tensor, rank: int, generators: Sequence[torch.Generator], certify: bool = False
-) -> list[TruncatedSVD]:
+def truncated_svds(stack: Array, rank: int, draws: Sequence[Draw], certify: bool = False) -> list[TruncatedSVD]:
     """Return `truncated_svd` of each matrix of a stack (E, m, n), with one batched call per group if they are small."""
     E, m, n = stack.shape
     if min(m, n) > SMALL or E == 1:
-        return [truncated_svd(D, rank, g, certify=certify) for D, g in zip(stack, generators, strict=True)]
-    tall = stack if m >= n else stack.mT
+        return [truncated_svd(D, rank, draw, certify=certify) for D, draw in zip(stack, draws, strict=True)]
+    tall = stack if m >= n else stack.swapaxes(1, 2)
     svds: list[TruncatedSVD] = []
     count = max(1, (1 << 22) // (m * n))
     for start in range(0, E, count):
         group = tall[start : start + count]
-        wide = group.double()
-        X = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, :, -min(rank, m, n) :].flip(2)
+        wide = doubled(group)
+        X = eigh(wide.swapaxes(1, 2) @ wide)[1][:, :, : min(rank, m, n)]
         svds += [_from_right(D, V, energy_of(D), 0.0, 0) for D, V in zip(group, X, strict=True)]
     return svds if m >= n else [_transposed(svd) for svd in svds]
 
 
-def singular_values_of(D: Tensor) -> Tensor:
+def singular_values_of(D: Array) -> Array:
     """Return the singular values of D (m, n) in float64, (min(m, n),), largest first, to 1e-8 of the largest."""
-    squares = torch.linalg.eigvalsh(gram(D if len(D) >= D.shape[1] else D.T))
-    S: Tensor = squares.clamp(min=0).sqrt().flip(0)
-    return S
+    return sqrt(eigenvalues(gram(D if len(D) >= D.shape[1] else D.T)).clip(0.0))
 
 
-def least_triplets(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def least_triplets(D: Array, rank: int) -> tuple[Array, Array, Array]:
     """Return the `rank` singular triplets of D (m, n) with the least singular values.
 
     The eigenvectors of the smaller Gram matrix in float64 resolve singular values down to 1e-8 of the largest. Smaller
@@ -123,28 +134,28 @@ def least_triplets(D: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if len(D) < D.shape[1]:
         V, S, U = least_triplets(D.T, rank)
         return U, S, V
-    X = torch.linalg.eigh(gram(D)).eigenvectors[:, :rank].flip(1)
-    B = torch.cat([block.double() @ X for block in row_blocks(D)])
-    S = torch.linalg.vector_norm(B, dim=0)
-    order = S.argsort(descending=True, stable=True)
-    U, R = torch.linalg.qr(B[:, order])  # B / S except for signs, and orthonormal even where S is 0
-    return torch.where(R.diagonal() < 0, -U, U).to(D.dtype), S[order], X[:, order].to(D.dtype)
+    X = eigh(gram(D))[1][:, D.shape[1] - rank :]
+    B = concatenate([doubled(block) @ X for block in row_blocks(D)])
+    S = norm(B, 0)
+    order = order_of(S)
+    U, R = qr(B[:, order])  # B / S except for signs, and orthonormal even where S is 0
+    return cast(where(R.diagonal() < 0, -U, U), D), S[order], cast(X[:, order], D)
 
 
 def _transposed(svd: TruncatedSVD) -> TruncatedSVD:
     return _signed(TruncatedSVD(svd.V, svd.S, svd.U, svd.total, svd.gap, svd.columns))
 
 
-def _from_right(D: Tensor, X: Tensor, total: float, gap: float, columns: int) -> TruncatedSVD:
+def _from_right(D: Array, X: Array, total: float, gap: float, columns: int) -> TruncatedSVD:
     """Return the singular triplets of D given its right singular vectors X (n, r), computed in X's precision."""
     m, n = D.shape
-    B = torch.cat([block.to(X.dtype) @ X for block in row_blocks(D)])
-    S = torch.linalg.vector_norm(B.double(), dim=0)
-    order = S.argsort(descending=True, stable=True)
+    B = concatenate([cast(block, X) @ X for block in row_blocks(D)])
+    S = norm(doubled(B), 0)
+    order = order_of(S)
     S, B, X = S[order], B[:, order], X[:, order]
     nonzero = S[0] * rounding_floor(m, n) < S
-    S, B, X = S[nonzero], B[:, nonzero], X[:, nonzero].to(D.dtype)
-    return _signed(TruncatedSVD((B.double() / S).to(D.dtype), S, X, total, gap, columns))
+    S, B, X = S[nonzero], B[:, nonzero], cast(X[:, nonzero], D)
+    return _signed(TruncatedSVD(cast(doubled(B) / S, D), S, X, total, gap, columns))
 
 
 def rounding_floor(m: int, n: int) -> float:
@@ -152,33 +163,27 @@ def rounding_floor(m: int, n: int) -> float:
     return 1e-7 * math.sqrt(max(m, n))
 
 
-def energy_of(D: Tensor) -> float:
-    """Return ||D||^2 with a relative error of about 1e-8.
-
-    The norms of rows are taken in float32, whose errors average out, and their squares are summed in float64.
-    """
-    lines = torch.linalg.vector_norm(D, dim=1 if D.stride(1) == 1 else 0)
-    if len(lines) and not TINY < float(lines.max()) < math.inf:  # squares beyond float32's range
-        lines = torch.linalg.vector_norm(D, dim=1, dtype=torch.float64)
-    return float(lines.double().square().sum())
+def energy_of(D: Array) -> float:
+    """Return ||D||^2, summed in float64."""
+    return math.fsum(float(square(doubled(block)).sum()) for block in row_blocks(D, IN_CACHE))
 
 
-def residual_energy(D: Tensor, B: Tensor, A: Tensor) -> float:
+def residual_energy(D: Array, B: Array, A: Array) -> float:
     """Return ||D - B A||^2, summed in float64 from its entries, as ||D||^2 - ||B A||^2 would cancel.
 
     Args:
         D: (m, n).
         B: (m, r), A: (r, n).
     """
-    A, energy, first = A.double(), 0.0, 0
+    A, energy, first = doubled(A), 0.0, 0
     for block in row_blocks(D, IN_CACHE):
-        left = torch.addmm(block.double(), B[first : first + len(block)].double(), A, alpha=-1)
-        energy += float(torch.linalg.vector_norm(left).square())
+        left = doubled(block) - doubled(B[first : first + len(block)]) @ A
+        energy += float(square(left).sum())
         first += len(block)
     return energy
 
 
-def row_blocks(D: Tensor, size: int = 1 << 22) -> Iterator[Tensor]:
+def row_blocks(D: Array, size: int = 1 << 22) -> Iterator[Array]:
     """Yield blocks of rows of about `size` numbers, whose float64 copies take little memory."""
     step = max(1, size // max(1, D.shape[1]))
     for start in range(0, D.shape[0], step):
@@ -188,25 +193,22 @@ def row_blocks(D: Tensor, size: int = 1 << 22) -> Iterator[Tensor]:
 def _signed(svd: TruncatedSVD) -> TruncatedSVD:
     if not len(svd.S):
         return svd
-    largest = svd.V.abs().argmax(0)
-    negative = svd.V.gather(0, largest[None])[0] < 0
-    sign = torch.ones_like(svd.S, dtype=svd.V.dtype).masked_fill_(negative, -1.0)
+    sign = 1 - 2 * cast(taken(svd.V, abs(svd.V).argmax(0)) < 0, svd.V)
     return TruncatedSVD(svd.U * sign, svd.S, svd.V * sign, svd.total, svd.gap, svd.columns)
 
 
-def _eigenvectors(D: Tensor, rank: int) -> Tensor:
+def _eigenvectors(D: Array, rank: int) -> Array:
     """Return the top right singular vectors (n, rank) of D from D^T D, exact to 1e-8 of the largest singular value."""
-    top: Tensor = torch.linalg.eigh(gram(D)).eigenvectors[:, -rank:].flip(1)
-    return top
+    return eigh(gram(D))[1][:, :rank]
 
 
-def gram(D: Tensor) -> Tensor:
+def gram(D: Array) -> Array:
     """Return D^T D in float64, (n, n)."""
-    gram = torch.zeros(D.shape[1], D.shape[1], dtype=torch.float64, device=D.device)
+    total = zeros((D.shape[1], D.shape[1]), D)
     for block in row_blocks(D):
-        wide = block.double()
-        gram.addmm_(wide.T, wide)
-    return gram
+        wide = doubled(block)
+        total += wide.T @ wide
+    return total
 
 
 class Krylov:
@@ -216,20 +218,21 @@ class Krylov:
     block of Q, and D^T D times the last block of Q is Q T[:, -b:] + V R. The first block is `start` (n, b).
     """
 
-    def __init__(self, D: Tensor, max_width: int, start: Tensor) -> None:
+    def __init__(self, D: Array, max_width: int, start: Array) -> None:
         m, n = D.shape
-        self.D, self.max_width, self.width, self.block = D, max_width, 0, start.shape[1]
-        self._Q, self._W = D.new_empty(n, max_width), D.new_empty(m, max_width)
-        self._T = torch.zeros(max_width, max_width, dtype=torch.float64, device=D.device)
-        self.V = torch.linalg.qr(start).Q
-        self.R = D.new_zeros(self.block, self.block).double()
+        self.D, self.max_width, self.width = D, max_width, 0
+        self.block: int = start.shape[1]
+        self._Q, self._W = (empty(np.float32, size, max_width, like=D) for size in (n, m))
+        self._T = zeros((max_width, max_width), D)
+        self.V = qr(start)[0]
+        self.R = zeros((self.block, self.block), D)
 
     @property
-    def Q(self) -> Tensor:
+    def Q(self) -> Array:
         return self._Q[:, : self.width]
 
     @property
-    def T(self) -> Tensor:
+    def T(self) -> Array:
         return self._T[: self.width, : self.width]
 
     @property
@@ -239,44 +242,41 @@ class Krylov:
     def grow(self) -> None:
         """Append V to the basis, and compute the next V and R."""
         new = slice(self.width, self.width + self.block)
-        self._Q[:, new], self._W[:, new] = self.V, _product(self.D, self.V)
-        cross = (self._W[:, : new.stop].T @ self._W[:, new]).double()
+        self._Q[:, new], self._W[:, new] = self.V, self.D @ self.V
+        cross = doubled(self._W[:, : new.stop].T @ self._W[:, new])
         self._T[: new.stop, new], self._T[new, : new.stop] = cross, cross.T
         self.width = new.stop
-        Z = _product(self.D.T, self._W[:, new])
-        self.R = torch.eye(self.block, dtype=torch.float64, device=Z.device)
+        Z = self.D.T @ self._W[:, new]
+        self.R = eye(self.block, Z)
         for _ in range(3):  # a QR scales up columns that are nearly noise, and with them their components in Q
             Z -= self.Q @ (self.Q.T @ Z)
-            Z, R = torch.linalg.qr(Z)
-            self.R = R.double() @ self.R
+            Z, R = qr(Z)
+            self.R = doubled(R) @ self.R
         self.V = Z
 
-    def top(self, rank: int) -> Tensor:
+    def top(self, rank: int) -> Array:
         """Return the best `rank` right singular vectors within the basis, (n, rank)."""
-        vectors = torch.linalg.eigh(self.T).eigenvectors[:, -rank:].flip(1).to(self.D.dtype)
-        best: Tensor = torch.linalg.qr(self.Q @ vectors).Q
-        return best
+        return qr(self.Q @ cast(eigh(self.T)[1][:, :rank], self.D))[0]
 
     def energy(self, rank: int) -> float:
         """Return the energy of the best approximation of this rank within the basis."""
-        return float(torch.linalg.eigvalsh(self.T)[-rank:].sum())
+        return float(eigenvalues(self.T)[:rank].sum())
 
-    def bound(self, rank: int, generator: torch.Generator) -> float:
+    def bound(self, rank: int, draw: Draw) -> float:
         """Return an upper bound on the energy of any approximation of this rank, wrong with the probability MISS.
 
         With P = I - Q Q^T, D^T D is [[T, E R^T], [R E^T, P D^T D P]] in the basis (Q, V, the rest). If mu bounds
         P D^T D P, this is at most [[T, E R^T], [R E^T, mu]], whose top eigenvalues are the bound (Weyl).
         """
         k, n, b = self.width, len(self._Q), self.block
-        mu = self._rest(generator)
-        M = torch.zeros(k + b, k + b, dtype=torch.float64, device=self.D.device)
+        mu = self._rest(draw)
+        M = zeros((k + b, k + b), self.D)
         M[:k, :k], M[k:, k - b : k], M[k - b : k, k:] = self.T, self.R, self.R.T
-        M[k:, k:].fill_diagonal_(mu)
-        values = torch.linalg.eigvalsh(M)
-        more = values.new_full((max(0, min(rank, n - k - b)),), mu)
-        return float(torch.cat([values, more]).sort(descending=True).values[:rank].sum())
+        M[k:, k:] = mu * eye(b, M)
+        values = np.append(fetched(eigenvalues(M)), [mu] * min(rank, n - k - b))
+        return float(np.sort(values)[-rank:].sum())
 
-    def _rest(self, generator: torch.Generator) -> float:
+    def _rest(self, draw: Draw) -> float:
         """Return an upper bound on the norm of P D^T D P, from Lanczos with random starts.
 
         From one start, PROBES steps find less than (1 - e) of the norm with a probability of at most
@@ -285,39 +285,32 @@ class Krylov:
         """
         n = len(self._Q)
 
-        def outside(X: Tensor) -> Tensor:
+        def outside(X: Array) -> Array:
             for _ in range(2):
                 X = X - self.Q @ (self.Q.T @ X)
             return X
 
-        basis = torch.linalg.qr(outside(random_block(n, BLOCK, generator, self.D))).Q
-        W = _product(self.D, basis)
+        basis = qr(outside(random_block(n, BLOCK, draw, f"outside {self.width}", self.D)))[0]
+        W = self.D @ basis
         for _ in range(PROBES - 1):
-            Z = outside(_product(self.D.T, W[:, -BLOCK:]))
+            Z = outside(self.D.T @ W[:, -BLOCK:])
             for _ in range(2):
                 Z = Z - basis @ (basis.T @ Z)
-            Z = torch.linalg.qr(Z).Q
-            basis, W = torch.cat([basis, Z], 1), torch.cat([W, _product(self.D, Z)], 1)
-        largest = float(torch.linalg.eigvalsh((W.T @ W).double())[-1])
+            Z = qr(Z)[0]
+            basis, W = concatenate([basis, Z], 1), concatenate([W, self.D @ Z], 1)
+        largest = float(eigenvalues(doubled(W.T @ W))[0])
         missed = (math.log(1.648 * math.sqrt(n)) - math.log(MISS) / BLOCK) / (2 * PROBES - 1)
         return largest / (1 - missed**2)
 
 
-def _product(D: Tensor, X: Tensor) -> Tensor:
-    """Return D @ X for a few columns X, in the order of operands that suits D's layout and takes half the time."""
-    return D @ X if D.stride(1) == 1 else (X.T.contiguous() @ D.T).T
+def random_block(n: int, columns: int, draw: Draw, label: str, like: Array) -> Array:
+    """Return normal numbers (n, columns), in the type of `like` and where it is."""
+    return sent(draw.normal(label, n, columns).astype(np.float32), like)
 
 
-def random_block(n: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    """Return normal numbers (n, columns) of the type and on the device of `like`."""
-    return torch.randn(n, columns, generator=generator, device=like.device, dtype=like.dtype)
-
-
-def _krylov(
-    D: Tensor, rank: int, generator: torch.Generator, tolerance: float, certify: bool
-) -> tuple[Tensor, float, int] | None:
+def _krylov(D: Array, rank: int, draw: Draw, tolerance: float, certify: bool) -> tuple[Array, float, int] | None:
     """Return (top right singular vectors, gap, columns), or None if the basis would grow too wide."""
-    space = Krylov(D, D.shape[1] // WIDE, random_block(D.shape[1], BLOCK, generator, D))
+    space = Krylov(D, D.shape[1] // WIDE, random_block(D.shape[1], BLOCK, draw, "start", D))
     energy, gain, wanted = 0.0, 0.0, 0
     while not space.is_full:
         space.grow()
@@ -330,7 +323,7 @@ def _krylov(
         if not former or gap >= tolerance or not (last or gain < FLOOR) or space.width < wanted:
             continue
         if certify:
-            bound = space.bound(rank, generator)
+            bound = space.bound(rank, draw)
             gap = (bound - energy) / bound
             if gap > tolerance:
                 wanted = space.width + max(2 * BLOCK, space.width // 4)
