@@ -1,6 +1,6 @@
 """An adapter of any format, as a lazy mapping from module path to update.
 
-It is made from headers, the config and scalar alphas, so that plans, binding and `inspect` need no torch.
+It is made from headers, the config and scalar alphas, so that plans and binding need no numpy.
 `Adapter.load` reads the tensors of one update.
 """
 
@@ -54,13 +54,13 @@ class Adapter:
         wanted = frozenset(modules)
         return replace(self, updates={module: update for module, update in self.updates.items() if module in wanted})
 
-    def load(self, spec: UpdateSpec, as_numbers: bool = False) -> Update:
-        """Read the tensors of one update, as torch's or as `Numbers`.
+    def load(self, spec: UpdateSpec) -> Update:
+        """Read the tensors of one update.
 
         Raises:
             InputError: a tensor holds nan or inf.
         """
-        return spec.cls.load(spec, self.file, self.name, as_numbers)
+        return spec.cls.load(spec, self.file, self.name)
 
     def in_modules_to_save(self, module: str) -> bool:
         """Return whether `module` is, or is inside, a module that the config lists in modules_to_save."""

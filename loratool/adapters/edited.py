@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..architectures.prefixes import PEFT_PREFIX
 from ..errors import InputError, NeedsFlag
 from ..files.containers.safetensors_file import data_order
-from ..files.dtypes import TensorSpec, safetensors_name
-from ..files.tensor_ref import TensorRef, is_finite
+from ..files.dtypes import TensorSpec
+from ..files.tensor_ref import TensorRef
 from ..files.weights_file import WeightsFile
+from ..numerics.arrays import Array, Numbers, fetched, rounded_to
+from ..numerics.forms import F32, Form
 from .adapter import Adapter
 from .formats import FORMATS, usual_format
 from .formats.content import AdapterContent
@@ -54,7 +55,8 @@ class CarriedTensor:
         stored = self.terms[0][0].spec
         return stored if self.is_copy else TensorSpec("F32", stored.shape)
 
-    def load(self) -> Tensor:
+    @np.errstate(all="ignore")
+    def load(self) -> Numbers:
         """Read a copy in its stored type, or compute a sum in float64 and round it to float32.
 
         Raises:
@@ -62,13 +64,13 @@ class CarriedTensor:
         """
         first, _ = self.terms[0]
         if self.is_copy:
-            total = first.file.tensor(first.name)
+            total = first.file.numbers(first.name)
         else:
-            total = torch.zeros(first.spec.shape, dtype=torch.float64)
+            summed = np.zeros(first.spec.shape)
             for ref, factor in self.terms:
-                total.add_(ref.file.tensor(ref.name).double(), alpha=factor)
-            total = total.float()
-        if not is_finite(total):
+                summed += ref.file.numbers(ref.name).wide() * factor
+            total = rounded_to(summed, F32)
+        if not total.all_finite():
             raise InputError("holds nan or inf", culprit=first.name)
         return total
 
@@ -80,9 +82,10 @@ class EditedAdapter:
     template: Adapter  # the adapter whose format and config the output has
     updates: Mapping[str, UpdateSpec]  # module -> the update that gives names and shapes (except the rank)
     ranks: Mapping[str, int]  # module -> rank
-    factors: Callable[[str], tuple[Tensor, Tensor]]  # module -> (B (E, out, r), A (E, r, in)), with the scale folded in
+    # module -> (B (E, out, r), A (E, r, in)), with the scale folded in: float64, or already rounded
+    factors: Callable[[str], tuple[Array | Numbers, Array | Numbers]]
     carried: Mapping[str, CarriedTensor]  # name -> a tensor beside the factors
-    dtype: torch.dtype = torch.float32  # of the factors
+    dtype: Form = F32  # of the factors
     fields: Mapping[str, object] = field(default_factory=dict)  # fields of PEFT's config that replace the template's
     metadata: Mapping[str, str] = field(default_factory=dict)  # entries of the file that replace the template's
     differing: Collection[str] = ()  # keys of the template's metadata that do not apply to the output
@@ -111,7 +114,7 @@ class EditedAdapter:
 
     def specs_of(self, module: str) -> dict[str, TensorSpec]:
         """Return name -> type and shape of A and B in the output."""
-        dtype = safetensors_name(self.dtype)
+        dtype = self.dtype.name
         update, rank = self.updates[module], self.ranks[module]
         A, B, E = update.specs["A"].shape, update.specs["B"].shape, update.experts
         key_A, key_B = self.names(module)
@@ -141,21 +144,21 @@ class EditedAdapter:
             return (int(value) - sum(spec.nbytes for spec in rest)) // self.dtype.itemsize
         return int(value) - sum(spec.size for spec in rest)
 
-    def loader(self) -> Callable[[str], Tensor]:
-        """Return a function from an output tensor's name to the tensor.
+    def loader(self) -> Callable[[str], Numbers]:
+        """Return a function from an output tensor's name to its numbers.
 
         A module's factors are computed once if they are requested one after the other.
         """
         module_of = {key: module for module in self.updates for key in self.names(module)}
         carried = {self._saved(name): each for name, each in self.carried.items()}
         alphas = {name: module for module in self.updates if (name := self.format.edited_alpha(module))}
-        last: dict[str, Tensor] = {}
+        last: dict[str, Numbers] = {}
 
-        def load(key: str) -> Tensor:
+        def load(key: str) -> Numbers:
             if key in carried:
                 return carried[key].load()
             if key in alphas:
-                return torch.tensor(float(self.ranks[alphas[key]]), dtype=torch.float32)
+                return Numbers.of(np.array([self.ranks[alphas[key]]], np.float32)).reshape()
             if key not in last:
                 last.clear()
                 last.update(self._stored_factors(module_of[key]))
@@ -163,11 +166,16 @@ class EditedAdapter:
 
         return load
 
-    def _stored_factors(self, module: str) -> dict[str, Tensor]:
-        B, A = (side.to(self.dtype) for side in self.factors(module))
+    def _stored_factors(self, module: str) -> dict[str, Numbers]:
+        B, A = (self._rounded(side) for side in self.factors(module))
         specs, names = self.specs_of(module), self.names(module)
         A_spec, B_spec = (specs[name] for name in names)
-        return {names[0]: A.reshape(A_spec.shape), names[1]: B.permute(1, 2, 0).reshape(B_spec.shape)}
+        B = Numbers(B.bits.transpose(1, 2, 0), B.form)
+        return {names[0]: A.reshape(*A_spec.shape), names[1]: B.reshape(*B_spec.shape)}
+
+    def _rounded(self, side: Array | Numbers) -> Numbers:
+        rounded = isinstance(side, Numbers)
+        return Numbers(side.host(), side.form) if rounded else rounded_to(fetched(side), self.dtype)
 
 
 def require_writable(template: Adapter) -> None:

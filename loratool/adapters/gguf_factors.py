@@ -5,27 +5,26 @@ Factors are computed when they are loaded. Only rows of B and columns of A are m
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN
 from ..errors import InputError
-from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
+from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from .adapter import Adapter
 from .gguf_parts import EMBEDDING, STACK, GgufModel, Part
-from .placed_factors import Place, have_one_A, place_pairs, starts
+from .placed_factors import Place, have_one_A, lay_A, lay_B, place_pairs, starts
 from .updates.dora import DoRA
 from .updates.experts import Experts
 from .updates.low_rank import LowRank
 from .updates.update import Stack, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .placed_factors import Pair
+    from ..numerics.arrays import Numbers
+    from ..numerics.forms import Form
+    from .placed_factors import Array, Pair
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ class MadeUpdate:
     source: UpdateSpec  # gives the scale and, with others, the types
     shape: tuple[int, int, int, int]  # experts, out, rank, in
     dtype: str
-    load: Callable[[], Pair]
+    load: Callable[[], dict[str, Numbers]]  # A and B in PEFT's layout, by role
     detail: Stack | None
     transposed: bool | None
-    magnitude: Callable[[], Tensor] | None = None  # of DoRA: one number for each row
+    magnitude: Callable[[], Numbers] | None = None  # of DoRA: one number for each row
     rows: Sequence[int] = ()  # rows of each matrix of `source`, if not all
 
     def spec(self) -> UpdateSpec:
@@ -56,30 +55,37 @@ class MadeUpdate:
         return DoRA.of(spec, f"{key}.magnitude", TensorSpec(stored.dtype, (out,)), along_inputs=False)
 
 
-def _pair(adapter: Adapter, update: UpdateSpec) -> Pair:
-    """Load factors in their stored types as stacks of matrices; a linear layer is a stack of one."""
-    loaded = adapter.load(update.cls.without_norm(update))
-    assert isinstance(loaded, LowRank | Experts)
-    E, rank = update.experts, update.rank
-    return loaded.A.view(E, rank, -1), loaded.B.view(-1, rank, E).permute(2, 0, 1)
-
-
 def _dtype(updates: Sequence[UpdateSpec]) -> str:
     """Return the type that can hold the factors of all updates."""
-    import torch
+    from ..numerics.forms import F64, FORMS, holding
 
-    from .stacked import factor_dtypes
-
-    stored = [dtype for update in updates for dtype in factor_dtypes(update)]
-    return safetensors_name(functools.reduce(torch.promote_types, stored))
+    stored = [update.specs[role].dtype for update in updates for role in "AB"]
+    return holding(*(FORMS[each] if each in TORCH_FLOATS else F64 for each in stored)).name
 
 
-def _typed(pair: Pair, dtype: str) -> Pair:
-    """Return factors in one type that holds both: `dtype`, or the type of computed numbers."""
-    import torch
+def _pairs(adapter: Adapter, updates: Sequence[UpdateSpec], dtype: str) -> tuple[list[Pair], Form]:
+    """Load the bits of factors as stacks of matrices, in one form that holds all; a linear layer is a stack of one.
 
-    wanted = functools.reduce(torch.promote_types, [side.dtype for side in pair], getattr(torch, TORCH_FLOATS[dtype]))
-    return pair[0].to(wanted), pair[1].to(wanted)
+    The form is that of `dtype`, or a wider one of computed numbers.
+    """
+    from ..numerics.arrays import recast
+    from ..numerics.forms import FORMS, holding
+
+    sides = list[tuple[Numbers, Numbers]]()
+    for update in updates:
+        loaded = adapter.load(update.cls.without_norm(update))
+        assert isinstance(loaded, LowRank | Experts)
+        E, rank = update.experts, update.rank
+        B = loaded.B.reshape(-1, rank, E)
+        sides.append((loaded.A.reshape(E, rank, -1), replace(B, bits=B.bits.transpose(2, 0, 1))))
+    form = holding(FORMS[dtype], *(side.form for pair in sides for side in pair))
+    return [(recast(A, form).bits, recast(B, form).bits) for A, B in sides], form
+
+
+def _laid(A: Array, B: Array, form: Form) -> dict[str, Numbers]:
+    from ..numerics.arrays import Numbers
+
+    return {"A": Numbers(lay_A(A), form), "B": Numbers(lay_B(B), form)}
 
 
 def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) -> MadeUpdate:
@@ -91,13 +97,18 @@ def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) 
     columns, heads = part.columns(model.facts, width, update.module), model.facts.heads
     dtype = _dtype([update])
 
-    def load() -> Pair:
-        A, B = _typed(_pair(adapter, update), dtype)
-        A, B = (B.mT, A.mT) if is_swapped else (A, B)
+    def load() -> dict[str, Numbers]:
+        import numpy as np
+
+        from ..numerics.linalg import adjoint
+
+        ((A, B),), form = _pairs(adapter, [update], dtype)
+        A, B = (adjoint(B), adjoint(A)) if is_swapped else (A, B)
         if part.weight.heads:
-            A, B = A.expand(heads, -1, -1), B[:, numbers].view(heads, -1, B.shape[2])
-            return (B.mT, A.mT) if part.weight.heads_transposed else (A, B)
-        return A if columns is None else A[:, :, columns], B[:, numbers]
+            A, B = np.broadcast_to(A, (heads, *A.shape[1:])), B[:, numbers].reshape(heads, -1, B.shape[2])
+            A, B = (adjoint(B), adjoint(A)) if part.weight.heads_transposed else (A, B)
+            return _laid(A, B, form)
+        return _laid(A if columns is None else A[:, :, columns], B[:, numbers], form)
 
     detail = Stack(E, transposed=False) if update.cls.stack else None
     shape = E, len(numbers), update.rank, width
@@ -106,8 +117,8 @@ def part_of(adapter: Adapter, update: UpdateSpec, part: Part, model: GgufModel) 
         out, width = reversed(sides) if part.weight.heads_transposed else sides
         detail, shape = Stack(heads, transposed=False), (heads, out, update.rank, width)
 
-    def magnitude() -> Tensor:
-        return adapter.file.tensor(update.tensors["magnitude"]).flatten()[numbers]
+    def magnitude() -> Numbers:
+        return adapter.file.numbers(update.tensors["magnitude"]).reshape(-1)[numbers]
 
     decomposed, rows = magnitude if update.cls is DoRA else None, () if is_swapped else numbers
     return MadeUpdate(part.module, update, shape, dtype, load, detail, part.module == EMBEDDING, decomposed, rows)
@@ -154,9 +165,10 @@ def stack_of_singles(adapter: Adapter, single: Mapping[int, tuple[Part, UpdateSp
             )
     shape, dtype = (experts, first.shape[0], max(update.rank for update in updates), first.shape[1]), _dtype(updates)
 
-    def load() -> Pair:
-        pairs = ((_typed(_pair(adapter, u), dtype), Place(expert=number)) for number, (_, u) in single.items())
-        return place_pairs(pairs, shape)
+    def load() -> dict[str, Numbers]:
+        pairs, form = _pairs(adapter, updates, dtype)
+        places = (Place(expert=number) for number in single)
+        return _laid(*place_pairs(zip(pairs, places, strict=True), shape), form)
 
     return MadeUpdate(part.module, first, shape, dtype, load, Stack(experts, transposed=False), False)
 
@@ -190,15 +202,18 @@ def joined_parts(
     columns = members[0][0].columns(model.facts, width, first.module)
     rank, dtype = first.rank if alike else sum(update.rank for update in updates), _dtype(updates)
 
-    def load() -> Pair:
-        import torch
+    def load() -> dict[str, Numbers]:
+        import numpy as np
 
-        pairs = (_typed(_pair(adapter, update), dtype) for update in updates)
+        from ..numerics.linalg import adjoint
+
+        pairs, form = _pairs(adapter, updates, dtype)
         A, B = place_pairs(zip(pairs, places, strict=True), (E, rows, rank, width))
         if columns is not None:
-            ours, A = A, torch.empty_like(A)
+            ours, A = A, np.empty_like(A)
             A[:, :, columns] = ours
-        return (B.mT, A.mT) if swapped else (A, B)
+        A, B = (adjoint(B), adjoint(A)) if swapped else (A, B)
+        return _laid(A, B, form)
 
     # a layer of transformers may store (in, out) although GGUF does not; PEFT takes Llama 4's for (out, in) anyway
     transposed = members[0][0].weight.transposed

@@ -17,14 +17,13 @@ from ..files.containers.virtual import VirtualFile
 from .adapter import Adapter
 from .gguf_factors import MadeUpdate, joined_parts, part_of, stack_of_singles
 from .gguf_parts import ARCHITECTURE, EMBEDDING, HEAD, STACK, GgufModel, Part
-from .placed_factors import lay_A, lay_B
 from .updates.dora import DoRA
 from .updates.experts import Experts
 from .updates.low_rank import LowRank
 from .updates.update import UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ..numerics.arrays import Numbers
 
 
 def has_own_names(adapter: Adapter) -> bool:
@@ -167,19 +166,18 @@ def _renamed(adapter: Adapter, renamed: Sequence[MadeUpdate], unfit: Mapping[str
     copied = {name for update in unfit.values() for name in update.stored}
     copied |= {update.base for update in updates.values() if update.base}
     specs |= {name: adapter.file.specs[name] for name in copied}
-    last: list[dict[str, Tensor]] = [{}]  # one module's, assigned at once: a merge loads in several threads
+    last: list[dict[str, Numbers]] = [{}]  # one module's, assigned at once: a merge loads in several threads
 
-    def load(name: str) -> Tensor:
+    def load(name: str) -> Numbers:
         if name in copied:
-            return adapter.file.tensor(name)
+            return adapter.file.numbers(name)
         part = by_name[name]
         tensors = updates[part.module].tensors
         if part.magnitude and name == tensors["magnitude"]:
             return part.magnitude()
         pair = last[0]
         if name not in pair:
-            A, B = part.load()
-            last[0] = pair = {tensors["A"]: lay_A(A), tensors["B"]: lay_B(B)}
+            last[0] = pair = {tensors[role]: side for role, side in part.load().items()}
         return pair[name]
 
     file = VirtualFile(adapter.file, specs, load, adapter.file.metadata or {})

@@ -10,14 +10,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import EllipsisType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..files.weights_file import WeightsFile
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy.typing as npt
 
-    Pair = tuple[Tensor, Tensor]  # A (E, r, in) and B (E, out, r)
+    Array = npt.NDArray[Any]  # bits, or numbers
+    Pair = tuple[Array, Array]  # A (E, r, in) and B (E, out, r)
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Place:
     rows: slice | list[int] = field(default_factory=lambda: slice(None))
     expert: int | EllipsisType = ...  # one expert, or all
 
-    def put_A(self, A: Tensor, full: Tensor) -> None:
+    def put_A(self, A: Array, full: Array) -> None:
         full[self.expert, self.start : self.start + A.shape[-2], :] = A
 
-    def put_B(self, B: Tensor, full: Tensor) -> None:
+    def put_B(self, B: Array, full: Array) -> None:
         full[self.expert, self.rows, self.start : self.start + B.shape[-1]] = B
 
 
@@ -46,21 +47,25 @@ def have_one_A(file: WeightsFile, names: Sequence[str]) -> bool:
     return all(file.specs[each] == file.specs[first] and file.read(each) == file.read(first) for each in others)
 
 
-def place_A(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tensor:
+def place_A(sides: Iterable[tuple[Array, Place]], shape: Sequence[int]) -> Array:
     """Return the full A of this shape, from those of one or more shares in one type."""
+    import numpy as np
+
     full = None
     for A, place in sides:
-        full = A.new_zeros(shape) if full is None else full
+        full = np.zeros(shape, A.dtype) if full is None else full
         place.put_A(A, full)
     assert full is not None
     return full
 
 
-def place_B(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tensor:
+def place_B(sides: Iterable[tuple[Array, Place]], shape: Sequence[int]) -> Array:
     """Return the full B of this shape, from those of one or more shares in one type."""
+    import numpy as np
+
     full = None
     for B, place in sides:
-        full = B.new_zeros(shape) if full is None else full
+        full = np.zeros(shape, B.dtype) if full is None else full
         place.put_B(B, full)
     assert full is not None
     return full
@@ -68,21 +73,23 @@ def place_B(sides: Iterable[tuple[Tensor, Place]], shape: Sequence[int]) -> Tens
 
 def place_pairs(pairs: Iterable[tuple[Pair, Place]], shape: tuple[int, int, int, int]) -> Pair:
     """Return the full A and B of this shape (E, out, r, in), in one pass over those of one or more shares."""
+    import numpy as np
+
     E, out, rank, width = shape
     full = None
     for (A, B), place in pairs:
-        full = (A.new_zeros(E, rank, width), B.new_zeros(E, out, rank)) if full is None else full
+        full = (np.zeros((E, rank, width), A.dtype), np.zeros((E, out, rank), B.dtype)) if full is None else full
         place.put_A(A, full[0])
         place.put_B(B, full[1])
     assert full is not None
     return full
 
 
-def lay_A(A: Tensor) -> Tensor:
+def lay_A(A: Array) -> Array:
     """Return A (E, r, in) in PEFT's layout, (E * r, in), expert by expert."""
-    return A.flatten(0, 1).contiguous()
+    return A.reshape(-1, A.shape[2])
 
 
-def lay_B(B: Tensor) -> Tensor:
+def lay_B(B: Array) -> Array:
     """Return B (E, out, r) in PEFT's layout, (out, r * E), for each rank the experts."""
-    return B.permute(1, 2, 0).flatten(1).contiguous()
+    return B.transpose(1, 2, 0).reshape(B.shape[1], -1)

@@ -157,7 +157,9 @@ class RelaidFile(WeightsFile):
         yield piece.ref.file.file, piece.ref.file.begin[piece.ref.name] + tensor.first * width, spec.nbytes
 
     def read(self, name: str) -> memoryview:
-        return tensor_bytes(self.tensor(name), self.specs[name])
+        from ..numerics.tensors import numbers_of
+
+        return tensor_bytes(numbers_of(self.tensor(name)), self.specs[name])
 
     def tensor(self, name: str) -> torch.Tensor:
         import torch

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .forms import F16, FORMS, Bits, Form, Positions, Wide, integers
+from .forms import F16, F64, FORMS, Bits, Form, Positions, Wide, integers
 
 Array = Any  # a numpy array, or a torch tensor on a GPU
 ON_CPU = np.empty(0)  # for what is made where another array is
@@ -89,7 +89,7 @@ class Numbers:
         return self.reshape(len(self), self.size // max(1, len(self)))
 
     def reshape(self, *shape: int) -> Numbers:
-        return Numbers(self.bits.reshape(*shape), self.form)
+        return Numbers(self.bits.reshape(shape), self.form)
 
     def split(self, parts: int) -> list[Numbers]:
         """Return so many equal parts of the rows."""
@@ -98,7 +98,7 @@ class Numbers:
 
     def host(self) -> Bits:
         """Return the patterns in the CPU's memory."""
-        return np.ascontiguousarray(fetched(self.bits))
+        return np.ascontiguousarray(fetched(self.bits)).reshape(self.shape)  # it gives a scalar an axis
 
     def wide(self) -> Wide:
         """Return the numbers in float64, in a new array; inf and nan too."""
@@ -204,6 +204,19 @@ def narrow(x: Array, out: Numbers, ties: bool = True) -> None:
             bits[is_nan] = form.inf | 1 << (form.precision - 2)
     else:
         bits[...] = _rounded_to_8_bits(x.astype(np.float32, copy=False), form)
+
+
+@np.errstate(all="ignore")
+def rounded_to(x: npt.NDArray[Any], form: Form) -> Numbers:
+    """Return float32 or float64 numbers rounded as torch casts them: to 16 or 8 bits by way of float32."""
+    out = Numbers.empty(form, *x.shape)
+    narrow(x if form == F64 else x.astype(np.float32, copy=False), out)
+    return out
+
+
+def recast(x: Numbers, form: Form) -> Numbers:
+    """Return numbers in another form, rounded as by `rounded_to`; themselves if they have it."""
+    return x if x.form == form else rounded_to(x.wide(), form)
 
 
 def _round_to_fp16(x: npt.NDArray[np.float32], out: Bits) -> None:

@@ -63,6 +63,12 @@ TORCH_NAMES = {
 FORMS = {form.name: form for form in (BF16, F16, F32, F64, E4M3, E5M2)}
 
 
+def holding(*forms: Form) -> Form:
+    """Return the smallest form that holds all numbers of some forms of 16 bits or more."""
+    most = max(forms, key=lambda form: form.itemsize)
+    return F32 if most.itemsize == 2 and len({*forms}) > 1 else most
+
+
 def integers(bits: Bits, form: Form) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return (m, e) with the value m * 2**e of each number; inf counts as the number after the largest."""
     size = bits.astype(np.int64) & form.size

@@ -24,7 +24,6 @@ from ..numerics.norms import column_norms, magnitude_ratio, row_norms
 from ..numerics.products import Products, Term
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.stored import Sum, Zero
-from ..numerics.tensors import numbers_of
 from ..numerics.workspace import Workspace
 
 KEPT_STACKS = 2  # updates of all experts of a layer that are kept in memory
@@ -41,13 +40,13 @@ class UpdateLoader:
 
     def __call__(self, placement: Placement) -> Update:
         if placement.expert is None:
-            return placement.adapter.load(placement.update, as_numbers=True)
+            return placement.adapter.load(placement.update)
         key = id(placement.update)
         with self._lock:
             if key not in self._kept:
                 if len(self._kept) >= KEPT_STACKS:
                     del self._kept[next(iter(self._kept))]
-                self._kept[key] = placement.adapter.load(placement.update, as_numbers=True)
+                self._kept[key] = placement.adapter.load(placement.update)
             return self._kept[key]
 
 
@@ -163,7 +162,7 @@ class RowSegment:
 
     def _magnitude(self, update: Update, start: int, stop: int) -> Numbers:
         assert self._other and isinstance(update, DoRA)
-        return numbers_of(update.magnitude).reshape(-1)[_rows_of(self._other, start, stop)]
+        return update.magnitude.reshape(-1)[_rows_of(self._other, start, stop)]
 
     def _require_finite(self, base: Numbers) -> None:
         if not base.all_finite():
@@ -193,7 +192,7 @@ class RowSegment:
         if isinstance(update, DoRA):
             loaded.plain.add(other, update.inner, 1.0, self.start, self.stop)
             if self.norms_of_columns:
-                magnitude = numbers_of(update.magnitude).reshape(-1)
+                magnitude = update.magnitude.reshape(-1)
                 together = self.columns // len(magnitude)  # columns of the kernel of one input
                 stored = self.stored_norms
                 loaded.norms = stored(len(magnitude)) if stored else self._column_norms(other, update.inner, together)
@@ -287,7 +286,7 @@ class _Deltas:
             terms, of_rows = matrix.terms(weight, transposed), matrix.delta(weight, transposed)
         except ValueError as error:
             raise InputError(str(error), culprit=placement.update.module) from error
-        self.terms += [Term(numbers_of(t.left)[rows], numbers_of(t.right)[:, : self._columns], t.scale) for t in terms]
+        self.terms += [Term(t.left[rows], t.right[:, : self._columns], t.scale) for t in terms]
         if of_rows:
             self._parts.append(_Part(of_rows, rows.start))
 

@@ -18,7 +18,6 @@ from ..adapters.formats.gguf import ALPHA, LlamaCpp
 from ..adapters.gguf_factors import MadeUpdate
 from ..adapters.gguf_names import gguf_updates, unfit_modules
 from ..adapters.gguf_parts import ARCHITECTURE, GgufModel
-from ..adapters.placed_factors import lay_A, lay_B
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.runtimes.llama_cpp import never_applied
 from ..errors import NeedsFlag
@@ -102,9 +101,8 @@ def _plan_module(update: MadeUpdate, parts: tuple[str, ...]) -> Made:
         slices = [(source.module, start, stop, None) for start, stop in runs]
 
     def make() -> tuple[Tensors, Loss]:
-        A, B = update.load()
         beside = {"magnitude": update.magnitude()} if update.magnitude else {}
-        return {"A": lay_A(A), "B": lay_B(B), **beside}, NO_LOSS
+        return {**update.load(), **beside}, NO_LOSS
 
     how = "fused" if len(parts) > 1 else "split" if slices else "exact"
     return Made(update.spec(), make, parts, how, numbers=False, slices=tuple(slices))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...files.dtypes import TensorSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...numerics.arrays import Numbers
 
 
 # Key in a file's metadata: the runtime whose row order it has; other programs would misread it
@@ -21,7 +21,7 @@ class AdapterContent:
     """An adapter to be written: everything but the tensors' data, which `load` computes."""
 
     specs: Mapping[str, TensorSpec]  # name -> type and shape
-    load: Callable[[str], Tensor]  # a key of `specs` -> a tensor of that type and shape
+    load: Callable[[str], Numbers]  # a key of `specs` -> numbers of that type and shape
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of PEFT's adapter_config.json
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a safetensors header; PEFT's writes only ONLY_FOR
     model: Mapping[str, Any] = field(default_factory=dict)  # config.json of the model it is for; empty if unknown

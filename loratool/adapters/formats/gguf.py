@@ -33,6 +33,7 @@ from ..adapter import Adapter
 from ..config import AdapterConfig
 from ..gguf_names import has_own_names, to_model_names
 from ..gguf_parts import ARCHITECTURE, EMBEDDING, STACK, GgufModel
+from ..placed_factors import lay_A, lay_B
 from ..updates.experts import Experts
 from ..updates.headers import spec_from_roles, unpaired
 from ..updates.low_rank import LowRank
@@ -42,7 +43,7 @@ from .content import AdapterContent
 from .format import Capabilities, Format, ReadOptions
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...numerics.arrays import Numbers
 
 ENDS = {"A": "weight.lora_a", "B": "weight.lora_b"}
 ROLES = {f".{end}": role for role, end in ENDS.items()}
@@ -160,15 +161,15 @@ class LlamaCpp(Format):
             a = name.endswith(ENDS["A"])
             return (experts, rows // experts, columns) if a else (experts, rows, columns // experts)
 
-        def load(name: str) -> Tensor:
-            tensor = content.load(name)
+        def load(name: str) -> Numbers:
+            numbers = content.load(name)
             if name.startswith(f"{EMBEDDING}.") and name.endswith(ENDS["A"]):
-                return tensor.T.contiguous()
+                return numbers.T
             if not _is_stack(name):
-                return tensor
+                return numbers
             if name.endswith(ENDS["A"]):
-                return tensor.view(experts, -1, tensor.shape[1])
-            return tensor.view(len(tensor), -1, experts).permute(2, 0, 1).contiguous()
+                return numbers.reshape(experts, -1, numbers.shape[1])
+            return replace(numbers, bits=numbers.bits.reshape(len(numbers), -1, experts).transpose(2, 0, 1))
 
         specs = {name: TensorSpec(spec.dtype, shape(name, spec)) for name, spec in content.specs.items()}
         count = dict.fromkeys(FILE_TYPES, 0) | {spec.dtype: 0 for spec in specs.values()}
@@ -242,17 +243,21 @@ def _as_matrices(file: WeightsFile, lenient: bool) -> tuple[VirtualFile, int]:
         two = sorted(counts, key=lambda name: counts[name])
         raise InputError(f"has {counts[two[0]]} experts, and {two[-1]} {counts[two[-1]]}", culprit=two[0])
 
-    def load(name: str) -> Tensor:
+    def load(name: str) -> Numbers:
         if weight := coded.get(name):
-            parts = Parts(weight, {"codes": StoredTensor(file, name)}, file.specs[name])
-            tensor = TensorRef(file, name, parts).tensor().float()
+            from ...numerics.arrays import recast
+            from ...numerics.forms import F32
+
+            spec = file.specs[name]
+            ref, rows = TensorRef(file, name, Parts(weight, {"codes": StoredTensor(file, name)}, spec)), spec.shape[0]
+            numbers = recast(ref.read_matrix(rows, 0, rows), F32).reshape(*spec.shape)
         else:
-            tensor = file.tensor(name)
+            numbers = file.numbers(name)
         if name == f"{EMBEDDING}.{ENDS['A']}":
-            return tensor.T.contiguous()
+            return replace(numbers, bits=numbers.bits.T.copy())
         if name not in counts:
-            return tensor
-        return tensor.flatten(0, 1) if name.endswith(ENDS["A"]) else tensor.permute(1, 2, 0).flatten(1).contiguous()
+            return numbers
+        return replace(numbers, bits=(lay_A if name.endswith(ENDS["A"]) else lay_B)(numbers.bits))
 
     matrices = VirtualFile(file, specs, load, file.metadata or {}, dict.fromkeys(coded, EIGHT_BITS))
     return matrices, next(iter(counts.values()), 0)

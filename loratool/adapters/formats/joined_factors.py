@@ -11,10 +11,10 @@ from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..placed_factors import Place, lay_A, lay_B, place_A, place_B, starts
-from .made_tensors import MadeTensor
+from .made_tensors import MadeTensor, made_of_bits, stored_bits
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ..placed_factors import Array
 
 Today = tuple[dict[str, MadeTensor], dict[str, Any]]  # tensors and config of a file in PEFT's current form
 
@@ -38,8 +38,8 @@ def join(parts: Sequence[tuple[Pair, slice]], rows: int) -> Pair:
     A = TensorSpec(first.A.spec.dtype, (sum(ranks), first.A.spec.shape[1]))
     B = TensorSpec(first.B.spec.dtype, (rows, sum(ranks)))
     return Pair(
-        MadeTensor(A, lambda: place_A(((part.A.load(), place) for part, place in places), A.shape)),
-        MadeTensor(B, lambda: place_B(((part.B.load(), place) for part, place in places), B.shape)),
+        made_of_bits(A, lambda: place_A(((stored_bits(part.A), place) for part, place in places), A.shape)),
+        made_of_bits(B, lambda: place_B(((stored_bits(part.B), place) for part, place in places), B.shape)),
         len(parts),
     )
 
@@ -68,13 +68,13 @@ def stack(module: str, pairs: Mapping[int, Pair], count: int, ranks: Collection[
             f"has rank {rank // first.joined}, but the config says {sorted(map(str, ranks))}", culprit=module
         )
 
-    def sides(side: str) -> Iterator[tuple[Tensor, Place]]:
-        return ((getattr(pair, side).load(), Place(expert=number)) for number, pair in pairs.items())
+    def sides(side: str) -> Iterator[tuple[Array, Place]]:
+        return ((stored_bits(getattr(pair, side)), Place(expert=number)) for number, pair in pairs.items())
 
     A, B = TensorSpec(first.A.spec.dtype, (count * rank, width)), TensorSpec(first.B.spec.dtype, (rows, rank * count))
     return Pair(
-        MadeTensor(A, lambda: lay_A(place_A(sides("A"), (count, rank, width)))),
-        MadeTensor(B, lambda: lay_B(place_B(sides("B"), (count, rows, rank)))),
+        made_of_bits(A, lambda: lay_A(place_A(sides("A"), (count, rank, width)))),
+        made_of_bits(B, lambda: lay_B(place_B(sides("B"), (count, rows, rank)))),
         first.joined,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
@@ -12,7 +12,8 @@ from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...numerics.arrays import Numbers
+    from ...numerics.forms import Bits
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,45 @@ class MadeTensor:
     """A tensor computed from stored ones when it is loaded."""
 
     spec: TensorSpec
-    load: Callable[[], Tensor]
+    load: Callable[[], Numbers]
 
 
 def copied(file: WeightsFile, name: str) -> MadeTensor:
     """Return a tensor of the file unchanged."""
-    return MadeTensor(file.specs[name], lambda: file.tensor(name))
+    return MadeTensor(file.specs[name], lambda: file.numbers(name))
 
 
-def made_of(file: WeightsFile, name: str, shape: Sequence[int], make: Callable[[Tensor], Tensor]) -> MadeTensor:
-    """Return the result of `make` on a stored tensor; it has this shape and the stored type."""
-    return MadeTensor(TensorSpec(file.specs[name].dtype, tuple(shape)), lambda: make(file.tensor(name)).contiguous())
+def made_of(file: WeightsFile, name: str, shape: Sequence[int], make: Callable[[Bits], Bits]) -> MadeTensor:
+    """Return the result of `make` on the bits of a stored tensor; it has this shape and the stored type."""
+
+    def load() -> Numbers:
+        import numpy as np
+
+        stored = file.numbers(name)
+        return replace(stored, bits=np.ascontiguousarray(make(stored.bits)))
+
+    return MadeTensor(TensorSpec(file.specs[name].dtype, tuple(shape)), load)
+
+
+def made_of_bits(spec: TensorSpec, make: Callable[[], Bits]) -> MadeTensor:
+    """Return the tensor of the bits that `make` computes."""
+
+    def load() -> Numbers:
+        from ...numerics.arrays import Numbers
+        from ...numerics.forms import FORMS
+
+        return Numbers(make(), FORMS[spec.dtype])
+
+    return MadeTensor(spec, load)
+
+
+def stored_bits(tensor: MadeTensor) -> Bits:
+    """Load a tensor's bits in the type of its spec."""
+    from ...numerics.arrays import recast
+    from ...numerics.forms import FORMS
+
+    bits: Bits = recast(tensor.load(), FORMS[tensor.spec.dtype]).bits
+    return bits
 
 
 def virtual_file(file: WeightsFile, tensors: Mapping[str, MadeTensor], metadata: Mapping[str, str]) -> VirtualFile:
@@ -57,13 +86,14 @@ def whole_B(file: WeightsFile, A_name: str, name: str, rank: int, enabled: Seque
     if groups not in (1, 2, n) or groups * B[1] != A[0] or B[0] % n or B[0] % groups:
         raise InputError(f"is {B}, which does not divide into {n} slices and {A[0]} ranks", culprit=name)
 
-    def with_zeros(stored: Tensor) -> Tensor:
-        rows = stored.new_zeros(groups, B[0] // groups, groups, B[1])
+    def with_zeros(stored: Bits) -> Bits:
+        import numpy as np
+
+        rows = np.zeros((groups, B[0] // groups, groups, B[1]), stored.dtype)
         for group in range(groups):
-            rows[group, :, group] = stored.view(groups, -1, B[1])[group]
-        out = stored.new_zeros(len(enabled), size, A[0])
-        for place, slot in enumerate(slots):
-            out[slot] = rows.view(n, size, A[0])[place]
-        return out.flatten(0, 1)
+            rows[group, :, group] = stored.reshape(groups, -1, B[1])[group]
+        out = np.zeros((len(enabled), size, A[0]), stored.dtype)
+        out[slots] = rows.reshape(n, size, A[0])
+        return out.reshape(-1, A[0])
 
     return made_of(file, name, (size * len(enabled), A[0]), with_zeros)

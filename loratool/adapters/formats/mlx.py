@@ -45,7 +45,7 @@ from .peft_config import CONFIG_NAME, find_config
 from .single_file import file_size, write_card, write_single_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...numerics.forms import Bits
 
 FUSE = "let mlx_lm.fuse merge it"
 FILE_NAME = "adapters.safetensors"
@@ -286,8 +286,8 @@ def _sort(file: WeightsFile, kind: str) -> dict[str, dict[str, str]]:
     return modules
 
 
-def _transpose(stored: Tensor) -> Tensor:
-    return stored.T if stored.dim() == 2 else stored
+def _transpose(stored: Bits) -> Bits:
+    return stored.T if stored.ndim == 2 else stored
 
 
 def _layer(

@@ -26,7 +26,7 @@ from .mlx_stacks import StackLayout, cut_share, share_ranks, share_sides
 from .peft_config import lora_config, parse_config
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...numerics.arrays import Numbers
 
 MARKS = ("lora_parameters", "fine_tune_type")  # fields that only MLX's config has
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer")
@@ -64,22 +64,24 @@ def mlx_content(content: AdapterContent) -> AdapterContent:
         specs |= {f"{path}.{end}": spec for end, spec in module_specs.items()}
         of |= {f"{path}.{end}": (module, end) for end in module_specs}
 
-    def load(name: str) -> Tensor:
+    def load(name: str) -> Numbers:
+        import numpy as np
+
         module, end = of[name]
         if end == "m":
             assert module.magnitude
             return content.load(module.magnitude)
         side = _side(content, module, end)
-        filled = side.new_zeros(specs[name].shape)
-        filled[tuple(slice(size) for size in side.shape)] = side
-        return filled
+        filled = np.zeros(specs[name].shape, side.bits.dtype)
+        filled[tuple(map(slice, side.shape))] = side.bits
+        return replace(side, bits=filled)
 
     dora = any(module.magnitude for module in modules.values())
     lora = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": sorted(modules)}
     return AdapterContent(specs, load, _config(content, "dora" if dora else "lora", lora))
 
 
-def _side(content: AdapterContent, module: _Module, end: str) -> Tensor:
+def _side(content: AdapterContent, module: _Module, end: str) -> Numbers:
     """Return the factor that MLX calls `end`, at the module's rank."""
     if not module.experts:
         return content.load(module.A if end == "lora_a" else module.B).T

@@ -16,10 +16,11 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
 from ..placed_factors import Place, have_one_A, lay_A, lay_B, place_A, place_B, starts
-from .made_tensors import MadeTensor
+from .made_tensors import MadeTensor, copied, made_of_bits, stored_bits
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...numerics.arrays import Numbers
+    from ...numerics.forms import Bits
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,12 @@ class JoinedStack:
     def made(self, names: Mapping[str, str]) -> dict[str, MadeTensor]:
         """Return A and B in PEFT's layout, under these names by role."""
         specs = self.specs()
-        return {name: MadeTensor(specs[role], partial(self.load, role)) for role, name in names.items()}
+        return {name: made_of_bits(specs[role], partial(self.load, role)) for role, name in names.items()}
 
-    def load(self, role: str) -> Tensor:
-        """Return A or B in PEFT's layout."""
+    def load(self, role: str) -> Bits:
+        """Return the bits of A or B in PEFT's layout."""
+        from ...numerics.linalg import adjoint
+
         (first, *_), E = self.pairs.values(), self.experts
         firsts = starts([pair.rank for pair in self.pairs.values()], self.shares_A)
         places = [
@@ -108,22 +111,24 @@ class JoinedStack:
             for (part, pair), start in zip(self.pairs.items(), firsts, strict=True)
         ]
         if (role == "A") is not self.layout.transposed:
-            sides = ((p.file.tensor(p.A).reshape(E, p.rank, -1), place) for p, place in places)
+            sides = ((stored_bits(copied(p.file, p.A)).reshape(E, p.rank, -1), place) for p, place in places)
             side = place_A(sides, (E, self.rank, first.width))
         else:
-            sides = ((p.file.tensor(p.B), place) for p, place in places)
-            side = place_B(sides, (E, first.rows * self.layout.parts, self.rank)).mT  # (E, r, out)
-        return lay_A(side) if role == "A" else lay_B(side.mT)
+            sides = ((stored_bits(copied(p.file, p.B)), place) for p, place in places)
+            side = adjoint(place_B(sides, (E, first.rows * self.layout.parts, self.rank)))  # (E, r, out)
+        return lay_A(side) if role == "A" else lay_B(adjoint(side))
 
 
-def cut_share(A: Tensor, B: Tensor, experts: int, layout: StackLayout) -> tuple[Tensor, Tensor]:
+def cut_share(A: Numbers, B: Numbers, experts: int, layout: StackLayout) -> tuple[Numbers, Numbers]:
     """Return a share's factors, A (E, r, in) and B (E, out, r), from those of the parameter in PEFT's layout."""
+    from ...numerics.linalg import adjoint
+
     rank = len(A) // experts
     rank_side = A.reshape(experts, rank, -1)
-    other = B.reshape(len(B), rank, experts).permute(2, 1, 0)  # (E, r, out)
+    other = B.reshape(len(B), rank, experts).T  # (E, r, out)
     inputs, outputs = (other, rank_side) if layout.transposed else (rank_side, other)
     rows = outputs.shape[2] // layout.parts
-    return inputs.contiguous(), outputs[:, :, _rows(layout, rows)].mT.contiguous()
+    return inputs, replace(outputs, bits=adjoint(outputs.bits[:, :, _rows(layout, rows)]))
 
 
 def share_sides(A: tuple[int, ...], B: tuple[int, ...], layout: StackLayout) -> tuple[int, int]:
@@ -132,18 +137,18 @@ def share_sides(A: tuple[int, ...], B: tuple[int, ...], layout: StackLayout) -> 
     return width, out // layout.parts
 
 
-def share_ranks(A: Tensor, B: Tensor, experts: int, layouts: Sequence[StackLayout]) -> list[list[int]]:
+def share_ranks(A: Numbers, B: Numbers, experts: int, layouts: Sequence[StackLayout]) -> list[list[int]]:
     """Return the ranks that each share needs.
 
     If no rank is used by two shares, as in fused factors, each share gets all ranks that no other share uses. Else, and
     for factors of zeros, each gets all ranks.
     """
-    import torch
+    import numpy as np
 
-    used = torch.stack([cut_share(A, B, experts, each)[1].ne(0).any(0).any(0) for each in layouts])  # (shares, r)
+    used = np.stack([abs(cut_share(A, B, experts, each)[1]).bits.any((0, 1)) for each in layouts])  # (shares, r)
     apart = bool(used.any()) and not bool((used.sum(0) > 1).any())
-    needed = ~(used.any(0) & ~used) if apart else torch.ones_like(used)
-    return [each.nonzero().flatten().tolist() for each in needed]
+    needed = ~(used.any(0) & ~used) if apart else np.ones_like(used)
+    return [np.flatnonzero(each).tolist() for each in needed]
 
 
 def _rows(layout: StackLayout, rows: int) -> slice:

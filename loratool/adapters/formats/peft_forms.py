@@ -20,7 +20,7 @@ from .made_tensors import MadeTensor, copied, made_of, whole_B
 from .peft_trainers import bridges, tinkers, unsloths
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...numerics.forms import Bits
 
 Fields = Mapping[str, Any]  # of adapter_config.json, or of the base's config.json
 Form = Callable[[WeightsFile, Fields, Fields], tuple[dict[str, MadeTensor], dict[str, Any]] | None]
@@ -115,11 +115,14 @@ def block_diagonals(
     return tensors, {field: value for field, value in fields.items() if field != "use_bdlora"}
 
 
-def _on_diagonal(stacked: Tensor, blocks: int) -> Tensor:
-    import torch
+def _on_diagonal(stacked: Bits, blocks: int) -> Bits:
+    import numpy as np
 
-    full: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
-    return full
+    rows, columns = len(stacked) // blocks, stacked.shape[1]
+    full: Bits = np.zeros((blocks, rows, blocks, columns), stacked.dtype)
+    for block in range(blocks):
+        full[block, :, block] = stacked[block * rows : (block + 1) * rows]
+    return full.reshape(len(stacked), -1)
 
 
 def standalone(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, MadeTensor], dict[str, Any]] | None:

@@ -16,7 +16,7 @@ from ...files.weights_file import WeightsFile, require_unchanged
 from .content import AdapterContent
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...numerics.arrays import Numbers
 
 
 def file_size(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> int:
@@ -33,7 +33,7 @@ def write_card(folder: Path, content: AdapterContent) -> None:
 def write_single_file(
     path: Path,
     specs: Mapping[str, TensorSpec],
-    load: Callable[[str], Tensor],
+    load: Callable[[str], Numbers],
     metadata: Mapping[str, str],
     inputs: Collection[WeightsFile],
 ) -> None:
@@ -45,7 +45,7 @@ def write_single_file(
 def fill_file(
     file: BinaryIO,
     specs: Mapping[str, TensorSpec],
-    load: Callable[[str], Tensor],
+    load: Callable[[str], Numbers],
     metadata: Mapping[str, str],
     inputs: Collection[WeightsFile],
 ) -> None:
@@ -53,7 +53,7 @@ def fill_file(
 
     Args:
         specs: name -> type and shape.
-        load: name -> a tensor of that type and shape; called in the order of the data.
+        load: name -> numbers of that type and shape; called in the order of the data.
         inputs: the files that the tensors are made of.
 
     Raises:

@@ -28,7 +28,7 @@ from .peft_config import find_config
 from .plain_yaml import read_plain_yaml
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...numerics.forms import Bits
 
 _NAME = re.compile(r"(?:layers\.(\d+)\.)?(.+)\.(lora_a\.weight|lora_b\.weight|magnitude)")
 
@@ -154,7 +154,7 @@ def in_halves(file: WeightsFile, name: str, heads: int) -> MadeTensor:
     except ValueError:
         raise InputError(f"is {file.specs[name]}, whose rows do not make {heads} heads", culprit=name) from None
 
-    def turn(rows: Tensor) -> Tensor:
+    def turn(rows: Bits) -> Bits:
         return rows[order]
 
     return made_of(file, name, shape, turn)

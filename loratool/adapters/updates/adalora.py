@@ -17,8 +17,7 @@ from .tucker import transposed_terms
 from .update import PeftMethod, Update, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ...numerics.arrays import Numbers
     from ...numerics.forms import Wide
     from ...numerics.products import Term
 
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
 class AdaLoRA(Update):
     """AdaLoRA before or after pruning; if all singular values are pruned, the rank is 0."""
 
-    A: Tensor  # (r, in)
-    E: Tensor  # (r, 1)
-    B: Tensor  # (out, r)
+    A: Numbers  # (r, in)
+    E: Numbers  # (r, 1)
+    B: Numbers  # (out, r)
     scale: float
 
     kind = "adalora"
@@ -71,21 +70,18 @@ class AdaLoRA(Update):
         return replace(spec, scale=float(top / (first + Fraction(1, 10**5))))
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> AdaLoRA:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> AdaLoRA:
         return cls(tensors["A"], tensors["E"], tensors["B"], spec.scale)
 
     def terms(self, weight: float, transposed: bool) -> list[Term]:
         from ...numerics.exact_factors import multiply_exactly
         from ...numerics.products import Term
-        from ...numerics.tensors import numbers_of
 
         scale = Fraction(self.scale) * Fraction(weight)
-        B, E, A = map(numbers_of, (self.B, self.E, self.A))
-        terms = [Term(B, right, scale) for right in multiply_exactly(E, A)]
+        terms = [Term(self.B, right, scale) for right in multiply_exactly(self.E, self.A)]
         return transposed_terms(terms) if transposed else terms
 
     def factors(self) -> tuple[Wide, Wide]:
-        from ...numerics.tensors import numbers_of
 
-        B, E, A = (numbers_of(each).wide() for each in (self.B, self.E, self.A))
+        B, E, A = (each.wide() for each in (self.B, self.E, self.A))
         return B[None] * self.scale, (E * A)[None]

@@ -11,8 +11,7 @@ from ...files.dtypes import TensorSpec
 from .update import Update, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ...numerics.arrays import Numbers
     from ...numerics.products import Term
 
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 class AddDelta(Update):
     """A scaled difference of a vector, summed exactly as a product of rank 1."""
 
-    value: Tensor
+    value: Numbers
     scale: float  # as LowRank.scale
 
     kind = "add"
@@ -36,7 +35,7 @@ class AddDelta(Update):
         return None if spec.shape == base.shape else f"is {base.shape}, but {adapter} adds {spec.shape} to it"
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> AddDelta:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> AddDelta:
         return cls(tensors["value"], spec.scale)
 
     def terms(self, weight: float, transposed: bool) -> list[Term]:
@@ -44,7 +43,6 @@ class AddDelta(Update):
 
         from ...numerics.arrays import Numbers
         from ...numerics.products import Term
-        from ...numerics.tensors import numbers_of
 
-        column, one = numbers_of(self.value).reshape(-1, 1), Numbers.of(np.ones((1, 1), np.float32))
+        column, one = self.value.reshape(-1, 1), Numbers.of(np.ones((1, 1), np.float32))
         return [Term(column, one, Fraction(self.scale) * Fraction(weight))]

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, ClassVar
 from .update import RowsOfDelta, Update, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ...numerics.arrays import Numbers
 
 
 @dataclass(frozen=True)
 class Diff(Update):
     """The full difference of a weight or a vector."""
 
-    value: Tensor  # (out, in, *kernel), or (n,)
+    value: Numbers  # (out, in, *kernel), or (n,)
 
     kind = "diff"
     roles = ("diff",)
@@ -30,13 +30,12 @@ class Diff(Update):
         return spec.specs["diff"].shape
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Diff:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> Diff:
         return cls(tensors["diff"])
 
     def delta(self, weight: float, transposed: bool) -> RowsOfDelta:
         from ...numerics.stored import Stored
-        from ...numerics.tensors import numbers_of
 
-        matrix = numbers_of(self.value).matrix
+        matrix = self.value.matrix
         oriented = matrix.T if transposed else matrix
         return lambda start, stop: Stored(oriented[start:stop], weight)

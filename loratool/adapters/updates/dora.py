@@ -14,8 +14,7 @@ from ...files.dtypes import TensorSpec
 from .update import Detail, Update, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ...numerics.arrays import Numbers
     from ...numerics.forms import Wide
 
 # the note for factors of a new rank
@@ -39,7 +38,7 @@ class DoRA(Update):
     """DoRA around an additive update."""
 
     inner: Update
-    magnitude: Tensor  # m, one number per norm, in any shape
+    magnitude: Numbers  # m, one number per norm, in any shape
 
     kind = "dora"
     roles = ("magnitude",)
@@ -87,7 +86,7 @@ class DoRA(Update):
         return inner.cls.flat(inner)
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> DoRA:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> DoRA:
         inner = cls.without_norm(spec)
         inner_tensors = {role: tensors[role] for role in inner.tensors}
         return cls(inner.cls.make(inner, inner_tensors), tensors["magnitude"])

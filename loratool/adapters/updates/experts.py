@@ -11,8 +11,7 @@ from .low_rank import LowRank, other_rank
 from .update import Stack, Update, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ...numerics.arrays import Numbers
     from ...numerics.forms import Wide
 
 
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
 class Experts(Update):
     """LoRA on a stack of E matrices, the class `ParamWrapper` of PEFT."""
 
-    A: Tensor  # (E * r, in), expert by expert
-    B: Tensor  # (out, r * E), for each rank the E experts
+    A: Numbers  # (E * r, in), expert by expert
+    B: Numbers  # (out, r * E), for each rank the E experts
     scale: float  # as LowRank.scale
     experts: int  # E
 
@@ -47,7 +46,7 @@ class Experts(Update):
         return replace(spec, scale=config.scale_of(spec.module, total // experts), detail=Stack(experts))
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Experts:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> Experts:
         return cls(tensors["A"], tensors["B"], spec.scale, spec.experts)
 
     def matrix(self, expert: int | None) -> LowRank:

@@ -18,8 +18,7 @@ from ..patterns import Targets
 from .update import Detail, PeftMethod, Update, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ...numerics.arrays import Numbers
     from ...numerics.decide import Factor
 
 
@@ -35,7 +34,7 @@ class Side(Detail):
 class IA3(Update):
     """(IA)3 of a weight, or of a layer's bias if the outputs are multiplied."""
 
-    vector: Tensor  # (n,)
+    vector: Numbers  # (n,)
     side: Side
 
     kind = "ia3"
@@ -96,15 +95,14 @@ class IA3(Update):
         return (None, None) if _side_of(spec).inputs else (spec.specs["vector"].size, None)
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> IA3:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> IA3:
         return cls(tensors["vector"].reshape(-1), _side_of(spec))
 
     def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[None, Factor]:
         from ...numerics.decide import Factor
-        from ...numerics.tensors import numbers_of
 
         w, offset = Fraction(weight), Fraction(int(self.side.difference))
-        numbers = [1 + w * (Fraction(x) + offset - 1) for x in numbers_of(self.vector).wide().tolist()]
+        numbers = [1 + w * (Fraction(x) + offset - 1) for x in self.vector.wide().tolist()]
         if self.side.inputs is not transposed:
             return None, Factor.of_columns(numbers).repeated(columns // len(numbers))
         return None, Factor.of_rows(numbers[rows])

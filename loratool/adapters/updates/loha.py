@@ -19,8 +19,6 @@ from .tucker import sum_terms, tucker_factors
 from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec, require_rank
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ...numerics.arrays import Numbers
     from ...numerics.forms import Wide
     from ...numerics.products import Term
@@ -33,12 +31,12 @@ ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2
 class LoHa(Update):
     """LoHa of a linear layer, or of a convolution with the kernel in w_b or in the Tucker cores."""
 
-    w1_a: Tensor  # (out, r), with a core (r, out)
-    w1_b: Tensor  # (r, in * kernel), with a core (r, in)
-    w2_a: Tensor
-    w2_b: Tensor
-    t1: Tensor | None  # (r, r, *kernel)
-    t2: Tensor | None
+    w1_a: Numbers  # (out, r), with a core (r, out)
+    w1_b: Numbers  # (r, in * kernel), with a core (r, in)
+    w2_a: Numbers
+    w2_b: Numbers
+    t1: Numbers | None  # (r, r, *kernel)
+    t2: Numbers | None
     scale: float  # alpha / r
 
     kind = "loha"
@@ -91,16 +89,14 @@ class LoHa(Update):
         return replace(spec, scale=config.scale_of(spec.module, cls.divisor(spec)))
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> LoHa:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> LoHa:
         w1_a, w1_b, w2_a, w2_b = (tensors[role] for role in cls.roles)
         return cls(w1_a, w1_b, w2_a, w2_b, tensors.get("hada_t1"), tensors.get("hada_t2"), spec.scale)
 
     def _sides(self) -> list[tuple[Numbers, Numbers, Numbers | None]]:
         """Return a, b and the core of both products."""
-        from ...numerics.tensors import numbers_of
 
-        sides = (self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)
-        return [(numbers_of(a), numbers_of(b), None if t is None else numbers_of(t)) for a, b, t in sides]
+        return [(self.w1_a, self.w1_b, self.t1), (self.w2_a, self.w2_b, self.t2)]
 
     def _terms(self) -> list[list[Term]]:
         """Return both products as terms."""

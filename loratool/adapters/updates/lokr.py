@@ -19,8 +19,7 @@ from .tucker import sum_terms, tucker_factors
 from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec, require_rank
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ...numerics.arrays import Numbers
     from ...numerics.decide import Delta
     from ...numerics.forms import Wide
 
@@ -31,13 +30,13 @@ ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b
 class LoKr(Update):
     """LoKr of a linear layer or a convolution; each side is a matrix or its factors."""
 
-    w1: Tensor | None  # (a, c)
-    w1_a: Tensor | None  # (a, r)
-    w1_b: Tensor | None  # (r, c)
-    w2: Tensor | None  # (b, d, *kernel)
-    w2_a: Tensor | None  # (b, r), with a core (r, b)
-    w2_b: Tensor | None  # (r, d * kernel), with a core (r, d)
-    t2: Tensor | None  # (r, r, *kernel)
+    w1: Numbers | None  # (a, c)
+    w1_a: Numbers | None  # (a, r)
+    w1_b: Numbers | None  # (r, c)
+    w2: Numbers | None  # (b, d, *kernel)
+    w2_a: Numbers | None  # (b, r), with a core (r, b)
+    w2_b: Numbers | None  # (r, d * kernel), with a core (r, d)
+    t2: Numbers | None  # (r, r, *kernel)
     scale: float  # alpha / r; 1 in LyCORIS if both sides are full
 
     kind = "lokr"
@@ -114,7 +113,7 @@ class LoKr(Update):
         return replace(spec, scale=config.scale_of(spec.module, rank) if rank else 1.0)
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> LoKr:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> LoKr:
         w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = (tensors.get(role) for role in ROLES)
         return cls(w1, w1_a, w1_b, w2, w2_a, w2_b, t2, spec.scale)
 
@@ -164,35 +163,29 @@ def _is_wide(specs: Mapping[str, TensorSpec], side: int) -> bool:
     return factor is not None and factor.shape[0] > min(rows, math.prod(columns))
 
 
-def _delta_of(full: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None, transposed: bool) -> Delta:
+def _delta_of(
+    full: Numbers | None, a: Numbers | None, b: Numbers | None, core: Numbers | None, transposed: bool
+) -> Delta:
     from ...numerics.exact_factors import tucker_terms
     from ...numerics.products import Term
     from ...numerics.stored import Stored
-    from ...numerics.tensors import numbers_of
 
     if full is not None:
-        matrix = numbers_of(full).matrix
+        matrix = full.matrix
         return Stored(matrix.T if transposed else matrix, 1.0)
     assert a is not None and b is not None
-    left, right = numbers_of(a), numbers_of(b)
-    if core is None:
-        terms = [Term(left, right, Fraction(1))]
-    else:
-        terms = tucker_terms(left.T, numbers_of(core), right, Fraction(1))
-    products = sum_terms(terms, transposed)
+    one = Fraction(1)
+    products = sum_terms([Term(a, b, one)] if core is None else tucker_terms(a.T, core, b, one), transposed)
     return products.rows(0, products.shape[0])
 
 
-def _factors_of(full: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None) -> tuple[Wide, Wide]:
+def _factors_of(full: Numbers | None, a: Numbers | None, b: Numbers | None, core: Numbers | None) -> tuple[Wide, Wide]:
     """Return factors of a side, whose rank is at most the smaller dimension."""
-    from ...numerics.tensors import numbers_of
 
     if full is not None:
-        return with_identity(numbers_of(full).matrix.wide())
-    left, right = numbers_of(a), numbers_of(b)
-    if core is None:
-        return narrowed(left.wide(), right.wide())
-    return narrowed(*tucker_factors(left.T, numbers_of(core), right))
+        return with_identity(full.matrix.wide())
+    assert a is not None and b is not None
+    return narrowed(*((a.wide(), b.wide()) if core is None else tucker_factors(a.T, core, b)))
 
 
 def narrowed(left: Wide, right: Wide) -> tuple[Wide, Wide]:

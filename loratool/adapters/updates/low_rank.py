@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
@@ -13,9 +13,8 @@ from ..config import AdapterConfig
 from .update import Detail, Update, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ...numerics.forms import Wide
+    from ...numerics.arrays import Numbers
+    from ...numerics.forms import Bits, Wide
     from ...numerics.products import Term
 
 
@@ -30,8 +29,8 @@ class MergedLinear(Detail):
 class LowRank(Update):
     """LoRA. An embedding counts as a linear layer stored transposed: A is (r, vocabulary), B is (dimension, r)."""
 
-    A: Tensor  # (r, in), of a convolution (r, in, *kernel)
-    B: Tensor  # (out, r), of a convolution (out, r, 1, ...)
+    A: Numbers  # (r, in), of a convolution (r, in, *kernel)
+    B: Numbers  # (out, r), of a convolution (out, r, 1, ...)
     scale: float  # alpha / r, with rsLoRA alpha / sqrt(r)
 
     kind = "lora"
@@ -62,7 +61,7 @@ class LowRank(Update):
         return replace(spec, scale=config.scale_of(spec.module, rank))
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> LowRank:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> LowRank:
         B = tensors["B"]
         if isinstance(spec.detail, MergedLinear):
             B = _expand_merged_linear(B, spec.detail.enabled)
@@ -70,15 +69,13 @@ class LowRank(Update):
 
     def terms(self, weight: float, transposed: bool) -> list[Term]:
         from ...numerics.products import Term
-        from ...numerics.tensors import numbers_of
 
-        scale, A, B = Fraction(self.scale) * Fraction(weight), numbers_of(self.A).matrix, numbers_of(self.B).matrix
+        scale, A, B = Fraction(self.scale) * Fraction(weight), self.A.matrix, self.B.matrix
         return [Term(A.T, B.T, scale) if transposed else Term(B, A, scale)]
 
     def factors(self) -> tuple[Wide, Wide]:
-        from ...numerics.tensors import numbers_of
 
-        B, A = (numbers_of(side).matrix.wide()[None] for side in (self.B, self.A))
+        B, A = (side.matrix.wide()[None] for side in (self.B, self.A))
         return B * self.scale, A
 
 
@@ -91,7 +88,7 @@ def other_rank(spec: UpdateSpec, expected: int) -> InputError:
     )
 
 
-def _expand_merged_linear(B: Any, enabled: Sequence[bool]) -> Any:
+def _expand_merged_linear(B: Numbers, enabled: Sequence[bool]) -> Numbers:
     """Expand a MergedLinear's B (rows of the n enabled slices, r) to LoRA's block-sparse B (out, r * n).
 
     The g-th enabled slice uses rows g * r to (g + 1) * r of A: loralib convolves A with B in n groups
@@ -100,13 +97,10 @@ def _expand_merged_linear(B: Any, enabled: Sequence[bool]) -> Any:
     import numpy as np
 
     from ...numerics.arrays import Numbers
-    from ...numerics.tensors import numbers_of, tensor_of
 
-    numbers = numbers_of(B)
-    n, (rows, r) = sum(enabled), numbers.shape
+    n, (rows, r) = sum(enabled), B.shape
     size = rows // n
-    expanded: np.ndarray[Any, Any] = np.zeros((size * len(enabled), r * n), numbers.form.bits_type)  # bits of +0.0
+    expanded: Bits = np.zeros((size * len(enabled), r * n), B.form.bits_type)
     for g, slot in enumerate(i for i, on in enumerate(enabled) if on):
-        expanded[slot * size : (slot + 1) * size, g * r : (g + 1) * r] = numbers.bits[g * size : (g + 1) * size]
-    made = Numbers(expanded, numbers.form)
-    return made if isinstance(B, Numbers) else tensor_of(made)
+        expanded[slot * size : (slot + 1) * size, g * r : (g + 1) * r] = B.bits[g * size : (g + 1) * size]
+    return Numbers(expanded, B.form)

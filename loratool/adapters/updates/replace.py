@@ -12,8 +12,7 @@ from ...files.weights_file import WeightsFile
 from .update import Update, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ...numerics.arrays import Numbers
     from ...numerics.decide import Delta, Factor
 
 
@@ -33,11 +32,11 @@ class ReplaceTensor(Update):
         return spec.specs["value"].shape
 
     @classmethod
-    def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str, as_numbers: bool = False) -> ReplaceTensor:
+    def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str) -> ReplaceTensor:
         return cls(TensorRef(file, spec.tensors["value"]))
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Update:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> Update:
         raise TypeError("a replaced tensor is read by rows, in `load`, and never whole")
 
     def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[Delta, Factor]:

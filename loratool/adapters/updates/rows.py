@@ -11,8 +11,7 @@ from ...files.dtypes import TensorSpec
 from .update import Detail, Update, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ...numerics.arrays import Numbers
     from ...numerics.decide import Delta, Factor
 
 
@@ -31,7 +30,7 @@ class Indices(Detail):
 class ReplaceRows(Update):
     """New values for some rows."""
 
-    value: Tensor  # (n, dimension)
+    value: Numbers  # (n, dimension)
     indices: tuple[int, ...]  # n, in any order
 
     kind = "rows"
@@ -51,7 +50,7 @@ class ReplaceRows(Update):
         return f"has {base.shape[0]} rows, but {adapter} replaces row {last}" if last >= base.shape[0] else None
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> ReplaceRows:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> ReplaceRows:
         return cls(tensors["value"], indices_of(spec))
 
     def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[Delta, Factor]:

@@ -16,8 +16,6 @@ from ..config import AdapterConfig
 from .update import Update, UpdateSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ...numerics.arrays import Numbers
     from ...numerics.forms import Wide
     from ...numerics.products import Products, Term
@@ -27,9 +25,9 @@ if TYPE_CHECKING:
 class Tucker(Update):
     """A low-rank convolution with the kernel between its two factors."""
 
-    A: Tensor  # (r, in, 1, ...)
-    mid: Tensor  # (r, r, *kernel)
-    B: Tensor  # (out, r, 1, ...)
+    A: Numbers  # (r, in, 1, ...)
+    mid: Numbers  # (r, r, *kernel)
+    B: Numbers  # (out, r, 1, ...)
     scale: float  # alpha / r
 
     kind = "tucker"
@@ -60,23 +58,19 @@ class Tucker(Update):
         return replace(spec, scale=config.scale_of(spec.module, spec.specs["A"].shape[0]))
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Tucker:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> Tucker:
         return cls(tensors["A"], tensors["mid"], tensors["B"], spec.scale)
 
     def terms(self, weight: float, transposed: bool) -> list[Term]:
         from ...numerics.exact_factors import tucker_terms
-        from ...numerics.tensors import numbers_of
 
         scale = Fraction(self.scale) * Fraction(weight)
-        B, mid, A = map(numbers_of, (self.B, self.mid, self.A))
-        terms = tucker_terms(B.matrix, mid, A.matrix, scale)
+        terms = tucker_terms(self.B.matrix, self.mid, self.A.matrix, scale)
         return transposed_terms(terms) if transposed else terms
 
     def factors(self) -> tuple[Wide, Wide]:
-        from ...numerics.tensors import numbers_of
 
-        B, mid, A = map(numbers_of, (self.B, self.mid, self.A))
-        up, right = tucker_factors(B.matrix, mid, A.matrix)
+        up, right = tucker_factors(self.B.matrix, self.mid, self.A.matrix)
         return up[None] * self.scale, right[None]
 
 

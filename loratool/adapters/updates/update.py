@@ -18,8 +18,7 @@ from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ...numerics.arrays import Numbers
     from ...numerics.decide import Delta, Factor
     from ...numerics.forms import Wide
     from ...numerics.products import Term
@@ -133,7 +132,7 @@ def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Update(ABC):
-    """A change of one tensor, with its tensors loaded, in any float dtype."""
+    """A change of one tensor, with its numbers loaded, in any form."""
 
     kind: ClassVar[str]  # its name in reports
     roles: ClassVar[tuple[str, ...]]  # of its tensors in a file
@@ -256,12 +255,11 @@ class Update(ABC):
         return None
 
     @classmethod
-    def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str, as_numbers: bool = False) -> Update:
+    def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str) -> Update:
         """Read the tensors of an update.
 
         Args:
             adapter: the adapter's name, for messages.
-            as_numbers: as `Numbers`, which are enough for a merge, and not as torch's tensors.
 
         Raises:
             InputError: a tensor holds nan or inf.
@@ -270,16 +268,12 @@ class Update(ABC):
         for role, numbers in tensors.items():
             if not numbers.all_finite():
                 raise InputError(f"holds nan or inf; {adapter} is damaged", culprit=spec.tensors[role])
-        if as_numbers:
-            return cls.make(spec, tensors)
-        from ...numerics.tensors import tensor_of
-
-        return cls.make(spec, {role: tensor_of(numbers) for role, numbers in tensors.items()})
+        return cls.make(spec, tensors)
 
     @classmethod
     @abstractmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Any]) -> Update:
-        """Return the update with these tensors or numbers, by role."""
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> Update:
+        """Return the update with these numbers, by role."""
 
     @classmethod
     def norm_axis(cls, spec: UpdateSpec, transposed: bool) -> int | None:
@@ -323,19 +317,19 @@ class Update(ABC):
         """Return the singular values of each matrix's change, (E, k), largest first; None without factors.
 
         Args:
-            of_product: computes them from factors, as `product_spectrum.spectrum_of_product`.
+            of_product: computes them from factors, as `factored_svd.singular_values`.
         """
         factors = self.factors()
         return None if factors is None else of_product(*factors)
 
-    def map(self, function: Callable[[Any], Any]) -> Update:
-        """Return the update with a function applied to each of its tensors or numbers."""
+    def map(self, function: Callable[[Numbers], Numbers]) -> Update:
+        """Return the update with a function applied to each of its `Numbers`."""
         changed: dict[str, Any] = {}
         for attribute in fields(self):  # type: ignore[arg-type]  # all kinds are dataclasses
             value = getattr(self, attribute.name)
             if isinstance(value, Update):
                 changed[attribute.name] = value.map(function)
-            elif hasattr(value, "reshape"):  # neither torch nor numpy is imported for this
+            elif hasattr(value, "reshape"):  # numpy is not imported for this
                 changed[attribute.name] = function(value)
         return replace(self, **changed)  # type: ignore[type-var]
 
@@ -352,5 +346,5 @@ class Unpaired(Update):
         return spec.specs["value"].shape
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> Update:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> Update:
         raise InputError(spec.fault or "is damaged", culprit=spec.module)

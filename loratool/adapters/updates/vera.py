@@ -18,8 +18,7 @@ from .tucker import transposed_terms
 from .update import PeftMethod, Update, UpdateSpec, require_rank
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from ...numerics.arrays import Numbers
     from ...numerics.products import Term
 
 
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 class VeRA(Update):
     """An update of VeRA, with the shared projections."""
 
-    b: Tensor  # (out,)
-    d: Tensor  # (r,)
-    B: Tensor  # (most outputs, r)
-    A: Tensor  # (r, most inputs)
+    b: Numbers  # (out,)
+    d: Numbers  # (r,)
+    B: Numbers  # (most outputs, r)
+    A: Numbers  # (r, most inputs)
 
     kind = "vera"
     roles = ("vera_lambda_b", "vera_lambda_d", "vera_B", "vera_A")
@@ -73,16 +72,14 @@ class VeRA(Update):
         return spec
 
     @classmethod
-    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Tensor]) -> VeRA:
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> VeRA:
         return cls(*(tensors[role] for role in cls.roles))
 
     def terms(self, weight: float, transposed: bool) -> list[Term]:
         from ...numerics.exact_factors import multiply_exactly
         from ...numerics.products import Term
-        from ...numerics.tensors import numbers_of
 
-        b, d, B, A = map(numbers_of, (self.b, self.d, self.B, self.A))
-        lefts = multiply_exactly(b[:, None], B[: len(b)])
-        rights = multiply_exactly(d[:, None], A)
+        lefts = multiply_exactly(self.b[:, None], self.B[: len(self.b)])
+        rights = multiply_exactly(self.d[:, None], self.A)
         terms = [Term(left, right, Fraction(weight)) for left in lefts for right in rights]
         return transposed_terms(terms) if transposed else terms

@@ -191,7 +191,7 @@ def _measure(
     norm = rank = relative = None
     try:
         if spec.rank:
-            norm, rank = _delta_norm(adapter.load(spec, as_numbers=True))
+            norm, rank = _delta_norm(adapter.load(spec))
         for name in (*(spec.tensors.values() if norm is None else ()), *([spec.base] if spec.base else [])):
             require_finite(TensorRef(adapter.file, name))
         if spec.fault:  # its scale may be anything

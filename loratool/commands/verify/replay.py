@@ -20,7 +20,6 @@ from ...numerics.arrays import ON_CPU, Numbers
 from ...numerics.forms import Form, Wide
 from ...numerics.products import Term
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
-from ...numerics.tensors import numbers_of
 from ...numerics.workspace import Workspace
 from ...streaming.apply import segments
 from ...streaming.segment import RowSegment, UpdateLoader
@@ -184,8 +183,8 @@ class AdapterDeltas:
         return self._made[kind]
 
     def _added(self, placement: Placement) -> _Loaded:
-        update = placement.adapter.load(placement.update, as_numbers=True).matrix(placement.expert)
-        magnitude = numbers_of(update.magnitude).wide().reshape(-1) if isinstance(update, DoRA) else None
+        update = placement.adapter.load(placement.update).matrix(placement.expert)
+        magnitude = update.magnitude.wide().reshape(-1) if isinstance(update, DoRA) else None
         return _Loaded(placement, update.inner if isinstance(update, DoRA) else update, magnitude)
 
 

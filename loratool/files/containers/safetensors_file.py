@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...durable.fileio import read_into, size
 from ...errors import InputError
-from ..dtypes import DATA_ORDER, DTYPES, TensorSpec, safetensors_name
+from ..dtypes import DATA_ORDER, DTYPES, TensorSpec
 from ..weights_file import WeightsFile
 from .file_kinds import FIRST, kind_of
 
 if TYPE_CHECKING:
-    import torch
+    from ...numerics.arrays import Numbers
 
 LEGACY_HASH = "sshs_legacy_hash"  # of 64 KiB of a file whose header has the keys `ss_*` alone
 
@@ -274,10 +274,9 @@ def with_length(header: bytes) -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
-def tensor_bytes(tensor: torch.Tensor, spec: TensorSpec) -> memoryview:
-    """Return a tensor's bytes for a file. Its dtype and shape must be those of `spec`."""
-    import torch
+def tensor_bytes(numbers: Numbers, spec: TensorSpec) -> memoryview:
+    """Return the bytes of numbers for a file. Their form and shape must be those of `spec`."""
+    from ...numerics.arrays import bytes_of
 
-    assert tuple(tensor.shape) == spec.shape
-    assert safetensors_name(tensor.dtype) == spec.dtype
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    assert (numbers.form.name, numbers.shape) == (spec.dtype, spec.shape)
+    return bytes_of(numbers.host())

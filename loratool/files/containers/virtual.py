@@ -15,7 +15,6 @@ from .safetensors_file import tensor_bytes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    import torch
 
     from ...numerics.arrays import Numbers
 
@@ -32,7 +31,7 @@ class VirtualFile(WeightsFile):
         self,
         like: WeightsFile,
         specs: Mapping[str, TensorSpec],
-        load: Callable[[str], torch.Tensor],
+        load: Callable[[str], Numbers],
         metadata: Mapping[str, str],
         stored: Mapping[str, str] | None = None,
     ) -> None:
@@ -67,13 +66,8 @@ class VirtualFile(WeightsFile):
     def storage(self, name: str) -> str:
         return name
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._load(name)
-
     def numbers(self, name: str) -> Numbers:
-        from ...numerics.tensors import numbers_of
-
-        return numbers_of(self._load(name))  # between two steps their type may be wider than the file's
+        return self._load(name)  # between two steps their form may be wider than the file's
 
     def read_numbers(self, name: str, first: int, out: npt.NDArray[Any]) -> None:
         self.read_bytes(name, first * out.itemsize, out.reshape(-1).view("u1").data)
