@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN
 from ..errors import InputError
-from ..files.dtypes import TORCH_FLOATS, TensorSpec
+from ..files.dtypes import TensorSpec
 from .adapter import Adapter
 from .gguf_parts import EMBEDDING, STACK, GgufModel, Part
 from .placed_factors import Place, have_one_A, lay_A, lay_B, place_pairs, starts
@@ -57,10 +57,10 @@ class MadeUpdate:
 
 def _dtype(updates: Sequence[UpdateSpec]) -> str:
     """Return the type that can hold the factors of all updates."""
-    from ..numerics.forms import F64, FORMS, holding
+    from ..numerics.forms import holding
+    from .stacked import factor_forms
 
-    stored = [update.specs[role].dtype for update in updates for role in "AB"]
-    return holding(*(FORMS[each] if each in TORCH_FLOATS else F64 for each in stored)).name
+    return holding(*(form for update in updates for form in factor_forms(update))).name
 
 
 def _pairs(adapter: Adapter, updates: Sequence[UpdateSpec], dtype: str) -> tuple[list[Pair], Form]:
@@ -71,7 +71,7 @@ def _pairs(adapter: Adapter, updates: Sequence[UpdateSpec], dtype: str) -> tuple
     from ..numerics.arrays import recast
     from ..numerics.forms import FORMS, holding
 
-    sides = list[tuple[Numbers, Numbers]]()
+    sides: list[tuple[Numbers, Numbers]] = []
     for update in updates:
         loaded = adapter.load(update.cls.without_norm(update))
         assert isinstance(loaded, LowRank | Experts)

@@ -13,12 +13,14 @@ import pytest
 import torch
 from lib.files import gguf_bytes
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import loratool
 from loratool.adapters.formats import open_adapter
 from loratool.adapters.stacked import stack_factors
 from loratool.errors import InputError, LoratoolError, NeedsFlag, UsageError
 from loratool.files.containers.gguf_file import GgufFile
+from loratool.numerics.tensors import tensor_of
 
 LLAMA = {
     "model_type": "llama",
@@ -197,14 +199,19 @@ class TestScales:
         assert open_adapter(path, alpha=4).updates["blk.0.attn_v"].scale == 2
 
 
+def product(loaded: Any) -> Tensor:
+    """Return B A of a loaded update."""
+    return tensor_of(loaded.B) @ tensor_of(loaded.A)
+
+
 class TestReading:
     def test_a_base_gives_the_names_and_rows_of_transformers(self, tmp_path: Path) -> None:
         A, B = pair(8, 8)
         path = gguf(tmp_path / "x.gguf", {"blk.0.attn_q": (A, B[QUERIES]), "blk.0.attn_k": (A, B[:4][KEYS])}, **ALPHA)
         assert [*open_adapter(path).updates] == ["blk.0.attn_q", "blk.0.attn_k"]
         read = open_adapter(path, model=LLAMA)
-        loaded = {m.rpartition(".")[2]: read.load(update) for m, update in read.updates.items()}
-        assert torch.equal(loaded["q_proj"].B, B) and torch.equal(loaded["k_proj"].B, B[:4])  # type: ignore[attr-defined]
+        loaded: Any = {m.rpartition(".")[2]: read.load(update) for m, update in read.updates.items()}
+        assert torch.equal(tensor_of(loaded["q_proj"].B), B) and torch.equal(tensor_of(loaded["k_proj"].B), B[:4])
 
     def test_an_embedding_is_read_as_the_merge_needs_it(self, tmp_path: Path) -> None:
         rows, columns = numbers(5, 2), numbers(8, 2)  # of the vocabulary, and of the width
@@ -225,8 +232,7 @@ class TestReading:
         path = gguf(tmp_path / "x.gguf", {"blk.0.ffn_gate_exps": gate, "blk.0.ffn_up_exps": up}, **fields)
         read = open_adapter(path, model={**LLAMA, "model_type": "gpt_oss", "num_local_experts": 1})
         (update,) = read.updates.values()
-        loaded = read.load(update)
-        change = loaded.B @ loaded.A  # type: ignore[attr-defined]
+        change = product(read.load(update))
         assert update.module == "model.layers.0.mlp.experts.gate_up_proj" and update.rank == 4
         assert torch.equal(change[0::2], gate[1][0] @ gate[0][0]) and torch.equal(change[1::2], up[1][0] @ up[0][0])
 
@@ -241,8 +247,8 @@ class TestReading:
         }
         gguf_bytes.write(tmp_path / "x.gguf", {**ADAPTER, **ALPHA}, tensors)
         read = open_adapter(tmp_path)  # the one file of the folder
-        A = read.load(read.updates["blk.0.attn_v"]).A  # type: ignore[attr-defined]
-        assert torch.equal(A, torch.from_numpy(codes * scales[:, None].astype("f4")))
+        loaded: Any = read.load(read.updates["blk.0.attn_v"])
+        assert torch.equal(tensor_of(loaded.A), torch.from_numpy(codes * scales[:, None].astype("f4")))
         with pytest.raises(InputError, match="is in Q8_0 and F32, but the rule noise needs floating-point factors"):
             loratool.resize(tmp_path, tmp_path / "y.gguf", rank_rule=("noise", 1.0))
 
@@ -272,7 +278,7 @@ class TestReading:
         assert one.updates.keys() == two.updates.keys()
         for module in one.updates:
             deltas = [stack_factors(each.load(each.updates[module])) for each in (one, two)]
-            assert torch.equal(*(B @ A for B, A in deltas))
+            assert np.array_equal(*(B @ A for B, A in deltas))
 
     def test_a_base_of_another_architecture_is_refused(self, tmp_path: Path) -> None:
         path = gguf(tmp_path / "x.gguf", {"blk.0.attn_v": pair(4, 8)}, **ALPHA)
@@ -323,7 +329,7 @@ class TestCommands:
             }
         (A, B), made = self.FACTORS["blk.0.ffn_up_exps"], open_adapter(tmp_path / "c.gguf")
         each = made.load(made.updates["blk.0.ffn_up_exps"])
-        assert torch.allclose(each.matrix(2).B @ each.matrix(2).A, 3 * B[2] @ A[2])  # type: ignore[attr-defined]
+        assert torch.allclose(product(each.matrix(2)), 3 * B[2] @ A[2])
 
     def test_what_the_file_says_besides_stays(self, tmp_path: Path) -> None:
         """llama.cpp's converter writes a name and tags."""
@@ -357,8 +363,8 @@ class TestCommands:
         save_file({name: W + B @ A / 8, **rest}, tuned / "model.safetensors")
         loratool.extract(base, tuned, tmp_path / "x.gguf", rank=1, to="gguf")
         read = open_adapter(tmp_path / "x.gguf", model=LLAMA)
-        loaded = read.load(read.updates["model.layers.0.self_attn.q_proj"])
-        assert torch.allclose(loaded.scale * loaded.B @ loaded.A, B @ A / 8, atol=1e-5)  # type: ignore[attr-defined]
+        loaded: Any = read.load(read.updates["model.layers.0.self_attn.q_proj"])
+        assert torch.allclose(loaded.scale * product(loaded), B @ A / 8, atol=1e-5)
 
 
 def refusal(source: Path, base: Path, tmp_path: Path, **options: Any) -> LoratoolError:
@@ -469,8 +475,8 @@ class TestPlain:
         merged = self.W + 2 * B @ A
         change = m[:, None] * merged / merged.norm(dim=1, keepdim=True) - self.W
         read = open_adapter(tmp_path / "x.gguf", model=LLAMA)
-        loaded = read.load(read.updates["model.layers.0.self_attn.q_proj"])
-        assert torch.allclose(loaded.scale * loaded.B @ loaded.A, change, atol=1e-5)  # type: ignore[attr-defined]
+        loaded: Any = read.load(read.updates["model.layers.0.self_attn.q_proj"])
+        assert torch.allclose(loaded.scale * product(loaded), change, atol=1e-5)
         assert report.modules[0].how in ("truncated", "rounded") and report.modules[0].sources == (
             "model.layers.0.self_attn.q_proj",
         )
@@ -503,8 +509,8 @@ class TestPlain:
         start = peft(tmp_path / "s", {"model.layers.0.self_attn.q_proj": pair(8, 8)}, init_lora_weights="pissa")
         loratool.convert(source, tmp_path / "x.gguf", to="gguf", base=base, plain=True, initial=start)
         read = open_adapter(tmp_path / "x.gguf", model=LLAMA)
-        loaded = read.load(read.updates["model.layers.0.self_attn.q_proj"])
-        assert loaded.A.shape == (4, 8) and not (loaded.B @ loaded.A).any()  # type: ignore[attr-defined]
+        loaded: Any = read.load(read.updates["model.layers.0.self_attn.q_proj"])
+        assert loaded.A.shape == (4, 8) and not product(loaded).any()
 
 
 class TestBadFiles:

@@ -17,6 +17,7 @@ from torch import Tensor
 import loratool
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import open_adapter
+from loratool.numerics.tensors import tensor_of
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -423,8 +424,8 @@ def test_an_alpha_that_float32_cannot_hold_goes_into_the_factors(alpha: float, t
     save_file({**load_file(start), f"{KOHYA}.lora_up.weight": small}, start)
     loratool.convert(start, tmp_path / "b.safetensors", to=to)
     (update,) = (adapter := open_adapter(tmp_path / "b.safetensors")).updates.values()
-    loaded = adapter.load(update)
-    found = loaded.scale * loaded.B.double() @ loaded.A.double()  # type: ignore[union-attr]
+    loaded: Any = adapter.load(update)
+    found = loaded.scale * tensor_of(loaded.B).double() @ tensor_of(loaded.A).double()
     expected = alpha / RANK * small.double() @ A.double()
     assert torch.allclose(found / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-6)
 

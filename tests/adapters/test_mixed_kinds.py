@@ -17,6 +17,7 @@ import loratool
 from loratool.adapters.stacked import stack_factors
 from loratool.adapters.updates.lokr import LoKr
 from loratool.errors import InputError, LoratoolError
+from loratool.numerics.tensors import numbers_of
 
 FP32 = torch.float32
 N = Numbers(FP32)
@@ -197,7 +198,8 @@ def test_none_is_refused_as_it_is(tmp_path: Path) -> None:
 def test_factors_of_lokr_whose_core_has_rank_one(kernel: tuple[int, ...]) -> None:
     """Sides of 1, whose strides are those of another view."""
     core, a, b, w1 = N(1, 1, *kernel), N(1, 2), N(1, 3), N(2, 3)
-    B, A = stack_factors(LoKr(w1, None, None, None, a, b, core, 0.5))
+    w1_, a_, b_, core_ = map(numbers_of, (w1, a, b, core))
+    B, A = map(torch.from_numpy, stack_factors(LoKr(w1_, None, None, None, a_, b_, core_, 0.5)))
     w2 = torch.einsum("jk,p,q->pqk", core.flatten(2)[0].double(), a[0].double(), b[0].double()).flatten(1)
     assert torch.allclose(B[0] @ A[0], 0.5 * torch.kron(w1.double(), w2), rtol=1e-12, atol=0)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import loratool
 from loratool.adapters.formats import open_adapter
 from loratool.errors import InputError, NeedsFlag, UsageError
+from loratool.numerics.tensors import tensor_of
 
 C_ATTN = "transformer.h.0.attn.c_attn"
 
@@ -74,7 +75,9 @@ class TestLoralib:
         update = adapter.updates[C_ATTN]
         loaded: Any = adapter.load(update)
         assert update.shape == (12, 5) and update.rank == 2 * sum(enabled) and update.scale == 3.0
-        assert torch.allclose(loaded.B.double() @ loaded.A.double(), delta, atol=1e-15, rtol=1e-12)
+        assert torch.allclose(
+            tensor_of(loaded.B).double() @ tensor_of(loaded.A).double(), delta, atol=1e-15, rtol=1e-12
+        )
 
     def test_merged_linear_without_its_slices(self, tmp_path: Path, run: Callable[..., Any]) -> None:
         self.merged(tmp_path / "a.safetensors", (True, False, True))

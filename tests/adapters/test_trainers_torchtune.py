@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -138,7 +139,7 @@ class TestFacts:
         of_base = open_adapter(tmp_path / "a", model=CONFIG)
         for module, update in of_base.updates.items():
             one, two = (stack_factors(each.load(each.updates[module])) for each in (of_base, with_copy))
-            assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True)), update
+            assert all(map(np.array_equal, one, two)), update
         found = run("inspect", tmp_path / "a")
         assert found.exit_code == 0 and "in torchtune's order" in found.stdout
         found = run("convert", tmp_path / "a", "--to", "peft", "-o", tmp_path / "out")

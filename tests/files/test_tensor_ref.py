@@ -26,6 +26,7 @@ from loratool.files.tensor_ref import (
     require_finite,
     squared_norm,
 )
+from loratool.numerics.arrays import Numbers
 from loratool.numerics.tensors import numbers_of
 
 CPU = torch.device("cpu")
@@ -128,7 +129,7 @@ def test_known_finite_reads_neighbours_at_once_and_knows_them_apart(tmp_path: Pa
     assert known_finite(file, ["b"]) == {"b"} and known_finite(file, []) == set()
     # in the file a lies before b before c: without b they do not adjoin, and c is alone
     assert known_finite(file, ["a", "c"]) == {"a"}
-    computed = VirtualFile(file, file.specs, lambda name: tensors[name], {})
+    computed = VirtualFile(file, file.specs, lambda name: numbers_of(tensors[name]), {})
     assert known_finite(computed, tensors) == set()
 
 
@@ -160,7 +161,7 @@ def test_a_computed_file_gives_what_is_computed(tmp_path: Path) -> None:
     x = weights(4, 6)
     save_file({"x": x}, tmp_path / "x.safetensors")
     like = open_checkpoint(tmp_path / "x.safetensors").shards[0]
-    doubled: Callable[[str], Tensor] = lambda name: 2 * like.tensor(name)  # noqa: E731
+    doubled: Callable[[str], Numbers] = lambda name: numbers_of(2 * like.tensor(name))  # noqa: E731
     file = VirtualFile(like, like.specs, doubled, {"a": "b"})
     data = (2 * x).numpy().tobytes()
     assert bytes(file.read("x")) == data and torch.equal(file.tensor("x"), 2 * x)

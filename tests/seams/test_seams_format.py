@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import loratool
 from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import FORMATS, open_adapter
 from loratool.errors import InputError, NeedsFlag
+from loratool.numerics.tensors import tensor_of
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 BASE = FIXTURES / "llama" / "base"
@@ -48,8 +50,8 @@ def deltas(path: Path) -> dict[str, torch.Tensor]:
     adapter: Adapter = open_adapter(path)
     found = {}
     for module, update in adapter.updates.items():
-        loaded = adapter.load(update)
-        found[module] = loaded.scale * loaded.B.double() @ loaded.A.double()  # type: ignore[attr-defined]
+        loaded: Any = adapter.load(update)
+        found[module] = loaded.scale * tensor_of(loaded.B).double() @ tensor_of(loaded.A).double()
     adapter.file.close()
     return found
 

@@ -25,7 +25,7 @@ from loratool.files.dtypes import TensorSpec
 from loratool.files.weights_file import WeightsFile
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from loratool.numerics.arrays import Numbers
 
 ROLES = {"toy_a": "A", "toy_b": "B"}
 
@@ -55,7 +55,7 @@ class Toy(Format):
         for tensor in file.specs:
             module, _, end = tensor.rpartition(".")
             found.setdefault(module, {})[ROLES[end]] = tensor
-        seen = VirtualFile(file, turned(file), lambda key: file.tensor(key).T.contiguous(), {})
+        seen = VirtualFile(file, turned(file), lambda key: file.numbers(key).T, {})
         updates = {m: spec_from_roles(m, r, seen, config, lenient=options.lenient) for m, r in found.items()}
         return Adapter(name, self.key, seen, config, updates)
 
@@ -63,8 +63,8 @@ class Toy(Format):
         return {self.tensor_name(m, role): (m, role) for m, update in kept.items() for role in update.tensors}
 
     def as_file(self, content: AdapterContent) -> AdapterContent:
-        def load(key: str) -> Tensor:
-            return content.load(key).T.contiguous()
+        def load(key: str) -> Numbers:
+            return content.load(key).T
 
         return AdapterContent(turned(content), load, content.config, {"toy": json.dumps(content.config)})
 
