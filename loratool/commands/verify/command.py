@@ -35,6 +35,7 @@ from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import WeightsFile, require_unchanged
+from ...numerics.arrays import rounded_to
 from ...numerics.forms import F32, FORMS, Form
 from ...streaming.forked import chosen
 from ...streaming.ranks import Job, current_job
@@ -50,7 +51,7 @@ from .call import Verify
 from .codes import describe_share, judge_codes
 from .diagnosis import Sketches, describe_ulps, diagnose
 from .replay import Replay
-from .roundings import cast, cast_wide
+from .roundings import cast_wide
 from .trial import max_ulps_off, try_roundings
 
 BUFFERS = re.compile(
@@ -406,7 +407,7 @@ class _TensorVerifier:
 def _decoded_in_float32(replay: Replay, merged: TensorRef) -> bool:
     """Return whether all weights are those of a coded base, rounded to float32 first, as other programs dequantize."""
     return all(
-        np.array_equal(cast(cast_wide(block.base.wide(), F32), block.merged.form).bits, block.merged.bits)
+        np.array_equal(rounded_to(cast_wide(block.base.wide(), F32), block.merged.form).bits, block.merged.bits)
         for block in replay.blocks(merged)
     )
 

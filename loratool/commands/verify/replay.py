@@ -16,14 +16,13 @@ from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import RowsOfDelta, Update
 from ...binding.modules.placement import Placement
 from ...files.tensor_ref import TensorRef
-from ...numerics.arrays import ON_CPU, Numbers
+from ...numerics.arrays import ON_CPU, Numbers, rounded_to
 from ...numerics.forms import Form, Wide
 from ...numerics.products import Term
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
 from ...streaming.apply import segments
 from ...streaming.segment import RowSegment, UpdateLoader
-from .roundings import cast
 
 U32 = 2.0**-24  # half an ulp of float32, relative
 
@@ -122,7 +121,7 @@ class _Loaded:
     def of(self, kind: Form | None, absolute: bool = False) -> _Added:
         """Return the sum with tensors rounded to `kind` and then, if `absolute`, without signs."""
         if (kind, absolute) not in self.cache:
-            update = self.added if kind is None else self.added.map(lambda each: cast(each.wide(), kind))
+            update = self.added if kind is None else self.added.map(lambda each: rounded_to(each.wide(), kind))
             update = update.map(abs) if absolute else update
             how = self.placement.weight, self.placement.transposed
             self.cache[kind, absolute] = _Added(update, update.terms(*how), update.delta(*how))

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-import numpy as np
-
 from ...files.dtypes import DTYPE_NAMES
-from ...numerics.arrays import Numbers, narrow
+from ...numerics.arrays import rounded_to
 from ...numerics.forms import BF16, F16, F32, F64, Form, Wide
 
 
@@ -71,17 +69,9 @@ DORA_ROUNDINGS = {
 }
 
 
-@np.errstate(all="ignore")
-def cast(x: Wide, form: Form) -> Numbers:
-    """Return numbers rounded as torch casts them: to 16 or 8 bits by way of float32."""
-    out = Numbers.empty(form, *x.shape)
-    narrow(x if form == F64 else x.astype(np.float32), out)
-    return out
-
-
 def cast_wide(x: Wide, form: Form) -> Wide:
-    """Return numbers rounded as by `cast`, in float64."""
-    return cast(x, form).wide()
+    """Return numbers rounded as by `rounded_to`, in float64."""
+    return rounded_to(x, form).wide()
 
 
 def list_roundings(kind: Form, others: Sequence[Form], dora: bool, several: bool) -> list[tuple[str, Rounding]]:

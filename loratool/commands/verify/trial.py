@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 from ...files.dtypes import TORCH_FLOATS
 from ...files.tensor_ref import TensorRef
-from ...numerics.arrays import Numbers
+from ...numerics.arrays import Numbers, rounded_to
 from ...numerics.forms import F32, FORMS, Form, IntArray, Wide
 from ...streaming.segment import UpdateLoader
 from .replay import U32, AdapterDelta, Replay, ReplayBlock, normalizes_rows
 from .rounding_bounds import Interval, Predictions
-from .roundings import Rounding, cast, list_roundings
+from .roundings import Rounding, list_roundings
 
 Flags = npt.NDArray[np.bool_]
 
@@ -150,7 +150,7 @@ def try_roundings(replay: Replay, merged: TensorRef, load: UpdateLoader, stored:
     for block in replay.blocks(merged):
         bad = _where_stray(block)
         stray += int(np.count_nonzero(bad))
-        farthest = max(farthest, max_ulps_off(cast(block.reals[0], block.merged.form), block.merged, bad))
+        farthest = max(farthest, max_ulps_off(rounded_to(block.reals[0], block.merged.form), block.merged, bad))
         if block.piece is not None:
             errors.add(block, predictions.deltas.of(block))
             _test(block, candidates, predictions)
@@ -203,7 +203,7 @@ def _test(block: ReplayBlock, candidates: Sequence[RoundingCandidate], predictio
         if off.any():
             candidate.outside += int(np.count_nonzero(off))
             nearest = np.minimum(intervals.high, np.maximum(intervals.low, np.nan_to_num(actual)))
-            candidate.beyond = max(candidate.beyond, max_ulps_off(cast(nearest, form), block.merged, off))
+            candidate.beyond = max(candidate.beyond, max_ulps_off(rounded_to(nearest, form), block.merged, off))
         elif candidate.way.apart and not candidate.way.change and not any(map(normalizes_rows, block.inside)):
             middle = predictions.of(block, candidate.way, candidate.order, 0.0)
             candidate.moved += int(np.count_nonzero((middle.low != block.expected[0].wide()) & known))
