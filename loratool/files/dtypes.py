@@ -77,8 +77,8 @@ SAFETENSORS = {torch_name: name for name, torch_name in TORCH_FLOATS.items()}
 
 CONFIG_DTYPES = SAFETENSORS  # `dtype` or `torch_dtype` of a config.json
 
-# --dtype of factors -> torch's name
-FACTOR_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# --dtype of factors -> safetensors' name
+FACTOR_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 
 # --dtype of weights -> safetensors' name, None to keep each tensor's dtype. An error message lists the keys in order.
 MERGE_DTYPES = {

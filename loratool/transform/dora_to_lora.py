@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.stacked import stack_factors
@@ -22,9 +21,12 @@ from ..durable.journal import Journal
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
-from ..files.tensor_ref import TensorRef, is_finite
+from ..files.tensor_ref import TensorRef
+from ..numerics.arrays import Numbers, doubled, widen
+from ..numerics.forms import F32, Wide
+from ..numerics.linalg import norm
 from ..numerics.svd import row_blocks
-from .delta_factors import DeltaFactors, SvdChoices, factor_delta
+from .delta_factors import DeltaFactors, Singles, SvdChoices, factor_delta
 from .lazy import Made, Tensors, Transformed, with_factors
 from .log import Loss
 
@@ -74,59 +76,67 @@ def _plan_module(update: UpdateSpec, factors: DeltaFactors, loss: Loss) -> Made:
 
     def make() -> tuple[Tensors, Loss]:
         if not factors.known:
-            return {role: torch.zeros(spec.shape, dtype=torch.float32) for role, spec in sides.items()}, loss
-        pair = zip("AB", factors.tensors(factors.known, torch.float32), strict=True)
-        return {role: side.reshape(sides[role].shape) for role, side in pair}, loss
+            return {role: Numbers.of(np.zeros(spec.shape, np.float32)) for role, spec in sides.items()}, loss
+        pair = zip("AB", factors.tensors(factors.known, F32), strict=True)
+        return {role: side.reshape(*sides[role].shape) for role, side in pair}, loss
 
     tensors = {role: update.tensors[role] for role in "AB"}
     plain = replace(update, cls=LowRank, tensors=tensors, specs=sides, scale=1.0, detail=None)
     return Made(plain, make, (update.module,), resized=True)
 
 
-def _loss(D: Tensor, factors: DeltaFactors) -> Loss:
+def _loss(D: Singles, factors: DeltaFactors) -> Loss:
     """Return the loss of each row of a change D, (out, in), by its factors."""
-    A, B = factors.tensors(factors.known, torch.float32)
-    squared, total, first = list[Tensor](), list[Tensor](), 0
+    A, B = (side.wide() for side in factors.tensors(factors.known, F32))
+    squared, total, first = list[Wide](), list[Wide](), 0
     for block in row_blocks(D):
-        rest = torch.addmm(block.double(), B[first : first + len(block)].double(), A.double(), alpha=-1)
-        squared.append(rest.square().sum(1))
-        total.append(block.double().square().sum(1))
+        squared.append(np.square(block - B[first : first + len(block)] @ A).sum(1))
+        total.append(np.square(doubled(block)).sum(1))
         first += len(block)
-    loss = Loss.of_rows(torch.cat(squared), torch.cat(total))
+    loss = Loss.of_rows(np.concatenate(squared), np.concatenate(total))
     is_cut = factors.known < min(D.shape) and loss.relative > ROUNDING
     return replace(loss, cut=is_cut)
 
 
-def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Tensor:
-    """Read the module's weight W, (out, in), float32, from all tensors that hold rows of it."""
+def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Singles:
+    """Read the module's weight W, (out, in), from all tensors that hold rows of it."""
     out, width = update.shape[0], update.specs["A"].size // update.rank
-    W = torch.empty(out, width, dtype=torch.float32)
+    W = np.empty((out, width), np.float32)
     for name, placement in places:
         ref = TensorRef(source.file, update.base) if update.base else base.ref(name)
         if placement.transposed:
-            W.copy_(torch.cat([block.float() for block in ref.blocks(ROWS * out)]).T)
+            row = 0
+            for block in ref.blocks_of_numbers(ROWS * out):
+                W[:, row : row + len(block)] = _single(block).T
+                row += len(block)
             continue
         for start in range(placement.start, placement.stop, ROWS):
             stop, row = min(start + ROWS, placement.stop), placement.skip + start - placement.start
-            W[row : row + stop - start] = ref.matrix_rows(placement.rows, start, stop).float()
+            W[row : row + stop - start] = _single(ref.read_matrix(placement.rows, start, stop))
     return W
 
 
-def _dora_delta(update: DoRA, W: Tensor, along_inputs: bool, module: str) -> Tensor:
+def _single(x: Numbers) -> Singles:
+    singles: Singles = widen(x, np.empty(x.shape, np.float32))
+    return singles
+
+
+@np.errstate(all="ignore")
+def _dora_delta(update: DoRA, W: Singles, along_inputs: bool, module: str) -> Singles:
     """Overwrite W with W' - W and return it. It is computed from small terms, since subtracting W from W' cancels."""
     B, A = (side[0] for side in stack_factors(update))
-    magnitude = update.magnitude.flatten().double()
+    magnitude = update.magnitude.wide().reshape(-1)
     if along_inputs:
-        B, A, W = A.T, B.T, W.T.contiguous()
-    right, together = A.float(), len(W) // len(magnitude)  # columns of an input's kernel share a norm
+        B, A, W = A.T, B.T, np.ascontiguousarray(W.T)
+    right, together = A.astype(np.float32), len(W) // len(magnitude)  # columns of an input's kernel share a norm
     count = max(1, ROWS // together)
     for first in range(0, len(magnitude), count):
         rows = slice(first * together, (first + count) * together)
-        added = B[rows].float() @ right
-        norms = torch.linalg.vector_norm((W[rows].double() + added.double()).view(-1, together * W.shape[1]), dim=1)
-        if not is_finite(norms):
+        added = doubled(B[rows].astype(np.float32) @ right)
+        norms = norm((W[rows] + added).reshape(-1, together * W.shape[1]), 1)
+        if not np.isfinite(norms).all():
             raise InputError("has rows with inf or nan, but DoRA needs their norms", culprit=module)
-        g = torch.where(norms == 0, 0.0, magnitude[first : first + count] / norms)  # for a row of zeros any g is right
-        g = g.repeat_interleave(together)
-        W[rows] = ((g - 1.0)[:, None] * W[rows].double() + g[:, None] * added.double()).float()
-    return W.T.contiguous() if along_inputs else W
+        g = np.where(norms == 0, 0.0, magnitude[first : first + count] / norms)  # for a row of zeros any g is right
+        g = np.repeat(g, together)[:, None]
+        W[rows] = (g - 1.0) * W[rows] + g * added
+    return np.ascontiguousarray(W.T) if along_inputs else W

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import AdapterConfig
@@ -31,6 +30,8 @@ from ..binding.modules.image_modules import SourceModule, detect_family, read_so
 from ..binding.modules.selection import Selection
 from ..errors import InputError, NeedsFlag, shell_word
 from ..files.dtypes import TensorSpec
+from ..numerics.arrays import Numbers
+from ..numerics.forms import F32, Wide
 from .lazy import Made, Tensors, Transformed, with_factors
 from .log import NO_LOSS, Loss
 from .numbers import alpha_for_scale, loss_between
@@ -126,9 +127,9 @@ def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> Made:
 
     def make() -> tuple[Tensors, Loss]:
         true = _exact_factors(source, module)
-        sides = dict(zip("BA", round_factors(module, true, torch.float32), strict=True))
-        shaped = {role: side.reshape(lora.specs[role].shape) for role, side in sides.items()}
-        beside = {role: source.file.tensor(name) for role, name in update.tensors.items() if role == "magnitude"}
+        sides = dict(zip("BA", round_factors(module, true, F32), strict=True))
+        shaped = {role: side.reshape(*lora.specs[role].shape) for role, side in sides.items()}
+        beside = {role: source.file.numbers(name) for role, name in update.tensors.items() if role == "magnitude"}
         return {**shaped, **beside}, _loss(inner, true, (sides["B"], sides["A"]), scale)
 
     if "magnitude" in update.tensors:
@@ -143,20 +144,22 @@ def _namer(source: Adapter, inner: UpdateSpec) -> Callable[[str], str]:
     return lambda role: prefix + FORMATS[source.format].tensor_name(inner.module, role)
 
 
-def _exact_factors(source: Adapter, module: str) -> tuple[Tensor, Tensor]:
+def _exact_factors(source: Adapter, module: str) -> tuple[Wide, Wide]:
     """Return the exact (B, A) in float64, without the scale, which stays in alpha."""
     update = source.updates[module]
     B, A = load_stacked_factors(source, replace(update.cls.without_norm(update), scale=1.0))
     return B[0], A[0]
 
 
-def _loss(inner: UpdateSpec, true: tuple[Tensor, Tensor], rounded: tuple[Tensor, Tensor], scale: float) -> Loss:
+@np.errstate(over="ignore")
+def _loss(inner: UpdateSpec, true: tuple[Wide, Wide], rounded: tuple[Numbers, Numbers], scale: float) -> Loss:
     """Return the rounding error of float32 and of alpha / r."""
     wide = any(spec.dtype == "F64" for spec in inner.specs.values())  # float64 holds products of shorter types
-    held = all(torch.equal(side.double(), exact) for side, exact in zip(rounded, true, strict=True))
+    B, A = (side.wide() for side in rounded)
+    held = np.array_equal(B, true[0]) and np.array_equal(A, true[1])
     if held and not wide and not inner.cls.sums(inner) and scale == inner.scale:
         return NO_LOSS
-    return loss_between((true[0] * inner.scale, true[1]), (rounded[0].double() * scale, rounded[1]))
+    return loss_between((true[0] * inner.scale, true[1]), (B * scale, A))
 
 
 def _config(source: Adapter, updates: Mapping[str, UpdateSpec]) -> AdapterConfig:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from ..adapters.formats import FORMATS
 from ..adapters.formats.peft_config import base_mutating_init
 from ..errors import NeedsFlag
+from ..numerics.forms import F32, Form
 from .lazy import Transformed, noted, restated
 from .numbers import Settled, cut_ranks, fold, settle, subtract_start
 from .output import in_format, rows
@@ -38,9 +37,9 @@ def plain(state: Transformed, request: ConvertRequest) -> Transformed:
     return replace(folded, adapter=restated(folded.adapter))  # rsLoRA's scale may be 1 as well
 
 
-def default_dtype(request: ConvertRequest) -> torch.dtype | None:
+def default_dtype(request: ConvertRequest) -> Form | None:
     """Return the default type of the factors: float32 for --plain, else None for the stored types."""
-    return torch.float32 if request.plain else None
+    return F32 if request.plain else None
 
 
 def finish(state: Transformed, request: ConvertRequest) -> Settled:

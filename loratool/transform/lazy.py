@@ -12,8 +12,7 @@ from functools import reduce
 from operator import add
 from typing import TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.stacked import stack_factors
@@ -21,9 +20,12 @@ from ..adapters.updates.update import UpdateSpec
 from ..files.containers.virtual import VirtualFile
 from ..files.dtypes import TensorSpec
 from ..files.weights_file import WeightsFile
+from ..numerics.arrays import Numbers
+from ..numerics.forms import Wide
+from ..numerics.linalg import adjoint, triangle
 from .log import NO_LOSS, Change, Log, Loss, of_parts
 
-Tensors = Mapping[str, Tensor]  # role -> tensor
+Tensors = Mapping[str, Numbers]  # by role
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,11 @@ class LazyFile(VirtualFile):
         specs: dict[str, TensorSpec] = {new: source.specs[old] for new, old in copied.items()}
         for name, (module, role) in self._of.items():
             specs[name] = planned[module].update.specs[role]
-        super().__init__(source, specs, self._tensor, source.metadata or {})
+        super().__init__(source, specs, self._numbers, source.metadata or {})
 
-    def _tensor(self, name: str) -> Tensor:
+    def _numbers(self, name: str) -> Numbers:
         if name not in self._of:
-            return self._source.tensor(self._copied[name])
+            return self._source.numbers(self._copied[name])
         module, role = self._of[name]
         return self._making(module)[0][role]
 
@@ -125,11 +127,11 @@ class LazyFile(VirtualFile):
             if not loss.squared and len(losses) > 1:
                 update = self._updates[part]
                 sizes = squares_of_change(update, stored_tensors(update, self._source))
-                losses[part] = Loss.of_rows(torch.zeros_like(sizes), sizes)
+                losses[part] = Loss.of_rows(np.zeros_like(sizes), sizes)
         if not (by_rows and planned.slices):
             return reduce(add, losses.values()) if len(losses) == 1 else reduce(add, losses.values()).summed
         shares = [losses[part].between(start, stop) for part, start, stop, _ in planned.slices]
-        total, rows = reduce(add, shares), torch.zeros(2, rows_of(planned.update), dtype=torch.float64)
+        total, rows = reduce(add, shares), np.zeros((2, rows_of(planned.update)))
         for share, (_, start, stop, first) in zip(shares, planned.slices, strict=True):
             if share.rows is None or first is None:
                 return total.summed
@@ -177,15 +179,15 @@ def rows_of(update: UpdateSpec) -> int:
     return update.experts * update.specs["B"].shape[0]
 
 
-def squares_of_change(update: UpdateSpec, tensors: Tensors) -> Tensor:
+def squares_of_change(update: UpdateSpec, tensors: Tensors) -> Wide:
     """Return the squared norms of the rows of a change, (E * out,), without a magnitude."""
     inner = update.cls.without_norm(update)
     return squares_of_rows(*stack_factors(inner.cls.make(inner, tensors)))
 
 
-def stored_tensors(update: UpdateSpec, file: WeightsFile) -> dict[str, Tensor]:
+def stored_tensors(update: UpdateSpec, file: WeightsFile) -> Tensors:
     """Return a module's tensors by role."""
-    return {role: file.tensor(name) for role, name in update.tensors.items()}
+    return {role: file.numbers(name) for role, name in update.tensors.items()}
 
 
 def size_of_change(adapter: Adapter, module: str) -> float:
@@ -194,15 +196,16 @@ def size_of_change(adapter: Adapter, module: str) -> float:
     return float(squares_of_change(update, stored_tensors(update, adapter.file)).sum())
 
 
-def squares_of_rows(B: Tensor, A: Tensor) -> Tensor:
+@np.errstate(all="ignore")
+def squares_of_rows(B: Wide, A: Wide) -> Wide:
     """Return the squared norms of the rows of B @ A, (E * out,), of stacked factors (E, out, r) and (E, r, in)."""
-    return row_squares(B.double() @ torch.linalg.qr(A.double().mT, mode="r").R.mT)
+    return row_squares(B @ adjoint(triangle(adjoint(A))))
 
 
-def row_squares(rows: Tensor) -> Tensor:
+def row_squares(rows: Wide) -> Wide:
     """Return the squared norm of each row of a stack of matrices, (E * out,)."""
-    squares: Tensor = torch.linalg.vector_norm(rows, dim=-1).square()
-    return squares.flatten()
+    squares: Wide = np.square(rows).sum(-1).reshape(-1)
+    return squares
 
 
 def change_of_parts(state: Transformed, parts: Sequence[str]) -> Change:

@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from ..numerics.forms import Wide
 
 EPSILON = 2.0**-53  # the rounding of float64, in which errors are measured
 
@@ -26,12 +27,12 @@ class Loss:
     squared: float = 0.0  # ||D' - D||^2
     total: float = 0.0  # ||D||^2
     cut: bool = False  # directions were cut off; else numbers were rounded
-    rows: Tensor | None = field(default=None, compare=False, repr=False)  # (2, rows): squared and total of each row
+    rows: Wide | None = field(default=None, compare=False, repr=False)  # (2, rows): squared and total of each row
 
     @classmethod
-    def of_rows(cls, squared: Tensor, total: Tensor, cut: bool = False) -> Loss:
+    def of_rows(cls, squared: Wide, total: Wide, cut: bool = False) -> Loss:
         """Return the loss of a module from each row's ||D' - D||^2 and ||D||^2, (rows,)."""
-        return cls(float(squared.sum()), float(total.sum()), cut, torch.stack([squared, total]))
+        return cls(float(squared.sum()), float(total.sum()), cut, np.stack([squared, total]))
 
     def between(self, start: int, stop: int) -> Loss:
         """Return the loss of some rows; if only the sums are known, the loss of all rows."""
@@ -47,7 +48,7 @@ class Loss:
 
     def __add__(self, other: Loss) -> Loss:
         """Return the loss of two parts of one module, side by side."""
-        rows = None if self.rows is None or other.rows is None else torch.cat([self.rows, other.rows], 1)
+        rows = None if self.rows is None or other.rows is None else np.concatenate([self.rows, other.rows], 1)
         return Loss(self.squared + other.squared, self.total + other.total, self.cut or other.cut, rows)
 
     def then(self, later: Loss) -> Loss:
@@ -56,14 +57,14 @@ class Loss:
             return later if later.squared else self
         rows = None
         if self.rows is not None and later.rows is not None:
-            rows = torch.stack([self.rows[0] + later.rows[0], self.rows[1]])
+            rows = np.stack([self.rows[0] + later.rows[0], self.rows[1]])
         # the total is of the first change
         return Loss(self.squared + later.squared, self.total, self.cut or later.cut, rows)
 
     def after(self, former: Loss) -> Loss:
         """Return this loss plus the loss of a former change of another size, which counts by its lost share."""
         share = former.relative**2
-        rows = None if self.rows is None else torch.stack([self.rows[0] + share * self.rows[1], self.rows[1]])
+        rows = None if self.rows is None else np.stack([self.rows[0] + share * self.rows[1], self.rows[1]])
         return Loss(self.squared + share * self.total, self.total, self.cut or former.cut, rows)
 
     @property

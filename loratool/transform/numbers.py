@@ -12,32 +12,41 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.stacked import factor_dtypes, round_factors, stack_factors
+from ..adapters.stacked import factor_forms, round_factors, stack_factors
 from ..adapters.updates.add import AddDelta
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import Update, UpdateSpec
 from ..errors import InputError
-from ..files.dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
-from ..files.tensor_ref import is_finite
+from ..files.dtypes import TensorSpec
+from ..numerics.arrays import Numbers, recast, rounded_to
 from ..numerics.factored_svd import factored_svd
+from ..numerics.forms import F32, F64, Form, Wide, holding
+from ..numerics.linalg import adjoint, padded, triangle
 from ..numerics.spectrum import RANK_TOLERANCE
-from .lazy import LazyFile, Made, Tensors, Transformed, has_numbers, loss_of, row_squares, squares_of_rows, with_factors
+from .lazy import (
+    LazyFile,
+    Made,
+    Tensors,
+    Transformed,
+    has_numbers,
+    loss_of,
+    row_squares,
+    squares_of_rows,
+    with_factors,
+)
 from .log import EPSILON, NO_LOSS, Loss
-
-DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of the significand
 
 TOO_LARGE = "its change is too large for float64's squares"
 
 
-def is_exact_product(dtype: torch.dtype, scale: float) -> bool:
-    """Return whether float64 holds the product of `scale` and any number of `dtype`, by counting their bits."""
-    return _holds_product(DIGITS[dtype], scale)
+def is_exact_product(form: Form, scale: float) -> bool:
+    """Return whether float64 holds the product of `scale` and any number of `form`, by counting their bits."""
+    return _holds_product(form.precision, scale)
 
 
 def _holds_product(digits: int, scale: float) -> bool:
@@ -46,18 +55,19 @@ def _holds_product(digits: int, scale: float) -> bool:
     return of_scale <= 1 or digits + of_scale <= 53
 
 
-def _digits(side: Tensor) -> int:
+def _digits(side: Numbers) -> int:
     """Return the most bits in a significand; float64 numbers between steps may have those of a shorter type."""
-    if side.dtype != torch.float64:
-        return DIGITS[side.dtype]
-    significands = torch.frexp(side).mantissa.abs().mul(2.0**53).long()
+    if side.form != F64:
+        return side.form.precision
+    significands = (np.abs(np.frexp(side.wide())[0]) * 2.0**53).astype(np.int64)
     lowest = (significands & -significands)[significands != 0]
     return 54 - int(lowest.min()).bit_length() if len(lowest) else 0
 
 
+@np.errstate(over="ignore")
 def single(number: float) -> float:
     """Return the nearest float32 number; inf if the number overflows."""
-    return float(torch.tensor(number, dtype=torch.float32))
+    return float(np.float32(number))
 
 
 def alpha_for_scale(scale: float, rank: int) -> float:
@@ -71,27 +81,29 @@ def alpha_for_scale(scale: float, rank: int) -> float:
     return next((alpha for alpha in candidates if alpha / rank == scale), product)
 
 
-def loss_between(true: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) -> Loss:
+@np.errstate(all="ignore")
+def loss_between(true: tuple[Wide, Wide], written: tuple[Wide, Wide]) -> Loss:
     """Return the loss of writing stacked factors (B, A) as others; at least float64's rounding error."""
-    (B, A), (made_B, made_A) = ([side.double() for side in pair] for pair in (true, written))
-    R = torch.linalg.qr(A.mT, mode="r").R
-    total = row_squares(B @ R.mT)
+    (B, A), (made_B, made_A) = true, written
+    R = triangle(adjoint(A))
+    total = row_squares(B @ adjoint(R))
     if B.shape != made_B.shape:
-        squared = squares_of_rows(torch.cat([made_B, -B], -1), torch.cat([made_A, A], -2))
-    elif torch.equal(made_A, A):
-        squared = row_squares((made_B - B) @ R.mT)
+        squared = squares_of_rows(np.concatenate([made_B, -B], -1), np.concatenate([made_A, A], -2))
+    elif np.array_equal(made_A, A):
+        squared = row_squares((made_B - B) @ adjoint(R))
     else:
         squared = _squares_of_both(made_B - B, made_A, B, made_A - A)
-    return Loss.of_rows(torch.maximum(squared, EPSILON**2 * total), total)
+    return Loss.of_rows(np.maximum(squared, EPSILON**2 * total), total)
 
 
-def _squares_of_both(C: Tensor, made_A: Tensor, B: Tensor, D: Tensor) -> Tensor:
+def _squares_of_both(C: Wide, made_A: Wide, B: Wide, D: Wide) -> Wide:
     """Return the squared norms of the rows of C A' + B D, which is B' A' - B A for C = B' - B and D = A' - A.
 
     Each product has one difference in it, so that Gram matrices, which are faster than a QR, cancel nothing.
     """
-    of_C = C @ (made_A @ made_A.mT) + 2.0 * (B @ (D @ made_A.mT))
-    return ((C * of_C).sum(-1) + (B * (B @ (D @ D.mT))).sum(-1)).clamp_min_(0.0).flatten()
+    of_C = C @ (made_A @ adjoint(made_A)) + 2.0 * (B @ (D @ adjoint(made_A)))
+    squares: Wide = np.maximum((C * of_C).sum(-1) + (B * (B @ (D @ adjoint(D)))).sum(-1), 0.0).reshape(-1)
+    return squares
 
 
 def _inner(update: UpdateSpec) -> UpdateSpec:
@@ -105,9 +117,9 @@ def _loaded(adapter: Adapter, module: str) -> LowRank | Experts:
     return loaded
 
 
-def _beside(adapter: Adapter, update: UpdateSpec) -> dict[str, Tensor]:
+def _beside(adapter: Adapter, update: UpdateSpec) -> Tensors:
     """Return the tensors of a module beside its factors: DoRA's magnitude."""
-    return {role: adapter.file.tensor(name) for role, name in update.tensors.items() if role not in "AB"}
+    return {role: adapter.file.numbers(name) for role, name in update.tensors.items() if role not in "AB"}
 
 
 def factored(adapter: Adapter) -> list[str]:
@@ -115,27 +127,27 @@ def factored(adapter: Adapter) -> list[str]:
     return [m for m, u in adapter.updates.items() if u.rank and _inner(u).cls in (LowRank, Experts)]
 
 
-def _laid(update: UpdateSpec, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+def _laid(update: UpdateSpec, B: Wide, A: Wide) -> Tensors:
     """Return stacked factors B (E, out, r) and A (E, r, in) as the update's tensors."""
     E, rank = A.shape[0], A.shape[1]
     A_shape, B_shape = update.specs["A"].shape, update.specs["B"].shape
     return {
-        "A": A.reshape(E * rank, *A_shape[1:]),
-        "B": B.permute(1, 2, 0).reshape(B_shape[0], rank * E, *B_shape[2:]),
+        "A": Numbers.of(A.reshape(E * rank, *A_shape[1:])),
+        "B": Numbers.of(B.transpose(1, 2, 0).reshape(B_shape[0], rank * E, *B_shape[2:])),
     }
 
 
-def _with(update: UpdateSpec, rank: int, letters: str, scale: float) -> UpdateSpec:
-    """Return the update with another rank, type and scale of its factors."""
+def _with(update: UpdateSpec, rank: int, form: Form, scale: float) -> UpdateSpec:
+    """Return the update with another rank, form and scale of its factors."""
     E, A, B = update.experts, update.specs["A"].shape, update.specs["B"].shape
-    sides = {"A": TensorSpec(letters, (E * rank, *A[1:])), "B": TensorSpec(letters, (B[0], rank * E, *B[2:]))}
+    sides = {"A": TensorSpec(form.name, (E * rank, *A[1:])), "B": TensorSpec(form.name, (B[0], rank * E, *B[2:]))}
     detail = update.detail if update.cls is DoRA or update.cls.stack else None  # loralib's slices are expanded
     return replace(update, specs={**update.specs, **sides}, scale=scale, detail=detail)
 
 
-def natural(update: UpdateSpec) -> torch.dtype:
-    """Return the stored type of the factors, which the output keeps if it holds the numbers."""
-    return torch.promote_types(*factor_dtypes(update))
+def natural(update: UpdateSpec) -> Form:
+    """Return the stored form of the factors, which the output keeps if it holds the numbers."""
+    return holding(*factor_forms(update))
 
 
 def with_scales(
@@ -154,10 +166,11 @@ def with_scales(
         if (new, ratio) == (update.scale, 1.0):
             continue
 
+        @np.errstate(over="ignore", invalid="ignore")
         def make(module: str = module, new: float = new, ratio: float = ratio) -> tuple[Tensors, Loss]:
             loaded = _loaded(source, module)
-            A, B = loaded.A.double(), loaded.B.double() * ratio
-            if (abs(ratio) > 1e200 or loaded.B.dtype == torch.float64) and not is_finite(B):  # float32's are far below
+            A, B = (Numbers.of(side) for side in (loaded.A.wide(), loaded.B.wide() * ratio))
+            if not B.all_finite():
                 raise InputError("its factors overflow", culprit=module)
             tensors = {"A": A, "B": B, **_beside(source, source.updates[module])}
             is_same = Fraction(new) * Fraction(ratio) == Fraction(loaded.scale)
@@ -165,7 +178,7 @@ def with_scales(
                 return tensors, NO_LOSS
             return tensors, loss_between(stack_factors(loaded), stack_factors(replace(loaded, A=A, B=B, scale=new)))
 
-        spec = _with(update, update.rank, safetensors_name(natural(update)), new)
+        spec = _with(update, update.rank, natural(update), new)
         planned[module] = Made(spec, make, (module,), "exact" if ratio == 1.0 else "folded")
     return with_factors(state, planned)
 
@@ -181,21 +194,22 @@ def _folded_biases(source: Adapter) -> dict[str, Made]:
     for module, update in source.updates.items():
         if update.cls is AddDelta and update.scale != 1.0:
 
+            @np.errstate(over="ignore")
             def make(update: UpdateSpec = update) -> tuple[Tensors, Loss]:
                 loaded = source.load(update)
                 assert isinstance(loaded, AddDelta)
-                value = loaded.value.double() * update.scale
-                if not is_finite(rounded := value.float()):
+                value = loaded.value.wide() * update.scale
+                if not (rounded := rounded_to(value, F32)).all_finite():
                     raise InputError("its bias overflows", culprit=update.module)
-                return {"value": rounded}, Loss(_squares(rounded.double() - value), _squares(value))
+                return {"value": rounded}, Loss(_squares(rounded.wide() - value), _squares(value))
 
             spec = TensorSpec("F32", update.specs["value"].shape)
             planned[module] = Made(replace(update, specs={"value": spec}, scale=1.0), make, (module,), "folded")
     return planned
 
 
-def _squares(values: Tensor) -> float:
-    return float(values.square().sum())
+def _squares(values: Wide) -> float:
+    return float(np.square(values).sum())
 
 
 def subtract_start(state: Transformed, initial: Adapter) -> Transformed:
@@ -209,19 +223,18 @@ def subtract_start(state: Transformed, initial: Adapter) -> Transformed:
 
         def make(module: str = module, scale: float = scale) -> tuple[Tensors, Loss]:
             trained, start = _loaded(source, module), _loaded(initial, module)
-            exact = all(is_exact_product(loaded.B.dtype, loaded.scale / scale) for loaded in (trained, start))
+            exact = all(is_exact_product(loaded.B.form, loaded.scale / scale) for loaded in (trained, start))
             scaled = (replace(loaded, scale=loaded.scale / scale) for loaded in (trained, start))
             (B, A), (B0, A0) = map(stack_factors, scaled)
-            both = torch.cat([B, -B0], -1), torch.cat([A, A0], -2)
+            both = np.concatenate([B, -B0], -1), np.concatenate([A, A0], -2)
             tensors = {**_laid(source.updates[module], *both), **_beside(source, source.updates[module])}
             if exact:
                 return tensors, NO_LOSS
             rounded = squares_of_rows(B, A) + squares_of_rows(B0, A0)  # each by float64, and little may be left of both
             return tensors, Loss.of_rows(EPSILON**2 * rounded, squares_of_rows(*both))
 
-        letters = safetensors_name(torch.promote_types(natural(update), natural(former)))
-        rank = update.rank + former.rank
-        planned[module] = Made(_with(update, rank, letters, scale), make, (module,))
+        rank, form = update.rank + former.rank, holding(natural(update), natural(former))
+        planned[module] = Made(_with(update, rank, form, scale), make, (module,))
     changed = with_factors(state, planned)
     config = changed.adapter.config
     config = replace(config, peft={**config.peft, "init_lora_weights": True}, base_mutating_inits={})
@@ -236,18 +249,19 @@ def cut_ranks(state: Transformed, rank: int) -> Transformed:
         if update.rank <= rank:  # never raise a rank
             continue
 
+        @np.errstate(all="ignore")
         def make(module: str = module, update: UpdateSpec = update) -> tuple[Tensors, Loss]:
             try:
                 D = factored_svd(*stack_factors(_loaded(source, module)))
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            except np.linalg.LinAlgError as error:
                 raise InputError(TOO_LARGE, culprit=module) from error  # finite factors fail only by overflow
-            squares = (D.U * D.S.unsqueeze(-2)).square()  # (E, out, k)
-            total, left = (part.sum(-1).flatten() for part in (squares, squares[..., rank:]))
+            squares = np.square(D.U * D.S[..., None, :])  # (E, out, k)
+            total, left = (part.sum(-1).reshape(-1) for part in (squares, squares[..., rank:]))
             cut = bool((D.S[..., rank:] > RANK_TOLERANCE * D.S[..., :1]).any())  # else float64 rounded alone
-            loss = Loss.of_rows(torch.maximum(left, EPSILON**2 * total), total, cut)
+            loss = Loss.of_rows(np.maximum(left, EPSILON**2 * total), total, cut)
             return {**_laid(update, *D.truncated(rank)), **_beside(source, update)}, loss
 
-        planned[module] = Made(_with(update, rank, "F32", 1.0), make, (module,), "folded")
+        planned[module] = Made(_with(update, rank, F32, 1.0), make, (module,), "folded")
     return with_factors(state, planned)
 
 
@@ -261,13 +275,12 @@ def pad(state: Transformed, rank_of: Callable[[str], int]) -> Transformed:
 
         def make(update: UpdateSpec = update, missing: int = rank - update.rank) -> tuple[Tensors, Loss]:
             B, A = stack_factors(replace(_loaded(source, update.module), scale=1.0))
-            B = torch.cat([B, B.new_zeros(*B.shape[:-1], missing)], -1)
-            A = torch.cat([A, A.new_zeros(len(A), missing, A.shape[-1])], -2)
-            dtype = torch.float64 if has_numbers(source.file, update.module) else natural(update)
-            sides = {role: side.to(dtype) for role, side in _laid(update, B, A).items()}
+            B, A = padded(B, -1, B.shape[-1] + missing), padded(A, -2, A.shape[-2] + missing)
+            form = F64 if has_numbers(source.file, update.module) else natural(update)
+            sides = {role: recast(side, form) for role, side in _laid(update, B, A).items()}
             return {**sides, **_beside(source, update)}, NO_LOSS
 
-        spec = _with(update, rank, safetensors_name(natural(update)), update.scale)
+        spec = _with(update, rank, natural(update), update.scale)
         planned[module] = Made(spec, make, (module,), numbers=False)
     return with_factors(state, planned)
 
@@ -297,7 +310,7 @@ class Settled(Transformed):
     is_certain: bool = True
 
 
-def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:
+def settle(state: Transformed, dtype: Form | None) -> Settled:
     """Round the factors to their type, once, and measure the loss of all steps, one module after the other.
 
     Args:
@@ -311,9 +324,9 @@ def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:
     losses = {module: loss_of(source.file, module) for module in biases}
     for module in modules:
         update = source.updates[module]
-        holds = dtype is None or all(torch.promote_types(dtype, kind) == dtype for kind in factor_dtypes(update))
+        holds = dtype is None or holding(dtype, *factor_forms(update)) == dtype
         if holds and not state.measured(module):
-            if dtype is None or all(TORCH_FLOATS[update.specs[r].dtype] == str(dtype)[6:] for r in "AB"):
+            if dtype is None or all(update.specs[role].dtype == dtype.name for role in "AB"):
                 continue
             wanted, loss = dtype, NO_LOSS
         else:
@@ -322,12 +335,12 @@ def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:
                 raise InputError(TOO_LARGE, culprit=module)
             losses[module] = loss.summed
 
-        def make(module: str = module, wanted: torch.dtype = wanted) -> tuple[Tensors, Loss]:
+        def make(module: str = module, wanted: Form = wanted) -> tuple[Tensors, Loss]:
             loaded = _loaded(source, module)
-            B, A = round_factors(module, (loaded.B, loaded.A), wanted)
+            B, A = round_factors(module, (loaded.B.wide(), loaded.A.wide()), wanted)
             return {"A": A, "B": B, **_beside(source, source.updates[module])}, NO_LOSS
 
-        spec = _with(update, update.rank, safetensors_name(wanted), update.scale)
+        spec = _with(update, update.rank, wanted, update.scale)
         planned[module] = Made(spec, make, (module,), numbers=False)
     config, changed = source.config, with_factors(state, planned)
     if isinstance(changed.adapter.file, LazyFile):
@@ -336,15 +349,14 @@ def settle(state: Transformed, dtype: torch.dtype | None) -> Settled:
     return Settled(replace(changed.adapter, config=config), log, state.notes)  # the type alone restates nothing
 
 
-def _measured(source: Adapter, module: str, dtype: torch.dtype | None) -> tuple[torch.dtype, Loss]:
-    """Compute a module's factors; return the type that they get, and the loss of all steps and this type."""
+def _measured(source: Adapter, module: str, dtype: Form | None) -> tuple[Form, Loss]:
+    """Compute a module's factors; return the form that they get, and the loss of all steps and this form."""
     update, loaded = source.updates[module], _loaded(source, module)
-    former = loss_of(source.file, module)
-    for wanted in (dtype,) if dtype else (natural(update), torch.float32):
-        B, A = (side.to(wanted) for side in (loaded.B, loaded.A))
-        same = torch.equal(B.double(), loaded.B.double()) and torch.equal(A.double(), loaded.A.double())
-        if same:
+    former, true = loss_of(source.file, module), (loaded.B.wide(), loaded.A.wide())
+    for wanted in (dtype,) if dtype else (natural(update), F32):
+        B, A = (rounded_to(side, wanted) for side in true)
+        if all(np.array_equal(side.wide(), exact) for side, exact in zip((B, A), true, strict=True)):
             return wanted, former
-    round_factors(module, (loaded.B, loaded.A), wanted)  # raises if a number overflows
+    B, A = round_factors(module, true, wanted)  # raises if a number overflows
     rounded: Update = replace(loaded, A=A, B=B)
     return wanted, former.then(loss_between(stack_factors(loaded), stack_factors(rounded)))

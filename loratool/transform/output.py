@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.edited import CarriedTensor
@@ -22,6 +21,8 @@ from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import Update, UpdateSpec
 from ..files.dtypes import TensorSpec
 from ..files.tensor_ref import TensorRef
+from ..numerics.arrays import Numbers, rounded_to
+from ..numerics.forms import F32
 from ..views.convert import ModuleConvert
 from .lazy import Transformed, with_modules
 from .numbers import Settled, alpha_for_scale, single
@@ -88,14 +89,15 @@ def content(state: Settled, model: Mapping[str, Any] | None = None) -> AdapterCo
     if to.can.alpha == "tensor":
         alphas = {to.tensor_name(module, "alpha"): module for module in adapter.updates}
         specs |= dict.fromkeys(alphas, TensorSpec("F32", ()))
-    tensor = _Tensors(adapter)
+    numbers = _Tensors(adapter)
 
-    def load(name: str) -> Tensor:
+    def load(name: str) -> Numbers:
         if name in alphas:
             update = adapter.updates[alphas[name]]
-            return torch.tensor(alpha_for_scale(update.scale, update.rank), dtype=torch.float32)
-        value = tensor(*of[name]) if name in of else _copy(adapter, name)
-        return value.reshape(specs[name].shape)
+            value = rounded_to(np.array(alpha_for_scale(update.scale, update.rank)), F32)
+        else:
+            value = numbers(*of[name]) if name in of else _copy(adapter, name)
+        return value.reshape(*specs[name].shape)
 
     config = fields(adapter) if state.config is None else state.config
     metadata = state.metadata if state.family else {**state.metadata, "format": "pt"}
@@ -103,13 +105,13 @@ def content(state: Settled, model: Mapping[str, Any] | None = None) -> AdapterCo
 
 
 class _Tensors:
-    """Loader of tensors that loads the factors of a module together, and caches the last module."""
+    """Loader of numbers that loads the factors of a module together, and caches the last module."""
 
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
         self._last: tuple[str, Update] | None = None
 
-    def __call__(self, module: str, role: str) -> Tensor:
+    def __call__(self, module: str, role: str) -> Numbers:
         update = self._adapter.updates[module]
         if not update.rank:
             return _copy(self._adapter, update.tensors[role])
@@ -118,11 +120,11 @@ class _Tensors:
             self._last = last = None
             self._last = last = module, self._adapter.load(update)
         loaded = last[1]
-        tensor: Tensor = getattr(loaded.inner if isinstance(loaded, DoRA) and role in "AB" else loaded, role)
-        return tensor
+        numbers: Numbers = getattr(loaded.inner if isinstance(loaded, DoRA) and role in "AB" else loaded, role)
+        return numbers
 
 
-def _copy(adapter: Adapter, name: str) -> Tensor:
+def _copy(adapter: Adapter, name: str) -> Numbers:
     return CarriedTensor(((TensorRef(adapter.file, name), 1.0),)).load()
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.format import Format
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import UpdateSpec
-from ..files.dtypes import TensorSpec, safetensors_name
+from ..files.dtypes import TensorSpec
+from ..numerics.forms import holding
 from .factors import ModuleFactors, is_zero_filler, make_factors
 from .lazy import Made, Tensors, Transformed, has_numbers, with_modules
 from .log import NO_LOSS, Loss
@@ -25,7 +25,7 @@ from .numbers import loss_between, natural
 def low_rank_modules(adapter: Adapter, module: str) -> ModuleFactors:
     """Load the factors of a module, and DoRA's magnitude."""
     update = adapter.load(adapter.updates[module])
-    magnitude = update.magnitude.flatten() if isinstance(update, DoRA) else None
+    magnitude = update.magnitude.reshape(-1) if isinstance(update, DoRA) else None
     inner = update.inner if isinstance(update, DoRA) else update
     assert isinstance(inner, LowRank)
     return ModuleFactors(inner.A, inner.B, inner.scale, magnitude)
@@ -109,12 +109,12 @@ def _plan_module(
         factors = make_factors(target, updates)
         return _tensors(factors), NO_LOSS if factors.exact else _rounding(target, updates, factors)
 
-    specs = {role: TensorSpec(safetensors_name(t.dtype), tuple(t.shape)) for role, t in _tensors(factors).items()}
+    specs = {role: TensorSpec(numbers.form.name, numbers.shape) for role, numbers in _tensors(factors).items()}
     if any(
         has_numbers(source.file, module) for module in modules
     ):  # float64 between steps, which is not the output's type
-        letters = safetensors_name(reduce(torch.promote_types, (natural(source.updates[m]) for m in modules)))
-        specs |= {role: replace(specs[role], dtype=letters) for role in "AB"}
+        form = holding(*(natural(source.updates[m]) for m in modules))
+        specs |= {role: replace(specs[role], dtype=form.name) for role in "AB"}
     first = source.updates[modules[0]]
     detail = first.detail if first.cls is DoRA else None
     tensors = {role: name_of(role) for role in specs}
@@ -123,13 +123,14 @@ def _plan_module(
     return Made(update, make, modules, target.how, not factors.exact, slices=slices)
 
 
+@np.errstate(over="ignore")
 def _rounding(target: TargetModule, updates: Sequence[ModuleFactors], written: ModuleFactors) -> Loss:
     """Return the rounding error of folding the slices' scales into B."""
-    rows = torch.zeros(2, target.rows, dtype=torch.float64)
+    rows = np.zeros((2, target.rows))
     for part, update in zip(target.parts, updates, strict=True):
         place = slice(part.target_start, part.target_start + part.stop - part.start)
-        true = update.B.flatten(1)[part.start : part.stop].double() * update.scale, update.A.flatten(1)
-        rounded = written.B.flatten(1)[place].double() * written.scale, written.A.flatten(1)
+        true = update.B.matrix[part.start : part.stop].wide() * update.scale, update.A.matrix.wide()
+        rounded = written.B.matrix[place].wide() * written.scale, written.A.matrix.wide()
         row_losses = loss_between(true, rounded).rows
         assert row_losses is not None
         rows[:, place] = row_losses
@@ -137,6 +138,6 @@ def _rounding(target: TargetModule, updates: Sequence[ModuleFactors], written: M
     return Loss.of_rows(squared, total)
 
 
-def _tensors(factors: ModuleFactors) -> dict[str, Tensor]:
+def _tensors(factors: ModuleFactors) -> Tensors:
     tensors = {"A": factors.A, "B": factors.B, "magnitude": factors.magnitude}
-    return {role: tensor for role, tensor in tensors.items() if tensor is not None}
+    return {role: numbers for role, numbers in tensors.items() if numbers is not None}

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
 from ..adapters.updates.add import AddDelta
@@ -18,6 +16,7 @@ from ..architectures.beside_layers import Layers
 from ..binding.modules.selection import Selection
 from ..binding.names.peft_names import exclude_all
 from ..errors import InputError, LoratoolError, NeedsFlag
+from ..numerics.forms import Form
 from ..views.convert import ModuleConvert
 from .base import Base
 from .refusals import ONLY_MERGED, cannot_convert
@@ -34,7 +33,7 @@ class ConvertRequest:
 
     to: str  # a key of `written_formats`
     exclude: tuple[str, ...] = ()  # patterns of modules to exclude
-    dtype: torch.dtype | None = None  # of the factors; None keeps their types
+    dtype: Form | None = None  # of the factors; None keeps their types
     plain: bool = False  # plain LoRA, with alpha equal to the rank
     initial: Callable[[Adapter], Adapter] | None = None  # an adapter -> itself before training, opened and checked
     rank: int | None = None  # to truncate to; None keeps the ranks

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.stacked import factor_dtypes
+from ..adapters.stacked import factor_forms
 from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import UpdateSpec
@@ -42,6 +41,8 @@ from ..binding.ties.ties import find_tie
 from ..binding.weights.model_weights import model_weights
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
+from ..numerics.arrays import Numbers
+from ..numerics.forms import F32, Form, holding
 from .fused_qkv import qkv_rows
 from .refusals import cannot_convert
 from .to_class import module_of_matches
@@ -56,7 +57,7 @@ class ServedModule:
     shape: tuple[int, ...]  # (out, in); (experts, out, in) of a stack
     rank: int
     scale: float
-    dtype: torch.dtype
+    form: Form
     transposed: bool = False  # an embedding
     expert: int | None = None  # of the update, if the update is a stack and this module is not
     matrix_transposed: bool = False  # the update's matrix is (in, out)
@@ -83,7 +84,7 @@ class ServedModule:
 
     def zeros(self, path: str, shape: tuple[int, ...]) -> ServedModule:
         """Return a module of zeros with the same rank and scale."""
-        return ServedModule(path, None, shape, self.rank, self.scale, self.dtype)
+        return ServedModule(path, None, shape, self.rank, self.scale, self.form)
 
 
 class Factors:
@@ -93,12 +94,13 @@ class Factors:
         self._source = source
         self._last: tuple[UpdateSpec, LowRank | Experts] | None = None
 
-    def __call__(self, module: ServedModule) -> tuple[Tensor, Tensor]:
+    def __call__(self, module: ServedModule) -> tuple[Numbers, Numbers]:
         """Return B (out, r) and A (r, in) without the scale; for a stack (E, out, r) and (E, r, in)."""
         experts, (out, width) = module.shape[:-2], module.shape[-2:]
         if module.update is None:
-            B = torch.zeros(*experts, out, module.rank, dtype=module.dtype)
-            return B, torch.zeros(*experts, module.rank, width, dtype=module.dtype)
+            shapes = (*experts, out, module.rank), (*experts, module.rank, width)
+            B, A = (Numbers(np.zeros(shape, module.form.bits_type), module.form) for shape in shapes)
+            return B, A
         if self._last is None or self._last[0] is not module.update:
             loaded = self._source.load(module.update)
             assert isinstance(loaded, LowRank | Experts)
@@ -106,7 +108,8 @@ class Factors:
         update = self._last[1]
         if isinstance(update, Experts) and module.expert is None:
             rank = len(update.A) // update.experts
-            return update.B.view(-1, rank, update.experts).permute(2, 0, 1), update.A.view(update.experts, rank, -1)
+            bits = update.B.bits.reshape(-1, rank, update.experts).transpose(2, 0, 1)
+            return Numbers(bits, update.B.form), update.A.reshape(update.experts, rank, -1)
         pair = update.matrix(module.expert)
         assert isinstance(pair, LowRank)
         B, A = (pair.A.T, pair.B.T) if module.matrix_transposed else (pair.B, pair.A)
@@ -120,8 +123,8 @@ def unchanged_modules(updates: Mapping[str, UpdateSpec]) -> list[ServedModule]:
 
 
 def _module(path: str, update: UpdateSpec) -> ServedModule:
-    dtype = torch.promote_types(*factor_dtypes(update)) if "A" in update.specs else torch.float32  # as it is expanded
-    return ServedModule(path, update, update.shape, update.rank, update.scale, dtype, bool(update.transposed))
+    form = holding(*factor_forms(update)) if "A" in update.specs else F32  # as it is expanded
+    return ServedModule(path, update, update.shape, update.rank, update.scale, form, bool(update.transposed))
 
 
 class BaseModules:
@@ -252,7 +255,7 @@ class BaseModules:
         """The shape of each linear layer by the runtime's path; without fused layers whose rows the config lacks."""
         shapes: dict[str, tuple[int, ...]] = {}
         for path, shape in self.shapes.items():
-            module = ServedModule(path, None, shape, 1, 1.0, torch.float32)
+            module = ServedModule(path, None, shape, 1, 1.0, F32)
             with suppress(InputError):
                 parts = as_served(self._runtime, self._served, module, self.base.config)
                 shapes |= {part.path: part.shape for part in parts}

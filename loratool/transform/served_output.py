@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
+import numpy as np
 
 from ..adapters.formats import FORMATS
 from ..adapters.formats.content import ONLY_FOR
@@ -20,8 +20,9 @@ from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import Stack, UpdateSpec
 from ..architectures.runtimes.runtime import Runtime
 from ..errors import InputError
-from ..files.dtypes import TensorSpec, safetensors_name
-from ..files.tensor_ref import is_finite
+from ..files.dtypes import TensorSpec
+from ..numerics.arrays import Numbers, recast, rounded_to
+from ..numerics.forms import F16, Form, holding
 from .factors import common_scale
 from .lazy import Made, Tensors, Transformed, noted, with_modules
 from .log import NO_LOSS, Loss
@@ -33,9 +34,7 @@ from .served import Factors, ServedModule
 _KEPT_FIELDS = ("auto_mapping", "base_model_name_or_path", "revision", "task_type")
 
 
-def serve(
-    state: Transformed, runtime: Runtime, modules: Mapping[str, ServedModule], dtype: torch.dtype | None
-) -> Settled:
+def serve(state: Transformed, runtime: Runtime, modules: Mapping[str, ServedModule], dtype: Form | None) -> Settled:
     """Return the output with a runtime's modules, with one rank and one scale if it supports only one.
 
     Raises:
@@ -70,14 +69,15 @@ def _plan_module(load: Factors, module: ServedModule, wrapper: str, scale: float
     """Return a module with the runtime's rows; each number is the adapter's or 0."""
     (*experts, out, width), end = module.shape, "embedding_" if module.transposed else ""
     count = math.prod(experts) * module.rank
-    letters = safetensors_name(module.dtype)
-    specs = {"A": TensorSpec(letters, (count, width)), "B": TensorSpec(letters, (out, count))}
+    specs = {"A": TensorSpec(module.form.name, (count, width)), "B": TensorSpec(module.form.name, (out, count))}
 
     def make() -> tuple[Tensors, Loss]:
         B, A = load(module)
-        wide = torch.promote_types(module.dtype, torch.promote_types(A.dtype, B.dtype))  # float64 between steps
-        A, B = A.to(wide), B.to(wide)
-        return {"A": lay_A(A), "B": lay_B(B)} if module.stack else {"A": A, "B": B}, NO_LOSS
+        form = holding(module.form, A.form, B.form)  # float64 between steps
+        A, B = recast(A, form), recast(B, form)
+        if module.stack:
+            A, B = Numbers(lay_A(A.bits), form), Numbers(lay_B(B.bits), form)
+        return {"A": A, "B": B}, NO_LOSS
 
     tensors = {role: f"{wrapper}.lora_{end}{role}" + ("" if end else ".weight") for role in "AB"}
     detail = Stack(experts[0]) if module.stack else None
@@ -88,11 +88,13 @@ def _plan_module(load: Factors, module: ServedModule, wrapper: str, scale: float
     return Made(update, make, module.sources, exact, numbers=False, slices=module.slices)
 
 
+@np.errstate(over="ignore")
 def _require_half(runtime: Runtime, state: Settled) -> None:
     for module, update in state.adapter.updates.items():
         loaded = state.adapter.load(update)
         assert isinstance(loaded, LowRank | Experts)
-        if not (is_finite(loaded.A.half()) and is_finite((loaded.B.double() * loaded.scale).half())):
+        sides = loaded.A.wide(), loaded.B.wide() * loaded.scale
+        if not all(rounded_to(side, F16).all_finite() for side in sides):
             message = f"overflows float16, in which {runtime.title} has factors and scales"
             raise InputError(message, culprit=module, remedy="merge the adapter into its base")
 

@@ -11,9 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
 from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
 from ..adapters.formats.peft import Peft, wrappers_of
@@ -34,8 +31,10 @@ from ..binding.ties.shared_tensors import bindable
 from ..binding.ties.ties import find_tie
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
-from ..files.dtypes import TensorSpec, safetensors_name
-from .lazy import Made, Tensors, Transformed, with_modules
+from ..files.dtypes import TensorSpec
+from ..numerics.arrays import Numbers, recast
+from ..numerics.forms import F64, Bits, holding
+from .lazy import Made, Tensors, Transformed, has_numbers, with_modules
 from .log import NO_LOSS, Loss
 from .numbers import natural
 from .refusals import cannot_convert
@@ -62,30 +61,29 @@ class _Stack:
         """Return the stack in PEFT's layout, A (E * r, in) and B (out, r * E); each number is the source's or 0."""
         first = next(iter(self.modules.values()))
         (rows, width), ranks = first.shape, self.ranks
-        dtype = natural(first)
-        for update in self.modules.values():
-            dtype = torch.promote_types(dtype, natural(update))
+        stored = holding(*map(natural, self.modules.values()))
+        between_steps = any(has_numbers(source.file, update.module) for update in self.modules.values())
+        form = F64 if between_steps else stored
 
         def make() -> tuple[Tensors, Loss]:
             A, B = place_pairs(pairs(), (self.experts, rows * self.parts, sum(ranks), width))
-            return {"A": lay_A(A), "B": lay_B(B)}, NO_LOSS
+            return {"A": Numbers(lay_A(A), form), "B": Numbers(lay_B(B), form)}, NO_LOSS
 
-        def pairs() -> Iterator[tuple[tuple[Tensor, Tensor], Place]]:
+        def pairs() -> Iterator[tuple[tuple[Bits, Bits], Place]]:
             firsts = starts(ranks)
             for (expert, part), update in self.modules.items():
                 loaded = source.load(update)
                 assert isinstance(loaded, LowRank)
-                wide = torch.promote_types(dtype, torch.promote_types(loaded.A.dtype, loaded.B.dtype))
                 place = Place(firsts[part], slice(part * rows, (part + 1) * rows), expert)
-                yield (loaded.A.to(wide), loaded.B.to(wide)), place
+                yield (recast(loaded.A, form).bits, recast(loaded.B, form).bits), place
 
-        count, letters = sum(ranks) * self.experts, safetensors_name(dtype)
+        count = sum(ranks) * self.experts
         shapes = {"A": (count, width), "B": (rows * self.parts, count)}
         update = UpdateSpec(
             Experts,
             self.path,
             {role: f"{wrapper}.{end}" for role, end in zip("AB", _ENDS, strict=True)},
-            {role: TensorSpec(letters, shape) for role, shape in shapes.items()},
+            {role: TensorSpec(stored.name, shape) for role, shape in shapes.items()},
             first.scale,
             detail=Stack(self.experts),
         )

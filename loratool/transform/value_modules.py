@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
+import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.updates.diff import Diff
@@ -19,6 +19,7 @@ from ..architectures.families.lookup import Span, locate, parts_of
 from ..architectures.families.table import DENOISERS
 from ..binding.modules.image_modules import SourceModule, dotted_path
 from ..files.dtypes import TensorSpec
+from ..numerics.arrays import Numbers
 from .lazy import Made, Tensors
 from .log import NO_LOSS, Loss
 
@@ -95,9 +96,11 @@ def plan_values(source: Adapter, modules: Mapping[str, tuple[ValueModule, Sequen
         def make(
             role: str = role, key: str = key, shape: tuple[int, ...] = shape, order: Sequence[Span] = order
         ) -> tuple[Tensors, Loss]:
-            tensor = source.file.tensor(key).reshape(shape)
-            rows = torch.cat([tensor[span.start : span.stop] for span in order]) if order else tensor
-            return {role: rows}, NO_LOSS
+            value = source.file.numbers(key).reshape(*shape)
+            if order:
+                bits = np.concatenate([value.bits[span.start : span.stop] for span in order])
+                value = Numbers(bits, value.form)
+            return {role: value}, NO_LOSS
 
         planned[name] = Made(new, make, (value.source.module,), "split" if order else "exact", numbers=False)
     return planned

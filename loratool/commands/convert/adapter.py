@@ -20,18 +20,19 @@ from ...adapters.formats import FORMATS, holds_adapter, loaded_by, open_adapter,
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.single_file import write_card
 from ...adapters.image_metadata import about_training, former_metadata
-from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...architectures.runtimes.runtime import Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...binding.modules.selection import Selection, parse_patterns
 from ...durable.fileio import write_file
 from ...durable.partial import partial_folder
 from ...errors import NeedsFlag, UsageError
+from ...files.dtypes import FACTOR_DTYPES
 from ...files.folder.side_files import MODELFILE
 from ...files.output.model_card import code, shown_name
 from ...files.output.output import CONTAINERS, naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
+from ...numerics.forms import FORMS
 from ...streaming.ranks import current_job
 from ...streaming.threads import one_thread
 from ...transform.lazy import size_of_change, start
@@ -69,7 +70,7 @@ def write(path: Path, content: AdapterContent, to: str, source: Adapter) -> None
         write_card(folder, content)
 
 
-CONVERT_DTYPES = {"keep": None, **DTYPES}
+CONVERT_DTYPES = {"keep": None, **{word: FORMS[name] for word, name in FACTOR_DTYPES.items()}}
 
 
 def run_convert(call: Convert) -> ConvertReport:
