@@ -106,6 +106,12 @@ class Numbers:
         widen(Numbers(self.host(), self.form), out)
         return out
 
+    def floats(self) -> npt.NDArray[Any]:
+        """Return the CPU's numbers in float32, or in float64 if they have it; they may share their memory."""
+        if self.form.native and self.form.itemsize > 2:
+            return self.bits.view(self.form.native)  # type: ignore[no-any-return]
+        return widen(self, np.empty(self.shape, np.float32))  # type: ignore[no-any-return]
+
     def is_finite(self) -> Array:
         """Return where the numbers are neither inf nor nan."""
         return (self.bits & self.form.size) < self.form.inf
@@ -217,6 +223,20 @@ def rounded_to(x: npt.NDArray[Any], form: Form) -> Numbers:
 def recast(x: Numbers, form: Form) -> Numbers:
     """Return numbers in another form, rounded as by `rounded_to`; themselves if they have it."""
     return x if x.form == form else rounded_to(x.wide(), form)
+
+
+@np.errstate(all="ignore")
+def rounded_in(x: npt.NDArray[Any], form: Form) -> npt.NDArray[Any]:
+    """Return float32 or float64 numbers as `floats` of a form, rounded to it; x itself if it is of that type.
+
+    So an operation in a form of 16 bits is one in float32 and then this, as in torch.
+    """
+    return rounded_to(x, form).floats() if form.itemsize == 2 else x.astype(form.native, copy=False)
+
+
+def floats_of(x: Numbers, form: Form) -> npt.NDArray[Any]:
+    """Return the `floats` of numbers that are cast to a form."""
+    return x.floats() if x.form == form else rounded_in(x.floats(), form)
 
 
 def _round_to_fp16(x: npt.NDArray[np.float32], out: Bits) -> None:

@@ -18,7 +18,6 @@ from ..numerics.arrays import Numbers, empty
 from ..numerics.code_levels import Codes
 from ..numerics.forms import F32, Form
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
-from ..numerics.tensors import tensor_of
 from ..numerics.workspace import Workspace
 from ..undo.checks import record_rows
 from .apply import scattered_codes, segments
@@ -119,13 +118,12 @@ def _encode(merged: MergedRows, make: Callable[[], Quantizer], start: int, stop:
         step, work = record_rows(merged.columns), Workspace()
         for first in range(start, stop, step):
             base = merged.source.read_matrix(merged.rows, first, min(first + step, stop))
-            quantizer.see(tensor_of(merged.merge(base, first, work)[0]).view(-1, width))
+            quantizer.see(merged.merge(base, first, work)[0].reshape(-1, width))
 
     def step_of(base: Numbers, row: int, out: Codes, work: Workspace) -> Encoded:
         rounded, stats = merged.merge(base, start + row, work)
-        codes, pieces = quantizer.rows(
-            (start + row) * (merged.columns // width), tensor_of(rounded).cpu().view(-1, width)
-        )
+        numbers = Numbers(rounded.host(), rounded.form).reshape(-1, width)
+        codes, pieces = quantizer.rows((start + row) * (merged.columns // width), numbers)
         out[...] = codes.reshape(out.shape)
         return stats, [*pieces, *(quantizer.rest() if start + row + len(base) == merged.rows else ())]
 

@@ -15,8 +15,7 @@ from .codec import Fault, Parts, Piece, Quantizer, StoredWeight, Unclaimed
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
-    import torch
-
+    from ...numerics.arrays import Numbers
     from ...numerics.code_levels import Levels
     from .codec import Codes, Wide
     from .packing import Packing
@@ -162,19 +161,22 @@ class Bitsandbytes4Quantizer(Quantizer):
         columns, self.block = parts.shape[2], parts.detail("block")
         super().__init__(parts, self.block // math.gcd(columns, self.block))
 
-    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+    def rows(self, start: int, rows: Numbers) -> tuple[Codes, list[Piece]]:
         codes, absmax = self.encoded(rows)
         first = start * rows.shape[1] // self.block
         return codes, [("absmax", first * 4, absmax.tobytes()), *self.same("quant_map", "quant_state", start=start)]
 
-    def encoded(self, rows: torch.Tensor) -> tuple[Codes, Codes]:
+    def encoded(self, rows: Numbers) -> tuple[Codes, Codes]:
         """Return the codes, (rows, columns), and the absmax of their blocks in float32."""
         import numpy as np
+
+        from ...numerics.arrays import floats_of
+        from ...numerics.forms import F32
 
         table = self.parts["quant_map"].floats().astype(np.float32)
         order = table.argsort(kind="stable")
         middles = (table[order[1:]] + table[order[:-1]]) / 2
-        flat = rows.float().numpy().reshape(-1)
+        flat = floats_of(rows, F32).reshape(-1)
         full = len(flat) // self.block * self.block
         blocks, rest, least = flat[:full].reshape(-1, self.block), flat[full:], np.float32(1e-38)
         absmax = np.abs(blocks).max(axis=1)
@@ -215,7 +217,7 @@ class NestedQuantizer(Bitsandbytes4Quantizer):
         blank = len(json.dumps({**state, "nested_offset": ""})) + LONGEST - 2
         return json.dumps({**state, "nested_offset": offset}).ljust(blank).encode()
 
-    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+    def rows(self, start: int, rows: Numbers) -> tuple[Codes, list[Piece]]:
         codes, absmax = self.encoded(rows)
         self.absmax.append(absmax)
         return codes, []
@@ -259,18 +261,19 @@ class CrossingQuantizer(NestedQuantizer):
 
     sees_all = True
 
-    def see(self, rows: torch.Tensor) -> None:
+    def see(self, rows: Numbers) -> None:
         pass
 
 
 class Int8Quantizer(Quantizer):
     """Encodes like bitsandbytes: the weights in float16, then in float32 (int8_vectorwise_quant)."""
 
-    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+    def rows(self, start: int, rows: Numbers) -> tuple[Codes, list[Piece]]:
         import numpy as np
-        import torch
 
-        half = self.rounded(rows, torch.float16).numpy()
+        from ...numerics.forms import F16
+
+        half = self.rounded(rows, F16)
         absmax = np.abs(half).max(axis=1)
         factor = 1 / np.where(absmax == 0, 1, absmax) * np.float32(127)  # as torch has 127 / absmax
         codes = np.rint(half * factor[:, None]).astype(np.int8)

@@ -23,9 +23,9 @@ from .quantized import Blocks, stated_blocks
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
 
     from ...numerics.arrays import Numbers
+    from ...numerics.forms import Form
 
     Codes = npt.NDArray[Any]  # unsigned or signed integers, one code per number
     Wide = npt.NDArray[np.float64]
@@ -318,26 +318,32 @@ class Quantizer(ABC):
         """Return the specs of the stored tensors that are written, by role."""
         return {role: tensor.spec for role, tensor in self.parts.tensors.items()}
 
-    def see(self, rows: torch.Tensor) -> None:
-        """Inspect rows, of a float type of 16 bits or more, in rising order; only called if `sees_all`."""
+    def see(self, rows: Numbers) -> None:
+        """Inspect rows, as `rows` gets them, in rising order; only called if `sees_all`."""
         raise TypeError("it does not look first")
 
     @abstractmethod
-    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
-        """Return the codes of rows from `start` on, (rows, width), and the pieces of the other tensors for them."""
+    def rows(self, start: int, rows: Numbers) -> tuple[Codes, list[Piece]]:
+        """Return the codes of rows from `start` on, (rows, width), and the pieces of the other tensors for them.
 
-    def rounded(self, rows: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-        """Return rows rounded to a type, as float32, for formats whose software encodes weights of this type.
+        Args:
+            rows: on the CPU, of a form of 16 bits or more.
+        """
+
+    def rounded(self, rows: Numbers, form: Form) -> npt.NDArray[np.float32]:
+        """Return rows rounded to a form, as float32, for formats whose software encodes weights of this type.
 
         Raises:
             InputError: a number is too large for the type.
         """
-        import torch
+        import numpy as np
 
-        rounded = rows.to(kind).float()
-        if not torch.isfinite(rounded).all():
+        from ...numerics.arrays import floats_of
+
+        rounded = floats_of(rows, form)
+        if not np.isfinite(rounded).all():
             raise InputError(
-                f"has weights too large for {str(kind).removeprefix('torch.')}, in which they are encoded",
+                f"has weights too large for {form.torch_name}, in which they are encoded",
                 culprit=self.parts["codes"].name,
                 remedy="use a model in another format with --like",
             )

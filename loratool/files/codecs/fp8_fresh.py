@@ -1,26 +1,29 @@
 """Encode float8 with new scales from the largest number of each block, like the formats' own software.
 
-All operations are torch's elementwise operations and maxima, so the bytes are the same on every machine.
+All operations are elementwise or maxima, and each is rounded as torch rounds it, so the bytes are the same on every
+machine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ...errors import InputError
-from ..dtypes import DTYPE_NAMES
+from ...numerics.arrays import Numbers, floats_of, rounded_in, rounded_to
+from ...numerics.forms import E4M3, F32, FORMS, Bits, Form, holding
 from .codec import Parts, Piece, Quantizer
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import torch
-
     from .codec import Codes
 
-    Spread = Callable[[torch.Tensor], torch.Tensor]  # numbers of blocks -> one for each row and column
+Floats = npt.NDArray[Any]  # float32 or float64
+
+Spread = Callable[[Floats], Floats]  # numbers of blocks -> one for each row and column
 
 LARGEST = 448.0  # of e4m3
 
@@ -42,26 +45,26 @@ class Fp8Quantizer(Quantizer):
         self.blocks = matrices * self.down
         super().__init__(parts, self.high if matrices == 1 or rows % self.high == 0 else rows)
 
-    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
-        import torch
-
+    @np.errstate(all="ignore")
+    def rows(self, start: int, rows: Numbers) -> tuple[Codes, list[Piece]]:
         blocks = self.blocks_of(start, len(rows))
         first = int(blocks[0])
 
-        def spread(numbers: torch.Tensor) -> torch.Tensor:
-            return numbers[torch.from_numpy(blocks - first)].repeat_interleave(self.wide, 1)[:, : rows.shape[1]]
+        def spread(numbers: Floats) -> Floats:
+            return numbers[blocks - first].repeat(self.wide, axis=1)[:, : rows.shape[1]]
 
         scales, largest = self.parts["scales"], self.largest(blocks, rows)
         if scales.name.endswith(INVERSE):
-            scale, scaled = _by_inverse(rows, largest, spread, scales.spec.dtype, self.parts.detail("power_of_two"))
+            scale, stored, scaled = _by_inverse(
+                rows, largest, spread, scales.spec.dtype, self.parts.detail("power_of_two")
+            )
         else:
-            scale, scaled = _by_quotient(rows, largest, spread, scales.spec.dtype)
-        if not (largest.isfinite().all() and (scale.dtype == torch.uint8 or scale.isfinite().all())):
+            scale, stored, scaled = _by_quotient(rows, largest, spread, FORMS[scales.spec.dtype])
+        if not (largest.all_finite() and np.isfinite(scale).all()):
             culprit = self.parts["codes"].name
             raise InputError("has numbers that its type of scales does not have", culprit=culprit)
-        codes = scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-        place = first * self.across * scale.itemsize
-        return codes, [*self.kept(start), ("scales", place, scale.view(torch.uint8).numpy().tobytes())]
+        codes = rounded_to(scaled.clip(-LARGEST, LARGEST), E4M3).bits.view(np.uint8)
+        return codes, [*self.kept(start), ("scales", first * self.across * stored.itemsize, stored.tobytes())]
 
     def kept(self, start: int) -> list[Piece]:
         """Return the companions to copy, with the first row: scales of inputs, ComfyUI's description."""
@@ -70,22 +73,17 @@ class Fp8Quantizer(Quantizer):
 
     def blocks_of(self, start: int, count: int) -> npt.NDArray[np.intp]:
         """Return the block of each of some rows, counted over all matrices."""
-        import numpy as np
-
         rows = np.arange(start, start + count)
         return rows // self.height * self.down + rows % self.height // self.high
 
-    def largest(self, blocks: npt.NDArray[np.intp], rows: torch.Tensor) -> torch.Tensor:
+    def largest(self, blocks: npt.NDArray[np.intp], rows: Numbers) -> Numbers:
         """Return the largest absolute value of each block that these rows are in, (blocks, across)."""
-        import numpy as np
-        import torch
-
-        sizes = rows.abs()
-        if sizes.shape[1] % self.wide:
-            sizes = torch.nn.functional.pad(sizes, (0, -sizes.shape[1] % self.wide))
-        sizes = sizes.view(len(rows), self.across, self.wide).amax(2)
+        ordinals = abs(rows).bits
+        if ordinals.shape[1] % self.wide:
+            ordinals = np.pad(ordinals, ((0, 0), (0, -ordinals.shape[1] % self.wide)))
+        ordinals = ordinals.reshape(len(rows), self.across, self.wide).max(2)
         edges = [0, *(np.flatnonzero(np.diff(blocks)) + 1).tolist(), len(rows)]
-        return torch.stack([sizes[first:last].amax(0) for first, last in pairwise(edges)])
+        return Numbers(np.stack([ordinals[first:last].max(0) for first, last in pairwise(edges)]), rows.form)
 
 
 class Fp8Whole(Fp8Quantizer):
@@ -96,61 +94,51 @@ class Fp8Whole(Fp8Quantizer):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.together, self.seen = 1, 0
-        self.known: dict[int, torch.Tensor] = {}  # the largest values of a block of rows, (across)
+        self.known: dict[int, Bits] = {}  # the largest values of a block of rows, (across), by their ordinals
 
-    def see(self, rows: torch.Tensor) -> None:
-        import torch
-
+    def see(self, rows: Numbers) -> None:
         blocks = self.blocks_of(self.seen, len(rows))
-        for block, largest in zip(range(blocks[0], blocks[-1] + 1), super().largest(blocks, rows), strict=True):
-            self.known[block] = torch.maximum(largest, self.known.get(block, largest))
+        for block, largest in zip(range(blocks[0], blocks[-1] + 1), super().largest(blocks, rows).bits, strict=True):
+            self.known[block] = np.maximum(largest, self.known.get(block, largest))
         self.seen += len(rows)
 
-    def largest(self, blocks: npt.NDArray[np.intp], rows: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        return torch.stack([self.known[block] for block in range(blocks[0], blocks[-1] + 1)])
+    def largest(self, blocks: npt.NDArray[np.intp], rows: Numbers) -> Numbers:
+        return Numbers(np.stack([self.known[block] for block in range(blocks[0], blocks[-1] + 1)]), rows.form)
 
 
-def _by_quotient(
-    rows: torch.Tensor, largest: torch.Tensor, spread: Spread, dtype: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales, amax / 448, and x / scale, in the type of rows and scales; the scale of zeros is its epsilon.
+def _by_quotient(rows: Numbers, largest: Numbers, spread: Spread, form: Form) -> tuple[Floats, Bits, Floats]:
+    """Return scales, amax / 448, as numbers and as stored, and x / scale, in the type of rows and scales.
 
-    Source: compressed-tensors, `calculate_qparams` in quantization/utils/helpers.py and `_quantize` in
-    quantization/lifecycle/forward_helpers.py.
+    The scale of zeros is the form's epsilon. Source: compressed-tensors, `calculate_qparams` in
+    quantization/utils/helpers.py and `_quantize` in quantization/lifecycle/forward_helpers.py.
     """
-    import torch
-
-    stored = getattr(torch, DTYPE_NAMES[dtype])
-    kind = torch.promote_types(rows.dtype, stored)
-    scale = (largest.to(kind) / LARGEST).to(stored)
-    scale[scale == 0] = torch.finfo(stored).eps
-    return scale, rows.to(kind) / spread(scale.to(kind)) + 0  # adding the zero point turns -0 into +0
+    kind = holding(rows.form, form)
+    scale = rounded_in(rounded_in(floats_of(largest, kind) / LARGEST, kind), form)
+    scale[scale == 0] = 2.0 ** (1 - form.precision)
+    scaled = rounded_in(floats_of(rows, kind) / spread(scale), kind)
+    return scale, rounded_to(scale, form).bits, scaled + 0.0  # adding the zero point turns -0 into +0
 
 
 def _by_inverse(
-    rows: torch.Tensor, largest: torch.Tensor, spread: Spread, dtype: str, power_of_two: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scales, 1 / (448 / amax), and x * (448 / amax), in float32; the scale of zeros is 1.
+    rows: Numbers, largest: Numbers, spread: Spread, dtype: str, power_of_two: bool
+) -> tuple[Floats, Bits, Floats]:
+    """Return scales, 1 / (448 / amax), as numbers and as stored, and x * (448 / amax), in float32.
 
-    If scales are stored as powers of two (rounded up) or in another type, x is divided by the stored scale.
-    Source: transformers, `Fp8Quantize` in integrations/finegrained_fp8.py.
+    The scale of zeros is 1. If scales are stored as powers of two (rounded up) or in another type, x is divided by the
+    stored scale. Source: transformers, `Fp8Quantize` in integrations/finegrained_fp8.py.
     """
-    import torch
-
-    factor = LARGEST / largest.float()
-    factor[factor.isinf()] = 1  # of zeros, and of numbers too small for a scale
-    scale = stored = 1 / factor
+    factor = 1 / floats_of(largest, F32) * LARGEST  # as torch has 448 / amax
+    factor[np.isinf(factor)] = 1  # of zeros, and of numbers too small for a scale
+    scale = 1 / factor
     if power_of_two:
-        fraction, exponent = torch.frexp(scale)
-        exponent = (exponent - (fraction == 0.5).int()).clamp(-126, 127)
-        scale = stored = torch.ldexp(torch.ones_like(scale), exponent)
+        fraction, exponent = np.frexp(scale)
+        exponent = (exponent - (fraction == 0.5)).clip(-126, 127)
+        scale = np.ldexp(np.ones_like(scale), exponent)
     if dtype in E8M0:
-        stored = (exponent + 127).to(torch.uint8)
-    elif dtype != "F32":
-        stored = scale.to(getattr(torch, DTYPE_NAMES[dtype]))
-        scale = stored.float()
+        stored = (exponent + 127).astype(np.uint8)
+    else:
+        scale = rounded_in(scale, FORMS[dtype])
+        stored = rounded_to(scale, FORMS[dtype]).bits
     if power_of_two or dtype != "F32":
         factor = 1 / scale
-    return stored, rows.float() * spread(factor)
+    return scale, stored, floats_of(rows, F32) * spread(factor)

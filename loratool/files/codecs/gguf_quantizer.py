@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ...errors import InputError
+from ...numerics.arrays import Numbers
 from ...numerics.code_levels import Codes
+from ...numerics.forms import F32
 from .codec import Parts, Piece, Quantizer
 from .gguf_blocks import LAYOUTS
 
@@ -67,8 +68,8 @@ class BlockQuantizer(Quantizer):
         self._encode, self._block = ENCODERS[parts.codes_spec.dtype], LAYOUTS[parts.codes_spec.dtype].numbers
 
     @np.errstate(all="ignore")
-    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
-        numbers = self.rounded(rows, torch.float32).numpy().reshape(-1, self._block)
+    def rows(self, start: int, rows: Numbers) -> tuple[Codes, list[Piece]]:
+        numbers = self.rounded(rows, F32).reshape(-1, self._block)
         codes, scales = self._encode(numbers)
         halves = scales.astype("<f2")
         if not np.isfinite(halves).all():

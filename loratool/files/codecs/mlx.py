@@ -11,15 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..dtypes import DTYPE_NAMES, TensorSpec
+from ..dtypes import TensorSpec
 from .codec import Fault, Parts, Piece, Quantizer, StoredTensor, StoredWeight, Unclaimed
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    import torch
-
+    from ...numerics.arrays import Numbers
     from ...numerics.code_levels import Levels
     from .codec import Codes, Wide
     from .packing import Packing
@@ -93,13 +90,15 @@ class MlxQuantizer(Quantizer):
     The number of largest magnitude and zero are exact unless the scale would be 0; with one bit the extremes are exact.
     """
 
-    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+    def rows(self, start: int, rows: Numbers) -> tuple[Codes, list[Piece]]:
         import numpy as np
-        import torch
+
+        from ...numerics.arrays import rounded_to
+        from ...numerics.forms import FORMS
 
         group, top = self.parts.detail("group"), np.float32((1 << self.parts.detail("bits")) - 1)
-        kind = getattr(torch, DTYPE_NAMES[self.parts["scales"].spec.dtype])
-        numbers = self.rounded(rows, kind).numpy().reshape(len(rows), -1, group)
+        form = FORMS[self.parts["scales"].spec.dtype]
+        numbers = self.rounded(rows, form).reshape(len(rows), -1, group)
         least, most = numbers.min(axis=2), numbers.max(axis=2)
         step = np.maximum((most - least) / top, np.float32(1e-7))
         is_low = np.abs(least) > np.abs(most)
@@ -111,9 +110,10 @@ class MlxQuantizer(Quantizer):
         if top == 1:
             scale, bias = np.maximum(most - least, np.float32(1e-7)), least
         codes = np.rint((numbers - bias[:, :, None]) / scale[:, :, None]).clip(0, top).astype(np.uint8)
-        pieces = [("scales", scale), ("biases", bias)]
-        width = scale.shape[1] * self.parts["scales"].spec.nbytes // self.parts["scales"].spec.size
-        return codes.reshape(rows.shape), [(role, start * width, _bytes(of, kind)) for role, of in pieces]
+        return codes.reshape(rows.shape), [
+            (role, start * scale.shape[1] * form.itemsize, rounded_to(x, form).bits.tobytes())
+            for role, x in (("scales", scale), ("biases", bias))
+        ]
 
 
 class MlxFp4(ScaledCodes):
@@ -191,13 +191,6 @@ class MlxFp8(MlxFp4):
         from ...numerics.code_levels import E4M3
 
         return E4M3
-
-
-def _bytes(numbers: npt.NDArray[np.float32], kind: torch.dtype) -> bytes:
-    import torch
-
-    data: bytes = torch.from_numpy(numbers).to(kind).view(torch.uint8).numpy().tobytes()
-    return data
 
 
 def _groups(spec: TensorSpec, unclaimed: Unclaimed, scale: str) -> int:

@@ -9,8 +9,7 @@ from .codec import Fault, Parts, Piece, Quantizer, StoredWeight, Unclaimed
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
-    import torch
-
+    from ...numerics.arrays import Numbers
     from ...numerics.code_levels import Levels
     from .codec import Codes, Wide
     from .packing import Packing
@@ -139,19 +138,19 @@ class Mxfp4(Fp4):
 class PackedMxfp4Quantizer(Quantizer):
     """Encodes like compressed-tensors."""
 
-    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
-        codes, scales = encoded(rows.double().numpy().reshape(len(rows), -1, GROUP), 2)
+    def rows(self, start: int, rows: Numbers) -> tuple[Codes, list[Piece]]:
+        codes, scales = encoded(rows.wide().reshape(len(rows), -1, GROUP), 2)
         return codes.reshape(rows.shape), [("scales", start * scales.shape[1], scales.tobytes())]
 
 
 class Mxfp4Quantizer(Quantizer):
     """Encodes like compressed-tensors, along the model's input, which is down the rows."""
 
-    def rows(self, start: int, rows: torch.Tensor) -> tuple[Codes, list[Piece]]:
+    def rows(self, start: int, rows: Numbers) -> tuple[Codes, list[Piece]]:
         from .packing import matrices
 
         _, high, columns = self.parts.shape
-        codes, scales = encoded(rows.double().numpy().reshape(-1, GROUP, columns), 1)
+        codes, scales = encoded(rows.wide().reshape(-1, GROUP, columns), 1)
         groups, done, pieces = high // GROUP, 0, list[Piece]()
         for which, first, last in matrices(start, start + len(rows), high):
             part = scales[done : done + (last - first) // GROUP]

@@ -17,6 +17,7 @@ from torch import Tensor
 from loratool import InputError
 from loratool.files.checkpoint import Checkpoint
 from loratool.files.codecs.codec import CodeFormat, Parts
+from loratool.numerics.tensors import numbers_of
 
 NAN, INF = float("nan"), float("inf")
 
@@ -300,11 +301,11 @@ def written(codec: CodeFormat, parts: Parts, matrix: Tensor, step: int) -> dict[
     assert quantizer is not None
     if quantizer.sees_all:
         for row in matrix:
-            quantizer.see(row[None])
+            quantizer.see(numbers_of(row[None]))
     found = {role: bytearray(spec.nbytes) for role, spec in quantizer.specs().items()}
     each = step * int(np.lcm(quantizer.together, codec.row_multiple(parts)))
     for start in range(0, len(matrix), each):
-        codes, pieces = quantizer.rows(start, matrix[start : start + each])
+        codes, pieces = quantizer.rows(start, numbers_of(matrix[start : start + each]))
         for role, first, data in pieces + [("codes", *place) for place in codec.places(parts, start, codes)]:
             found[role][first : first + len(data)] = data
     return {role: bytes(data) for role, data in found.items()}

@@ -19,6 +19,7 @@ from torch import Tensor
 from loratool import InputError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.codecs.codec import CodeFormat, Parts
+from loratool.numerics.tensors import numbers_of
 
 DTYPES = [
     torch.int8,
@@ -106,7 +107,7 @@ def use(parts: Parts) -> None:
     assert all(0 <= first <= size - len(data) for first, data in codec.places(parts, 0, codes))
     quantizer = codec.quantizer(parts)
     if quantizer is not None:
-        numbers = torch.linspace(-1, 1, matrices * rows * columns).view(-1, columns).bfloat16()
+        numbers = numbers_of(torch.linspace(-1, 1, matrices * rows * columns).view(-1, columns).bfloat16())
         if quantizer.sees_all:
             quantizer.see(numbers)
         _, pieces = quantizer.rows(0, numbers)

@@ -19,6 +19,7 @@ from loratool import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.codecs.codec import CodeFormat, Parts
 from loratool.files.codecs.quantized import stated_blocks
+from loratool.numerics.tensors import numbers_of
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # which an older torch does not have
@@ -352,10 +353,10 @@ def written(parts: Parts, weight: Tensor) -> dict[str, bytes]:
     step = quantizer.together
     if quantizer.sees_all:
         for start in range(0, len(rows), 7):
-            quantizer.see(rows[start : start + 7])
+            quantizer.see(numbers_of(rows[start : start + 7]))
     found = {role: bytearray(spec.nbytes) for role, spec in quantizer.specs().items()}
     for start in reversed(range(0, len(rows), step)):
-        codes, pieces = quantizer.rows(start, rows[start : start + step])
+        codes, pieces = quantizer.rows(start, numbers_of(rows[start : start + step]))
         places = codec_of(parts).places(parts, start, codes)
         for role, first, data in [*pieces, *(("codes", first, data) for first, data in places)]:
             found[role][first : first + len(data)] = data

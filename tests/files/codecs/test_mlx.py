@@ -14,6 +14,7 @@ from lib.files.one_weight import codec_of, numbers, only, random_bytes, raw, sto
 from torch import Tensor
 
 from loratool import InputError
+from loratool.numerics.tensors import numbers_of
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
@@ -229,7 +230,7 @@ def test_what_does_not_look_first_is_not_shown(tmp_path: Path) -> None:
     quantizer = codec_of(parts := only(stored(tmp_path, affine(8), config(4, 64)))).quantizer(parts)
     assert quantizer is not None and not quantizer.sees_all
     with pytest.raises(TypeError):
-        quantizer.see(torch.zeros(8, 128))
+        quantizer.see(numbers_of(torch.zeros(8, 128)))
 
 
 def test_weights_are_encoded_in_the_type_of_the_scales(tmp_path: Path) -> None:

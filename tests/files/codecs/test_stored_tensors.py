@@ -57,5 +57,5 @@ def test_numbers_and_their_bits(stored: dict[str, StoredTensor]) -> None:
 def test_what_is_no_float_is_not_read_as_one(stored: dict[str, StoredTensor]) -> None:
     for name in ("words", "flags"):
         with pytest.raises(InputError, match="not a floating-point type") as refused:
-            open_checkpoint(stored[name].file.path).ref(name).rows(0, 1)
+            open_checkpoint(stored[name].file.path).ref(name).read_matrix(1, 0, 1)
         assert refused.value.culprit == name

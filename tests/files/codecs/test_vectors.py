@@ -25,6 +25,7 @@ from loratool import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.codecs import CODECS
 from loratool.files.codecs.codec import Parts
+from loratool.numerics.tensors import numbers_of
 
 CODED = FIXTURES / "coded"
 
@@ -174,12 +175,12 @@ def test_fresh_bytes_are_those_of_the_software(parts: Parts, opened: Checkpoint,
     source = packed("source")[known["weights"][name]["source"]]
     source = source.float() if "weights in float32" in known["made_by"] else source
     if quantizer.sees_all:
-        quantizer.see(source)
+        quantizer.see(numbers_of(source))
     together = quantizer.together or len(source)
     step = np.lcm(together, codec.row_multiple(parts))
     pieces = []
     for start in range(0, len(source), step):
-        codes, more = quantizer.rows(start, source[start : start + step])
+        codes, more = quantizer.rows(start, numbers_of(source[start : start + step]))
         pieces += more + [("codes", first, data) for first, data in codec.places(parts, start, codes)]
     pieces += quantizer.rest()
     written = {role: bytearray(spec.nbytes) for role, spec in quantizer.specs().items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.codecs.codec import CodeFormat, Parts, StoredTensor
+from loratool.numerics.tensors import numbers_of
 
 
 def stored(
@@ -55,9 +56,9 @@ def written(parts: Parts, rows: Tensor, step: int | None = None) -> dict[str, by
     step = step or len(rows)
     assert step >= len(rows) or step % (quantizer.together or 1) == 0
     if quantizer.sees_all:
-        quantizer.see(rows)
+        quantizer.see(numbers_of(rows))
     for start in range(0, len(rows), step):
-        codes, more = quantizer.rows(start, rows[start : start + step])
+        codes, more = quantizer.rows(start, numbers_of(rows[start : start + step]))
         pieces += [*more, *(("codes", *place) for place in codec.places(parts, start, codes))]
     for role, first, data in pieces + quantizer.rest():
         found[role][first : first + len(data)] = data
