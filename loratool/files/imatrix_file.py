@@ -24,7 +24,7 @@ from .containers.gguf_file import MAGIC, MAX_NAME, MAX_TENSORS, GgufFile
 from .hub.cache import resolve
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from ..numerics.forms import Wide
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 GGUF_TYPE = ("general.type", "imatrix")
@@ -94,7 +94,7 @@ class ImatrixFile:
             raise InputError(f"{has}: it belongs to another model", culprit=name)
         return count
 
-    def moments(self, name: str, inputs: int, first: int, count: int) -> Tensor:
+    def moments(self, name: str, inputs: int, first: int, count: int) -> Wide:
         """Return the mean squares of the inputs of `count` matrices of a tensor; nan for a matrix without inputs.
 
         Args:
@@ -107,11 +107,11 @@ class ImatrixFile:
         Raises:
             InputError: a number is negative, nan or infinite, or the counts are of other matrices.
         """
-        import torch
+        import numpy as np
 
         place, matrices = self._counts[name], self.matrices(name, inputs)
         if isinstance(place, int):
-            counts = torch.tensor([float(place)], dtype=torch.float64)
+            counts = np.array([float(place)])
         elif place.count in (1, matrices):
             counts = self._read(place) if place.count == 1 else self._read(place.part(first, count))
         else:
@@ -119,17 +119,18 @@ class ImatrixFile:
             raise InputError(f"{has}: it belongs to another model", culprit=name)
         values = self._read(self._sums[name].part(first * inputs, count * inputs))
         for numbers in (values, counts):
-            if not (numbers.isfinite() & (numbers >= 0)).all():
+            if not (np.isfinite(numbers) & (numbers >= 0)).all():
                 message = f"has a number in {self.path.name} that is negative or not finite"
                 raise InputError(message, culprit=name, remedy=HOW)
-        return values.view(count, inputs) / counts.masked_fill(counts == 0, torch.nan)[:, None]
+        moments: Wide = values.reshape(count, inputs) / np.where(counts == 0, np.nan, counts)[:, None]
+        return moments
 
-    def _read(self, place: _Floats) -> Tensor:
-        import torch
+    def _read(self, place: _Floats) -> Wide:
+        import numpy as np
 
         data = bytearray(4 * place.count)
         read_into(self._file, memoryview(data), place.offset)
-        return torch.frombuffer(data, dtype=torch.float32).double()
+        return np.frombuffer(data, "<f4").astype(np.float64)
 
     def _list_gguf(self, file: GgufFile) -> None:
         key, wanted = GGUF_TYPE

@@ -14,15 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .containers.safetensors_file import tensor_bytes
-from .dtypes import TORCH_FLOATS, TensorSpec, safetensors_name
+from .dtypes import TORCH_FLOATS, TensorSpec
 from .tensor_ref import TensorRef
 from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
+
+    from ..numerics.arrays import Numbers
+    from ..numerics.forms import Bits, Form
 
     Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -38,34 +39,34 @@ class StoredStack:
     columns: int
     transposed_rows: int = 0  # rows of each stored matrix, if all are used transposed; else 0
 
-    def read(self, matrix: int, rows: Rows) -> torch.Tensor:
+    def read(self, matrix: int, rows: Rows) -> Numbers:
         """Return rows of a matrix, in any order: (rows, columns)."""
-        import torch
+        from ..numerics.arrays import Numbers
 
         if self.transposed_rows:
             return self._read_transposed(matrix, rows)
-        out = torch.empty(len(rows), self.columns, dtype=self.ref.dtype)
+        out = Numbers.empty(self.ref.form, len(rows), self.columns)
         order = rows.argsort(kind="stable")
         ordered = rows[order]
         breaks = [0, *((ordered[1:] - ordered[:-1] > GAP).nonzero()[0] + 1).tolist(), len(rows)]
         for start, stop in pairwise(breaks):
             first, last = int(ordered[start]), int(ordered[stop - 1])
-            run = torch.empty(last + 1 - first, self.columns, dtype=out.dtype)
-            self.ref.read_rows(matrix * self.rows + first, run)
-            out[torch.from_numpy(order[start:stop])] = run[torch.from_numpy(ordered[start:stop] - first)]
+            run = Numbers.empty(out.form, last + 1 - first, self.columns)
+            self.ref.read(matrix * self.rows + first, run)
+            out.bits[order[start:stop]] = run.bits[ordered[start:stop] - first]
         return out
 
-    def _read_transposed(self, matrix: int, rows: Rows) -> torch.Tensor:
+    def _read_transposed(self, matrix: int, rows: Rows) -> Numbers:
         """Return rows of matrices that are stored transposed, (columns, rows of each)."""
-        import torch
+        from ..numerics.arrays import Numbers
 
-        out = torch.empty(len(rows), self.columns, dtype=self.ref.dtype)
+        out = Numbers.empty(self.ref.form, len(rows), self.columns)
         numbers = rows // self.transposed_rows
-        stored = torch.empty(self.columns, self.transposed_rows, dtype=self.ref.dtype)
+        stored = Numbers.empty(out.form, self.columns, self.transposed_rows)
         for number in sorted(set(numbers.tolist())):
-            here = torch.from_numpy((numbers == number).nonzero()[0])
-            self.ref.read_rows((matrix * (self.rows // self.transposed_rows) + number) * self.columns, stored)
-            out[here] = stored.T[torch.from_numpy(rows % self.transposed_rows)[here]]
+            here = numbers == number
+            self.ref.read((matrix * (self.rows // self.transposed_rows) + number) * self.columns, stored)
+            out.bits[here] = stored.bits.T[rows[here] % self.transposed_rows]
         return out
 
 
@@ -77,7 +78,7 @@ class RelaidTensor:
     pieces: tuple[StoredStack, ...]
     order: Sequence[int] | None = None  # row of a matrix -> row of the concatenated pieces; None if it is the same
     transposed: bool = False  # the tensor has the matrices as (columns, rows)
-    added: float = 0.0  # to every number, in the tensor's type
+    added: float = 0.0  # to every number, in the tensor's form
     first: int = 0  # the pieces' matrix that is this tensor's first
 
     @property
@@ -90,15 +91,11 @@ class RelaidTensor:
         return self.pieces[0].columns
 
     @cached_property
-    def dtype(self) -> torch.dtype:
-        """The type that holds the numbers of all pieces."""
-        import torch
+    def form(self) -> Form:
+        """The form that holds the numbers of all pieces."""
+        from ..numerics.forms import holding
 
-        dtypes = [piece.ref.dtype for piece in self.pieces]
-        common = dtypes[0]
-        for dtype in dtypes[1:]:
-            common = torch.promote_types(common, dtype)
-        return common
+        return holding(*(piece.ref.form for piece in self.pieces))
 
     @property
     def is_plain(self) -> bool:
@@ -113,17 +110,19 @@ class RelaidTensor:
 
         return np.arange(self.rows) if self.order is None else np.asarray(self.order, np.int64)
 
-    def matrix_rows(self, matrix: int, start: int, stop: int) -> torch.Tensor:
+    def matrix_rows(self, matrix: int, start: int, stop: int) -> Numbers:
         """Return rows start:stop of a matrix before it is transposed."""
-        import torch
+        from ..numerics.arrays import Numbers, rounded_to
 
-        rows, out, base = self._rows[start:stop], torch.empty(stop - start, self.columns, dtype=self.dtype), 0
+        rows, out, base = self._rows[start:stop], Numbers.empty(self.form, stop - start, self.columns), 0
         for piece in self.pieces:
             here = ((rows >= base) & (rows < base + piece.rows)).nonzero()[0]
             if len(here):
-                out[torch.from_numpy(here)] = piece.read(self.first + matrix, rows[here] - base).to(out.dtype)
+                some = piece.read(self.first + matrix, rows[here] - base)
+                some = some if some.form == out.form else rounded_to(some.floats(), out.form)
+                out.bits[here] = some.bits
             base += piece.rows
-        return out.add_(self.added) if self.added else out
+        return rounded_to(out.floats() + self.added, out.form) if self.added else out
 
 
 class RelaidFile(WeightsFile):
@@ -157,25 +156,13 @@ class RelaidFile(WeightsFile):
         yield piece.ref.file.file, piece.ref.file.begin[piece.ref.name] + tensor.first * width, spec.nbytes
 
     def read(self, name: str) -> memoryview:
-        from ..numerics.tensors import numbers_of
+        from ..numerics.arrays import bytes_of
 
-        return tensor_bytes(numbers_of(self.tensor(name)), self.specs[name])
-
-    def tensor(self, name: str) -> torch.Tensor:
-        import torch
-
-        out = torch.empty(self.specs[name].shape, dtype=self.tensors[name].dtype)
-        self._read(name, 0, out.view(-1))
-        return out
+        return bytes_of(self.numbers(name).bits)
 
     def read_numbers(self, name: str, first: int, out: npt.NDArray[Any]) -> None:
-        import torch
-
-        flat = torch.from_numpy(out.reshape(-1).view(f"i{out.itemsize}"))
-        self._read(name, first, flat.view(self.tensors[name].dtype))
-
-    def _read(self, name: str, first: int, flat: torch.Tensor) -> None:
         tensor = self.tensors[name]
+        flat: Bits = out.reshape(-1).view(tensor.form.bits_type)
         size, done = tensor.rows * tensor.columns, 0
         while done < len(flat):
             matrix, start = divmod(first + done, size)
@@ -184,24 +171,24 @@ class RelaidFile(WeightsFile):
                 flat[done : done + stop - start] = self._transposed(name, matrix)[start:stop]
             else:
                 row, end = start // tensor.columns, -(-stop // tensor.columns)
-                rows = tensor.matrix_rows(matrix, row, end).view(-1)
+                rows = tensor.matrix_rows(matrix, row, end).bits.reshape(-1)
                 skipped = start - row * tensor.columns
                 flat[done : done + stop - start] = rows[skipped : skipped + stop - start]
             done += stop - start
 
-    def _transposed(self, name: str, matrix: int) -> torch.Tensor:
+    def _transposed(self, name: str, matrix: int) -> Bits:
         """Return a transposed matrix; each thread caches the last one, since its blocks are read in sequence."""
         if getattr(self._kept, "key", None) != (name, matrix):
-            self._kept.key = self._kept.numbers = None  # before the next takes memory
-            matrix_numbers = self.tensors[name].matrix_rows(matrix, 0, self.tensors[name].rows)
-            self._kept.numbers, self._kept.key = matrix_numbers.T.contiguous().view(-1), (name, matrix)
-        numbers: torch.Tensor = self._kept.numbers
-        return numbers
+            self._kept.key = self._kept.bits = None  # before the next takes memory
+            numbers = self.tensors[name].matrix_rows(matrix, 0, self.tensors[name].rows)
+            self._kept.bits, self._kept.key = numbers.bits.T.reshape(-1), (name, matrix)
+        bits: Bits = self._kept.bits
+        return bits
 
 
 def _name_of(tensor: RelaidTensor) -> str:
-    """Return the safetensors name of a tensor's dtype."""
+    """Return the safetensors name of a tensor's type."""
     plain = {piece.ref.spec.dtype for piece in tensor.pieces if not piece.ref.weight}
     if len(tensor.pieces) == 1 and plain:
         return plain.pop()
-    return safetensors_name(tensor.dtype)
+    return tensor.form.name

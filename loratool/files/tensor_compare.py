@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from .dtypes import FLOATS, TORCH_FLOATS
-from .tensor_ref import BLOCK, TensorRef, norm
+from .tensor_ref import BLOCK, TensorRef, finite_norm
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
 
-    from ..numerics.arrays import Numbers
+    from ..numerics.arrays import Array, Numbers
     from ..numerics.rounding_noise import RoundingNoise
 
 
@@ -63,13 +62,13 @@ def same_bytes(first: TensorRef, second: TensorRef) -> bool:
 class Difference:
     """The delta of a weight between a base and a tuned model."""
 
-    D: torch.Tensor  # tuned - base in float32, with the base's shape
+    D: Array  # tuned - base in float32, with the base's shape
     base_squared: float  # ||base||^2
     noise: RoundingNoise  # of rounding either to its type or codes, as far as D can hold it; of D as (rows, others)
 
 
-def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Difference:
-    """Compute the delta of a weight, reading both tensors by blocks of rows.
+def difference(base: TensorRef, tuned: TensorRef, like: Array) -> Difference:
+    """Compute the delta of a weight where `like` is, reading both tensors by blocks of rows.
 
     The energy of either side's rounding noise is at most that of D. So the codes of a base count for little if the
     tuned model was trained from the dequantized numbers.
@@ -77,8 +76,10 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
     Raises:
         InputError: a tensor has nan or inf, or the shapes differ.
     """
-    import torch
+    import numpy as np
 
+    from ..numerics.arrays import Numbers, empty, fetched, sent, widen
+    from ..numerics.forms import F64, FORMS
     from ..numerics.rounding_noise import below_one_another, float_steps, noise_of_steps
 
     if base.spec.shape != tuned.spec.shape:
@@ -86,62 +87,64 @@ def difference(base: TensorRef, tuned: TensorRef, device: torch.device) -> Diffe
             f"is {base.spec.shape} in the base and {tuned.spec.shape} in the tuned model", culprit=base.name
         )
     rows, size = base.spec.shape[0], base.spec.size
-    out = torch.empty(rows, size // rows, dtype=torch.float32, device=device)
+    kind = np.float64 if F64 in (base.form, tuned.form) else np.float32
+    out = empty(np.float32, rows, size // rows, like=like)
     squared, energy = [], []
     noises: tuple[list[RoundingNoise], list[RoundingNoise]] = [], []
     step = max(1, BLOCK // (size // rows))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        before, after = (side.rows(start, stop).to(device) for side in (base, tuned))
-        wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
-        before, after = before.to(wide), after.to(wide)
-        D = out[start:stop].copy_(after - before)
-        squared.append(_sum_of_squares(before))
-        energy.append(_sum_of_squares(D))
-        for side, values, noise in zip((base, tuned), (before, after), noises, strict=True):
-            steps = _code_steps(side, start, stop) if side.parts else float_steps(values, side.spec.dtype)
-            noise.append(noise_of_steps(steps.to(device)))
+        stored = [side.read_matrix(rows, start, stop) for side in (base, tuned)]
+        before, after = (
+            widen(Numbers(sent(each.bits, like), each.form), empty(kind, *each.shape, like=like)) for each in stored
+        )
+        D = out[start:stop]
+        with np.errstate(all="ignore"):
+            D[...] = after - before
+            squared.append(_sum_of_squares(before))
+            energy.append(_sum_of_squares(D))
+        for side, x, noise in zip((base, tuned), (before, after), noises, strict=True):
+            steps = _code_steps(side, start, stop) if side.parts else float_steps(fetched(x), FORMS[side.spec.dtype])
+            noise.append(noise_of_steps(steps))
     total = math.fsum(energy)
     if not math.isfinite(total):
         raise InputError("holds nan or inf in one of the models", culprit=base.name)
     base_noise, tuned_noise = (below_one_another(noise).at_most(total) for noise in noises)
-    return Difference(out.view(base.spec.shape), math.fsum(squared), base_noise + tuned_noise)
+    return Difference(out.reshape(base.spec.shape), math.fsum(squared), base_noise + tuned_noise)
 
 
-def matrix_difference(base: Sequence[TensorRef], tuned: Sequence[TensorRef], device: torch.device) -> Difference:
+def matrix_difference(base: Sequence[TensorRef], tuned: Sequence[TensorRef], like: Array) -> Difference:
     """Compute the delta of a matrix whose rows are those of several weights, concatenated.
 
     Raises:
         InputError: as in `difference`.
     """
-    import torch
-
+    from ..numerics.linalg import concatenate
     from ..numerics.rounding_noise import below_one_another
 
-    differences = [difference(one, two, device) for one, two in zip(base, tuned, strict=True)]
+    differences = [difference(one, two, like) for one, two in zip(base, tuned, strict=True)]
     if len(differences) == 1:
         return differences[0]
     noise = below_one_another([each.noise for each in differences])
     return Difference(
-        torch.cat([each.D for each in differences]), math.fsum(each.base_squared for each in differences), noise
+        concatenate([each.D for each in differences]), math.fsum(each.base_squared for each in differences), noise
     )
 
 
-def _sum_of_squares(x: torch.Tensor) -> float:
-    """Return ||x||^2, computed in the dtype of x, or in float64 if that overflows."""
-    import torch
+def _sum_of_squares(x: Array) -> float:
+    """Return ||x||^2, computed in the type of x, or in float64 if that overflows."""
+    from ..numerics.arrays import dot, doubled
 
-    total = float(torch.dot(x.flatten(), x.flatten()))
-    return total if math.isfinite(total) else float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    total = dot(x, x)
+    return total if math.isfinite(total) else dot(wide := doubled(x), wide)
 
 
-def _code_steps(weight: TensorRef, start: int, stop: int) -> torch.Tensor:
-    """Return the distances of the numbers of rows start:stop to those of a neighboring code, in float32.
+def _code_steps(weight: TensorRef, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """Return the distances of the numbers of rows start:stop to those of a neighboring code.
 
     The neighbor is the one towards the middle of the codes.
     """
     import numpy as np
-    import torch
 
     assert weight.parts is not None
     parts, shape = weight.parts, weight.spec.shape
@@ -153,8 +156,8 @@ def _code_steps(weight: TensorRef, start: int, stop: int) -> torch.Tensor:
     step = ordinals.dtype.type(low < high)
     near = codes.copy()  # keeps the padding, which may have a row's scales
     near[:, :columns] = codec.from_ordinals(parts, ordinals + np.where(ordinals < (low + high) / 2, step, -step))
-    steps = torch.from_numpy(codec.values(parts, first, codes) - codec.values(parts, first, near))
-    return steps.float().abs_().view(stop - start, -1)
+    steps = np.abs(codec.values(parts, first, codes) - codec.values(parts, first, near))
+    return steps.astype(np.float32).reshape(stop - start, -1)
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ def compare(first: TensorRef, second: TensorRef) -> Comparison:
     norms, largest, ulps, changed, not_finite = [], 0.0, 0, 0, 0
     for a, b in zip(first.blocks_of_numbers(BLOCK), second.blocks_of_numbers(BLOCK), strict=True):
         if same_type and np.array_equal(a.bits, b.bits):
-            norms.append((norm(a),) * 2 + (0.0,))
+            norms.append((finite_norm(a),) * 2 + (0.0,))
             continue
         x, y = a.wide(), b.wide()
         with np.errstate(all="ignore"):
@@ -196,7 +199,7 @@ def compare(first: TensorRef, second: TensorRef) -> Comparison:
         different = ~((x == y) | (np.isnan(x) & np.isnan(y)))
         not_finite += int((~np.isfinite(D) & different).sum())
         D[~np.isfinite(D)] = 0.0
-        norms.append((norm(a), norm(b), norm(Numbers.of(D))))
+        norms.append((finite_norm(a), finite_norm(b), finite_norm(Numbers.of(D))))
         largest = max(largest, float(np.abs(D).max()))
         changed += int(different.sum())
         moved = D != 0

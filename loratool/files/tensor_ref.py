@@ -17,7 +17,7 @@ from .weights_file import WeightsFile
 if TYPE_CHECKING:
     import torch
 
-    from ..numerics.arrays import Numbers
+    from ..numerics.arrays import Array, Numbers
     from ..numerics.forms import Form
 
 BLOCK = 1 << 20  # numbers read at a time
@@ -127,25 +127,13 @@ class TensorRef:
         codec.read_rows(parts, first // columns, rows)
         out.bits[...] = rows.bits.reshape(-1)[above : above + count].reshape(out.shape)
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows start:stop of the first dimension, the others flattened: (at most stop - start, columns).
-
-        Raises:
-            InputError: the dtype is not a float.
-        """
-        import torch
-
-        rows = self.spec.shape[0]
-        stop = min(stop, rows)
-        out = torch.empty(stop - start, self.spec.size // rows if rows else 0, dtype=self.dtype)
-        self.read_rows(start, out)
-        return out
-
     def tensor(self) -> torch.Tensor:
         """Return the complete weight; raise InputError unless its type is a float of 16 bits or more."""
         if self.weight is None and self.span is None:
             return self.file.tensor(self.name)
-        return self.rows(0, self.spec.shape[0]).view(self.spec.shape)
+        from ..numerics.tensors import tensor_of
+
+        return tensor_of(self.read_matrix(self.spec.shape[0], 0, self.spec.shape[0]).reshape(*self.spec.shape))
 
     def blocks(self, most: int) -> Iterator[torch.Tensor]:
         """Yield the `blocks_of_numbers` as tensors."""
@@ -201,7 +189,7 @@ def squared_norm(source: TensorRef) -> float:
         return math.fsum(float(np.square(block.wide()).sum()) for block in source.blocks_of_numbers(BLOCK))
 
 
-def norm(x: Numbers) -> float:
+def finite_norm(x: Numbers) -> float:
     """Return ||x|| over the finite numbers of x.
 
     A short x is summed in float64, a long one in float32, or in float64 if it has that type. If the squares overflow
@@ -298,19 +286,22 @@ def _runs(file: WeightsFile, names: Iterable[str]) -> Iterator[Run]:
 READ_NUMBERS = 1 << 22  # numbers read at a time
 
 
-def read_float32(source: TensorRef, device: torch.device) -> torch.Tensor:
-    """Read a tensor as float32; raise InputError if it has nan, inf, or a number beyond float32."""
-    import torch
+def read_float32(source: TensorRef, like: Array) -> Array:
+    """Read a tensor as float32 where `like` is; raise InputError if it has nan, inf, or a number beyond float32."""
+    import numpy as np
+
+    from ..numerics.arrays import Numbers, empty, sent, widen
+    from ..numerics.linalg import isfinite
 
     shape, size = source.spec.shape, source.spec.size
-    out = torch.empty(shape, dtype=torch.float32, device=device)
+    out = empty(np.float32, shape[0], size // shape[0], like=like)
     step = max(1, READ_NUMBERS // (size // shape[0]))
     for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        block = out[start:stop]
-        block.copy_(source.rows(start, stop).reshape(block.shape))
-        if not all(math.isfinite(end) for end in block.aminmax()):  # a nan is both ends
+        rows, block = source.read_matrix(shape[0], start, start + step), out[start : start + step]
+        with np.errstate(over="ignore"):
+            widen(Numbers(sent(rows.bits, like), rows.form), block)
+        if not isfinite(block).all():
             raise InputError(
                 f"holds nan, inf or more than float32 can; {source.file.path} is damaged", culprit=source.name
             )
-    return out
+    return out.reshape(shape)

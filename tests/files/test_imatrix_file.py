@@ -56,7 +56,7 @@ def test_what_llama_cpp_wrote(form: str, tmp_path: Path) -> None:
     found = [
         file.moments(f"blk.0.{name}.weight", n, 0, E) for name, E, n in (("attn_q", 1, 6), ("ffn_down_exps", 3, 3))
     ]
-    assert torch.allclose(found[0], q, rtol=1e-6) and torch.allclose(found[1], down, rtol=1e-6, equal_nan=True)
+    assert np.allclose(found[0], q, rtol=1e-6) and np.allclose(found[1], down, rtol=1e-6, equal_nan=True)
     file.close()
 
 
@@ -84,7 +84,7 @@ def test_gguf(means: bool, tmp_path: Path) -> None:
     assert file.sizes == {"blk.0.attn_q.weight": 4, "blk.0.ffn_down_exps.weight": 6}
     assert file.moments("blk.0.attn_q.weight", 4, 0, 1).tolist() == [[2.0, 0.0, 0.5, 1.0]]
     experts = file.moments("blk.0.ffn_down_exps.weight", 2, 0, 3)
-    assert experts[::2].tolist() == [[1.0, 2.0], [2.0, 1.0]] and experts[1].isnan().all()
+    assert experts[::2].tolist() == [[1.0, 2.0], [2.0, 1.0]] and np.isnan(experts[1]).all()
     assert file.moments("blk.0.ffn_down_exps.weight", 2, 2, 1).tolist() == [[2.0, 1.0]]
     file.close()
 
@@ -108,7 +108,7 @@ def test_the_older_form(end: bytes, tmp_path: Path) -> None:
 
 def test_without_calls_there_are_no_inputs(tmp_path: Path) -> None:
     file = ImatrixFile(write_binary(tmp_path / "imatrix.dat", {"a": ([1.0, 2.0], [0])}))
-    assert file.moments("a", 2, 0, 1).isnan().all()
+    assert np.isnan(file.moments("a", 2, 0, 1)).all()
     file.close()
 
 
@@ -215,5 +215,5 @@ def test_no_more_is_read_than_is_asked_for(tmp_path: Path) -> None:
 def test_moments_are_in_float64(tmp_path: Path) -> None:
     """The quotient of two float32 numbers is not rounded to one."""
     file = ImatrixFile(write_gguf(tmp_path / "imatrix.gguf", {"a": ([[1.0, 2.0]], [3.0])}))
-    assert torch.equal(file.moments("a", 2, 0, 1), torch.from_numpy(np.array([[1 / 3, 2 / 3]])))
+    assert np.array_equal(file.moments("a", 2, 0, 1), np.array([[1 / 3, 2 / 3]]))
     file.close()

@@ -19,8 +19,8 @@ from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.tensor_compare import compare, difference, matrix_difference, same_bytes, same_values
 from loratool.files.tensor_ref import BLOCK, TensorRef
+from loratool.numerics.arrays import ON_CPU
 
-CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
 
 
@@ -82,8 +82,12 @@ def test_same_bytes_whatever_the_shape(tmp_path: Path) -> None:
 
 
 def noise(base: TensorRef, tuned: TensorRef) -> tuple[list[float], list[float]]:
-    found = difference(base, tuned, CPU).noise
-    return found.rows.tolist(), found.columns.tolist()
+    """On torch's tensors too, as on a GPU."""
+    here, there = (difference(base, tuned, like) for like in (ON_CPU, torch.empty(0)))
+    assert here.D.dtype == np.float32 and np.array_equal(here.D, there.D)
+    assert there.base_squared == pytest.approx(here.base_squared, rel=1e-6)
+    assert there.noise.rows.tolist() == pytest.approx(here.noise.rows.tolist(), rel=1e-6)
+    return here.noise.rows.tolist(), here.noise.columns.tolist()
 
 
 def sums(*variances: np.ndarray[Any, Any]) -> Any:
@@ -100,8 +104,8 @@ def test_the_noise_is_that_of_both_types_steps(tmp_path: Path, dtype: torch.dtyp
     m = model(tmp_path, {"base": base, "tuned": x})
     steps = [np.spacing(np.abs(each.numpy())).astype(np.float64) for each in (base, x)]
     assert noise(m.ref("base"), m.ref("tuned")) == sums(*(each**2 / 12 for each in steps))
-    found = difference(m.ref("base"), m.ref("tuned"), CPU)
-    assert torch.equal(found.D, (x.double() - base.double()).float() if dtype == torch.float64 else x.float() - base)
+    found = difference(m.ref("base"), m.ref("tuned"), ON_CPU)
+    assert np.array_equal(found.D, (x.double() - base.double()).float() if dtype == torch.float64 else x.float() - base)
     assert found.base_squared == pytest.approx(float(base.double().square().sum()), rel=1e-6)
 
 
@@ -132,8 +136,8 @@ def test_the_noise_of_codes_is_that_of_their_steps(tmp_path: Path) -> None:
     steps = np.tile(np.array(scales)[:, None], (1, 32))
     assert noise(m.ref("base"), coded.ref("w.weight")) == sums(steps**2 / 12)
     exact = torch.tensor(codes, dtype=torch.float64) * torch.tensor(scales, dtype=torch.float64)[:, None]
-    found = difference(m.ref("base"), coded.ref("w.weight"), CPU)
-    assert torch.equal(found.D, (exact - weights(64, 32).double()).float())
+    found = difference(m.ref("base"), coded.ref("w.weight"), ON_CPU)
+    assert np.array_equal(found.D, (exact - weights(64, 32).double()).float())
 
 
 def test_a_side_of_large_steps_is_no_more_of_a_difference_than_all_of_it(tmp_path: Path) -> None:
@@ -143,7 +147,7 @@ def test_a_side_of_large_steps_is_no_more_of_a_difference_than_all_of_it(tmp_pat
     coded = q8_0(tmp_path / "x.gguf", codes.tolist(), [scale] * 64)
     tuned = torch.from_numpy(codes * scale).float() + 1e-3
     m = model(tmp_path / "m", {"tuned": tuned})
-    found = difference(coded.ref("w.weight"), m.ref("tuned"), CPU)
+    found = difference(coded.ref("w.weight"), m.ref("tuned"), ON_CPU)
     own = float(np.square(np.spacing(np.abs(tuned.numpy())).astype(np.float64)).sum()) / 12
     assert found.noise.energy == pytest.approx(64 * 32 * 1e-3**2 + own, rel=1e-3)
 
@@ -151,7 +155,7 @@ def test_a_side_of_large_steps_is_no_more_of_a_difference_than_all_of_it(tmp_pat
 def test_a_weight_of_one_code_has_no_step(tmp_path: Path) -> None:
     coded = q8_0(tmp_path / "x.gguf", [[5] * 32] * 2, [0.5] * 2)
     m = model(tmp_path / "m", {"base": torch.zeros(2, 32)})
-    assert difference(m.ref("base"), coded.ref("w.weight"), CPU).noise.energy < 1e-80  # that of float32's zeros
+    assert difference(m.ref("base"), coded.ref("w.weight"), ON_CPU).noise.energy < 1e-80  # that of float32's zeros
 
 
 def test_a_matrix_of_several_weights_is_their_rows(tmp_path: Path) -> None:
@@ -162,9 +166,9 @@ def test_a_matrix_of_several_weights_is_their_rows(tmp_path: Path) -> None:
     }
     whole = {side: torch.cat([parts[f"{side}.0"], parts[f"{side}.1"]]) for side in ("b", "tt")}
     m = model(tmp_path, {**parts, **whole})
-    found = matrix_difference([m.ref("b.0"), m.ref("b.1")], [m.ref("tt.0"), m.ref("tt.1")], CPU)
-    alone = matrix_difference([m.ref("b")], [m.ref("tt")], CPU)
-    assert torch.equal(found.D, whole["tt"] - whole["b"]) and torch.equal(alone.D, found.D)
+    found = matrix_difference([m.ref("b.0"), m.ref("b.1")], [m.ref("tt.0"), m.ref("tt.1")], ON_CPU)
+    alone = matrix_difference([m.ref("b")], [m.ref("tt")], ON_CPU)
+    assert np.array_equal(found.D, whole["tt"] - whole["b"]) and np.array_equal(alone.D, found.D)
     assert found.base_squared == pytest.approx(float(whole["b"].double().square().sum()), rel=1e-6)
     steps = [np.spacing(np.abs(whole[side].numpy())).astype(np.float64) for side in ("b", "tt")]
     assert (found.noise.rows.tolist(), found.noise.columns.tolist()) == sums(*(each**2 / 12 for each in steps))
@@ -175,13 +179,15 @@ def test_what_has_no_difference_is_refused(tmp_path: Path) -> None:
     hole[2, 1] = NAN
     m = model(tmp_path, {"x": weights(4, 4), "hole": hole, "wide": weights(4, 5), "huge": torch.full((4, 4), 3e38)})
     with pytest.raises(InputError, match=r"is \(4, 4\) in the base and \(4, 5\) in the tuned model"):
-        difference(m.ref("x"), m.ref("wide"), CPU)
+        difference(m.ref("x"), m.ref("wide"), ON_CPU)
     for base, tuned in (("x", "hole"), ("hole", "x")):
         with pytest.raises(InputError, match="holds nan or inf in one of the models"):
-            difference(m.ref(base), m.ref(tuned), CPU)
-    found = difference(m.ref("x"), m.ref("huge"), CPU)  # whose sum and squares overflow, and nothing else
-    assert bool(found.D.isfinite().all()) and math.isfinite(found.noise.edge())
-    assert difference(m.ref("huge"), m.ref("x"), CPU).base_squared == pytest.approx(16 * float(np.float32(3e38)) ** 2)
+            difference(m.ref(base), m.ref(tuned), ON_CPU)
+    found = difference(m.ref("x"), m.ref("huge"), ON_CPU)  # whose sum and squares overflow, and nothing else
+    assert bool(np.isfinite(found.D).all()) and math.isfinite(found.noise.edge())
+    assert difference(m.ref("huge"), m.ref("x"), ON_CPU).base_squared == pytest.approx(
+        16 * float(np.float32(3e38)) ** 2
+    )
 
 
 def test_changed_bits_of_what_is_no_float(tmp_path: Path) -> None:

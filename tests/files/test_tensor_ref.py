@@ -19,17 +19,22 @@ from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.containers.virtual import VirtualFile
 from loratool.files.tensor_ref import (
     TensorRef,
+    finite_norm,
     is_finite,
     known_finite,
-    norm,
     read_float32,
     require_finite,
     squared_norm,
 )
+<<<<<<< HEAD
 from loratool.numerics.arrays import Numbers
 from loratool.numerics.tensors import numbers_of
+=======
+from loratool.numerics.arrays import ON_CPU, Numbers
+from loratool.numerics.forms import F64
+from loratool.numerics.tensors import numbers_of, tensor_of
+>>>>>>> eff9e3ff (Read relaid, compared and imatrix's numbers without torch)
 
-CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
 
 
@@ -50,7 +55,8 @@ def test_a_part_is_rows_of_the_matrix(tmp_path: Path, shape: tuple[int, ...]) ->
     part = ref.part(2, 5)
     assert part.spec.shape == tuple(flat[2:5].shape) and torch.equal(part.tensor(), flat[2:5])
     assert torch.equal(part.part(1, 2).tensor(), flat[3:4]) and part.full_spec == ref.spec
-    assert ref.rows(1, 1).numel() == 0 and torch.equal(ref.rows(1, 99).view(x[1:].shape), x[1:])
+    rows = ref.read_matrix(shape[0], 1, 99).reshape(*x[1:].shape)
+    assert ref.read_matrix(shape[0], 1, 1).size == 0 and torch.equal(tensor_of(rows), x[1:])
 
 
 def test_blocks_are_the_tensor(tmp_path: Path) -> None:
@@ -58,10 +64,10 @@ def test_blocks_are_the_tensor(tmp_path: Path) -> None:
     x = weights(3, 4, 5)
     m = model(tmp_path, {"x": x, "one": torch.tensor(2.0)})
     for most, rows, columns in ((1000, 3, 20), (20, 3, 20), (19, 12, 5), (1, 12, 5)):
-        found = list(m.ref("x").blocks(most))
+        found = list(map(tensor_of, m.ref("x").blocks_of_numbers(most)))
         assert torch.equal(torch.cat(found), x.view(rows, columns))
         assert all(len(each) == max(1, most // columns) for each in found[:-1])
-    assert [each.tolist() for each in m.ref("one").blocks(7)] == [[[2.0]]]
+    assert [each.wide().tolist() for each in m.ref("one").blocks_of_numbers(7)] == [[[2.0]]]
 
 
 def test_pieces_of_rows_that_are_decoded_whole(tmp_path: Path) -> None:
@@ -75,24 +81,24 @@ def test_pieces_of_rows_that_are_decoded_whole(tmp_path: Path) -> None:
     for columns in (8, 24, 64, 128):
         rows = exact.reshape(-1, columns)
         for start in range(len(rows)):
-            out = torch.empty(len(rows) - start, columns, dtype=torch.float64)
-            ref.read_rows(start, out)
-            assert np.array_equal(out.numpy(), rows[start:])
-    assert torch.equal(ref.rows(1, 3), torch.from_numpy(exact.reshape(6, 64)[1:3]))
+            out = Numbers.empty(F64, len(rows) - start, columns)
+            ref.read(start, out)
+            assert np.array_equal(out.wide(), rows[start:])
+    assert np.array_equal(ref.read_matrix(6, 1, 3).wide(), exact.reshape(6, 64)[1:3])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e200, 1e-200])
 @pytest.mark.parametrize("size", [5, (1 << 20) + 3])
 def test_norms_are_those_of_numpy_where_squares_fit(scale: float, size: int) -> None:
     x = torch.linspace(-3, 2, size, dtype=torch.float64)
-    assert norm(numbers_of(x * scale)) == pytest.approx(float(np.linalg.norm(x.numpy())) * scale, rel=1e-12)
+    assert finite_norm(numbers_of(x * scale)) == pytest.approx(float(np.linalg.norm(x.numpy())) * scale, rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_norms_are_over_finite_numbers(dtype: torch.dtype) -> None:
     x = torch.tensor([3.0, NAN, INF, -4.0, -INF], dtype=dtype)
     zeros, nans = torch.zeros(3, dtype=dtype), torch.full((2,), NAN)
-    assert [norm(numbers_of(each)) for each in (x, zeros, nans)] == [5.0, 0.0, 0.0]
+    assert [finite_norm(numbers_of(each)) for each in (x, zeros, nans)] == [5.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -149,11 +155,13 @@ def test_squared_norms_are_those_of_all_blocks(tmp_path: Path) -> None:
 def test_float32_of_what_it_can_not_hold(tmp_path: Path) -> None:
     x = weights(3, 4, dtype=torch.float64)
     m = model(tmp_path, {"x": x, "stack": weights(2, 3, 4), "nan": with_one(x, NAN), "huge": with_one(x, 1e39)})
-    assert torch.equal(read_float32(m.ref("x"), CPU), x.float())
-    assert torch.equal(read_float32(m.ref("stack"), CPU), weights(2, 3, 4))
-    for name in ("nan", "huge"):
-        with pytest.raises(InputError, match="holds nan, inf or more than float32 can"):
-            read_float32(m.ref(name), CPU)
+    for like in (ON_CPU, torch.empty(0)):  # on torch's tensors as on a GPU
+        found = read_float32(m.ref("x"), like)
+        assert type(found) is type(like) and str(found.dtype).endswith("float32") and np.array_equal(found, x.float())
+        assert np.array_equal(read_float32(m.ref("stack"), like), weights(2, 3, 4))
+        for name in ("nan", "huge"):
+            with pytest.raises(InputError, match="holds nan, inf or more than float32 can"):
+                read_float32(m.ref(name), like)
 
 
 def test_a_computed_file_gives_what_is_computed(tmp_path: Path) -> None:
@@ -173,4 +181,4 @@ def test_a_computed_file_gives_what_is_computed(tmp_path: Path) -> None:
     assert np.array_equal(numbers.reshape(-1), (2 * x).numpy().reshape(-1)[3:13])
     assert file.is_computed("x") and not like.is_computed("x") and file.storage("x") == "x"
     assert file.members == like.members and file.folders == like.folders and file.metadata == {"a": "b"}
-    assert torch.equal(TensorRef(file, "x").rows(1, 3), 2 * x[1:3])
+    assert torch.equal(tensor_of(TensorRef(file, "x").read_matrix(4, 1, 3)), 2 * x[1:3])

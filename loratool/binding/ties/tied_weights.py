@@ -244,8 +244,8 @@ def _equal_updates(left: Placement, right: Placement) -> bool:
 
 def _equal_transposed(placement: Placement, a: UpdateSpec, b: UpdateSpec, role: str, other: str) -> bool:
     file = placement.adapter.file
-    left, right = file.tensor(a.tensors[role]), file.tensor(b.tensors[other])
-    return left.shape == right.T.shape and bool((left == right.T).all())
+    left, right = file.numbers(a.tensors[role]).wide(), file.numbers(b.tensors[other]).wide().T
+    return left.shape == right.shape and bool((left == right).all())
 
 
 def vocabulary_edits(base: Checkpoint, rows: Mapping[str, int], changed: Mapping[str, int]) -> dict[str, Any]:

@@ -28,8 +28,11 @@ from ...errors import InputError
 from ...files.imatrix_file import ImatrixFile
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    import numpy as np
+    import numpy.typing as npt
+
+    from ...numerics.arrays import Array, Device
+    from ...numerics.forms import Wide
 
 LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
 
@@ -101,7 +104,7 @@ class InputMoments:
         message = f"{self.path.name} has inputs of {layers} layers, but the model has {self._layers}"
         return (f"{message}: is it the file of this model?",)
 
-    def weights(self, module: str, sizes: tuple[int, int, int]) -> Tensor | None:
+    def weights(self, module: str, sizes: tuple[int, int, int]) -> npt.NDArray[np.float32] | None:
         """Return the weights of a module's inputs, (E, in) as from `input_weights`; None without any.
 
         Args:
@@ -117,17 +120,16 @@ class InputMoments:
         (self.missing if weights is None else self.known)[module] = None
         return weights
 
-    def column_factors(self, module: str, update: UpdateSpec, device: torch.device) -> Tensor | None:
+    def column_factors(self, module: str, update: UpdateSpec, device: Device) -> Array | None:
         """Return factors (E, 1, in) for A (E, r, in) of an update with a rank: the weights of its inputs.
 
-        They are in float64. The result is None without weights; errors are those of `weights`.
+        They are in float64, on a device. The result is None without weights; errors are those of `weights`.
         """
-        import torch
-
         from ...adapters.stacked import stack_sizes
+        from ...numerics.arrays import doubled, like_of, sent
 
         weights = self.weights(module, stack_sizes(update))
-        return None if weights is None else weights.to(device, torch.float64)[:, None]
+        return None if weights is None else sent(doubled(weights)[:, None], like_of(device))
 
     def require_known(self, updates: Mapping[str, UpdateSpec] | None = None) -> None:
         """Raise InputError if the file has none of the requested modules, or none of these updates."""
@@ -143,7 +145,7 @@ class InputMoments:
                 remedy="is it the file of this model?",
             )
 
-    def _moments(self, module: str, matrices: int, outputs: int, inputs: int) -> Tensor | None:
+    def _moments(self, module: str, matrices: int, outputs: int, inputs: int) -> Wide | None:
         """Return the mean squares of a module's inputs, (matrices, inputs); None if the file has none."""
         place = next((each for each in self._locate(module) if each.tensor in self._file.sizes), None)
         if place is None:
@@ -157,7 +159,7 @@ class InputMoments:
             raise InputError(message, culprit=place.tensor)
         moments = self._file.moments(place.tensor, inputs, place.expert or 0, matrices)
         if place.order and (columns := place.order(inputs, module)):
-            moments[:, columns] = moments.clone()
+            moments[:, columns] = moments.copy()
         return moments
 
     def _locate(self, module: str) -> list[_Place]:

@@ -8,7 +8,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.updates.add import AddDelta
 from ...adapters.updates.update import UpdateSpec
 from ...files.tensor_compare import Comparison, compare
-from ...files.tensor_ref import TensorRef, norm, require_finite
+from ...files.tensor_ref import TensorRef, finite_norm, require_finite
 from ...numerics.arrays import Numbers
 from ...views.diff_adapters import ValueDiff
 from .aligned import AlignedModule
@@ -72,4 +72,4 @@ def _value_diff(
 def _compare_scaled(first: TensorRef, second: TensorRef, scales: Sequence[float]) -> Comparison:
     """Compare two biases, each times its scale."""
     x, y = (side.file.numbers(side.name).wide() * s for side, s in zip((first, second), scales, strict=True))
-    return Comparison(False, (norm(Numbers.of(x)), norm(Numbers.of(y)), norm(Numbers.of(y - x))))
+    return Comparison(False, (finite_norm(Numbers.of(x)), finite_norm(Numbers.of(y)), finite_norm(Numbers.of(y - x))))
