@@ -6,52 +6,38 @@ WEIGHT_KINDS converts a weight to a stack of matrices (out, in), and gives names
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ..architectures.conv1d import stores_transposed
 from ..architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ..architectures.prefixes import module_path
+from ..numerics.arrays import Array
+from ..numerics.linalg import adjoint
 from .formats.peft import DECLARED, nested
-from .placed_factors import lay_A, lay_B
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class WeightKind:
-    """The shapes and names of one kind of weight and of its factors."""
+    """The layout of one kind of weight, and the names of its factors."""
 
-    stack: Callable[[Tensor], Tensor]  # the weight -> the weight as (E, out, in)
-    keys: tuple[str, str]  # the suffixes of the names of A and B
-    lay: Callable[[Tensor, Tensor, Shape], tuple[Tensor, Tensor]]  # A (r, E, in), B (r, E, out), shape -> as saved
+    stack: Callable[[Array], Array]  # the weight -> the weight as (E, out, in)
+    keys: tuple[str, str] = ("lora_A.weight", "lora_B.weight")  # the suffixes of the names of A and B
 
-
-def _linear(A: Tensor, B: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    return A[:, 0], B[:, 0].T
-
-
-def _convolution(A: Tensor, B: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    return A.reshape(len(A), *shape[1:]), B[:, 0].T.reshape(shape[0], len(A), *[1] * (len(shape) - 2))
-
-
-def _experts(A: Tensor, B: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    return lay_A(A.permute(1, 0, 2)), lay_B(B.permute(1, 2, 0))
-
-
-_WEIGHTS = ("lora_A.weight", "lora_B.weight")
 
 WEIGHT_KINDS: dict[str, WeightKind] = {
-    "linear": WeightKind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
-    "conv1d": WeightKind(lambda D: D.T.unsqueeze(0), _WEIGHTS, _linear),  # transformers' Conv1D: (in, out)
-    "conv": WeightKind(lambda D: D.flatten(1).unsqueeze(0), _WEIGHTS, _convolution),
-    "embedding": WeightKind(lambda D: D.T.unsqueeze(0), ("lora_embedding_A", "lora_embedding_B"), _linear),
-    "head": WeightKind(lambda D: D.unsqueeze(0), _WEIGHTS, _linear),
-    "experts": WeightKind(lambda D: D, _WEIGHTS, _experts),
-    "experts-turned": WeightKind(lambda D: D.mT, _WEIGHTS, _experts),  # stored as (E, in, out), as PEFT expects
+    "linear": WeightKind(lambda D: D[None]),
+    "conv1d": WeightKind(lambda D: adjoint(D)[None]),  # transformers' Conv1D: (in, out)
+    "conv": WeightKind(lambda D: D.reshape(1, len(D), math.prod(D.shape[1:]))),
+    "embedding": WeightKind(lambda D: adjoint(D)[None], ("lora_embedding_A", "lora_embedding_B")),
+    "head": WeightKind(lambda D: D[None]),
+    "experts": WeightKind(lambda D: D),
+    "experts-turned": WeightKind(adjoint),  # stored as (E, in, out), as PEFT expects
 }
 
 
@@ -65,16 +51,25 @@ def weight_kind(model_types: Collection[str], module: str, role: str) -> str:
 
 def stack_shape(kind: str, shape: Shape) -> tuple[int, int, int]:
     """Return (E, out, in) for a weight of this kind and shape."""
-    E, out, inp = WEIGHT_KINDS[kind].stack(torch.empty(shape, dtype=torch.float32, device="meta")).shape
+    E, out, inp = WEIGHT_KINDS[kind].stack(np.broadcast_to(_NUMBER, shape)).shape  # one number in memory
     return E, out, inp
+
+
+_NUMBER = np.empty(())
 
 
 def factor_shapes(kind: str, shape: Shape, rank: int) -> tuple[Shape, Shape]:
     """Return the shapes of the adapter's A and B for a weight of this kind and shape."""
     E, out, inp = stack_shape(kind, shape)
-    A, B = (torch.empty(rank, E, size, dtype=torch.float32, device="meta") for size in (inp, out))
-    saved_A, saved_B = WEIGHT_KINDS[kind].lay(A, B, shape)
-    return tuple(saved_A.shape), tuple(saved_B.shape)
+    if kind == "conv":
+        return (rank, *shape[1:]), (out, rank, *[1] * (len(shape) - 2))
+    return (E * rank, inp), (out, rank * E)  # expert by expert, and for each rank the experts
+
+
+def lay_factors(kind: str, A: Array, B: Array, shape: Shape) -> tuple[Array, Array]:
+    """Return A (r, E, in) and B (r, E, out) of a weight of this shape as an adapter stores them."""
+    saved_A, saved_B = factor_shapes(kind, shape, len(A))
+    return A.swapaxes(0, 1).reshape(saved_A), B.transpose(2, 0, 1).reshape(saved_B)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 Bits = npt.NDArray[Any]
 IntArray = npt.NDArray[Any]  # exponents, places and differences, of any integer type
 Wide = npt.NDArray[np.float64]
+Single = npt.NDArray[np.float32]
 Positions = npt.NDArray[np.intp]
 
 

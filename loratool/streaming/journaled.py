@@ -135,7 +135,7 @@ def run_tasks(
 ) -> list[Any]:
     """Run tasks, shared among the ranks, and return the results of all of them.
 
-    Each worker is a thread with one thread of torch's, so that no sum depends on the number of workers.
+    Each worker is a thread that computes with one thread, so that no sum depends on the number of workers.
 
     Args:
         name: of this set of tasks; all ranks have the same name and tasks.

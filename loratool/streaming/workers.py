@@ -247,7 +247,7 @@ def run_threads(
     """Run numbered items in threads, and yield each with its worker's result, in the order in which they end.
 
     After the first error, or an interrupt, no more items are drawn. The error is raised here when the items under way
-    have ended. Exhaust or close the generator: that restores torch's number of threads.
+    have ended. Exhaust or close the generator: that restores the libraries' numbers of threads.
 
     Args:
         ahead: items drawn for each worker beside the one that it runs. With 1 a worker never waits for its next item;
@@ -258,7 +258,7 @@ def run_threads(
 
     def run_item(number: int, item: T) -> tuple[int, T, R]:
         if not hasattr(local, "worker"):
-            set_threads(1)  # torch's are by thread
+            set_threads(1)  # torch's is by thread
             local.worker = make_worker()
         return number, item, local.worker(item)
 
@@ -282,7 +282,7 @@ def run_threads(
 def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
     """Yield `function` of each item, in their order, computed by `workers` threads; at most `workers` results wait.
 
-    Exhaust or close the generator: that restores torch's number of threads.
+    Exhaust or close the generator: that restores the libraries' numbers of threads.
     """
     threads_before, source = set_threads(1), iter(items)
     with ThreadPoolExecutor(workers, initializer=set_threads, initargs=(1,)) as pool:
@@ -301,8 +301,8 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -
 class Ahead(Generic[T, R]):
     """Results of a function, computed ahead by threads, for items that are requested once and nearly in order.
 
-    Each thread has one thread of torch's, so that no sum depends on the number of workers. `close` it: that restores
-    torch's number of threads.
+    Each thread computes with one thread, so that no sum depends on the number of workers. `close` it: that restores the
+    libraries' numbers of threads.
     """
 
     def __init__(self, function: Callable[[T], R], items: Iterable[T], workers: int) -> None:

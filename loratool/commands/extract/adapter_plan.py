@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
+import numpy as np
 
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
@@ -21,9 +21,11 @@ from ...binding.names.peft_names import target_modules
 from ...binding.weights.model_weights import model_weights
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import TensorSpec, safetensors_name
+from ...files.dtypes import TensorSpec
 from ...files.hub.names import base_fields
 from ...files.tensor_ref import TensorRef
+from ...numerics.arrays import Numbers
+from ...numerics.forms import Form
 from ...transform.base import Base
 from ...transform.delta_factors import DeltaFactors
 from ...transform.image import plan_image
@@ -53,7 +55,7 @@ def plan_adapter(
     deltas: SortedDeltas,
     factored: Mapping[str, DeltaFactors],
     ranks: Mapping[str, int],
-    dtype: torch.dtype,
+    form: Form,
     base: Checkpoint,
     base_name: str,
 ) -> AdapterPlan:
@@ -75,24 +77,24 @@ def plan_adapter(
         uses,
         {weight.in_model for weight in weights.values() if weight.bare},
     )
-    modules, letters = layout.modules, safetensors_name(dtype)
+    modules = layout.modules
     new_modules: dict[str, Made] = {}
     for wrapper, (path, transposed) in layout.wrappers.items():
         name = name_at[path]
         kind, shape, rank = factored[name].kind, factored[name].shape, ranks[name]
         A, B = factor_shapes(kind, shape, rank)
         A, B = (B[::-1], A[::-1]) if transposed else (A, B)
-        sides = TensorSpec(letters, A), TensorSpec(letters, B)
+        sides = TensorSpec(form.name, A), TensorSpec(form.name, B)
         as_kind, bare = "head" if transposed else kind, weights[name].bare
         update = factored_update(as_kind, path, wrapper, sides, 1.0, factored[name].sizes[0], bare)
 
         def make(name: str = name, transposed: bool = transposed) -> tuple[Tensors, Loss]:
-            A, B = factored[name].tensors(ranks[name], dtype)
-            return {"A": B.T.contiguous(), "B": A.T.contiguous()} if transposed else {"A": A, "B": B}, NO_LOSS
+            A, B = factored[name].tensors(ranks[name], form)
+            return {"A": B.T, "B": A.T} if transposed else {"A": A, "B": B}, NO_LOSS
 
         new_modules[update.module] = Made(update, make, (), numbers=False)
     if not layout.wrappers:
-        new_modules |= _zero_pair(base, deltas.in_model, modules, dtype)
+        new_modules |= _zero_pair(base, deltas.in_model, modules, form)
     for name, source in deltas.exact.items():
         path = in_model(name)
         owner = path.rpartition(".")[0]
@@ -101,7 +103,7 @@ def plan_adapter(
         update = replaced_update(path, key, source.spec)
 
         def copy(source: TensorRef = source) -> tuple[Tensors, Loss]:
-            return {"value": source.tensor()}, NO_LOSS
+            return {"value": source.numbers()}, NO_LOSS
 
         new_modules[update.module] = Made(update, copy, (), numbers=False)
     config = lora_config(
@@ -119,7 +121,7 @@ def plan_adapter(
         content(settled),
         ranks,
         lambda name: factored[name].effective_rank(ranks[name]),
-        lambda name: factored[name].rounding_error(ranks[name], dtype),
+        lambda name: factored[name].rounding_error(ranks[name], form),
     )
 
 
@@ -137,19 +139,17 @@ def plan_language_adapter(plan: AdapterPlan, to: Format, base: Checkpoint) -> Ad
     return replace(plan, content=content(settled, base.config))
 
 
-def _zero_pair(
-    base: Checkpoint, in_model: ClassNames | None, modules: dict[str, int], dtype: torch.dtype
-) -> dict[str, Made]:
+def _zero_pair(base: Checkpoint, in_model: ClassNames | None, modules: dict[str, int], form: Form) -> dict[str, Made]:
     """Return one pair of zero factors: PEFT loads no adapter without targets, not even one with biases."""
     for weight in model_weights(base, in_model):
         if weight.role == "linear" and not weight.bare:
             module, (_, out, inp) = module_path(weight.in_model), weight.sizes
-            letters = safetensors_name(dtype)
-            sides = TensorSpec(letters, (1, inp)), TensorSpec(letters, (out, 1))
+            sides = TensorSpec(form.name, (1, inp)), TensorSpec(form.name, (out, 1))
             update = factored_update("linear", weight.in_model, module, sides, 1.0, 1, bare=False)
 
             def make(update: UpdateSpec = update) -> tuple[Tensors, Loss]:
-                return {role: torch.zeros(spec.shape, dtype=dtype) for role, spec in update.specs.items()}, NO_LOSS
+                zeros = ((role, np.zeros(spec.shape, form.bits_type)) for role, spec in update.specs.items())
+                return {role: Numbers(bits, form) for role, bits in zeros}, NO_LOSS
 
             modules[module] = 1
             return {module: Made(update, make, (), numbers=False)}
@@ -160,7 +160,7 @@ def plan_image_adapter(
     plan: AdapterPlan,
     to: Format,
     factored: Mapping[str, DeltaFactors],
-    dtype: torch.dtype,
+    form: Form,
     base: Checkpoint,
     is_budget: bool,
 ) -> AdapterPlan:
@@ -170,18 +170,18 @@ def plan_image_adapter(
         InputError: the model's family is not known, or no matrix gets a rank.
         UsageError: the ranks follow from a budget, and the format needs more for modules that it splits.
     """
-    weights, letters = image_weights(base), safetensors_name(dtype)
+    weights = image_weights(base)
 
     def source(name: str, rank: int) -> SourceModule:
         shape = base.specs[name].shape
         A, B = factor_shapes("linear" if len(shape) == 2 else "conv", shape, rank)
-        specs = {"A": TensorSpec(letters, A), "B": TensorSpec(letters, B)}
+        specs = {"A": TensorSpec(form.name, A), "B": TensorSpec(form.name, B)}
         tensors = {"A": f"{name}.A", "B": f"{name}.B"}
         return make_source_module(name, UpdateSpec(LowRank, name, tensors, specs), *weights[name])
 
     def made(module: SourceModule) -> Made:
         def make() -> tuple[Tensors, Loss]:
-            A, B = factored[module.module].tensors(plan.ranks[module.module], dtype)
+            A, B = factored[module.module].tensors(plan.ranks[module.module], form)
             return {"A": A, "B": B}, NO_LOSS
 
         return Made(module.update, make, (), numbers=False)

@@ -11,8 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from ...architectures.beside_layers import EMBEDDINGS, MTP
 from ...architectures.prefixes import module_path
 from ...architectures.ties import PAST_ITS_MODULE
@@ -30,6 +28,7 @@ from ...files.checkpoint import Checkpoint
 from ...files.dtypes import FLOATS
 from ...files.tensor_compare import difference, same_values
 from ...files.tensor_ref import TensorRef
+from ...numerics.arrays import ON_CPU, dot, doubled
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,9 @@ def compare_sides(pair: SidePair) -> Compared:
         equal = base.spec == tuned.spec and base.file.read(base.name) == tuned.file.read(tuned.name)
     if equal or not pair.measured:
         return Compared(equal)
-    between = difference(base, tuned, torch.device("cpu"))
-    return Compared(False, (between.base_squared, float(between.D.double().square().sum())))
+    between = difference(base, tuned, ON_CPU)
+    D = doubled(between.D)
+    return Compared(False, (between.base_squared, dot(D, D)))
 
 
 def plan_sorting(

@@ -15,9 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
+import numpy as np
 
-from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.updates.replace import ReplaceTensor
 from ...architectures.prefixes import module_path
 from ...binding.modules.selection import Selection
@@ -31,12 +30,14 @@ from ...durable.journal import Journal, require_same
 from ...durable.partial import partial_path, partial_place
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint
-from ...files.dtypes import BLOCK_TYPES, dtypes_of
+from ...files.dtypes import BLOCK_TYPES, FACTOR_DTYPES, dtypes_of
 from ...files.imatrix_file import ImatrixFile
 from ...files.output.model_card import code, name_on_hub, read_licence, shown_name
 from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import described_inputs, paths_of
+from ...numerics.arrays import Device
+from ...numerics.forms import FORMS
 from ...streaming.journaled import journaled
 from ...streaming.ranks import Job, current_job
 from ...streaming.threads import one_thread
@@ -103,7 +104,7 @@ def run_extract(call: Extract) -> ExtractReport:
         selection = replace(requested, exclude=excluded)
         keeps_biases = call.bias and ReplaceTensor in output_format.can.kinds
         sorting = plan_sorting(sides[0], pairs, selection, call.embed, keeps_biases, in_model)
-        used = torch.device(choose_device(call.device))
+        used, form = choose_device(call.device), FORMS[FACTOR_DTYPES[call.dtype]]
         opened.enter_context(naming_output(path))
         opened.enter_context(one_thread())  # sums of the report too are the same, however many there are
         head = _head(sides, call, file, used)
@@ -113,19 +114,19 @@ def run_extract(call: Extract) -> ExtractReport:
             deltas.alphas = output_format.can.alpha == "tensor"
             if in_model:
                 _refuse_unsaid(sides[0], in_model, deltas)
-            choices, itemsize = SvdChoices(call.seed, call.certify), DTYPES[call.dtype].itemsize
-            done = Extraction(deltas, sorting, work, rule, itemsize, call.max_rank, moments, choices)
+            choices = SvdChoices(call.seed, call.certify)
+            done = Extraction(deltas, sorting, work, rule, form.itemsize, call.max_rank, moments, choices)
             done.require_moments()
             done.factor_all()
             _refuse(done, deltas, parse_words(call.allow))
             ranks = done.ranks()
             _refuse_nothing(rule[0], ranks, done, deltas)
-            plan = plan_adapter(deltas, done.factored, ranks, DTYPES[call.dtype], sides[0], os.fspath(call.base))
+            plan = plan_adapter(deltas, done.factored, ranks, form, sides[0], os.fspath(call.base))
             if whole_model:
                 plan = plan_language_adapter(plan, output_format, sides[0])
             else:
                 budget = rule[0] not in RANK_RULES
-                plan = plan_image_adapter(plan, output_format, done.factored, DTYPES[call.dtype], sides[0], budget)
+                plan = plan_image_adapter(plan, output_format, done.factored, form, sides[0], budget)
             _check_budget(rule, plan)
 
             def report() -> ExtractReport:
@@ -145,13 +146,17 @@ def run_extract(call: Extract) -> ExtractReport:
 
 
 def _head(
-    sides: Sequence[Checkpoint], call: Extract, imatrix: ImatrixFile | None, device: torch.device
+    sides: Sequence[Checkpoint], call: Extract, imatrix: ImatrixFile | None, device: Device
 ) -> dict[str, dict[str, Any]]:
     """Return the journal's description of the run: everything that the factors' bytes depend on, by name."""
     shards = [shard for side in sides for shard in side.shards]
     configs = [(side.config, side.declared) for side in sides]
     inputs = described_inputs(shards, configs, [imatrix.path] if imatrix else ())
-    machine = {"torch": torch.__version__, "device": device.type}
+    machine = {"numpy": np.__version__, "device": device.partition(":")[0]}
+    if device.is_gpu:
+        import torch
+
+        machine["torch"] = torch.__version__
     described = described_call(call, [input_word(call.base), input_word(call.tuned)])
     return {"options": described, "inputs": inputs, "machine": machine}
 

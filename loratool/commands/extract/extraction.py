@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ...architectures.prefixes import module_path
 from ...binding.weights.input_moments import InputMoments
 from ...durable.journal import Journal
 from ...errors import InputError
 from ...files.tensor_compare import Difference, matrix_difference
-from ...files.tensor_ref import is_finite
+from ...numerics.arrays import Array, Device, fetched, like_of, sent
+from ...numerics.forms import Single
+from ...numerics.linalg import isfinite
 from ...numerics.rounding_noise import unknown_noise_edge
 from ...numerics.svd import rounding_floor, singular_values_of
 from ...streaming.journaled import Task, run_tasks
@@ -45,13 +46,13 @@ class Work:
 
     job: Job
     journal: Journal
-    device: torch.device
+    device: Device
     progress: Progress | None
 
     @property
     def workers(self) -> int:
         """How many matrices are in progress: on a GPU one is read while another is computed."""
-        return worker_count() if self.device.type == "cpu" else 2
+        return 2 if self.device.is_gpu else worker_count()
 
 
 def compare_models(sorting: Sorting, work: Work) -> SortedDeltas:
@@ -74,7 +75,7 @@ class Extraction:
         moments: InputMoments | None,
         choices: SvdChoices,
     ) -> None:
-        self._found, self._work, self._choices = deltas, work, choices
+        self._found, self._work, self._choices, self._like = deltas, work, choices, like_of(work.device)
         self._numbers = {delta.weight.name: number for number, delta in enumerate(sorting.deltas)}
         self._first_item = len(sorting.pairs)
         self._moments, self.imatrix = moments, str(moments.path) if moments else None
@@ -170,7 +171,7 @@ class Extraction:
         weight, inputs, squares, edges = delta.weight, self._input_weights(delta), list[float](), list[float]()
         held = [*self._differences(delta, inputs)] if weight.sizes[0] == 1 else []
 
-        def matrices() -> Iterator[Tensor]:
+        def matrices() -> Iterator[Array]:
             squares.clear()
             edges.clear()
             for matrix in held or self._differences(delta, inputs):
@@ -198,18 +199,20 @@ class Extraction:
                 factored = compute(min(rank, self._max_rank))
         return factored, math.fsum(squares)
 
-    def _differences(self, delta: WeightDelta, inputs: Tensor | None) -> Iterator[Difference]:
+    def _differences(self, delta: WeightDelta, inputs: Single | None) -> Iterator[Difference]:
         """Yield D for each matrix of a weight, with columns times the weights of their inputs, if any."""
         kind, shape = delta.weight.kind, delta.weight.spec.shape
         for e, sides in enumerate(delta.matrices):
-            difference = matrix_difference(*sides, self._work.device)
+            difference = matrix_difference(*sides, self._like)
             if inputs is not None:
-                as_matrix(difference.D, kind, shape).mul_(inputs[e].to(difference.D.device))
-                if not is_finite(difference.D):
+                matrix = as_matrix(difference.D, kind, shape)
+                with np.errstate(over="ignore"):
+                    matrix *= sent(inputs[e], self._like)
+                if not isfinite(matrix).all():
                     raise InputError("its delta is too large to be weighted in float32", culprit=delta.weight.name)
             yield difference
 
-    def _input_weights(self, delta: WeightDelta) -> Tensor | None:
+    def _input_weights(self, delta: WeightDelta) -> Single | None:
         """Return the weights of a weight's inputs, (E, in), or None to take them as equal."""
         module = module_path(delta.weight.in_model)
         if self._moments is None:
@@ -251,14 +254,14 @@ class _Room:
                 self._changed.notify_all()
 
 
-def _whole_spectrum(matrices: Iterable[Tensor], cost: int) -> SingularValues:
+def _whole_spectrum(matrices: Iterable[Array], cost: int) -> SingularValues:
     """Return all singular values of a matrix or a stack, and the threshold for noise of unknown size."""
-    edges, squares = list[float](), torch.zeros(0, dtype=torch.float64)
+    edges, squares = list[float](), np.zeros(1)
     for D in matrices:
-        m, n = D.flatten(1).shape
-        S = singular_values_of(D.flatten(1)).cpu()
+        matrix = D.reshape(len(D), -1)
+        m, n = matrix.shape
+        S = fetched(singular_values_of(matrix))
         edges.append(unknown_noise_edge(S, (m, n)))
-        squared = torch.where(rounding_floor(m, n) * S[0] < S, S, 0.0).square()
-        squares = squared + squares if len(squares) else squared
+        squares = squares + np.square(np.where(rounding_floor(m, n) * S[0] < S, S, 0.0))
     nonzero = tuple(squares[squares > 0].tolist())
     return SingularValues(nonzero, math.fsum(nonzero), cost, True, math.hypot(*edges))

@@ -14,8 +14,6 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ...adapters.formats import open_adapter
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
@@ -43,6 +41,7 @@ from ...files.output.output import naming_output
 from ...files.output.paths import check_output_name, check_output_path, check_scratch
 from ...files.relaid import RelaidFile
 from ...files.weights_file import paths_of
+from ...numerics.arrays import Numbers
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.threads import one_thread
 from ...streaming.workers import choose_device, map_in_order, worker_count
@@ -106,7 +105,7 @@ def run_init(call: Init) -> InitReport:
                     call.method,
                     call.seed,
                     call.dora,
-                    torch.device(choose_device(call.device)),
+                    choose_device(call.device),
                 )
             )
         )
@@ -303,8 +302,8 @@ class _Initialization:
         with naming_output(adapter[0]), closing(TensorFile(place / INITIAL / WEIGHTS_NAMES[0])) as file:
             stored_key = {key.removeprefix(PEFT_PREFIX): key for key in file.specs}
 
-            def load(key: str) -> torch.Tensor:
-                return file.tensor(stored_key[key]) if key in stored_key else self._starter.load(key)
+            def load(key: str) -> Numbers:
+                return file.numbers(stored_key[key]) if key in stored_key else self._starter.load(key)
 
             specs = {**self._starter.specs, **self._starter.magnitude_specs}
             Peft().write(*adapter, AdapterContent(specs, load, self._config, card=card), self._base.shards)

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ...numerics.arrays import Array, doubled, fetched
+from ...numerics.forms import Single, Wide
+from ...numerics.linalg import adjoint, qr, singled, sqrt
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import least_triplets, truncated_svds
 
@@ -24,10 +26,10 @@ class InitWeight:
 
     sizes: tuple[int, int, int]  # (E, out, in)
     embedding: bool
-    values: Tensor | None = None  # (E, out, in) in float32, if the method reads them
+    values: Array | None = None  # (E, out, in) in float32, if the method reads them
 
     @property
-    def stack(self) -> Tensor:
+    def stack(self) -> Array:
         assert self.values is not None, "INITS says which methods read the weights"
         return self.values
 
@@ -36,17 +38,21 @@ class InitWeight:
 class InitialFactors:
     """The first A and B of a weight, in float32."""
 
-    A: Tensor  # (r, E, in)
-    B: Tensor  # (r, E, out)
+    A: Single  # (r, E, in)
+    B: Single  # (r, E, out)
     gap: float = 0.0  # how far the energy of B A may be below the best of this rank, relative
 
 
-def _random_A(weight: InitWeight, rank: int, draw: Draw, a: Callable[[int, int, int], Tensor]) -> InitialFactors:
+def _random_A(weight: InitWeight, rank: int, draw: Draw, a: Callable[[int, int, int], Wide]) -> InitialFactors:
     """Return B = 0 and A as `a` draws it. For an embedding return A = 0 and a normal B, as for nn.Embedding."""
     E, out, inp = weight.sizes
     if weight.embedding:
-        return InitialFactors(torch.zeros(rank, E, inp, dtype=torch.float32), draw.normal("B", rank, E, out).float())
-    return InitialFactors(a(rank, E, inp).float(), torch.zeros(rank, E, out, dtype=torch.float32))
+        return InitialFactors(_zeros(rank, E, inp), singled(draw.normal("B", rank, E, out)))
+    return InitialFactors(singled(a(rank, E, inp)), _zeros(rank, E, out))
+
+
+def _zeros(*shape: int) -> Single:
+    return np.zeros(shape, np.float32)
 
 
 def _lora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
@@ -68,11 +74,11 @@ def _orthogonal(weight: InitWeight, rank: int, scale: float, draw: Draw) -> Init
     E, out, inp = weight.sizes
     factors = []
     for e in range(E):
-        Q = torch.linalg.qr(draw.normal(f"Q{e}", rank, rank)).Q
+        Q, _ = qr(draw.normal(f"Q{e}", rank, rank))
         A = Q[0::2].T @ draw.normal(f"A{e}", rank // 2, inp) / 10
         B = Q[1::2].T @ draw.normal(f"B{e}", rank // 2, out) / 10
-        factors.append((A.float(), B.float()))
-    A, B = (torch.stack(side, 1) for side in zip(*factors, strict=True))
+        factors.append((singled(A), singled(B)))
+    A, B = (np.stack(side, 1) for side in zip(*factors, strict=True))
     return InitialFactors(A, B)
 
 
@@ -82,8 +88,7 @@ def _pissa(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFa
     Meng et al., NeurIPS 2024, equations 2 and 3.
     """
     stack = weight.stack
-    generators = [Draw(draw.seed, f"{draw.name} {e}").generator(stack.device) for e in range(len(stack))]
-    svds = truncated_svds(stack, rank, generators)
+    svds = truncated_svds(stack, rank, [Draw(draw.seed, f"{draw.name} {e}") for e in range(len(stack))])
     triplets = [(each.U, each.S, each.V) for each in svds]
     return _split_triplets(weight, rank, scale, triplets, max(each.gap for each in svds))
 
@@ -94,14 +99,14 @@ def _milora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialF
 
 
 def _split_triplets(
-    weight: InitWeight, rank: int, scale: float, triplets: list[tuple[Tensor, Tensor, Tensor]], gap: float
+    weight: InitWeight, rank: int, scale: float, triplets: list[tuple[Array, Array, Array]], gap: float
 ) -> InitialFactors:
     """Return B = U sqrt(S / s), A = sqrt(S / s) V^T of each matrix, padded with zeros to rank r."""
     E, out, inp = weight.sizes
-    A, B = torch.zeros(rank, E, inp, dtype=torch.float32), torch.zeros(rank, E, out, dtype=torch.float32)
+    A, B = _zeros(rank, E, inp), _zeros(rank, E, out)
     for e, (U, S, V) in enumerate(triplets):
-        root = (S / scale).sqrt()
-        A[: len(S), e], B[: len(S), e] = (V.double() * root).T.float().cpu(), (U.double() * root).T.float().cpu()
+        root = sqrt(S / scale)
+        A[: len(S), e], B[: len(S), e] = (fetched(doubled(side) * root).T for side in (V, U))
     return InitialFactors(A, B, gap)
 
 
@@ -111,8 +116,8 @@ def _mica(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFac
     As `mica_init` of PEFT does (arXiv 2604.01694).
     """
     E, _, inp = weight.sizes
-    B = torch.stack([least_triplets(W, rank)[0].T.cpu() for W in weight.stack], 1)
-    return InitialFactors(torch.zeros(rank, E, inp, dtype=torch.float32), B)
+    B = np.stack([fetched(least_triplets(W, rank)[0]).T for W in weight.stack], 1)
+    return InitialFactors(_zeros(rank, E, inp), B)
 
 
 def _olora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFactors:
@@ -122,9 +127,10 @@ def _olora(weight: InitWeight, rank: int, scale: float, draw: Draw) -> InitialFa
     """
     factors = []
     for W in weight.stack:
-        Q = torch.linalg.qr(W[:, :rank].double()).Q
-        factors.append(((Q.T.float() @ W).cpu(), Q.T.float().cpu()))
-    A, B = (torch.stack(side, 1) for side in zip(*factors, strict=True))
+        Q, _ = qr(doubled(W[:, :rank]))
+        Q = adjoint(singled(Q))
+        factors.append((fetched(Q @ W), fetched(Q)))
+    A, B = (np.stack(side, 1) for side in zip(*factors, strict=True))
     return InitialFactors(A, B)
 
 

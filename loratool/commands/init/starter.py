@@ -11,15 +11,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.format import Format
 from ...adapters.formats.peft import Peft
 from ...adapters.formats.peft_config import lora_config
 from ...adapters.updates.dora import DoRA
-from ...adapters.weight_kinds import WEIGHT_KINDS, FactorLayout, factor_shapes, locate_factors
+from ...adapters.weight_kinds import WEIGHT_KINDS, FactorLayout, factor_shapes, lay_factors, locate_factors
 from ...architectures.classes import ModelClass
 from ...architectures.prefixes import module_path
 from ...binding.merge.merge_plan import MergePlan
@@ -32,10 +31,11 @@ from ...files.checkpoint import Checkpoint
 from ...files.containers.safetensors_file import data_order
 from ...files.dtypes import TensorSpec
 from ...files.hub.names import base_fields
-from ...files.tensor_ref import READ_NUMBERS, TensorRef, read_float32
+from ...files.tensor_ref import BLOCK, TensorRef, read_float32
+from ...numerics.arrays import Array, Device, Numbers, doubled, fetched, like_of, widen
+from ...numerics.linalg import concatenate, norm
 from ...numerics.seeded_random import Draw
-from ...numerics.svd import energy_of
-from ...numerics.tensors import tensor_of
+from ...numerics.svd import energy_of, row_blocks
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import map_in_order, worker_count
 from ...transform.base import Base
@@ -192,10 +192,10 @@ class AdapterInitializer:
         method: str,
         seed: int,
         dora: bool,
-        device: torch.device,
+        device: Device,
     ) -> None:
         self._base = base
-        self._init, self._seed, self._dora, self._device = INITS[method], seed, dora, device
+        self._init, self._seed, self._dora, self._like = INITS[method], seed, dora, like_of(device)
         self._weight_of = {key: adapted for adapted in adapted_weights for key in adapted.keys}
         self.specs: dict[str, TensorSpec] = {}
         for adapted in adapted_weights:
@@ -204,15 +204,15 @@ class AdapterInitializer:
         self.magnitude_specs = {
             f"{adapted.wrapper}.{MAGNITUDE}": adapted.magnitude for adapted in adapted_weights if dora
         }
-        self.magnitudes: dict[str, Tensor] = {}
+        self.magnitudes: dict[str, Numbers] = {}
         self.gaps: dict[str, float] = {}
         self.done: Callable[[int], None] = lambda nbytes: None
-        self._last: dict[str, Tensor] = {}
+        self._last: dict[str, Numbers] = {}
         order = dict.fromkeys(self._weight_of[key] for key in data_order(self.specs))
         workers = worker_count(device) if self._init.reads or dora else 1
         self._factors = map_in_order(self._make_factors, order, workers)
 
-    def load(self, key: str) -> Tensor:
+    def load(self, key: str) -> Numbers:
         """Return a tensor: factors in the order of their data, then the magnitudes."""
         if key in self.magnitudes:
             return self.magnitudes[key]
@@ -221,7 +221,7 @@ class AdapterInitializer:
             self.done(adapted.weight.spec.nbytes)
         return self._last[key]
 
-    def load_any(self, key: str) -> Tensor:
+    def load_any(self, key: str) -> Numbers:
         """Return a tensor in any order, but each weight's magnitude last.
 
         Only the factors of the last weight are cached. Others are computed again.
@@ -238,17 +238,15 @@ class AdapterInitializer:
     def close(self) -> None:
         self._factors.close()
 
-    def _make_factors(self, adapted: AdaptedWeight) -> tuple[AdaptedWeight, dict[str, Tensor]]:
+    def _make_factors(self, adapted: AdaptedWeight) -> tuple[AdaptedWeight, dict[str, Numbers]]:
         weight, shape = adapted.weight, adapted.weight.spec.shape
         reads = self._init.reads or self._dora
         factors = self._of_each_matrix(adapted) if reads else self._make(adapted, weight.sizes)
         self.gaps[weight.name] = factors.gap
-        A, B = WEIGHT_KINDS[weight.kind].lay(factors.A, factors.B, shape)
-        return adapted, dict(zip(adapted.keys, (A.contiguous(), B.contiguous()), strict=True))
+        sides = lay_factors(weight.kind, factors.A, factors.B, shape)
+        return adapted, dict(zip(adapted.keys, map(Numbers.of, sides), strict=True))
 
-    def _make(
-        self, adapted: AdaptedWeight, sizes: tuple[int, int, int], values: Tensor | None = None
-    ) -> InitialFactors:
+    def _make(self, adapted: AdaptedWeight, sizes: tuple[int, int, int], values: Array | None = None) -> InitialFactors:
         given = InitWeight(sizes, adapted.weight.kind == "embedding", values)
         return self._init.make(given, adapted.rank, adapted.scale, Draw(self._seed, adapted.weight.name))
 
@@ -256,14 +254,15 @@ class AdapterInitializer:
         """Return the factors that need the weight's values, and store its magnitudes. One matrix is in memory."""
         weight, (_, out, inp), factors = adapted.weight, adapted.weight.sizes, list[InitialFactors]()
         for parts in weight.matrices(self._base.ref):
-            rows = [read_float32(part, self._device) for part in parts]
-            W = torch.cat(rows) if len(rows) > 1 else rows[0]
-            values = WEIGHT_KINDS[weight.kind].stack(W.unsqueeze(0) if weight.role == "experts" else W)
+            rows = [read_float32(part, self._like) for part in parts]
+            W = concatenate(rows) if len(rows) > 1 else rows[0]
+            values = WEIGHT_KINDS[weight.kind].stack(W[None] if weight.role == "experts" else W)
             factors.append(self._make(adapted, (1, out, inp), values))
             if self._dora:
-                norms = torch.linalg.vector_norm(values[0], dim=1, dtype=torch.float64).float().cpu()
-                self.magnitudes[f"{adapted.wrapper}.{MAGNITUDE}"] = norms.view(adapted.magnitude.shape)
-        A, B = (torch.cat([getattr(each, side) for each in factors], dim=1) for side in "AB")
+                norms = fetched(concatenate([norm(doubled(block), 1) for block in row_blocks(values[0])]))
+                magnitudes = norms.astype(np.float32).reshape(adapted.magnitude.shape)
+                self.magnitudes[f"{adapted.wrapper}.{MAGNITUDE}"] = Numbers.of(magnitudes)
+        A, B = (np.concatenate([getattr(each, side) for each in factors], 1) for side in "AB")
         return InitialFactors(A, B, max(each.gap for each in factors))
 
 
@@ -306,18 +305,20 @@ def _residual_error(
     placement: Placement, load: UpdateLoader, base: TensorRef, residual: TensorRef
 ) -> tuple[float, float]:
     (term,) = load(placement).matrix(placement.expert).terms(1.0, placement.transposed)
-    sides = tensor_of(term.left), tensor_of(term.right)
     # a residual of 16 bits is 1e-3 off, which float32 resolves to four digits and more in half the time
-    wide = torch.float32 if residual.spec.dtype in ("BF16", "F16") else torch.float64
-    left, right = (sides[0].double() * float(term.scale)).to(wide), sides[1].to(wide)
-    row_count = max(1, READ_NUMBERS // right.shape[1])
+    wide = np.float32 if residual.spec.dtype in ("BF16", "F16") else np.float64
+    left, right = (term.left.wide() * float(term.scale)).astype(wide), term.right.wide().astype(wide)
+    row_count = max(1, BLOCK // right.shape[1])
     errors, squares = [], []
     for row in range(placement.start, placement.stop, row_count):
         stop = min(row + row_count, placement.stop)
-        W, R = (side.matrix_rows(placement.rows, row, stop).to(wide).flatten(1) for side in (base, residual))
+        both = (side.read_matrix(placement.rows, row, stop) for side in (base, residual))
+        W, R = (widen(side, np.empty(side.shape, wide)) for side in both)
         rows = slice(placement.skip + row - placement.start, placement.skip + stop - placement.start)
         squares.append(energy_of(W))
-        errors.append(energy_of(R.sub_(W).addmm_(left[rows], right)))
+        R -= W
+        R += left[rows] @ right
+        errors.append(energy_of(R))
     return math.fsum(errors), math.fsum(squares)
 
 

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from conftest import weights, write_model
 from lib.harness.rank_threads import on_ranks
 from lib.harness.torchrun import alone, ended, ranks_of
@@ -235,9 +235,9 @@ class TestResumed:
         with pytest.raises(UsageError, match=r"run with other inputs: .*/tuned/model.safetensors has changed since"):
             extracted(sides, died, resume=True)
 
-    def test_another_torch_is_refused_by_name(self, sides: Path, died: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch, "__version__", "9.9")
-        with pytest.raises(UsageError, match=r"is of a run with other machine: torch was .*, and is 9.9"):
+    def test_another_numpy_is_refused_by_name(self, sides: Path, died: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(np, "__version__", "9.9")
+        with pytest.raises(UsageError, match=r"is of a run with other machine: numpy was .*, and is 9.9"):
             extracted(sides, died, resume=True)
 
     def test_without_resume_all_is_done_anew(self, sides: Path, died: Path) -> None:

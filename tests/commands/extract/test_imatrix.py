@@ -125,7 +125,7 @@ def test_a_small_residual_of_the_outputs_is_not_rounding(tail: float) -> None:
     rest = torch.randn(60, 40, generator=torch.Generator().manual_seed(5))
     w = torch.rand(1, 40, generator=torch.Generator().manual_seed(6)) + 0.1
     C = B @ A + rest * (tail * (B @ A).norm() / rest.norm())
-    made = factor_delta("x", "linear", (60, 40), (C,), 3, 100, SvdChoices(), w)
+    made = factor_delta("x", "linear", (60, 40), (C.numpy(),), 3, 100, SvdChoices(), w.numpy())
     assert isinstance(made.data, memoryview)
     found = torch.frombuffer(made.data, dtype=torch.float32).double()
     A, B = found[:120].view(3, 40), found[120:].view(3, 60).T
