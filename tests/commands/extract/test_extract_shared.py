@@ -23,6 +23,7 @@ from loratool.commands.extract import extraction
 from loratool.durable.journal import Journal
 from loratool.durable.partial import journal_path, partial_path
 from loratool.streaming.ranks import RankDone
+from loratool.streaming.threads import restore_threads, set_threads
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
 SIDES = {"q_proj": (40, 32), "k_proj": (16, 32), "o_proj": (32, 40)}
@@ -175,14 +176,14 @@ def test_ranks_extract_as_one_process(sides: Path, tmp_path: Path, options: str,
 
 def test_bytes_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
     make_sides(tmp_path, 1, scale=8)
-    before, found = torch.get_num_threads(), []
+    before, found = set_threads(1), []
     try:
         for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+            set_threads(threads)
             found.append(extracted(tmp_path, tmp_path / f"out {threads}", rank=8))
-            assert torch.get_num_threads() == threads
+            assert set(set_threads(threads).values()) == {threads}
     finally:
-        torch.set_num_threads(before)
+        restore_threads(before)
     assert found[0] == found[1] == found[2]
 
 
