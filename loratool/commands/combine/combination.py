@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ...adapters.edited import EditedAdapter
-from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors, stack_sizes
+from ...adapters.stacked import parameters_per_rank, round_factors, stack_sizes
 from ...adapters.truncated import Figures, Weighted, share_of, truncated_factors
 from ...binding.weights.input_moments import InputMoments
 from ...errors import InputError, UsageError
-from ...files.tensor_ref import is_finite
+from ...numerics.arrays import Array, Device, Numbers, doubled, fetched, like_of, sent
 from ...numerics.factored_svd import FactoredSVD, factored_svd, singular_values
+from ...numerics.forms import Form, Wide
+from ...numerics.linalg import adjoint, isfinite, padded, singled, sqrt, square, stack
 from ...numerics.seeded_random import Draw
 from ...numerics.spectrum import spectrum_points
 from ...numerics.svd import TruncatedSVD, truncated_svd
@@ -39,58 +41,57 @@ ROWS = 1024  # of a dense result, compared with its factors at a time
 class DenseResult(NamedTuple):
     """A dense result of one matrix, and its part of a rank."""
 
-    D: Tensor  # (out, in), float32
-    inputs: Tensor | None  # W, (1, in), float64; None if nothing is known of them
+    D: Array  # (out, in), float32
+    inputs: Array | None  # W, (1, in), float64; None if nothing is known of them
     top: TruncatedSVD  # of D W
 
 
-def weigh_by_inputs(D: FactoredSVD, inputs: Tensor) -> FactoredSVD:
+def weigh_by_inputs(D: FactoredSVD, inputs: Array) -> FactoredSVD:
     """Return the SVD of D W for the weights W of its inputs, (E, 1, in)."""
-    return factored_svd(D.U * D.S.unsqueeze(-2), D.V.mT * inputs)
+    return factored_svd(D.U * D.S[..., None, :], adjoint(D.V) * inputs)
 
 
 def low_rank_factors(
-    module: str, result: LowRankResult, rank: int, inputs: Tensor | None, dtype: torch.dtype
-) -> tuple[tuple[Tensor, Tensor], Figures]:
+    module: str, result: LowRankResult, rank: int, inputs: Array | None, form: Form
+) -> tuple[tuple[Numbers, Numbers], Figures]:
     """Return B (E, out, rank) and A (E, rank, in) of a result, as `truncated_factors` makes them.
 
     For compressed changes, `kept` is their share in the shared directions.
     """
     D = result.svd
     weighted = None if inputs is None else Weighted(weigh_by_inputs(D, inputs), inputs)
-    factors, figures = truncated_factors(module, D, rank, dtype, weighted, result.factors)
+    factors, figures = truncated_factors(module, D, rank, form, weighted, result.factors)
     return factors, figures if result.held is None else replace(figures, kept=result.held)
 
 
 def best_factors(
-    module: str, results: Iterable[DenseResult], rank: int, dtype: torch.dtype
-) -> tuple[tuple[Tensor, Tensor], Figures]:
+    module: str, results: Iterable[DenseResult], rank: int, form: Form
+) -> tuple[tuple[Numbers, Numbers], Figures]:
     """Return B (E, out, rank) and A (E, rank, in) of dense results, one in memory at a time.
 
     Raises:
         NeedsFlag, InputError: as `round_factors`.
     """
-    pairs, is_weighted = list[tuple[Tensor, Tensor]](), False
+    pairs, is_weighted = list[tuple[Numbers, Numbers]](), False
     norm = squared_error = energy = kept_energy = weighted_error = 0.0  # squares
-    squares = torch.zeros(rank, dtype=torch.float64)
+    squares = np.zeros(rank)
     for D, inputs, top in results:
-        padding = rank - len(top.S)
-        U, V = (side.double() * top.S.sqrt() for side in (top.U, top.V))
-        V = V if inputs is None else V / inputs.mT
-        sides = (torch.nn.functional.pad(side, (0, padding)) for side in (U, V))
-        B, V = round_factors(module, (next(sides), next(sides)), dtype)
-        pairs.append((B, V.mT))
+        U, V = (doubled(side) * sqrt(top.S) for side in (top.U, top.V))
+        V = V if inputs is None else V / inputs.T
+        B, A = round_factors(module, (padded(U, 1, rank), padded(V, 1, rank).T), form)
+        pairs.append((B, A))
         energy, kept_energy = energy + top.total, kept_energy + top.energy
-        squares[: len(top.S)] += top.S.square().cpu()
+        squares[: len(top.S)] += fetched(square(top.S))
         is_weighted = inputs is not None
+        rounded_B, rounded_A = (sent(side.wide(), D) for side in (B, A))
         with one_thread():
             for start in range(0, len(D), ROWS):
                 block = slice(start, start + ROWS)
-                left = B[block].double() @ V.mT.double() - D[block]
-                squared_error += float(left.square().sum())
+                left = rounded_B[block] @ rounded_A - D[block]
+                squared_error += float(square(left).sum())
                 if inputs is not None:
-                    norm += float(D[block].double().square().sum())
-                    weighted_error += float((left * inputs).square().sum())
+                    norm += float(square(doubled(D[block])).sum())
+                    weighted_error += float(square(left * inputs).sum())
     norm = norm if is_weighted else energy
     figures = Figures(
         norm=math.sqrt(norm),
@@ -100,7 +101,8 @@ def best_factors(
         weighted_error=(math.sqrt(weighted_error / energy) if energy else 0.0) if is_weighted else None,
         spectrum=spectrum_points(squares, len(pairs), energy),
     )
-    return (torch.stack([B for B, _ in pairs]), torch.stack([A for _, A in pairs])), figures
+    B_bits, A_bits = (np.stack([side.bits for side in sides]) for sides in zip(*pairs, strict=True))
+    return (Numbers(B_bits, form), Numbers(A_bits, form)), figures
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,8 @@ class CombineChoices:
     density: float | None  # None if the method has none
     rank_method: str  # a key of RANK_METHODS
     seed: int
-    device: torch.device
-    dtype: torch.dtype  # of the factors that are written
+    device: Device
+    form: Form  # of the factors that are written
 
 
 class Combination:
@@ -137,9 +139,9 @@ class Combination:
         self._method, self._density = METHODS[choices.method], choices.density or 1.0
         self._compress, self._progress = choices.rank_method == "ctm", progress
         self._done, self._steps = 0, len(aligned.groups)
-        self._workers = worker_count(choices.device)
+        self._like, self._workers = like_of(choices.device), worker_count(choices.device)
         self._reading = threading.Lock()  # adapters that are converted keep the last module that was asked for
-        self._ahead: Ahead[str, tuple[Tensor, Tensor]] | None = None
+        self._ahead: Ahead[str, tuple[Numbers, Numbers]] | None = None
 
     def _natural(self, module: str) -> int:
         """Return the sum of the ranks. For methods other than `cat` it is at most the matrix's smaller side."""
@@ -158,7 +160,9 @@ class Combination:
                 raise UsageError(f"the weight {weight} times the scale {scale} is too large", culprit=module)
             with self._reading:
                 update = member.adapter.load(member.update)
-            factors.append(tuple(side.to(self.choices.device) for side in stack_factors(update)))
+            sides = update.factors()
+            assert sides is not None, "an update with a rank has factors"
+            factors.append([sent(side, self._like) for side in sides])
         with self._reading:
             draws = [member.adapter.sha256 if self._method.draws else "" for member in members]
         E, *sides = self._sizes(module)
@@ -198,16 +202,16 @@ class Combination:
         """Return the result's singular values. A dense result has them only up to the natural rank or --max-rank."""
         with _factored(module):
             if self._method.dense:
-                squares, total = torch.zeros(max(max_rank or 0, self.ranks[module]), dtype=torch.float64), 0.0
+                squares, total = np.zeros(max(max_rank or 0, self.ranks[module])), 0.0
                 for result in self._tops(module, len(squares)):
-                    squares[: len(result.top.S)] += result.top.S.square().cpu()
+                    squares[: len(result.top.S)] += fetched(square(result.top.S))
                     total += result.top.total
             else:
-                squares = self._singular_values(module).square().sum(0).cpu()
+                squares = fetched(square(self._singular_values(module))).sum(0)
                 total = float(squares.sum())
         return SingularValues(tuple(squares.tolist()), total, parameters_per_rank(self.aligned.updates[module]), True)
 
-    def _singular_values(self, module: str) -> Tensor:
+    def _singular_values(self, module: str) -> Array:
         """Return the singular values of a stack D of low rank, or of D W with the weights W of the inputs, (E, k)."""
         inputs = self._input_weights(module)
         if self._method.acts_on == "factors":
@@ -216,12 +220,13 @@ class Combination:
         D = low_rank_result(self._method, self._deltas(module), self._density, None).svd
         return D.S if inputs is None else weigh_by_inputs(D, inputs).S
 
-    def _input_weights(self, module: str) -> Tensor | None:
+    def _input_weights(self, module: str) -> Array | None:
         """Return the weights of a module's inputs, (E, 1, in), or None to take them as equal."""
         if self.moments is None:
             return None
         with self._reading:
-            return self.moments.column_factors(module, self.aligned.updates[module], self.choices.device)
+            inputs = self.moments.column_factors(module, self.aligned.updates[module])
+        return None if inputs is None else sent(inputs, self._like)
 
     def _step(self) -> None:
         self._done += 1
@@ -234,14 +239,13 @@ class Combination:
         for e, deltas in enumerate(self._deltas(module)):
             D = C = dense_result(self._method, deltas, self._density, module)
             matrix_inputs = None if inputs is None else inputs[e]
-            if matrix_inputs is not None and not is_finite(C := D * matrix_inputs.float()):
+            if matrix_inputs is not None and not isfinite(C := D * singled(matrix_inputs)).all():
                 raise InputError("the combined delta is too large to be weighted in float32", culprit=module)
-            draw = Draw(self.choices.seed, f"{module} {e}")
             with one_thread():
-                top = truncated_svd(C, rank, draw.generator(self.choices.device))
+                top = truncated_svd(C, rank, Draw(self.choices.seed, f"{module} {e}"))
             yield DenseResult(D, matrix_inputs, top)
 
-    def _factors(self, module: str) -> tuple[Tensor, Tensor]:
+    def _factors(self, module: str) -> tuple[Numbers, Numbers]:
         """Return the factors of a module. Modules are requested in order."""
         with _factored(module):
             if self._method.dense and not self._compress:
@@ -257,19 +261,19 @@ class Combination:
         if self._ahead:
             self._ahead.close()
 
-    def _low_rank(self, module: str) -> tuple[Tensor, Tensor]:
+    def _low_rank(self, module: str) -> tuple[Numbers, Numbers]:
         """Return the factors of a low-rank result, truncated to the rank if that is lower."""
         rank = self.ranks[module]
         deltas, directions = self._deltas(module), rank if self._compress else None
         result = low_rank_result(self._method, deltas, self._density, directions)
-        inputs, dtype = self._input_weights(module), self.choices.dtype
-        factors, self.figures[module] = low_rank_factors(module, result, rank, inputs, dtype)
+        inputs, form = self._input_weights(module), self.choices.form
+        factors, self.figures[module] = low_rank_factors(module, result, rank, inputs, form)
         return factors
 
-    def _best(self, module: str) -> tuple[Tensor, Tensor]:
+    def _best(self, module: str) -> tuple[Numbers, Numbers]:
         """Return the best factors of a dense result."""
         rank = self.ranks[module]
-        factors, self.figures[module] = best_factors(module, self._tops(module, rank), rank, self.choices.dtype)
+        factors, self.figures[module] = best_factors(module, self._tops(module, rank), rank, self.choices.form)
         return factors
 
     def edited(self) -> EditedAdapter:
@@ -280,7 +284,7 @@ class Combination:
             ranks=self.ranks,
             factors=self._factors,
             carried=self.aligned.carried,
-            dtype=self.choices.dtype,
+            dtype=self.choices.form,
             fields=self.aligned.fields,
             metadata=self.aligned.metadata,
             differing=self.aligned.differing,
@@ -301,11 +305,11 @@ class Combination:
                 overlaps.append(overlaps_of_factors(self._weighted_factors(module)))
         return shared_of(overlaps) if overlaps else None
 
-    def _weighted_factors(self, module: str) -> list[tuple[Tensor, Tensor] | None]:
+    def _weighted_factors(self, module: str) -> list[tuple[Array, Array] | None]:
         """Return B (E, out, r), times the weight, and A (E, r, in) of each adapter; None for one without the module."""
         factors = {}
         for member, deltas in zip(self.aligned.groups[module], zip(*self._deltas(module), strict=True), strict=True):
-            sides = torch.stack([each.weight * each.B for each in deltas]), torch.stack([each.A for each in deltas])
+            sides = stack([each.weight * each.B for each in deltas]), stack([each.A for each in deltas])
             factors[id(member.adapter)] = sides
         return [factors.get(id(adapter)) for adapter, _ in self.loaded]
 
@@ -315,5 +319,11 @@ def _factored(module: str) -> Iterator[None]:
     """Turn LAPACK's failure to converge into an InputError. It fails only on numbers near the limit of float64."""
     try:
         yield
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+    except _failures() as error:
         raise InputError("the combined delta is too large to be factored", culprit=module) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return the errors of numpy's LAPACK, and of torch's if a GPU is in use."""
+    modules = (np, sys.modules.get("torch"))
+    return tuple(module.linalg.LinAlgError for module in modules if module)

@@ -10,22 +10,22 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 
-import torch
+import numpy as np
 
 from ...adapters.edited import edited_output, require_same_init, require_writable, write_edited
 from ...adapters.image_metadata import about_training, common_metadata, former_metadata
-from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.truncated import Figures, in_all
 from ...adapters.updates.dora import BEFORE_NORM, DoRA
 from ...binding.modules.module_weights import by_component, require_patterns_used, spell_weight, weight_of
 from ...binding.modules.selection import parse_patterns
 from ...binding.weights.input_moments import InputMoments, open_imatrix
 from ...errors import UsageError
-from ...files.dtypes import dtypes_of
+from ...files.dtypes import FACTOR_DTYPES, dtypes_of
 from ...files.output.model_card import code, shown_name
 from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
+from ...numerics.forms import FORMS
 from ...streaming.workers import choose_device
 from ...transform.expand import expand
 from ...transform.in_memory import convert_to_common_format, loss_warnings, rank_notes
@@ -101,7 +101,7 @@ def run_combine(call: Combine) -> CombineReport:
             ),
         )
         choices = CombineChoices(
-            call.method, density, by, call.seed, torch.device(choose_device(call.device)), DTYPES[call.dtype]
+            call.method, density, by, call.seed, choose_device(call.device), FORMS[FACTOR_DTYPES[call.dtype]]
         )
         moments = None if file is None else InputMoments.of_adapter(file, loaded[0][0])
         if moments:
@@ -163,7 +163,7 @@ def _check(method: str, density: float | None, weights: Sequence[float]) -> floa
             f"entries with probabilities up to {row.spread:g} lower or higher"
         )
     for weight in weights:
-        if abs(weight) > torch.finfo(torch.float32).max:
+        if abs(weight) > np.finfo(np.float32).max:
             raise UsageError(f"the weight {weight:g} is too large")
     if not row.negative and min(weights) < 0:
         raise UsageError(

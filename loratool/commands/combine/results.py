@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ...errors import InputError
-from ...files.tensor_ref import is_finite
+from ...numerics.arrays import Array, fetched, sent
 from ...numerics.core_space import CoreSpace, core_space
 from ...numerics.factored_svd import FactoredSVD, factored_svd
+from ...numerics.linalg import eye, isfinite, norm, padded, stack, svd
 from .methods.delta import WeightedDelta
 from .methods.table import CombineMethod
 
@@ -27,7 +27,7 @@ class LowRankResult:
     """The result of a method for a stack of E matrices."""
 
     svd: FactoredSVD  # of the stack, (E, ...)
-    factors: tuple[Tensor, Tensor] | None  # B (E, out, r) and A (E, r, in) of a method that gives them
+    factors: tuple[Array, Array] | None  # B (E, out, r) and A (E, r, in) of a method that gives them
     held: float | None  # of changes that were compressed: the share of their energy that is left, each by its own norm
 
 
@@ -58,21 +58,21 @@ def low_rank_result(
 
 def result_factors(
     method: CombineMethod, stack: Sequence[Sequence[WeightedDelta]], density: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Array, Array]:
     """Return B (E, out, r) and A (E, r, in) of a method whose result is factors."""
     factors = [method.run(deltas, density) for deltas in stack]
-    return torch.stack([B for B, _ in factors]), torch.stack([A for _, A in factors])
+    return stack([B for B, _ in factors]), stack([A for _, A in factors])
 
 
-def dense_result(method: CombineMethod, deltas: Sequence[WeightedDelta], density: float, module: str) -> Tensor:
+def dense_result(method: CombineMethod, deltas: Sequence[WeightedDelta], density: float, module: str) -> Array:
     """Return the (out, in) result of a method of entries for one matrix's changes.
 
     Raises:
         InputError: an entry is not finite.
     """
     D = method.run(deltas, density)
-    assert isinstance(D, Tensor)
-    if not is_finite(D):
+    assert not isinstance(D, tuple)
+    if not isfinite(D).all():
         raise InputError("the combined delta overflows float32", culprit=module)
     return D
 
@@ -88,41 +88,38 @@ def _in_space(
     """Return the SVD of a method's result for the changes that a space's cores stand for."""
     if method.acts_on == "factors":
         parts = zip(deltas, space.cores, strict=True)
-        B, A = method.run([replace(delta, B=space.U @ core, A=space.V.mT) for delta, core in parts], density)
+        B, A = method.run([replace(delta, B=space.U @ core, A=space.V.T) for delta, core in parts], density)
         return factored_svd(B, A)
     cores = space.cores if method.acts_on == "core" else _snapped(space.cores)
-    identity, side = torch.eye(cores.shape[2], dtype=cores.dtype, device=cores.device), min(cores.shape[1:])
+    identity, side = eye(cores.shape[2], cores), min(cores.shape[1:])
     given = [
-        WeightedDelta(core, identity, delta.weight, delta.key, side if compressed else delta.side, core.dtype)
+        WeightedDelta(core, identity, delta.weight, delta.key, side if compressed else delta.side, np.float64)
         for delta, core in zip(deltas, cores, strict=True)
     ]
     core = method.run(given, density)
-    assert isinstance(core, Tensor)
-    U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    return FactoredSVD(space.U @ U, S, space.V @ Vh.mT)
+    assert not isinstance(core, tuple)
+    U, S, Vh = svd(core)
+    return FactoredSVD(space.U @ U, S, space.V @ Vh.T)
 
 
-def _snapped(cores: Tensor) -> Tensor:
+def _snapped(cores: Array) -> Array:
     """Round each core's entries to multiples of GRID, so that no decision depends on float64's rounding.
 
     Then the same entries are 0, equal, or cancel on every machine.
     """
-    steps = cores.abs().amax((1, 2), keepdim=True) if cores.numel() else cores.new_ones(len(cores), 1, 1)
-    steps = torch.ldexp(torch.ones_like(steps), torch.frexp(steps).exponent) * GRID
-    return (cores / steps).round() * steps
+    x = fetched(cores)
+    largest = np.abs(x).max((1, 2), keepdims=True, initial=0.0)
+    steps = np.ldexp(GRID, np.frexp(largest)[1])
+    return sent(np.rint(x / steps) * steps, cores)
 
 
 def _shares(full_space: CoreSpace, space: CoreSpace) -> list[float]:
     """Return the share of each nonzero change's energy that a compressed space holds."""
-    norms, held = (torch.linalg.vector_norm(each.cores, dim=(1, 2)) for each in (full_space, space))
+    norms, held = (norm(each.cores, (1, 2)) for each in (full_space, space))
     return [min(1.0, float(h / n) ** 2) for n, h in zip(norms, held, strict=True) if n]
 
 
 def _stacked(svds: Sequence[FactoredSVD]) -> FactoredSVD:
     """Return the SVDs of single matrices as that of their stack, padded with zeros to the same rank."""
-    k = max(len(svd.S) for svd in svds)
-    sides = [
-        torch.stack([torch.nn.functional.pad(getattr(svd, side), (0, k - len(svd.S))) for svd in svds])
-        for side in ("U", "S", "V")
-    ]
-    return FactoredSVD(*sides)
+    k = max(len(each.S) for each in svds)
+    return FactoredSVD(*(stack([padded(getattr(each, side), -1, k) for each in svds]) for side in ("U", "S", "V")))

@@ -12,15 +12,16 @@ from math import sqrt
 from operator import mul
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ...files.containers.safetensors_file import build_header, data_order
-from ...files.dtypes import TORCH_DTYPES, TensorSpec
+from ...files.dtypes import TensorSpec
 from ...files.folder.side_files import encode_json
+from ...numerics.arrays import Numbers, bytes_of, narrow, widen
+from ...numerics.forms import BF16, E4M3, F16, F32, Form, Wide
 from ...numerics.seeded_random import Draw
 
-Tensors = dict[str, Tensor]
+Tensors = dict[str, Numbers]
 
 # path in the folder -> what it is
 PARTS = {
@@ -105,7 +106,7 @@ def demo_files(folder: str) -> dict[str, bytes]:
         **_within("gpt2/tuned/", _model(_tuned(gpt2), GPT2)),
         **_within("gpt2/adapter/", _adapter("gpt2", blocks, f"{folder}/gpt2/base", r=4, lora_alpha=6, **rslora)),
         "sdxl/base.safetensors": _file(
-            {name: (_normal(name, *shape) * 0.05).half() for name, shape in SDXL.items()},
+            {name: _rounded(_normal(name, *shape) * 0.05, F16) for name, shape in SDXL.items()},
             {"modelspec.architecture": "stable-diffusion-xl-v1-base"},
         ),
         "sdxl/adapter.safetensors": _file(dict(_kohya()), image),
@@ -116,16 +117,22 @@ def _within(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{prefix}{name}": value for name, value in values.items()}
 
 
-def _normal(name: str, *shape: int) -> Tensor:
+def _normal(name: str, *shape: int) -> Wide:
     return Draw(0, name).normal("demo", *shape)
 
 
-def _low_rank(name: str, shape: tuple[int, ...], rank: int, fall: float) -> Tensor:
+def _rounded(x: Wide, form: Form) -> Numbers:
+    out = Numbers.empty(form, *x.shape)
+    narrow(x.astype(np.float32), out)
+    return out
+
+
+def _low_rank(name: str, shape: tuple[int, ...], rank: int, fall: float) -> Wide:
     """Return a random matrix of a rank, whose singular values fall by about `fall` each, with entries about 1."""
     left, right = _normal(f"{name} left", rank, shape[0]), _normal(f"{name} right", rank, shape[1])
-    total = torch.zeros(shape, dtype=torch.float64)
+    total = np.zeros(shape)
     for k, size in enumerate(_falling(rank, fall)):
-        total = total + torch.outer(left[k], right[k]) * size
+        total = total + np.outer(left[k], right[k]) * size
     return total
 
 
@@ -136,10 +143,10 @@ def _falling(count: int, fall: float) -> list[float]:
 
 def _gain(name: str) -> float:
     """Return by what a change is larger or smaller than others: between 0.6 and 1.4."""
-    return 1 + 0.4 * float(Draw(0, name).uniform("gain", 1))
+    return 1 + 0.4 * Draw(0, name).uniform("gain", 1).item()
 
 
-def _weight(name: str, shape: tuple[int, ...]) -> Tensor:
+def _weight(name: str, shape: tuple[int, ...]) -> Wide:
     """Return a weight with some directions that are stronger than the rest, as training leaves them."""
     return (_normal(name, *shape) + _low_rank(f"{name} strong", shape, 4, 0.7) * 0.5) * 0.08
 
@@ -153,7 +160,7 @@ def _llama() -> Tensors:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             weights[f"model.layers.{n}.{norm}.weight"] = 1 + _normal(f"{n} {norm}", 64) * 0.1
     weights |= {"model.norm.weight": 1 + _normal("norm", 64) * 0.1, "lm_head.weight": _weight("lm_head", (256, 64))}
-    return {name: W.bfloat16() for name, W in weights.items()}
+    return {name: _rounded(W, BF16) for name, W in weights.items()}
 
 
 def _gpt2() -> Tensors:
@@ -168,25 +175,25 @@ def _gpt2() -> Tensors:
         for norm in ("ln_1", "ln_2"):
             weights |= _layer_norm(f"h.{n}.{norm}")
     weights |= _layer_norm("ln_f")
-    return {f"transformer.{name}": W.float() for name, W in weights.items()}
+    return {f"transformer.{name}": _rounded(W, F32) for name, W in weights.items()}
 
 
-def _layer_norm(name: str) -> Tensors:
+def _layer_norm(name: str) -> dict[str, Wide]:
     return {f"{name}.weight": 1 + _normal(name, 48) * 0.1, f"{name}.bias": _normal(f"{name} bias", 48) * 0.02}
 
 
-def _tuned(base: Mapping[str, Tensor]) -> Tensors:
+def _tuned(base: Mapping[str, Numbers]) -> Tensors:
     """Return a model after a fine-tune: matrices moved in few directions and by a little noise, vectors by noise."""
     tuned = {}
     for name, W in base.items():
         change = _normal(f"{name} tuned", *W.shape) * 0.002
-        if W.ndim == 2:
-            change = change + _low_rank(f"{name} tuned", tuple(W.shape), 16, 0.88) * (0.006 * _gain(f"{name} tuned"))
-        tuned[name] = (W.double() + change).to(W.dtype)
+        if len(W.shape) == 2:
+            change = change + _low_rank(f"{name} tuned", W.shape, 16, 0.88) * (0.006 * _gain(f"{name} tuned"))
+        tuned[name] = _rounded(W.wide() + change, W.form)
     return tuned
 
 
-def _float8(base: Mapping[str, Tensor]) -> Tensors:
+def _float8(base: Mapping[str, Numbers]) -> Tensors:
     """Return a model with its linear layers in float8 with scales of blocks, as DeepSeek-V3 and transformers do."""
     stored = {}
     for name, W in base.items():
@@ -194,10 +201,10 @@ def _float8(base: Mapping[str, Tensor]) -> Tensors:
             stored[name] = W
             continue
         out, inp = W.shape
-        blocks = W.float().reshape(out // BLOCK, BLOCK, inp // BLOCK, BLOCK)
-        inverse = 448 / blocks.abs().amax((1, 3))
+        blocks = widen(W, np.empty(W.shape, np.float32)).reshape(out // BLOCK, BLOCK, inp // BLOCK, BLOCK)
+        inverse = 448 / np.abs(blocks).max((1, 3))
         codes = (blocks * inverse[:, None, :, None]).reshape(out, inp)
-        stored |= {name: codes.to(torch.float8_e4m3fn), f"{name}_scale_inv": 1 / inverse}
+        stored |= {name: _rounded(codes, E4M3), f"{name}_scale_inv": Numbers.of(1 / inverse)}
     return stored
 
 
@@ -208,8 +215,8 @@ def _adapter(name: str, modules: Mapping[str, tuple[int, int]], base: str, **fie
         r = next((r for end, r in fields.get("rank_pattern", {}).items() if module.endswith(end)), fields["r"])
         key, path = f"{name} {module}", f"base_model.model.{module}"
         A, B = _normal(f"{key} A", r, inp) / sqrt(inp), _normal(f"{key} B", out, r) * (0.02 * _gain(key))
-        B = B * torch.tensor(_falling(r, 0.8), dtype=torch.float64)
-        tensors |= {f"{path}.lora_A.weight": A.float(), f"{path}.lora_B.weight": B.float()}
+        B = B * np.array(_falling(r, 0.8))
+        tensors |= {f"{path}.lora_A.weight": _rounded(A, F32), f"{path}.lora_B.weight": _rounded(B, F32)}
     ends = sorted({module.rpartition(".")[2] for module in modules})
     config = {
         "peft_type": "LORA",
@@ -224,25 +231,25 @@ def _adapter(name: str, modules: Mapping[str, tuple[int, int]], base: str, **fie
     return {"adapter_config.json": encode_json(config), "adapter_model.safetensors": _file(tensors)}
 
 
-def _kohya() -> Iterator[tuple[str, Tensor]]:
+def _kohya() -> Iterator[tuple[str, Numbers]]:
     for name, (out, *rest) in KOHYA.items():
-        yield f"{name}.lora_down.weight", (_normal(f"{name} down", 4, *rest) * 0.1).half()
-        yield f"{name}.lora_up.weight", (_normal(f"{name} up", out, 4, *[1] * (len(rest) - 1)) * 0.02).half()
-        yield f"{name}.alpha", torch.tensor(2.0, dtype=torch.float16)
+        yield f"{name}.lora_down.weight", _rounded(_normal(f"{name} down", 4, *rest) * 0.1, F16)
+        yield f"{name}.lora_up.weight", _rounded(_normal(f"{name} up", out, 4, *[1] * (len(rest) - 1)) * 0.02, F16)
+        yield f"{name}.alpha", _rounded(np.array(2.0), F16)
 
 
-def _model(tensors: Mapping[str, Tensor], config: Mapping[str, Any], shard: int | None = None) -> dict[str, bytes]:
+def _model(tensors: Mapping[str, Numbers], config: Mapping[str, Any], shard: int | None = None) -> dict[str, bytes]:
     """Return the files of a model's folder, in shards with an index if `shard` bytes are not enough for all."""
     parts, room = [Tensors()], shard or 0
     for name, W in tensors.items():
-        if shard and W.nbytes > room:
+        if shard and W.bits.nbytes > room:
             parts, room = [*parts, {}], shard
-        parts[-1][name], room = W, room - W.nbytes
+        parts[-1][name], room = W, room - W.bits.nbytes
     files = {f"model-{n:05d}-of-{len(parts):05d}.safetensors": part for n, part in enumerate(parts, 1)}
     if len(parts) == 1:
         return {"config.json": encode_json(config), "model.safetensors": _file(parts[0])}
     held = {name: file for file, part in files.items() for name in part}
-    numbers, nbytes = (sum(sizes) for sizes in zip(*((W.numel(), W.nbytes) for W in tensors.values()), strict=True))
+    numbers, nbytes = (sum(sizes) for sizes in zip(*((W.size, W.bits.nbytes) for W in tensors.values()), strict=True))
     index = {
         "metadata": {"total_parameters": numbers, "total_size": nbytes},
         "weight_map": {name: held[name] for name in sorted(held)},
@@ -251,10 +258,8 @@ def _model(tensors: Mapping[str, Tensor], config: Mapping[str, Any], shard: int 
     return {**side, **{file: _file(part) for file, part in files.items()}}
 
 
-def _file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+def _file(tensors: Mapping[str, Numbers], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the bytes of a safetensors file."""
-    dtypes = {name: TORCH_DTYPES[str(W.dtype).removeprefix("torch.")] or "" for name, W in tensors.items()}
-    specs = {name: TensorSpec(dtypes[name], tuple(W.shape)) for name, W in tensors.items()}
+    specs = {name: TensorSpec(W.form.name, W.shape) for name, W in tensors.items()}
     header, _ = build_header(specs, names := data_order(specs), metadata or {"format": "pt"})
-    data = (tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name in names)
-    return b"".join([header, *data])
+    return b"".join([header, *(bytes_of(tensors[name].bits) for name in names)])

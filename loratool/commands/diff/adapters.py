@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ...adapters.adapter import Adapter
 from ...adapters.updates.update import UpdateSpec
@@ -19,7 +18,7 @@ from ...binding.modules.selection import Selection
 from ...binding.ties.placed_modules import Placed, bind_adapter, placed_modules
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import require_finite, squared_norm
-from ...numerics.arrays import Device
+from ...numerics.arrays import Array, Device, fetched
 from ...numerics.factored_svd import (
     FactoredSVD,
     amplification,
@@ -27,6 +26,7 @@ from ...numerics.factored_svd import (
     random_similarity,
     subspace_similarity,
 )
+from ...numerics.linalg import norm
 from ...numerics.overlaps import Overlaps, stacked
 from ...numerics.spectrum import six_digits
 from ...streaming.workers import Progress
@@ -108,14 +108,14 @@ def _relative_to_base(
     sources = {each.weight.name: each.weight for each in weight}
     for source in sources.values():
         require_finite(source)
-    norm = math.sqrt(math.fsum(map(squared_norm, sources.values())))
-    size = float(torch.linalg.vector_norm(svd.S)) / norm if norm else None
+    of_base = math.sqrt(math.fsum(map(squared_norm, sources.values())))
+    size = float(norm(svd.S)) / of_base if of_base else None
     source, placement, _ = weight[0]
     if len(weight) > 1 or len(svd.S) > 1 or placement.stop - placement.start != placement.rows:
         return size, None
-    U, S, V = svd.U[0].cpu(), svd.S[0].cpu(), svd.V[0].cpu()
+    U, S, V = (fetched(side[0]) for side in (svd.U, svd.S, svd.V))
     delta = FactoredSVD(V, S, U) if placement.transposed else FactoredSVD(U, S, V)  # stored as (in, out)
-    factor = amplification(delta, source.blocks(READ), spec.rank)
+    factor = amplification(delta, (block.wide() for block in source.blocks_of_numbers(READ)), spec.rank)
     return size, factor if math.isfinite(factor) else None
 
 
@@ -148,14 +148,14 @@ def _module_diff(loaded: LoadedModule) -> ModuleDiff:
     return replace(row, angles_left=angles_left, angles_right=angles_right, phi=_phi(left, right))
 
 
-def _phi(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Phi:
+def _phi(left: tuple[Array, Array], right: tuple[Array, Array]) -> Phi:
     i, j = (_powers_of_two(side.shape[1]) for side in left)
 
-    def grid(sides: tuple[Tensor, Tensor]) -> tuple[tuple[float, ...], ...]:
+    def grid(sides: tuple[Array, Array]) -> tuple[tuple[float, ...], ...]:
         full = subspace_similarity(*sides)
         return tuple(tuple(six_digits(float(full[a - 1, b - 1])) for b in j) for a in i)
 
-    def random(side: Tensor) -> tuple[tuple[float, ...], ...]:
+    def random(side: Array) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(six_digits(random_similarity(a, b, len(side))) for b in j) for a in i)
 
     return Phi(i, j, grid(left), grid(right), random(left[0]), random(right[0]))
@@ -175,7 +175,7 @@ def mean_phi(modules: Sequence[ModuleDiff]) -> Phi | None:
     members = [p for p in grids if (p.i, p.j) == common]
 
     def mean(name: str) -> tuple[tuple[float, ...], ...]:
-        values = torch.tensor([getattr(p, name) for p in members], dtype=torch.float64).mean(0)
+        values = np.mean([getattr(p, name) for p in members], 0)
         return tuple(tuple(map(six_digits, row)) for row in values.tolist())
 
     return Phi(*common, mean("left"), mean("right"), mean("random_left"), mean("random_right"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TypeVar
 
-import torch
+import numpy as np
 
 from ...adapters.adapter import Adapter
 from ...adapters.stacked import load_stacked_factors
@@ -23,7 +23,7 @@ from ...architectures.renames import RENAMES, canonical
 from ...binding.modules.resolve import strip_wrappers
 from ...binding.weights.model_pairs import missing_prefix
 from ...errors import InputError
-from ...numerics.arrays import Device
+from ...numerics.arrays import Array, Device, like_of, sent
 from ...numerics.factored_svd import FactoredSVD, factored_svd
 from ...numerics.overlaps import Overlaps, overlaps
 from ...streaming.workers import Progress, map_in_order, worker_count
@@ -136,10 +136,10 @@ def measure_modules(
     factored = [module for module in aligned if any(module.factored)]
     for module in factored:
         _require_one_shape(adapters, module)
-    reading = threading.Lock()  # adapters that are converted keep the last module that was asked for
+    like, reading = like_of(device), threading.Lock()  # adapters that are converted keep the last module that was asked for
 
     def work(batch: Sequence[AlignedModule]) -> list[T]:
-        changes = _changes(adapters, batch, device, reading)
+        changes = _changes(adapters, batch, like, reading)
         together = overlaps(changes).total(1)
         svds = [tuple(FactoredSVD(each.U[i], each.S[i], each.V[i]) for each in changes) for i in range(len(batch))]
         return [
@@ -206,20 +206,20 @@ def _count_numbers(update: UpdateSpec) -> int:
 
 
 def _changes(
-    adapters: Sequence[Adapter], batch: Sequence[AlignedModule], device: Device, reading: threading.Lock
+    adapters: Sequence[Adapter], batch: Sequence[AlignedModule], like: Array, reading: threading.Lock
 ) -> tuple[FactoredSVD, ...]:
     """Return the SVDs of each adapter's changes of N modules, (N, E, ...). An adapter without changes has rank 0."""
     columns = zip(*(module.factored for module in batch), strict=True)
-    changes = [_svd(adapter, updates, device, reading) for adapter, updates in zip(adapters, columns, strict=True)]
+    changes = [_svd(adapter, updates, like, reading) for adapter, updates in zip(adapters, columns, strict=True)]
     first = next(each for each in changes if each)
     return tuple(each or first.nothing() for each in changes)
 
 
 def _svd(
-    adapter: Adapter, updates: Sequence[UpdateSpec | None], device: Device, reading: threading.Lock
+    adapter: Adapter, updates: Sequence[UpdateSpec | None], like: Array, reading: threading.Lock
 ) -> FactoredSVD | None:
     with reading:
         pairs = [load_stacked_factors(adapter, update) for update in updates if update]
     if not pairs:
         return None
-    return factored_svd(*(torch.stack(side).to(device) for side in zip(*pairs, strict=True)))
+    return factored_svd(*(sent(np.stack(side), like) for side in zip(*pairs, strict=True)))

@@ -16,6 +16,7 @@ from ...files.checkpoint import open_checkpoint, read_config
 from ...files.gguf_model import with_names_of_one
 from ...streaming.threads import one_thread
 from ...streaming.workers import choose_device
+from ...transform.in_memory import by_meaning
 from ...views.diff_adapters import AdapterDiff
 from ...views.diff_models import CheckpointDiff
 from ...views.diff_several import AdaptersDiff
@@ -23,8 +24,12 @@ from ...views.parts.writing import command_line
 from ..adapter_requests import parse_adapters
 from ..arguments import parse_words
 from ..inputs import open_adapters, open_model, without_base_option
+from .adapters import diff_adapters
+from .aligned import align_modules
 from .call import Diff
 from .models import diff_models
+from .related import require_known_names, require_of_one_model
+from .several import diff_several
 
 if TYPE_CHECKING:
     from ...transform.lazy import Transformed
@@ -35,8 +40,8 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
     selection = Selection.parse(call.target, call.exclude, call.layers)
     paths = [os.fspath(path) for path in (call.a, call.b, *call.others)]
     with ExitStack() as opened:
+        opened.enter_context(one_thread())
         if not _are_adapters(paths):
-            opened.enter_context(one_thread())
             if call.base is not None or call.alpha is not None or call.drop:
                 raise UsageError("--base, --drop and --alpha are for adapters, but these are two models")
             sides = [open_checkpoint(path) for path in paths]
@@ -44,14 +49,6 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
                 opened.callback(side.close)
             model_a, model_b = with_names_of_one(sides)
             return diff_models((paths[0], paths[1]), model_a, model_b, selection, call.progress)
-        # these load torch
-        from ...transform.in_memory import by_meaning
-        from .adapters import diff_adapters
-        from .aligned import align_modules
-        from .related import require_known_names, require_of_one_model
-        from .several import diff_several
-
-        opened.enter_context(one_thread())  # of torch too
         if call.others and call.base is not None:
             raise UsageError("--base is for two adapters: run diff for each pair")
         config = None if call.base is None else read_config(call.base)

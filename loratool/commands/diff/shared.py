@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from torch import Tensor
-
+from ...numerics.arrays import Array
 from ...numerics.factored_svd import factored_svd
 from ...numerics.overlaps import Overlaps, overlaps, stacked
 from ...views.diff_shared import AdapterPair, Matrix, Shared, relation
@@ -30,11 +29,11 @@ def shared_of(modules: Sequence[Overlaps]) -> Shared:
     return Shared(as_rows(total.cosines), of_all, random_of_all, tuple(pairs))
 
 
-def as_rows(matrix: Tensor) -> Matrix:
+def as_rows(matrix: Array) -> Matrix:
     return tuple(map(tuple, matrix.tolist()))
 
 
-def overlaps_of_factors(factors: Sequence[tuple[Tensor, Tensor] | None]) -> Overlaps:
+def overlaps_of_factors(factors: Sequence[tuple[Array, Array] | None]) -> Overlaps:
     """Return the overlaps of changes of one module: one for each adapter, None for an adapter without the module.
 
     Args:

@@ -6,9 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
-import torch
-from torch import Tensor
-
 from ...adapters.formats import holds_adapter
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.prefixes import module_path
@@ -19,6 +16,7 @@ from ...binding.weights.model_weights import ModelWeight
 from ...errors import InputError
 from ...files.tensor_compare import compare
 from ...files.tensor_ref import TensorRef, read_float32
+from ...numerics.arrays import Array, like_of
 from ...streaming.workers import choose_device
 from ...views.diff_spectra import SpectraDiff, WeightSpectra
 from ...views.intruders import IntruderRule
@@ -31,7 +29,7 @@ from .call import DiffSpectra
 
 def run_diff_spectra(call: DiffSpectra) -> SpectraDiff:
     """Count the intruder dimensions of a fine-tune: of all linear layers, if no target is named."""
-    rule, where = IntruderRule.parse(call.top, call.threshold), torch.device(choose_device(call.device))
+    rule, like = IntruderRule.parse(call.top, call.threshold), like_of(choose_device(call.device))
     for path, other in ((call.a, call.b), (call.b, call.a)):
         if holds_adapter(path):
             raise InputError(
@@ -52,7 +50,7 @@ def run_diff_spectra(call: DiffSpectra) -> SpectraDiff:
             if sides is None or sides[0].spec.shape != sides[1].spec.shape:
                 absent.append(module_path(weight.name))
             elif (comparison := compare(*sides)).not_finite or comparison.changed:
-                rows.append(_weight_row(weight, sides, comparison.norms, rule, where))
+                rows.append(_weight_row(weight, sides, comparison.norms, rule, like))
             else:
                 equal += 1
             if call.progress:
@@ -74,27 +72,27 @@ def _weight_row(
     sides: tuple[TensorRef, TensorRef],
     norms: tuple[float, float, float],
     rule: IntruderRule,
-    device: torch.device,
+    like: Array,
 ) -> WeightSpectra:
     return WeightSpectra(
         name=weight.name,
         kind=weight.kind,
         shape=weight.spec.shape,
         relative=norms[2] / norms[0] if norms[0] else None,
-        intruders=count_intruders(weight.name, _matrices(weight, sides, device), rule, device),
+        intruders=count_intruders(weight.name, _matrices(weight, sides, like), rule),
     )
 
 
-def _matrices(weight: ModelWeight, sides: tuple[TensorRef, TensorRef], device: torch.device) -> Iterator[MatrixPair]:
+def _matrices(weight: ModelWeight, sides: tuple[TensorRef, TensorRef], like: Array) -> Iterator[MatrixPair]:
     """Yield functions that read the tuned and the base matrix, for each matrix of a weight."""
     base, tuned = (weight.matrices({weight.name: side}.__getitem__) for side in sides)
     for (mine,), (theirs,) in zip(base, tuned, strict=True):
-        yield _reader(weight.kind, theirs, device), _reader(weight.kind, mine, device)
+        yield _reader(weight.kind, theirs, like), _reader(weight.kind, mine, like)
 
 
-def _reader(kind: str, source: TensorRef, device: torch.device) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        W = read_float32(source, device)
+def _reader(kind: str, source: TensorRef, like: Array) -> Callable[[], Array]:
+    def read() -> Array:
+        W = read_float32(source, like)
         return WEIGHT_KINDS[kind].stack(W[None] if kind.startswith("experts") else W)[0]
 
     return read

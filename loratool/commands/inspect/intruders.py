@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+import numpy as np
+import numpy.typing as npt
 
 from ...adapters.adapter import Adapter
 from ...binding.modules.placement import Placement
@@ -18,31 +17,32 @@ from ...binding.ties.placed_modules import Placed, bind_adapter, placed_modules
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import BLOCK, TensorRef
-from ...numerics.arrays import Numbers
+from ...numerics.arrays import Array, Device, Numbers, empty, like_of, sent, widen
 from ...numerics.intruders import find_intruders
+from ...numerics.linalg import padded
 from ...numerics.seeded_random import Draw
 from ...numerics.spectrum import spectrum_points
-from ...numerics.tensors import tensor_of
 from ...streaming.segment import RowSegment, UpdateLoader
 from ...views.intruders import IntruderCount, IntruderRule
 
-MatrixPair = tuple[Callable[[], Tensor], Callable[[], Tensor]]  # read W' and W as (out, in), in float32
+MatrixPair = tuple[Callable[[], Array], Callable[[], Array]]  # read W' and W as (out, in), in float32
 
 
-def count_intruders(name: str, pairs: Iterable[MatrixPair], rule: IntruderRule, device: torch.device) -> IntruderCount:
+def count_intruders(name: str, pairs: Iterable[MatrixPair], rule: IntruderRule) -> IntruderCount:
     """Count the intruder dimensions of each W', a matrix at a time. `name` seeds the random starts."""
     examined = new = undecided = 0
     first: int | None = None
-    squares, energy, matrices = torch.zeros(0, dtype=torch.float64), 0.0, 0
+    squares, energy, matrices = np.zeros(0), 0.0, 0
     for e, (tuned, base) in enumerate(pairs):
-        count = find_intruders(tuned, base, rule.top, rule.threshold, Draw(0, f"{name} {e}").generator(device))
+        count = find_intruders(tuned, base, rule.top, rule.threshold, Draw(0, f"{name} {e}"))
         examined += len(count.new)
         new += int(count.new.sum())
         undecided += int(count.undecided.sum())
         if count.new.any():
-            place = int(count.new.nonzero()[0]) + 1
+            place = int(count.new.argmax()) + 1
             first = place if first is None else min(first, place)
-        squares = pad_sequence([squares, count.S.square()]).sum(1)
+        size = max(len(squares), len(count.S))
+        squares = padded(squares, 0, size) + padded(np.square(count.S), 0, size)
         energy, matrices = energy + count.energy, e + 1
     return IntruderCount(examined, new, undecided, first, spectrum_points(squares, matrices, energy))
 
@@ -72,41 +72,42 @@ def _of_same_rows(placed: Placed) -> tuple[Placement, ...]:
     return others
 
 
-def matrices_of(placed: Sequence[Placed], device: torch.device) -> Iterator[MatrixPair]:
+def matrices_of(placed: Sequence[Placed], device: Device) -> Iterator[MatrixPair]:
     """Yield functions that read W' and W, for each matrix that a module changes."""
-    load = UpdateLoader()
+    load, like = UpdateLoader(), like_of(device)
     for weight, placement, together in placed:
         columns = weight.spec.size // placement.rows
         segment = RowSegment(weight, columns, placement.start, placement.stop, together, load)
 
-        def merged(weight: TensorRef = weight, p: Placement = placement, segment: RowSegment = segment) -> Tensor:
-            return _read(weight, p, lambda W, start: torch.from_numpy(segment.reals(W, start)[0]), device)
+        def merged(weight: TensorRef = weight, p: Placement = placement, segment: RowSegment = segment) -> Array:
+            return _read(weight, p, lambda W, start: segment.reals(W, start)[0].astype(np.float32), like)
 
-        def plain(weight: TensorRef = weight, p: Placement = placement) -> Tensor:
-            return _read(weight, p, lambda W, start: tensor_of(W), device)
+        def plain(weight: TensorRef = weight, p: Placement = placement) -> Array:
+            return _read(weight, p, lambda W, start: widen(W, np.empty(W.shape, np.float32)), like)
 
         yield merged, plain
 
 
+@np.errstate(over="ignore")  # told below
 def _read(
-    weight: TensorRef, placement: Placement, change: Callable[[Numbers, int], Tensor], device: torch.device
-) -> Tensor:
+    weight: TensorRef, placement: Placement, change: Callable[[Numbers, int], npt.NDArray[np.float32]], like: Array
+) -> Array:
     """Return a placement's rows as (out, in) in float32, by blocks.
 
     Raises:
         InputError: they have nan, inf or numbers beyond float32.
     """
     columns, count = weight.spec.size // placement.rows, placement.stop - placement.start
-    out = torch.empty(count, columns, dtype=torch.float32, device=device)
+    out = empty(np.float32, count, columns, like=like)
     step = max(1, BLOCK // columns)
     for start in range(placement.start, placement.stop, step):
         W = weight.read_matrix(placement.rows, start, min(start + step, placement.stop))
-        block = change(W, start).float()
-        if not block.isfinite().all():
+        block = change(W, start)
+        if not np.isfinite(block).all():
             raise InputError(
                 f"holds nan, inf or numbers too large for float32, in {weight.file.path} or with the delta of "
                 f"{placement.update.module}",
                 culprit=weight.name,
             )
-        out[start - placement.start : start - placement.start + len(block)] = block
+        out[start - placement.start : start - placement.start + len(block)] = sent(block, like)
     return out.T if placement.transposed else out

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ...adapters.adapter import Adapter
 from ...adapters.formats import holds_adapter, open_adapter
@@ -26,8 +25,9 @@ from ...binding.weights.model_weights import ModelWeight
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, read_config
 from ...files.tensor_ref import read_float32
-from ...numerics.factored_svd import rank_of_energy, stable_rank
-from ...numerics.product_spectrum import effective_rank
+from ...numerics.arrays import Device, fetched, like_of
+from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
+from ...numerics.forms import Wide
 from ...numerics.spectrum import RANK_TOLERANCE, spectrum_points
 from ...numerics.svd import UNRESOLVED, singular_values_of
 from ...streaming.threads import one_thread
@@ -45,7 +45,7 @@ TARGET = ("all-linear",)
 
 def run_spectra(call: Spectra) -> SpectraReport:
     """Return the singular values of every selected module."""
-    where, is_adapter = torch.device(choose_device(call.device)), holds_adapter(call.path)
+    where, is_adapter = choose_device(call.device), holds_adapter(call.path)
     if call.base is None and not (call.top is call.threshold is None):
         raise UsageError("--top and --threshold are for intruder dimensions: add --base")
     if call.base is not None and not is_adapter:
@@ -112,7 +112,7 @@ def _adapter_rows(
     updates: Sequence[UpdateSpec],
     placed: Mapping[str, Sequence[Placed]],
     rule: IntruderRule | None,
-    device: torch.device,
+    device: Device,
 ) -> SpectrumRows:
     """Yield a row for each update. With a base (`placed`) it has the counts of intruder dimensions."""
 
@@ -130,14 +130,15 @@ def _adapter_rows(
         with one_thread():
             row = measure(update)
         pairs = matrices_of(placed[update.module], device)  # large, so that all threads are at one of them
-        yield replace(row, intruders=count_intruders(update.module, pairs, rule, device)), done, len(updates)
+        yield replace(row, intruders=count_intruders(update.module, pairs, rule)), done, len(updates)
 
 
-def _model_rows(model: Checkpoint, weights: Sequence[ModelWeight], device: torch.device) -> SpectrumRows:
+def _model_rows(model: Checkpoint, weights: Sequence[ModelWeight], device: Device) -> SpectrumRows:
+    like = like_of(device)
     for done, weight in enumerate(weights, 1):
-        matrices = (read_float32(part, device).flatten(1) for (part,) in weight.matrices(model.ref))
-        empty = torch.zeros(1, 1, dtype=torch.float64)
-        S = torch.stack([singular_values_of(W) for W in matrices]) if weight.spec.size else empty
+        matrices = (read_float32(part, like) for (part,) in weight.matrices(model.ref))
+        values = (fetched(singular_values_of(W.reshape(len(W), -1))) for W in matrices)
+        S = np.stack([*values]) if weight.spec.size else np.zeros((1, 1))
         yield (
             _spectrum_row(weight.name, weight.kind, weight.spec.shape, S, weight.max_rank, UNRESOLVED),
             done,
@@ -145,11 +146,12 @@ def _model_rows(model: Checkpoint, weights: Sequence[ModelWeight], device: torch
         )
 
 
-def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full: int, noise: float) -> Spectrum:
+@np.errstate(all="ignore")
+def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Wide, full: int, noise: float) -> Spectrum:
     """Summarize the singular values S of a stack: (E, k), descending. `noise` is as in `spectrum_points`."""
-    norm = float(torch.linalg.vector_norm(S))
-    spectrum = spectrum_points(S.square().sum(0), len(S), noise=noise)
-    S = S.square().mean(0).sqrt().cpu()
+    norm = float(np.linalg.norm(S))
+    spectrum = spectrum_points(np.square(S).sum(0), len(S), noise=noise)
+    S = np.sqrt(np.square(S).mean(0))
     return Spectrum(
         name=name,
         kind=kind,
@@ -157,7 +159,7 @@ def _spectrum_row(name: str, kind: str, shape: tuple[int, ...], S: Tensor, full:
         full=full,
         norm=norm,
         top=tuple(S[:LARGEST].tolist()),
-        effective_rank=float(effective_rank(S.numpy())),
+        effective_rank=float(effective_rank(S)),
         stable_rank=float(stable_rank(S)),
         rank_50=rank_of_energy(S, 0.5),
         rank_90=rank_of_energy(S, 0.9),

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from ...adapters.adapter import Adapter
 from ...adapters.edited import (
@@ -28,7 +26,6 @@ from ...adapters.edited import (
     require_writable,
     write_edited,
 )
-from ...adapters.stacked import FACTOR_TORCH_DTYPES as DTYPES
 from ...adapters.stacked import load_stacked_factors, parameters_per_rank
 from ...adapters.truncated import Figures, Weighted, in_all, truncated_factors
 from ...adapters.updates.add import AddDelta
@@ -36,15 +33,16 @@ from ...adapters.updates.dora import BEFORE_NORM, DoRA
 from ...adapters.updates.low_rank import LowRank
 from ...binding.weights.input_moments import InputMoments, open_imatrix
 from ...errors import InputError, NeedsFlag, UsageError
-from ...files.dtypes import dtypes_of
+from ...files.dtypes import FACTOR_DTYPES, dtypes_of
 from ...files.output.model_card import code, shown_name
 from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
-from ...numerics.factored_svd import factored_svd, singular_values
-from ...numerics.product_spectrum import effective_rank
-from ...numerics.rounding_noise import FLOAT_STEPS, product_noise_edge
+from ...numerics.arrays import Array, Device, Numbers, fetched, like_of, sent
+from ...numerics.factored_svd import effective_rank, factored_svd, singular_values
+from ...numerics.forms import FORMS, Form, Wide
+from ...numerics.rounding_noise import product_noise_edge
 from ...streaming.threads import one_thread
 from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, worker_count
 from ...transform.expand import expand, kinds_to_expand
@@ -105,7 +103,7 @@ def run_resize(call: Resize) -> ResizeReport:
         moments = None if file is None else InputMoments.of_adapter(file, source)
         if moments:
             moments.require_known({module: update for module, update in source.updates.items() if update.rank})
-        work = _Resizing(source, moments, torch.device(choose_device(call.device)), DTYPES[call.dtype], call.progress)
+        work = _Resizing(source, moments, choose_device(call.device), FORMS[FACTOR_DTYPES[call.dtype]], call.progress)
         ranks = work.ranks(*rule, call.max_rank)
         require_same_init(source, ranks)
 
@@ -154,12 +152,12 @@ class _Resizing:
         self,
         source: Adapter,
         moments: InputMoments | None,
-        device: torch.device,
-        dtype: torch.dtype,
+        device: Device,
+        form: Form,
         progress: Progress | None,
     ) -> None:
         self._source, self._moments, self._progress = source, moments, progress
-        self._device, self._dtype = device, dtype
+        self._like, self._form = like_of(device), form
         self._updates = {module: update for module, update in source.updates.items() if update.rank}
         if not self._updates:
             raise InputError("has no low-rank factors", culprit=source.name)
@@ -177,75 +175,98 @@ class _Resizing:
             self._carried.update(
                 {key: CarriedTensor(((TensorRef(source.file, key), factor),)) for key in carried.values()}
             )
-        self._spectra: dict[str, Tensor] = {}  # squares of singular values, over a stack; of weighted ones if any
+        self._spectra: dict[str, Wide] = {}  # squares of singular values, over a stack; of weighted ones if any
         self._figures: dict[str, Figures] = {}
+        self._done, self._steps = 0, len(self._updates)
         self._workers = worker_count(device)
         self._reading = threading.Lock()  # adapters that are converted keep the last module that was asked for
 
-    def _load(self, module: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _load(self, module: str) -> tuple[Array, Array, Array | None]:
         """Return B, A and the weights of a module's inputs, (E, 1, in), or None to take them as equal."""
         update, inputs = self._updates[module], None
         with self._reading:
             B, A = load_stacked_factors(self._source, update)
             if self._moments:
-                inputs = self._moments.column_factors(module, update, self._device)
-        return B.to(self._device), A.to(self._device), inputs
+                inputs = self._moments.column_factors(module, update)
+        like = self._like
+        return sent(B, like), sent(A, like), None if inputs is None else sent(inputs, like)
 
     def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
-        with closing(map_in_order(self._squares, self._updates, self._workers)) as results:
-            for done, (module, squares) in enumerate(zip(self._updates, results, strict=True), 1):
-                self._spectra[module] = squares
-                if self._progress:
-                    self._progress(done, len(self._updates))
-        noise = self._noise if rule == "noise" else lambda module: None
-        spectra = {module: self._spectrum(module, noise(module)) for module in self._updates}
+        spectra = dict.fromkeys(self._updates, SingularValues((), 0.0, 0, True))
+        if rule != "rank":
+            squares = dict[str, Wide]()
+            self._steps *= 2
+            with closing(map_in_order(self._squares, self._updates, self._workers)) as results:
+                for module, found in zip(self._updates, results, strict=True):
+                    squares[module] = found
+                    self._step()
+            noise = self._noise if rule == "noise" else lambda module: None
+            spectra = {module: self._spectrum(module, squares[module], noise(module)) for module in self._updates}
         if rule in BUDGETS:
             value = self._edited(dict.fromkeys(self._updates, 1)).budget(rule, value)
         return choose_ranks(rule, value, spectra, max_rank)
 
-    def _squares(self, module: str) -> Tensor:
+    def _squares(self, module: str) -> Wide:
         B, A, inputs = self._load(module)
-        return singular_values(B, A if inputs is None else A * inputs).square().sum(0).cpu()
+        return _squares_of(singular_values(B, A if inputs is None else A * inputs))
 
-    def _spectrum(self, module: str, noise: float | None) -> SingularValues:
-        squares = self._spectra[module]
+    def _spectrum(self, module: str, squares: Wide, noise: float | None) -> SingularValues:
         return SingularValues(
             tuple(squares.tolist()), float(squares.sum()), parameters_per_rank(self._updates[module]), True, noise
         )
+
+    def _step(self) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, self._steps)
 
     def _noise(self, module: str) -> float:
         """Return a bound of the rounding noise of the stored factors, over a stack."""
         update = self._updates[module]
         B_type, A_type = (self._source.file.stored_type(update.tensors[role]) for role in "BA")
-        if not {A_type, B_type} <= FLOAT_STEPS.keys():
+        if not {A_type, B_type} <= FORMS.keys():
             raise InputError(
                 f"is in {A_type} and {B_type}, but the rule noise needs floating-point factors",
                 culprit=module,
                 remedy="use --rank, --energy or another rule",
             )
         factors = load_stacked_factors(self._source, replace(update, scale=1.0))
-        edges = (product_noise_edge(B, A, (B_type, A_type)) for B, A in zip(*factors, strict=True))
+        edges = (product_noise_edge(B, A, (FORMS[B_type], FORMS[A_type])) for B, A in zip(*factors, strict=True))
         return abs(update.scale) * math.hypot(*edges)
 
     def _edited(self, ranks: Mapping[str, int]) -> EditedAdapter:
-        def factors(module: str) -> tuple[Tensor, Tensor]:
+        def factors(module: str) -> tuple[Numbers, Numbers]:
             B, A, inputs = self._load(module)
             D = factored_svd(B, A)
             weighted = None if inputs is None else Weighted(factored_svd(B, A * inputs), inputs)
-            factors_made, self._figures[module] = truncated_factors(module, D, ranks[module], self._dtype, weighted)
+            factors_made, self._figures[module] = truncated_factors(module, D, ranks[module], self._form, weighted)
+            self._spectra[module] = _squares_of(weighted.svd.S if weighted else D.S)
             return factors_made
 
-        return EditedAdapter(self._source, self._updates, ranks, factors, self._carried, self._dtype)
+        return EditedAdapter(self._source, self._updates, ranks, factors, self._carried, self._form)
+
+    @contextmanager
+    def _computed(self, ranks: Mapping[str, int]) -> Iterator[EditedAdapter]:
+        """Return the output, with factors that workers compute ahead."""
+        edited = self._edited(ranks)
+        with closing(Ahead(edited.factors, edited.order(), self._workers)) as ahead:
+
+            def factors(module: str) -> tuple[Numbers, Numbers]:
+                made = ahead(module)
+                self._step()
+                return made
+
+            yield replace(edited, factors=factors)
 
     def measure(self, ranks: Mapping[str, int]) -> None:
         """Compute everything that `write` does, and write nothing."""
-        with closing(map_in_order(self._edited(ranks).factors, self._updates, self._workers)) as results:
-            deque(results, maxlen=0)
+        with self._computed(ranks) as edited:
+            for module in edited.order():
+                edited.factors(module)
 
     def write(self, ranks: Mapping[str, int], path: Path, is_file: bool, card: Callable[[], bytes] | None) -> None:
-        edited = self._edited(ranks)
-        with closing(Ahead(edited.factors, edited.order(), self._workers)) as ahead:
-            write_edited(replace(edited, factors=ahead), path, is_file, [self._source.file], card)
+        with self._computed(ranks) as edited:
+            write_edited(edited, path, is_file, [self._source.file], card)
 
     def report(
         self,
@@ -288,7 +309,7 @@ class _Resizing:
             kept=figures.kept,
             error=figures.error,
             weighted_error=figures.weighted_error,
-            effective_rank=float(effective_rank(self._spectra[module].sqrt().numpy())),
+            effective_rank=float(effective_rank(np.sqrt(self._spectra[module]))),
             spectrum=figures.spectrum,
         )
 
@@ -296,3 +317,9 @@ class _Resizing:
         if any(update.cls is DoRA for update in self._updates.values()):
             return (BEFORE_NORM,)
         return ()
+
+
+def _squares_of(S: Array) -> Wide:
+    """Return the squares of the singular values of a stack (E, k), summed over it."""
+    squares: Wide = fetched(S * S).sum(0)
+    return squares

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from ....numerics.arrays import Array
+from ....numerics.linalg import adjoint, concatenate, eigh, norm, stack, svd, zeros
 from ....numerics.spectrum import RANK_TOLERANCE
 from .delta import WeightedDelta
 
@@ -26,12 +25,12 @@ SEEN = 1e-6  # of the mean of the inputs' eigenvalues; below it WUDI would divid
 class Triplets(NamedTuple):
     """Singular values and vectors above rounding."""
 
-    U: Tensor  # (R, k)
-    S: Tensor  # (k,), largest first
-    V: Tensor  # (R', k)
+    U: Array  # (R, k)
+    S: Array  # (k,), largest first
+    V: Array  # (R', k)
 
 
-def tsv(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+def tsv(deltas: Sequence[WeightedDelta], density: float) -> Array:
     """Return TSV-Merge: the changes' singular vectors made orthogonal to each other (Gargiulo et al., CVPR 2025).
 
     With [U_1 ... U_T] and [V_1 ... V_T] replaced by their polar factors it is polar(U) S polar(V)^T. Each of T changes
@@ -41,22 +40,22 @@ def tsv(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
     if not len(M):
         return M.sum(0)
     most = max(1, deltas[0].side // len(M))
-    triplets = [_triplets(each, torch.linalg.matrix_norm(each)) for each in M]
+    triplets = [_triplets(each, norm(each)) for each in M]
     U, S, V = _side_by_side([_first(each, min(most, max(1, int(density * len(each.S))))) for each in triplets])
-    return _polar(U) * S @ _polar(V).mT
+    return _polar(U) * S @ _polar(V).T
 
 
-def iso_c(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+def iso_c(deltas: Sequence[WeightedDelta], density: float) -> Array:
     """Return Iso-C: the sum, with all singular values replaced by their mean (Marczak et al., ICML 2025).
 
     The mean is over the rank of the sum; of full matrices that is the authors', over all singular values.
     """
     M = _weighted(deltas)
     U, S, V = _triplets(M.sum(0), _largest_norm(M))
-    return U @ V.mT * _mean(S)
+    return U @ V.T * _mean(S)
 
 
-def iso_cts(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+def iso_cts(deltas: Sequence[WeightedDelta], density: float) -> Array:
     """Return Iso-CTS: the sum's leading directions and some of each change beside them (Marczak et al., ICML 2025).
 
     Of the n directions that the changes have together COMMON are the sum's; the others are divided between the changes,
@@ -70,13 +69,13 @@ def iso_cts(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
     common = _first(_triplets(M.sum(0), _largest_norm(M)), n - specific * len(M))
     parts = [common]
     for change in M:
-        rest = change - common.U @ (common.U.mT @ change)
-        parts.append(_first(_triplets(rest, torch.linalg.matrix_norm(change)), specific))
+        rest = change - common.U @ (common.U.T @ change)
+        parts.append(_first(_triplets(rest, norm(change)), specific))
     U, S, V = _side_by_side(parts)
-    return _polar(U) @ _polar(V).mT * _mean(S)
+    return _polar(U) @ _polar(V).T * _mean(S)
 
 
-def wudi(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
+def wudi(deltas: Sequence[WeightedDelta], density: float) -> Array:
     """Return WUDI-Merging's minimum: X with the least sum |(X - D_i) D_i^T|^2 / |D_i|^2 (Cheng et al., ICML 2025).
 
     Each change's rows stand for its inputs, on which X shall do what the change does. Where the paper descends from the
@@ -84,27 +83,24 @@ def wudi(deltas: Sequence[WeightedDelta], density: float) -> Tensor:
     Inputs that the changes hardly see, by SEEN, are left as they are in the sum.
     """
     M = _weighted(deltas)
-    norms = torch.linalg.matrix_norm(M, keepdim=True)
-    unit = M / norms
-    G = (unit.mT @ unit).sum(0)
-    values, Q = torch.linalg.eigh(G)
+    unit = M / norm(M, (1, 2))[:, None, None]
+    values, Q = eigh((adjoint(unit) @ unit).sum(0))
     seen = values > SEEN * values.mean()
     known, rest = Q[:, seen], Q[:, ~seen]
-    wanted = (M @ unit.mT @ (unit @ known)).sum(0)
-    X: Tensor = wanted / values[seen] @ known.mT + M.sum(0) @ rest @ rest.mT
-    return X
+    wanted = (M @ adjoint(unit) @ (unit @ known)).sum(0)
+    return wanted / values[seen] @ known.T + M.sum(0) @ rest @ rest.T
 
 
-def _weighted(deltas: Sequence[WeightedDelta]) -> Tensor:
+def _weighted(deltas: Sequence[WeightedDelta]) -> Array:
     """Return the nonzero changes times their weights, (T, R, R')."""
-    M: Tensor = torch.stack([delta.dense() * delta.weight for delta in deltas])
-    return M[torch.linalg.matrix_norm(M) > 0]
+    M = stack([delta.dense() * delta.weight for delta in deltas])
+    return M[norm(M, (1, 2)) > 0]
 
 
-def _triplets(M: Tensor, size: Tensor) -> Triplets:
+def _triplets(M: Array, size: Array) -> Triplets:
     """Return the singular triplets of M that are above the rounding of something of norm `size`, ()."""
-    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    return _first(Triplets(U, S, Vh.mT), int((RANK_TOLERANCE * size < S).sum()))
+    U, S, Vh = svd(M)
+    return _first(Triplets(U, S, Vh.T), int((RANK_TOLERANCE * size < S).sum()))
 
 
 def _first(triplets: Triplets, count: int) -> Triplets:
@@ -112,22 +108,20 @@ def _first(triplets: Triplets, count: int) -> Triplets:
 
 
 def _side_by_side(parts: Sequence[Triplets]) -> Triplets:
-    U, S, V = (torch.cat(side, -1) for side in zip(*parts, strict=True))
+    U, S, V = (concatenate(side, -1) for side in zip(*parts, strict=True))
     return Triplets(U, S, V)
 
 
-def _polar(X: Tensor) -> Tensor:
+def _polar(X: Array) -> Array:
     """Return the factor of X = P H with orthonormal columns (R, k), or of dependent columns the partial isometry."""
-    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    U, S, Vh = svd(X)
     independent = int((SAME * S[:1] < S).sum())
-    P: Tensor = U[:, :independent] @ Vh[:independent]
-    return P
+    return U[:, :independent] @ Vh[:independent]
 
 
-def _largest_norm(M: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.matrix_norm(M)
-    return norms.amax() if len(M) else M.new_zeros(())
+def _largest_norm(M: Array) -> Array:
+    return norm(M, (1, 2)).max() if len(M) else zeros((), M)
 
 
-def _mean(S: Tensor) -> float:
+def _mean(S: Array) -> float:
     return float(S.mean()) if len(S) else 0.0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+
+from ....numerics.arrays import Array, empty
 
 ROWS = 1024  # of a dense delta, computed at a time in float64
 
@@ -14,16 +16,16 @@ ROWS = 1024  # of a dense delta, computed at a time in float64
 class WeightedDelta:
     """An adapter's weighted delta of one matrix, weight * B @ A. A core M is B = M, A = I."""
 
-    B: Tensor  # (out, r), float64, with the scale folded in
-    A: Tensor  # (r, in), float64
+    B: Array  # (out, r), float64, with the scale folded in
+    A: Array  # (r, in), float64
     weight: float
     key: str  # seeds its random numbers
     side: int  # the smaller side of the matrix that it changes, or of the space that the matrix was compressed to
-    dtype: torch.dtype = torch.float32  # of its entries: a core's are float64
+    kind: npt.DTypeLike = np.float32  # of its entries: a core's are float64
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Array:
         """Return D = B @ A, (out, in), without the weight."""
-        D = self.B.new_empty(len(self.B), self.A.shape[1], dtype=self.dtype)
+        D = empty(self.kind, len(self.B), self.A.shape[1], like=self.B)
         for start in range(0, len(D), ROWS):
             D[start : start + ROWS] = self.B[start : start + ROWS] @ self.A
         return D

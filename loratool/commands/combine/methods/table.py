@@ -10,18 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from ....numerics.arrays import Array
+from ....numerics.linalg import concatenate
 from .cores import iso_c, iso_cts, tsv, wudi
 from .delta import WeightedDelta
 from .entries import SPREAD, dare_linear, dare_ties, della, magnitude, ties, ties_mergekit
 from .knots import knots
 
 
-def cat(deltas: Sequence[WeightedDelta], density: float) -> tuple[Tensor, Tensor]:
+def cat(deltas: Sequence[WeightedDelta], density: float) -> tuple[Array, Array]:
     """Return factors of sum w_i D_i, exactly: B (out, sum r_i), with scales and weights, and A (sum r_i, in)."""
-    return torch.cat([delta.B * delta.weight for delta in deltas], 1), torch.cat([delta.A for delta in deltas])
+    return concatenate([delta.B * delta.weight for delta in deltas], 1), concatenate([delta.A for delta in deltas])
 
 
 # what a method is given of each change, and so what it returns:
@@ -36,7 +35,7 @@ ActsOn = Literal["factors", "entries", "core", "core entries"]
 class CombineMethod:
     """A method of `combine`."""
 
-    run: Callable[[Sequence[WeightedDelta], float], tuple[Tensor, Tensor] | Tensor]  # (deltas, density) -> the result
+    run: Callable[[Sequence[WeightedDelta], float], tuple[Array, Array] | Array]  # (deltas, density) -> the result
     acts_on: ActsOn
     source: str  # whose definition this is
     linear: bool = False  # the result is the sum of the weighted changes
