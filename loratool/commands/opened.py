@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..adapters.updates.update import Update
+    from ..numerics.arrays import Numbers
 
 V = TypeVar("V")
 
@@ -90,12 +91,12 @@ class AdapterModule:
     @property
     def A(self) -> Tensor:
         """The factor on the side of the inputs, (rank, in, *kernel)."""
-        return self._factors.A
+        return _tensor(self._factors.A)
 
     @property
     def B(self) -> Tensor:
         """The factor on the side of the outputs, (out, rank)."""
-        return self._factors.B
+        return _tensor(self._factors.B)
 
     @require_ieee
     def delta(self) -> Tensor:
@@ -109,16 +110,16 @@ class AdapterModule:
             of = "the weight's size" if self._spec.additive else "the weight"
             what = f"is {self.kind}: its delta depends on {of}"
             raise InputError(what, culprit=self.name, remedy="merge it, then compare the weights")
-        import torch
+        import numpy as np
 
-        from ..numerics.tensors import numbers_of
+        from ..numerics.arrays import Numbers
         from ..streaming.segment import RowSegment, UpdateLoader
 
         self._opened._require_open()
-        out = torch.zeros(self.shape, dtype=torch.float64)
+        out = np.zeros(self.shape)
         experts = range(self.shape[0]) if self._spec.cls.stack else (None,)
         for expert, matrix in zip(experts, out if self._spec.cls.stack else (out,), strict=True):
-            rows = matrix.view(matrix.shape[0], -1)
+            rows = matrix.reshape(len(matrix), -1)
             placement = Placement(
                 self._adapter,
                 self._spec,
@@ -130,8 +131,8 @@ class AdapterModule:
                 expert=expert,
             )
             segment = RowSegment(None, rows.shape[1], 0, len(rows), [placement], UpdateLoader())
-            rows += torch.from_numpy(segment.reals(numbers_of(rows), 0)[0])
-        return out
+            rows += segment.reals(Numbers.of(rows), 0)[0]
+        return _tensor(Numbers.of(out))
 
     @property
     def _factors(self) -> LowRank:
@@ -203,7 +204,7 @@ class OpenCheckpoint(_Opened["Tensor"]):
             raise KeyError(name)
         ref = self._model.ref(name)
         if ref.codec is not RAW or ref.spec.dtype in TORCH_FLOATS:
-            return ref.matrix_rows(1, 0, 1).view(ref.spec.shape)
+            return _tensor(ref.read_matrix(1, 0, 1)).view(ref.spec.shape)
         if ref.spec.dtype not in DTYPE_NAMES:
             raise InputError(f"is {ref.spec.dtype}, which torch does not have", culprit=name)
         import torch
@@ -227,6 +228,12 @@ class OpenCheckpoint(_Opened["Tensor"]):
         facts = [plural(len(specs), "tensor"), f"{quantity(sum(spec.size for spec in specs))} parameters"]
         facts += [*([self.quantized] if self.quantized else []), *_sizes(self._model.stored.values())]
         return f"<{self._model.model_type or 'checkpoint'} {self.path}: {', '.join(facts)}>"
+
+
+def _tensor(numbers: Numbers) -> Tensor:
+    from ..numerics.tensors import tensor_of
+
+    return tensor_of(numbers)
 
 
 def _sizes(specs: Iterable[TensorSpec]) -> list[str]:

@@ -202,7 +202,7 @@ def _float8(base: Mapping[str, Numbers]) -> Tensors:
             continue
         out, inp = W.shape
         blocks = widen(W, np.empty(W.shape, np.float32)).reshape(out // BLOCK, BLOCK, inp // BLOCK, BLOCK)
-        inverse = 448 / np.abs(blocks).max((1, 3))
+        inverse = 1 / np.abs(blocks).max((1, 3)) * 448
         codes = (blocks * inverse[:, None, :, None]).reshape(out, inp)
         stored |= {name: _rounded(codes, E4M3), f"{name}_scale_inv": Numbers.of(1 / inverse)}
     return stored
