@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...adapters.edited import EditedAdapter
-from ...adapters.stacked import parameters_per_rank, round_factors, stack_sizes
+from ...adapters.stacked import parameters_per_rank, round_factors, stack_factors, stack_sizes
 from ...adapters.truncated import Figures, Weighted, share_of, truncated_factors
 from ...binding.weights.input_moments import InputMoments
 from ...errors import InputError, UsageError
@@ -160,9 +160,7 @@ class Combination:
                 raise UsageError(f"the weight {weight} times the scale {scale} is too large", culprit=module)
             with self._reading:
                 update = member.adapter.load(member.update)
-            sides = update.factors()
-            assert sides is not None, "an update with a rank has factors"
-            factors.append([sent(side, self._like) for side in sides])
+            factors.append([sent(side, self._like) for side in stack_factors(update)])
         with self._reading:
             draws = [member.adapter.sha256 if self._method.draws else "" for member in members]
         E, *sides = self._sizes(module)

@@ -43,7 +43,7 @@ from ...files.dtypes import FLOATS
 from ...files.gguf_model import with_names_of_one
 from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
 from ...files.weights_file import paths_of
-from ...numerics.product_spectrum import effective_rank, spectrum_of_product
+from ...numerics.factored_svd import effective_rank, singular_values
 from ...streaming.segment import RowSegment, UpdateLoader
 from ...streaming.workers import map_in_order, worker_count
 from ...views.inspect_adapter import AdapterGroup, AdapterInspection, Coverage, ModuleReport
@@ -271,7 +271,7 @@ def _replacement_norm(adapter: Adapter, spec: UpdateSpec, weights: Sequence[Tens
 
 def _delta_norm(update: Update) -> tuple[float, float | None]:
     """Return ||D|| and the effective rank of D, for an update with factors. None if float64 overflows."""
-    S = update.singular_values(spectrum_of_product)
+    S = update.singular_values(singular_values)
     assert S is not None, "an update with a rank has factors"
     norm = float(np.linalg.norm(S))
     if not np.isfinite(S).all():
