@@ -32,20 +32,20 @@ class LowRankResult:
 
 
 def low_rank_result(
-    method: CombineMethod, stack: Sequence[Sequence[WeightedDelta]], density: float, rank: int | None
+    method: CombineMethod, matrices: Sequence[Sequence[WeightedDelta]], density: float, rank: int | None
 ) -> LowRankResult:
     """Compute the result of each matrix's changes.
 
     Args:
         method: one that acts on factors or cores; with a rank, any that is not in NOT_COMPRESSED.
-        stack: the changes of each matrix.
+        matrices: the changes of each one.
         rank: the number of shared directions per side to which changes are compressed first; None for no compression.
     """
     if rank is None and method.acts_on == "factors":
-        B, A = result_factors(method, stack, density)
+        B, A = result_factors(method, matrices, density)
         return LowRankResult(factored_svd(B, A), (B, A), None)
     svds, shares = [], []
-    for changes in stack:
+    for changes in matrices:
         deltas = _present(changes) if method.acts_on == "core" else changes
         space = core_space([factored_svd(delta.B, delta.A) for delta in deltas])
         if rank is not None:
@@ -57,10 +57,10 @@ def low_rank_result(
 
 
 def result_factors(
-    method: CombineMethod, stack: Sequence[Sequence[WeightedDelta]], density: float
+    method: CombineMethod, matrices: Sequence[Sequence[WeightedDelta]], density: float
 ) -> tuple[Array, Array]:
     """Return B (E, out, r) and A (E, r, in) of a method whose result is factors."""
-    factors = [method.run(deltas, density) for deltas in stack]
+    factors = [method.run(deltas, density) for deltas in matrices]
     return stack([B for B, _ in factors]), stack([A for _, A in factors])
 
 
