@@ -39,7 +39,8 @@ class CoreSpace:
         """Return the space of at most `rank` directions a side that holds the most of all changes.
 
         Each core counts by its own norm: P (R, k) and Q (R', k) maximize sum |P^T M_i Q|^2 / |M_i|^2, by alternating
-        eigenproblems (Ye, Machine Learning 61, 2005; for adapters arXiv 2606.03723, "compress then merge").
+        eigenproblems (Ye, Machine Learning 61, 2005; for adapters arXiv 2606.03723, "compress then merge"). They may
+        end in a local maximum.
         """
         P, Q = _shared_bases(self.cores, rank)
         return CoreSpace(self.U @ P, self.V @ Q, P.T @ self.cores @ Q)
