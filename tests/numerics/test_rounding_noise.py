@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
+from loratool.numerics.arrays import Numbers, narrow
+from loratool.numerics.forms import BF16, F16, Form, Wide
 from loratool.numerics.rounding_noise import (
     RoundingNoise,
     float_steps,
@@ -17,69 +17,78 @@ from loratool.numerics.rounding_noise import (
     unknown_noise_edge,
 )
 
-TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+FORMS_OF_16_BITS = [pytest.param(form, id=form.name) for form in (BF16, F16)]
 SIZES = [(120, 90), (300, 40), (64, 64)]
 
 
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def randn(*shape: int, seed: int) -> Wide:
+    return np.random.default_rng(seed).standard_normal(shape)
 
 
-def noise_of(x: Tensor, dtype: str) -> RoundingNoise:
-    return noise_of_steps(float_steps(x.float(), dtype))
+def rounded(x: Wide, form: Form) -> Wide:
+    """Return x as a type stores it."""
+    out = Numbers.empty(form, *x.shape)
+    narrow(x, out)
+    return out.wide()
 
 
-def ratios(sizes: tuple[int, int], dtype: str, uneven: str, draws: int) -> list[float]:
+def noise_of(x: Wide, form: Form) -> RoundingNoise:
+    return noise_of_steps(float_steps(x.astype(np.float32), form))
+
+
+def largest(x: Wide) -> float:
+    return float(np.linalg.svd(x, compute_uv=False)[0])
+
+
+def ratios(sizes: tuple[int, int], form: Form, uneven: str, draws: int) -> list[float]:
     """Return the edge over the largest singular value of what rounding W and W + a change of rank 2 made."""
     found = []
     for seed in range(draws):
         W = randn(*sizes, seed=seed) * 0.02
         if uneven == "rows":
-            W *= randn(sizes[0], 1, seed=seed + 1000).exp()
+            W *= np.exp(randn(sizes[0], 1, seed=seed + 1000))
         if uneven == "columns":
-            W *= randn(1, sizes[1], seed=seed + 1000).exp()
+            W *= np.exp(randn(1, sizes[1], seed=seed + 1000))
         D = randn(sizes[0], 2, seed=seed + 2000) @ randn(2, sizes[1], seed=seed + 3000)
-        D *= 0.1 * W.norm() / D.norm()
-        base, tuned = W.to(TYPES[dtype]), (W + D).to(TYPES[dtype])
-        rounding = tuned.double() - base.double() - D
-        edge = (noise_of(base, dtype) + noise_of(tuned, dtype)).edge()
-        found.append(edge / float(torch.linalg.svdvals(rounding)[0]))
+        D *= 0.1 * np.linalg.norm(W) / np.linalg.norm(D)
+        base, tuned = rounded(W, form), rounded(W + D, form)
+        edge = (noise_of(base, form) + noise_of(tuned, form)).edge()
+        found.append(edge / largest(tuned - base - D))
     return found
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("form", FORMS_OF_16_BITS)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_rounding_stays_below_the_edge_and_near(dtype: str, sizes: tuple[int, int]) -> None:
-    found = ratios(sizes, dtype, "", 50)
+def test_rounding_stays_below_the_edge_and_near(form: Form, sizes: tuple[int, int]) -> None:
+    found = ratios(sizes, form, "", 50)
     assert min(found) > 1 and sum(found) / len(found) < 1.35
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("form", FORMS_OF_16_BITS)
 @pytest.mark.parametrize("uneven", ["rows", "columns"])
-def test_so_it_does_where_scales_are_uneven(dtype: str, uneven: str) -> None:
-    assert min(ratios((120, 90), dtype, uneven, 50)) > 1
+def test_so_it_does_where_scales_are_uneven(form: Form, uneven: str) -> None:
+    assert min(ratios((120, 90), form, uneven, 50)) > 1
 
 
 def test_an_even_bound_would_be_wrong_there() -> None:
     """A row of large numbers: the mean of the variances, of which the bound for even ones is made, hides it."""
     W = randn(100, 100, seed=1)
     W[0] *= 300
-    tuned = (W + randn(100, 100, seed=2)).bfloat16()
-    rounding = tuned.double() - (W + randn(100, 100, seed=2))
-    noise = noise_of(tuned, "BF16")
+    exact = W + randn(100, 100, seed=2)
+    tuned = rounded(exact, BF16)
+    noise = noise_of(tuned, BF16)
     even = math.sqrt(noise.energy / 100**2) * 2 * math.sqrt(100)
-    largest = float(torch.linalg.svdvals(rounding)[0])
-    assert even < 0.5 * largest < 0.5 * noise.edge()
+    assert even < 0.5 * largest(tuned - exact) < 0.5 * noise.edge()
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_rounded_factors_make_no_component_above_their_bound(dtype: str) -> None:
+@pytest.mark.parametrize("form", FORMS_OF_16_BITS)
+def test_rounded_factors_make_no_component_above_their_bound(form: Form) -> None:
     found = []
     for seed in range(50):
         B, A = randn(80, 6, seed=seed), randn(6, 120, seed=seed + 100) * 0.01
-        rounded = B.to(TYPES[dtype]).double(), A.to(TYPES[dtype]).double()
-        error = float(torch.linalg.svdvals(rounded[0] @ rounded[1] - B @ A)[0])
-        found.append(product_noise_edge(*rounded, (dtype, dtype)) / error)
+        stored = rounded(B, form), rounded(A, form)
+        error = largest(stored[0] @ stored[1] - B @ A)
+        found.append(product_noise_edge(*stored, (form, form)) / error)
     assert min(found) > 1 and max(found) < 4
 
 
@@ -93,6 +102,6 @@ def test_unknown_noise_is_gavish_and_donohos(beta: float) -> None:
     assert mass[-1] == pytest.approx(1, rel=1e-3)
     median = middle[np.searchsorted(mass, 0.5)]
     known = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
-    S, shape = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64), (round(beta * 1000), 1000)
+    S, shape = np.array([3.0, 1.0, 0.5]), (round(beta * 1000), 1000)
     assert unknown_noise_edge(S, shape) == pytest.approx(known / math.sqrt(median), rel=0.01)
     assert unknown_noise_edge(S, shape) == unknown_noise_edge(S, shape[::-1])
