@@ -140,7 +140,7 @@ def sent(x: npt.NDArray[Any], like: Array) -> Array:
 
 def fetched(x: Array) -> npt.NDArray[Any]:
     """Return an array in the CPU's memory."""
-    return x if isinstance(x, np.ndarray | np.generic) else x.cpu().numpy()
+    return np.asarray(x if isinstance(x, np.ndarray | np.generic) else x.cpu())
 
 
 def doubled(x: Array) -> Array:

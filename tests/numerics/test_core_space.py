@@ -60,7 +60,7 @@ def svds(pairs: Sequence[Pair]) -> list[FactoredSVD]:
 
 def rank_of(matrix: Wide) -> int:
     S = np.linalg.svd(matrix, compute_uv=False)
-    return int((S > 1e-10 * S[0]).sum())
+    return int((1e-10 * S[0] < S).sum())
 
 
 def norm(matrix: Wide) -> float:
