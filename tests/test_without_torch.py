@@ -11,6 +11,12 @@ from pathlib import Path
 
 import torch
 from conftest import FIXTURES, ROOT, load_model, write_model
+from lib.files.ggml_blocks import blocks_of
+from lib.files.gguf_bytes import floats, tensor, write
+from lib.models.coded_models import LIKE, REPRESENTATIVES, numbers_of, sized, write_adapter, write_base, write_twins
+from lib.models.gguf_models import llama_weights, write_llama
+
+from loratool.files.dtypes import BLOCK_TYPES, GGML_TYPES
 
 LLAMA, GPT2, SDXL = (FIXTURES / name for name in ("llama", "gpt2", "sdxl"))
 
@@ -80,6 +86,68 @@ def test_no_import_of_torch(tmp_path: Path) -> None:
     for argv, code, places in results:
         assert not places, argv
         assert code == (argv[-1] == str(LLAMA / "tuned")), argv
+
+
+def require_done(*commands: tuple[object, ...]) -> None:
+    for argv, code, places in run_without_torch(*commands):
+        assert not places and code == 0, (argv, places)
+
+
+def test_codes_of_each_format(tmp_path: Path) -> None:
+    commands: list[tuple[object, ...]] = []
+    for vector in REPRESENTATIVES:
+        folder = tmp_path / vector
+        base = write_base(vector, folder / "base")
+        if not (matrices := sized(numbers_of(base))):
+            commands.append(("inspect", base))
+            continue
+        adapter, _ = write_adapter(folder / "adapter", matrices, 1e4)
+        commands += there_and_back(folder / "mixed", base, adapter)
+        commands += there_and_back(folder / "codes", base, adapter, "--quantized", "requantize", "--allow", "lossy")
+        commands += [("inspect", base), ("diff", base, folder / "mixed" / "out")]
+        commands += [("convert", base, "--dtype", "fp32", "-o", folder / "plain")]
+    require_done(*commands)
+
+
+def test_codes_with_new_scales(tmp_path: Path) -> None:
+    commands: list[tuple[object, ...]] = []
+    for vector in LIKE:
+        base, adapter, quantized = write_twins(vector, tmp_path / vector)
+        out = tmp_path / vector / "out"
+        commands.append(("merge", base, adapter, "--like", quantized, "--no-undo", "-o", out))
+        commands.append(("verify", base, adapter, out))
+    require_done(*commands)
+
+
+GGUF = "blk.0.ffn_up.weight"
+
+
+def write_gguf(path: Path, kind: str | None) -> Path:
+    """A GGUF file of one matrix, in F16 or in a type of blocks."""
+    numbers = torch.linspace(-1, 1, 3 * 256).reshape(3, 256).numpy()
+    matrix = floats(numbers, "F16")
+    if kind:
+        matrix = tensor(GGML_TYPES[kind][0], (3, 256), blocks_of(kind, 768 // BLOCK_TYPES[kind][0]).tobytes())
+    return write(path, {"general.architecture": "llama", "llama.block_count": 1}, {GGUF: matrix})
+
+
+def test_gguf_models(tmp_path: Path) -> None:
+    A, B = torch.linspace(0.1, 1, 512).reshape(2, 256), torch.linspace(-1, 1, 6).reshape(3, 2)
+    fields = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
+    pair = {f"{GGUF}.lora_a": floats(A.numpy()), f"{GGUF}.lora_b": floats(B.numpy())}
+    adapter = write(tmp_path / "lora.gguf", {**fields, "adapter.lora.alpha": 2.0}, pair)
+    plain, commands = write_gguf(tmp_path / "plain.gguf", None), list[tuple[object, ...]]()
+    for kind in ("Q8_0", "Q4_1", "Q4_K", "Q6_K", "MXFP4", "TQ1_0"):
+        base = write_gguf(tmp_path / f"{kind}.gguf", kind)
+        commands += there_and_back(tmp_path / kind, base, adapter)
+        if kind in ("Q8_0", "Q4_1"):
+            out = tmp_path / f"like-{kind}.gguf"
+            commands += [("merge", plain, adapter, "--like", base, "--no-undo", "-o", out)]
+            commands += [("verify", plain, adapter, out), ("inspect", out)]
+    for dtype in ("BF16", "F32"):
+        llama = write_llama(tmp_path / f"llama-{dtype}.gguf", llama_weights(), dtype)
+        commands += [("convert", llama, "-o", tmp_path / dtype), ("diff", llama, tmp_path / dtype)]
+    require_done(*commands)
 
 
 def with_rounded_change(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
