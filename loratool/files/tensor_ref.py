@@ -11,7 +11,7 @@ from ..durable.fileio import read_into
 from ..errors import InputError
 from .codecs import RAW, codec_of
 from .codecs.codec import Codec, Parts, StoredTensor, StoredWeight
-from .dtypes import DTYPE_NAMES, FLOATS, TORCH_FLOATS, TensorSpec
+from .dtypes import FLOATS, TORCH_FLOATS, TensorSpec
 from .weights_file import WeightsFile
 
 if TYPE_CHECKING:
@@ -82,27 +82,9 @@ class TensorRef:
             raise InputError(f"has dtype {self.spec.dtype}, not a floating-point type", culprit=self.name)
         return form
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the type in which rows are read."""
-        import torch
-
-        codec = self.codec
-        name = DTYPE_NAMES.get(self.spec.dtype if codec is RAW else codec.numbers, "uint8")
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-
     def as_stored(self, dtype: str) -> TensorRef:
         """Return a reference whose rows are read in the stored type if that is `dtype`, else `self`."""
         return replace(self, undecoded=True) if not self.weight and dtype == self.spec.dtype else self
-
-    def read_rows(self, start: int, out: torch.Tensor) -> None:
-        """Read rows as `read` does into a tensor of the type `dtype`."""
-        from ..numerics.tensors import numbers_of
-
-        if out.numel():
-            _ = self.form  # raises for integers
-            self.read(start, numbers_of(out))
 
     def read(self, start: int, out: Numbers) -> None:
         """Read rows from `start` on into `out`, viewing the weight as a matrix with the columns of `out`.
@@ -127,19 +109,18 @@ class TensorRef:
         codec.read_rows(parts, first // columns, rows)
         out.bits[...] = rows.bits.reshape(-1)[above : above + count].reshape(out.shape)
 
-    def tensor(self) -> torch.Tensor:
+    def numbers(self) -> Numbers:
         """Return the complete weight; raise InputError unless its type is a float of 16 bits or more."""
+        spec = self.spec
         if self.weight is None and self.span is None:
-            return self.file.tensor(self.name)
+            return self.file.numbers(self.name)
+        return self.read_matrix(spec.shape[0], 0, spec.shape[0]).reshape(*spec.shape)
+
+    def tensor(self) -> torch.Tensor:
+        """Return `numbers` as a tensor."""
         from ..numerics.tensors import tensor_of
 
-        return tensor_of(self.read_matrix(self.spec.shape[0], 0, self.spec.shape[0]).reshape(*self.spec.shape))
-
-    def blocks(self, most: int) -> Iterator[torch.Tensor]:
-        """Yield the `blocks_of_numbers` as tensors."""
-        from ..numerics.tensors import tensor_of
-
-        yield from map(tensor_of, self.blocks_of_numbers(most))
+        return tensor_of(self.numbers())
 
     def blocks_of_numbers(self, most: int) -> Iterator[Numbers]:
         """Yield a nonempty float tensor in blocks (rows, columns) of about `most` numbers.
@@ -162,14 +143,6 @@ class TensorRef:
 
         out = Numbers.empty(self.form, min(stop, rows) - start, self.spec.size // rows if rows else 0)
         self.read(start, out)
-        return out
-
-    def matrix_rows(self, rows: int, start: int, stop: int) -> torch.Tensor:
-        """Return rows start:stop of the tensor viewed as (rows, columns), even if it is a stack of matrices."""
-        import torch
-
-        out = torch.empty(min(stop, rows) - start, self.spec.size // rows, dtype=self.dtype)
-        self.read_rows(start, out)
         return out
 
 
@@ -208,17 +181,6 @@ def finite_norm(x: Numbers) -> float:
         finite = np.nan_to_num(numbers.astype(np.float64), posinf=0.0, neginf=0.0)
         largest = float(np.abs(finite).max(initial=0.0))
         return largest * math.sqrt(float(np.square(finite / largest).sum())) if largest else 0.0
-
-
-def is_finite(x: torch.Tensor) -> bool:
-    """Return whether x has no nan and no infinity.
-
-    `aminmax` takes a tenth of the time of `isfinite`. If x has a nan, it returns nan as both least and largest number.
-    """
-    if not x.numel():
-        return True
-    low, high = map(float, (x.float() if x.element_size() == 1 else x).aminmax())
-    return math.isfinite(low) and math.isfinite(high)
 
 
 def require_finite(source: TensorRef) -> None:

@@ -20,20 +20,14 @@ from loratool.files.containers.virtual import VirtualFile
 from loratool.files.tensor_ref import (
     TensorRef,
     finite_norm,
-    is_finite,
     known_finite,
     read_float32,
     require_finite,
     squared_norm,
 )
-<<<<<<< HEAD
-from loratool.numerics.arrays import Numbers
-from loratool.numerics.tensors import numbers_of
-=======
 from loratool.numerics.arrays import ON_CPU, Numbers
 from loratool.numerics.forms import F64
 from loratool.numerics.tensors import numbers_of, tensor_of
->>>>>>> eff9e3ff (Read relaid, compared and imatrix's numbers without torch)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -106,7 +100,7 @@ def test_norms_are_over_finite_numbers(dtype: torch.dtype) -> None:
 def test_what_is_not_finite(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
     x = weights(5, 7)
     m = model(tmp_path, {"x": x.to(dtype), "y": with_one(x, value).to(dtype)})
-    assert is_finite(x.to(dtype)) and not is_finite(with_one(x, value).to(dtype))
+    assert [numbers_of(each.to(dtype)).all_finite() for each in (x, with_one(x, value))] == [True, False]
     require_finite(m.stored_ref("x"))
     with pytest.raises(InputError, match="holds nan or inf") as refused:
         require_finite(m.stored_ref("y"))
@@ -118,7 +112,7 @@ def test_what_has_no_rows_of_floats_is_finite(tmp_path: Path) -> None:
     for name in m:
         require_finite(m.ref(name))
         assert squared_norm(m.ref(name)) == 0.0
-    assert is_finite(torch.empty(0))
+    assert numbers_of(torch.empty(0)).all_finite()
 
 
 def test_known_finite_reads_neighbours_at_once_and_knows_them_apart(tmp_path: Path) -> None:

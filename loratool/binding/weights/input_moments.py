@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from ...numerics.arrays import Array, Device
     from ...numerics.forms import Wide
 
 LAYER = re.compile(r"\.\d{1,6}(?=\.|$)")  # the first number in a path
@@ -120,16 +119,16 @@ class InputMoments:
         (self.missing if weights is None else self.known)[module] = None
         return weights
 
-    def column_factors(self, module: str, update: UpdateSpec, device: Device) -> Array | None:
+    def column_factors(self, module: str, update: UpdateSpec) -> Wide | None:
         """Return factors (E, 1, in) for A (E, r, in) of an update with a rank: the weights of its inputs.
 
-        They are in float64, on a device. The result is None without weights; errors are those of `weights`.
+        They are in float64. The result is None without weights; errors are those of `weights`.
         """
         from ...adapters.stacked import stack_sizes
-        from ...numerics.arrays import doubled, like_of, sent
+        from ...numerics.arrays import doubled
 
         weights = self.weights(module, stack_sizes(update))
-        return None if weights is None else sent(doubled(weights)[:, None], like_of(device))
+        return None if weights is None else doubled(weights)[:, None]
 
     def require_known(self, updates: Mapping[str, UpdateSpec] | None = None) -> None:
         """Raise InputError if the file has none of the requested modules, or none of these updates."""

@@ -25,7 +25,7 @@ from loratool.files.containers.safetensors_file import (
     parse_json,
 )
 from loratool.files.dtypes import DTYPES, TensorSpec
-from loratool.files.tensor_ref import is_finite
+from loratool.numerics.tensors import numbers_of
 
 # One small dict of odd tensors for all tests: every dtype that torch can hand to the official writer.
 TORCH_DTYPES = """bool uint8 int8 float8_e5m2 float8_e4m3fn float8_e8m0fnu float8_e4m3fnuz float8_e5m2fnuz int16 uint16
@@ -324,9 +324,9 @@ def test_one_number_that_is_not_finite_is_seen_wherever_it_is(dtype: str, value:
     for count in (1, 7, 1003):
         for at in {0, count // 2, count - 1}:
             x = torch.linspace(-3, 3, count).to(getattr(torch, dtype))
-            assert is_finite(x)
+            assert numbers_of(x).all_finite()
             wide = x.float()
             wide[at] = value
             x = wide.to(x.dtype)
-            assert is_finite(x) is bool(x.float().isfinite().all())
-    assert is_finite(torch.empty(0, 3))
+            assert numbers_of(x).all_finite() is bool(x.float().isfinite().all())
+    assert numbers_of(torch.empty(0, 3)).all_finite()
