@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..adapters.weight_kinds import WEIGHT_KINDS, Shape, stack_shape
+from ..adapters.weight_kinds import WEIGHT_KINDS, Shape, lay_factors, stack_shape
 from ..durable.fileio import read_into
 from ..durable.journal import StoredBytes
 from ..numerics.arrays import Array, Numbers, bytes_of, doubled, fetched, rounded_to, sent
@@ -60,7 +60,7 @@ class DeltaFactors:
 
     def tensors(self, rank: int, form: Form) -> tuple[Numbers, Numbers]:
         """Return A and B in the shapes that an adapter stores."""
-        A, B = WEIGHT_KINDS[self.kind].lay(*self.triplets(rank), self.shape)
+        A, B = lay_factors(self.kind, *self.triplets(rank), self.shape)
         return rounded_to(A, form), rounded_to(B, form)
 
     def rounding_error(self, rank: int, form: Form) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
 from loratool.adapters.formats import open_adapter
+from loratool.numerics.tensors import tensor_of
 
 
 class Net(nn.Module):
@@ -53,7 +54,7 @@ def trained(tmp_path: Path, targets: list[str], seed: int = 0) -> tuple[Path, Pa
 def change(path: Path, module: str) -> Tensor:
     adapter = open_adapter(path)
     update: Any = adapter.load(adapter.updates[module])
-    D: Tensor = update.scale * update.B.double().flatten(1) @ update.A.double().flatten(1)
+    D: Tensor = update.scale * tensor_of(update.B).double().flatten(1) @ tensor_of(update.A).double().flatten(1)
     return D
 
 

@@ -21,6 +21,8 @@ from loratool.adapters.updates.low_rank import LowRank
 from loratool.adapters.updates.update import UpdateSpec
 from loratool.binding.modules.image_modules import SourceModule
 from loratool.files.dtypes import TensorSpec
+from loratool.numerics.forms import F16
+from loratool.numerics.tensors import numbers_of, tensor_of
 from loratool.transform.factors import ModuleFactors, common_scale, make_factors
 from loratool.transform.lazy import start
 from loratool.transform.module_map import RowSlice, TargetModule
@@ -55,13 +57,13 @@ def test_a_fold_is_exact_just_where_fractions_say_so(dtype: torch.dtype, scale: 
     assert isinstance(made, LowRank)
     same = all(
         Fraction(float(new)) == Fraction(float(old)) * Fraction(scale)
-        for new, old in zip(made.B.flatten(), B.flatten(), strict=True)
+        for new, old in zip(tensor_of(made.B).flatten(), B.flatten(), strict=True)
     )
     error = settled.log["m"].loss.relative
     assert (error == 0.0) is same and made.scale == 1.0 and error < 2e-7
     true = scale * B.double() @ A.double()
     if error > 1e-12:
-        assert math.isclose(error, dense_error(true, made.B.double() @ made.A.double()), rel_tol=1e-3)
+        assert math.isclose(error, dense_error(true, torch.from_numpy(made.B.wide() @ made.A.wide())), rel_tol=1e-3)
 
 
 @given(st.floats(1e-3, 1e3), st.integers(1, 256))
@@ -72,7 +74,7 @@ def test_an_alpha_gives_its_scale_again(alpha: float, rank: int) -> None:
 
 @given(st.floats(-1e3, 1e3, allow_subnormal=False), st.floats(-1e3, 1e3, width=16, allow_subnormal=False))
 def test_products_that_float64_holds(scale: float, number: float) -> None:
-    if is_exact_product(torch.float16, scale):
+    if is_exact_product(F16, scale):
         assert Fraction(scale * number) == Fraction(scale) * Fraction(number)
 
 
@@ -94,10 +96,12 @@ def test_parts_of_several_types_lose_nothing() -> None:
     """float32 beside 16 bits, in either order, and fp16 beside bf16, of which neither holds the other."""
     for types in ((0, 2), (2, 0), (0, 1), (1, 3)):
         pairs = [factors(4, 6, 2, seed=i, dtype=TYPES[t]) for i, t in enumerate(types)]
-        updates = [ModuleFactors(A, B, s) for (A, B), s in zip(pairs, (0.5, 1.0), strict=True)]
+        scales = 0.5, 1.0
+        updates = [ModuleFactors(*map(numbers_of, pair), s) for pair, s in zip(pairs, scales, strict=True)]
         made = make_factors(fused(updates), updates)
-        true = torch.cat([u.scale * u.B.double() @ u.A.double() for u in updates])
-        assert made.exact and torch.equal(made.scale * made.B.double() @ made.A.double(), true)
+        true = torch.cat([s * B.double() @ A.double() for (A, B), s in zip(pairs, scales, strict=True)])
+        made_B, made_A = (tensor_of(side).double() for side in (made.B, made.A))
+        assert made.exact and torch.equal(made.scale * made_B @ made_A, true)
 
 
 def test_a_start_keeps_its_ranks_where_it_is_split() -> None:
@@ -105,10 +109,10 @@ def test_a_start_keeps_its_ranks_where_it_is_split() -> None:
     A = weights(4, 6)
     B = torch.zeros(9, 4)
     part = TargetModule("unet", "q", 3, (RowSlice(source(9, 6, 4), 0, 3),), "split")
-    assert make_factors(part, [ModuleFactors(A, B, 1.0)]).A.shape == (4, 6)
+    assert make_factors(part, [ModuleFactors(numbers_of(A), numbers_of(B), 1.0)]).A.shape == (4, 6)
     B[3:, 1], B[:3, 2] = 1.0, 1.0
-    made = make_factors(part, [ModuleFactors(A, B, 1.0)])
-    assert torch.equal(made.A, A[[0, 2, 3]]) and torch.equal(made.B, B[:3, [0, 2, 3]])
+    made = make_factors(part, [ModuleFactors(numbers_of(A), numbers_of(B), 1.0)])
+    assert torch.equal(tensor_of(made.A), A[[0, 2, 3]]) and torch.equal(tensor_of(made.B), B[:3, [0, 2, 3]])
 
 
 class TestInFiles:
@@ -170,6 +174,6 @@ class TestInFiles:
             adapter = open_adapter(path)
             update = adapter.load(adapter.updates["q"])
             assert isinstance(update, LowRank)
-            changes.append(update.scale * update.B.double() @ update.A.double())
+            changes.append(torch.from_numpy(update.scale * update.B.wide() @ update.A.wide()))
         assert row.how == ("truncated" if "rank" in options else "rounded")
         assert math.isclose(row.error, dense_error(*changes), rel_tol=1e-3)

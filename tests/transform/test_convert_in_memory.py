@@ -18,6 +18,7 @@ from torch import Tensor
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
 from loratool.adapters.formats import open_adapter
+from loratool.numerics.tensors import tensor_of
 
 SDXL = FIXTURES / "sdxl"
 Run = Callable[..., Any]
@@ -114,7 +115,7 @@ class TestResize:
         assert run(*argv).exit_code == 0
         adapter = open_adapter(tmp_path / "out")
         update: Any = adapter.load(adapter.updates["q"])
-        D = update.scale * update.B.double() @ update.A.double()
+        D = update.scale * tensor_of(update.B).double() @ tensor_of(update.A).double()
         assert update.A.shape == (3, 8) and torch.allclose(D, 1.5 * B.double() @ A.double(), atol=1e-6)
         result = run("resize", tmp_path / "out", "--rank", 2, "--to", "loralib", "-o", tmp_path / "b.safetensors")
         assert result.exit_code == 0 and "make the layers with r=2, lora_alpha=2" in result.stderr
@@ -196,7 +197,7 @@ class TestCombine:
                 result = run(*argv, "--to", "peft")
             assert result.exit_code == 0
             found: Any = open_adapter(tmp_path / "out").load(open_adapter(tmp_path / "out").updates["q"])
-            (A2, B2), D = factors(6, 8, 3, seed=1), found.scale * found.B.double() @ found.A.double()
+            (A2, B2), D = factors(6, 8, 3, seed=1), torch.from_numpy(found.scale * found.B.wide() @ found.A.wide())
             assert torch.allclose(D, 2 * B.double() @ A.double() + B2.double() @ A2.double(), atol=1e-6)
         refused = run("combine", other, SDXL / "adapter.safetensors", "-o", tmp_path / "c")
         assert refused.exit_code == 3 and "is of SDXL, " in refused.stderr and "no known image model" in refused.stderr

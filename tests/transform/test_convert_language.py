@@ -19,6 +19,7 @@ import loratool
 from loratool import InputError, NeedsFlag, UsageError
 from loratool.adapters.formats import open_adapter
 from loratool.errors import LoratoolError
+from loratool.numerics.tensors import tensor_of
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 
@@ -27,7 +28,7 @@ def change(path: Path, module: str) -> Tensor:
     """Return scale * B @ A, dense, as PEFT's config and tensors say it."""
     adapter = open_adapter(path)
     update: Any = adapter.load(adapter.updates[module])
-    D: Tensor = update.scale * update.B.double() @ update.A.double()
+    D: Tensor = update.scale * tensor_of(update.B).double() @ tensor_of(update.A).double()
     return D
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,20 @@ from loratool.adapters.formats import FORMATS
 from loratool.adapters.updates.experts import Experts
 from loratool.adapters.updates.update import Stack
 from loratool.files.dtypes import TensorSpec
-from loratool.transform.lazy import RESTATED, LazyFile, Made, Transformed, restated, start, with_factors, with_modules
+from loratool.numerics.arrays import Numbers
+from loratool.numerics.forms import BF16, F16, Bits, Form
+from loratool.numerics.tensors import numbers_of, tensor_of
+from loratool.transform.lazy import (
+    RESTATED,
+    LazyFile,
+    Made,
+    Tensors,
+    Transformed,
+    restated,
+    start,
+    with_factors,
+    with_modules,
+)
 from loratool.transform.log import NO_LOSS, Loss
 from loratool.transform.numbers import cut_ranks, fold, one_scale, pad, settle
 from loratool.transform.output import content, in_format, rows
@@ -54,14 +67,18 @@ def three() -> dict[str, Factors]:
 def write(state: object) -> dict[str, Tensor]:
     """Make every tensor in the order of a file, as a writer does."""
     made = content(in_format(state, PEFT))  # type: ignore[arg-type]
-    return {name: made.load(name) for name in made.specs}
+    return {name: tensor_of(made.load(name)) for name in made.specs}
+
+
+def numbers_by_role(**tensors: Tensor) -> Tensors:
+    return {role: numbers_of(tensor) for role, tensor in tensors.items()}
 
 
 def forbid_reading(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> Tensor:
         raise AssertionError("read more than headers")
 
-    for method in ("tensor", "read", "read_bytes", "read_numbers"):
+    for method in ("numbers", "read", "read_bytes", "read_numbers"):
         monkeypatch.setattr(adapter.file, method, refuse)
 
 
@@ -93,27 +110,27 @@ class TestMaking:
     def test_each_step_holds_one_module(self, tmp_path: Path) -> None:
         """No tensor that a step has made is alive when it begins to make another module's."""
         state = start(opened(tmp_path, three()))
-        alive: dict[LazyFile, list[weakref.ref[Tensor]]] = {}
+        alive: dict[LazyFile, list[weakref.ref[Bits]]] = {}
 
         def watch(file: LazyFile, each: Made) -> Made:
-            def make() -> tuple[Mapping[str, Tensor], Loss]:
+            def make() -> tuple[Tensors, Loss]:
                 assert not any(ref() is not None for ref in alive.get(file, ()))
-                tensors, loss = each.make()
-                own = {role: tensor.clone() for role, tensor in tensors.items()}  # a step may give on the former's
-                alive[file] = [weakref.ref(tensor) for tensor in own.values()]
+                tensors, loss = each.make()  # a step may give on the former's
+                own = {role: Numbers(numbers.bits.copy(), numbers.form) for role, numbers in tensors.items()}
+                alive[file] = [weakref.ref(numbers.bits) for numbers in own.values()]
                 return own, loss
 
             return replace(each, make=make)
 
         steps = [STEPS[name] for name in ("one scale", "fold", "cut", "pad")]
-        for step in (*steps, lambda state: settle(state, torch.float16)):
+        for step in (*steps, lambda state: settle(state, F16)):
             state = step(state)
             file = state.adapter.file
             assert isinstance(file, LazyFile)
             file._planned = {module: watch(file, each) for module, each in file._planned.items()}
         for update in state.adapter.updates.values():
             for name in update.tensors.values():
-                state.adapter.file.tensor(name)
+                state.adapter.file.numbers(name)
         assert len(alive) == 5
 
     @pytest.mark.parametrize("first", STEPS)
@@ -125,7 +142,7 @@ class TestMaking:
             if name != first and (after := step(state)) is not state:
                 state = after
                 counts.append(counted(state))
-        settled = settle(state, torch.bfloat16)
+        settled = settle(state, BF16)
         assert max(max(each.values()) for each in counts) == 1
         counts.append(counted(settled))
         assert len(rows(settled)) == 3
@@ -142,7 +159,7 @@ class TestMaking:
             targets |= to_fuse(state.adapter, [f"{i}.{m}" for m in "qkv"], f"{i}.qkv")
         fused = regroup(state, targets)  # type: ignore[arg-type]
         of_fused = counted(fused)
-        write(settle(fused, torch.bfloat16))
+        write(settle(fused, BF16))
         assert set(counts.values()) == {3} and set(of_fused.values()) == {2}
 
     def test_losses_are_remembered(self, tmp_path: Path) -> None:
@@ -170,7 +187,7 @@ class TestMaking:
         made = {}
         for name in (Asking("q"), "k"):
             update = replace(source.adapter.updates[name], tensors={role: f"{name!s}.{role}" for role in "AB"})
-            tensors = {"A": modules[name].A, "B": modules[name].B}
+            tensors = numbers_by_role(A=modules[name].A, B=modules[name].B)
             made[name] = Made(update, lambda tensors=tensors: (tensors, NO_LOSS), (name,))
         file = with_modules(source, made, {}, {}, "peft").adapter.file
         asking: list[str] = []
@@ -188,13 +205,14 @@ class TestParts:
         updates = [state.adapter.updates[part] for part in parts]
         E, rank, (out, width) = len(parts), max(update.rank for update in updates), updates[0].shape
 
-        def make() -> tuple[Mapping[str, Tensor], Loss]:
+        def make() -> tuple[Tensors, Loss]:
             A = torch.zeros(E, rank, width, dtype=torch.float64)
             B = torch.zeros(out, rank, E, dtype=torch.float64)
             for e, update in enumerate(updates):
                 loaded = state.adapter.load(update)
-                A[e, : update.rank], B[:, : update.rank, e] = loaded.A.double(), loaded.B.double() * update.scale
-            return {"A": A.flatten(0, 1), "B": B.flatten(1)}, NO_LOSS
+                A[e, : update.rank] = torch.from_numpy(loaded.A.wide())
+                B[:, : update.rank, e] = torch.from_numpy(loaded.B.wide()) * update.scale
+            return numbers_by_role(A=A.flatten(0, 1), B=B.flatten(1)), NO_LOSS
 
         specs = {"A": TensorSpec("F32", (E * rank, width)), "B": TensorSpec("F32", (out, rank * E))}
         names = {role: f"base_model.model.experts.lora_{role}.weight" for role in "AB"}
@@ -208,9 +226,9 @@ class TestParts:
         return {f"e{i}": drawn(8, rank, i, torch.bfloat16, alpha) for i, (rank, alpha) in both}
 
     @pytest.mark.parametrize("settled", [False, True])
-    @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [None, BF16])
     def test_those_that_lost_nothing_count_with_their_size(
-        self, settled: bool, dtype: torch.dtype | None, tmp_path: Path
+        self, settled: bool, dtype: Form | None, tmp_path: Path
     ) -> None:
         modules = self.modules()
         state = cut_ranks(start(opened(tmp_path, modules)), 2)
@@ -270,7 +288,7 @@ class TestParts:
     def test_where_no_rows_are_known_the_whole_stands_for_them(self, tmp_path: Path) -> None:
         whole = drawn(16, 3)
         source = start(opened(tmp_path, {"qk": whole}))
-        tensors, told = {"A": whole.A, "B": whole.B}, Loss(1.0, 4.0, True)
+        tensors, told = numbers_by_role(A=whole.A, B=whole.B), Loss(1.0, 4.0, True)
         state = with_factors(
             source, {"qk": Made(source.adapter.updates["qk"], lambda: (tensors, told), ("qk",), "expanded")}
         )
@@ -280,9 +298,9 @@ class TestParts:
 
 class TestTheWall:
     @pytest.mark.parametrize("steps", [("fold",), ("cut",), ("cut", "fold", "pad"), ("one scale", "pad")])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None])
+    @pytest.mark.parametrize("dtype", [BF16, F16, None])
     def test_settling_again_counts_nothing_twice(
-        self, steps: tuple[str, ...], dtype: torch.dtype | None, tmp_path: Path
+        self, steps: tuple[str, ...], dtype: Form | None, tmp_path: Path
     ) -> None:
         modules = three()
         state = start(opened(tmp_path, modules))
@@ -298,8 +316,8 @@ class TestTheWall:
 
     def test_another_type_adds_its_own_rounding(self, tmp_path: Path) -> None:
         modules = {"m": drawn(64, 8, alpha=3.3)}
-        half = settle(fold(start(opened(tmp_path, modules))), torch.float16)
-        brain = settle(half, torch.bfloat16)
+        half = settle(fold(start(opened(tmp_path, modules))), F16)
+        brain = settle(half, BF16)
         error = relative(made_rows(brain.adapter, "m"), rows_of(modules["m"]))
         assert brain.log["m"].loss.relative == pytest.approx(error, rel=0.02)
         assert brain.log["m"].loss.relative > half.log["m"].loss.relative
@@ -307,10 +325,10 @@ class TestTheWall:
     def test_a_state_can_be_settled_more_than_once(self, tmp_path: Path) -> None:
         """As where a plan is tried, and made again with another type."""
         state = pad(start(opened(tmp_path, three())), lambda module: 4)
-        first = settle(fold(state), torch.bfloat16)
+        first = settle(fold(state), BF16)
         settle(state, None)
         for _ in range(2):
-            again = settle(fold(state), torch.bfloat16)
+            again = settle(fold(state), BF16)
             assert {m: c.loss for m, c in again.log.items()} == {m: c.loss for m, c in first.log.items()}
             assert all(change.how == "rounded" for module, change in again.log.items() if module != "k")
 
@@ -374,7 +392,7 @@ class TestNames:
             after = step(source).adapter.config.peft
             assert not RESTATED & after.keys()
             assert after == {key: value for key, value in before.items() if key not in RESTATED}
-        assert settle(source, torch.float16).adapter.config.peft == before  # the type alone restates nothing
+        assert settle(source, F16).adapter.config.peft == before  # the type alone restates nothing
         assert settle(fold(source), None).adapter.config == restated(source.adapter).config
 
     def test_what_is_written_says_the_new_scales_and_ranks(self, tmp_path: Path) -> None:
@@ -388,16 +406,16 @@ class TestNothing:
     def test_an_adapter_without_modules_goes_through(self, step: str, tmp_path: Path) -> None:
         source = opened(tmp_path, three())
         state = start(replace(source, updates={}))
-        made = settle(STEPS[step](state), torch.bfloat16)
+        made = settle(STEPS[step](state), BF16)
         assert not made.log and not made.adapter.updates and rows(made) == ()
         assert regroup(state, {}).adapter.updates == {} and with_modules(state, {}, {}, {}, "peft").log == {}
 
     def test_a_module_that_is_made_of_none_has_no_row(self, tmp_path: Path) -> None:
         """Zeros that a runtime needs."""
         source = start(opened(tmp_path, three()))
-        zeros = {"A": torch.zeros(3, 24), "B": torch.zeros(8, 3)}
+        zeros = numbers_by_role(A=torch.zeros(3, 24), B=torch.zeros(8, 3))
         update = replace(source.adapter.updates["q"], module="z", tensors={role: f"z.{role}" for role in "AB"})
         state = with_modules(source, {"z": Made(update, lambda: (zeros, NO_LOSS), ())}, {}, {}, "peft")
-        made = settle(state, torch.bfloat16)
+        made = settle(state, BF16)
         assert made.log["z"].sources == () and rows(made) == ()
         assert not made.adapter.file.tensor("z.B").any()

@@ -22,7 +22,7 @@ def matrix(seed: int, rows: int = 6, size: float = 1.0) -> Tensor:
 
 
 def lost(true: Tensor, made: Tensor, cut: bool = False) -> Loss:
-    return Loss.of_rows((made - true).square().sum(1), true.square().sum(1), cut)
+    return Loss.of_rows((made - true).square().sum(1).numpy(), true.square().sum(1).numpy(), cut)
 
 
 def error(true: Tensor, made: Tensor) -> float:

@@ -34,6 +34,8 @@ from stepping import (
 from torch import Tensor
 
 from loratool.adapters.formats import FORMATS, open_adapter
+from loratool.numerics.forms import FORMS
+from loratool.numerics.tensors import tensor_of
 from loratool.transform.lazy import Transformed, start
 from loratool.transform.numbers import Settled, cut_ranks, fold, one_scale, pad, settle
 from loratool.transform.output import content, in_format, rows
@@ -66,7 +68,7 @@ class Chain:
         name, _, number = step.partition(" ")
         before = self.state
         if name == "settle":
-            self.state, self.settled = settle(self.state, TYPES.get(number)), True
+            self.state, self.settled = settle(self.state, FORMS.get(number)), True
         elif name == "cut":
             self.cut |= {m for m in before.adapter.updates if directions(before, m) > int(number)}
             self.state = cut_ranks(before, int(number))
@@ -139,7 +141,9 @@ def read_again(state: Settled, folder: Path) -> dict[str, Tensor]:
     adapter = state.adapter
     plain = {module: update for module, update in adapter.updates.items() if module != STACK}
     made = content(in_format(replace(state, adapter=replace(adapter, updates=plain)), PEFT))
-    save_file({name: made.load(name).contiguous() for name in made.specs}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor_of(made.load(name)).contiguous() for name in made.specs}, folder / "adapter_model.safetensors"
+    )
     (folder / "adapter_config.json").write_text(json.dumps(dict(made.config)))
     stored, written = load_file(folder / "adapter_model.safetensors"), open_adapter(folder)
     found = {STACK: made_rows(adapter, STACK)} if STACK in adapter.updates else {}  # its name says no stack
