@@ -24,7 +24,7 @@ from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
 from ...files.hub.names import base_fields
 from ...files.tensor_ref import TensorRef
-from ...numerics.arrays import Numbers
+from ...numerics.arrays import rounded_to
 from ...numerics.forms import Form
 from ...transform.base import Base
 from ...transform.delta_factors import DeltaFactors
@@ -148,8 +148,7 @@ def _zero_pair(base: Checkpoint, in_model: ClassNames | None, modules: dict[str,
             update = factored_update("linear", weight.in_model, module, sides, 1.0, 1, bare=False)
 
             def make(update: UpdateSpec = update) -> tuple[Tensors, Loss]:
-                zeros = ((role, np.zeros(spec.shape, form.bits_type)) for role, spec in update.specs.items())
-                return {role: Numbers(bits, form) for role, bits in zeros}, NO_LOSS
+                return {role: rounded_to(np.zeros(spec.shape), form) for role, spec in update.specs.items()}, NO_LOSS
 
             modules[module] = 1
             return {module: Made(update, make, (), numbers=False)}
