@@ -62,7 +62,8 @@ def there_and_back(folder: Path, base: Path, adapter: Path, *options: str) -> li
 
 
 def test_no_import_of_torch(tmp_path: Path) -> None:
-    base, adapter = LLAMA / "base", LLAMA / "adapter"
+    base, adapter, tuned = (LLAMA / name for name in ("base", "adapter", "tuned"))
+    image = SDXL / "base.safetensors"
     pickled, rounded = tmp_path / "pickled", tmp_path / "rounded"
     pickled.mkdir()
     torch.save(load_model(base), pickled / "pytorch_model.bin")
@@ -73,7 +74,7 @@ def test_no_import_of_torch(tmp_path: Path) -> None:
         *there_and_back(tmp_path / "codes", LLAMA / "fp8", adapter),
         *there_and_back(tmp_path / "requantized", LLAMA / "fp8", adapter, "--quantized", "requantize"),
         *there_and_back(tmp_path / "folder", GPT2 / "base", GPT2 / "adapter"),
-        *there_and_back(tmp_path / "file", SDXL / "base.safetensors", SDXL / "adapter.safetensors"),
+        *there_and_back(tmp_path / "file", image, SDXL / "adapter.safetensors"),
         *there_and_back(tmp_path / "pickle", pickled, adapter),
         ("verify", base, adapter, rounded),
         ("inspect", base),
@@ -81,11 +82,23 @@ def test_no_import_of_torch(tmp_path: Path) -> None:
         ("count", base, "--rank", "8"),
         ("diff", base, rounded),
         ("convert", base, "--dtype", "fp32", "-o", tmp_path / "wide"),
-        ("verify", base, adapter, LLAMA / "tuned"),
+        ("extract", base, tuned, "-o", tmp_path / "extracted"),
+        ("extract", base, tuned, "-o", tmp_path / "kept", "--energy", "0.9", "--dtype", "bf16", "--to", "mlx"),
+        ("extract", LLAMA / "fp8", tuned, "-o", tmp_path / "decoded", "--params", "4K", "--certify"),
+        ("extract", image, tmp_path / "file" / "out.safetensors", "-o", tmp_path / "image.safetensors"),
+        *(("init", base, "-o", tmp_path / method, "--method", method, "--dora") for method in ("lora", "orthogonal")),
+        *(init_with_residual(tmp_path, base, method) for method in ("pissa", "milora", "olora")),
+        ("init", image, "-o", tmp_path / "new.safetensors", "--method", "gaussian", "--dora"),
+        ("init", base, "-o", tmp_path / "mica", "--method", "mica"),
+        ("verify", base, adapter, tuned),
     )
     for argv, code, places in results:
         assert not places, argv
-        assert code == (argv[-1] == str(LLAMA / "tuned")), argv
+        assert code == (argv[-1] == str(tuned)), argv
+
+
+def init_with_residual(folder: Path, base: Path, method: str) -> tuple[object, ...]:
+    return "init", base, "-o", folder / method, "--method", method, "--residual", folder / f"{method}-residual"
 
 
 def require_done(*commands: tuple[object, ...]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import loratool
 from loratool import InputError, NeedsFlag, UsageError
+from loratool.streaming.threads import restore_threads, set_threads
 from loratool.transform.rank_rules import SingularValues, budget_ranks, energy_rank, rank_for
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
@@ -528,19 +529,18 @@ def test_the_seed_decides_the_bytes_whatever_is_selected(tmp_path: Path) -> None
         loratool.extract(base, tuned, tmp_path / out, **options)
         files.append((tmp_path / out / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
-    before = torch.get_num_threads()
-    kept = []
+    before, kept = set_threads(1), []
     for threads in (1, 2):
-        torch.set_num_threads(threads)
+        set_threads(threads)
         kept.append(loratool.extract(base, tuned, tmp_path / f"t{threads}").kept)
-    torch.set_num_threads(before)
+    restore_threads(before)
     assert kept[0] == pytest.approx(kept[1], rel=1e-6)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
 def test_a_write_that_the_system_refuses_names_the_output(tmp_path: Path) -> None:
     paths = f"{FIXTURES / 'gpt2' / 'base'} {FIXTURES / 'gpt2' / 'tuned'}"
-    shell = f"ulimit -f 20; '{sys.executable}' -c 'from loratool.cli import main; main()' extract {paths} -o out"
+    shell = f"ulimit -f 20; '{sys.executable}' -B -c 'from loratool.cli import main; main()' extract {paths} -o out"
     result = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 5 and result.stderr.startswith("error: out: File too large\n")
     assert result.stderr.endswith("stay: the same command with --resume goes on\n")
