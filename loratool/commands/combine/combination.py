@@ -223,8 +223,7 @@ class Combination:
         if self.moments is None:
             return None
         with self._reading:
-            inputs = self.moments.column_factors(module, self.aligned.updates[module])
-        return None if inputs is None else sent(inputs, self._like)
+            return self.moments.column_factors(module, self.aligned.updates[module], self.choices.device)
 
     def _step(self) -> None:
         self._done += 1
