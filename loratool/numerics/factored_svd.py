@@ -8,7 +8,7 @@ and depends on the product only, not on how it is split into factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from .linalg import (
     norm,
     padded,
     qr,
+    split,
     sqrt,
     svd,
     svd_values,
@@ -97,6 +98,36 @@ def factored_svd(B: Array, A: Array) -> FactoredSVD:
     Q_A, R_A = qr(doubled(adjoint(A)))
     U, S, Vh = svd(R_B @ adjoint(R_A))
     return FactoredSVD(Q_B @ U, S, Q_A @ adjoint(Vh))
+
+
+def in_common_bases(factors: Sequence[tuple[Array, Array]]) -> list[tuple[Wide, Wide]]:
+    """Return smaller factors of several matrices, in common orthonormal bases of all their columns and all their rows.
+
+    With the QRs Q [R_1 R_2 ..] of all B_i side by side and P [L_1 L_2 ..] of all A_i^T, D_i is Q (R_i L_i^T) P^T. So
+    norms, distances and angles of the D_i are those of the R_i L_i^T. Equal factors stay equal.
+
+    Args:
+        factors: B_i (..., out, r_i) and A_i (..., r_i, in).
+
+    Returns:
+        R_i (..., p, r_i) and L_i^T (..., r_i, q), where p and q are at most the sum of the ranks.
+    """
+    distinct: list[tuple[Array, Array]] = []
+    places = []
+    for pair in factors:
+        place = next((i for i, other in enumerate(distinct) if _same(pair, other)), len(distinct))
+        distinct[place:] = distinct[place:] or [pair]
+        places.append(place)
+    widths = [B.shape[-1] for B, _ in distinct]
+    left, right = (
+        split(fetched(triangle(concatenate(sides, -1))), widths, -1)
+        for sides in ([B for B, _ in distinct], [adjoint(A) for _, A in distinct])
+    )
+    return [(left[place], adjoint(right[place])) for place in places]
+
+
+def _same(pair: tuple[Array, Array], other: tuple[Array, Array]) -> bool:
+    return all(x.shape == y.shape and bool((x == y).all()) for x, y in zip(pair, other, strict=True))
 
 
 def distance(first: FactoredSVD, second: FactoredSVD) -> Array:

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from .arrays import Array
 
-
 ROWS = 1024  # of a block of a tall matrix
 
 
@@ -49,10 +48,11 @@ def qr(x: Array) -> tuple[Array, Array]:
     blocks, rest = _row_blocks(x)
     first, triangles = np.linalg.qr(blocks)
     second, R = np.linalg.qr(_below_one_another(triangles, rest))
-    out, whole = np.empty_like(x, order="C"), ROWS * blocks.shape[-3]
-    np.matmul(first, second[..., : -rest.shape[-2] or None, :].reshape(triangles.shape), out=out[..., :whole, :].reshape(blocks.shape))
-    out[..., whole:, :] = second[..., second.shape[-2] - rest.shape[-2] :, :]
-    return out, R
+    Q, whole, height = np.empty(x.shape, x.dtype), x.shape[-2] - rest.shape[-2], second.shape[-2] - rest.shape[-2]
+    parts = second[..., :height, :].reshape(triangles.shape)
+    np.matmul(first, parts, out=Q[..., :whole, :].reshape(blocks.shape))
+    Q[..., whole:, :] = second[..., height:, :]
+    return Q, R
 
 
 def triangle(x: Array) -> Array:

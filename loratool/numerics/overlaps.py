@@ -95,10 +95,13 @@ def stacked(members: Iterable[Overlaps]) -> Overlaps:
     return Overlaps(**{name: np.stack([getattr(member, name) for member in batch]) for name in names})
 
 
-def overlaps(changes: Sequence[FactoredSVD]) -> Overlaps:
+def overlaps(changes: Sequence[FactoredSVD], sides: tuple[int, int] | None = None) -> Overlaps:
     """Return the overlaps of changes, each given by its SVD with U (..., out, k_i); k_i = 0 stands for no change.
 
     Distances are those of the changes' cores in the bases of all, since |D_i|^2 - 2 <D_i, D_j> + |D_j|^2 would cancel.
+
+    Args:
+        sides: (out, in) of the matrices if the SVDs are of smaller ones, `in_common_bases`.
     """
     S = [_directions(fetched(change.S)) for change in changes]
     is_direction = np.concatenate([side > 0 for side in S], -1)[..., None, :]
@@ -109,7 +112,8 @@ def overlaps(changes: Sequence[FactoredSVD]) -> Overlaps:
     flat = cores.reshape(*cores.shape[:-2], -1)
     pairs, together = _interference(R_U, S, R_V)
     outputs, inputs = (_energy_within(side, S) for side in (R_U, R_V))
-    random_pairs, random_together = _random(ranks, norms, changes[0].U.shape[-2], changes[0].V.shape[-2])
+    height, width = sides or (changes[0].U.shape[-2], changes[0].V.shape[-2])
+    random_pairs, random_together = _random(ranks, norms, height, width)
     return Overlaps(
         norms=norms,
         inner=flat @ adjoint(flat),

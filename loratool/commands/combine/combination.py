@@ -19,7 +19,7 @@ from ...binding.weights.input_moments import InputMoments
 from ...errors import InputError, UsageError
 from ...numerics.arrays import Array, Device, Numbers, doubled, fetched, like_of, sent
 from ...numerics.factored_svd import FactoredSVD, factored_svd, singular_values
-from ...numerics.forms import Form, Wide
+from ...numerics.forms import Form
 from ...numerics.linalg import adjoint, isfinite, padded, singled, sqrt, square, stack
 from ...numerics.seeded_random import Draw
 from ...numerics.spectrum import spectrum_points

@@ -13,12 +13,11 @@ from dataclasses import replace
 import numpy as np
 
 from ...adapters.adapter import Adapter
-from ...adapters.updates.update import UpdateSpec
 from ...binding.modules.selection import Selection
 from ...binding.ties.placed_modules import Placed, bind_adapter, placed_modules
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import require_finite, squared_norm
-from ...numerics.arrays import Array, Device, fetched
+from ...numerics.arrays import Device, fetched
 from ...numerics.factored_svd import (
     FactoredSVD,
     amplification,
@@ -26,6 +25,7 @@ from ...numerics.factored_svd import (
     random_similarity,
     subspace_similarity,
 )
+from ...numerics.forms import Wide
 from ...numerics.linalg import norm
 from ...numerics.overlaps import Overlaps, stacked
 from ...numerics.spectrum import six_digits
@@ -57,10 +57,7 @@ def diff_adapters(
     weights = [placed_modules(base, each) for each in bindings] if base else [{}, {}]
 
     def measure(loaded: LoadedModule) -> tuple[ModuleDiff, Overlaps]:
-        of_base = [
-            _relative_to_base(*each) for each in zip(weights, loaded.module.factored, loaded.changes, strict=True)
-        ]
-        (size_a, factor_a), (size_b, factor_b) = of_base
+        (size_a, factor_a), (size_b, factor_b) = (_relative_to_base(each, loaded, i) for i, each in enumerate(weights))
         row = _module_diff(loaded)
         row = replace(row, size_a=size_a, size_b=size_b, amplification_a=factor_a, amplification_b=factor_b)
         return row, loaded.overlaps
@@ -99,9 +96,10 @@ def diff_adapters(
 
 
 def _relative_to_base(
-    weights: Mapping[str, Sequence[Placed]], spec: UpdateSpec | None, svd: FactoredSVD
+    weights: Mapping[str, Sequence[Placed]], loaded: LoadedModule, i: int
 ) -> tuple[float | None, float | None]:
-    """Return ||D|| / ||W||, and the amplification factor if W is a full matrix. None without a base."""
+    """Return ||D|| / ||W|| of adapter i, and the amplification factor if W is a full matrix. None without a base."""
+    spec, change = loaded.module.factored[i], loaded.changes[i]
     if spec is None or spec.module not in weights:
         return None, None
     weight = weights[spec.module]
@@ -109,11 +107,12 @@ def _relative_to_base(
     for source in sources.values():
         require_finite(source)
     of_base = math.sqrt(math.fsum(map(squared_norm, sources.values())))
-    size = float(norm(svd.S)) / of_base if of_base else None
+    size = float(norm(change.S)) / of_base if of_base else None
     source, placement, _ = weight[0]
-    if len(weight) > 1 or len(svd.S) > 1 or placement.stop - placement.start != placement.rows:
+    if len(weight) > 1 or len(change.S) > 1 or placement.stop - placement.start != placement.rows:
         return size, None
-    U, S, V = (fetched(side[0]) for side in (svd.U, svd.S, svd.V))
+    whole = loaded.load(i)
+    U, S, V = (fetched(side[0]) for side in (whole.U, whole.S, whole.V))
     delta = FactoredSVD(V, S, U) if placement.transposed else FactoredSVD(U, S, V)  # stored as (in, out)
     factor = amplification(delta, (block.wide() for block in source.blocks_of_numbers(READ)), spec.rank)
     return size, factor if math.isfinite(factor) else None
@@ -145,20 +144,20 @@ def _module_diff(loaded: LoadedModule) -> ModuleDiff:
     i, j = int(mine.rank()[0]), int(theirs.rank()[0])
     left, right = ((getattr(mine, side)[0, :, :i], getattr(theirs, side)[0, :, :j]) for side in ("U", "V"))
     angles_left, angles_right = (tuple(map(six_digits, principal_angles(*side).tolist())) for side in (left, right))
-    return replace(row, angles_left=angles_left, angles_right=angles_right, phi=_phi(left, right))
+    return replace(row, angles_left=angles_left, angles_right=angles_right, phi=_phi(left, right, loaded.sides))
 
 
-def _phi(left: tuple[Array, Array], right: tuple[Array, Array]) -> Phi:
+def _phi(left: tuple[Wide, Wide], right: tuple[Wide, Wide], sides: tuple[int, int]) -> Phi:
     i, j = (_powers_of_two(side.shape[1]) for side in left)
 
-    def grid(sides: tuple[Array, Array]) -> tuple[tuple[float, ...], ...]:
-        full = subspace_similarity(*sides)
+    def grid(vectors: tuple[Wide, Wide]) -> tuple[tuple[float, ...], ...]:
+        full = subspace_similarity(*vectors)
         return tuple(tuple(six_digits(float(full[a - 1, b - 1])) for b in j) for a in i)
 
-    def random(side: Array) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(six_digits(random_similarity(a, b, len(side))) for b in j) for a in i)
+    def random(n: int) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(six_digits(random_similarity(a, b, n)) for b in j) for a in i)
 
-    return Phi(i, j, grid(left), grid(right), random(left[0]), random(right[0]))
+    return Phi(i, j, grid(left), grid(right), *map(random, sides))
 
 
 def _powers_of_two(rank: int) -> tuple[int, ...]:

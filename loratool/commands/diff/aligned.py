@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import TypeVar
 
@@ -24,13 +25,15 @@ from ...binding.modules.resolve import strip_wrappers
 from ...binding.weights.model_pairs import missing_prefix
 from ...errors import InputError
 from ...numerics.arrays import Array, Device, like_of, sent
-from ...numerics.factored_svd import FactoredSVD, factored_svd
+from ...numerics.factored_svd import FactoredSVD, factored_svd, in_common_bases
 from ...numerics.overlaps import Overlaps, overlaps
 from ...streaming.workers import Progress, map_in_order, worker_count
 
 T = TypeVar("T")
 
-BATCH = 1 << 20  # numbers of factors that a worker holds at a time
+BATCH = 1 << 18  # numbers of each kind of small matrices that a worker holds at a time
+
+MOST = 16  # modules at a time, so that the workers have enough of them
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,10 @@ class LoadedModule:
     """
 
     module: AlignedModule
-    changes: tuple[FactoredSVD, ...]
+    changes: tuple[FactoredSVD, ...]  # in common bases of their columns and rows
     overlaps: Overlaps  # of the stack's matrices together
+    sides: tuple[int, int]  # (out, in)
+    load: Callable[[int], FactoredSVD]  # of one adapter's change, with all its outputs and inputs
 
 
 def measure_modules(
@@ -136,14 +141,24 @@ def measure_modules(
     factored = [module for module in aligned if any(module.factored)]
     for module in factored:
         _require_one_shape(adapters, module)
-    like, reading = like_of(device), threading.Lock()  # adapters that are converted keep the last module that was asked for
+    like, reading = (
+        like_of(device),
+        threading.Lock(),
+    )  # adapters that are converted keep the last module that was asked for
+
+    def load(module: AlignedModule, i: int) -> FactoredSVD:
+        update = module.factored[i]
+        assert update
+        with reading:
+            sides = load_stacked_factors(adapters[i], update)
+        return factored_svd(*(sent(side, like) for side in sides))
 
     def work(batch: Sequence[AlignedModule]) -> list[T]:
-        changes = _changes(adapters, batch, like, reading)
-        together = overlaps(changes).total(1)
+        changes, sides = _changes(adapters, batch, like, reading)
+        together = overlaps(changes, sides).total(1)
         svds = [tuple(FactoredSVD(each.U[i], each.S[i], each.V[i]) for each in changes) for i in range(len(batch))]
         return [
-            measure(LoadedModule(module, module_svds, together.member(i)))
+            measure(LoadedModule(module, module_svds, together.member(i), sides, partial(load, module)))
             for i, (module, module_svds) in enumerate(zip(batch, svds, strict=True))
         ]
 
@@ -186,8 +201,9 @@ def _batches(modules: Sequence[AlignedModule]) -> Iterator[list[AlignedModule]]:
     for module in modules:
         groups.setdefault(tuple(map(_shapes, module.factored)), []).append(module)
     for group in groups.values():
-        numbers = sum(_count_numbers(update) for update in group[0].factored if update)
-        count = max(1, BATCH // max(1, numbers))
+        updates = [update for update in group[0].factored if update]
+        numbers = updates[0].experts * sum(update.rank for update in updates) ** 2
+        count = max(1, min(MOST, BATCH // numbers))
         for start in range(0, len(group), count):
             yield group[start : start + count]
 
@@ -199,27 +215,21 @@ def _shapes(update: UpdateSpec | None) -> tuple[object, ...]:
     return (inner.cls, inner.experts, *sorted((role, each.shape) for role, each in inner.specs.items()))
 
 
-def _count_numbers(update: UpdateSpec) -> int:
-    """Return how many numbers an update's expanded factors have."""
-    out, columns = update.cls.flat(update)
-    return update.experts * update.rank * ((out or 0) + (columns or 0))
-
-
 def _changes(
     adapters: Sequence[Adapter], batch: Sequence[AlignedModule], like: Array, reading: threading.Lock
-) -> tuple[FactoredSVD, ...]:
-    """Return the SVDs of each adapter's changes of N modules, (N, E, ...). An adapter without changes has rank 0."""
-    columns = zip(*(module.factored for module in batch), strict=True)
-    changes = [_svd(adapter, updates, like, reading) for adapter, updates in zip(adapters, columns, strict=True)]
-    first = next(each for each in changes if each)
-    return tuple(each or first.nothing() for each in changes)
+) -> tuple[tuple[FactoredSVD, ...], tuple[int, int]]:
+    """Return the SVDs of each adapter's changes of N modules, (N, E, ...), in common bases, and the modules' sides.
 
-
-def _svd(
-    adapter: Adapter, updates: Sequence[UpdateSpec | None], like: Array, reading: threading.Lock
-) -> FactoredSVD | None:
-    with reading:
-        pairs = [load_stacked_factors(adapter, update) for update in updates if update]
-    if not pairs:
-        return None
-    return factored_svd(*(sent(np.stack(side), like) for side in zip(*pairs, strict=True)))
+    An adapter without changes has rank 0.
+    """
+    having = [i for i, update in enumerate(batch[0].factored) if update]
+    small = []
+    for module in batch:
+        with reading:
+            pairs = [load_stacked_factors(adapters[i], update) for i, update in enumerate(module.factored) if update]
+        small.append(in_common_bases([(sent(B, like), sent(A, like)) for B, A in pairs]))
+    sides = pairs[0][0].shape[-2], pairs[0][1].shape[-1]
+    factors = ((np.stack(side) for side in zip(*each, strict=True)) for each in zip(*small, strict=True))
+    svds = {i: factored_svd(*each) for i, each in zip(having, factors, strict=True)}
+    nothing = svds[having[0]].nothing()
+    return tuple(svds.get(i, nothing) for i in range(len(adapters))), sides

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from ...numerics.arrays import Array
-from ...numerics.factored_svd import factored_svd
+from ...numerics.factored_svd import factored_svd, in_common_bases
 from ...numerics.overlaps import Overlaps, overlaps, stacked
 from ...views.diff_shared import AdapterPair, Matrix, Shared, relation
 
@@ -39,6 +39,8 @@ def overlaps_of_factors(factors: Sequence[tuple[Array, Array] | None]) -> Overla
     Args:
         factors: B (E, out, r) and A (E, r, in), with the weight of the adapter in one of them.
     """
-    svds = [None if each is None else factored_svd(*each) for each in factors]
+    B, A = next(each for each in factors if each)
+    small = iter(in_common_bases([each for each in factors if each]))
+    svds = [factored_svd(*next(small)) if each else None for each in factors]
     first = next(each for each in svds if each)
-    return overlaps([each or first.nothing() for each in svds]).total()
+    return overlaps([each or first.nothing() for each in svds], (B.shape[-2], A.shape[-1])).total()
