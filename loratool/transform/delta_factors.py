@@ -148,5 +148,6 @@ def factor_delta(
     how = "exact" if gap == 0 else "certified" if choices.certify else "estimate"
     if weights is None:
         left = [np.append(squares, missed)[::-1].cumsum()[::-1]]
-    remaining = tuple(sum(np.pad(each, (0, known + 1 - len(each)), "edge") for each in left).tolist())
+    padded = [np.pad(each, (0, known + 1 - len(each)), "edge") for each in left]
+    remaining = tuple(np.sum(padded, 0).tolist())
     return DeltaFactors(kind, shape, sizes, known, bytes_of(data), remaining, spectrum, gap, how, weights is not None)

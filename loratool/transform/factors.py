@@ -66,8 +66,8 @@ def _low_rank(target: TargetModule, updates: Sequence[ModuleFactors]) -> ModuleF
         return ModuleFactors(first.A, _below([first.B[part.start : part.stop] for part in target.parts]), first.scale)
     if target.how == "split":
         ranks = _ranks_of(first.B, target.parts)
-        B = _below([first.B[part.start : part.stop, ranks] for part in target.parts])
-        return ModuleFactors(first.A[ranks], B, first.scale)
+        B_parts = _below([first.B[part.start : part.stop, ranks] for part in target.parts])
+        return ModuleFactors(first.A[ranks], B_parts, first.scale)
     scale = common_scale([update.scale for update in updates])
     folded = [scaled(update.B, update.scale / scale) for update in updates]
     exact, sides = all(ok for _, ok in folded), [side for side, _ in folded]

@@ -223,7 +223,8 @@ class Combination:
         if self.moments is None:
             return None
         with self._reading:
-            return self.moments.column_factors(module, self.aligned.updates[module], self.choices.device)
+            inputs = self.moments.column_factors(module, self.aligned.updates[module])
+        return None if inputs is None else sent(inputs, like_of(self.choices.device))
 
     def _step(self) -> None:
         self._done += 1

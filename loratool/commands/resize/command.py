@@ -157,7 +157,7 @@ class _Resizing:
         progress: Progress | None,
     ) -> None:
         self._source, self._moments, self._progress = source, moments, progress
-        self._device, self._like, self._form = device, like_of(device), form
+        self._like, self._form = like_of(device), form
         self._updates = {module: update for module, update in source.updates.items() if update.rank}
         if not self._updates:
             raise InputError("has no low-rank factors", culprit=source.name)
@@ -187,8 +187,8 @@ class _Resizing:
         with self._reading:
             B, A = load_stacked_factors(self._source, update)
             if self._moments:
-                inputs = self._moments.column_factors(module, update, self._device)
-        return sent(B, self._like), sent(A, self._like), inputs
+                inputs = self._moments.column_factors(module, update)
+        return sent(B, self._like), sent(A, self._like), None if inputs is None else sent(inputs, self._like)
 
     def ranks(self, rule: str, value: float, max_rank: int | None) -> dict[str, int]:
         spectra = dict.fromkeys(self._updates, SingularValues((), 0.0, 0, True))
