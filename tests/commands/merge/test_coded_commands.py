@@ -28,6 +28,7 @@ import loratool
 from loratool import InputError, NeedsFlag
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.tensor_compare import difference
+from loratool.numerics.arrays import ON_CPU
 from loratool.views.convert_model import CheckpointConvertReport
 
 CODED = FIXTURES / "coded"
@@ -505,6 +506,6 @@ class TestExtract:
         write_model(tmp_path / "coded", {"x.weight": q, "x.weight_scale": scales})
         write_model(tmp_path / "plain", {"x.weight": torch.zeros(32, 64)})
         one, two = (open_checkpoint(tmp_path / n).ref("x.weight") for n in ("plain", "coded"))
-        found = difference(one, two, torch.device("cpu")).noise
+        found = difference(one, two, ON_CPU).noise
         assert two.weight and found.rows.tolist() == pytest.approx([64 * 0.5**2 / 12] * 16 + [64 * 0.25**2 / 12] * 16)
         assert found.columns.tolist() == pytest.approx([16 * (0.5**2 + 0.25**2) / 12] * 64)
