@@ -25,7 +25,7 @@ def same_values(first: TensorRef, second: TensorRef) -> bool:
         return False
     if not first.spec.shape or not first.spec.size or first.spec.dtype not in FLOATS:
         return first.spec == second.spec and first.file.read(first.name) == second.file.read(second.name)
-    pairs = zip(first.blocks_of_numbers(BLOCK), second.blocks_of_numbers(BLOCK), strict=True)
+    pairs = zip(first.blocks(BLOCK), second.blocks(BLOCK), strict=True)
     return all(_rounds_to(a, b) for a, b in pairs)
 
 
@@ -189,7 +189,7 @@ def compare(first: TensorRef, second: TensorRef) -> Comparison:
         return Comparison(same_type and not changed, largest=None, max_ulps=None, changed=changed)
     counted = same_type and first.spec.dtype in ("BF16", "F16", "F32")
     norms, largest, ulps, changed, not_finite = [], 0.0, 0, 0, 0
-    for a, b in zip(first.blocks_of_numbers(BLOCK), second.blocks_of_numbers(BLOCK), strict=True):
+    for a, b in zip(first.blocks(BLOCK), second.blocks(BLOCK), strict=True):
         if same_type and np.array_equal(a.bits, b.bits):
             norms.append((finite_norm(a),) * 2 + (0.0,))
             continue

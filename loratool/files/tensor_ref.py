@@ -122,7 +122,7 @@ class TensorRef:
 
         return tensor_of(self.numbers())
 
-    def blocks_of_numbers(self, most: int) -> Iterator[Numbers]:
+    def blocks(self, most: int) -> Iterator[Numbers]:
         """Yield a nonempty float tensor in blocks (rows, columns) of about `most` numbers.
 
         A row is an item of the first dimension. If an item is a matrix of more than `most` numbers, its rows are.
@@ -159,7 +159,7 @@ def squared_norm(source: TensorRef) -> float:
     if source.spec.dtype not in FLOATS or not source.spec.size or not source.spec.shape:
         return 0.0
     with np.errstate(over="ignore"):
-        return math.fsum(float(np.square(block.wide()).sum()) for block in source.blocks_of_numbers(BLOCK))
+        return math.fsum(float(np.square(block.wide()).sum()) for block in source.blocks(BLOCK))
 
 
 def finite_norm(x: Numbers) -> float:
@@ -188,7 +188,7 @@ def require_finite(source: TensorRef) -> None:
     spec = source.spec
     if spec.dtype not in FLOATS or not spec.size or not spec.shape:
         return
-    for block in source.blocks_of_numbers(BLOCK):
+    for block in source.blocks(BLOCK):
         if not block.all_finite():
             raise InputError(f"holds nan or inf; {source.file.path} is damaged", culprit=source.name)
 

@@ -106,7 +106,7 @@ def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tu
         ref = TensorRef(source.file, update.base) if update.base else base.ref(name)
         if placement.transposed:
             row = 0
-            for block in ref.blocks_of_numbers(ROWS * out):
+            for block in ref.blocks(ROWS * out):
                 W[:, row : row + len(block)] = _single(block).T
                 row += len(block)
             continue

@@ -58,10 +58,10 @@ def test_blocks_are_the_tensor(tmp_path: Path) -> None:
     x = weights(3, 4, 5)
     m = model(tmp_path, {"x": x, "one": torch.tensor(2.0)})
     for most, rows, columns in ((1000, 3, 20), (20, 3, 20), (19, 12, 5), (1, 12, 5)):
-        found = list(map(tensor_of, m.ref("x").blocks_of_numbers(most)))
+        found = list(map(tensor_of, m.ref("x").blocks(most)))
         assert torch.equal(torch.cat(found), x.view(rows, columns))
         assert all(len(each) == max(1, most // columns) for each in found[:-1])
-    assert [each.wide().tolist() for each in m.ref("one").blocks_of_numbers(7)] == [[[2.0]]]
+    assert [each.wide().tolist() for each in m.ref("one").blocks(7)] == [[[2.0]]]
 
 
 def test_pieces_of_rows_that_are_decoded_whole(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def _relative_to_base(
     whole = loaded.load(i)
     U, S, V = (fetched(side[0]) for side in (whole.U, whole.S, whole.V))
     delta = FactoredSVD(V, S, U) if placement.transposed else FactoredSVD(U, S, V)  # stored as (in, out)
-    factor = amplification(delta, (block.wide() for block in source.blocks_of_numbers(READ)), spec.rank)
+    factor = amplification(delta, (block.wide() for block in source.blocks(READ)), spec.rank)
     return size, factor if math.isfinite(factor) else None
 
 
