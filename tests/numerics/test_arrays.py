@@ -19,15 +19,18 @@ from loratool.numerics.arrays import (
     Kind,
     Numbers,
     fetched,
+    floats_of,
     largest_ordinal,
     narrow,
     not_equal,
     positions,
     put,
+    recast,
+    rounded_in,
     take,
     widen,
 )
-from loratool.numerics.forms import E4M3, F16, F32, F64, FORMS, Bits, Form, IntArray, rounded, signed
+from loratool.numerics.forms import BF16, E4M3, F16, F32, F64, FORMS, Bits, Form, IntArray, holding, rounded, signed
 from loratool.numerics.rounding_stats import cast_rounded
 from loratool.numerics.tensors import numbers_of, tensor_of
 from loratool.numerics.workspace import Workspace
@@ -192,6 +195,33 @@ def test_what_has_no_neighbor(form: Form, kind: Kind) -> None:
         assert same(out.bits, right(straight, form), form)
         assert ((out.bits < 0) == np.signbit(x))[number].all()
         assert is_nan(out.bits, form)[~number].all()
+
+
+PLAIN = (BF16, F16, F32, F64)
+
+
+@pytest.mark.parametrize(("source", "form"), [*product(PLAIN, PLAIN)], ids=str)
+def test_numbers_are_cast_as_by_torch(source: Form, form: Form) -> None:
+    """Also to fp16 from float64, by way of float32; and a type that holds two is the one that torch finds."""
+    x = Numbers(some_bits(source), source)
+    tensor, other = tensor_of(x), tensor_of(Numbers.empty(form, 0))
+    expected = numbers_of(tensor.to(other.dtype))
+    assert same(recast(x, form).bits, expected.bits, form)
+    found = floats_of(x, form)
+    assert found.dtype == (np.float64 if form == F64 else np.float32)
+    assert np.array_equal(found, expected.wide(), equal_nan=True)
+    assert torch.promote_types(tensor.dtype, other.dtype) == tensor_of(Numbers.empty(holding(source, form), 0)).dtype
+
+
+@pytest.mark.parametrize("form", PLAIN, ids=str)
+def test_operations_are_rounded_as_by_torch(form: Form) -> None:
+    g = np.random.default_rng(0)
+    x, y = (Numbers(g.permutation(some_bits(form)), form) for _ in range(2))
+    one, two = map(tensor_of, (x, y))
+    with np.errstate(all="ignore"):
+        found = [x.floats() + y.floats(), x.floats() - y.floats(), x.floats() / y.floats(), x.floats() / 448.0]
+    for mine, torchs in zip(found, (one + two, one - two, one / two, one / 448.0), strict=True):
+        assert np.array_equal(rounded_in(mine, form), numbers_of(torchs).wide(), equal_nan=True)
 
 
 @every_form
