@@ -200,7 +200,7 @@ def test_what_has_no_neighbor(form: Form, kind: Kind) -> None:
 PLAIN = (BF16, F16, F32, F64)
 
 
-@pytest.mark.parametrize(("source", "form"), [*product(PLAIN, PLAIN)], ids=str)
+@pytest.mark.parametrize(("source", "form"), [*product(PLAIN, PLAIN)], ids=lambda form: form.name)
 def test_numbers_are_cast_as_by_torch(source: Form, form: Form) -> None:
     """Also to fp16 from float64, by way of float32; and a type that holds two is the one that torch finds."""
     x = Numbers(some_bits(source), source)
@@ -213,7 +213,7 @@ def test_numbers_are_cast_as_by_torch(source: Form, form: Form) -> None:
     assert torch.promote_types(tensor.dtype, other.dtype) == tensor_of(Numbers.empty(holding(source, form), 0)).dtype
 
 
-@pytest.mark.parametrize("form", PLAIN, ids=str)
+@pytest.mark.parametrize("form", PLAIN, ids=lambda form: form.name)
 def test_operations_are_rounded_as_by_torch(form: Form) -> None:
     g = np.random.default_rng(0)
     x, y = (Numbers(g.permutation(some_bits(form)), form) for _ in range(2))
