@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,8 +16,13 @@ from conftest import FIXTURES, ROOT, load_model, write_model
 from lib.files.ggml_blocks import blocks_of
 from lib.files.gguf_bytes import floats, tensor, write
 from lib.models.coded_models import LIKE, REPRESENTATIVES, numbers_of, sized, write_adapter, write_base, write_twins
+from lib.models.converted_sources import IMAGE, LANGUAGE, write_image
 from lib.models.gguf_models import llama_weights, write_llama
+from lib.oracles.matrix import READABLE
 
+from loratool.adapters.formats import written_formats
+from loratool.architectures.runtimes.table import RUNTIMES
+from loratool.commands.choices import QKV_LAYOUTS
 from loratool.files.dtypes import BLOCK_TYPES, GGML_TYPES
 
 LLAMA, GPT2, SDXL = (FIXTURES / name for name in ("llama", "gpt2", "sdxl"))
@@ -161,6 +168,64 @@ def test_gguf_models(tmp_path: Path) -> None:
         llama = write_llama(tmp_path / f"llama-{dtype}.gguf", llama_weights(), dtype)
         commands += [("convert", llama, "-o", tmp_path / dtype), ("diff", llama, tmp_path / dtype)]
     require_done(*commands)
+
+
+# What files of a format do not say
+ASKED = {"loralib": ("--alpha", 2), "loralib, MergedLinear": ("--alpha", 2, "--enable-lora", "1,0,1")}
+
+PLAIN = ("--to", "peft", "--plain", "--rank", "2")
+WITH_BASE = (
+    ("--to", "peft", "--dtype", "fp16"),
+    *(("--to", "peft", "--layout", layout) for layout in QKV_LAYOUTS),
+    ("--to", "peft", "--architecture", "LlamaModel"),
+    *(("--for", runtime) for runtime in RUNTIMES),
+)
+
+
+def converted(folder: Path, cases: Iterable[tuple[str, Path, tuple[str, ...]]]) -> set[tuple[str, tuple[str, ...]]]:
+    """Return the names and options of what was converted. What was refused imported no torch either.
+
+    Args:
+        cases: name, adapter and options.
+    """
+    commands = dict[tuple[str, tuple[str, ...]], tuple[object, ...]]()
+    for name, adapter, options in cases:
+        suffix = ".gguf" if {"gguf", "llama.cpp"} & {*options} else ".safetensors" if "--for" not in options else ""
+        out = folder / f"out{len(commands)}{suffix}"
+        commands[name, options] = "convert", adapter, *options, *ASKED.get(name, ()), "-o", out
+    done = set()
+    for case, (argv, code, places) in zip(commands, run_without_torch(*commands.values()), strict=True):
+        assert not places and code in (0, 2, 3, 4), (argv, places)
+        done |= set() if code else {case}
+    return done
+
+
+def test_adapters_of_each_format_to_each(tmp_path: Path) -> None:
+    sources = {name: make(tmp_path / re.sub(r"\W", "", name)) for name, make in READABLE.items()}
+    options = [("--to", to) for to in written_formats()]
+    done = converted(tmp_path, [(*source, words) for source in sources.items() for words in options])
+    assert {name for name, _ in done} == {*READABLE} and {words for _, words in done} == {*options}
+
+
+def test_language_models_adapters_of_each_kind(tmp_path: Path) -> None:
+    cases: list[tuple[str, Path, tuple[str, ...]]] = []
+    for kind, language in LANGUAGE.items():
+        source = language.write(tmp_path / kind)
+        base = "--base", str(source.base)
+        options = [(*words, *base) for words in WITH_BASE] + [(*PLAIN, *base) if kind == "dora" else PLAIN]
+        options += [(*PLAIN, "--initial", str(source.adapter))] if kind == "lora" else []
+        cases += [(kind, source.adapter, words) for words in options]
+    done = converted(tmp_path, cases)
+    assert {kind for kind, _ in done} == LANGUAGE.keys() - {"vera", "ia3"}
+    assert {words[: words.index("--base")] for _, words in done if "--base" in words} == {*WITH_BASE, PLAIN}
+    assert any("--initial" in words for _, words in done)
+
+
+def test_image_models_adapters_of_each_kind(tmp_path: Path) -> None:
+    sources = {kind: write_image(tmp_path / kind.replace(" ", ""), "sdxl", kind).adapter for kind in IMAGE}
+    options = (("--to", "diffusers"), ("--to", "kohya", "--dtype", "bf16"), ("--to", "diffusers", *PLAIN[2:]))
+    done = converted(tmp_path, [(*source, words) for source in sources.items() for words in options])
+    assert {kind for kind, _ in done} == IMAGE.keys() - {"diff", "ia3"} and {words for _, words in done} == {*options}
 
 
 def with_rounded_change(base: Path, adapter: Path) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from ..errors import InputError, NeedsFlag
-from ..numerics.arrays import Array, Device, Numbers, fetched, like_of, narrow, sent
+from ..numerics.arrays import Array, Device, Numbers, fetched, like_of, rounded_to, sent
 from ..numerics.factored_svd import singular_values
 from ..numerics.forms import F16, F64, FORMS, Form, Wide
 from .adapter import Adapter
@@ -75,9 +75,7 @@ def round_factors(module: str, factors: tuple[Array, Array], form: Form) -> tupl
         NeedsFlag: a factor overflows fp16.
         InputError: a factor overflows another type.
     """
-    B, A = (Numbers.empty(form, *side.shape) for side in factors)
-    for side, out in zip(factors, (B, A), strict=True):
-        narrow(fetched(side), out)
+    B, A = (rounded_to(fetched(side), form) for side in factors)
     if not (B.all_finite() and A.all_finite()):
         if form == F16:
             raise NeedsFlag("its factors overflow fp16", culprit=module, flags="--dtype fp32")

@@ -116,11 +116,6 @@ def with_dtype(spec: TensorSpec, dtype: str | None) -> TensorSpec:
     return TensorSpec(dtype, spec.shape) if dtype and spec.dtype in TORCH_FLOATS else spec
 
 
-def safetensors_name(dtype: object) -> str:
-    """Return safetensors' name of a torch dtype that is a float of 16 bits or more."""
-    return SAFETENSORS[str(dtype).removeprefix("torch.")]
-
-
 def dtypes_of(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
     """Return the dtypes of tensors that are not scalars, the commonest first."""
     return tuple(dtype for dtype, _ in Counter(spec.dtype for spec in specs if spec.shape).most_common())

@@ -315,6 +315,15 @@ class TestSettling:
             assert made.log[module].loss.relative == pytest.approx(error, rel=1e-6)
             assert made.log[module].how == ("rounded" if error else "exact")
 
+    @pytest.mark.parametrize("asked", [BF16, F16])
+    def test_rounds_to_16_bits_by_way_of_float32(self, asked: Form, tmp_path: Path) -> None:
+        """As torch does: of numbers next to the middle of two, which float32 holds, ties go to even."""
+        each, u = drawn(6, 2, dtype=torch.float64), 2.0**-asked.precision
+        middles = torch.tensor([1 + u, 1 + 3 * u, -1 - u, -1 - 3 * u, 2 - u, 4 * u], dtype=torch.float64)
+        beside = middles[:, None] * torch.tensor([1 + 2.0**-40, 1 - 2.0**-40], dtype=torch.float64)
+        made = settle(one(tmp_path, replace(each, B=beside)), asked)
+        assert torch.equal(bits(tensors(made.adapter)["B"]), bits(beside.to(TYPES[asked.name])))
+
     @pytest.mark.parametrize(
         ("dtype", "scale", "kept", "how"),
         [

@@ -46,7 +46,7 @@ def rows(adapter: Any) -> dict[int, Tensor]:
     """Return by width the sum of X^T D^T D X over the modules, which does not depend on those that the rows are in."""
     total: dict[int, Tensor] = {}
     for update in adapter.updates.values():
-        B, A = (side[0] for side in stack_factors(adapter.load(update)))
+        B, A = (torch.from_numpy(side[0]) for side in stack_factors(adapter.load(update)))
         width = A.shape[1]
         D_X = B @ (A @ torch.randn(width, 16, dtype=A.dtype, generator=torch.Generator().manual_seed(0)))
         total[width] = total.get(width, 0) + D_X.T @ D_X

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import any_widths, load_model, only_families
@@ -48,7 +49,7 @@ from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.commands.choices import QKV_LAYOUTS
 from loratool.commands.convert.adapter import CONVERT_DTYPES
 from loratool.errors import LoratoolError
-from loratool.files.dtypes import safetensors_name
+from loratool.files.dtypes import FACTOR_DTYPES, SAFETENSORS
 from loratool.files.output.output import CONTAINERS
 from loratool.views.convert import ConvertReport, ModuleConvert
 
@@ -372,13 +373,13 @@ class Comparison:
             updates = (source, source.updates[row.sources[0]]), (read, read.updates[row.name])
             one, two = (stack_factors(a.load(u.cls.without_norm(u))) for a, u in updates)
         D, new = (B @ A for B, A in (one, two))
-        true = float((new - D).norm() / D.norm()) if D.shape == new.shape else 1.0
+        true = float(np.linalg.norm(new - D) / np.linalg.norm(D)) if D.shape == new.shape else 1.0
         return true if true < 1.0 else None
 
     def _stored(self) -> Iterator[tuple[str, str]]:
         found = dict(stored(self.file))
         if self.case.dtype != "keep":
-            asked = safetensors_name(CONVERT_DTYPES[self.case.dtype])
+            asked = FACTOR_DTYPES[self.case.dtype]
             for name, (dtype, _) in found.items():
                 if is_factor(name) and dtype != asked:
                     yield "dtype", f"{name}: asked for {asked}, is {dtype}"
@@ -418,10 +419,10 @@ def stored(path: Path) -> Iterator[tuple[str, tuple[str, int]]]:
             yield tensor.name, (tensor.tensor_type.name, tensor.n_elements)
     elif path.suffix in (".bin", ".pt"):
         for name, value in torch.load(path, weights_only=True).items():
-            yield name, (safetensors_name(value.dtype), value.numel())
+            yield name, (SAFETENSORS[str(value.dtype).removeprefix("torch.")], value.numel())
     else:
         for name, value in load_model(path).items():
-            yield name, (safetensors_name(value.dtype), value.numel())
+            yield name, (SAFETENSORS[str(value.dtype).removeprefix("torch.")], value.numel())
 
 
 def test_every_kind_of_update_is_tried(folder: Path) -> None:
