@@ -7,22 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ..adapters.weight_kinds import WEIGHT_KINDS, Shape, lay_factors, stack_shape
 from ..durable.fileio import read_into
 from ..durable.journal import StoredBytes
 from ..numerics.arrays import Array, Numbers, bytes_of, doubled, fetched, rounded_to, sent
 from ..numerics.factored_svd import core, effective_rank
-from ..numerics.forms import F32, Form, Wide
+from ..numerics.forms import F32, Form, Single, Wide
 from ..numerics.input_weights import residuals
 from ..numerics.linalg import adjoint, norm, singled, sqrt
 from ..numerics.seeded_random import Draw
 from ..numerics.spectrum import SpectrumPoints, spectrum_points
 from ..numerics.svd import TruncatedSVD, residual_energy, truncated_svd
 from .rank_rules import SingularValues
-
-Singles = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class DeltaFactors:
     def full(self) -> int:
         return min(self.sizes[1:])
 
-    def triplets(self, rank: int) -> tuple[Singles, Singles]:
+    def triplets(self, rank: int) -> tuple[Single, Single]:
         """Read A (rank, E, in) and B (rank, E, out)."""
         E, out, inp = self.sizes
         assert isinstance(self.data, StoredBytes), "a journal has returned it"
@@ -110,7 +107,7 @@ def factor_delta(
     rank: int,
     cost: int,
     choices: SvdChoices,
-    weights: Singles | None = None,
+    weights: Single | None = None,
 ) -> DeltaFactors:
     """Compute the first `rank` triplets of a delta.
 
@@ -122,7 +119,7 @@ def factor_delta(
         weights: of the inputs, (E, in) (`input_weights`); the columns of the matrices are already multiplied by them.
     """
     E, out, inp = sizes = stack_shape(kind, shape)
-    svds, pairs, left, missed = list[TruncatedSVD](), list[tuple[Singles, Singles]](), list[Wide](), 0.0
+    svds, pairs, left, missed = list[TruncatedSVD](), list[tuple[Single, Single]](), list[Wide](), 0.0
     for e, D in enumerate(matrices):
         matrix = as_matrix(D, kind, shape)
         svd = truncated_svd(matrix, rank, Draw(choices.seed, f"{name} {e}"), certify=choices.certify)
@@ -135,7 +132,7 @@ def factor_delta(
         svds.append(svd)
         pairs.append((fetched(B), fetched(A)))
     known = max(len(svd.S) for svd in svds)
-    data: Singles = np.zeros(known * E * (inp + out), np.float32)
+    data: Single = np.zeros(known * E * (inp + out), np.float32)
     all_A, all_B = data[: known * E * inp].reshape(known, E, inp), data[known * E * inp :].reshape(known, E, out)
     squares: Wide = np.zeros(known)
     for e, (svd, (B, A)) in enumerate(zip(svds, pairs, strict=True)):

@@ -23,10 +23,10 @@ from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
 from ..files.tensor_ref import TensorRef
 from ..numerics.arrays import Numbers, doubled, widen
-from ..numerics.forms import F32, Wide
+from ..numerics.forms import F32, Single, Wide
 from ..numerics.linalg import norm
 from ..numerics.svd import row_blocks
-from .delta_factors import DeltaFactors, Singles, SvdChoices, factor_delta
+from .delta_factors import DeltaFactors, SvdChoices, factor_delta
 from .lazy import Made, Tensors, Transformed, with_factors
 from .log import Loss
 
@@ -85,7 +85,7 @@ def _plan_module(update: UpdateSpec, factors: DeltaFactors, loss: Loss) -> Made:
     return Made(plain, make, (update.module,), resized=True)
 
 
-def _loss(D: Singles, factors: DeltaFactors) -> Loss:
+def _loss(D: Single, factors: DeltaFactors) -> Loss:
     """Return the loss of each row of a change D, (out, in), by its factors."""
     A, B = (side.wide() for side in factors.tensors(factors.known, F32))
     squared, total, first = list[Wide](), list[Wide](), 0
@@ -98,7 +98,7 @@ def _loss(D: Singles, factors: DeltaFactors) -> Loss:
     return replace(loss, cut=is_cut)
 
 
-def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Singles:
+def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Single:
     """Read the module's weight W, (out, in), from all tensors that hold rows of it."""
     out, width = update.shape[0], update.specs["A"].size // update.rank
     W = np.empty((out, width), np.float32)
@@ -116,13 +116,13 @@ def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tu
     return W
 
 
-def _single(x: Numbers) -> Singles:
-    singles: Singles = widen(x, np.empty(x.shape, np.float32))
+def _single(x: Numbers) -> Single:
+    singles: Single = widen(x, np.empty(x.shape, np.float32))
     return singles
 
 
 @np.errstate(all="ignore")
-def _dora_delta(update: DoRA, W: Singles, along_inputs: bool, module: str) -> Singles:
+def _dora_delta(update: DoRA, W: Single, along_inputs: bool, module: str) -> Single:
     """Overwrite W with W' - W and return it. It is computed from small terms, since subtracting W from W' cancels."""
     B, A = (side[0] for side in stack_factors(update))
     magnitude = update.magnitude.wide().reshape(-1)

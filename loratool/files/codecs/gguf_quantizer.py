@@ -14,11 +14,9 @@ import numpy.typing as npt
 from ...errors import InputError
 from ...numerics.arrays import Numbers
 from ...numerics.code_levels import Codes
-from ...numerics.forms import F32
+from ...numerics.forms import F32, Single
 from .codec import Parts, Piece, Quantizer
 from .gguf_blocks import LAYOUTS
-
-Single = npt.NDArray[np.float32]
 
 Encoder = Callable[[Single], tuple[Codes, Single]]  # numbers (n, block) -> codes in their shape, scales (n, 1 or 2)
 
