@@ -15,15 +15,17 @@ import torch
 from conftest import FIXTURES, ROOT, load_model, write_model
 from lib.files.ggml_blocks import blocks_of
 from lib.files.gguf_bytes import floats, tensor, write
+from lib.files.lycoris_files import KINDS, PEFT_KINDS, base_of, peft_of, roles_of, write_lycoris
 from lib.models.coded_models import LIKE, REPRESENTATIVES, numbers_of, sized, write_adapter, write_base, write_twins
 from lib.models.converted_sources import IMAGE, LANGUAGE, write_image
 from lib.models.gguf_models import llama_weights, write_llama
 from lib.oracles.matrix import READABLE
 
-from loratool.adapters.formats import written_formats
+from loratool.adapters.formats import FORMATS, written_formats
 from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.commands.choices import QKV_LAYOUTS
 from loratool.files.dtypes import BLOCK_TYPES, GGML_TYPES
+from loratool.files.output.output import CONTAINERS
 
 LLAMA, GPT2, SDXL = (FIXTURES / name for name in ("llama", "gpt2", "sdxl"))
 
@@ -226,6 +228,35 @@ def test_image_models_adapters_of_each_kind(tmp_path: Path) -> None:
     options = (("--to", "diffusers"), ("--to", "kohya", "--dtype", "bf16"), ("--to", "diffusers", *PLAIN[2:]))
     done = converted(tmp_path, [(*source, words) for source in sources.items() for words in options])
     assert {kind for kind, _ in done} == IMAGE.keys() - {"diff", "ia3"} and {words for _, words in done} == {*options}
+
+
+def test_adapters_of_each_kind(tmp_path: Path) -> None:
+    commands: list[tuple[object, ...]] = []
+    for number, (kind, (layer, _)) in enumerate(KINDS.items()):
+        base = base_of(layer, torch.bfloat16)
+        adapter = write_lycoris(tmp_path / f"{number}.safetensors", {base.path: roles_of(kind, torch.float16)})
+        commands += there_and_back(tmp_path / f"{number}", base.write(tmp_path / f"{layer}.safetensors"), adapter)
+    for kind in PEFT_KINDS:
+        peft = peft_of(kind, torch.float16)
+        model = base_of(peft.layer, torch.bfloat16).write(tmp_path / f"{peft.layer}.safetensors")
+        commands += there_and_back(tmp_path / f"of {kind}", model, peft.write(tmp_path / kind))
+    require_done(*commands)
+
+
+def test_adapters_of_each_format(tmp_path: Path) -> None:
+    commands: list[tuple[object, ...]] = []
+    for number, make in enumerate(READABLE.values()):
+        commands.append(("inspect", make(tmp_path / f"{number}")))
+    image = SDXL / "base.safetensors"
+    for base, source, formats in (
+        (LLAMA / "base", LLAMA / "adapter", ("mlx", "gguf")),
+        (image, SDXL / "adapter.safetensors", ("kohya", "comfy", "diffusers")),
+    ):
+        for to in formats:
+            adapter = (tmp_path / to).with_suffix(CONTAINERS[FORMATS[to].container][0])
+            commands.append(("convert", source, "--to", to, "--base", base, "-o", adapter))
+            commands += there_and_back(tmp_path / f"by {to}", base, adapter)
+    require_done(*commands)
 
 
 def with_rounded_change(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
