@@ -44,7 +44,7 @@ def join(parts: Sequence[tuple[Pair, slice]], rows: int) -> Pair:
     )
 
 
-def stack(module: str, pairs: Mapping[int, Pair], count: int, ranks: Collection[int | None]) -> Pair:
+def stack_pairs(module: str, pairs: Mapping[int, Pair], count: int, ranks: Collection[int | None]) -> Pair:
     """Return the factors of `count` experts as PEFT stacks them, with zeros for missing experts.
 
     A is (count * rank, in), expert by expert. B is (out, rank * count), for each rank the experts.

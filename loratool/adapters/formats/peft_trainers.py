@@ -17,7 +17,7 @@ from ...architectures.prefixes import PEFT_PREFIX
 from ...errors import InputError
 from ...files.weights_file import WeightsFile
 from ..patterns import Patterns
-from .joined_factors import Pair, Today, join, put_tensor, stack, with_stacks
+from .joined_factors import Pair, Today, join, put_tensor, stack_pairs, with_stacks
 from .made_tensors import MadeTensor, copied, made_of
 
 _SINGLE = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)s\.(\d{1,4})\.(.+)")
@@ -75,7 +75,7 @@ def unsloths(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, A
         stated_ranks = {
             ranks.value(f"{stem.removeprefix(PEFT_PREFIX)}.{parameter}s.{n}", fields.get("r")) for n in experts
         }
-        stacks.setdefault(stem, {})[parameter] = stack(f"{stem}.{parameter}", pairs, count, stated_ranks)
+        stacks.setdefault(stem, {})[parameter] = stack_pairs(f"{stem}.{parameter}", pairs, count, stated_ranks)
     return with_stacks(tensors, stacks, count, fields)
 
 
@@ -118,7 +118,7 @@ def tinkers(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
             both = {n: _interleaved(stem, gates.get(n), ups.get(n)) for n in range(count) if n in gates or n in ups}
             for parameter, pairs_by_key in (("gate_up_proj", both), ("down_proj", pairs.get("w2", {}))):
                 if pairs_by_key:
-                    stacks.setdefault(stem, {})[parameter] = stack(
+                    stacks.setdefault(stem, {})[parameter] = stack_pairs(
                         f"{stem}.{parameter}", pairs_by_key, count, {fields.get("r")}
                     )
             continue
@@ -202,7 +202,7 @@ def bridges(file: WeightsFile, fields: Mapping[str, Any], model: Mapping[str, An
         if not tensors.keys() >= {*names}:
             raise InputError("is a target of the config, but the file has no factors of it", culprit=path)
         pairs = _packed(file, path, names[0], names[1], ranks.value(path, fields["r"]))
-        stacks.setdefault(stem, {})[parameter] = stack(path, pairs, len(pairs), ())
+        stacks.setdefault(stem, {})[parameter] = stack_pairs(path, pairs, len(pairs), ())
         counts.add(len(pairs))
         tensors = {name: tensor for name, tensor in tensors.items() if name not in names}
     if len(counts) != 1:
