@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loratool.numerics import factored_svd as f
-from loratool.numerics.arrays import Numbers, narrow
+from loratool.numerics.arrays import rounded_to
 from loratool.numerics.forms import BF16, F32, F64, Form, Wide
 from loratool.numerics.overlaps import overlaps
 
@@ -28,10 +28,7 @@ def norm(x: Wide) -> float:
 
 
 def rounded(x: Wide, form: Form) -> Wide:
-    """Return x as a type stores it."""
-    out = Numbers.empty(form, *x.shape)
-    narrow(x, out)
-    return out.wide()
+    return rounded_to(x, form).wide()
 
 
 def nearly(pair: Pair, step: float) -> Pair:

@@ -10,13 +10,12 @@ import numpy.typing as npt
 import pytest
 
 from loratool.numerics import intruders
-from loratool.numerics.forms import Wide
+from loratool.numerics.forms import Single, Wide
 from loratool.numerics.intruders import find_intruders
 from loratool.numerics.seeded_random import Draw
 from loratool.numerics.svd import Krylov, random_block
 
 Floats = npt.NDArray[Any]
-Single = npt.NDArray[np.float32]
 
 
 def orthonormal(rows: int, columns: int, rng: np.random.Generator) -> Wide:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from loratool.numerics.arrays import Numbers, narrow
+from loratool.numerics.arrays import rounded_to
 from loratool.numerics.forms import BF16, F16, Form, Wide
 from loratool.numerics.rounding_noise import (
     RoundingNoise,
@@ -26,10 +26,7 @@ def randn(*shape: int, seed: int) -> Wide:
 
 
 def rounded(x: Wide, form: Form) -> Wide:
-    """Return x as a type stores it."""
-    out = Numbers.empty(form, *x.shape)
-    narrow(x, out)
-    return out.wide()
+    return rounded_to(x, form).wide()
 
 
 def noise_of(x: Wide, form: Form) -> RoundingNoise:

@@ -10,7 +10,7 @@ import pytest
 from conftest import covering, slow
 
 from loratool.numerics import svd
-from loratool.numerics.forms import Wide
+from loratool.numerics.forms import Single, Wide
 from loratool.numerics.seeded_random import Draw
 from loratool.numerics.svd import truncated_svd
 
@@ -21,7 +21,7 @@ def draw(seed: int = 0) -> Draw:
     return Draw(seed, "x")
 
 
-def with_spectrum(m: int, n: int, values: Wide, seed: int = 0) -> npt.NDArray[np.float32]:
+def with_spectrum(m: int, n: int, values: Wide, seed: int = 0) -> Single:
     rng, k = np.random.default_rng(seed), len(values)
     U, V = (np.linalg.qr(rng.standard_normal((size, k)))[0] for size in (m, n))
     D: Wide = (U * values) @ V.T
