@@ -92,6 +92,7 @@ class FactoredSVD:
         return padded(B, -1, rank), padded(A, -2, rank)
 
 
+@np.errstate(all="ignore")
 def factored_svd(B: Array, A: Array) -> FactoredSVD:
     """Return the SVD of B @ A for B (..., out, r) and A (..., r, in)."""
     Q_B, R_B = qr(doubled(B))
@@ -148,6 +149,7 @@ def are_equal(first: FactoredSVD, second: FactoredSVD) -> Array:
     return U & V & (first.S == second.S).all(-1)
 
 
+@np.errstate(all="ignore")
 def rounding_distance(D: FactoredSVD, exact: tuple[Array, Array], stored: tuple[Array, Array]) -> Array:
     """Return ||B' A' - D||, (...), where B' and A' are stored as roundings of the factors of D, or of its best rank.
 

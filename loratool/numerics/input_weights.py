@@ -18,7 +18,7 @@ from .svd import row_blocks
 FLOOR = 1e-3  # least weight, of the mean: an input that texts hardly used still matters, and A is divided by its weight
 
 
-@np.errstate(invalid="ignore")
+@np.errstate(over="ignore", invalid="ignore")
 def input_weights(h: Wide) -> npt.NDArray[np.float32] | None:
     """Return sqrt(h) for the inputs of each matrix, (E, in) in float32, relative to the matrix's mean of h.
 

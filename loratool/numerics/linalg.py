@@ -108,6 +108,7 @@ def solve(x: Array, y: Array) -> Array:
     return (_torch(x) or np).linalg.solve(x, y)
 
 
+@np.errstate(over="ignore")
 def norm(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
     """Return the root of the sum of squares along axes, or of all numbers."""
     torch = _torch(x)

@@ -108,7 +108,7 @@ def truncated_svds(stack: Array, rank: int, draws: Sequence[Draw], certify: bool
         return [truncated_svd(D, rank, draw, certify=certify) for D, draw in zip(stack, draws, strict=True)]
     tall = stack if m >= n else stack.swapaxes(1, 2)
     svds: list[TruncatedSVD] = []
-    count = max(1, (1 << 22) // (m * n))
+    count = (1 << 22) // max(1, m * n) or 1
     for start in range(0, E, count):
         group = tall[start : start + count]
         wide = doubled(group)
@@ -153,7 +153,7 @@ def _from_right(D: Array, X: Array, total: float, gap: float, columns: int) -> T
     S = norm(doubled(B), 0)
     order = order_of(S)
     S, B, X = S[order], B[:, order], X[:, order]
-    nonzero = S[0] * rounding_floor(m, n) < S
+    nonzero = S[:1] * rounding_floor(m, n) < S
     S, B, X = S[nonzero], B[:, nonzero], cast(X[:, nonzero], D)
     return _signed(TruncatedSVD(cast(doubled(B) / S, D), S, X, total, gap, columns))
 
