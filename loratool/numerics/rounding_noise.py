@@ -95,9 +95,16 @@ def product_noise_edge(B: Wide, A: Wide, forms: tuple[Form, Form]) -> float:
     Args:
         forms: of the types of B and of A.
     """
-    norm_B, norm_A = (math.sqrt(max(0.0, float(np.linalg.eigvalsh(gram)[-1]))) for gram in (B.T @ B, A @ A.T))
-    dB, dA = (noise_of_steps(float_steps(x.copy(), form)).edge() for x, form in zip((B, A), forms, strict=True))
+    (norm_B, dB), (norm_A, dA) = (_norm_and_noise(x, form) for x, form in zip((B, A.T), forms, strict=True))
     return dB * norm_A + (norm_B + dB) * dA
+
+
+def _norm_and_noise(x: Wide, form: Form) -> tuple[float, float]:
+    """Return ||x|| and the edge of its rounding noise, also where squares would overflow float64. x: (n, r)."""
+    scale = 2.0 ** (math.frexp(float(np.abs(x).max()))[1] - 1)
+    steps, x = float_steps(np.array(x, order="C"), form) / scale, x / scale
+    norm = math.sqrt(max(0.0, float(np.linalg.eigvalsh(x.T @ x)[-1])))
+    return norm * scale, noise_of_steps(steps).edge() * scale
 
 
 def unknown_noise_edge(S: Wide, shape: tuple[int, int]) -> float:

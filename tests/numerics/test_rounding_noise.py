@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loratool.numerics.arrays import rounded_to
-from loratool.numerics.forms import BF16, F16, Form, Wide
+from loratool.numerics.forms import BF16, F16, F64, Form, Wide
 from loratool.numerics.rounding_noise import (
     RoundingNoise,
     float_steps,
@@ -87,6 +87,14 @@ def test_rounded_factors_make_no_component_above_their_bound(form: Form) -> None
         error = largest(stored[0] @ stored[1] - B @ A)
         found.append(product_noise_edge(*stored, (form, form)) / error)
     assert min(found) > 1 and max(found) < 4
+
+
+def test_the_bound_of_a_product_needs_no_squares_of_its_factors() -> None:
+    B, A = (randn(*shape, seed=1).astype(np.float32).astype(np.float64) for shape in ((80, 6), (6, 120)))
+    wanted = product_noise_edge(B, A, (F64, F64))
+    for size in (2.0**-700, 2.0**700):
+        assert product_noise_edge(B * size, A / size, (F64, F64)) == pytest.approx(wanted, rel=1e-12)
+    assert product_noise_edge(0 * B, A, (BF16, BF16)) < 1e-30
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.25, 0.5, 1.0])

@@ -83,9 +83,14 @@ def test_an_exactly_low_rank_matrix_gives_its_rank() -> None:
 def test_zeros_and_rank_zero() -> None:
     for shape in ((30, 20), (20, 30)):
         zeros, ones = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-        for found in (truncated_svd(zeros, 4, draw()), truncated_svd(ones, 0, draw())):
+        stacked = svd.truncated_svds(np.stack([ones, zeros]), 0, [draw()] * 2)
+        for found in (truncated_svd(zeros, 4, draw()), truncated_svd(ones, 0, draw()), *stacked):
             assert (found.U.shape, found.S.shape, found.V.shape) == ((shape[0], 0), (0,), (shape[1], 0))
             assert found.U.dtype == found.V.dtype == np.float32 and found.energy == found.gap == 0
+        assert [len(found.S) for found in svd.truncated_svds(np.stack([ones, zeros]), 4, [draw()] * 2)] == [1, 0]
+    for shape in ((2, 0, 3), (2, 3, 0), (0, 4, 3)):
+        for found in svd.truncated_svds(np.zeros(shape, np.float32), 4, [draw()] * shape[0]):
+            assert (found.U.shape, found.V.shape) == ((shape[1], 0), (shape[2], 0))
 
 
 def test_the_seed_decides_and_signs_are_fixed() -> None:
