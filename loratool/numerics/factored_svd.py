@@ -22,6 +22,7 @@ from .linalg import (
     norm,
     padded,
     qr,
+    solve,
     split,
     sqrt,
     svd,
@@ -30,6 +31,9 @@ from .linalg import (
     zeros,
 )
 from .spectrum import RANK_TOLERANCE
+
+
+MILD = 1e3  # ratio of the largest and the least singular value up to which a triangle may be inverted
 
 
 def core(B: Array, A: Array) -> Array:
@@ -95,10 +99,19 @@ class FactoredSVD:
 @np.errstate(all="ignore")
 def factored_svd(B: Array, A: Array) -> FactoredSVD:
     """Return the SVD of B @ A for B (..., out, r) and A (..., r, in)."""
-    Q_B, R_B = qr(doubled(B))
-    Q_A, R_A = qr(doubled(adjoint(A)))
+    B, A = doubled(B), doubled(adjoint(A))
+    R_B, R_A = triangle(B), triangle(A)
     U, S, Vh = svd(R_B @ adjoint(R_A))
-    return FactoredSVD(Q_B @ U, S, Q_A @ adjoint(Vh))
+    return FactoredSVD(_in_basis(B, R_B, U), S, _in_basis(A, R_A, adjoint(Vh)))
+
+
+def _in_basis(x: Array, R: Array, vectors: Array) -> Array:
+    """Return Q @ vectors for x = Q R; without Q where that is as accurate to within MILD, in half the time."""
+    if 0 < R.shape[-2] == R.shape[-1]:
+        S = svd_values(R)
+        if (S[..., 0] < MILD * S[..., -1]).all():
+            return x @ solve(R, vectors)
+    return qr(x)[0] @ vectors
 
 
 def in_common_bases(factors: Sequence[tuple[Array, Array]]) -> list[tuple[Wide, Wide]]:
@@ -162,10 +175,13 @@ def rounding_distance(D: FactoredSVD, exact: tuple[Array, Array], stored: tuple[
         stored: the same in any float type.
     """
     (B, A), (rounded_B, rounded_A) = exact, map(doubled, stored)
-    r = B.shape[-1]
-    left = concatenate([rounded_B - B, B, -D.U[..., r:] * D.S[..., None, r:]], -1)
-    right = concatenate([rounded_A, rounded_A - A, adjoint(D.V[..., r:])], -2)
-    squares = ((adjoint(left) @ left) * (right @ adjoint(right))).sum((-2, -1))
+    r, squares = B.shape[-1], zeros(B.shape[:-2], B)
+    truncated = -D.U[..., r:] * D.S[..., None, r:], adjoint(D.V[..., r:])
+    terms = [(rounded_B - B, rounded_A), (B, rounded_A - A), truncated]
+    for i, (left, right) in enumerate(terms):
+        for times, (other_left, other_right) in ((2.0, terms[j]) if j < i else (1.0, terms[i]) for j in range(i + 1)):
+            products = (adjoint(left) @ other_left) * (right @ adjoint(other_right))
+            squares = squares + times * products.sum((-2, -1))
     return sqrt(squares.clip(0.0))
 
 
