@@ -259,6 +259,7 @@ class Combination:
         if self._ahead:
             self._ahead.close()
 
+    @np.errstate(all="ignore")
     def _low_rank(self, module: str) -> tuple[Numbers, Numbers]:
         """Return the factors of a low-rank result, truncated to the rank if that is lower."""
         rank = self.ranks[module]
@@ -316,7 +317,8 @@ class Combination:
 def _factored(module: str) -> Iterator[None]:
     """Turn LAPACK's failure to converge into an InputError. It fails only on numbers near the limit of float64."""
     try:
-        yield
+        with np.errstate(all="ignore"):
+            yield
     except _failures() as error:
         raise InputError("the combined delta is too large to be factored", culprit=module) from error
 

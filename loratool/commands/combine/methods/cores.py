@@ -85,7 +85,7 @@ def wudi(deltas: Sequence[WeightedDelta], density: float) -> Array:
     M = _weighted(deltas)
     unit = M / norm(M, (1, 2))[:, None, None]
     values, Q = eigh((adjoint(unit) @ unit).sum(0))
-    seen = values > SEEN * values.mean()
+    seen = values > SEEN * _mean(values)
     known, rest = Q[:, seen], Q[:, ~seen]
     wanted = (M @ adjoint(unit) @ (unit @ known)).sum(0)
     return wanted / values[seen] @ known.T + M.sum(0) @ rest @ rest.T
