@@ -32,7 +32,6 @@ from .linalg import (
 )
 from .spectrum import RANK_TOLERANCE
 
-
 MILD = 1e3  # ratio of the largest and the least singular value up to which a triangle may be inverted
 
 

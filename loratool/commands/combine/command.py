@@ -163,7 +163,7 @@ def _check(method: str, density: float | None, weights: Sequence[float]) -> floa
             f"entries with probabilities up to {row.spread:g} lower or higher"
         )
     for weight in weights:
-        if abs(weight) > np.finfo(np.float32).max:
+        if abs(weight) > float(np.finfo(np.float32).max):
             raise UsageError(f"the weight {weight:g} is too large")
     if not row.negative and min(weights) < 0:
         raise UsageError(
