@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from conftest import FIXTURES, ROOT, load_model, write_model
+from lib.files import imatrix_files
 from lib.files.ggml_blocks import blocks_of
 from lib.files.gguf_bytes import floats, tensor, write
 from lib.files.lycoris_files import KINDS, PEFT_KINDS, base_of, peft_of, roles_of, write_lycoris
@@ -24,6 +25,7 @@ from lib.oracles.matrix import READABLE
 from loratool.adapters.formats import FORMATS, written_formats
 from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.commands.choices import QKV_LAYOUTS
+from loratool.commands.combine.methods.table import METHODS, NOT_COMPRESSED
 from loratool.files.dtypes import BLOCK_TYPES, GGML_TYPES
 from loratool.files.output.output import CONTAINERS
 
@@ -113,6 +115,34 @@ def init_with_residual(folder: Path, base: Path, method: str) -> tuple[object, .
 def require_done(*commands: tuple[object, ...]) -> None:
     for argv, code, places in run_without_torch(*commands):
         assert not places and code == 0, (argv, places)
+
+
+def test_what_is_computed_from_factors(tmp_path: Path) -> None:
+    demo = tmp_path / "demo"
+    base, tuned, adapter, style = (demo / name for name in ("base", "tuned", "adapter", "style"))
+    image = demo / "sdxl" / "adapter.safetensors"
+    imatrix = imatrix_files.write_gguf(tmp_path / "imatrix.gguf", {"blk.0.attn_q.weight": ([*range(1, 65)], [1])})
+    combine = ("combine", adapter, style, "--force", "-o", tmp_path / "combined")
+    resize = ("resize", adapter, "--force", "-o", tmp_path / "resized")
+    require_done(
+        ("demo", demo),
+        *((*combine, "--method", method) for method in METHODS),
+        *((*combine, "--method", method, "--rank", "6") for method in METHODS if method not in NOT_COMPRESSED),
+        (*combine, "--energy", "0.9", "--dtype", "fp16", "--imatrix", imatrix),
+        (*combine, "--to", "mlx", "--dry-run"),
+        ("combine", image, f"{image}:0.5", "-o", tmp_path / "combined.safetensors", "--params", "10K"),
+        (*resize, "--rank", "4", "--dtype", "bf16"),
+        (*resize, "--energy", "0.9", "--imatrix", imatrix),
+        (*resize, "--rank-rule", "noise=1"),
+        ("resize", image, "--size", "8KB", "--to", "diffusers", "-o", tmp_path / "resized.safetensors"),
+        ("diff", adapter, style, "--base", base),
+        ("diff", adapter, style, tmp_path / "resized"),
+        ("diff", image, tmp_path / "combined.safetensors"),
+        ("diff", base, tuned, "--spectra"),
+        ("inspect", adapter, "--spectra"),
+        ("inspect", adapter, "--spectra", "--base", base),
+        ("inspect", base, "--spectra"),
+    )
 
 
 def test_codes_of_each_format(tmp_path: Path) -> None:

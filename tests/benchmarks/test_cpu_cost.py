@@ -19,6 +19,7 @@ from conftest import FIXTURES
 sys.path.insert(0, str(Path(__file__).parent))
 from models import make
 from test_merge_speed import cpu_of_children, peak
+from test_resize_speed import write
 
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
@@ -74,11 +75,14 @@ def test_against_peft(models: Path) -> None:
 
 
 def test_against_an_import_of_numpy(tmp_path: Path) -> None:
-    """The README's merge, and small commands: what they cost is their start."""
+    """The README's merge, and small commands: what they cost is their start; diff and resize are of 7B adapters."""
     base, adapter = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
+    first, second = (write(tmp_path / name, 16, seed) for seed, name in enumerate(("first", "second")))
     calls: dict[str, tuple[float, list[object]]] = {
         "merge": (4.0, ["merge", base, adapter, "-o", tmp_path / "merged", "--force"]),
         "inspect": (3.5, ["inspect", adapter]),
+        "diff": (14.0, ["diff", first, second]),
+        "resize": (11.0, ["resize", first, "--rank", "8", "-o", tmp_path / "resized", "--force"]),
     }
     found: dict[str, list[float]] = {name: [] for name in ("numpy", *calls)}
     for _ in range(9):

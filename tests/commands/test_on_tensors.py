@@ -66,7 +66,8 @@ def test_combine(
     if "rank" in options and method in NOT_COMPRESSED:
         options = {**options, "rank_method": "truncate"}
     same_on_both(
-        lambda: loratool.combine(adapters, tmp_path / "out", method=method, force=True, **options), monkeypatch
+        lambda: loratool.combine(adapters, tmp_path / "out", method=method, force=True, **options),  # type: ignore[arg-type]
+        monkeypatch,
     )
 
 
