@@ -27,7 +27,7 @@ from .linalg import (
     sqrt,
     svd,
     svd_values,
-    triangle,
+    triangle_of,
     zeros,
 )
 from .spectrum import RANK_TOLERANCE
@@ -45,7 +45,7 @@ def core(B: Array, A: Array) -> Array:
     Returns:
         (..., min(out, r), min(in, r)) in float64.
     """
-    return triangle(doubled(B)) @ adjoint(triangle(doubled(adjoint(A))))
+    return triangle_of(doubled(B)) @ adjoint(triangle_of(doubled(adjoint(A))))
 
 
 @np.errstate(all="ignore")
@@ -99,7 +99,7 @@ class FactoredSVD:
 def factored_svd(B: Array, A: Array) -> FactoredSVD:
     """Return the SVD of B @ A for B (..., out, r) and A (..., r, in)."""
     B, A = doubled(B), doubled(adjoint(A))
-    R_B, R_A = triangle(B), triangle(A)
+    R_B, R_A = triangle_of(B), triangle_of(A)
     U, S, Vh = svd(R_B @ adjoint(R_A))
     return FactoredSVD(_in_basis(B, R_B, U), S, _in_basis(A, R_A, adjoint(Vh)))
 
@@ -133,7 +133,7 @@ def in_common_bases(factors: Sequence[tuple[Array, Array]]) -> list[tuple[Wide, 
         places.append(place)
     widths = [B.shape[-1] for B, _ in distinct]
     left, right = (
-        split(fetched(triangle(concatenate(sides, -1))), widths, -1)
+        split(fetched(triangle_of(concatenate(sides, -1))), widths, -1)
         for sides in ([B for B, _ in distinct], [adjoint(A) for _, A in distinct])
     )
     return [(left[place], adjoint(right[place])) for place in places]

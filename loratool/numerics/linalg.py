@@ -55,7 +55,7 @@ def qr(x: Array) -> tuple[Array, Array]:
     return Q, R
 
 
-def triangle(x: Array) -> Array:
+def triangle_of(x: Array) -> Array:
     """Return the R of `qr`."""
     torch = _torch(x)
     if torch:

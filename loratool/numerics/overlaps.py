@@ -16,7 +16,7 @@ import numpy.typing as npt
 from .arrays import Array, fetched
 from .factored_svd import FactoredSVD, are_equal
 from .forms import Wide
-from .linalg import adjoint, concatenate, norm, split, triangle
+from .linalg import adjoint, concatenate, norm, split, triangle_of
 from .spectrum import RANK_TOLERANCE
 
 
@@ -142,7 +142,7 @@ def _directions(S: Wide) -> Wide:
 
 def _triangle(vectors: Sequence[Array], is_direction: npt.NDArray[np.bool_]) -> Wide:
     """Return R of the QR of vectors side by side, 0 for those that are not directions. R has the vectors' products."""
-    return np.where(is_direction, fetched(triangle(concatenate(vectors, -1))), 0.0)
+    return np.where(is_direction, fetched(triangle_of(concatenate(vectors, -1))), 0.0)
 
 
 def _distances(changes: Sequence[FactoredSVD], norms: Wide, flat: Wide) -> Wide:

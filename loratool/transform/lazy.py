@@ -22,7 +22,7 @@ from ..files.dtypes import TensorSpec
 from ..files.weights_file import WeightsFile
 from ..numerics.arrays import Numbers
 from ..numerics.forms import Wide
-from ..numerics.linalg import adjoint, triangle
+from ..numerics.linalg import adjoint, triangle_of
 from .log import NO_LOSS, Change, Log, Loss, of_parts
 
 Tensors = Mapping[str, Numbers]  # by role
@@ -199,7 +199,7 @@ def size_of_change(adapter: Adapter, module: str) -> float:
 @np.errstate(all="ignore")
 def squares_of_rows(B: Wide, A: Wide) -> Wide:
     """Return the squared norms of the rows of B @ A, (E * out,), of stacked factors (E, out, r) and (E, r, in)."""
-    return row_squares(B @ adjoint(triangle(adjoint(A))))
+    return row_squares(B @ adjoint(triangle_of(adjoint(A))))
 
 
 def row_squares(rows: Wide) -> Wide:

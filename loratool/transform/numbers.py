@@ -26,7 +26,7 @@ from ..files.dtypes import TensorSpec
 from ..numerics.arrays import Numbers, recast, rounded_to
 from ..numerics.factored_svd import factored_svd
 from ..numerics.forms import F32, F64, Form, Wide, holding
-from ..numerics.linalg import adjoint, padded, triangle
+from ..numerics.linalg import adjoint, padded, triangle_of
 from ..numerics.spectrum import RANK_TOLERANCE
 from .lazy import (
     LazyFile,
@@ -85,7 +85,7 @@ def alpha_for_scale(scale: float, rank: int) -> float:
 def loss_between(true: tuple[Wide, Wide], written: tuple[Wide, Wide]) -> Loss:
     """Return the loss of writing stacked factors (B, A) as others; at least float64's rounding error."""
     (B, A), (made_B, made_A) = true, written
-    R = triangle(adjoint(A))
+    R = triangle_of(adjoint(A))
     total = row_squares(B @ adjoint(R))
     if B.shape != made_B.shape:
         squared = squares_of_rows(np.concatenate([made_B, -B], -1), np.concatenate([made_A, A], -2))

@@ -153,7 +153,7 @@ def test_decompositions_of_matrices(shape: tuple[int, ...], kind: type[np.floati
     within = 1e-13 if kind == np.float64 else 1e-5
     for x in (normal(*shape).astype(kind), turned(normal(*shape)).astype(kind), 0 * normal(*shape).astype(kind)):
         hold(linalg.qr, x, within=within)
-        hold(linalg.triangle, x, within=within)
+        hold(linalg.triangle_of, x, within=within)
         hold(linalg.svd_values, x, within=within)
         hold(lambda x: linalg.svd(x).S, x, within=within)
         hold(lambda x: (lambda U, S, Vh: (U * S[..., None, :]) @ Vh)(*linalg.svd(x)), x, within=within)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ....numerics.arrays import Array
-from ....numerics.linalg import concatenate, padded, qr, split, svd, triangle, zeros
+from ....numerics.linalg import concatenate, padded, qr, split, svd, triangle_of, zeros
 from ....numerics.spectrum import RANK_TOLERANCE
 from .delta import WeightedDelta
 from .entries import ties
@@ -23,7 +23,7 @@ def knots(deltas: Sequence[WeightedDelta], density: float) -> tuple[Array, Array
     """
     Q, R = qr(concatenate([delta.B for delta in deltas], 1))
     pieces = split(R, [delta.B.shape[1] for delta in deltas], 1)
-    L = [triangle(delta.A.T).T for delta in deltas]
+    L = [triangle_of(delta.A.T).T for delta in deltas]
     small = concatenate([piece @ each for piece, each in zip(pieces, L, strict=True)], 1)
     U, S, _ = svd(small)
     k = int((RANK_TOLERANCE * S[:1] < S).sum())  # the other directions are in no delta
