@@ -20,13 +20,13 @@ from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageErr
 if TYPE_CHECKING:
     from .commands.adapter_requests import AdapterPath, Adapters
     from .commands.combine.call import combine
-    from .commands.convert.call import convert, convert_model, edit_metadata, inspect_for
+    from .commands.convert.call import convert, convert_model, edit_metadata
     from .commands.count.call import count
     from .commands.demo.call import demo
     from .commands.diff.call import diff, diff_spectra
     from .commands.extract.call import extract
     from .commands.init.call import init
-    from .commands.inspect.call import inspect, spectra
+    from .commands.inspect.call import inspect, inspect_for, spectra
     from .commands.merge.call import merge
     from .commands.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
     from .commands.report_files import read_report, write_report
@@ -87,7 +87,7 @@ _HOMES = {
     "InitReport": "views.init",
     "init": "commands.init.call",
     "inspect": "commands.inspect.call",
-    "inspect_for": "commands.convert.call",
+    "inspect_for": "commands.inspect.call",
     "merge": "commands.merge.call",
     "AdapterModule": "commands.opened",
     "OpenAdapter": "commands.opened",

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from ..commands.convert.call import inspect_for
 from ..commands.inspect import call
 from .from_call import library_arguments, make_command, options_for
 from .help import Option
@@ -43,7 +42,7 @@ PARAMETERS = [
         is_flag=True,
         help="Exit with 1 if an adapter has a problem or is not a LoRA.",
     ),
-    *options_for(inspect_for, "runtime"),
+    *options_for(call.inspect_for, "runtime"),
     Option(
         ["--spectra"],
         title="Checks",
@@ -111,7 +110,7 @@ def _inspect(
 def _for_runtime(shown: dict[str, Any], **options: Any) -> int:
     from .render import print_report
 
-    report = inspect_for(**options)
+    report = call.inspect_for(**options)
     print_report("inspect", report, **shown, status=report.said_no)
     return 1 if report.said_no else 0
 

@@ -44,9 +44,10 @@ from .items import (
     each_part,
 )
 from .journaled import journaled, read_others
+from .parallel import Progress
 from .ranks import Job, current_job
 from .scattered import Scattered, Strided
-from .workers import Progress, run_items
+from .workers import run_items
 
 # A name in a journal -> the type of a step's results
 RESULTS = {kind.__name__: kind for kind in (RoundingStats, RecordedBlock, Doubted, Strided)}

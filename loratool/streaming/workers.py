@@ -1,4 +1,4 @@
-"""Choose the device, and run independent items on it with a bounded pool of workers.
+"""Run independent items on a device with a bounded pool of workers.
 
 A worker reads, computes and writes block by block in buffers of its own; while one waits for the disk, another
 computes.
@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import threading
 import zlib
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import chain, count, islice
-from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from ..durable.fileio import copy_checked, copy_range, has_bytes, read_into, write_at
-from ..errors import MachineError, UsageError
 from ..files.weights_file import copy_bytes, read_parts
-from ..numerics.arrays import CPU, Device, Numbers, bytes_of, like_of, send, stream_of
+from ..numerics.arrays import Device, Numbers, bytes_of, like_of, send, stream_of
 from ..numerics.forms import Form
 from ..numerics.passes.hashes import finish_each, page_sums, sha256_each
 from ..numerics.workspace import Workspace
@@ -41,7 +37,6 @@ from .items import (
     Step,
     each_part,
 )
-from .ranks import current_job
 from .scattered import Strided, add_place
 from .threads import restore_threads, set_threads
 
@@ -52,11 +47,6 @@ WORTH_A_FORK = 1 << 26  # with so many bytes of output, forking pays, which cost
 T = TypeVar("T")
 
 R = TypeVar("R")
-
-MAX_WORKERS = 8  # with more, memory bandwidth is the limit, and each takes memory for buffers
-
-# Called with the bytes of output done so far and the total.
-Progress = Callable[[int, int], None]
 
 
 class Worker:
@@ -176,53 +166,6 @@ class Worker:
         write_at(target, data, offset)
 
 
-def choose_device(name: str) -> Device:
-    """Return the device that a --device option names; `auto` is a CUDA device if there is one, else the CPU.
-
-    A GPU without a number is the first one; under torchrun, each rank on a machine gets a different one.
-
-    Raises:
-        UsageError: no device has this name.
-        MachineError: the device is absent, or has no float64, which exact arithmetic needs.
-    """
-    if name == "cpu" or (name == "auto" and not may_have_gpu()):
-        return CPU
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        remedy = "a GPU is cuda, the second one cuda:1"
-        raise UsageError(f"{name!r} is none of auto, cpu, cuda, cuda:N", culprit="--device", remedy=remedy) from error
-    if device.type == "cpu":
-        return CPU
-    if device.type != "cuda":
-        raise MachineError(f"{device.type} has no float64, which exact arithmetic needs", remedy="use --device cpu")
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise MachineError(f"there is no device {name}", remedy="use --device cpu")
-    index = current_job().local_rank % torch.cuda.device_count() if device.index is None else device.index
-    return Device(f"cuda:{index}")
-
-
-def may_have_gpu() -> bool:
-    """Return whether the system has a driver of a GPU, without torch, whose import takes a second."""
-    drivers = ("nvidia[0-9]*", "nvhost*", "kfd", "dxg")  # NVIDIA's, of a Jetson too, AMD's, and Windows' in Linux
-    return platform.system() == "Windows" or any(any(Path("/dev").glob(driver)) for driver in drivers)
-
-
-def worker_count(device: object = "cpu") -> int:
-    """Return how many workers to run: one for each core that this process may use, up to MAX_WORKERS.
-
-    torchrun's ranks on a machine share its cores. Work on a device other than the CPU has one worker.
-    """
-    if str(device) != "cpu":
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // current_job().local_count, MAX_WORKERS))
-
-
 def run_items(
     items: Iterable[Item | FinishedItem], numbers: Iterable[int], device: Device, workers: int, nbytes: int
 ) -> Generator[tuple[int, Item | FinishedItem, Outcome], None, None]:
@@ -277,50 +220,3 @@ def run_threads(
             for future in pending:
                 future.cancel()
             restore_threads(threads_before)
-
-
-def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
-    """Yield `function` of each item, in their order, computed by `workers` threads; at most `workers` results wait.
-
-    Exhaust or close the generator: that restores the libraries' numbers of threads.
-    """
-    threads_before, source = set_threads(1), iter(items)
-    with ThreadPoolExecutor(workers, initializer=set_threads, initargs=(1,)) as pool:
-        waiting = deque(pool.submit(function, item) for item in islice(source, workers))
-        try:
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, item) for item in islice(source, 1))
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()
-            restore_threads(threads_before)
-
-
-class Ahead(Generic[T, R]):
-    """Results of a function, computed ahead by threads, for items that are requested once and nearly in order.
-
-    Each thread computes with one thread, so that no sum depends on the number of workers. `close` it: that restores the
-    libraries' numbers of threads.
-    """
-
-    def __init__(self, function: Callable[[T], R], items: Iterable[T], workers: int) -> None:
-        self._function, self._left, self._workers = function, dict.fromkeys(items), workers
-        self._pending: dict[T, Future[R]] = {}
-        self._threads_before = set_threads(1)
-        self._pool = ThreadPoolExecutor(workers, initializer=set_threads, initargs=(1,))
-
-    def __call__(self, item: T) -> R:
-        """Return the item's result, and start the next items."""
-        for key in (item, *islice(self._left, self._workers + 1)):
-            if key not in self._pending and (key == item or len(self._pending) <= self._workers):
-                self._left.pop(key, None)
-                self._pending[key] = self._pool.submit(self._function, key)
-        return self._pending.pop(item).result()
-
-    def close(self) -> None:
-        for future in self._pending.values():
-            future.cancel()
-        self._pool.shutdown()
-        restore_threads(self._threads_before)

@@ -18,7 +18,7 @@ from models import write_repeated
 from test_merge_speed import COMMAND, RSS_LIMIT, cpu_of_children, fresh, measure, peak
 
 from loratool.files.dtypes import TensorSpec
-from loratool.streaming.workers import worker_count
+from loratool.streaming.parallel import worker_count
 
 MANY = 100_000
 SMALL = TensorSpec("BF16", (8, 8))

@@ -52,8 +52,9 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Files]:
         only_families("sd1", "sd2", "sdxl"),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr("loratool.streaming.workers.MAX_WORKERS", 1)
-        patch.setattr("loratool.streaming.workers.ThreadPoolExecutor", AtOnce)
+        patch.setattr("loratool.streaming.parallel.MAX_WORKERS", 1)
+        for module in ("parallel", "workers"):
+            patch.setattr(f"loratool.streaming.{module}.ThreadPoolExecutor", AtOnce)
         try:
             make_stage(Path(folder) / "stage")
             yield files_of(Path.cwd())

@@ -21,8 +21,8 @@ from torch.distributed import HashStore, TCPStore
 
 from loratool.errors import InputError, MachineError
 from loratool.streaming import ranks, workers
+from loratool.streaming.parallel import choose_device, worker_count
 from loratool.streaming.ranks import Job, RankDone, current_job, rendezvous
-from loratool.streaming.workers import choose_device, worker_count
 
 SCRIPT = """
 import json, os, signal, sys, time

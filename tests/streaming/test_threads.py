@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, ROOT
 
 from loratool.streaming.threads import _openblas, one_thread, restore_threads, set_threads
 
@@ -49,18 +46,3 @@ def test_a_library_that_is_loaded_meanwhile_keeps_its_threads(monkeypatch: pytes
         context.__enter__()
     context.__exit__(None, None, None)
     assert counts() == before
-
-
-def test_diff_loads_torch_before_it_limits_its_threads() -> None:
-    adapter = str(FIXTURES / "llama" / "adapter")
-    code = f"""
-import sys, loratool
-from loratool.commands.diff import command
-limit, seen = command.one_thread, []
-command.one_thread = lambda: seen.append("torch" in sys.modules) or limit()
-loratool.diff({adapter!r}, {adapter!r})
-print(seen)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "[True]", done.stderr

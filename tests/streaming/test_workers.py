@@ -19,9 +19,10 @@ from loratool.numerics.arrays import CPU, Numbers
 from loratool.numerics.code_levels import Codes
 from loratool.numerics.workspace import Workspace
 from loratool.streaming.items import MapRows
+from loratool.streaming.parallel import Ahead, map_in_order
 from loratool.streaming.scattered import Scattered, Written
 from loratool.streaming.threads import one_thread, restore_threads, set_threads
-from loratool.streaming.workers import Ahead, Worker, map_in_order
+from loratool.streaming.workers import Worker
 
 
 def test_results_come_in_order_and_wait_for_whoever_takes_them() -> None:

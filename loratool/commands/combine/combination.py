@@ -24,8 +24,8 @@ from ...numerics.linalg import adjoint, isfinite, padded, singled, sqrt, square,
 from ...numerics.seeded_random import Draw
 from ...numerics.spectrum import spectrum_points
 from ...numerics.svd import TruncatedSVD, truncated_svd
+from ...streaming.parallel import Ahead, Progress, map_in_order, worker_count
 from ...streaming.threads import one_thread
-from ...streaming.workers import Ahead, Progress, map_in_order, worker_count
 from ...transform.rank_rules import BUDGETS, SingularValues, choose_ranks
 from ...views.diff_shared import Shared
 from ..diff.shared import overlaps_of_factors, shared_of

@@ -26,7 +26,7 @@ from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
 from ...numerics.forms import FORMS
-from ...streaming.workers import choose_device
+from ...streaming.parallel import choose_device
 from ...transform.expand import expand
 from ...transform.in_memory import convert_to_common_format, loss_warnings, rank_notes
 from ...transform.lazy import start

@@ -1,4 +1,4 @@
-"""The calls of `convert`, of adapters, models and metadata, and of `inspect --for`."""
+"""The calls of `convert`, of adapters, models and metadata."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from ..namings import MODEL_NAMINGS, ModelForm, ReadFormat, RuntimeName, Written
 if TYPE_CHECKING:
     from ...views.convert import ConvertReport  # noqa: F401
     from ...views.convert_model import CheckpointConvertReport  # noqa: F401
-    from ...views.inspect_runtime import RuntimeInspection  # noqa: F401
     from ...views.metadata import MetadataReport  # noqa: F401
 
 DroppedOfModel = Literal["ema", "optimizer", "components"]
@@ -160,34 +159,8 @@ class EditMetadata(Call["MetadataReport"]):
     progress: calls.Progress = None
 
 
-@dataclass(frozen=True)
-class InspectFor(Call["RuntimeInspection"]):
-    """Report from headers what a runtime does with an adapter.
-
-    Args:
-        path: The adapter: a folder or a file.
-        runtime: Show what this program would ignore, misread or refuse in an adapter; exit with 1 if there is
-            anything. One of {words}.
-        base: The served model. Without it, names and what depends on its class are not compared.
-
-    Raises:
-        InputError: the files cannot be read, or the runtime is not known to support adapters for the base's class.
-        UsageError: there is no such runtime.
-    """
-
-    work: ClassVar[str] = "convert.inspect_runtime.run_inspect_for"
-
-    path: StrPath
-    _: KW_ONLY
-    runtime: Annotated[RuntimeName, one_of(RUNTIMES), Opt("Checks", "RUNTIME")]
-    base: StrPath | None = None
-    alpha: calls.Alpha = None
-
-
 convert = function_of(Convert)
 
 convert_model = function_of(ConvertModel)
 
 edit_metadata = function_of(EditMetadata)
-
-inspect_for = function_of(InspectFor)

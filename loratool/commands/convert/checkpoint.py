@@ -38,8 +38,8 @@ from ...files.weights_file import paths_of
 from ...numerics.arrays import CPU, Numbers
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
+from ...streaming.parallel import Progress, worker_count
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
-from ...streaming.workers import Progress, worker_count
 from ...views.convert_model import CastTensor, CheckpointConvertReport
 from ..arguments import parse_size, parse_words
 from ..cards import described_call, input_word

@@ -23,9 +23,9 @@ from ...files.hub.cache import resolve
 from ...files.output.output import naming_output
 from ...files.output.paths import check_output_name, check_output_path
 from ...files.weights_file import require_unchanged
+from ...streaming.parallel import Progress
 from ...streaming.ranks import current_job
 from ...streaming.rewrite import COPY_ITEM
-from ...streaming.workers import Progress
 from ...views.metadata import MetadataChange, MetadataReport
 from ..arguments import parse_words
 from .call import EditMetadata

@@ -29,7 +29,7 @@ from ...numerics.forms import Wide
 from ...numerics.linalg import norm
 from ...numerics.overlaps import Overlaps, stacked
 from ...numerics.spectrum import six_digits
-from ...streaming.workers import Progress
+from ...streaming.parallel import Progress
 from ...views.diff_adapters import AdapterDiff, ModuleDiff, Phi
 from .aligned import AlignedModule, LoadedModule, measure_modules
 from .configs import count_ranks, differing_fields

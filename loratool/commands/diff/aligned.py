@@ -27,7 +27,7 @@ from ...errors import InputError
 from ...numerics.arrays import Array, Device, like_of, sent
 from ...numerics.factored_svd import FactoredSVD, factored_svd, in_common_bases
 from ...numerics.overlaps import Overlaps, overlaps
-from ...streaming.workers import Progress, map_in_order, worker_count
+from ...streaming.parallel import Progress, map_in_order, worker_count
 
 T = TypeVar("T")
 

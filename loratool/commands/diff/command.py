@@ -14,8 +14,8 @@ from ...binding.modules.selection import Selection
 from ...errors import InputError, UsageError
 from ...files.checkpoint import open_checkpoint, read_config
 from ...files.gguf_model import with_names_of_one
+from ...streaming.parallel import choose_device
 from ...streaming.threads import one_thread
-from ...streaming.workers import choose_device
 from ...transform.in_memory import by_meaning
 from ...views.diff_adapters import AdapterDiff
 from ...views.diff_models import CheckpointDiff

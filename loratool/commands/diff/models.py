@@ -13,7 +13,7 @@ from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_compare import Comparison, compare
 from ...files.tensor_ref import TensorRef
-from ...streaming.workers import Progress, map_in_order
+from ...streaming.parallel import Progress, map_in_order
 from ...views.diff_models import CheckpointDiff, TensorDiff
 
 

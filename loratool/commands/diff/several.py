@@ -8,7 +8,7 @@ from itertools import combinations
 from ...adapters.adapter import Adapter
 from ...numerics.arrays import Device
 from ...numerics.overlaps import Overlaps, stacked
-from ...streaming.workers import Progress
+from ...streaming.parallel import Progress
 from ...views.diff_several import AdaptersDiff, ModuleSpread, ValueSpread
 from .aligned import AlignedModule, LoadedModule, measure_modules
 from .configs import count_ranks, differing_fields

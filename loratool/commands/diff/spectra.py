@@ -17,7 +17,7 @@ from ...errors import InputError
 from ...files.tensor_compare import compare
 from ...files.tensor_ref import TensorRef, read_float32
 from ...numerics.arrays import Array, like_of
-from ...streaming.workers import choose_device
+from ...streaming.parallel import choose_device
 from ...views.diff_spectra import SpectraDiff, WeightSpectra
 from ...views.intruders import IntruderRule
 from ...views.parts.writing import command_line

@@ -39,9 +39,9 @@ from ...files.weights_file import described_inputs, paths_of
 from ...numerics.arrays import Device
 from ...numerics.forms import FORMS
 from ...streaming.journaled import journaled
+from ...streaming.parallel import choose_device
 from ...streaming.ranks import Job, current_job
 from ...streaming.threads import one_thread
-from ...streaming.workers import choose_device
 from ...transform.delta_factors import RESULTS as FACTORS
 from ...transform.delta_factors import DeltaFactors, SvdChoices
 from ...transform.image_base import choose_format, is_image_adapter, require_language_model, unsupported_patterns

@@ -25,8 +25,8 @@ from ...numerics.linalg import isfinite
 from ...numerics.rounding_noise import unknown_noise_edge
 from ...numerics.svd import rounding_floor, singular_values_of
 from ...streaming.journaled import Task, run_tasks
+from ...streaming.parallel import Progress, worker_count
 from ...streaming.ranks import Job
-from ...streaming.workers import Progress, worker_count
 from ...transform.delta_factors import DeltaFactors, SvdChoices, as_matrix, factor_delta
 from ...transform.rank_rules import RANK_RULES, WHOLE, SingularValues, budget_ranks
 from .changes import SortedDeltas, Sorting, WeightDelta, compare_sides

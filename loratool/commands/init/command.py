@@ -43,8 +43,8 @@ from ...files.relaid import RelaidFile
 from ...files.weights_file import paths_of
 from ...numerics.arrays import Numbers
 from ...numerics.merge import ARITHMETIC_VERSION
+from ...streaming.parallel import choose_device, map_in_order, worker_count
 from ...streaming.threads import one_thread
-from ...streaming.workers import choose_device, map_in_order, worker_count
 from ...transform.image_base import choose_format, is_image_adapter, require_language_model, weights_for_format
 from ...views.init import InitReport, ModuleInit, ResidualReport
 from ...views.parts.numbers import share

@@ -36,8 +36,8 @@ from ...numerics.arrays import Array, Device, Numbers, doubled, fetched, like_of
 from ...numerics.linalg import concatenate, norm
 from ...numerics.seeded_random import Draw
 from ...numerics.svd import energy_of, row_blocks
+from ...streaming.parallel import map_in_order, worker_count
 from ...streaming.segment import UpdateLoader
-from ...streaming.workers import map_in_order, worker_count
 from ...transform.base import Base
 from ...transform.image import plan_image
 from ...transform.image_base import family_of, image_weights, is_image_adapter

@@ -44,8 +44,7 @@ from ...files.gguf_model import with_names_of_one
 from ...files.tensor_ref import BLOCK, TensorRef, require_finite, squared_norm
 from ...files.weights_file import paths_of
 from ...numerics.factored_svd import effective_rank, singular_values
-from ...streaming.segment import RowSegment, UpdateLoader
-from ...streaming.workers import map_in_order, worker_count
+from ...streaming.parallel import map_in_order, worker_count
 from ...views.inspect_adapter import AdapterGroup, AdapterInspection, Coverage, ModuleReport
 from ..inputs import refuse_adapter
 
@@ -235,6 +234,8 @@ def _norm_without_factors(adapter: Adapter, spec: UpdateSpec, placed: Sequence[P
 
 def _norm_of_change(placed: Sequence[Placed]) -> float | None:
     """Return ||W' - W||, with weights read by blocks of rows. None if the weights are not finite."""
+    from ...streaming.segment import RowSegment, UpdateLoader
+
     load, parts = UpdateLoader(), []
     for weight, placement, _ in placed:
         columns = weight.spec.size // placement.rows

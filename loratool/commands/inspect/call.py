@@ -1,13 +1,15 @@
-"""The calls of `inspect`, alone and with --spectra; that of `inspect --for` is in `convert.call`."""
+"""The calls of `inspect`, alone, with --spectra and with --for."""
 
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from ...architectures.runtimes.table import RUNTIMES
 from .. import calls
-from ..arguments import Opt, StrPath
+from ..arguments import Opt, StrPath, one_of
 from ..calls import Call, function_of
+from ..namings import RuntimeName
 
 if TYPE_CHECKING:
     from ...views.inspect_adapter import AdapterInspection  # noqa: F401
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
         CheckpointReport,  # noqa: F401
         MethodReport,  # noqa: F401
     )
+    from ...views.inspect_runtime import RuntimeInspection  # noqa: F401
     from ...views.inspect_spectra import SpectraReport  # noqa: F401
 
 
@@ -71,6 +74,32 @@ class Spectra(Call["SpectraReport"]):
     progress: calls.Progress = None
 
 
+@dataclass(frozen=True)
+class InspectFor(Call["RuntimeInspection"]):
+    """Report from headers what a runtime does with an adapter.
+
+    Args:
+        path: The adapter: a folder or a file.
+        runtime: Show what this program would ignore, misread or refuse in an adapter; exit with 1 if there is
+            anything. One of {words}.
+        base: The served model. Without it, names and what depends on its class are not compared.
+
+    Raises:
+        InputError: the files cannot be read, or the runtime is not known to support adapters for the base's class.
+        UsageError: there is no such runtime.
+    """
+
+    work: ClassVar[str] = "inspect.for_runtime.run_inspect_for"
+
+    path: StrPath
+    _: KW_ONLY
+    runtime: Annotated[RuntimeName, one_of(RUNTIMES), Opt("Checks", "RUNTIME")]
+    base: StrPath | None = None
+    alpha: calls.Alpha = None
+
+
 inspect = function_of(Inspect)
 
 spectra = function_of(Spectra)
+
+inspect_for = function_of(InspectFor)

@@ -30,8 +30,8 @@ from ...numerics.factored_svd import effective_rank, rank_of_energy, stable_rank
 from ...numerics.forms import Wide
 from ...numerics.spectrum import RANK_TOLERANCE, spectrum_points
 from ...numerics.svd import UNRESOLVED, singular_values_of
+from ...streaming.parallel import choose_device, map_in_order, worker_count
 from ...streaming.threads import one_thread
-from ...streaming.workers import choose_device, map_in_order, worker_count
 from ...views.inspect_spectra import SpectraReport, Spectrum
 from ...views.intruders import IntruderRule
 from ..inputs import open_model, without_base_option

@@ -50,11 +50,11 @@ from ...numerics.rounding_stats import RoundingStats
 from ...streaming.apply import plan_changed_tensors
 from ...streaming.encode import encode_tensor
 from ...streaming.items import HashBytes
+from ...streaming.parallel import choose_device, map_in_order, worker_count
 from ...streaming.ranks import current_job
 from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
-from ...streaming.workers import choose_device, map_in_order, worker_count
 from ...undo.checks import is_place
 from ...undo.reader import UnrecordedBytes, belongs, card_packer
 from ...undo.records import RecordedBlock

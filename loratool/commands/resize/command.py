@@ -43,8 +43,8 @@ from ...numerics.arrays import Array, Device, Numbers, fetched, like_of, sent
 from ...numerics.factored_svd import effective_rank, factored_svd, singular_values
 from ...numerics.forms import FORMS, Form, Wide
 from ...numerics.rounding_noise import product_noise_edge
+from ...streaming.parallel import Ahead, Progress, choose_device, map_in_order, worker_count
 from ...streaming.threads import one_thread
-from ...streaming.workers import Ahead, Progress, choose_device, map_in_order, worker_count
 from ...transform.expand import expand, kinds_to_expand
 from ...transform.in_memory import loss_warnings, open_converted, rank_notes
 from ...transform.lazy import start

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LoratoolError, MachineError
-from ...streaming.workers import Progress
+from ...streaming.parallel import Progress
 from ...views.run import RunReport, StepReport
 from ..arguments import StrPath
 from .call import Run

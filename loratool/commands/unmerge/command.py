@@ -48,11 +48,11 @@ from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
 from ...streaming.items import HashBytes
+from ...streaming.parallel import choose_device, map_in_order, worker_count
 from ...streaming.ranks import current_job
 from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
-from ...streaming.workers import choose_device, map_in_order, worker_count
 from ...undo.checks import prefix_of, spec_of
 from ...undo.reader import UndoFile, UnrecordedBytes, belongs
 from ...undo.records import Doubted

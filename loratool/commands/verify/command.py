@@ -38,9 +38,10 @@ from ...files.weights_file import WeightsFile, require_unchanged
 from ...numerics.arrays import rounded_to
 from ...numerics.forms import F32, FORMS, Form
 from ...streaming.forked import chosen
+from ...streaming.parallel import Progress, worker_count
 from ...streaming.ranks import Job, current_job
 from ...streaming.segment import UpdateLoader
-from ...streaming.workers import Progress, run_threads, worker_count
+from ...streaming.workers import run_threads
 from ...views.parts.numbers import plural
 from ...views.verify import TensorVerdict, VerifyReport
 from ..adapter_requests import parse_adapters
