@@ -20,6 +20,7 @@ import loratool
 from loratool import InputError, UsageError
 from loratool.adapters.formats import open_adapter
 from loratool.binding.modules.module_weights import resolve_weights, weight_of
+from loratool.numerics.tensors import tensor_of
 
 Run = Callable[..., Any]
 SDXL = FIXTURES / "sdxl"
@@ -248,7 +249,8 @@ def sums(out: Path) -> dict[str, Tensor]:
     """Return the delta of each module of a PEFT folder or a file, alphas heeded."""
     opened = open_adapter(out)
     loaded: dict[str, Any] = {module: opened.load(update) for module, update in opened.updates.items() if update.rank}
-    return {m: opened.updates[m].scale * u.B.double() @ u.A.double() for m, u in loaded.items()}
+    sides = {module: [tensor_of(side).double() for side in (update.B, update.A)] for module, update in loaded.items()}
+    return {module: opened.updates[module].scale * B @ A for module, (B, A) in sides.items()}
 
 
 class TestCombine:
