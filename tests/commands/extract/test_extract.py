@@ -150,6 +150,26 @@ def test_error_and_energy_are_those_of_the_dense_difference(
         assert 1 - found.kept == pytest.approx(float(left / D.norm()) ** 2, rel=2e-3, abs=1e-14)
 
 
+@pytest.mark.parametrize(
+    "options", [{"rank": 4, "certify": True}, {"energy": 0.6}, {"rank_rule": ("sv_ratio", 4.0)}], ids=str
+)
+def test_the_arrays_of_gpus_give_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Those are torch's tensors, here on the CPU."""
+    base, tuned = pair(tmp_path, {**SMALL, "model.layers.0.mlp.up_proj.weight": weights(700, 620)})
+    one = loratool.extract(base, tuned, tmp_path / "numpy", **options)
+    monkeypatch.setattr("loratool.commands.extract.extraction.like_of", lambda _: torch.empty(0, dtype=torch.float64))
+    other = loratool.extract(base, tuned, tmp_path / "torch", **options)
+    assert (one.parameters, other.kept, other.error) == (other.parameters, *map(near, (one.kept, one.error)))
+    for row, again in zip(one.modules, other.modules, strict=True):
+        assert (again.rank, again.kept, again.relative) == (row.rank, *map(near, (row.kept, row.relative)))
+
+
+def near(x: float | None) -> Any:
+    return pytest.approx(x, rel=1e-4)
+
+
 KINDS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "linear": ("model.layers.0.mlp.up_proj.weight", (30, 20), LLAMA),
     "conv1d": ("h.0.mlp.c_fc.weight", (20, 30), {"model_type": "gpt2"}),

@@ -439,6 +439,25 @@ class TestTheSameEverywhere:
         for key, tensor in second.items():
             assert torch.equal(tensor, first[key])
 
+    @pytest.mark.parametrize("method", INITS)
+    def test_the_arrays_of_gpus_give_the_same(
+        self, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those are torch's tensors, here on the CPU."""
+        base = write_model(tmp_path / "base", {**KINDS, "model.layers.1.mlp.up_proj.weight": weights(700, 620)}, LLAMA)
+        options = {"rank": 4, "target": ["all-linear", "lm_head"], "dora": method != "mica"}
+        start(tmp_path / "a", self.made(base, tmp_path / "a"), method, **options)
+        monkeypatch.setattr("loratool.commands.init.starter.like_of", lambda _: torch.empty(0, dtype=torch.float64))
+        start(tmp_path / "b", self.made(base, tmp_path / "b"), method, **options)
+        first, second = (load_file(tmp_path / x / "adapter" / "adapter_model.safetensors") for x in "ab")
+        assert first.keys() == second.keys()
+        for key, tensor in first.items():
+            side = key.replace("lora_A", "lora_B")
+            if side != key:
+                assert torch.allclose(first[side] @ tensor, second[side] @ second[key], atol=1e-5)
+            elif "lora_B" not in key:
+                assert torch.allclose(tensor, second[key])
+
     def made(self, base: Path, folder: Path) -> Path:
         folder.mkdir()
         return base
