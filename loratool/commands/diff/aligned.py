@@ -27,7 +27,7 @@ from ...errors import InputError
 from ...numerics.arrays import Array, Device, like_of, sent
 from ...numerics.factored_svd import FactoredSVD, factored_svd, in_common_bases
 from ...numerics.overlaps import Overlaps, overlaps
-from ...streaming.parallel import Progress, map_in_order, worker_count
+from ...streaming.parallel import Progress, keep_freed_memory, map_in_order, worker_count
 
 T = TypeVar("T")
 
@@ -163,6 +163,7 @@ def measure_modules(
         ]
 
     batches, results = list(_batches(factored)), list[T]()
+    keep_freed_memory()
     done, total = 0, sum(map(_nbytes, factored))
     with closing(map_in_order(work, batches, worker_count(device))) as measured:
         for batch, rows in zip(batches, measured, strict=True):
