@@ -144,8 +144,8 @@ def fetched(x: Array) -> npt.NDArray[Any]:
 
 
 def doubled(x: Array) -> Array:
-    """Return an array in float64."""
-    return x.astype(np.float64) if isinstance(x, np.ndarray) else x.double()
+    """Return an array in float64; itself if it is."""
+    return x.astype(np.float64, copy=False) if isinstance(x, np.ndarray) else x.double()
 
 
 @np.errstate(invalid="ignore")  # signaling nan

@@ -301,13 +301,13 @@ def _locate_by_end(family: ModelFamily, path: str) -> Located | None:
 
 
 def _join(stem: str, name: str) -> str:
-    return ".".join(each for each in (stem, name) if each)
+    return f"{stem}.{name}" if stem and name else stem or name
 
 
 def _absolute(stem: str, rows: Rows) -> Fused:
     """Return the rows of the table for a name, with the stem before their paths."""
     fused = rows if isinstance(rows, Fused) else Fused((rows,))
-    return replace(fused, runs=tuple(replace(run, module=_join(stem, run.module)) for run in _runs(fused)))
+    return Fused(tuple(Run(_join(stem, run.module), run.part, run.parts) for run in _runs(fused)), fused.sizes)
 
 
 def _runs(fused: Fused) -> tuple[Run, ...]:
