@@ -1,6 +1,6 @@
-"""The values of options whose implementations need torch, with their meanings.
+"""The values of options whose implementations need numpy, with their meanings.
 
-The tables are here so that help, completions and schemas start without torch. The module that implements an option has
+The tables are here so that help, completions and schemas start without numpy. The module that implements an option has
 a table with the same keys.
 """
 

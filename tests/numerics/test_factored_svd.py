@@ -88,6 +88,25 @@ def test_norms_inner_products_and_distances(pairs: tuple[Pair, Pair]) -> None:
     assert float(overlaps([one, one]).distances[0, 1]) == float(f.distance(one, one)) == 0
 
 
+def test_in_common_bases(pairs: tuple[Pair, Pair]) -> None:
+    given = [*pairs, pairs[0]]
+    changes = [f.factored_svd(*each) for each in f.in_common_bases(given)]
+    whole = [f.factored_svd(*each) for each in given]
+    (height, width), ranks = (pairs[0][0] @ pairs[0][1]).shape, sum(B.shape[1] for B, _ in pairs)
+    assert all(len(each.U) == min(height, ranks) and len(each.V) == min(width, ranks) for each in changes)
+    found, expected = overlaps(changes, (height, width)), overlaps(whole)
+    assert np.allclose(found.norms, expected.norms, rtol=1e-12)
+    for name in ("cosines", "relatives", "of_pairs", "of_sides", "of_all"):
+        assert np.allclose(getattr(found, name), getattr(expected, name), atol=1e-8), name
+    assert found.distances[0, 2] == 0
+    for side in ("U", "V"):
+        angles, expected_angles = (
+            f.principal_angles(*(getattr(each, side)[:, : int(each.rank())] for each in svds[:2]))
+            for svds in (changes, whole)
+        )
+        assert np.allclose(angles, expected_angles, atol=1e-8)
+
+
 def test_svd_ranks_and_truncation(pairs: tuple[Pair, Pair]) -> None:
     for B, A in pairs:
         D, found = B @ A, f.factored_svd(B, A)

@@ -120,8 +120,8 @@ class CombineChoices:
 class Combination:
     """The computation of the combined adapter, with the figures for its report.
 
-    Workers compute small results, each a module with one torch thread, so that the bytes do not depend on the number of
-    workers. Methods of entries have one matrix in memory at a time, and use all threads.
+    Workers compute small results, each a module with one thread of BLAS, so that the bytes do not depend on the number
+    of workers. Methods of entries have one matrix in memory at a time, and use all threads.
     """
 
     def __init__(
