@@ -125,7 +125,7 @@ def _converged(space: Krylov, top: int, energy: float) -> Leading | None:
     angle = _angles(values, rests)[:top]
     if bool((angle > ANGLE).any()):
         return None
-    U = qr(space.Q @ cast(sent(vectors[:, :top].copy(), space.Q), space.Q))[0]
+    U = qr(space.Q @ cast(sent(vectors[:, :top], space.Q), space.Q))[0]
     return Leading(U, np.sqrt(values[:top]), angle, energy)
 
 
