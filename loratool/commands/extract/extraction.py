@@ -167,6 +167,7 @@ class Extraction:
         with self._room.taken(math.prod(delta.weight.sizes[1:])):
             return self._factor_held(delta, rank)
 
+    @np.errstate(all="ignore")
     def _factor_held(self, delta: WeightDelta, rank: int) -> tuple[DeltaFactors, float]:
         weight, inputs, squares, edges = delta.weight, self._input_weights(delta), list[float](), list[float]()
         held = [*self._differences(delta, inputs)] if weight.sizes[0] == 1 else []
@@ -206,8 +207,7 @@ class Extraction:
             difference = matrix_difference(*sides, self._like)
             if inputs is not None:
                 matrix = as_matrix(difference.D, kind, shape)
-                with np.errstate(over="ignore"):
-                    matrix *= sent(inputs[e], self._like)
+                matrix *= sent(inputs[e], self._like)
                 if not isfinite(matrix).all():
                     raise InputError("its delta is too large to be weighted in float32", culprit=delta.weight.name)
             yield difference

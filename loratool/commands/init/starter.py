@@ -238,6 +238,7 @@ class AdapterInitializer:
     def close(self) -> None:
         self._factors.close()
 
+    @np.errstate(all="ignore")
     def _make_factors(self, adapted: AdaptedWeight) -> tuple[AdaptedWeight, dict[str, Numbers]]:
         weight, shape = adapted.weight, adapted.weight.spec.shape
         reads = self._init.reads or self._dora
@@ -301,6 +302,7 @@ def residual_errors(plan: MergePlan, result: Checkpoint) -> dict[str, tuple[floa
         return dict(zip(plan.placements, distances, strict=True))
 
 
+@np.errstate(all="ignore")
 def _residual_error(
     placement: Placement, load: UpdateLoader, base: TensorRef, residual: TensorRef
 ) -> tuple[float, float]:
