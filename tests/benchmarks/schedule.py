@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import trillion
 
 import loratool
@@ -115,9 +114,9 @@ def task_of(item: Item, costs: Costs) -> Task:
     if not isinstance(item, MapRows):
         return Task(costs.call + costs.copied * item.nbytes, item.nbytes, item.nbytes)
     weights = (item.stop - item.start) * item.columns
-    if item.source.dtype == torch.float64:  # codes, of a byte each
+    if item.source.weight:  # codes, of a byte each
         return Task(costs.call + costs.coded * weights, weights, item.nbytes)
-    return Task(costs.call + costs.merged * weights, weights * item.source.dtype.itemsize, item.nbytes)
+    return Task(costs.call + costs.merged * weights, weights * item.source.form.itemsize, item.nbytes)
 
 
 def simulate(tasks: Sequence[Task], costs: Costs, ranks: int, workers: int, bandwidth: float, tensors: int) -> Times:

@@ -18,7 +18,7 @@ import loratool
 from loratool.durable import fileio
 from loratool.durable.descriptors import RECENT, SHARE, kept_open
 from loratool.errors import InputError
-from loratool.streaming import workers
+from loratool.streaming import parallel, workers
 
 resource = pytest.importorskip("resource", reason="Windows sets no limit of a process from within")
 DESCRIPTORS, FREE = 40, 30
@@ -70,7 +70,7 @@ def test_many_adapters(tmp_path: Path, few: None) -> None:
 @pytest.mark.parametrize("forked", [False, True])
 def test_many_shards(tmp_path: Path, few: None, forked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "WORTH_A_FORK", 0 if forked else 1 << 60)
-    monkeypatch.setattr(workers, "worker_count", lambda: 2)
+    monkeypatch.setattr(parallel, "worker_count", lambda: 2)
     base, (adapter,) = write_base(tmp_path / "base", DESCRIPTORS + 6), write_adapters(tmp_path, 1, 3)
     loratool.merge(base, adapter, tmp_path / "merged")
     loratool.unmerge(tmp_path / "merged", adapter, tmp_path / "back")

@@ -20,7 +20,7 @@ from lib.harness.torchrun import ended, free_port, ranks_of
 from torch.distributed import HashStore, TCPStore
 
 from loratool.errors import InputError, MachineError
-from loratool.streaming import ranks, workers
+from loratool.streaming import parallel, ranks
 from loratool.streaming.parallel import choose_device, worker_count
 from loratool.streaming.ranks import Job, RankDone, current_job, rendezvous
 
@@ -309,7 +309,7 @@ def test_a_rank_whose_rank_0_does_not_come_says_so(monkeypatch: pytest.MonkeyPat
 
 class TestShares:
     def test_ranks_have_gpus_of_their_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(workers, "may_have_gpu", lambda: True)
+        monkeypatch.setattr(parallel, "may_have_gpu", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         for rank in range(4):

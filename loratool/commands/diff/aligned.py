@@ -26,6 +26,7 @@ from ...binding.weights.model_pairs import missing_prefix
 from ...errors import InputError
 from ...numerics.arrays import Array, Device, like_of, sent
 from ...numerics.factored_svd import FactoredSVD, factored_svd, in_common_bases
+from ...numerics.linalg import padded
 from ...numerics.overlaps import Overlaps, overlaps
 from ...streaming.parallel import Progress, keep_freed_memory, map_in_order, worker_count
 
@@ -141,10 +142,7 @@ def measure_modules(
     factored = [module for module in aligned if any(module.factored)]
     for module in factored:
         _require_one_shape(adapters, module)
-    like, reading = (
-        like_of(device),
-        threading.Lock(),
-    )  # adapters that are converted keep the last module that was asked for
+    like, reading = like_of(device), threading.Lock()  # converted adapters keep the last module that was asked for
 
     def load(module: AlignedModule, i: int) -> FactoredSVD:
         update = module.factored[i]
@@ -230,7 +228,12 @@ def _changes(
             pairs = [load_stacked_factors(adapters[i], update) for i, update in enumerate(module.factored) if update]
         small.append(in_common_bases([(sent(B, like), sent(A, like)) for B, A in pairs]))
     sides = pairs[0][0].shape[-2], pairs[0][1].shape[-1]
-    factors = ((np.stack(side) for side in zip(*each, strict=True)) for each in zip(*small, strict=True))
-    svds = {i: factored_svd(*each) for i, each in zip(having, factors, strict=True)}
+    # where two adapters have the same factors, the bases of all are smaller
+    p, q = max(each[0][0].shape[-2] for each in small), max(each[0][1].shape[-1] for each in small)
+    svds = {}
+    for i, cores in zip(having, zip(*small, strict=True), strict=True):
+        B = np.stack([padded(left, -2, p) for left, _ in cores])
+        A = np.stack([padded(right, -1, q) for _, right in cores])
+        svds[i] = factored_svd(B, A)
     nothing = svds[having[0]].nothing()
     return tuple(svds.get(i, nothing) for i in range(len(adapters))), sides

@@ -10,6 +10,7 @@ from torch import Tensor
 from loratool.adapters.updates.low_rank import LowRank
 from loratool.numerics.decide import Reals
 from loratool.numerics.products import Products
+from loratool.numerics.tensors import numbers_of
 
 STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
     "negative zero": lambda W: W * -0.0,
@@ -36,4 +37,4 @@ def _with_nans(W: Tensor) -> Tensor:
 
 def product_of(A: Tensor, B: Tensor, scale: float = 1.0) -> Reals:
     """Return the reals of X = W + scale * B @ A. A: (r, n), B: (m, r)."""
-    return Reals(Products(LowRank(A, B, scale).terms(1.0, False)).rows(0, len(B)))
+    return Reals(Products(LowRank(numbers_of(A), numbers_of(B), scale).terms(1.0, False)).rows(0, len(B)))
