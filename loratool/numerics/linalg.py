@@ -16,6 +16,8 @@ from .arrays import Array
 
 ROWS = 1024  # of a block of a tall matrix
 
+CONDITION = 100.0  # of columns, up to which their products tell the triangle to 12 digits
+
 
 class SVD(NamedTuple):
     """X = U diag(S) Vh with k = min(m, n)."""
@@ -61,9 +63,26 @@ def triangle_of(x: Array) -> Array:
     if torch:
         return torch.linalg.qr(x, mode="r").R
     if _is_tall(x):
+        R = _triangle_by_cholesky(x)
+        if R is not None:
+            return R
         blocks, rest = _row_blocks(x)
         x = _below_one_another(np.linalg.qr(blocks, mode="r"), rest)
     return np.linalg.qr(x, mode="r")
+
+
+@np.errstate(all="ignore")  # squares that overflow
+def _triangle_by_cholesky(x: Array) -> Array | None:
+    """Return the triangle of well conditioned columns from their products, in a third of the time, else None.
+
+    Its error is that of `qr` times the condition.
+    """
+    try:
+        L = np.linalg.cholesky(adjoint(x) @ x)
+        condition = norm(L, (-2, -1)) * norm(np.linalg.inv(L), (-2, -1))
+    except np.linalg.LinAlgError:
+        return None
+    return adjoint(L) if (condition < CONDITION).all() else None
 
 
 def _is_tall(x: Array) -> bool:

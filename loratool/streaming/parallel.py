@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 R = TypeVar("R")
 
+LOW_RANK = 32  # up to which Python's steps between two decompositions, one thread at a time, take as long as these
+
 MAX_WORKERS = 8  # with more, memory bandwidth is the limit, and each takes memory for buffers
 
 # Called with the bytes of output done so far and the total.
@@ -67,12 +69,15 @@ def may_have_gpu() -> bool:
     return platform.system() == "Windows" or any(any(Path("/dev").glob(driver)) for driver in drivers)
 
 
-def worker_count(device: object = "cpu") -> int:
+def worker_count(device: object = "cpu", rank: int | None = None) -> int:
     """Return how many workers to run: one for each core that this process may use, up to MAX_WORKERS.
 
     torchrun's ranks on a machine share its cores. Work on a device other than the CPU has one worker.
+
+    Args:
+        rank: of factors, if each item decomposes those of a module. Threads gain nothing at LOW_RANK.
     """
-    if str(device) != "cpu":
+    if str(device) != "cpu" or (rank is not None and rank <= LOW_RANK):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores // current_job().local_count, MAX_WORKERS))

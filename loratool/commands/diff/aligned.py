@@ -161,9 +161,10 @@ def measure_modules(
         ]
 
     batches, results = list(_batches(factored)), list[T]()
+    rank = max((sum(update.rank for update in module.factored if update) for module in factored), default=0)
     keep_freed_memory()
     done, total = 0, sum(map(_nbytes, factored))
-    with closing(map_in_order(work, batches, worker_count(device))) as measured:
+    with closing(map_in_order(work, batches, worker_count(device, rank))) as measured:
         for batch, rows in zip(batches, measured, strict=True):
             results += rows
             done += sum(map(_nbytes, batch))

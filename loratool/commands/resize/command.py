@@ -178,7 +178,7 @@ class _Resizing:
         self._spectra: dict[str, Wide] = {}  # squares of singular values, over a stack; of weighted ones if any
         self._figures: dict[str, Figures] = {}
         self._done, self._steps = 0, len(self._updates)
-        self._workers = worker_count(device)
+        self._workers = worker_count(device, max(update.rank for update in self._updates.values()))
         self._reading = threading.Lock()  # adapters that are converted keep the last module that was asked for
 
     def _load(self, module: str) -> tuple[Array, Array, Array | None]:
