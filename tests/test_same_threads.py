@@ -164,10 +164,11 @@ NUMBERS = (1, 2, 4)  # of threads and of workers
 
 @contextmanager
 def machine(threads: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give numpy and torch so many threads, and commands so many cores to work on."""
+    """Give numpy and torch so many threads, and commands so many cores to work on, at small ranks too."""
     before = set_threads(threads)
     with monkeypatch.context() as patched:
         patched.setattr(os, "sched_getaffinity", lambda pid: range(workers), raising=False)
+        patched.setattr("loratool.streaming.parallel.LOW_RANK", 0)
         try:
             yield
         finally:

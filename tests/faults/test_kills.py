@@ -112,7 +112,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for place, value in {"ROWS_ITEM": 200, "MIN_ROWS": 1, "BATCH": 1, "COPY_ITEM": 200}.items():
             patch.setattr(f"loratool.streaming.rewrite.{place}", value)
-        patch.setattr("loratool.undo.checks.RECORD", 400)
+        patch.setattr("loratool.undo.checks.RECORD", 100)
         loratool.merge("base", "adapter", "merged", workers=1)
         loratool.merge("one.safetensors", ("adapter", 0.5), "old.safetensors", workers=1)
         yield folder

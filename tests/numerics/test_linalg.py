@@ -19,7 +19,9 @@ def test_qr_of_tall_matrices(shape: tuple[int, ...], order: str) -> None:
     k = min(shape[-2:])
     assert Q.shape == (*shape[:-1], k) and R.shape == (*shape[:-2], k, shape[-1])
     assert np.allclose(Q @ R, x, atol=1e-13) and np.allclose(adjoint(Q) @ Q, np.eye(k), atol=1e-13)
-    assert np.array_equal(np.triu(R), R) and np.array_equal(triangle_of(x), R)
+    assert np.array_equal(np.triu(R), R)
+    triangle = triangle_of(x)  # its rows may have other signs
+    assert np.array_equal(np.triu(triangle), triangle) and np.allclose(np.abs(triangle), np.abs(R), atol=1e-12)
 
 
 @pytest.mark.parametrize("columns", [1, 3])
