@@ -32,7 +32,7 @@ from test_resize_speed import write
 pytestmark = pytest.mark.slow
 COMMAND = [sys.executable, "-c", "from loratool.cli import main; main()"]
 MOST_MB = 150
-BAR = 50  # characters of the longest bar
+BAR = 24  # characters of the longest bar
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +107,11 @@ def _rows(found: Mapping[str, Sequence[float]], most: Mapping[str, float]) -> li
 
 
 def chart(rows: Sequence[Row]) -> str:
-    """Return a bar for each row, with the multiple of the first row and its bound."""
+    """Return a bar for each row, with how many times the first row it is, and the bound of that."""
     longest, widest = max(row.seconds for row in rows), max(len(row.name) for row in rows)
     lines = []
     for row in rows:
-        bound = f", {row.seconds / rows[0].seconds:.2g} of the first (at most {row.most:g})" if row.most else ""
+        bound = f", {row.seconds / rows[0].seconds:.2g} times (at most {row.most:g})" if row.most else ""
         bar = "#" * max(1, round(BAR * row.seconds / longest))
         lines.append(f"{row.name:{widest}} {bar} {row.seconds:.2f} s{bound}\n")
     return "".join(lines)
