@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, LoratoolError, MachineError, NeedsFlag, UsageError
+from .errors import CheckError, InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
     from .commands.adapter_requests import AdapterPath, Adapters
@@ -116,6 +116,7 @@ __all__ = [
     "AdapterPath",
     "Adapters",
     "AdaptersDiff",
+    "CheckError",
     "CheckpointConvertReport",
     "CheckpointDiff",
     "CheckpointReport",

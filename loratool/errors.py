@@ -138,6 +138,13 @@ class NeedsFlag(LoratoolError):
         return f"{verb} {self.flags}{'' if comma or not self.why else ' '}{self.why}" if self.flags else None
 
 
+class CheckError(LoratoolError):
+    """A check said no: raised by a report's `check()`. The command line exits with 1 and prints the report instead."""
+
+    kind = "check"
+    exit_code = 1
+
+
 class MachineError(LoratoolError):
     """The machine failed: its disk, memory or device, or an extra of the package is not installed."""
 

@@ -14,7 +14,7 @@ from .parts.content import Axis, Curve, Figure, Heatmap, Page, Points, Sheet
 from .parts.document import Document, Line, TextSpan, line
 from .parts.numbers import all_digits, correlation, degrees, measure, plural, share, spread
 from .parts.pictures import grid, side_by_side
-from .parts.report import Report
+from .parts.report import DiffReport
 from .parts.rows import WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
 from .parts.writing import listed
@@ -95,7 +95,7 @@ class ModuleDiff:
 
 
 @dataclass(frozen=True)
-class AdapterDiff(Report):
+class AdapterDiff(DiffReport):
     """Two adapters, module by module and as a whole.
 
     Attributes:
@@ -139,10 +139,6 @@ class AdapterDiff(Report):
     kind: str = "adapters"
     above: float | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def said_no(self) -> str | None:
-        return None if self.above is None else "different"
 
     def is_above(self, limit: float) -> bool:
         """Return whether a distance is above a limit."""

@@ -11,7 +11,7 @@ from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, TextSpan, line, path
 from .parts.numbers import all_digits, dimensions, measure, plural, share
-from .parts.report import Report
+from .parts.report import DiffReport
 from .parts.rows import WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
 from .parts.writing import listed
@@ -47,7 +47,7 @@ class TensorDiff:
 
 
 @dataclass(frozen=True)
-class CheckpointDiff(Report):
+class CheckpointDiff(DiffReport):
     """Two checkpoints, tensor by tensor.
 
     Attributes:
@@ -76,10 +76,6 @@ class CheckpointDiff(Report):
     compared: int
     kind: str = "checkpoints"
     above: float | None = None
-
-    @property
-    def said_no(self) -> str | None:
-        return None if self.above is None else "different"
 
     def is_above(self, limit: float) -> bool:
         """Return whether a distance is above a limit. It is 1 for one-sided tensors, and infinite if unknown."""

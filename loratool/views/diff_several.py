@@ -25,7 +25,7 @@ from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, TextSpan, line
 from .parts.numbers import all_digits, correlation, measure, plural, rank, share, spread
-from .parts.report import Report
+from .parts.report import DiffReport
 from .parts.rows import WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
 from .parts.writing import listed
@@ -72,7 +72,7 @@ class ValueSpread:
 
 
 @dataclass(frozen=True)
-class AdaptersDiff(Report):
+class AdaptersDiff(DiffReport):
     """Three or more adapters, in their order, module by module and as a whole.
 
     Attributes:
@@ -107,10 +107,6 @@ class AdaptersDiff(Report):
     kind: str = "several"
     above: float | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def said_no(self) -> str | None:
-        return None if self.above is None else "different"
 
     def is_above(self, limit: float) -> bool:
         """Return whether a distance is above a limit."""

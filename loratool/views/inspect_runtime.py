@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from .parts.document import Document, Line, TextSpan, line, path
 from .parts.numbers import plural
-from .parts.report import Report
+from .parts.report import CheckReport
 from .parts.writing import command_line, labelled, listed
 
 
@@ -32,7 +32,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class RuntimeInspection(Report):
+class RuntimeInspection(CheckReport):
     """The result of `inspect --for`: what a runtime does with an unconverted adapter.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from .parts.document import Document, Line, line, path
 from .parts.numbers import plural
-from .parts.report import Report
+from .parts.report import CheckReport, Report
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class RunReport(Report):
+class RunReport(CheckReport):
     """The result of `run`.
 
     Attributes:
@@ -52,7 +52,7 @@ class RunReport(Report):
     def said_no(self) -> str | None:
         """The verdict of the verification at which the run stopped."""
         last: Report | None = self.steps[-1].report
-        return last.said_no if last else None
+        return None if last is None else last.said_no
 
     @property
     def status(self) -> str:

@@ -12,7 +12,7 @@ from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, TextSpan, TextTable, line, path
 from .parts.numbers import all_digits, plural
-from .parts.report import Report
+from .parts.report import CheckReport
 from .parts.rows import WORST, Category, Issue
 from .parts.table import GroupColumns, make_table
 from .parts.writing import command_line, labelled, listed, one_text, without_numbers
@@ -33,7 +33,7 @@ class TensorVerdict:
 
 
 @dataclass(frozen=True)
-class VerifyReport(Report):
+class VerifyReport(CheckReport):
     """The result of `verify`.
 
     Attributes:
@@ -76,8 +76,6 @@ class VerifyReport(Report):
         return None if self.status == "proven" else self.status
 
 
-SIGNS = {"proven": "=", "wrong": "!=", "inconclusive": "?="}  # between what was asked for and the merged model
-
 STATUS_STYLES = {"proven": "good", "wrong": "bad", "inconclusive": "attention"}
 
 # A fault of all that is wrong -> by how much the weight is another in the call that would be right
@@ -104,7 +102,7 @@ def verify_document(report: VerifyReport, verbose: bool) -> Document:
     for adapter in report.adapters:
         asked += [*line(" + "), path(adapter)]
     return Document(
-        subject=line(*asked, f" {SIGNS[report.status]} ", path(report.merged)),
+        subject=_subject(report, tuple(asked)),
         facts=(line(TextSpan("wrong", "bad"), f"  {all_of_them}: {one_text([each.detail for each in wrong])}"),)
         if is_one
         else (),
@@ -115,6 +113,14 @@ def verify_document(report: VerifyReport, verbose: bool) -> Document:
         hint=_hint(report, wrong, bool(coded)),
         verbose=verbose,
     )
+
+
+def _subject(report: VerifyReport, asked: Line) -> Line:
+    """Return the first line: an equation only once it is proven."""
+    merged = path(report.merged)
+    if report.status == "proven":
+        return line(*asked, " = ", merged)
+    return line(merged, " is not ", *asked) if report.status == "wrong" else line("is ", merged, " = ", *asked, "?")
 
 
 def _table(rows: Sequence[TensorVerdict], title: str, verbose: bool) -> TextTable:

@@ -59,7 +59,7 @@ def run_steps(
             error.message += where
             raise
         yield done[-1]
-        if (report := done[-1].report) and report.said_no:
+        if (report := done[-1].report) is not None and report.said_no:
             return
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ...errors import MachineError
+from ...errors import CheckError, MachineError
 from .document import Document, escape, text_of
 
 if TYPE_CHECKING:
@@ -83,6 +83,42 @@ class Report:
         from .html import to_html
 
         return to_html(self.document())
+
+
+class CheckReport(Report):
+    """Base class of the reports of checks, which can say no.
+
+    They are neither true nor false: `if verify(...)` would pass whatever was found.
+    """
+
+    @property
+    def ok(self) -> bool:
+        """Whether the check passed."""
+        return self.said_no is None
+
+    def check(self) -> None:
+        """Raise CheckError, with the report's last line, unless the check passed."""
+        if not self.ok:
+            shown = self.document()
+            raise CheckError(" ".join(map(text_of, shown.verdict)), remedy=shown.hint)
+
+    def __bool__(self) -> bool:
+        name = type(self).__name__
+        raise TypeError(f"is neither true nor false: use .ok of this {name}, or .check(), which raises")
+
+
+class DiffReport(CheckReport):
+    """Base class of the reports of `diff`, which say no if `--fail-above` is given and something is above it.
+
+    Attributes:
+        above: that limit; None if nothing is above one.
+    """
+
+    above: float | None
+
+    @property
+    def said_no(self) -> str | None:
+        return None if self.above is None else "different"
 
 
 @dataclass(frozen=True)
