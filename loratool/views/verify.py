@@ -19,17 +19,38 @@ from .parts.writing import command_line, labelled, listed, one_text, without_num
 
 
 @dataclass(frozen=True)
+class Misfit:
+    """What was found in a wrong tensor, E = W' - W, beside the requested delta D; of many tensors from a sample.
+
+    Attributes:
+        scale: the s that makes |E - s D| least.
+        cosine: of E and D.
+        distance: |E - D| / |D|.
+        differing: the share of the weights that differ from our merge.
+        steps: how many numbers of the dtype the farthest of these is off; None if it is, or should be, not finite.
+    """
+
+    scale: float
+    cosine: float
+    distance: float
+    differing: float
+    steps: int | None
+
+
+@dataclass(frozen=True)
 class TensorVerdict:
     """The verdict on one tensor.
 
     Attributes:
         verdict: exact, rounding, wrong, or requantized for codes that no merge of ours writes, which prove nothing.
         detail: the rounding, the fault, or the origin of the codes and the share of the delta that they keep.
+        misfit: of a wrong tensor under an adapter.
     """
 
     name: str
     verdict: str
     detail: str
+    misfit: Misfit | None = None
 
 
 @dataclass(frozen=True)

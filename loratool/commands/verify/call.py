@@ -29,6 +29,8 @@ class Verify(Call["VerifyReport"]):
         tied: The value that you gave to merge.
         initial: The value that you gave to merge.
         residual_base: Add it if you gave it to merge.
+        exhaustive: Examine every tensor that is wrong in full. By default a few are, and the others by a sample of
+            their rows.
         allow: inconclusive: accept a merge in which all updates are below half an ulp, so that nothing can be
             checked.
 
@@ -53,6 +55,7 @@ class Verify(Call["VerifyReport"]):
     allow: Annotated[
         Literal["inconclusive"] | Sequence[Literal["inconclusive"]], words_of(["inconclusive"]), Opt("Checks")
     ] = ()
+    exhaustive: Annotated[bool, Opt("Checks")] = False
     progress: calls.Progress = None
     workers: calls.Workers = None
 

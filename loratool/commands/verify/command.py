@@ -2,8 +2,9 @@
 
 All files are streamed. A tensor is exact if it has the bits of our replay of the merge. It is right with another
 rounding if one way of `roundings.ROUNDINGS` explains all of its weights. Else it is wrong, and `diagnosis.diagnose`
-describes the fault. `codes` judges quantized weights. If another program chose the codes, it only measures the share of
-the delta that they keep. Verdicts are independent, so torchrun's ranks share the tensors, and rank 0 sums up.
+describes the fault: of a few tensors from all weights, of the others from a sample of rows, since a no would take many
+times as long as a yes. `codes` judges quantized weights. If another program chose the codes, it only measures the share
+of the delta that they keep. Verdicts are independent, so torchrun's ranks share the tensors, and rank 0 sums up.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -43,17 +44,18 @@ from ...streaming.ranks import Job, current_job
 from ...streaming.segment import UpdateLoader
 from ...streaming.workers import run_threads
 from ...views.parts.numbers import plural
-from ...views.verify import TensorVerdict, VerifyReport
+from ...views.verify import Misfit, TensorVerdict, VerifyReport
 from ..adapter_requests import parse_adapters
 from ..arguments import parse_words
 from ..cards import described_call, input_word, weighted_word
 from ..inputs import open_inputs, refuse_adapter, require_residual_base, subtract_initial
 from .call import Verify
 from .codes import describe_share, judge_codes
-from .diagnosis import Sketches, describe_ulps, diagnose
-from .replay import Replay
-from .roundings import cast_wide
-from .trial import max_ulps_off, try_roundings
+from .diagnosis import Sketches, Sums, describe_ulps, diagnose
+from .replay import PickedWeights, Replay, has_terms_alone
+from .rounding_bounds import Predictions
+from .roundings import ONE_ROUNDING, cast_wide
+from .trial import is_single_rounding, max_ulps_off, try_roundings
 
 BUFFERS = re.compile(
     r"(^|[./])(position_ids|(original_)?inv_freq|masked_bias|causal_mask|relative_position_index|num_batches_tracked|"
@@ -94,6 +96,12 @@ def is_optional(name: str, shape: Sequence[int], architecture: str) -> bool:
     return classes is not None and not re.search(classes, architecture)
 
 
+EXAMINED = 1 << 18  # weights of wrong tensors that are examined in full, or this share of all:
+
+EXAMINED_SHARE = 1 / 64
+
+FEW = 1 / 256  # of a block's weights: if more differ from our replay, all roundings are tried on all weights
+
 LITTLE = 0.5  # the share of a change that codes keep, below which a warning says so
 
 NOTHING_REQUESTED = "the delta is zero everywhere: the base is equal to its merge with these adapters"
@@ -118,7 +126,13 @@ def run_verify(call: Verify) -> VerifyReport:
         inputs, job = [input_word(call.base), *map(weighted_word, weighted), input_word(call.merged)], current_job()
         job.agree("plan", _digest(described_call(call, inputs), read, sizes))
         findings_here = dict(
-            _in_parallel(_TensorVerifier(plan, merged), sizes, job, call.workers or worker_count(), call.progress)
+            _in_parallel(
+                _TensorVerifier(plan, merged, call.exhaustive),
+                sizes,
+                job,
+                call.workers or worker_count(),
+                call.progress,
+            )
         )
         require_unchanged(read)
         findings = _gathered(job, findings_here, sizes)
@@ -183,13 +197,14 @@ def _gathered(job: Job, findings_here: Mapping[str, _Finding], names: Iterable[s
         RankDone: on all ranks but 0.
     """
     fields_by_name = {
-        name: (each.verdict and (each.verdict.verdict, each.verdict.detail), each.asked, each.moves, each.recoded)
+        name: (each.verdict and asdict(each.verdict), each.asked, each.moves, each.recoded)
         for name, each in findings_here.items()
     }
     findings = dict[str, _Finding]()
     for text in job.gather("findings", json.dumps(fields_by_name)):
         for name, (verdict, *rest) in json.loads(text).items():
-            findings[name] = _Finding(verdict and TensorVerdict(name, *verdict), *rest)
+            misfit = verdict and verdict.pop("misfit")
+            findings[name] = _Finding(verdict and TensorVerdict(**verdict, misfit=misfit and Misfit(**misfit)), *rest)
     return {name: findings[name] for name in names}
 
 
@@ -293,11 +308,12 @@ def _is_copy(plan: MergePlan, merged: Checkpoint, name: str) -> bool:
 class _TensorVerifier:
     """A function from a tensor's name to its finding."""
 
-    def __init__(self, plan: MergePlan, merged: Checkpoint) -> None:
+    def __init__(self, plan: MergePlan, merged: Checkpoint, exhaustive: bool) -> None:
         self._plan, self._found = plan, merged
         self._load = UpdateLoader()
         self._kinds = _stored_types(plan, merged)
         self._sketches: Sketches = {}
+        self._examined = {*plan.placements} if exhaustive else _drawn(plan)
         self._moves = False  # some finding has it
 
     @np.errstate(all="ignore")  # inf and nan
@@ -323,21 +339,33 @@ class _TensorVerifier:
             if same:
                 return TensorVerdict(name, "exact", "") if changed else None
             return TensorVerdict(name, "wrong", "its values differ from those of the base or the adapter")
-        wrong, ulps_off, unsupported = self._compare(name, merged, finding)
-        if not wrong:
-            return TensorVerdict(name, "exact", "") if changed else self._as_stored(name, source, merged, unsupported)
+        off = self._compare(name, merged, finding)
+        if not off.wrong and not changed:
+            return self._as_stored(name, source, merged, off.unsupported)
+        if not off.wrong:
+            return TensorVerdict(name, "exact", "")
         if source.weight and not changed and _decoded_in_float32(self._replay(name), merged):
             return TensorVerdict(name, "rounding", "codes dequantized in float32, then rounded")
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
             return TensorVerdict(
-                name, "wrong", f"{plural(wrong, 'weight')} of {what} altered, {describe_ulps(ulps_off)}"
+                name, "wrong", f"{plural(off.wrong, 'weight')} of {what} altered, {describe_ulps(off.ulps)}"
             )
-        outcome = try_roundings(self._replay(name), merged, self._load, self._stored(name, source, merged))
-        if outcome.title is not None:
-            return TensorVerdict(name, "rounding", outcome.title)
-        beyond = ulps_off if outcome.outside == wrong else outcome.beyond
-        return TensorVerdict(name, "wrong", diagnose(self._plan, name, merged, outcome.outside, beyond, self._sketches))
+        replay, stored = self._replay(name), self._stored(name, source, merged)
+        if off.picked and not stored and is_single_rounding(off.picked, replay, off.predictions):
+            return TensorVerdict(name, "rounding", ONE_ROUNDING)
+        spans = () if name in self._examined else replay.drawn(name)
+        trial = try_roundings(replay, merged, self._load, stored, spans)
+        if spans and not trial.disproved:
+            spans, trial = (), try_roundings(replay, merged, self._load, stored)
+        if trial.title is not None:
+            return TensorVerdict(name, "rounding", trial.title)
+        trial = replace(trial, beyond=off.ulps) if trial.outside == off.wrong else trial
+        sums = Sums()
+        for block in replay.blocks(merged, spans):
+            sums.add(block)
+        fault = diagnose(self._plan, name, merged, trial, sums, self._sketches, spans)
+        return TensorVerdict(name, "wrong", fault, sums.misfit(off.wrong / merged.spec.size, off.ulps))
 
     def _judge_codes(self, name: str, merged: TensorRef, finding: _Finding) -> TensorVerdict | None:
         judged = judge_codes(self._plan, name, merged, self._load, self._moves)
@@ -384,25 +412,57 @@ class _TensorVerifier:
             )
         return TensorVerdict(name, "rounding", f"{name} is stored as {merged_type}, but as {base_type} in the base")
 
-    def _compare(self, name: str, merged: TensorRef, finding: _Finding) -> tuple[int, float, int]:
-        """Compare a tensor with its replay.
-
-        Returns:
-            How many weights differ, by how many ulps at most, and how many weights of the base the merged tensor's
-            type cannot hold.
-        """
-        wrong, ulps_off, unsupported = 0, 0.0, 0
-        asked = any(placement.weight for placement in self._plan.placements.get(name, ()))  # X has rounding noise
-        for block in self._replay(name).blocks(merged):
+    def _compare(self, name: str, merged: TensorRef, finding: _Finding) -> _Differences:
+        """Compare a tensor with its replay."""
+        placements, replay = self._plan.placements.get(name, ()), self._replay(name)
+        found = _Differences(Predictions(replay, merged, self._load))
+        asked = any(placement.weight for placement in placements)  # X has rounding noise
+        is_simple = bool(placements) and all(map(has_terms_alone, placements))
+        for block in replay.blocks(merged):
             out, stats = block.expected
             finding.asked |= asked and stats.change_squared > 0
             finding.moves |= stats.changed > 0
             if block.piece is None and out.form != block.base.form:
-                unsupported += int(np.count_nonzero(out.wide() != block.base.wide()))
+                found.unsupported += int(np.count_nonzero(out.wide() != block.base.wide()))
             off = out.bits != block.merged.bits
-            wrong += int(np.count_nonzero(off))
-            ulps_off = max(ulps_off, max_ulps_off(out, block.merged, off))
-        return wrong, ulps_off, unsupported
+            if count := int(np.count_nonzero(off)):
+                found.wrong += count
+                found.ulps = max(found.ulps, max_ulps_off(out, block.merged, off))
+                is_simple &= out.form.itemsize == 2 and block.piece is not None and count <= FEW * off.size
+                found.picked.append(PickedWeights.of(block, off, found.predictions.deltas)) if is_simple else None
+            is_simple &= not stats.not_finite and not stats.overflowed
+        found.picked = found.picked if is_simple else []
+        return found
+
+
+@dataclass
+class _Differences:
+    """The weights of a tensor that differ from our replay.
+
+    Attributes:
+        wrong: how many.
+        ulps: by how many at most.
+        unsupported: how many weights of the base the merged tensor's type cannot hold.
+        picked: all of them, if they are few and `is_single_rounding` can judge them.
+    """
+
+    predictions: Predictions
+    wrong: int = 0
+    ulps: float = 0.0
+    unsupported: int = 0
+    picked: list[PickedWeights] = field(default_factory=list)
+
+
+def _drawn(plan: MergePlan) -> set[str]:
+    """Return the tensors that are examined in full if they are wrong, drawn by their names."""
+    sizes = {name: plan.sources[name].spec.size for name in plan.placements}
+    left, drawn = max(EXAMINED, int(EXAMINED_SHARE * sum(sizes.values()))), set[str]()
+    for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        drawn.add(name)
+        left -= sizes[name]
+        if left <= 0:
+            break
+    return drawn
 
 
 def _decoded_in_float32(replay: Replay, merged: TensorRef) -> bool:

@@ -7,8 +7,8 @@ prediction is the diagnosis. If none is near, the sizes of the requested and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -19,8 +19,10 @@ from ...numerics.forms import Wide
 from ...streaming.segment import UpdateLoader
 from ...undo.records import CodedRows
 from ...views.parts.numbers import measure, plural
-from .replay import Replay, ReplayBlock, adds
+from ...views.verify import Misfit
+from .replay import Replay, ReplayBlock, Spans, adds
 from .roundings import cast_wide
+from .trial import TrialOutcome
 
 
 def _scaled(factor: Callable[[Placement], float]) -> Callable[[Placement], Placement | None]:
@@ -91,35 +93,73 @@ def describe_ulps(ulps: float) -> str:
     return f"by up to {plural(round(ulps), 'ulp') if ulps < MANY else f'{measure(ulps)} ulps'}"
 
 
-def diagnose(plan: MergePlan, name: str, merged: TensorRef, outside: int, ulps_off: float, sketches: Sketches) -> str:
+@dataclass
+class Sums:
+    """Sums over weights of the delta that was found, E = W' - W, and of the requested one, D = X - W."""
+
+    found: float = 0.0  # <E, E>
+    asked: float = 0.0  # <D, D>
+    both: float = 0.0  # <E, D>
+    apart: float = 0.0  # <E - D, E - D>
+
+    def add(self, block: ReplayBlock) -> None:
+        W = block.base.wide()
+        E, D = (finite(x - W) for x in (block.merged.wide(), block.reals[0]))
+        self.found += float((E * E).sum())
+        self.asked += float((D * D).sum())
+        self.both += float((E * D).sum())
+        self.apart += float(np.square(E - D).sum())
+
+    @property
+    def cosine(self) -> float:
+        """Of E and D; 0 if one of them is 0."""
+        sizes = math.sqrt(self.found) * math.sqrt(self.asked)
+        return self.both / sizes if sizes else 0.0
+
+    def misfit(self, differing: float, steps: float) -> Misfit | None:
+        """Return the figures of what was found. None if no delta was requested, or the sums overflowed."""
+        if not self.asked or not all(map(math.isfinite, (self.found, self.asked, self.both, self.apart))):
+            return None
+        whole = None if math.isinf(steps) else round(steps)
+        return Misfit(self.both / self.asked, self.cosine, math.sqrt(self.apart / self.asked), differing, whole)
+
+
+def diagnose(
+    plan: MergePlan,
+    name: str,
+    merged: TensorRef,
+    trial: TrialOutcome,
+    sums: Sums,
+    sketches: Sketches,
+    spans: Spans = (),
+) -> str:
     """Return in words what is wrong with a tensor.
 
     Args:
-        outside: how many weights no rounding explains.
-        ulps_off: by how many ulps the farthest of them is off.
+        trial: how many weights no rounding explains, and how far the farthest of them is off.
+        sums: of the tensor, or of the spans.
         sketches: a cache for this plan.
+        spans: look at these rows alone.
     """
-    fault = find_fault(plan, name, merged, sketches)
+    fault = find_fault(plan, name, merged, sketches, spans)
     if fault:
         return fault
-    if outside <= max(64, merged.spec.size // 1000):
-        return f"{plural(outside, 'weight')} altered, {describe_ulps(ulps_off)}"
-    E2 = D2 = ED = 0.0  # of the delta found, E, and the requested one, D
-    for block in _replay(plan, name, plan.placements[name]).blocks(merged):
-        W = block.base.wide()
-        E, D = (finite(x - W) for x in (block.merged.wide(), block.reals[0]))
-        E2, D2, ED = E2 + float((E * E).sum()), D2 + float((D * D).sum()), ED + float((E * D).sum())
-    if E2 * D2 and ED > CLOSE * (E2 * D2) ** 0.5 and abs(ED / D2 - 1) > 0.1:
-        return f"the delta is {ED / D2:.3g} times what it should be"
-    if ED > 0.2 * D2:
-        return "it has the delta and another change"
-    return "it is not this base with this adapter"
+    if not spans and trial.outside <= max(64, merged.spec.size // 1000):
+        return f"{plural(trial.outside, 'weight')} altered, {describe_ulps(trial.beyond)}"
+    times = sums.both / sums.asked if sums.asked else 0.0
+    if sums.cosine > CLOSE and abs(times - 1) > 0.1:
+        return f"the delta is {times:.3g} times what it should be"
+    return "it has the delta and another change" if times > 0.2 else "it is not this base with this adapter"
 
 
-def find_fault(plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches) -> str | None:
-    """Return the fault that predicts a tensor far better than the requested merge. None if no fault does."""
-    misses = _distance(_replay(plan, name, plan.placements[name]), merged)
-    fault, nearest = _likeliest_fault(plan, name, merged, misses, sketches)
+def find_fault(plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches, spans: Spans = ()) -> str | None:
+    """Return the fault that predicts a tensor far better than the requested merge. None if no fault does.
+
+    Args:
+        spans: compare these rows alone.
+    """
+    misses = _distance(_replay(plan, name, plan.placements[name]), merged, spans)
+    fault, nearest = _likeliest_fault(plan, name, merged, misses, sketches, spans)
     return fault if nearest < NEARER * misses else None
 
 
@@ -127,9 +167,9 @@ def _replay(plan: MergePlan, name: str, placements: Sequence[Placement]) -> Repl
     return Replay(plan.sources[name], placements, UpdateLoader())
 
 
-def _distance(replay: Replay, merged: TensorRef, sample: bool = False) -> float:
-    """Return the sum of the squared differences between a tensor and a rounded replay."""
-    blocks = replay.blocks(merged, sample)
+def _distance(replay: Replay, merged: TensorRef, spans: Spans = ()) -> float:
+    """Return the sum of the squared differences between a tensor, or spans of its rows, and a rounded replay."""
+    blocks = replay.blocks(merged, spans)
     return sum(float(np.square(finite(_rounded(block, merged) - block.merged.wide())).sum()) for block in blocks)
 
 
@@ -142,7 +182,7 @@ def _rounded(block: ReplayBlock, merged: TensorRef) -> Wide:
 
 
 def _likeliest_fault(
-    plan: MergePlan, name: str, merged: TensorRef, misses: float, sketches: Sketches
+    plan: MergePlan, name: str, merged: TensorRef, misses: float, sketches: Sketches, spans: Spans
 ) -> tuple[str, float]:
     """Return the best of FAULTS and OTHERS, and the squared distance of its prediction. ("", inf) if there is none."""
     placements, faults = plan.placements[name], {"": math.inf}
@@ -151,15 +191,17 @@ def _likeliest_fault(
         faulty = tuple(instead for instead in map(fault, placements) if instead is not None)
         is_transposed = any(p.transposed != q.transposed for p, q in zip(placements, faulty, strict=False))
         if faulty != placements and (is_square or not is_transposed):
-            faults[title] = _distance(_replay(plan, name, faulty), merged)
+            faults[title] = _distance(_replay(plan, name, faulty), merged, spans)
     likeliest = min(faults, key=lambda title: faults[title])
     if misses and faults[likeliest] > 0.01 * misses:
-        other = _likeliest_other(plan, name, merged, sketches)
+        other = _likeliest_other(plan, name, merged, sketches, spans)
         return min((likeliest, faults[likeliest]), other, key=lambda pair: pair[1])
     return likeliest, faults[likeliest]
 
 
-def _likeliest_other(plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches) -> tuple[str, float]:
+def _likeliest_other(
+    plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches, spans: Spans
+) -> tuple[str, float]:
     """Return the best of OTHERS by a few rows of each tensor of the same shape, and its distance over all rows."""
     mine, tried, others = plan.placements[name], {}, {}
     for other, source in plan.sources.items():
@@ -171,11 +213,11 @@ def _likeliest_other(plan: MergePlan, name: str, merged: TensorRef, sketches: Sk
         for title, is_swapped in OTHERS.items():
             if theirs or is_swapped:
                 replay = _replay(plan, other if is_swapped else name, theirs)
-                tried[title.format(other=other)] = replay, _distance(replay, merged, sample=True)
+                tried[title.format(other=other)] = replay, _distance(replay, merged, replay.middle())
     if not tried:
         return "", math.inf
     title = min(tried, key=lambda title: tried[title][1])
-    return title, _distance(tried[title][0], merged)
+    return title, _distance(tried[title][0], merged, spans)
 
 
 def _nearest_others(
@@ -194,9 +236,9 @@ def _nearest_others(
         return list(others)
     kind = merged.spec.dtype
     for tensor in (tensor for tensor in (name, *others) if (tensor, kind) not in sketches):
-        (block,) = _replay(plan, tensor, plan.placements.get(tensor, ())).blocks(merged, sample=True)
+        (block,) = _middle(_replay(plan, tensor, plan.placements.get(tensor, ())), merged)
         sketches[tensor, kind] = _sketch(block.base.wide()), _sketch(block.reals[0])
-    (block,) = _replay(plan, name, plan.placements[name]).blocks(merged, sample=True)
+    (block,) = _middle(_replay(plan, name, plan.placements[name]), merged)
     W, wanted = sketches[name, kind][0], _sketch(block.merged.wide())
     if any(sketches[other, kind][0].shape != W.shape for other in others):
         return list(others)
@@ -208,6 +250,10 @@ def _nearest_others(
     order = np.minimum(*misses).argsort(kind="stable").tolist()
     names = list(others)
     return [names[i] for i in order[:TRIED]]
+
+
+def _middle(replay: Replay, merged: TensorRef) -> Iterator[ReplayBlock]:
+    return replay.blocks(merged, replay.middle())
 
 
 def _sketch(x: Wide) -> Wide:

@@ -6,23 +6,32 @@ separate, so that `rounding_bounds` can round each by itself.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from ...adapters.updates.dora import DoRA
+from ...adapters.updates.low_rank import LowRank
 from ...adapters.updates.update import RowsOfDelta, Update
 from ...binding.modules.placement import Placement
 from ...files.tensor_ref import TensorRef
-from ...numerics.arrays import ON_CPU, Numbers, rounded_to
-from ...numerics.forms import Form, Wide
+from ...numerics.arrays import ON_CPU, Numbers, rounded_to, take
+from ...numerics.forms import Form, Positions, Wide
 from ...numerics.products import Term
 from ...numerics.rounding_stats import RoundingStats, cast_rounded
 from ...numerics.workspace import Workspace
 from ...streaming.apply import segments
 from ...streaming.segment import RowSegment, UpdateLoader
+
+Flags = npt.NDArray[np.bool_]
+
+Floats = npt.NDArray[np.float32] | Wide
+
+Spans = Sequence[tuple[int, int]]  # first row, row after the last
 
 U32 = 2.0**-24  # half an ulp of float32, relative
 
@@ -31,6 +40,10 @@ ROWS = 128  # of a block, unless these are more than NUMBERS
 NUMBERS = 1 << 21
 
 WAYS = 3  # to compute a delta in float32
+
+SPANS = 4  # that are drawn of a tensor's rows
+
+SPAN = 4  # rows of each
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,16 @@ class ReplayBlock:
     base: Numbers  # (rows, n), in the base's type
     merged: Numbers  # (rows, n), in the merged model's type
     work: Workspace
+
+    @property
+    def width(self) -> int:
+        """How many columns the tensor has."""
+        return self.base.shape[1]
+
+    def product(self, left: Numbers | Floats, right: Numbers | Floats, start: int) -> Floats:
+        """Return left @ right for its weights, (rows, n). Its first row is row `start` of `left`."""
+        product: Floats = floats(left[start : start + len(self.base)]) @ floats(right[:, : self.width])
+        return product
 
     @cached_property
     def expected(self) -> tuple[Numbers, RoundingStats]:
@@ -60,6 +83,45 @@ class ReplayBlock:
         return (self.base.wide(), None) if self.piece is None else self.piece.reals(self.base, self.first)
 
 
+@dataclass(frozen=True)
+class PickedWeights(ReplayBlock):
+    """A few weights of a block, each with its row and column there, as the only row of a block of their own."""
+
+    rows: Positions
+    columns: Positions
+    row_length: int  # of the block
+    replayed: Numbers  # (1, n), as `merge` writes them
+    deltas: AdapterDeltas
+
+    @classmethod
+    def of(cls, block: ReplayBlock, where: Flags, deltas: AdapterDeltas) -> PickedWeights:
+        """Pick the weights of a block where a mask is set."""
+        places = np.flatnonzero(where)
+        base, merged, replayed = (
+            Numbers(take(x, places)[None], x.form) for x in (block.base, block.merged, block.expected[0])
+        )
+        rows, columns = np.divmod(places, where.shape[1])
+        picked = block.first, block.inside, block.piece, base, merged, block.work
+        return cls(*picked, rows, columns, where.shape[1], replayed, deltas)
+
+    @property
+    def width(self) -> int:
+        return self.row_length
+
+    def product(self, left: Numbers | Floats, right: Numbers | Floats, start: int) -> Floats:
+        dots: Floats = np.einsum("kr,rk->k", floats(left[start + self.rows]), floats(right[:, self.columns]))
+        return dots[None]
+
+    @cached_property
+    def expected(self) -> tuple[Numbers, RoundingStats]:
+        return self.replayed, RoundingStats()
+
+    @cached_property
+    def reals(self) -> tuple[Wide, Wide | None]:
+        """X and a of additive updates alone."""
+        return self.base.wide() + sum(delta.change for delta in self.deltas.of(self)), None
+
+
 class Replay:
     """A tensor under its placements, block by block."""
 
@@ -69,17 +131,37 @@ class Replay:
         if source.weight and not placements:  # each matrix of a stack by its rows
             self.rows = source.spec.size // source.spec.shape[-1]
 
-    def blocks(self, merged: TensorRef, sample: bool = False) -> Iterator[ReplayBlock]:
-        """Yield the blocks of a tensor beside `merged`. With `sample` yield only one small block from the middle."""
+    def drawn(self, name: str) -> Spans:
+        """Return a few spans of rows, drawn by the adapters' hashes and the tensor's name and shape."""
+        key = [name, str(self.source.spec.shape), *dict.fromkeys(p.adapter.sha256 for p in self.placements)]
+        digest, apart = hashlib.sha256("\n".join(key).encode()).digest(), max(SPAN, self.rows // SPANS)
+        drawn = (int.from_bytes(digest[8 * k : 8 * k + 8], "little") % (apart - SPAN + 1) for k in range(SPANS))
+        starts = [k * apart + offset for k, offset in enumerate(drawn) if k * apart + offset < self.rows]
+        return [(first, min(first + SPAN, self.rows)) for first in starts]
+
+    def middle(self) -> Spans:
+        """Return a span of rows from the middle."""
+        first = self.rows // 2
+        return [(first, first + max(1, self._height // 4))]
+
+    @property
+    def _columns(self) -> int:
+        return self.source.spec.size // max(1, self.rows)
+
+    @property
+    def _height(self) -> int:
+        return max(1, min(ROWS, NUMBERS // max(1, self._columns)))
+
+    def blocks(self, merged: TensorRef, spans: Spans = ()) -> Iterator[ReplayBlock]:
+        """Yield the blocks of a tensor beside `merged`, or what is in these spans of its rows alone."""
         merged = merged.as_stored(merged.spec.dtype)  # compared in the type that it has
-        work, columns = Workspace(), self.source.spec.size // max(1, self.rows)
-        height = max(1, min(ROWS, NUMBERS // max(1, columns)))
+        work, columns, height = Workspace(), self._columns, self._height
         for start, stop, inside in segments(self.placements, {0, self.rows}):
-            if sample and not start <= self.rows // 2 < stop:
-                continue
             piece = RowSegment(self.source, columns, start, stop, inside, self._load) if inside else None
-            for first in [self.rows // 2] if sample else range(start, stop, height):
-                last = min(first + (max(1, height // 4) if sample else height), stop)
+            whole = [(first, first + height) for first in range(start, stop, height)]
+            parts = [(max(start, first), last) for first, last in spans if first < stop and start < last]
+            for first, end in parts if spans else whole:
+                last = min(end, stop)
                 rows = merged.read_matrix(self.rows, first, last)
                 base = self.source.as_stored(rows.form.name).read_matrix(self.rows, first, last)
                 yield ReplayBlock(first, tuple(inside), piece, base, rows, work)
@@ -136,13 +218,13 @@ class _Added:
     terms: list[Term]
     of_rows: RowsOfDelta | None  # what it adds beside them
 
-    def dense(self, rows: slice, columns: int) -> Wide:
-        """Return these of its rows in float64, (rows, columns)."""
-        total = np.zeros((rows.stop - rows.start, columns))
+    def of(self, block: ReplayBlock, start: int) -> Wide:
+        """Return what it adds to a block, whose first row is its row `start`, (rows, n)."""
+        total = np.zeros(block.base.shape)
         for term in self.terms:
-            total += float(term.scale) * (term.left[rows].wide() @ term.right[:, :columns].wide())
+            total += float(term.scale) * block.product(term.left, term.right, start)
         if self.of_rows:
-            delta, part = self.of_rows(rows.start, rows.stop), np.empty_like(total)
+            delta, part = self.of_rows(start, start + len(total)), np.empty_like(total)
             delta.dense(np.float64, ON_CPU).fill(slice(0, len(total)), 0.0, part)
             total += part
         return total
@@ -189,24 +271,36 @@ class AdapterDeltas:
 
 def _bound(block: ReplayBlock, loaded: _Loaded, kind: Form | None) -> AdapterDelta:
     placement, added = loaded.placement, loaded.of(kind)
-    start, columns = placement.skip + block.first - placement.start, block.base.shape[1]
-    rows = slice(start, start + len(block.base))
-    change = added.dense(rows, columns)
-    sizes = np.abs(loaded.of(kind, absolute=True).dense(rows, columns))
+    start, columns = placement.skip + block.first - placement.start, block.width
+    change = added.of(block, start)
+    sizes = np.abs(loaded.of(kind, absolute=True).of(block, start))
     left, right, scale = added.factors(placement, columns) or (np.zeros(0), np.zeros(0), 1.0)
-    ways = [change.astype(np.float32)] * WAYS
+    ways: list[Floats] = [change.astype(np.float32)] * WAYS
     if len(right):
-        L, R, root = left[rows].astype(np.float32), right.astype(np.float32), abs(scale) ** 0.5
-        ways[1:] = (L @ R) * scale, (L * root) @ (R * (root if scale > 0 else -root))
+        L, R, root = left.astype(np.float32), right.astype(np.float32), abs(scale) ** 0.5
+        ways[1:] = (
+            block.product(L, R, start) * scale,
+            block.product(L * root, R * (root if scale > 0 else -root), start),
+        )
     slack = sizes * (U32 * (len(right) + 8))
     errors = np.abs(np.stack(ways).astype(np.float64) - change)
-    m, gain, (_, a) = loaded.magnitude, np.ones((1, 1)), block.reals
+    m, gain = loaded.magnitude, np.ones((1, 1))
     if m is not None:
-        alike = columns_of_a_norm(placement, columns)
-        m = np.repeat(m, alike)[None] if norm_axis(placement) == 1 else m[rows, None]
+        alike, (_, a) = columns_of_a_norm(placement, columns), block.reals
+        m = np.repeat(m, alike)[None] if norm_axis(placement) == 1 else m[start : start + len(block.base), None]
         if a is not None and placement.weight:
             gain = (np.abs(a) + abs(1 - placement.weight)) / abs(placement.weight)
     return AdapterDelta(change, slack, scale, placement, sizes, errors, gain, m)
+
+
+def floats(x: Numbers | Floats) -> Floats:
+    """Return numbers in float64; floats as they are."""
+    return x.wide() if isinstance(x, Numbers) else x
+
+
+def has_terms_alone(placement: Placement) -> bool:
+    """Return whether an update adds products of factors, and nothing else."""
+    return placement.update.additive and placement.update.cls is LowRank
 
 
 def normalizes_rows(placement: Placement) -> bool:

@@ -13,18 +13,15 @@ from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
-import numpy.typing as npt
 
 from ...files.dtypes import TORCH_FLOATS
 from ...files.tensor_ref import TensorRef
 from ...numerics.arrays import Numbers, rounded_to
 from ...numerics.forms import F32, FORMS, Form, IntArray, Wide
 from ...streaming.segment import UpdateLoader
-from .replay import U32, AdapterDelta, Replay, ReplayBlock, normalizes_rows
+from .replay import U32, AdapterDelta, Flags, PickedWeights, Replay, ReplayBlock, Spans, normalizes_rows
 from .rounding_bounds import Interval, Predictions
 from .roundings import Rounding, list_roundings
-
-Flags = npt.NDArray[np.bool_]
 
 TIE = 1e-6  # in U32 times the summed sizes: weights this near to a tie can round either way, since float64 rounds too
 
@@ -132,14 +129,18 @@ class TrialOutcome:
     title: str | None  # the way that explains every weight
     outside: int  # weights that the first way does not explain, or that were altered in an otherwise exact tensor
     beyond: float  # by how many ulps at most
+    disproved: bool = False  # no way explains the weights that were looked at
 
 
-def try_roundings(replay: Replay, merged: TensorRef, load: UpdateLoader, stored: Sequence[Form] = ()) -> TrialOutcome:
+def try_roundings(
+    replay: Replay, merged: TensorRef, load: UpdateLoader, stored: Sequence[Form] = (), spans: Spans = ()
+) -> TrialOutcome:
     """Try all ways of rounding on one tensor.
 
     Args:
         stored: types to which others may have rounded the base first: if the base and an adapter that replaces its
             weights have two types, loaders cast one to the other.
+        spans: try them on these rows alone. If none explains these, none explains the tensor.
     """
     candidates, predictions, errors = (
         _list_candidates(replay, stored),
@@ -147,7 +148,7 @@ def try_roundings(replay: Replay, merged: TensorRef, load: UpdateLoader, stored:
         ReplayErrors(),
     )
     stray, farthest = 0, 0.0
-    for block in replay.blocks(merged):
+    for block in replay.blocks(merged, spans):
         bad = _where_stray(block)
         stray += int(np.count_nonzero(bad))
         farthest = max(farthest, max_ulps_off(rounded_to(block.reals[0], block.merged.form), block.merged, bad))
@@ -159,7 +160,24 @@ def try_roundings(replay: Replay, merged: TensorRef, load: UpdateLoader, stored:
         if not stray and not candidate.outside and likely:
             return TrialOutcome(candidate.title, 0, 0.0)
     first = candidates[0]
-    return TrialOutcome(None, first.outside + stray or errors.differ, max(first.beyond, farthest))
+    disproved = bool(stray) or all(candidate.outside for candidate in candidates)
+    return TrialOutcome(None, first.outside + stray or errors.differ, max(first.beyond, farthest), disproved)
+
+
+def is_single_rounding(picked: Sequence[PickedWeights], replay: Replay, predictions: Predictions) -> bool:
+    """Return whether one rounding of a float32 sum explains a tensor, from the weights that differ from our replay.
+
+    The others are right by it, as their interval holds the nearest number. If `ReplayErrors` are plausible for these
+    weights alone, they are for all.
+
+    Args:
+        picked: additive updates with terms alone, in a type of 16 bits.
+    """
+    first, errors = _list_candidates(replay, ())[0], ReplayErrors()
+    for block in picked:
+        errors.add(block, predictions.deltas.of(block))
+        _test(block, [first], predictions)
+    return not first.outside and errors.plausible
 
 
 def _list_candidates(replay: Replay, stored: Sequence[Form]) -> list[RoundingCandidate]:
