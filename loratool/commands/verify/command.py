@@ -54,8 +54,8 @@ from .codes import describe_share, judge_codes
 from .diagnosis import Sketches, Sums, describe_ulps, diagnose
 from .replay import PickedWeights, Replay, has_terms_alone
 from .rounding_bounds import Predictions
-from .roundings import ONE_ROUNDING, cast_wide
-from .trial import is_single_rounding, max_ulps_off, try_roundings
+from .roundings import cast_wide
+from .trial import max_ulps_off, try_roundings, try_single_rounding
 
 BUFFERS = re.compile(
     r"(^|[./])(position_ids|(original_)?inv_freq|masked_bias|causal_mask|relative_position_index|num_batches_tracked|"
@@ -352,15 +352,19 @@ class _TensorVerifier:
                 name, "wrong", f"{plural(off.wrong, 'weight')} of {what} altered, {describe_ulps(off.ulps)}"
             )
         replay, stored = self._replay(name), self._stored(name, source, merged)
-        if off.picked and not stored and is_single_rounding(off.picked, replay, off.predictions):
-            return TensorVerdict(name, "rounding", ONE_ROUNDING)
+        few = try_single_rounding(off.picked, replay, off.predictions) if off.picked and not stored else None
+        if few and few.title:
+            return TensorVerdict(name, "rounding", few.title)
         spans = () if name in self._examined else replay.drawn(name)
         trial = try_roundings(replay, merged, self._load, stored, spans)
         if spans and not trial.disproved:
             spans, trial = (), try_roundings(replay, merged, self._load, stored)
         if trial.title is not None:
             return TensorVerdict(name, "rounding", trial.title)
-        trial = replace(trial, beyond=off.ulps) if trial.outside == off.wrong else trial
+        if spans:
+            trial = replace(trial, outside=few.outside if few else off.wrong)
+        if trial.outside == off.wrong:
+            trial = replace(trial, beyond=off.ulps)
         sums = Sums()
         for block in replay.blocks(merged, spans):
             sums.add(block)
@@ -443,7 +447,7 @@ class _Differences:
         wrong: how many.
         ulps: by how many at most.
         unsupported: how many weights of the base the merged tensor's type cannot hold.
-        picked: all of them, if they are few and `is_single_rounding` can judge them.
+        picked: all of them, if they are few and `try_single_rounding` can judge them.
     """
 
     predictions: Predictions

@@ -144,7 +144,7 @@ def diagnose(
     fault = find_fault(plan, name, merged, sketches, spans)
     if fault:
         return fault
-    if not spans and trial.outside <= max(64, merged.spec.size // 1000):
+    if trial.outside <= max(64, merged.spec.size // 1000):
         return f"{plural(trial.outside, 'weight')} altered, {describe_ulps(trial.beyond)}"
     times = sums.both / sums.asked if sums.asked else 0.0
     if sums.cosine > CLOSE and abs(times - 1) > 0.1:

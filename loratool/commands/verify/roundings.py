@@ -33,10 +33,8 @@ NARROW = {"bf16": BF16, "fp16": F16}  # what {type} in a title stands for
 # Title -> what is rounded to {type}, as in `Rounding`; `cast` is the delta to the base's type, `apart` no type. From
 # the least rounding to the most, as in peft/tuners/lora/layer.py (Linear.merge and get_delta_weight), where the
 # adapter's type, the device and safe_merge decide.
-ONE_ROUNDING = "one rounding of a float32 sum (peft with an fp32 adapter)"
-
 ROUNDINGS = {
-    ONE_ROUNDING: "",
+    "one rounding of a float32 sum (peft with an fp32 adapter)": "",
     "one rounding of a float32 sum an adapter": "apart",
     "change rounded to the base's type, then the sum": "cast",
     "change rounded to {type}, then the sum (peft with its adapter in {type}, or safe_merge)": "change",

@@ -164,8 +164,8 @@ def try_roundings(
     return TrialOutcome(None, first.outside + stray or errors.differ, max(first.beyond, farthest), disproved)
 
 
-def is_single_rounding(picked: Sequence[PickedWeights], replay: Replay, predictions: Predictions) -> bool:
-    """Return whether one rounding of a float32 sum explains a tensor, from the weights that differ from our replay.
+def try_single_rounding(picked: Sequence[PickedWeights], replay: Replay, predictions: Predictions) -> TrialOutcome:
+    """Try one rounding of a float32 sum on a tensor, by the weights that differ from our replay.
 
     The others are right by it, as their interval holds the nearest number. If `ReplayErrors` are plausible for these
     weights alone, they are for all.
@@ -177,7 +177,8 @@ def is_single_rounding(picked: Sequence[PickedWeights], replay: Replay, predicti
     for block in picked:
         errors.add(block, predictions.deltas.of(block))
         _test(block, [first], predictions)
-    return not first.outside and errors.plausible
+    is_right = not first.outside and errors.plausible
+    return TrialOutcome(first.title if is_right else None, first.outside, first.beyond)
 
 
 def _list_candidates(replay: Replay, stored: Sequence[Form]) -> list[RoundingCandidate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -18,13 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
+from loratool.commands.verify import command
 from loratool.commands.verify.command import is_optional
 from loratool.commands.verify.roundings import DORA_ROUNDINGS, NARROW, ROUNDINGS
-from loratool.commands.verify.trial import max_ulps_off
+from loratool.commands.verify.trial import TrialOutcome, max_ulps_off
 from loratool.errors import InputError, UsageError
 from loratool.files.dtypes import DTYPE_NAMES
 from loratool.numerics.arrays import Numbers
 from loratool.numerics.tensors import numbers_of
+from loratool.views.parts.document import text_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 SHAPE = (96, 64)
@@ -363,9 +366,14 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("sampled", [False, True], ids=["in full", "sampled"])
 @pytest.mark.parametrize("dtype", FEW_WIDE, ids=str)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_is_found_and_named(tmp_path: Path, fault: str, dtype: torch.dtype) -> None:
+def test_every_fault_is_found_and_named(
+    tmp_path: Path, fault: str, dtype: torch.dtype, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sampled:
+        monkeypatch.setattr("loratool.commands.verify.command._drawn", lambda plan: set())
     base, adapter = write_inputs(tmp_path, dtype, rank=9, square=fault == "transposed")
     loratool.merge(base, adapter, tmp_path / "m")
     tensors = load_model(tmp_path / "m")
@@ -377,6 +385,77 @@ def test_every_fault_is_found_and_named(tmp_path: Path, fault: str, dtype: torch
     assert len(wrong) == {"swapped": 2, "swapped whole": 2, "base": len(tensors)}.get(fault, 1)
     named = next(t for t in wrong if t.name == (NORM if "norm" in fault else Q))
     assert re.search(message, named.detail), named.detail
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["in full", "sampled"])
+@pytest.mark.parametrize("factor", [-1.0, 0.5, 2.0, 7.0])
+def test_what_was_found_is_measured(
+    tmp_path: Path, factor: float, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against sums over all weights; a sample of rows of a wrong scale has nearly the same."""
+    if sampled:
+        monkeypatch.setattr("loratool.commands.verify.command._drawn", lambda plan: set())
+    base, adapter = write_inputs(tmp_path, torch.float32)
+    loratool.merge(base, adapter, tmp_path / "m")
+    tensors, before = load_model(tmp_path / "m"), load_model(base)
+    scaled(factor)(tensors, before, lambda name: change(adapter, name))
+    report = loratool.verify(base, adapter, write_merged(tmp_path / "bad", tmp_path / "m", tensors))
+    (wrong,) = (tensor for tensor in report.tensors if tensor.verdict == "wrong")
+    found = wrong.misfit
+    assert found and found.scale == pytest.approx(factor, rel=1e-5)
+    assert found.cosine == pytest.approx(math.copysign(1, factor), rel=1e-5)
+    assert found.distance == pytest.approx(abs(factor - 1), rel=1e-5)
+    right = load_model(tmp_path / "m")[Q]
+    assert found.differing == pytest.approx(float((right != tensors[Q]).double().mean()))
+    here, wanted = (x.view(torch.int32).long() for x in (tensors[Q], right))
+    alike = (here < 0) == (wanted < 0)  # where the signs are equal, neighbors have neighboring bits
+    assert found.steps is not None and found.steps >= int((here - wanted).abs()[alike].max())
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_few_differing_weights_are_judged_as_all_are(
+    tmp_path: Path, dtype: torch.dtype, arithmetic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One altered weight, by two steps and in a rounded merge too, tips both alike."""
+    base, adapter = write_inputs(tmp_path, dtype, rank=64, relative=0.02)
+    stored, tensors = load_file(adapter / "adapter_model.safetensors"), load_model(base)
+    for name in NAMES:
+        A, B = (stored[f"base_model.model.{name}.lora_{role}.weight"] for role in "AB")
+        tensors[f"{name}.weight"] = ARITHMETIC[arithmetic](tensors[f"{name}.weight"], A, B, 2.0)
+    bump(2)(tensors, {}, lambda name: torch.zeros(0))
+    merged = write_merged(tmp_path / "m", base, tensors)
+    calls = list[bool]()
+    single = command.try_single_rounding
+    monkeypatch.setattr(command, "FEW", 1.0)
+
+    def tried(*call: Any) -> TrialOutcome:
+        outcome = single(*call)
+        calls.append(outcome.title is not None)
+        return outcome
+
+    monkeypatch.setattr(command, "try_single_rounding", tried)
+    by_few = loratool.verify(base, adapter, merged)
+    monkeypatch.setattr(command, "FEW", -1.0)
+    by_all = loratool.verify(base, adapter, merged)
+    assert by_few.tensors == by_all.tensors and len(calls) == len(NAMES) - by_all.exact
+    assert by_all.status == "wrong"
+    if arithmetic in ("fp32", "through double"):
+        assert [*calls].count(True) == len(calls) - 1
+
+
+def test_a_report_is_neither_true_nor_false(tmp_path: Path) -> None:
+    base, adapter = write_inputs(tmp_path, torch.float32)
+    loratool.merge(base, adapter, tmp_path / "m")
+    right, wrong = loratool.verify(base, adapter, tmp_path / "m"), loratool.verify(base, adapter, base)
+    assert right.ok and not wrong.ok
+    right.check()
+    with pytest.raises(loratool.CheckError, match=r"^wrong: .* is not .*") as raised:
+        wrong.check()
+    assert raised.value.message == text_of(wrong.document().verdict[-1])
+    for report in (right, wrong, loratool.diff(base, tmp_path / "m")):
+        with pytest.raises(TypeError, match=r"use \.ok"):
+            bool(report)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-42, -1e30, -3e38], ids=str)
