@@ -11,7 +11,7 @@ from ..errors import shell_word
 from .parts import quantities as q
 from .parts.content import Figure, Page, Sheet
 from .parts.document import Document, Line, TextSpan, TextTable, line, path
-from .parts.numbers import all_digits, plural
+from .parts.numbers import all_digits, correlation, plural, scaling, share, spread
 from .parts.report import CheckReport
 from .parts.rows import WORST, Category, Issue
 from .parts.table import GroupColumns, make_table
@@ -155,7 +155,25 @@ def _table(rows: Sequence[TensorVerdict], title: str, verbose: bool) -> TextTabl
     return make_table(rows, [what], GroupColumns(layers=2, count=3), title=title, verbose=verbose)
 
 
+def _found(rows: Sequence[TensorVerdict]) -> Iterator[Line]:
+    """Yield a line on what wrong tensors have instead of the delta."""
+    if misfits := [row.misfit for row in rows if row.misfit]:
+        scale, cosine = (
+            spread([each.scale for each in misfits], scaling),
+            spread([m.cosine for m in misfits], correlation),
+        )
+        apart = spread([each.distance for each in misfits], share)
+        differing = spread([each.differing for each in misfits], share)
+        steps = [each.steps for each in misfits if each.steps is not None]
+        farthest = f", by up to {plural(max(steps), 'ulp')}" if steps else ""
+        yield line(
+            f"found: {scale} times the delta with cosine {cosine}, {apart} of its size apart; "
+            f"{differing} of the weights differ{farthest}"
+        )
+
+
 def _lists(report: VerifyReport, verbose: bool) -> Iterator[Line]:
+    yield from _found(report.tensors)
     for way in report.rounding:
         count = sum(each.verdict == "rounding" and each.detail == way for each in report.tensors)
         yield line(f"{count:,} of {plural(len(report.tensors), 'tensor')} rounded differently: {way}")

@@ -48,7 +48,7 @@ def test_errors_of_others_are_told_by_name_and_json_by_rank_0_alone() -> None:
     assert err.startswith("rank 1: error: ")
     code, out, err = rank(0, "merge", "--json")
     assert code == 2
-    assert out.startswith('{"schema": 1')
+    assert out.startswith('{"schema": 2')
 
 
 def test_a_single_rank_is_a_process_like_any(tmp_path: Path) -> None:

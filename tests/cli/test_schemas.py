@@ -226,7 +226,7 @@ def test_the_schema_of_run_takes_recipes_too() -> None:
     faulty = {**recipe, "adapter": "b"}
     fits = validator_of("run").is_valid
     assert fits(recipe) and fits({"steps": [recipe, recipe]})
-    assert not any(map(fits, (faulty, {"steps": [recipe, faulty]}, {**recipe, "schema": 1}, {}, [], None)))
+    assert not any(map(fits, (faulty, {"steps": [recipe, faulty]}, {**recipe, "schema": 2}, {}, [], None)))
     alone = Draft202012Validator({"$ref": "#/$defs/recipe", "$defs": schema_of("run")["$defs"]})
     assert alone.is_valid(recipe) and not alone.is_valid(faulty)
 

@@ -164,7 +164,7 @@ def test_only_what_a_command_returned_has_a_page(value: Any, tmp_path: Path) -> 
 
 
 def envelope(of: loratool.CountReport, /, **changes: Any) -> bytes:
-    value = {"schema": 1, "verb": "count", "ok": True, "exit_code": 0, "report": of.to_dict()}
+    value = {"schema": 2, "verb": "count", "ok": True, "exit_code": 0, "report": of.to_dict()}
     return json.dumps({**value, **changes}).encode()
 
 
@@ -273,7 +273,7 @@ def test_a_recipe_in_a_recipe_without_end_is_refused(tmp_path: Path) -> None:
     for _ in range(most):
         text = report % (json.dumps(step)[:-1] + f', "report": {text}}}')
     path = tmp_path / "a.json"
-    path.write_text(f'{{"schema": 1, "verb": "run", "ok": true, "exit_code": 0, "report": {text}}}')
+    path.write_text(f'{{"schema": 2, "verb": "run", "ok": true, "exit_code": 0, "report": {text}}}')
     with pytest.raises(InputError) as error:
         loratool.read_report(path)
     assert "nested too deeply" in str(error.value) or "is not valid JSON" in str(error.value)

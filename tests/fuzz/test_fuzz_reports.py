@@ -35,7 +35,7 @@ def envelopes() -> list[dict[str, Any]]:
         "inspect": loratool.inspect(BASE),
         "merge": loratool.merge(BASE, ADAPTER, "out", dry_run=True, target="q_proj"),
     }
-    head = {"schema": 1, "ok": True, "exit_code": 0}
+    head = {"schema": 2, "ok": True, "exit_code": 0}
     found = [{**head, "verb": verb, "report": report.to_dict()} for verb, report in reports.items()]
     step = {"number": 1, "command": "count", "out": None, "state": "done", "waits_for": [], "exists": False}
     steps = [{**step, "report": each} for each in (found[0]["report"], None)]

@@ -149,7 +149,7 @@ def make_page(rows: tuple[Row, ...]) -> Page:
 
 
 def page(report: Report, command: str | None = "loratool x --html r.html") -> str:
-    return render(report, {"schema": 1, "verb": "x", "ok": True, "exit_code": 0, "report": asdict(report)}, command)  # type: ignore[call-overload]
+    return render(report, {"schema": 2, "verb": "x", "ok": True, "exit_code": 0, "report": asdict(report)}, command)  # type: ignore[call-overload]
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ from .diagnosis import Sketches, Sums, describe_ulps, diagnose
 from .replay import PickedWeights, Replay, has_terms_alone
 from .rounding_bounds import Predictions
 from .roundings import cast_wide
-from .trial import max_ulps_off, try_roundings, try_single_rounding
+from .trial import TrialOutcome, max_ulps_off, try_roundings, try_single_rounding
 
 BUFFERS = re.compile(
     r"(^|[./])(position_ids|(original_)?inv_freq|masked_bias|causal_mask|relative_position_index|num_batches_tracked|"
@@ -96,9 +96,9 @@ def is_optional(name: str, shape: Sequence[int], architecture: str) -> bool:
     return classes is not None and not re.search(classes, architecture)
 
 
-EXAMINED = 1 << 18  # weights of wrong tensors that are examined in full, or this share of all:
+EXAMINED = 1 << 17  # weights of wrong tensors that are examined in full at most, or this share of all:
 
-EXAMINED_SHARE = 1 / 64
+EXAMINED_SHARE = 1 / 256
 
 FEW = 1 / 256  # of a block's weights: if more differ from our replay, all roundings are tried on all weights
 
@@ -356,17 +356,17 @@ class _TensorVerifier:
         if few and few.title:
             return TensorVerdict(name, "rounding", few.title)
         spans = () if name in self._examined else replay.drawn(name)
-        trial = try_roundings(replay, merged, self._load, stored, spans)
-        if spans and not trial.disproved:
-            spans, trial = (), try_roundings(replay, merged, self._load, stored)
+        sample = [*replay.blocks(merged, spans)] if spans else []
+        if any(map(off.predictions.rule_out, off.picked if spans and few else sample)):
+            trial = TrialOutcome(None, few.outside if few else off.wrong, few.beyond if few else off.ulps)
+        else:
+            spans, sample, trial = (), [], try_roundings(replay, merged, self._load, stored)
         if trial.title is not None:
             return TensorVerdict(name, "rounding", trial.title)
-        if spans:
-            trial = replace(trial, outside=few.outside if few else off.wrong)
         if trial.outside == off.wrong:
             trial = replace(trial, beyond=off.ulps)
         sums = Sums()
-        for block in replay.blocks(merged, spans):
+        for block in sample or replay.blocks(merged):
             sums.add(block)
         fault = diagnose(self._plan, name, merged, trial, sums, self._sketches, spans)
         return TensorVerdict(name, "wrong", fault, sums.misfit(off.wrong / merged.spec.size, off.ulps))
@@ -462,10 +462,9 @@ def _drawn(plan: MergePlan) -> set[str]:
     sizes = {name: plan.sources[name].spec.size for name in plan.placements}
     left, drawn = max(EXAMINED, int(EXAMINED_SHARE * sum(sizes.values()))), set[str]()
     for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        drawn.add(name)
-        left -= sizes[name]
-        if left <= 0:
-            break
+        if sizes[name] <= left:
+            drawn.add(name)
+            left -= sizes[name]
     return drawn
 
 

@@ -52,16 +52,22 @@ def _transposed(placement: Placement) -> Placement | None:
     return replace(placement, transposed=not placement.transposed) if rows == columns else placement
 
 
+# Fault -> what the delta is multiplied by
+FACTORS: dict[str, Callable[[Placement], float]] = {
+    "the delta is not applied": lambda p: 0.0,
+    "the delta is applied twice, or its scale doubled": lambda p: 2.0,
+    "the delta is applied with half its scale": lambda p: 0.5,
+    "the scale is alpha / sqrt(r), not alpha / r": lambda p: _divisor(p) ** 0.5,
+    "the scale is alpha / r, not alpha / sqrt(r)": lambda p: _divisor(p) ** -0.5,
+    "the scale alpha / r is missing": lambda p: 1 / p.update.scale if p.update.scale else 1.0,
+    "the scale alpha / r is applied twice": lambda p: p.update.scale,
+    "the delta is negated: subtracted": lambda p: -1.0,
+}
+
 # Fault -> the placement that was merged instead, None for none. Among faults with equal predictions the first counts.
 FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
+    **{fault: _scaled(factor) for fault, factor in FACTORS.items()},
     "the delta is not applied": lambda p: None,
-    "the delta is applied twice, or its scale doubled": _scaled(lambda p: 2.0),
-    "the delta is applied with half its scale": _scaled(lambda p: 0.5),
-    "the scale is alpha / sqrt(r), not alpha / r": _scaled(lambda p: _divisor(p) ** 0.5),
-    "the scale is alpha / r, not alpha / sqrt(r)": _scaled(lambda p: _divisor(p) ** -0.5),
-    "the scale alpha / r is missing": _scaled(lambda p: 1 / p.update.scale if p.update.scale else 1.0),
-    "the scale alpha / r is applied twice": _scaled(lambda p: p.update.scale),
-    "the delta is negated: subtracted": _scaled(lambda p: -1.0),
     "the delta is transposed": _transposed,
     "the magnitudes of DoRA are ignored": lambda p: replace(p, update=p.update.cls.without_norm(p.update)),
 }
@@ -74,11 +80,13 @@ OTHERS: dict[str, bool] = {
 
 NEARER = 0.25  # a fault is named if its squared distance is below this share of that of what was requested
 
+FOUND = 0.01  # below this share of it, no fault that takes long is tried
+
 MANY = 1e6  # ulps, whose digits say no more than their size
 
 TRIED = 8  # of the tensors of the same shape, the nearest by their sketches
 
-SKETCHED = 4096  # numbers of a tensor, about
+SKETCHED = 256  # numbers of a tensor, about
 
 # Tensor, merged model's type -> some of its numbers in the base and in the merge, which one run of `verify` fills
 Sketches = dict[tuple[str, str], tuple[Wide, Wide]]
@@ -109,6 +117,10 @@ class Sums:
         self.asked += float((D * D).sum())
         self.both += float((E * D).sum())
         self.apart += float(np.square(E - D).sum())
+
+    def without(self, factor: float) -> float:
+        """Return <E - s D, E - s D> for a factor s."""
+        return max(0.0, self.found - 2 * factor * self.both + factor * factor * self.asked)
 
     @property
     def cosine(self) -> float:
@@ -141,7 +153,7 @@ def diagnose(
         sketches: a cache for this plan.
         spans: look at these rows alone.
     """
-    fault = find_fault(plan, name, merged, sketches, spans)
+    fault = find_fault(plan, name, merged, sketches, Sample(spans, sums) if spans else None)
     if fault:
         return fault
     if trial.outside <= max(64, merged.spec.size // 1000):
@@ -152,14 +164,24 @@ def diagnose(
     return "it has the delta and another change" if times > 0.2 else "it is not this base with this adapter"
 
 
-def find_fault(plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches, spans: Spans = ()) -> str | None:
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of a tensor under additive updates, with their sums."""
+
+    spans: Spans
+    sums: Sums
+
+
+def find_fault(
+    plan: MergePlan, name: str, merged: TensorRef, sketches: Sketches, sample: Sample | None = None
+) -> str | None:
     """Return the fault that predicts a tensor far better than the requested merge. None if no fault does.
 
     Args:
-        spans: compare these rows alone.
+        sample: look at these rows alone.
     """
-    misses = _distance(_replay(plan, name, plan.placements[name]), merged, spans)
-    fault, nearest = _likeliest_fault(plan, name, merged, misses, sketches, spans)
+    misses = sample.sums.apart if sample else _distance(_replay(plan, name, plan.placements[name]), merged)
+    fault, nearest = _likeliest_fault(plan, name, merged, misses, sketches, sample)
     return fault if nearest < NEARER * misses else None
 
 
@@ -182,18 +204,23 @@ def _rounded(block: ReplayBlock, merged: TensorRef) -> Wide:
 
 
 def _likeliest_fault(
-    plan: MergePlan, name: str, merged: TensorRef, misses: float, sketches: Sketches, spans: Spans
+    plan: MergePlan, name: str, merged: TensorRef, misses: float, sketches: Sketches, sample: Sample | None
 ) -> tuple[str, float]:
     """Return the best of FAULTS and OTHERS, and the squared distance of its prediction. ("", inf) if there is none."""
-    placements, faults = plan.placements[name], {"": math.inf}
+    placements, faults, spans = plan.placements[name], {"": math.inf}, sample.spans if sample else ()
     is_square = len(merged.spec.shape) == 2 and merged.spec.shape[0] == merged.spec.shape[1]
     for title, fault in FAULTS.items():
         faulty = tuple(instead for instead in map(fault, placements) if instead is not None)
         is_transposed = any(p.transposed != q.transposed for p, q in zip(placements, faulty, strict=False))
-        if faulty != placements and (is_square or not is_transposed):
+        if faulty == placements or (is_transposed and not is_square):
+            continue
+        factors = {FACTORS[title](p) for p in placements} if title in FACTORS else set[float]()
+        if sample and len(factors) == 1:
+            faults[title] = sample.sums.without(*factors)
+        elif not sample or min(faults.values()) > FOUND * misses:
             faults[title] = _distance(_replay(plan, name, faulty), merged, spans)
     likeliest = min(faults, key=lambda title: faults[title])
-    if misses and faults[likeliest] > 0.01 * misses:
+    if misses and faults[likeliest] > FOUND * misses:
         other = _likeliest_other(plan, name, merged, sketches, spans)
         return min((likeliest, faults[likeliest]), other, key=lambda pair: pair[1])
     return likeliest, faults[likeliest]
@@ -243,13 +270,15 @@ def _nearest_others(
     if any(sketches[other, kind][0].shape != W.shape for other in others):
         return list(others)
     bases, merges = (np.stack([sketches[other, kind][i] for other in others]) for i in range(2))
-    misses = [
-        np.square(finite(cast_wide(predictions, block.merged.form) - wanted)).sum(1)
-        for predictions in (W + (merges - bases), merges)
-    ]
-    order = np.minimum(*misses).argsort(kind="stable").tolist()
+
+    def misses(predictions: Wide) -> Wide:
+        apart: Wide = np.square(finite(cast_wide(predictions, block.merged.form) - wanted)).sum(-1)
+        return apart
+
+    by_sketch = np.minimum(misses(W + (merges - bases)), misses(merges))
+    is_near = by_sketch < NEARER * misses(sketches[name, kind][1])
     names = list(others)
-    return [names[i] for i in order[:TRIED]]
+    return [names[i] for i in by_sketch.argsort(kind="stable").tolist()[:TRIED] if is_near[i]]
 
 
 def _middle(replay: Replay, merged: TensorRef) -> Iterator[ReplayBlock]:

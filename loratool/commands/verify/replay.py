@@ -263,6 +263,10 @@ class AdapterDeltas:
             self._made[kind] = [_bound(block, loaded, kind) for loaded in self._loaded.values()]
         return self._made[kind]
 
+    def factors(self, delta: AdapterDelta, columns: int) -> tuple[Wide, Wide, float] | None:
+        """Return left, right and scale of a delta of the last block, as `_Added.factors`."""
+        return self._loaded[id(delta.placement)].of(None).factors(delta.placement, columns)
+
     def _added(self, placement: Placement) -> _Loaded:
         update = placement.adapter.load(placement.update).matrix(placement.expert)
         magnitude = update.magnitude.wide().reshape(-1) if isinstance(update, DoRA) else None

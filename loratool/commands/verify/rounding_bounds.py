@@ -23,10 +23,17 @@ from .replay import (
     Replay,
     ReplayBlock,
     columns_of_a_norm,
+    has_terms_alone,
     norm_axis,
     normalizes_rows,
 )
 from .roundings import Rounding, cast_wide
+
+U16 = 2.0**-8  # half an ulp of bf16, relative
+
+LEAST_OF_FP16 = 2.0**-25  # half of its least step
+
+HALF_OF_FP16 = 3e4  # of its largest number
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,29 @@ class Predictions:
                 unit = 0.0  # the sum of two float32 numbers is rounded right by everyone
             interval = (interval + change).widened(sizes * (slack * unit)).rounded(way.total, form)
         return interval.rounded(form)
+
+    def rule_out(self, block: ReplayBlock) -> bool:
+        """Return whether a weight of a block is farther from X than any way of rounding brings it.
+
+        A way rounds W, both factors, their product, the delta twice, and each sum twice, to bf16 or fp16 at worst: an
+        error of U16 relatively, or half the least step of fp16, which counts once for each number of a factor. Where
+        fp16 might overflow, and for updates other than products of factors, this says no.
+        """
+        (X, a), W, deltas = block.reals, np.abs(block.base.wide()), self.deltas.of(block)
+        if a is not None or not deltas or not all(has_terms_alone(delta.placement) for delta in deltas):
+            return False
+        sizes, roundings = sum(delta.sizes for delta in deltas), 2 * len(deltas) + 2
+        least, most = float(roundings), float(W.max(initial=0.0))
+        for delta in deltas:
+            factors = self.deltas.factors(delta, block.width)
+            assert factors is not None, "terms are products of factors"
+            left, right, scale = np.abs(factors[0]), np.abs(factors[1]), abs(factors[2])
+            least += scale * (1 + left.sum(1).max(initial=0.0) + right.sum(0).max(initial=0.0))
+            most = max(most, left.max(initial=0.0), right.max(initial=0.0), float(delta.sizes.max()) / min(scale, 1.0))
+        if not most < HALF_OF_FP16:
+            return False
+        bound = 1.25 * (U16 * (6 * sizes + roundings * (W + sizes)) + LEAST_OF_FP16 * least)
+        return bool((np.abs(block.merged.wide() - X) > bound)[np.isfinite(X)].any())
 
     def _start(
         self, block: ReplayBlock, way: Rounding, deltas: Sequence[AdapterDelta]

@@ -19,7 +19,7 @@ from ...files.tensor_ref import TensorRef
 from ...numerics.arrays import Numbers, rounded_to
 from ...numerics.forms import F32, FORMS, Form, IntArray, Wide
 from ...streaming.segment import UpdateLoader
-from .replay import U32, AdapterDelta, Flags, PickedWeights, Replay, ReplayBlock, Spans, normalizes_rows
+from .replay import U32, AdapterDelta, Flags, PickedWeights, Replay, ReplayBlock, normalizes_rows
 from .rounding_bounds import Interval, Predictions
 from .roundings import Rounding, list_roundings
 
@@ -27,10 +27,10 @@ TIE = 1e-6  # in U32 times the summed sizes: weights this near to a tie can roun
 
 
 def ordinals(x: Numbers) -> IntArray:
-    """Return an int64 for each number such that adjacent numbers have adjacent integers, and both zeros 0."""
-    sizes = (x.bits & x.form.size).astype(np.int64)
-    values: IntArray = np.where(x.bits < 0, -sizes, sizes)
-    return values
+    """Return an integer for each number such that adjacent numbers have adjacent integers, and both zeros 0."""
+    sizes: IntArray = (x.bits & x.form.size).astype(np.int64 if x.form.itemsize > 2 else np.int32)
+    np.negative(sizes, out=sizes, where=x.bits < 0)
+    return sizes
 
 
 def next_toward(x: Numbers, goal: Wide) -> Wide:
@@ -129,18 +129,14 @@ class TrialOutcome:
     title: str | None  # the way that explains every weight
     outside: int  # weights that the first way does not explain, or that were altered in an otherwise exact tensor
     beyond: float  # by how many ulps at most
-    disproved: bool = False  # no way explains the weights that were looked at
 
 
-def try_roundings(
-    replay: Replay, merged: TensorRef, load: UpdateLoader, stored: Sequence[Form] = (), spans: Spans = ()
-) -> TrialOutcome:
+def try_roundings(replay: Replay, merged: TensorRef, load: UpdateLoader, stored: Sequence[Form] = ()) -> TrialOutcome:
     """Try all ways of rounding on one tensor.
 
     Args:
         stored: types to which others may have rounded the base first: if the base and an adapter that replaces its
             weights have two types, loaders cast one to the other.
-        spans: try them on these rows alone. If none explains these, none explains the tensor.
     """
     candidates, predictions, errors = (
         _list_candidates(replay, stored),
@@ -148,7 +144,7 @@ def try_roundings(
         ReplayErrors(),
     )
     stray, farthest = 0, 0.0
-    for block in replay.blocks(merged, spans):
+    for block in replay.blocks(merged):
         bad = _where_stray(block)
         stray += int(np.count_nonzero(bad))
         farthest = max(farthest, max_ulps_off(rounded_to(block.reals[0], block.merged.form), block.merged, bad))
@@ -160,8 +156,7 @@ def try_roundings(
         if not stray and not candidate.outside and likely:
             return TrialOutcome(candidate.title, 0, 0.0)
     first = candidates[0]
-    disproved = bool(stray) or all(candidate.outside for candidate in candidates)
-    return TrialOutcome(None, first.outside + stray or errors.differ, max(first.beyond, farthest), disproved)
+    return TrialOutcome(None, first.outside + stray or errors.differ, max(first.beyond, farthest))
 
 
 def try_single_rounding(picked: Sequence[PickedWeights], replay: Replay, predictions: Predictions) -> TrialOutcome:

@@ -13,7 +13,7 @@ from ...errors import without_credentials
 if TYPE_CHECKING:
     from ...errors import LoratoolError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 BEGIN = "<!doctype html><!-- a page of loratool -->"  # of a page, by which it is known as one
 
