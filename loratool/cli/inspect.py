@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
-from typing import Any
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from ..commands.inspect import call
 from .from_call import library_arguments, make_command, options_for
 from .help import Option
 from .options import HTML, TERMINAL
+
+if TYPE_CHECKING:
+    from .progress import ProgressBar
 
 TEXT = """\
 Matrices are grouped over layers. For a checkpoint, only headers are read. You see shapes, dtypes, sizes, tied and
@@ -58,6 +61,7 @@ PARAMETERS = [
         help="Show all metadata of the file. By default you see the most useful keys of an image adapter.",
     ),
     HTML,
+    *options_for(call.inspect, "digest"),
     *options_for(call.spectra, "target", "exclude", "layers", "alpha", "device"),
     *TERMINAL,
 ]
@@ -70,6 +74,7 @@ def _inspect(
     runtime: str | None,
     spectra: bool,
     metadata: bool,
+    digest: bool,
     path: str,
     base: str | None,
     **options: Any,
@@ -80,6 +85,8 @@ def _inspect(
         raise click.UsageError("--strict and --for do not go with --spectra")
     if metadata and (spectra or runtime):
         raise click.UsageError("--metadata does not go with --spectra or --for")
+    if digest and (spectra or runtime):
+        raise click.UsageError("--digest does not go with --spectra or --for")
     if runtime and strict:
         raise click.UsageError("--strict does not go with --for, which exits with 1 anyway")
     if spectra:
@@ -96,7 +103,8 @@ def _inspect(
     from ..views.inspect_model import CheckpointReport, MethodReport
     from .render import print_report
 
-    report = call.inspect(path, base=base, alpha=options["alpha"])
+    with _hashing(shown) if digest else nullcontext() as bar:
+        report = call.inspect(path, base=base, alpha=options["alpha"], digest=digest, progress=bar)
     status = None
     if isinstance(report, MethodReport):
         status = "other method" if strict else None
@@ -105,6 +113,12 @@ def _inspect(
     print_report("inspect", report, **shown, status=status, extra=report.metadata if metadata else {})
     if status:
         context.exit(1)
+
+
+def _hashing(shown: dict[str, Any]) -> closing[ProgressBar]:
+    from .progress import ProgressBar
+
+    return closing(ProgressBar("hashing", shown["quiet"] or shown["json"]))
 
 
 def _for_runtime(shown: dict[str, Any], **options: Any) -> int:

@@ -55,6 +55,7 @@ PAGES = {
         "hub",
         "python",
         "undo-format",
+        "digest",
         "numerics",
         "parameter-counts",
         "benchmarks",

@@ -16,7 +16,7 @@ from .parts.numbers import all_digits, dimensions, measure, nbytes, plural, quan
 from .parts.report import Report
 from .parts.rows import LAST, WORST, Category, Issue, Measure
 from .parts.table import GroupColumns, make_table
-from .parts.writing import command_line, labelled, listed
+from .parts.writing import command_line, digest_line, labelled, listed
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class AdapterInspection(Report):
         training: what its metadata says of that; None if nothing.
         family: a key of FAMILIES, by the names and sizes of its modules; None for a language model.
         sha256: the adapter -> the hash of its weights file.
+        digest: the sha256 of all its tensors (`files.digest`); None if it was not asked for.
     """
 
     document_function: ClassVar[str] = "inspection_document"
@@ -126,6 +127,7 @@ class AdapterInspection(Report):
     training: Training | None = None
     family: str | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
+    digest: str | None = None
 
 
 LONGEST = 60  # characters of a text from a file
@@ -144,7 +146,7 @@ def inspection_document(report: AdapterInspection, verbose: bool) -> Document:
         subject=_subject(report),
         facts=(line(", ".join(_facts(report))), *map(line, training_lines(report))),
         tables=(table,) if rows and (fits or verbose) else (),
-        lists=tuple(_lists(report, verbose)),
+        lists=(*digest_line(report.digest), *_lists(report, verbose)),
         verdict=(_verdict(report),),
         next=_next(report),
         verbose=verbose,

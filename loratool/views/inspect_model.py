@@ -18,7 +18,7 @@ from .parts.places import find_place
 from .parts.report import Report
 from .parts.rows import Category, Measure
 from .parts.table import GroupColumns, make_table
-from .parts.writing import labelled
+from .parts.writing import digest_line, labelled
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class CheckpointReport(Report):
         fields: of a GGUF file, each in a few words.
         notes: what a merge makes of codes, where the config contradicts the tensors, and what cannot be read.
         bits: in which a number is stored on average, those of scales included; None where the headers do not tell.
+        digest: the sha256 of all tensors (`files.digest`); None if it was not asked for.
     """
 
     document_function: ClassVar[str] = "checkpoint_document"
@@ -82,6 +83,7 @@ class CheckpointReport(Report):
     notes: tuple[str, ...] = ()
     kind: str = "checkpoint"
     bits: float | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class MethodReport(Report):
     notes: tuple[str, ...]
     kind: str = "method"
     metadata: Mapping[str, str] = field(default_factory=dict)
+    digest: str | None = None
 
 
 FIELDS = 5  # of one part of a GGUF file's, that are shown
@@ -165,7 +168,7 @@ def method_document(report: MethodReport, verbose: bool) -> Document:
         subject=line(path(report.path), f": {report.title}", f" for {report.base_model}" if report.base_model else ""),
         facts=(line(", ".join([*marks, nbytes(report.nbytes)])),),
         tables=_tables(report.groups, verbose, COLUMNS),
-        lists=tuple(labelled("note", report.notes, verbose)),
+        lists=(*digest_line(report.digest), *labelled("note", report.notes, verbose)),
         verdict=(line(report.verdict),),
         verbose=verbose,
     )
@@ -261,6 +264,7 @@ def _lists(report: CheckpointReport, verbose: bool) -> Iterator[Line]:
     if report.uncounted:
         number = plural(report.uncounted, "quantized weight")
         yield line(f"note: {number} not counted, since the headers do not show their sizes")
+    yield from digest_line(report.digest)
     yield from labelled("note", report.notes, verbose)
 
 

@@ -238,7 +238,7 @@ def test_verify_says_what_is_wrong_and_what_would_be_right(reports: dict[str, Re
         "hint: loratool verify base style:0.5 merged",
     ]
     titles = [shown(reports[name], 100).splitlines()[0] for name in ("verify, all wrong", "verify")]
-    assert titles == ["base + style != merged", "base + style = merged"]
+    assert titles == ["merged is not base + style", "base + style = merged"]
     some = shown(reports["verify, some wrong"], 100)
     assert "1..64 weights altered, by up to 1..656 ulps" in some
     assert some.splitlines()[-1] == "wrong: 11 of 224 tensors, 213 exact, 67 unchanged"

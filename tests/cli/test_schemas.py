@@ -226,7 +226,7 @@ def test_the_schema_of_run_takes_recipes_too() -> None:
     faulty = {**recipe, "adapter": "b"}
     fits = validator_of("run").is_valid
     assert fits(recipe) and fits({"steps": [recipe, recipe]})
-    assert not any(map(fits, (faulty, {"steps": [recipe, faulty]}, {**recipe, "schema": 2}, {}, [], None)))
+    assert not any(map(fits, (faulty, {"steps": [recipe, faulty]}, {**recipe, "schema": 1}, {}, [], None)))
     alone = Draft202012Validator({"$ref": "#/$defs/recipe", "$defs": schema_of("run")["$defs"]})
     assert alone.is_valid(recipe) and not alone.is_valid(faulty)
 
@@ -444,7 +444,7 @@ def test_an_error_that_is_wrong_does_not_fit(run: Run) -> None:
     value = parse(run("inspect", "absent", "--json").stdout)
     fits = validator_of("inspect").is_valid
     assert fits(value) and [what for what, other in damaged(value) if fits(other)] == []
-    for changed in ({"exit_code": 5}, {"exit_code": 4}, {"verb": "merge"}, {"schema": 2}, {"ok": True}):
+    for changed in ({"exit_code": 5}, {"exit_code": 4}, {"verb": "merge"}, {"schema": 1}, {"ok": True}):
         assert not fits({**value, **changed})
     flag = {**value, "exit_code": 4, "error": {**value["error"], "kind": "needs-flag", "remedy": None}}
     assert not fits(flag) and fits({**flag, "error": {**flag["error"], "remedy": "add --force"}})

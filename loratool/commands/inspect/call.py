@@ -30,6 +30,7 @@ class Inspect(Call["CheckpointReport | AdapterInspection | MethodReport"]):
     Args:
         path: A folder or a file.
         base: Check an adapter against this model: which modules match, and how large the delta is.
+        digest: Show the sha256 of all tensors, which does not depend on shards, file names or the order of headers.
 
     Raises:
         InputError: the files cannot be read.
@@ -42,6 +43,8 @@ class Inspect(Call["CheckpointReport | AdapterInspection | MethodReport"]):
     _: KW_ONLY
     base: Annotated[StrPath | None, Opt("Checks", "BASE")] = None
     alpha: calls.Alpha = None
+    digest: Annotated[bool, Opt("Output")] = False
+    progress: calls.Progress = None
 
 
 @dataclass(frozen=True)

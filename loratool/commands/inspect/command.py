@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...adapters.config import named_base
 from ...adapters.formats import holds_adapter, open_adapter, open_other
@@ -32,30 +33,42 @@ from .call import Inspect
 if TYPE_CHECKING:
     from ...views.inspect_adapter import AdapterInspection
 
+R = TypeVar("R", "CheckpointReport", "AdapterInspection", "MethodReport")
+
 
 def run_inspect(call: Inspect) -> CheckpointReport | AdapterInspection | MethodReport:
     """Describe a checkpoint, an adapter or the output of another method. The tensors' names decide which it is."""
     if holds_adapter(call.path):
         if other := open_other(call.path):
             file, fields, key, method = other
-            file.close()
-            _refuse_options(call.path, f"holds {method.title}", call.base, call.alpha)
-            return _inspect_method(os.fspath(call.path), file, fields, key, method)
+            with closing(file):
+                _refuse_options(call.path, f"holds {method.title}", call.base, call.alpha)
+                report = _inspect_method(os.fspath(call.path), file, fields, key, method)
+                return _with_digest(report, file.members, call)
         adapter = open_adapter(
             call.path, call.alpha, lenient=True, model=None if call.base is None else read_config(call.base)
         )
         try:
             from .adapter import inspect_adapter
 
-            return inspect_adapter(adapter, call.base)
+            return _with_digest(inspect_adapter(adapter, call.base), adapter.file.members, call)
         finally:
             adapter.file.close()
     checkpoint = open_checkpoint(call.path)
     try:
         _refuse_options(call.path, "is a checkpoint", call.base, None)
-        return _inspect_checkpoint(checkpoint, os.fspath(call.path))
+        return _with_digest(_inspect_checkpoint(checkpoint, os.fspath(call.path)), checkpoint.shards, call)
     finally:
         checkpoint.close()
+
+
+def _with_digest(report: R, files: Iterable[WeightsFile], call: Inspect) -> R:
+    """Return a report with the digest of these files, if it was asked for."""
+    if not call.digest:
+        return report
+    from ...streaming.digests import digest_of_files
+
+    return replace(report, digest=digest_of_files(files, call.progress))
 
 
 def _refuse_options(path: str | os.PathLike[str], what: str, base: object, alpha: object) -> None:

@@ -136,6 +136,12 @@ def spread_words(numbers: Sequence[str]) -> str:
     return low if low == high else f"{low}..{high}"
 
 
+def digest_line(digest: str | None) -> Iterator[Line]:
+    """Yield the line with a digest, if there is one."""
+    if digest is not None:
+        yield line(f"digest: sha256:{digest}")
+
+
 def wrote_adapter(report: WrittenAdapter, former: int | None = None) -> Line:
     """Return the line on the adapter that was written, or would be. `former` is the size of its source."""
     was = f" (was {nbytes(former)})" if former else ""
