@@ -39,7 +39,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     "files": (
         ("dtypes",),
         ("weights_file",),
-        ("containers",),
+        ("containers", "digest"),
         ("codecs", "folder"),
         ("states", "tensor_ref"),
         ("hub",),

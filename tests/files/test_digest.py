@@ -57,7 +57,7 @@ def test_the_guides_vectors(tmp_path: Path, title: str) -> None:
     save_file(VECTORS[title], tmp_path / "model.safetensors")
     guide = (ROOT / "loratool" / "guides" / "digest.md").read_text()
     vectors = guide.partition("## Test vectors")[2]
-    listed = dict(re.findall(r"^(.+):\n\n```text\n(\w{64})\n", vectors, re.MULTILINE))
+    listed = dict(re.findall(r"^- (.+): `(\w{64})`$", vectors, re.MULTILINE))
     assert listed.keys() == {"No tensor", *VECTORS} and listed["No tensor"] == hashlib.sha256().hexdigest()
     found = digest(tmp_path / "model.safetensors")
     assert found == listed[title] == computed(tmp_path / "model.safetensors")
