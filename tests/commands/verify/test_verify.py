@@ -21,6 +21,7 @@ from torch import Tensor
 import loratool
 from loratool.commands.verify import command
 from loratool.commands.verify.command import is_optional
+from loratool.commands.verify.rounding_bounds import Predictions
 from loratool.commands.verify.roundings import DORA_ROUNDINGS, NARROW, ROUNDINGS
 from loratool.commands.verify.trial import TrialOutcome, max_ulps_off
 from loratool.errors import InputError, UsageError
@@ -410,6 +411,36 @@ def test_what_was_found_is_measured(
     here, wanted = (x.view(torch.int32).long() for x in (tensors[Q], right))
     alike = (here < 0) == (wanted < 0)  # where the signs are equal, neighbors have neighboring bits
     assert found.steps is not None and found.steps >= int((here - wanted).abs()[alike].max())
+
+
+@pytest.mark.parametrize("small", [2.0**-22, 2.0**-9, 1.0, 2.0**6], ids=["2^-22", "2^-9", "1", "2^6"])
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_no_way_of_rounding_is_ruled_out(
+    tmp_path: Path, dtype: torch.dtype, arithmetic: str, small: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of factors, too, that fp16 holds with few bits, or as 0."""
+    monkeypatch.setattr(command, "_drawn", lambda plan: set())
+    monkeypatch.setattr(command, "FEW", -1.0)
+    seen = list[bool]()
+    rule_out = Predictions.rule_out
+
+    def ruled_out(*call: Any) -> bool:
+        seen.append(rule_out(*call))
+        return seen[-1]
+
+    monkeypatch.setattr(Predictions, "rule_out", ruled_out)
+    base, adapter = write_inputs(tmp_path, dtype)
+    file = adapter / "adapter_model.safetensors"
+    stored = {name: tensor * small for name, tensor in load_file(file).items()}
+    save_file(stored, file, metadata={"format": "pt"})
+    tensors = load_model(base)
+    for name in NAMES:
+        A, B = (stored[f"base_model.model.{name}.lora_{role}.weight"] for role in "AB")
+        tensors[f"{name}.weight"] = ARITHMETIC[arithmetic](tensors[f"{name}.weight"], A, B, 2.0)
+    loratool.verify(base, adapter, write_merged(tmp_path / "m", base, tensors), allow="inconclusive")
+    assert not any(seen)
+    if small == 1 and "change" in arithmetic:
+        assert seen
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
