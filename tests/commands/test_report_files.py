@@ -195,7 +195,7 @@ UNREAD: dict[str, tuple[Callable[[loratool.CountReport], bytes], str]] = {
     "digits": (lambda r: envelope(r).replace(b'"exit_code": 0', b'"exit_code": ' + b"9" * 5000), "is not valid JSON"),
     "much memory": (lambda r: field(r, path=[[]] * 3_000_000), ": is JSON that would take more than 360 MB"),
     "an index of shards": (lambda r: b'{"weight_map": {}}', ": holds no report\ngive a page"),
-    "a schema": (lambda r: envelope(r, schema=2), ": has schema 2, but this loratool reads schema 1\nread it"),
+    "a schema": (lambda r: envelope(r, schema=3), ": has schema 3, but this loratool reads schema 2\nread it"),
     "no number of one": (lambda r: envelope(r, schema=True), ": holds no report"),
     "a failure": (
         lambda r: envelope(r, ok=False, exit_code=3, error={"kind": "input"}),
