@@ -52,7 +52,7 @@ from ..inputs import open_inputs, refuse_adapter, require_residual_base, subtrac
 from .call import Verify
 from .codes import describe_share, judge_codes
 from .diagnosis import Sketches, Sums, describe_ulps, diagnose
-from .replay import PickedWeights, Replay, has_terms_alone
+from .replay import KeptUpdates, PickedWeights, Replay, has_terms_alone
 from .rounding_bounds import Predictions
 from .roundings import cast_wide
 from .trial import TrialOutcome, max_ulps_off, try_roundings, try_single_rounding
@@ -339,19 +339,21 @@ class _TensorVerifier:
             if same:
                 return TensorVerdict(name, "exact", "") if changed else None
             return TensorVerdict(name, "wrong", "its values differ from those of the base or the adapter")
-        off = self._compare(name, merged, finding)
+        load = KeptUpdates(self._load)
+        replay = Replay(source, self._plan.placements.get(name, ()), load)
+        off = self._compare(replay, load, merged, finding)
         if not off.wrong and not changed:
             return self._as_stored(name, source, merged, off.unsupported)
         if not off.wrong:
             return TensorVerdict(name, "exact", "")
-        if source.weight and not changed and _decoded_in_float32(self._replay(name), merged):
+        if source.weight and not changed and _decoded_in_float32(replay, merged):
             return TensorVerdict(name, "rounding", "codes dequantized in float32, then rounded")
         if name not in self._plan.placements:
             what = "the adapter's value" if changed else "an untouched tensor"
             return TensorVerdict(
                 name, "wrong", f"{plural(off.wrong, 'weight')} of {what} altered, {describe_ulps(off.ulps)}"
             )
-        replay, stored = self._replay(name), self._stored(name, source, merged)
+        stored = self._stored(name, source, merged)
         few = try_single_rounding(off.picked, replay, off.predictions) if off.picked and not stored else None
         if few and few.title:
             return TensorVerdict(name, "rounding", few.title)
@@ -360,7 +362,7 @@ class _TensorVerifier:
         if any(map(off.predictions.rule_out, off.picked if spans and few else sample)):
             trial = TrialOutcome(None, few.outside if few else off.wrong, few.beyond if few else off.ulps)
         else:
-            spans, sample, trial = (), [], try_roundings(replay, merged, self._load, stored)
+            spans, sample, trial = (), [], try_roundings(replay, merged, load, stored)
         if trial.title is not None:
             return TensorVerdict(name, "rounding", trial.title)
         if trial.outside == off.wrong:
@@ -378,9 +380,6 @@ class _TensorVerifier:
         if judged.kept is not None:
             finding.recoded = judged.asked, judged.kept
         return TensorVerdict(name, judged.verdict, judged.detail) if judged.verdict else None
-
-    def _replay(self, name: str) -> Replay:
-        return Replay(self._plan.sources[name], self._plan.placements.get(name, ()), self._load)
 
     def _stored(self, name: str, source: TensorRef, merged: TensorRef) -> list[Form]:
         """Return the other float types of the weight, in the base and in adapters that replace it.
@@ -416,10 +415,9 @@ class _TensorVerifier:
             )
         return TensorVerdict(name, "rounding", f"{name} is stored as {merged_type}, but as {base_type} in the base")
 
-    def _compare(self, name: str, merged: TensorRef, finding: _Finding) -> _Differences:
+    def _compare(self, replay: Replay, load: UpdateLoader, merged: TensorRef, finding: _Finding) -> _Differences:
         """Compare a tensor with its replay."""
-        placements, replay = self._plan.placements.get(name, ()), self._replay(name)
-        found = _Differences(Predictions(replay, merged, self._load))
+        placements, found = replay.placements, _Differences(Predictions(replay, merged, load))
         asked = any(placement.weight for placement in placements)  # X has rounding noise
         is_simple = bool(placements) and all(map(has_terms_alone, placements))
         for block in replay.blocks(merged):

@@ -41,9 +41,9 @@ NUMBERS = 1 << 21
 
 WAYS = 3  # to compute a delta in float32
 
-SPANS = 4  # that are drawn of a tensor's rows
+SPANS = 2  # that are drawn of a tensor's rows
 
-SPAN = 4  # rows of each
+SPAN = 8  # rows of each
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,20 @@ class PickedWeights(ReplayBlock):
     def reals(self) -> tuple[Wide, Wide | None]:
         """X and a of additive updates alone."""
         return self.base.wide() + sum(delta.change for delta in self.deltas.of(self)), None
+
+
+class KeptUpdates(UpdateLoader):
+    """Reads the updates of one tensor once."""
+
+    def __init__(self, read: UpdateLoader) -> None:
+        self.like, self._read = read.like, read
+        self._updates: dict[int, Update] = {}
+
+    def __call__(self, placement: Placement) -> Update:
+        key = id(placement.update)
+        if key not in self._updates:
+            self._updates[key] = self._read(placement)
+        return self._updates[key]
 
 
 class Replay:
@@ -268,7 +282,7 @@ class AdapterDeltas:
         return self._loaded[id(delta.placement)].of(None).factors(delta.placement, columns)
 
     def _added(self, placement: Placement) -> _Loaded:
-        update = placement.adapter.load(placement.update).matrix(placement.expert)
+        update = self._load(placement).matrix(placement.expert)
         magnitude = update.magnitude.wide().reshape(-1) if isinstance(update, DoRA) else None
         return _Loaded(placement, update.inner if isinstance(update, DoRA) else update, magnitude)
 
