@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -367,8 +368,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("sampled", [False, True], ids=["in full", "sampled"])
-@pytest.mark.parametrize("dtype", FEW_WIDE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "sampled"),
+    few(product(WIDE, (False, True)), (torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)),
+)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_found_and_named(
     tmp_path: Path, fault: str, dtype: torch.dtype, sampled: bool, monkeypatch: pytest.MonkeyPatch
@@ -413,8 +416,7 @@ def test_what_was_found_is_measured(
     assert found.steps is not None and found.steps >= int((here - wanted).abs()[alike].max())
 
 
-@pytest.mark.parametrize("small", [2.0**-22, 2.0**-9, 1.0, 2.0**6], ids=["2^-22", "2^-9", "1", "2^6"])
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize(("arithmetic", "small", "dtype"), covering(ARITHMETIC, (2.0**-22, 2.0**-9, 1.0, 2.0**6), WIDE))
 def test_no_way_of_rounding_is_ruled_out(
     tmp_path: Path, dtype: torch.dtype, arithmetic: str, small: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
