@@ -26,7 +26,7 @@ from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype, read_c
 from ...files.codecs.quantized import Coded, is_marker
 from ...files.containers.gguf_file import GgufFile
 from ...files.dtypes import FLOATS, TensorSpec
-from ...files.weights_file import WeightsFile
+from ...files.weights_file import WeightsFile, require_unchanged
 from ...views.inspect_model import CheckpointReport, Group, MethodReport
 from .call import Inspect
 
@@ -68,7 +68,10 @@ def _with_digest(report: R, files: Iterable[WeightsFile], call: Inspect) -> R:
         return report
     from ...streaming.digests import digest_of_files
 
-    return replace(report, digest=digest_of_files(files, call.progress))
+    opened = [*files]
+    digest = digest_of_files(opened, call.progress)
+    require_unchanged(opened)
+    return replace(report, digest=digest)
 
 
 def _refuse_options(path: str | os.PathLike[str], what: str, base: object, alpha: object) -> None:

@@ -7,7 +7,7 @@ prediction is the diagnosis. If none is near, the sizes of the requested and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -130,10 +130,12 @@ class Sums:
 
     def misfit(self, differing: float, steps: float) -> Misfit | None:
         """Return the figures of what was found. None if no delta was requested, or the sums overflowed."""
-        if not self.asked or not all(map(math.isfinite, (self.found, self.asked, self.both, self.apart))):
+        if not self.asked:
             return None
-        whole = None if math.isinf(steps) else round(steps)
-        return Misfit(self.both / self.asked, self.cosine, math.sqrt(self.apart / self.asked), differing, whole)
+        scale, distance = self.both / self.asked, math.sqrt(self.apart) / math.sqrt(self.asked)
+        if not all(map(math.isfinite, (scale, self.cosine, distance))):
+            return None
+        return Misfit(scale, self.cosine, distance, differing, None if math.isinf(steps) else round(steps))
 
 
 def diagnose(
@@ -263,9 +265,9 @@ def _nearest_others(
         return list(others)
     kind = merged.spec.dtype
     for tensor in (tensor for tensor in (name, *others) if (tensor, kind) not in sketches):
-        (block,) = _middle(_replay(plan, tensor, plan.placements.get(tensor, ())), merged)
+        block = _middle(_replay(plan, tensor, plan.placements.get(tensor, ())), merged)
         sketches[tensor, kind] = _sketch(block.base.wide()), _sketch(block.reals[0])
-    (block,) = _middle(_replay(plan, name, plan.placements[name]), merged)
+    block = _middle(_replay(plan, name, plan.placements[name]), merged)
     W, wanted = sketches[name, kind][0], _sketch(block.merged.wide())
     if any(sketches[other, kind][0].shape != W.shape for other in others):
         return list(others)
@@ -281,8 +283,9 @@ def _nearest_others(
     return [names[i] for i in by_sketch.argsort(kind="stable").tolist()[:TRIED] if is_near[i]]
 
 
-def _middle(replay: Replay, merged: TensorRef) -> Iterator[ReplayBlock]:
-    return replay.blocks(merged, replay.middle())
+def _middle(replay: Replay, merged: TensorRef) -> ReplayBlock:
+    """Return a block from the middle: of a span over rows with other placements, the first part."""
+    return next(replay.blocks(merged, replay.middle()))
 
 
 def _sketch(x: Wide) -> Wide:

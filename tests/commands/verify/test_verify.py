@@ -22,6 +22,7 @@ from torch import Tensor
 import loratool
 from loratool.commands.verify import command
 from loratool.commands.verify.command import is_optional
+from loratool.commands.verify.diagnosis import Sums
 from loratool.commands.verify.rounding_bounds import Predictions
 from loratool.commands.verify.roundings import DORA_ROUNDINGS, NARROW, ROUNDINGS
 from loratool.commands.verify.trial import TrialOutcome, max_ulps_off
@@ -447,6 +448,11 @@ def test_no_way_of_rounding_is_ruled_out(
     assert not any(seen)
     if small == 1 and "change" in arithmetic:
         assert seen
+
+
+@pytest.mark.parametrize("sums", [Sums(1.0, 5e-324, 1.0, 1.0), Sums(math.inf, 1.0, math.nan, 1.0), Sums(1.0)])
+def test_figures_that_json_cannot_hold_are_left_out(sums: Sums) -> None:
+    assert sums.misfit(0.5, 1.0) is None
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
