@@ -181,7 +181,7 @@ def few(every: Iterable[Any], *default: Any) -> list[Any]:
     """Return all values of a parameter, slow but for those that are named."""
     every = [*every]
     assert set(default) <= set(every)
-    return [each if each in default else slow(*(each if isinstance(each, tuple) else (each,))) for each in every]
+    return [each if each in default else slow(each) for each in every]
 
 
 def spread(every: Iterable[Any], count: int) -> list[Any]:

@@ -369,10 +369,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "sampled"),
-    few(product(WIDE, (False, True)), (torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)),
-)
+@pytest.mark.parametrize(("dtype", "sampled"), spread(product(WIDE, (False, True)), 3))
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_found_and_named(
     tmp_path: Path, fault: str, dtype: torch.dtype, sampled: bool, monkeypatch: pytest.MonkeyPatch
