@@ -482,7 +482,7 @@ EVERY = [
 SETTINGS = ("kind", "base", "factor", "out", "weight")
 
 
-@pytest.mark.parametrize(SETTINGS, spread(SOME, 11), ids=id_of)
+@pytest.mark.parametrize(SETTINGS, spread(SOME, 7), ids=id_of)
 def test_merges_round_the_exact_real_once(
     tmp_path: Path, kind: str, base: Any, factor: Any, out: Any, weight: Any
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import factors, load_model, weights
+from conftest import factors, load_model, slow, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,7 +60,7 @@ ALPHAS: dict[str, tuple[Tensor | None, float]] = {
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("name", [KOHYA, COMFY])
+@pytest.mark.parametrize("name", [KOHYA, slow(COMFY)])
 def test_alphas(name: str, alpha: str, tmp_path: Path) -> None:
     """The merged delta stays the same by way of every other format."""
     stored, scale = ALPHAS[alpha]

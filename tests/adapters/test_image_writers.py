@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_model
+from conftest import load_model, spread
 from lib.models.image_layouts import FLUX, base_of, write_folder, write_single
 from safetensors.torch import save_file
 from torch import Tensor
@@ -192,7 +192,7 @@ def plain(case: Case) -> dict[str, Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", spread(WRITERS, 16))
 def test_a_writers_file_is_merged(writer: str, bases: tuple[Path, Path], tmp_path: Path) -> None:
     case = WRITERS[writer]
     adapter = write(tmp_path / "a", case)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import any_widths, only_families
+from conftest import any_widths, covering, only_families
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -49,9 +49,7 @@ def adapter(folder: Path, prefix: str, path: str, suffix: str = "dotted") -> Pat
     return folder if prefix in PEFT else folder / "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("prefix", [*DOTTED, *FLAT, *PEFT])
-@pytest.mark.parametrize("naming", [0, 1], ids=["maker", "diffusers"])
-@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize(("prefix", "naming", "family"), covering([*DOTTED, *FLAT, *PEFT], [0, 1], MODULES))
 def test_prefix_and_naming_are_independent(family: str, naming: int, prefix: str, tmp_path: Path) -> None:
     maker, _, mark = MODULES[family]
     base = {f"model.diffusion_model.{maker}.weight": torch.zeros(16, 4), f"model.diffusion_model.{mark}.weight": A}

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, factors, needs_passes, run_command, weights
+from conftest import FIXTURES, factors, needs_passes, run_command, spread, weights
 from lib.hostile.hostile_blocks import (
     NAMES,
     DoraRows,
@@ -107,7 +107,7 @@ def check(first: int, count: int, seed: int, make: Callable[[list[int]], Hostile
 
 
 @needs_passes
-@pytest.mark.parametrize("first", range(0, 300, 50))
+@pytest.mark.parametrize("first", spread(range(0, 300, 50), 3))
 def test_hostile_blocks(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     takes = Takes(monkeypatch)
     check(first, 50, 0)

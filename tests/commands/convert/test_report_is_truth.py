@@ -139,7 +139,7 @@ def is_representative(case: Case) -> bool:
         return alone and case.source in ("flux lora", SHAPES[turn % len(SHAPES)])
     if case.source in LANGUAGE:
         every = case.source in SHAPES or not case.way.startswith("for ")
-        return (way + [*LANGUAGE].index(case.source)) % (2 if every else 6) == 0
+        return (way + [*LANGUAGE].index(case.source)) % (4 if every else 12) == 0
     return case.source == f"{('flux', 'sdxl')[(way + [*IMAGE].index(kind)) % 2]} {kind}"
 
 

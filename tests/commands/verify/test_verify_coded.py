@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import factors, load_model, run_command, weights, write_model, write_peft
+from conftest import factors, load_model, run_command, slow, weights, write_model, write_peft
 from lib.models.coded_models import EACH, RANK, numbers_of, sized, write_adapter, write_base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -82,7 +82,7 @@ def write_pair(folder: Path, size: float = 1.0, shards: int = 1) -> tuple[Path, 
 
 
 @pytest.mark.parametrize("vector", EACH)
-@pytest.mark.parametrize("way", ["mixed", "dequantize", "requantize"])
+@pytest.mark.parametrize("way", ["mixed", slow("dequantize"), "requantize"])
 def test_each_way_is_proven_in_each_format(vector: str, way: str, tmp_path: Path) -> None:
     base = write_base(vector, tmp_path / "base")
     numbers = numbers_of(base)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bits, factors, load_model, weights, write_model, write_peft
+from conftest import bits, factors, load_model, spread, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -180,7 +180,7 @@ def test_codes_are_read_or_refused_where_they_are_touched(name: str, tmp_path: P
         assert "is quantized (" in result.stderr and "pass the original model in 16 or 32 bits" in result.stderr
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", spread(STORED, 12))
 def test_codes_are_copied_where_nothing_is_for_them(name: str, tmp_path: Path, run: Callable[..., Any]) -> None:
     tensors, config = STORED[name]
     base = write_model(tmp_path / "base", {**PLAIN, **tensors}, config)
