@@ -143,6 +143,13 @@ class WeightsFile:
         )
 
 
+class PlacedTensors(WeightsFile):
+    """Tensors at known places of an open file, whose header is elsewhere or not yet written."""
+
+    def __init__(self, path: Path, file: BinaryIO, specs: dict[str, TensorSpec], begin: dict[str, int]) -> None:
+        self.path, self.file, self.specs, self.begin = path, file, specs, begin
+
+
 def copy_bytes(file: WeightsFile, name: str, first: int, nbytes: int, target: BinaryIO, offset: int) -> int:
     """Copy `nbytes` of a tensor to an offset in a file, through a buffer, and return their CRC-32."""
     buffer, crc = memoryview(bytearray(min(CHECKED_CHUNK, nbytes))), 0

@@ -23,13 +23,12 @@ from ..files.tensor_ref import TensorRef
 from ..numerics.arrays import Numbers, sent
 from ..numerics.forms import F64, FORMS, Form, Wide
 from ..numerics.merge import RowMerge
-from ..numerics.passes.hashes import AwaitsHash
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
 from ..numerics.workspace import Workspace
 from ..undo.checks import record_rows
 from ..undo.reader import Record, UndoFile
-from ..undo.records import CodedRows, Doubted, Recorder, Restorer, subtract
-from .items import Batching, Buffer, Step
+from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
+from .items import Batching, Step
 from .rewrite import ChangedTensor, CopiedRows, RowRange
 from .scattered import Scattered, Written
 from .segment import RowSegment, UpdateLoader, reals_of_batch
@@ -62,7 +61,7 @@ def merge_tensor(
     Args:
         base: the base's tensor; None if the base has no tensor of this name.
         source: the tensor whose rows are read, `base` or another one.
-        record: the steps return a `RecordedBlock`, once hashed, instead of `RoundingStats`, except for rows that the
+        record: the steps return a `RecordedBlock` instead of `RoundingStats`, except for rows that the
             base lacks.
     """
     rows = placements[0].rows if placements else source.spec.shape[0]
@@ -71,7 +70,6 @@ def merge_tensor(
     replaced = base if base != source else None
     shared = min(rows, replaced.spec.shape[0]) if replaced else 0
     codes = source if record and base == source and source.weight else None
-    hashed: Buffer | None = "base" if record else None
 
     def ranges() -> Iterator[RowRange]:
         for start, stop, inside in segments(placements, {0, rows} if replaced or codes else set()):
@@ -79,14 +77,14 @@ def merge_tensor(
             if replaced and start < shared:
                 differs = record and not replaced.weight  # else the undo file keeps the stored tensors unchanged
                 step = partial(_replace, replaced, segment if inside else None, differs)
-                yield RowRange(start, min(stop, shared), step, height, height, hashed=hashed)
+                yield RowRange(start, min(stop, shared), step, height, height)
             if inside and stop > shared:
                 step = partial(_merge, segment, record and base == source, codes)
                 is_whole = base == source and stop - start == rows <= height and not source.parts
                 batching = _batching(segment, record) if is_whole else None
-                yield RowRange(max(start, shared), stop, step, height, height, batching, hashed)
+                yield RowRange(max(start, shared), stop, step, height, height, batching)
             elif codes:
-                yield RowRange(start, stop, partial(_decode, codes), height, height, hashed=hashed)
+                yield RowRange(start, stop, partial(_decode, codes), height, height)
 
     return ChangedTensor(rows, ranges)
 
@@ -101,11 +99,11 @@ def segments(placements: Sequence[Placement], ends: set[int]) -> Iterator[tuple[
 def _decode(source: TensorRef, start: int, stop: int) -> Step:
     """Return the step that only decodes rows start:stop of a coded tensor, and records their codes."""
 
-    def step(base: Numbers, row: int, out: Numbers, work: Workspace) -> AwaitsHash:
+    def step(base: Numbers, row: int, out: Numbers, work: Workspace) -> RecordedBlock:
         stats = cast_rounded(base, out, work)
         recorder = Recorder(base.form, _rows_of(source, start + row, base.shape[1]), work)
         recorder.difference(base, out)
-        return recorder.result(stats, base, out)
+        return recorder.result(stats, out)
 
     return step
 
@@ -118,7 +116,7 @@ def _rows_of(source: TensorRef, start: int, columns: int) -> CodedRows:
 def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: int, stop: int) -> Step:
     """Return the step that merges rows start:stop of a tensor. codes: the tensor if its codes are to be recorded."""
 
-    def step(base: Numbers, row: int, out: Numbers, work: Workspace) -> RoundingStats | AwaitsHash:
+    def step(base: Numbers, row: int, out: Numbers, work: Workspace) -> RoundingStats | RecordedBlock:
         if not record:
             return segment.merge(base, start + row, out, work)
         x, norms = segment.reals_of(start + row, start + row + len(base), base, work)
@@ -126,7 +124,7 @@ def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: in
         if norms is not None and (segment.norms_of_rows or start + row == segment.start):
             recorder.head(norms)
         stats = RowMerge(x, base.form, out.form, base.bits).apply(base, 0, out, work, recorder)
-        return recorder.result(stats, base, out)
+        return recorder.result(stats, out)
 
     return step
 
@@ -143,14 +141,14 @@ def _batching(segment: RowSegment, record: bool) -> Batching | None:
 def _merge_batch(record: bool, segments: Sequence[RowSegment]) -> Step:
     """Return the step that merges all rows of several tensors, as one sum if `reals_of_batch` can."""
 
-    def step(base: Numbers, row: int, out: Numbers, work: Workspace) -> list[RoundingStats] | list[AwaitsHash]:
+    def step(base: Numbers, row: int, out: Numbers, work: Workspace) -> list[RoundingStats] | list[RecordedBlock]:
         x = reals_of_batch(segments)
         if x is None:
             blocks = zip(segments, base.split(len(segments)), out.split(len(segments)), strict=True)
             return [_merge(segment, record, None, 0, len(b))(b, 0, merged, work) for segment, b, merged in blocks]
         recorder = Recorder(base.form, matrices=len(segments)) if record else None
         stats = RowMerge(x, base.form, out.form, base.bits).apply_each(base, 0, out, work, recorder)
-        return recorder.results(stats, base, out) if recorder else stats
+        return recorder.results(stats, out) if recorder else stats
 
     return step
 
@@ -159,7 +157,7 @@ def _replace(base: TensorRef, segment: RowSegment | None, record: bool, start: i
     """Return the step for rows with values of another tensor; it reads the base's too, for statistics and undo."""
     inner = _merge(segment, False, None, start, stop) if segment else None
 
-    def step(value: Numbers, row: int, out: Numbers, work: Workspace) -> RoundingStats | AwaitsHash:
+    def step(value: Numbers, row: int, out: Numbers, work: Workspace) -> RoundingStats | RecordedBlock:
         done = inner(value, row, out, work) if inner else cast_rounded(value, out, work)
         first = start + row
         rows = base.as_stored(out.form.name).read_matrix(base.spec.shape[0], first, first + len(value))
@@ -169,7 +167,7 @@ def _replace(base: TensorRef, segment: RowSegment | None, record: bool, start: i
             return stats
         recorder = Recorder(weight.form)
         recorder.difference(weight, out)
-        return recorder.result(stats, weight, out)
+        return recorder.result(stats, out)
 
     return step
 
@@ -194,7 +192,7 @@ def restore_tensor(
                 codes = CodedRows(parts, record.start, columns) if parts else None
                 prepare = partial(_restore, undo, record, name, form, segment, codes)
                 height = record.stop - record.start
-                yield RowRange(record.start, record.stop, prepare, height, height, hashed="out")
+                yield RowRange(record.start, record.stop, prepare, height, height)
         if copied := undo.copied_rows(name):
             first, offset = copied
             yield CopiedRows(first, rows, undo.file, offset)
@@ -230,7 +228,7 @@ def restore_codes(
 
 
 def _restorer(undo: UndoFile, record: Record, name: str, form: Form, codes: CodedRows | None = None) -> Restorer:
-    return Restorer(name, form, undo.bytes(record.offset, record.length), record.sha256, record.sum, codes)
+    return Restorer(name, form, undo.bytes(record.offset, record.length), record.sum, codes)
 
 
 def _read_norms(undo: UndoFile, record: Record, name: str, form: Form, count: int) -> Wide:
@@ -252,7 +250,7 @@ def _restore(
     """Return the step that restores a record's rows. segment: None for rows that were replaced or only decoded."""
     restorer = _restorer(undo, record, name, form, codes)
 
-    def step(merged: Numbers, row: int, out: Any, work: Workspace) -> AwaitsHash:
+    def step(merged: Numbers, row: int, out: Any, work: Workspace) -> None:
         with restorer.damage():
             if segment is None:
                 restorer.replaced(merged, out, work)
@@ -264,7 +262,7 @@ def _restore(
                     restorer.norms(segment.count_column_norms())
                 x, _ = segment.reals_of(start + row, start + row + len(merged), None, work, norms)
                 restorer.block(merged, x, out, work)
-        return restorer.check(out, merged)
+        restorer.check(merged)
 
     return step
 

@@ -1,12 +1,17 @@
-"""Hash the tensors of files for their digest, two pieces at a time on each thread."""
+"""Hash tensors by pieces, for digests and undo files: those of files on disk, and those that a rewrite reads or writes.
+
+`files.digest` defines the pieces and the digest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import islice
 
-from ..files.digest import digest_of, pieces_of, tensors_of
+from ..files.digest import PIECE, digest_of, pieces_of, tensors_of
 from ..files.weights_file import WeightsFile, read_parts
 from ..numerics.passes.hashes import sha256_each
 from .parallel import Progress, map_in_order, worker_count
@@ -20,18 +25,91 @@ def digest_of_files(files: Iterable[WeightsFile], progress: Progress | None = No
     pieces: list[Piece] = [
         (file, name, *place) for name, file in tensors.items() for place in pieces_of(file.specs[name])
     ]
+    hashes = iter(hash_pieces(pieces, worker_count(), progress))
+    specs = ((name, file.specs[name]) for name, file in tensors.items())
+    return digest_of((name, spec, islice(hashes, len(pieces_of(spec)))) for name, spec in specs)
+
+
+def hash_pieces(pieces: list[Piece], workers: int, progress: Progress | None = None) -> list[str]:
+    """Return the sha256 of each piece, computed by two at a time on each of `workers` threads."""
     pairs = [pieces[k : k + 2] for k in range(0, len(pieces), 2)]
     hashes, done, total = list[str](), 0, sum(nbytes for *_, nbytes in pieces)
-    with closing(map_in_order(_hash_pieces, pairs, worker_count())) as results:
+    with closing(map_in_order(_hash_each, pairs, workers)) as results:
         for pair, found in zip(pairs, results, strict=True):
             hashes += found
             done += sum(nbytes for *_, nbytes in pair)
             if progress:
                 progress(done, total)
-    left = iter(hashes)
-    specs = ((name, file.specs[name]) for name, file in tensors.items())
-    return digest_of((name, spec, islice(left, len(pieces_of(spec)))) for name, spec in specs)
+    return hashes
 
 
-def _hash_pieces(pieces: list[Piece]) -> list[str]:
+def _hash_each(pieces: list[Piece]) -> list[str]:
     return sha256_each([read_parts(*piece) for piece in pieces])
+
+
+@dataclass(frozen=True)
+class TensorHashes:
+    """The hashes of tensors that a rewrite computes on the way.
+
+    Attributes:
+        read: the tensors whose stored bytes are hashed, and the file of each.
+        written: the tensors of the output that are hashed once they are written.
+        of_read, of_written: a tensor's name -> the hashes of its pieces, when the rewrite has ended.
+    """
+
+    read: Mapping[str, WeightsFile]
+    written: Collection[str]
+    of_read: dict[str, list[str]] = field(init=False, default_factory=dict)
+    of_written: dict[str, list[str]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.of_read.update((name, [""] * len(pieces_of(file.specs[name]))) for name, file in self.read.items())
+
+
+class WrittenPieces:
+    """Hashes tensors of an output in threads, each piece once all of it is written, while it is in the page cache.
+
+    Args:
+        tensors: name -> the file that is written.
+    """
+
+    def __init__(self, tensors: Mapping[str, WeightsFile], workers: int) -> None:
+        self._tensors, self._workers = tensors, workers
+        self._left = {name: [size for _, size in pieces_of(file.specs[name])] for name, file in tensors.items()}
+        self._hashes = {name: [""] * len(left) for name, left in self._left.items()}
+        self._ready: list[tuple[str, int]] = []  # tensors, and numbers of pieces
+        self._pool = ThreadPoolExecutor(workers)
+        self._runs: list[tuple[list[tuple[str, int]], Future[list[str]]]] = []
+
+    def wrote(self, tensor: str, first: int, nbytes: int) -> None:
+        """Count bytes of a tensor as written, from byte `first` on; no byte is written twice."""
+        left = self._left.get(tensor)
+        if left is None:
+            return
+        for part in range(first // PIECE, -(-(first + nbytes) // PIECE)):
+            left[part] -= min(first + nbytes, (part + 1) * PIECE) - max(first, part * PIECE)
+            if not left[part]:
+                self._ready.append((tensor, part))
+        while len(self._ready) > 1:
+            some = [self._ready.pop(), self._ready.pop()]
+            self._runs.append((some, self._pool.submit(_hash_each, [self._piece(*each) for each in some])))
+
+    def _piece(self, tensor: str, part: int) -> Piece:
+        file = self._tensors[tensor]
+        return file, tensor, *pieces_of(file.specs[tensor])[part]
+
+    def finish(self) -> dict[str, list[str]]:
+        """Return the hashes of all tensors' pieces, when all is written, also what `wrote` was not told of."""
+        for some, run in self._runs:
+            for (tensor, part), sha256 in zip(some, run.result(), strict=True):
+                self._hashes[tensor][part] = sha256
+        rest = [(name, part) for name, found in self._hashes.items() for part, sha256 in enumerate(found) if not sha256]
+        for (name, part), sha256 in zip(
+            rest, hash_pieces([self._piece(*each) for each in rest], self._workers), strict=True
+        ):
+            self._hashes[name][part] = sha256
+        return self._hashes
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(cancel_futures=True)

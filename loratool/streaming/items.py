@@ -1,15 +1,15 @@
 """Work items of a rewrite: their sources, their places in the output, and their outcomes.
 
-An item is a range of bytes to copy or to hash, a range of a tensor's rows to compute, or a batch. A batch holds all
-rows of several small tensors that are alike, since a block costs three hundred calls whatever its size. A pair is two
-items that are hashed together. Any worker can run any item, and no result depends on their order.
+An item is a range of bytes to copy, a range of a tensor's rows to compute, or a batch. A batch holds all rows of
+several small tensors that are alike, since a block costs three hundred calls whatever its size; or ranges of bytes to
+hash, two of them in one loop. Any worker can run any item, and no result depends on their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -62,19 +62,23 @@ class GatherBytes:
 
 @dataclass(frozen=True)
 class HashBytes:
-    """An item that hashes bytes of a tensor with sha256, and writes nothing."""
+    """Bytes of a tensor to hash with sha256."""
 
     tensor: str
-    part: int  # which of the tensor's parts this is, from 0
-    source: TensorRef
+    part: int  # the number of the tensor's piece
+    source: WeightsFile
     first: int  # byte of the tensor
     length: int
 
+
+@dataclass(frozen=True)
+class HashBatch:
+    """An item that hashes bytes of tensors, and writes nothing."""
+
+    parts: tuple[HashBytes, ...]
+
     nbytes = 0  # of its output
 
-
-# What a worker reads into, and what a step writes to.
-Buffer = Literal["base", "out"]
 
 # Compute a block: (base, index of its first row within the item, out, work) -> the block's result. It writes `out`,
 # which is Numbers, or an array of codes.
@@ -123,7 +127,6 @@ class MapRows:
     checked: bool = False  # the results begin with the CRC-32 of the output
     scattered: tuple[Scattered, Locate, int] | None = None  # with the number of all rows, if the step writes codes
     batching: Batching | None = None  # of all rows of a small tensor
-    hashed: Buffer | None = None  # which buffer the result of its only block awaits the hash of
 
     @property
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -175,23 +178,12 @@ class MapBatch:
         return sum(part.nbytes for part in self.parts)
 
 
-@dataclass(frozen=True)
-class HashedPair:
-    """Two items that hash equally many bytes, which together takes hardly longer than for one."""
-
-    parts: tuple[MapRows | HashBytes, MapRows | HashBytes]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
-
-
-Item = CopyBytes | GatherBytes | MapRows | MapBatch | HashBytes | HashedPair
+Item = CopyBytes | GatherBytes | MapRows | MapBatch | HashBatch
 
 
 def each_part(item: Item) -> tuple[Any, ...]:
-    """Return the parts of a batch or a pair, or the item alone."""
-    return item.parts if isinstance(item, MapBatch | HashedPair) else (item,)
+    """Return the parts of a batch, or the item alone."""
+    return item.parts if isinstance(item, MapBatch | HashBatch) else (item,)
 
 
 @dataclass(frozen=True)
@@ -218,8 +210,8 @@ class Outcome:
 
     Attributes:
         digest: of its output, as in `FinishedItem`.
-        results: one of each block, in the order of rows, after a CRC-32 or the places of codes; or a hash. Of a batch
-            or pair, a list of these for each part. None if an earlier run has written it.
+        results: one of each block, in the order of rows, after a CRC-32 or the places of codes. Of a batch, a list of
+            these, or of one hash, for each part. None if an earlier run has written it.
     """
 
     digest: str

@@ -12,12 +12,11 @@ from ..numerics.arrays import Numbers
 from ..numerics.code_grid import round_to_codes
 from ..numerics.code_levels import Codes
 from ..numerics.forms import F64
-from ..numerics.passes.hashes import AwaitsHash
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
 from ..undo.checks import recoded_shape, record_rows
 from ..undo.reader import UndoFile
-from ..undo.records import CodedRows, Restorer, record_recoded
+from ..undo.records import CodedRows, RecordedBlock, Restorer, record_recoded
 from .apply import scattered_codes, segments
 from .items import Step
 from .rewrite import ChangedTensor, RowRange
@@ -32,7 +31,7 @@ def recode_tensor(
     Args:
         source: the weight, stored as codes.
         placements: one or more; none of them replaces the weight.
-        record: the steps return a `RecordedBlock`, once hashed, instead of `RoundingStats`.
+        record: the steps return a `RecordedBlock` instead of `RoundingStats`.
     """
     assert source.parts
     parts, rows = source.parts, placements[0].rows
@@ -50,7 +49,7 @@ def recode_tensor(
 def _recode(parts: Parts, segment: RowSegment | None, record: bool, start: int, stop: int) -> Step:
     """Return the step that rounds rows start:stop to codes. segment: None for rows that keep their codes."""
 
-    def step(base: Numbers, row: int, out: Codes, work: Workspace) -> RoundingStats | AwaitsHash:
+    def step(base: Numbers, row: int, out: Codes, work: Workspace) -> RoundingStats | RecordedBlock:
         first = start + row
         rows = CodedRows(parts, first, base.shape[1])
         former = rows.read(len(base))
@@ -79,7 +78,7 @@ def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
         for record in undo.records(name):
             data = undo.bytes(record.offset, record.length)
             coded = CodedRows(parts, record.start, columns)
-            restorer = Restorer(name, F64, data, record.sha256, record.sum, coded)
+            restorer = Restorer(name, F64, data, record.sum, coded)
             height = record.stop - record.start
             yield RowRange(record.start, record.stop, partial(_restore, restorer, coded), height, height)
 
@@ -89,10 +88,10 @@ def restore_recoded(parts: Parts, undo: UndoFile, name: str) -> ChangedTensor:
 def _restore(restorer: Restorer, rows: CodedRows, start: int, stop: int) -> Step:
     """Return the step that restores a record's codes; the weight's numbers, which a rewrite reads, are not used."""
 
-    def step(merged: Numbers, row: int, out: Codes, work: Workspace) -> AwaitsHash:
+    def step(merged: Numbers, row: int, out: Codes, work: Workspace) -> None:
         codes = rows.read(stop - start)
         with restorer.damage():
             restorer.recoded(codes, out)
-        return restorer.check(out, codes)
+        restorer.check(codes)
 
     return step

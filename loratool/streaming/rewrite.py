@@ -18,23 +18,24 @@ from typing import Any, BinaryIO, TypeGuard
 from ..durable.fileio import write_at, write_back_early
 from ..durable.journal import Journal, Place
 from ..errors import InputError, NeedsFlag
+from ..files.digest import pieces_of
 from ..files.dtypes import DTYPES, TensorSpec
 from ..files.output.output import Output, OutputFile, join_output, open_output
 from ..files.tensor_ref import TensorRef
+from ..files.weights_file import PlacedTensors, WeightsFile
 from ..numerics.arrays import Device
 from ..numerics.forms import F32, FORMS, fraction
 from ..numerics.rounding_stats import RoundingStats, cast_rounded
 from ..undo.reader import belongs
 from ..undo.records import Doubted, RecordedBlock
-from ..undo.table import HASH_PART
+from .digests import TensorHashes, WrittenPieces
 from .items import (
     Batching,
-    Buffer,
     CopyBytes,
     FinishedItem,
     GatherBytes,
+    HashBatch,
     HashBytes,
-    HashedPair,
     Item,
     Locate,
     MapBatch,
@@ -78,7 +79,6 @@ class RowRange:
     block_rows: int  # rows of a block
     item_rows: int = 0  # rows of an item, 0 for as many as suit the machine
     batching: Batching | None = None  # if these are all rows of a small tensor
-    hashed: Buffer | None = None  # as in MapRows; of items of one block
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def rewrite(
     workers: int,
     progress: Progress | None = None,
     finish: Callable[[Mapping[str, BinaryIO]], Mapping[str, bytes]] | None = None,
-    hashed: Collection[str] = (),
-) -> Generator[tuple[MapRows | HashBytes, list[Any]], None, None]:
+    hashes: TensorHashes | None = None,
+) -> Generator[tuple[MapRows, list[Any]], None, None]:
     """Write `output`, whose layout is planned, and yield each item of a changed tensor with the results of its steps.
 
     The items of a tensor come in any order. Rank 0 gets the items of all ranks, another rank its own. If the run dies,
@@ -122,7 +122,7 @@ def rewrite(
             changed tensor are copied or cast
         finish: called on rank 0 with the open files, by name, when all rows are written; returns, by name, the output's
             small files whose content depends on the results
-        hashed: copied tensors whose sources are hashed on the way; each part is yielded with its sha256
+        hashes: what is hashed on the way; complete on rank 0 when `finish` is called
 
     Raises:
         NeedsFlag, InputError: a cast overflows.
@@ -132,19 +132,29 @@ def rewrite(
     output.require_space()
     job, side_files = current_job(), dict[str, bytes]()
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
-    with _opened(output, side_files, job) as (journal, targets), ExitStack() as writing:
+    with _opened(output, side_files, job) as (journal, targets), ExitStack() as hashing, ExitStack() as writing:
         names = {file: name for name, file in targets.items()}
 
         def items() -> Iterator[Item]:
-            return _items(output, sources, changed, targets, hashed)
+            return _items(output, sources, changed, targets, hashes.read if hashes else {})
 
-        def step_results(item: Item, results: list[Any]) -> Iterator[tuple[MapRows | HashBytes, list[Any]]]:
+        hashed, begin = None, {name: first for file in output.files for name, first in file.begin.items()}
+        if hashes and not job.rank:
+            hashed = hashing.enter_context(closing(_hashed_after_writing(hashes, output, targets, workers)))
+
+        def step_results(item: Item, results: list[Any]) -> Iterator[tuple[MapRows, list[Any]]]:
             for part, of_part in _parts(item, results):
-                if not isinstance(part, HashBytes) and part.checked:
+                if isinstance(part, HashBytes):
+                    if hashes:
+                        hashes.of_read[part.tensor][part.part] = of_part[0]
+                    continue
+                if part.checked:
                     written[part.target].append((part.target_offset, part.nbytes, of_part.pop(0)))
                 if _is_scattered(part):
                     del of_part[0]  # its places
-                if isinstance(part, HashBytes) or _is_changed(part, changed):
+                elif hashed and isinstance(part, MapRows):
+                    hashed.wrote(part.tensor, part.target_offset - begin[part.tensor], part.nbytes)
+                if _is_changed(part, changed):
                     yield part, of_part
                 elif isinstance(part, MapRows):
                     refuse_overflow(part.tensor, of_part, sources, output)
@@ -175,8 +185,22 @@ def rewrite(
             target = targets[file.name]
             for offset, data in file.archive.rest(written[target]) if file.archive else ():
                 write_at(target, memoryview(data), offset)
+        if hashes and hashed:
+            hashes.of_written.update(hashed.finish())
         if finish:
             side_files.update(finish(targets))
+
+
+def _hashed_after_writing(
+    hashes: TensorHashes, output: Output, targets: Mapping[str, BinaryIO], workers: int
+) -> WrittenPieces:
+    """Return what hashes the chosen tensors of an output as they are written."""
+    tensors: dict[str, WeightsFile] = {}
+    for file in output.files:
+        specs = {name: output.specs[name] for name in file.begin if name in hashes.written}
+        opened = PlacedTensors(output.path / file.name, targets[file.name], specs, dict(file.begin))
+        tensors |= dict.fromkeys(specs, opened)
+    return WrittenPieces(tensors, workers)
 
 
 def _opened(
@@ -217,13 +241,13 @@ def _place_of(item: Item, names: Mapping[BinaryIO, str]) -> Place:
     """Return the place that an item writes, or, for a hash, the place that it reads."""
     first = each_part(item)[0]
     if isinstance(first, HashBytes):
-        return first.tensor, first.first, first.length
+        return first.tensor, first.first, sum(part.length for part in each_part(item))
     return names[first.target], first.target_offset, item.nbytes
 
 
 def _parts(item: Item, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
-    """Return each part of a batch or pair with its results, or another item with its own."""
-    return zip(each_part(item), results if isinstance(item, MapBatch | HashedPair) else [results], strict=True)
+    """Return each part of a batch with its results, or another item with its own."""
+    return zip(each_part(item), results if isinstance(item, MapBatch | HashBatch) else [results], strict=True)
 
 
 def refuse_overflow(
@@ -253,13 +277,18 @@ def _items(
     sources: Mapping[str, TensorRef],
     changed: Mapping[str, ChangedTensor],
     targets: Mapping[str, BinaryIO],
-    hashed: Collection[str],
+    hashed: Mapping[str, WeightsFile],
 ) -> Iterator[Item]:
-    """Yield the output's items, one of each file in turn, since threads that write to one file wait for its lock."""
-    waiting: list[Iterator[Item]] = [_grouped(_hash_items(sources, hashed))]
+    """Yield the output's items, one of each file in turn, since threads that write to one file wait for its lock.
+
+    Args:
+        hashed: the tensors to hash, and the file of each; one that the output has too is read when that is made.
+    """
+    others = ({name: file} for name, file in hashed.items() if name not in output.specs)
+    waiting: list[Iterator[Item]] = [_grouped(chain.from_iterable(_hash_items(each) for each in others))]
     begin = {name: (targets[file.name], offset) for file in output.files for name, offset in file.begin.items()}
     waiting += [
-        _grouped(_file_items(output, file, targets[file.name], sources, changed, begin.__getitem__))
+        _grouped(_file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, hashed))
         for file in output.files
     ]
     while waiting:
@@ -275,11 +304,10 @@ def _is_changed(item: Item, changed: Mapping[str, ChangedTensor]) -> TypeGuard[M
     return isinstance(item, MapRows) and item.tensor in changed and item.prepare is not _prepare_cast
 
 
-def _hash_items(sources: Mapping[str, TensorRef], names: Collection[str]) -> Iterator[HashBytes]:
-    for name in names:
-        source, size = sources[name], sources[name].spec.nbytes
-        for part, start in enumerate(range(0, size, HASH_PART)):
-            yield HashBytes(name, part, source, start, min(HASH_PART, size - start))
+def _hash_items(hashed: Mapping[str, WeightsFile]) -> Iterator[HashBytes]:
+    for name, file in hashed.items():
+        for part, place in enumerate(pieces_of(file.specs[name])):
+            yield HashBytes(name, part, file, *place)
 
 
 def _file_items(
@@ -289,11 +317,14 @@ def _file_items(
     sources: Mapping[str, TensorRef],
     changed: Mapping[str, ChangedTensor],
     locate: Locate,
-) -> Iterator[Item]:
+    hashed: Mapping[str, WeightsFile],
+) -> Iterator[Item | HashBytes]:
     """Yield the items of one file in the order of its bytes; copies that continue each other are one item."""
     span: CopyBytes | None = None
     checked = file.archive is not None
     for name, offset in file.begin.items():
+        if name in hashed:
+            yield from _hash_items({name: hashed[name]})
         if name not in sources:
             continue
         source, new = sources[name], output.specs[name]
@@ -319,10 +350,11 @@ def _file_items(
     yield from _copy_items(span)
 
 
-def _grouped(items: Iterable[Item]) -> Iterator[Item]:
-    """Yield items, but small ones in batches and hashed ones in pairs, once there are enough alike."""
+def _grouped(items: Iterable[Item | HashBytes]) -> Iterator[Item]:
+    """Yield items, but small ones in batches once there are enough alike; and hashes in pairs of equal length."""
     small: dict[Hashable, list[MapRows]] = {}
-    single: dict[Hashable, MapRows | HashBytes] = {}
+    hashes: dict[int, list[HashBytes]] = {}  # by length; small ones together
+    nbytes: dict[int, int] = defaultdict(int)  # of these
     for item in items:
         if isinstance(item, MapRows) and item.batching:
             alike = item.batching.alike, item.source.form, item.written, item.stop - item.start, item.columns
@@ -330,16 +362,18 @@ def _grouped(items: Iterable[Item]) -> Iterator[Item]:
             waiting.append(item)
             if (len(waiting) + 1) * item.batching.size > BATCH:
                 yield MapBatch(tuple(small.pop(alike)))
-        elif isinstance(item, HashBytes) or (isinstance(item, MapRows) and item.hashed):
-            hashed = item.length if isinstance(item, HashBytes) else (item.hashed, item.nbytes, item.source.form)
-            if hashed in single:
-                yield HashedPair((single.pop(hashed), item))
-            else:
-                single[hashed] = item
+        elif isinstance(item, HashBytes):
+            length = item.length if item.length > BATCH else 0
+            together = hashes.setdefault(length, [])
+            together.append(item)
+            nbytes[length] += item.length
+            if len(together) > 1 and nbytes[length] > BATCH:
+                nbytes[length] = 0
+                yield HashBatch(tuple(hashes.pop(length)))
         else:
             yield item
     yield from (MapBatch(tuple(items)) for items in small.values())
-    yield from single.values()
+    yield from (HashBatch(tuple(items)) for items in hashes.values())
 
 
 @dataclass(frozen=True)
@@ -429,7 +463,6 @@ def _row_items(source: TensorRef, place: _Place, columns: int, written: int, row
             block_rows=rows.block_rows,
             checked=place.checked,
             batching=rows.batching,
-            hashed=rows.hashed,
         )
 
 

@@ -12,7 +12,7 @@ import threading
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import chain, count, islice
+from itertools import chain, islice
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -21,15 +21,14 @@ from ..durable.fileio import copy_checked, copy_range, has_bytes, read_into, wri
 from ..files.weights_file import copy_bytes, read_parts
 from ..numerics.arrays import Device, Numbers, bytes_of, like_of, send, stream_of
 from ..numerics.forms import Form
-from ..numerics.passes.hashes import finish_each, page_sums, sha256_each
+from ..numerics.passes.hashes import page_sums, sha256_each
 from ..numerics.workspace import Workspace
 from .forked import CAN_FORK, chosen, run_forked
 from .items import (
     CopyBytes,
     FinishedItem,
     GatherBytes,
-    HashBytes,
-    HashedPair,
+    HashBatch,
     Item,
     MapBatch,
     MapRows,
@@ -74,21 +73,18 @@ class Worker:
         if isinstance(item, GatherBytes):
             crc = copy_bytes(item.source, item.name, item.first, item.nbytes, item.target, item.target_offset)
             return Outcome("", [crc] if item.checked else [])
-        parts, digest = each_part(item), ""
+        if isinstance(item, HashBatch):
+            parts = [read_parts(each.source, each.tensor, each.first, each.length) for each in item.parts]
+            return Outcome("", [[each] for each in sha256_each(parts)])
+        self._digest = hashlib.sha256()
         with self._streaming:
-            if isinstance(parts[0], HashBytes):
-                files = [read_parts(each.source.file, each.source.name, each.first, each.length) for each in parts]
-                results = [[each] for each in sha256_each(files)]
-            else:
-                self._digest = hashlib.sha256()
-                done = self._batch(item) if isinstance(item, MapBatch) else map(self._rows, parts, count())
-                results, digest = finish_each([*done]), self._digest.hexdigest()
-        return Outcome(digest, results if isinstance(item, MapBatch | HashedPair) else results[0])
+            results = self._batch(item) if isinstance(item, MapBatch) else self._rows(item)
+        return Outcome(self._digest.hexdigest(), results)
 
     def _is_written(self, finished: FinishedItem) -> bool:
         """Return whether an earlier run's output of an item is still there."""
         item, digest = finished.item, hashlib.sha256()
-        if isinstance(each_part(item)[0], HashBytes):
+        if isinstance(item, HashBatch):
             return True
         if isinstance(item, CopyBytes | GatherBytes):
             return has_bytes(item.target, item.target_offset, item.nbytes, item.read)
@@ -98,11 +94,11 @@ class Worker:
             digest.update(page_sums(data))
         return digest.hexdigest() == finished.digest
 
-    def _rows(self, item: MapRows, place: int = 0) -> list[Any]:
-        """Run the steps of an item. place: in its pair; of the first one the hashed buffer stays for the second."""
+    def _rows(self, item: MapRows) -> list[Any]:
+        """Run the steps of an item."""
         step = item.prepare(item.start, item.stop)
         self._crc, self._places = 0, []
-        results = [self._block(item, step, row, end, place) for row, end in item.blocks]
+        results = [self._block(item, step, row, end) for row, end in item.blocks]
         return [*([self._crc] if item.checked else [self._places] if item.scattered else []), *results]
 
     def _batch(self, batch: MapBatch) -> list[list[Any]]:
@@ -117,13 +113,12 @@ class Worker:
             outcomes.append([self._crc, result] if part.checked else [result])
         return outcomes
 
-    def _buffers(self, item: MapRows, rows: int, place: int = 0) -> tuple[Numbers, Any]:
+    def _buffers(self, item: MapRows, rows: int) -> tuple[Numbers, Any]:
         """Return the buffers of a block: of what is read, and of the numbers or codes that are written."""
-        base, out = (f"{name} {place}" if name == item.hashed else name for name in ("base", "out"))
-        source = self.host.numbers(base, item.source.form, rows, item.columns)
+        source = self.host.numbers("base", item.source.form, rows, item.columns)
         if isinstance(item.written, Form):
-            return source, self.host.numbers(out, item.written, rows, item.target_columns)
-        return source, self.host.take(out, item.written, rows, item.target_columns)
+            return source, self.host.numbers("out", item.written, rows, item.target_columns)
+        return source, self.host.take("out", item.written, rows, item.target_columns)
 
     def _run(self, step: Step, base: Numbers, row: int, out: Any) -> Any:
         """Run a step on the device; codes are written on the host."""
@@ -140,8 +135,8 @@ class Worker:
         self.stream.synchronize()
         return result
 
-    def _block(self, item: MapRows, step: Step, row: int, end: int, place: int) -> Any:
-        base, out = self._buffers(item, end - row, place)
+    def _block(self, item: MapRows, step: Step, row: int, end: int) -> Any:
+        base, out = self._buffers(item, end - row)
         item.source.read(item.start + row, base)
         result = self._run(step, base, row, out)
         if item.scattered:

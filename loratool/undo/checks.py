@@ -224,6 +224,12 @@ def tiles_of(name: str, entry: Mapping[str, Any], was: TensorSpec | None, codes:
     return Tiles(runs, record_rows(spec.size // max(1, counted_rows(entry)), bool(codes)), copied)
 
 
+def is_recorded(entry: Mapping[str, Any], tiles: Tiles) -> bool:
+    """Return whether the records of a changed tensor have the sums of all bytes that the merge wrote."""
+    covered = sum(last - first for first, last in tiles.runs) == counted_rows(entry)
+    return "recoded" not in entry and covered
+
+
 def is_replaced(entry: Mapping[str, Any]) -> bool:
     """Return whether an update replaced the base's tensor."""
     return bool(entry.get("replaced"))

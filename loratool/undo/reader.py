@@ -11,17 +11,16 @@ import hashlib
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
 from ..durable.descriptors import kept_open
-from ..durable.fileio import open_for_reading, read_into, sha256_range, sum_range
+from ..durable.fileio import open_for_reading, read_into
 from ..errors import InputError, MachineError
 from ..files.checkpoint import open_weights
 from ..files.codecs import find_stored
@@ -29,11 +28,13 @@ from ..files.codecs.codec import Fault, Parts, StoredTensor, StoredWeight, Uncla
 from ..files.codecs.quantized import QUANTIZERS
 from ..files.containers.gguf_file import GGUF
 from ..files.containers.safetensors_file import memory_of, parse_json
+from ..files.digest import PIECE, pieces_of
 from ..files.dtypes import TensorSpec
 from ..files.folder.model_folder import INDEX_NAMES, PICKLES
 from ..files.folder.sentence_transformers import DENSE
 from ..files.folder.side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
-from ..files.weights_file import WeightsFile
+from ..files.weights_file import PlacedTensors, WeightsFile, read_parts
+from ..numerics.passes.hashes import sha256_each
 from .checks import (
     ROWS,
     Tiles,
@@ -43,8 +44,8 @@ from .checks import (
     check_extents,
     check_placement,
     checked_spec,
-    counted_rows,
     is_count,
+    is_recorded,
     kept_names,
     prefix_of,
     recoded_shape,
@@ -55,9 +56,9 @@ from .checks import (
     tiles_of,
 )
 from .layouts import FileLayout, read_layout
-from .table import HASH_PART, Stretch, UndoTable, hashed_parts
+from .table import Stretch, UndoTable
 
-VERSION = 3
+VERSION = 4
 
 MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
 
@@ -75,41 +76,11 @@ _APPROXIMATE = "use the one that the merge wrote, or subtract and round with --a
 
 
 @dataclass(frozen=True)
-class UnrecordedBytes:
-    """Bytes of a merged tensor that are in no record."""
-
-    tensor: str
-    start: int  # in the tensor, in bytes
-    length: int  # in bytes
-
-
-@dataclass(frozen=True)
 class Record(Stretch):
-    """The record of rows start:stop of a tensor; the hash is of these rows of W."""
+    """The record of rows start:stop of a tensor."""
 
     start: int
     stop: int
-
-
-def unrecorded(name: str, entry: Mapping[str, Any], runs: Iterable[tuple[int, int]]) -> Iterator[UnrecordedBytes]:
-    """Yield the bytes of a changed tensor that are in no record, at most HASH_PART at a time.
-
-    Args:
-        runs: the rows that have records, rising.
-    """
-    spec, rows = spec_of(entry["spec"]), counted_rows(entry)
-    if "recoded" in entry:  # the records have codes, which may be in another order than rows
-        rows, runs = 1, ()
-    width, done = spec.nbytes // max(1, rows), 0
-    for start, stop in (*runs, (rows, rows)):
-        first, last = done * width, start * width
-        yield from (UnrecordedBytes(name, at, min(HASH_PART, last - at)) for at in range(first, last, HASH_PART))
-        done = stop
-
-
-def _written(entry: Mapping[str, Any]) -> Any:
-    """Return the hashes of the bytes of a changed tensor that are in no record."""
-    return entry.get("written", [])
 
 
 def is_readable(text: bytes, blobs: int) -> bool:
@@ -117,11 +88,8 @@ def is_readable(text: bytes, blobs: int) -> bool:
     return memory_of(text) <= MOST_INDEX and blobs <= MOST_BLOBS
 
 
-class _Kept(WeightsFile):
-    """Stored tensors that an undo file has unchanged."""
-
-    def __init__(self, undo: UndoFile, specs: dict[str, TensorSpec], begin: dict[str, int]) -> None:
-        self.path, self.file, self.specs, self.begin = undo.path, undo.file, specs, begin
+def _split(hashes: bytes) -> list[str]:
+    return [hashes[at : at + 32].hex() for at in range(0, len(hashes), 32)]
 
 
 def card_packer() -> ModuleType:
@@ -161,6 +129,9 @@ class UndoFile:
 
     Attributes:
         specs: the base's stored tensors.
+        untouched: those that the merge copied.
+        hashes: a tensor of the base -> the hashes of its pieces (`files.digest`), of 32 bytes each.
+        written: the same of changed tensors, as the merge wrote them.
         weights: the changed weights that it stores as codes.
         layouts: that of each of the base's shards; None for a torch file.
         side: name of a side file of the base -> its content.
@@ -222,6 +193,8 @@ class UndoFile:
         self._beside = Counter(prefix_of(name) for name in names)
         self.layouts: list[FileLayout | None] = []
         self.specs: dict[str, TensorSpec] = {}
+        self.hashes: dict[str, bytes] = {}
+        self.written: dict[str, bytes] = {}
         self._holder: dict[str, str] = {}
         self._metadata: dict[str, dict[str, str]] = {}  # of the files, by component
         for shard in index["shards"]:
@@ -230,11 +203,9 @@ class UndoFile:
         stretches = [(len(MAGIC), stop - len(MAGIC))]
         self.weights = self._find_weights()
         changed = {tensor for weight in self.weights.values() for tensor in weight.tensors} | index["tensors"].keys()
-        untouched = {name for name, spec in self.specs.items() if spec.nbytes and name not in changed}
-        require(index["untouched"].keys() == untouched, "it does not say of each tensor what became of it")
-        for name, hashes in index["untouched"].items():
-            require(are_hashes(hashes, -(-self.specs[name].nbytes // HASH_PART)), f"no hashes of {name}")
+        self.untouched = frozenset(self.specs.keys() - changed)
         self._check_entries()
+        self._read_hashes(self._blob(index["hashes"]))
         self.side = {name: self._blob(place) for name, place in index["side"].items()}
         if "card" in index:
             self.side[CARD] = self._card(index["card"], index["card_bytes"])
@@ -267,7 +238,7 @@ class UndoFile:
             require(is_count(row), f"{name}: its rows of the table")
             for tensor in tensors:
                 first_rows[tensor] = row
-                row += len(hashed_parts(self.specs[tensor].nbytes))
+                row += self.specs[tensor].nbytes > 0
         return first_rows
 
     def _read_kept(self, rows: Mapping[str, int], name: str) -> bytes:
@@ -326,10 +297,9 @@ class UndoFile:
         for name, entry in sorted(self.index["tensors"].items()):
             require(is_count(entry["row"]) and entry["row"] == done, f"{name}: its rows of the table")
             tiles = self._check_entry(name, entry)
-            copies = [hashed_parts(nbytes) for _, nbytes in self._copied_sizes(name, tiles)]
-            done += sum(map(len, copies)) + tiles.count()
+            sizes = [nbytes for _, nbytes in self._copied_sizes(name, tiles)]
+            done += len(sizes) + tiles.count()
             require(done <= len(self._table), "its table has fewer rows than its tensors")
-            sizes = [min(HASH_PART, parts.stop - at) for parts in copies for at in parts]
             lengths = [stretch.length for stretch in self._table.rows(entry["row"], len(sizes))]
             require(lengths == sizes, f"{name}: its unchanged part is not of its size")
         require(done == len(self._table), "its table has more rows than its tensors")
@@ -348,11 +318,18 @@ class UndoFile:
             replaced = entry.get("replaced", False)
             recipe = type(replaced) is bool and not (replaced and entry["placements"])
             require(recipe and (replaced or bool(entry["placements"]) or bool(weight)), f"{name}: no recipe")
-        tiles = self._tiles(name)
-        hashes = _written(entry)
-        count = sum(1 for _ in islice(unrecorded(name, entry, tiles.runs), len(hashes) + 1))  # beyond all memory, maybe
-        require(are_hashes(hashes, count), f"{name}: its hashes")
-        return tiles
+        return self._tiles(name)
+
+    def _read_hashes(self, data: bytes) -> None:
+        """Read the hashes of the pieces of the base's tensors, and of the changed ones as the merge wrote them."""
+        changed = {name: spec_of(entry["spec"]) for name, entry in self.index["tensors"].items()}
+        read = 0
+        for specs, hashes in ((self.specs, self.hashes), (changed, self.written)):
+            for name in sorted(specs):
+                size = 32 * -(-specs[name].nbytes // PIECE)
+                hashes[name] = data[read : read + size]
+                read += size
+        require(read == len(data), "its hashes are not as many as its tensors have pieces")
 
     def _tiles(self, name: str) -> Tiles:
         weight = self.weights.get(name)
@@ -360,12 +337,13 @@ class UndoFile:
         return tiles_of(name, self.index["tensors"][name], weight.spec if weight else self.specs.get(name), codes)
 
     def _copied_sizes(self, name: str, tiles: Tiles) -> list[tuple[str, int]]:
-        """Return the base's tensors that are here unchanged for a changed one, each with its bytes."""
+        """Return the base's tensors that are here unchanged for a changed one, each with its bytes, if it has any."""
+        sizes = []
         if name in self.weights:
-            return [(tensor, self.specs[tensor].nbytes) for tensor in kept_names(self.index["tensors"][name])]
-        if tiles.copied is None:
-            return []
-        return [(name, self.specs[name].nbytes - bytes_before(self.specs[name], tiles.copied))]
+            sizes = [(tensor, self.specs[tensor].nbytes) for tensor in kept_names(self.index["tensors"][name])]
+        elif tiles.copied is not None:
+            sizes = [(name, self.specs[name].nbytes - bytes_before(self.specs[name], tiles.copied))]
+        return [(tensor, nbytes) for tensor, nbytes in sizes if nbytes]
 
     def _check_recoded(self, name: str, entry: Mapping[str, Any], spec: TensorSpec) -> None:
         """Check the entry of codes that were rewritten."""
@@ -424,40 +402,28 @@ class UndoFile:
     def records(self, tensor: str) -> list[Record]:
         tiles = self._tiles(tensor)
         first = self.index["tensors"][tensor]["row"]
-        first += sum(len(hashed_parts(nbytes)) for _, nbytes in self._copied_sizes(tensor, tiles))
+        first += len(self._copied_sizes(tensor, tiles))
         both = zip(tiles.records(), self._table.rows(first, tiles.count()), strict=True)
         return [Record(**vars(stretch), start=start, stop=stop) for (start, stop), stretch in both]
 
-    def written(self) -> list[tuple[UnrecordedBytes, str]]:
-        """Return the byte ranges of changed tensors that are in no record, each with its hash."""
-        return [
-            hashed
-            for name, entry in self.index["tensors"].items()
-            for hashed in zip(unrecorded(name, entry, self._tiles(name).runs), _written(entry), strict=True)
-        ]
+    def unrecorded(self) -> list[str]:
+        """Return the changed tensors some of whose bytes, as the merge wrote them, are in no record."""
+        return [name for name, entry in self.index["tensors"].items() if not is_recorded(entry, self._tiles(name))]
 
-    def _copies(self, name: str) -> Iterator[tuple[str, list[Stretch]]]:
-        """Yield the base's tensors that are here unchanged for a changed one, each with its stretches."""
-        row = self.index["tensors"][name]["row"]
-        for tensor, nbytes in self._copied_sizes(name, self._tiles(name)):
-            count = len(hashed_parts(nbytes))
-            yield tensor, list(self._table.rows(row, count))
-            row += count
-
-    def copied(self) -> list[tuple[str, Stretch]]:
-        """Return all stretches that are stored unchanged, each with the base's tensor."""
-        copies = (copy for name in self.index["tensors"] for copy in self._copies(name))
-        return [(tensor, stretch) for tensor, stretches in copies for stretch in stretches]
+    def _copies(self, name: str) -> dict[str, int]:
+        """Return the base's tensors that are here unchanged for a changed one, and the first byte of each here."""
+        row, sizes = self.index["tensors"][name]["row"], self._copied_sizes(name, self._tiles(name))
+        return {tensor: self._table.at(row + k) for k, (tensor, _) in enumerate(sizes)}
 
     def copied_rows(self, name: str) -> tuple[int, int] | None:
         """Return the first row of a tensor that is here unchanged, and its first byte here; None without any."""
         first = None if name in self.weights else self._tiles(name).copied
-        return None if first is None else (first, self._table.at(self.index["tensors"][name]["row"]))
+        return None if first is None else (first, self._copies(name).get(name, 0))
 
     def kept(self, name: str) -> tuple[StoredTensor, ...]:
         """Return the stored tensors of a coded weight that are here unchanged: the companions, or all."""
-        places = {tensor: stretches[0].offset if stretches else 0 for tensor, stretches in self._copies(name)}
-        file = _Kept(self, {tensor: self.specs[tensor] for tensor in places}, places)
+        places = dict.fromkeys(kept_names(self.index["tensors"][name]), 0) | self._copies(name)
+        file = PlacedTensors(self.path, self.file, {tensor: self.specs[tensor] for tensor in places}, places)
         return tuple(StoredTensor(file, tensor) for tensor in places)
 
     def parts_of(self, name: str) -> Parts:
@@ -474,27 +440,24 @@ class UndoFile:
         return {name: spec for name, spec in {**self.specs, **changed}.items() if name in changed or name not in codes}
 
     def belongs_to(self, model: WeightsFile) -> bool:
-        """Return whether the weights are those that the merge wrote, comparing sums and hashes of all bytes."""
-        changed = {name: spec_of(entry["spec"]) for name, entry in self.index["tensors"].items()}
+        """Return whether the weights are those that the merge wrote, comparing hashes of all bytes."""
         if model.specs != self.merged_specs:
             return False
-        for name, spec in changed.items():
-            width = spec.nbytes // max(1, counted_rows(self.index["tensors"][name]))
-            for record in () if "recoded" in self.index["tensors"][name] else self.records(name):
-                first = model.begin[name] + record.start * width
-                if sum_range(model.file, first, (record.stop - record.start) * width) != record.sum:
-                    return False
-        hashes = self.written()
-        for name, parts in self.index["untouched"].items():
-            size, starts = self.specs[name].nbytes, range(0, self.specs[name].nbytes, HASH_PART)
-            hashes += [
-                (UnrecordedBytes(name, first, min(HASH_PART, size - first)), digest)
-                for first, digest in zip(starts, parts, strict=True)
-            ]
-        return all(
-            sha256_range(model.file, model.begin[part.tensor] + part.start, part.length) == expected
-            for part, expected in hashes
-        )
+        pieces = [(name, *place) for name, spec in model.specs.items() for place in pieces_of(spec)]
+        for start in range(0, len(pieces), 2):
+            pair = pieces[start : start + 2]
+            expected = [self.merged_hashes(name)[first // PIECE] for name, first, _ in pair]
+            if sha256_each([read_parts(model, *each) for each in pair]) != expected:
+                return False
+        return True
+
+    def base_hashes(self, name: str) -> list[str]:
+        """Return the hashes of the pieces of a tensor of the base."""
+        return _split(self.hashes[name])
+
+    def merged_hashes(self, name: str) -> list[str]:
+        """Return the hashes of the pieces of a tensor of the merged model."""
+        return _split(self.written[name] if name in self.written else self.hashes[name])
 
     def close(self) -> None:
         self.file.close()

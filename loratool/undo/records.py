@@ -49,11 +49,13 @@ from ..numerics.forms import (
 )
 from ..numerics.merge import TOGETHER, Tile
 from ..numerics.passes.blocks import EVERY, RunEntries, restore_block
-from ..numerics.passes.hashes import AwaitsHash
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
 from .candidates import Runs, every, find_runs
 from .differences import Reader, pack_code_differences, pack_differences
+
+EDITED = "is not what the merge wrote: the merged file was edited since"
+NOT_RESTORED = "is not restored exactly: the merged file, the undo file or an adapter is not that of the merge"
 
 ASKED = 1 << 19  # runs that are computed at a time, which bounds the memory
 
@@ -67,14 +69,12 @@ class RecordedBlock:
     Attributes:
         change: the merge's sums.
         payload: the record; `StoredBytes` once it is in the journal.
-        sha256: of the stored bytes of W.
-        sum: `durable.fileio.word_sum` of the bytes of W', or of the codes that W became. A sum is enough, since the
-            hash protects W, and W' is a function of W.
+        sum: `durable.fileio.word_sum` of the bytes of W', or of the codes that W became. A sum is enough, since hashes
+            protect W, and W' is a function of W.
     """
 
     change: RoundingStats
     payload: bytes | StoredBytes
-    sha256: str
     sum: int
 
 
@@ -292,39 +292,25 @@ class Recorder:
             rows = rows.with_padding(rows.padding(self._codes))
         self._payloads[0] += rows.pack(self._codes, guess_codes(out, x, first, rows, self._work))
 
-    def result(self, change: RoundingStats, base: Numbers, out: Numbers) -> AwaitsHash:
-        """Return the `RecordedBlock` of a block of one matrix, W in `base` and W' in `out`."""
-        return self.results([change], base, out)[0]
+    def result(self, change: RoundingStats, out: Numbers) -> RecordedBlock:
+        """Return the `RecordedBlock` of a block of one matrix, W' in `out`."""
+        return self.results([change], out)[0]
 
-    def results(self, changes: Sequence[RoundingStats], base: Numbers, out: Numbers) -> list[AwaitsHash]:
-        """Return the `RecordedBlock` of each matrix of a block, W in `base` and W' in `out`."""
-        stored = base.host() if self._codes is None else self._codes
-        both = (_cut(bytes_of(data), len(changes)) for data in (stored, out.host()))
-        return [
-            _recorded(change, payload, former, written)
-            for change, payload, former, written in zip(changes, self._payloads, *both, strict=True)
-        ]
+    def results(self, changes: Sequence[RoundingStats], out: Numbers) -> list[RecordedBlock]:
+        """Return the `RecordedBlock` of each matrix of a block, W' in `out`."""
+        written = bytes_of(out.host())
+        length = len(written) // len(changes)
+        sums = (word_sum(written[k * length : (k + 1) * length]) for k in range(len(changes)))
+        return [RecordedBlock(*each) for each in zip(changes, self._payloads, sums, strict=True)]
 
 
-def _recorded(change: RoundingStats, payload: bytes, former: memoryview, written: memoryview) -> AwaitsHash:
-    words = word_sum(written)
-    return AwaitsHash(former, lambda sha256: RecordedBlock(change, payload, sha256, words))
-
-
-def _cut(data: memoryview, parts: int) -> list[memoryview]:
-    """Split bytes into `parts` parts of equal length."""
-    length = len(data) // parts
-    return [data[k * length : (k + 1) * length] for k in range(parts)]
-
-
-def record_recoded(rows: CodedRows, former: Codes, written: Codes, change: RoundingStats) -> AwaitsHash:
+def record_recoded(rows: CodedRows, former: Codes, written: Codes, change: RoundingStats) -> RecordedBlock:
     """Return the `RecordedBlock` of rows that were rounded to codes: the former codes' differences to the new ones.
 
     Args:
         former, written: in the shape of `CodedRows.read`.
     """
-    payload = rows.pack(former, rows.without_padding(written))
-    return _recorded(change, payload, bytes_of(former), bytes_of(written))
+    return RecordedBlock(change, rows.pack(former, rows.without_padding(written)), word_sum(bytes_of(written)))
 
 
 def take_all(x: Numbers) -> Bits:
@@ -497,18 +483,15 @@ def _put_all(bits: Bits, out: Numbers) -> None:
 
 
 class Restorer:
-    """Restores some rows from their record, and checks them against its hash and sum.
+    """Restores some rows from their record, and checks the merged ones against its sum.
 
     Args:
         form: of W.
         rows: W's rows if codes are to be restored, else None.
     """
 
-    def __init__(
-        self, name: str, form: Form, data: bytes, sha256: str, sum: int, rows: CodedRows | None = None
-    ) -> None:
-        self._name, self._form, self._rows = name, form, rows
-        self._sha256, self._sum = sha256, sum
+    def __init__(self, name: str, form: Form, data: bytes, sum: int, rows: CodedRows | None = None) -> None:
+        self._name, self._form, self._rows, self._sum = name, form, rows, sum
         self._reader = Reader(data)
 
     @contextmanager
@@ -592,19 +575,12 @@ class Restorer:
         padding = self._rows.padding(written) if self._rows.format.padding_has_scales else None
         _put_codes(self._rows.unpack(self._reader, self._rows.without_padding(written), padding), out)
 
-    def check(self, restored: Numbers | Codes, merged: Numbers | Codes) -> AwaitsHash:
-        """Raise InputError unless both are the rows that the merge read and wrote; the hash tells whether W is."""
-        before, after = (x.host() if isinstance(x, Numbers) else x for x in (restored, merged))
-        if word_sum(bytes_of(after)) != self._sum:
-            raise InputError("is not what the merge wrote: the merged file was edited since", culprit=self._name)
-        return AwaitsHash(bytes_of(before), self._require_restored)
-
-    def _require_restored(self, sha256: str) -> None:
-        if self._reader.rest or sha256 != self._sha256:
-            raise InputError(
-                "is not restored exactly: the merged file, the undo file or an adapter is not that of the merge",
-                culprit=self._name,
-            )
+    def check(self, merged: Numbers | Codes) -> None:
+        """Raise InputError unless the merge wrote these rows, and their record is used up."""
+        if word_sum(bytes_of(merged.host() if isinstance(merged, Numbers) else merged)) != self._sum:
+            raise InputError(EDITED, culprit=self._name)
+        if self._reader.rest:
+            raise InputError(NOT_RESTORED, culprit=self._name)
 
 
 def _put_codes(restored: Codes, out: Codes) -> None:

@@ -1,8 +1,8 @@
 """Read the table of an undo file. It has a row for each stretch of the payload, in the payload's order.
 
-A stretch is a record of some rows of W, or at most 64 MiB of unchanged bytes of the base. A row has 48 bytes,
-little-endian: the stretch's length (u64), the sha256 of the bytes it restores, and the sum of the rows of W' (u64; 0
-if the stretch is not a record). A stretch begins where the one before it ends.
+A stretch is a record of some rows of W, or bytes of a tensor of the base that are stored unchanged. A row has 16 bytes,
+little-endian: the stretch's length (u64), and the sum of the rows of W' (u64; 0 if the stretch is not a record). A
+stretch begins where the one before it ends.
 """
 
 from __future__ import annotations
@@ -18,14 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-ROW = struct.Struct("<Q32sQ")
-
-HASH_PART = 1 << 26  # bytes per hash, fixed by the layout
-
-
-def hashed_parts(nbytes: int) -> range:
-    """Return the starts of the parts of HASH_PART bytes that are hashed separately."""
-    return range(0, nbytes, HASH_PART)
+ROW = struct.Struct("<QQ")
 
 
 @dataclass(frozen=True)
@@ -35,13 +28,11 @@ class Stretch:
     Attributes:
         offset: of its first byte in the undo file.
         length: in bytes.
-        sha256: of the bytes that it restores.
         sum: `fileio.word_sum` of the bytes of W'; 0 if it is not a record.
     """
 
     offset: int
     length: int
-    sha256: str
     sum: int
 
 
@@ -85,5 +76,5 @@ class UndoTable:
     def rows(self, first: int, count: int) -> Iterator[Stretch]:
         """Yield `count` stretches from the number `first` on."""
         part = memoryview(self._rows)[first * ROW.size : (first + count) * ROW.size]
-        for number, (length, sha256, total) in enumerate(ROW.iter_unpack(part), first):
-            yield Stretch(self.at(number), length, sha256.hex(), total)
+        for number, (length, total) in enumerate(ROW.iter_unpack(part), first):
+            yield Stretch(self.at(number), length, total)

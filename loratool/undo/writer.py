@@ -1,20 +1,20 @@
 """Write the undo file, from which a merge's base can be restored bit for bit.
 
-    bytes 0..15   `loratool undo 3\n`: the file's type, and the version of its layout
+    bytes 0..15   `loratool undo 4\n`: the file's type, and the version of its layout
     payload       tensor by tensor, sorted by name: what no record can restore, unchanged (stored tensors of a weight of
                   codes, or rows that were cut off); then the records, rows rising (`undo.records`)
-    blobs         the table, which has a row for each record and each 64 MiB of unchanged bytes (`undo.table`);
+    blobs         the table, which has a row for each record and each unchanged tensor (`undo.table`);
+                  the hashes of the pieces (`files.digest`) of all tensors of the base, sorted by name, then of the
+                  changed ones as the merge wrote them;
                   then the base's headers, then its side files, unchanged, then its model card, compressed
     index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
     last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
 
 The entry of a tensor in the index has the number of its first row in the table. The number of rows, and the rows of W
-of each, follow from its placements and shape (`undo.checks.Tiles`). `untouched` in the index has the hashes of copied
-tensors, one per 64 MiB. `written` of a changed tensor has the hashes of its bytes that are in no record, as the merge
-wrote them. A blob's hash is beside its place. The index has every placement, with the number of its adapter, so that
-nothing has to be resolved again; and the adapters' hashes and weights. Nothing is deflated, since the output of
-deflate differs between libraries. Cards are compressed by bzip2: it has one library, and all its versions write the
-same bytes.
+of each, follow from its placements and shape (`undo.checks.Tiles`). A blob's hash is beside its place. The index has
+every placement, with the number of its adapter, so that nothing has to be resolved again; and the adapters' hashes and
+weights. Nothing is deflated, since the output of deflate differs between libraries. Cards are compressed by bzip2: it
+has one library, and all its versions write the same bytes.
 
 A weight that was stored as codes may become numbers. Then `coded` of its entry has the codec's name and its stored
 tensors. The companions are unchanged in the payload; if its values were replaced, the codes are too. Its records have
@@ -43,18 +43,18 @@ from ..durable.fileio import copy_range, open_for_reading, write_at
 from ..durable.journal import StoredBytes
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
+from ..files.digest import pieces_of
 from ..files.dtypes import DTYPES, TensorSpec
 from ..files.folder.side_files import CARD, has_card, is_of_whole
 from ..files.output.model_card import shown_name
 from ..files.output.output import Output
-from ..files.weights_file import WeightsFile, copy_bytes, read_parts
-from ..numerics.passes.hashes import sha256_each
+from ..files.weights_file import WeightsFile, copy_bytes
 from .checks import Tiles, bytes_before, counted_rows, is_replaced, kept_names, recoded_shape, spec_of, tiles_of
 from .differences import UNIT, WIDEST
-from .reader import END, MAGIC, TRAILER, VERSION, UnrecordedBytes, card_packer, is_readable, unrecorded
-from .table import HASH_PART, ROW, hashed_parts
+from .reader import END, MAGIC, TRAILER, VERSION, card_packer, is_readable
+from .table import ROW
 
-PENDING = struct.Struct("<QIQQ32sQ")  # of a record: first row, number of its journal, offset there, bytes, hash, sum
+PENDING = struct.Struct("<QIQQQ")  # of a record: first row, number of its journal, offset there, bytes, sum
 
 
 class UndoWriter:
@@ -63,34 +63,30 @@ class UndoWriter:
     def __init__(self) -> None:
         self._records: dict[str, bytearray] = {}  # as PENDING, since they are many
         self._journals: dict[BinaryIO, int] = {}
-        self._untouched: dict[str, dict[int, str]] = {}
-        self._written: dict[str, list[str]] = {}
 
-    def add(self, tensor: str, start: int, record: StoredBytes, sha256: str, sum: int) -> None:
-        """Add the record of a tensor's rows from `start` on, with the hash of W and the sum of W'."""
-        journal, digest = self._journals.setdefault(record.file, len(self._journals)), bytes.fromhex(sha256)
-        packed = PENDING.pack(start, journal, record.offset, record.nbytes, digest, sum)
+    def add(self, tensor: str, start: int, record: StoredBytes, sum: int) -> None:
+        """Add the record of a tensor's rows from `start` on, with the sum of W'."""
+        journal = self._journals.setdefault(record.file, len(self._journals))
+        packed = PENDING.pack(start, journal, record.offset, record.nbytes, sum)
         self._records.setdefault(tensor, bytearray()).extend(packed)
 
-    def add_untouched(self, tensor: str, part: int, sha256: str) -> None:
-        """Add the hash of a numbered part (64 MiB) of a tensor that is copied unchanged."""
-        self._untouched.setdefault(tensor, {})[part] = sha256
+    def finish(
+        self,
+        target: BinaryIO,
+        plan: MergePlan,
+        output: Output,
+        read: Mapping[str, Sequence[str]],
+        written: Mapping[str, Sequence[str]],
+    ) -> int:
+        """Write the file, and return its size.
 
-    def unrecorded(self, plan: MergePlan, output: Output) -> list[UnrecordedBytes]:
-        """Return the byte ranges of changed tensors that are in no record; the caller hashes them at the end."""
-        entries = make_entries(plan, output).items()
-        return [each for name, entry in entries for each in unrecorded(name, entry, _tiles(plan, name, entry).runs)]
-
-    def add_written(self, part: UnrecordedBytes, sha256: str) -> None:
-        """Add the hash of the next range of `unrecorded`."""
-        self._written.setdefault(part.tensor, []).append(sha256)
-
-    def finish(self, target: BinaryIO, plan: MergePlan, output: Output) -> int:
-        """Write the file, and return its size."""
+        Args:
+            read: a stored tensor of the base -> the hashes of its pieces.
+            written: a changed tensor of the output -> the same.
+        """
         write_at(target, memoryview(MAGIC), 0)
         position, rows = len(MAGIC), bytearray()
         index = make_index(plan, output)
-        index["untouched"] = {name: [each[part] for part in sorted(each)] for name, each in self._untouched.items()}
         journals = list(self._journals)
         for name, entry in sorted(index["tensors"].items()):
             entry["row"] = len(rows) // ROW.size
@@ -100,13 +96,16 @@ class UndoWriter:
             records = sorted(PENDING.iter_unpack(self._records.get(name, b"")))
             if [start for start, *_ in records] != [start for start, _ in tiles.records()]:
                 raise AssertionError(f"{name}: its records are incomplete, or those of another tensor")
-            for _, journal, offset, nbytes, digest, words in records:
+            for _, journal, offset, nbytes, words in records:
                 copy_range(journals[journal], offset, target, position, nbytes)
-                rows += ROW.pack(nbytes, digest, words)
+                rows += ROW.pack(nbytes, words)
                 position += nbytes
-            if name in self._written:
-                entry["written"] = self._written[name]
         index["table"] = bytes(rows)
+        index["hashes"] = b"".join(
+            bytes.fromhex("".join(hashes[name]))
+            for hashes, names in ((read, plan.base.stored), (written, index["tensors"]))
+            for name in sorted(names)
+        )
         for owner, key in _blobs(index):
             data = owner[key]
             owner[key] = [position, len(data), hashlib.sha256(data).hexdigest()]
@@ -131,20 +130,15 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
     """
     index, size, rows = make_index(plan, output), len(MAGIC) + TRAILER.size, 0
 
-    def hashes(nbytes: int) -> list[str]:
-        return [HASH] * len(hashed_parts(nbytes))
-
-    copied = {name: spec.nbytes for name, spec in output.specs.items() if name not in plan.written and spec.nbytes}
-    index["untouched"] = {name: hashes(nbytes) for name, nbytes in copied.items()}
+    pieces = sum(len(pieces_of(spec)) for spec in plan.base.stored.values())
     for name, entry in index["tensors"].items():
         tiles = _tiles(plan, name, entry)
         unchanged = [_bytes_from(plan.base, *each) for each in _unchanged(plan, name, entry, tiles)]
         size += sum(unchanged) + _largest_records(plan, name, entry, tiles)
-        rows += tiles.count() + sum(len(hashed_parts(nbytes)) for nbytes in unchanged)
+        rows += tiles.count() + sum(nbytes > 0 for nbytes in unchanged)
+        pieces += len(pieces_of(output.specs[name]))
         entry["row"] = FAR
-        if written := [HASH for _ in unrecorded(name, entry, tiles.runs)]:
-            entry["written"] = written
-    index["table"] = bytes(rows * ROW.size)
+    index["table"], index["hashes"] = bytes(rows * ROW.size), bytes(pieces * 32)
     blobs = sum(len(owner[key]) for owner, key in _blobs(index))
     for owner, key in _blobs(index):
         owner[key] = [FAR, len(owner[key]), HASH]
@@ -199,8 +193,8 @@ def _largest_codes(base: Checkpoint, name: str, count: int, records: int) -> int
 
 
 def _blobs(index: dict[str, Any]) -> list[tuple[Any, str]]:
-    """Return the places in the index of `make_index` of table, headers, side files and card, as (mapping, key)."""
-    blobs: list[tuple[Any, str]] = [(index, "table")]
+    """Return the places in the index of table, hashes, headers, side files and card, as (mapping, key)."""
+    blobs: list[tuple[Any, str]] = [(index, "table"), (index, "hashes")]
     blobs += [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
     blobs += [(index["side"], name) for name in sorted(index["side"])]
     return blobs + ([(index, "card")] if "card" in index else [])
@@ -264,17 +258,12 @@ def _bytes_from(base: Checkpoint, name: str, row: int) -> int:
 
 
 def _copy(base: Checkpoint, name: str, row: int, target: BinaryIO, start: int, rows: bytearray) -> int:
-    """Copy a stored tensor from a row on, add its rows to the table, and return the byte after the copy."""
+    """Copy a stored tensor from a row on, add its row to the table, and return the byte after the copy."""
     source, nbytes = base.shard_of[name], _bytes_from(base, name, row)
     first = bytes_before(base.stored[name], row)
     copy_bytes(source, name, first, nbytes, target, start)
-    lengths = [min(HASH_PART, nbytes - part) for part in hashed_parts(nbytes)]
-    parts = [
-        read_parts(source, name, first + part, length)
-        for part, length in zip(hashed_parts(nbytes), lengths, strict=True)
-    ]
-    for length, digest in zip(lengths, sha256_each(parts), strict=True):
-        rows += ROW.pack(length, bytes.fromhex(digest), 0)
+    if nbytes:
+        rows += ROW.pack(nbytes, 0)
     return start + nbytes
 
 

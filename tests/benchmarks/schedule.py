@@ -27,7 +27,7 @@ from loratool.commands.merge import command
 from loratool.files.output.output import Output
 from loratool.streaming import rewrite
 from loratool.streaming.forked import AHEAD
-from loratool.streaming.items import HashBytes, HashedPair, Item, MapBatch, MapRows
+from loratool.streaming.items import HashBatch, Item, MapBatch, MapRows
 
 SIZES = ((1, 1), (1, 8), (8, 8), (64, 8))  # ranks, and workers of each
 BANDWIDTHS = (10e9, 40e9, 100e9, math.inf)  # bytes/s, of reading and writing together
@@ -93,7 +93,7 @@ def items_of(folder: Path) -> Iterator[Item]:
 
     def keep(output: Output, sources: Any, changed: Any, *others: Any, **_: Any) -> None:
         targets = {file.name: file for file in output.files}
-        kept.extend(rewrite._items(output, sources, changed, targets, others[-1]))  # type: ignore[arg-type]
+        kept.extend(rewrite._items(output, sources, changed, targets, others[-1].read))  # type: ignore[arg-type]
         raise Planned
 
     with mock.patch.object(command, "rewrite", keep):
@@ -105,9 +105,10 @@ def items_of(folder: Path) -> Iterator[Item]:
 
 def task_of(item: Item, costs: Costs) -> Task:
     """Return what an item costs."""
-    if isinstance(item, HashBytes):
-        return Task(costs.call + costs.hashed * item.length, item.length, 0)
-    if isinstance(item, MapBatch | HashedPair):
+    if isinstance(item, HashBatch):
+        length = sum(part.length for part in item.parts)
+        return Task(costs.call + costs.hashed * length, length, 0)
+    if isinstance(item, MapBatch):
         parts = [task_of(part, costs) for part in item.parts]
         seconds = sum(part.seconds - costs.call for part in parts) + costs.call
         return Task(seconds, sum(part.read for part in parts), item.nbytes)

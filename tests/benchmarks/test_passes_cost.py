@@ -21,13 +21,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import factors, hashed, needs_passes, weights
+from conftest import factors, needs_passes, weights
 
 from loratool.numerics.arrays import Numbers
 from loratool.numerics.decide import Reals
 from loratool.numerics.merge import RowMerge
 from loratool.numerics.norms import magnitude_ratio
-from loratool.numerics.passes.hashes import finish_each
 from loratool.numerics.passes.native import NATIVE
 from loratool.numerics.products import Products, Term
 from loratool.numerics.tensors import numbers_of
@@ -71,7 +70,7 @@ def in_turns(work: Callable[[], object], patch: pytest.MonkeyPatch) -> tuple[flo
     ],
 )
 def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Factors of W's type, |D| about a tenth of |W|; their preparation, sha256 and sums are included."""
+    """Factors of W's type, |D| about a tenth of |W|; their preparation and sums are included."""
     W, (A, B) = weights(*SHAPE, dtype=dtype), factors(*SHAPE, rank)
     B, A = (B * (0.09 * W.float().norm() / (B @ A).norm())).to(dtype), A.to(dtype)
     work, base = Workspace(), numbers_of(W)
@@ -82,7 +81,7 @@ def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkey
         x = Reals(Products([Term(B, A, Fraction(1))]).rows(0, len(W)))
         recorder = Recorder(form) if record else None
         stats = RowMerge(x, form, form).apply(base, 0, out, work, recorder)
-        return hashed(recorder.result(stats, base, out)) if recorder else None
+        return recorder.result(stats, out) if recorder else None
 
     record = merged(True)
     assert record
@@ -90,9 +89,9 @@ def test_blocks(dtype: torch.dtype, rank: int, plain: float, undo: float, monkey
     assert isinstance(payload, bytes)
 
     def restored() -> None:
-        restorer = Restorer("x", form, payload, record.sha256, record.sum)
+        restorer = Restorer("x", form, payload, record.sum)
         restorer.block(out, Reals(Products([Term(B, A, Fraction(1))]).rows(0, len(W))), back, work)
-        hashed(restorer.check(back, out))
+        restorer.check(out)
 
     lines = []
     for name, limit, call in (
@@ -145,7 +144,7 @@ def test_dora_and_small_modules(is_dora: bool, dtype: torch.dtype, monkeypatch: 
         recorder = Recorder(base.form, matrices=matrices) if record else None
         stats = RowMerge(x, base.form, base.form).apply_each(base, 0, out, work, recorder)
         if recorder:
-            finish_each([recorder.results(stats, base, out)])
+            recorder.results(stats, out)
 
     ratios = []
     for name, record in (("merge", False), ("merge with undo", True)):

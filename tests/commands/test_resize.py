@@ -336,7 +336,8 @@ def test_a_dry_run_is_the_run(rank: int, tmp_path: Path) -> None:
     planned = loratool.resize(source, tmp_path / "out", rank=rank, dtype="fp16", dry_run=True)
     assert not (tmp_path / "out").exists()
     done = loratool.resize(source, tmp_path / "out", rank=rank, dtype="fp16")
-    assert replace(planned, dry_run=False) == done
+    assert [*done.digests] == [str(source), str(tmp_path / "out")]
+    assert replace(planned, dry_run=False, digests=done.digests) == done
     with pytest.raises(NeedsFlag, match="exists"):
         loratool.resize(source, tmp_path / "out", rank=2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ from conftest import (
     write_model,
     write_peft,
 )
-from lib.files.undo_bytes import add_blob, forge, join_undo, split_undo
+from lib.files.undo_bytes import add_blob, forge, hashes_of, join_undo, split_undo, table_of, with_blob
 from lib.models.peft_models import FAMILIES, kinds, kinds_of_families, write_pair
 from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
+from loratool.files.digest import PIECE
 from loratool.undo.reader import UndoFile
+from loratool.undo.records import EDITED, NOT_RESTORED
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
+EMBED = "model.embed_tokens.weight"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -97,6 +101,12 @@ def odd_weights(dtype: torch.dtype) -> torch.Tensor:
     base[6] = (torch.rand(1100, generator=g, dtype=torch.float64) * top * 0.9).to(dtype)
     base[7, ::2] = 0.0
     return base
+
+
+def of_pieces(patch: pytest.MonkeyPatch, piece: int) -> None:
+    """Hash tensors by pieces of other sizes."""
+    for module in ("undo.reader", "streaming.digests", "files.digest"):  # the last one is what the others import
+        patch.setattr(f"loratool.{module}.PIECE", piece)
 
 
 class TestFiles:
@@ -169,6 +179,21 @@ class TestFiles:
         assert same_folder(base, tmp_path / "back")
 
 
+def write_pieces(folder: Path, rows: int) -> tuple[Path, Path]:
+    """Write a base with tensors of more than 200 bytes, of which an adapter changes one, and resizes one of 14 rows."""
+    tensors = {"model.x.weight": weights(9, 8), "model.copied": weights(70), EMBED: weights(14, 8)}
+    base = write_model(folder / "base", tensors, {"model_type": "llama", "vocab_size": 14})
+    adapter = write_peft(folder / "a", {"model.x": factors(9, 8, 2)}, modules_to_save=["embed_tokens"])
+    own = load_file(adapter / "adapter_model.safetensors")
+    own[f"base_model.model.{EMBED}"] = weights(rows, 8, seed=7)
+    save_file(own, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    return base, adapter
+
+
+def with_bit(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
 class TestRefusals:
     @pytest.fixture
     def merged(self, tmp_path: Path) -> Path:
@@ -206,23 +231,71 @@ class TestRefusals:
 
     def test_an_untouched_tensor_edited_since(self, merged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its bytes go to the restored base as they are, so they must be those that the merge left."""
-        file = next(f for f in sorted(merged.glob("*.safetensors")) if "model.norm.weight" in load_file(f))
+        name = "model.norm.weight"
+        file = next(f for f in sorted(merged.glob("*.safetensors")) if name in load_file(f))
         tensors = load_file(file)
-        tensors["model.norm.weight"][3] += 1
-        for part in (1 << 26, 50):  # in one part or in several, as the merge hashed it
-            monkeypatch.setattr("loratool.streaming.rewrite.HASH_PART", part)
-            monkeypatch.setattr("loratool.undo.reader.HASH_PART", part)
+        tensors[name][3] += 1
+        for piece in (PIECE, 50):  # one piece or several, as the merge hashed it
+            of_pieces(monkeypatch, piece)
             loratool.merge(FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", merged, force=True)
             save_file(tensors, file, metadata={"format": "pt"})
-            self.refused(merged, "model.norm.weight: is not what the merge wrote")
+            self.refused(merged, f"{name}: is not what the merge wrote")
 
-    @pytest.mark.parametrize("part", [1 << 26, 50])
+    @pytest.mark.parametrize("rows", [9, 20])
+    def test_an_edit_in_each_piece(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+        """Of what the merge copied, changed, cut or added; in the merged file, in the hashes and in the payload."""
+        of_pieces(monkeypatch, 64)
+        base, adapter = write_pieces(tmp_path, rows)
+        out, back = tmp_path / "out", tmp_path / "back"
+        loratool.merge(base, adapter, out)
+        loratool.unmerge(out, adapter, back)
+        assert same_folder(base, back)
+        shutil.rmtree(back)
+        undo, file = out / "loratool.undo", out / "model.safetensors"
+        whole, weights = undo.read_bytes(), file.read_bytes()
+        body, index = split_undo(whole)
+        stored = {name: x.nbytes for name, x in sorted(load_model(base).items())}
+        merged = {name: x.nbytes for name, x in sorted(load_model(out).items())}
+        both = (stored, {name: merged[name] for name in sorted(index["tensors"])})
+        names = [name for each in both for name in each for _ in range(-(-each[name] // 64))]
+        hashes = hashes_of(body, index)
+        assert len(hashes) == 32 * len(names) and min(names.count(name) for name in stored) > 3
+        for number, name in enumerate(names):
+            undo.write_bytes(join_undo(*with_blob(body, index, "hashes", with_bit(hashes, 32 * number))))
+            is_written = number >= sum(-(-size // 64) for size in stored.values())
+            if not is_written or (name == EMBED and rows > 14):  # otherwise records have sums of what the merge wrote
+                fault = EDITED if is_written or name == "model.copied" else NOT_RESTORED
+                self.refused(out, f"{name}: {fault}", adapter)
+        first = table_of(body, index)[index["tensors"][EMBED]["row"]]
+        for place in range(first.at, first.at + first.length, 64) if rows < 14 else ():
+            undo.write_bytes(with_bit(whole, place))
+            self.refused(out, f"{EMBED}: {NOT_RESTORED}", adapter)
+        undo.write_bytes(whole)
+        (size,) = struct.unpack("<Q", weights[:8])
+        for name, nbytes in merged.items():
+            begin = 8 + size + json.loads(weights[8 : 8 + size])[name]["data_offsets"][0]
+            for place in range(begin, begin + nbytes, 64):
+                file.write_bytes(with_bit(weights, place))
+                self.refused(out, f"{name}: ({EDITED}|cannot be restored)", adapter)
+
+    @pytest.mark.parametrize("weight", [0.99, 1.01, -1.0])
+    def test_another_weight_in_the_undo_file(self, merged: Path, weight: float) -> None:
+        """The records fit it, or seem to; what they restore is not what the merge read."""
+
+        def change(index: dict[str, Any]) -> None:
+            for entry in index["tensors"].values():
+                for placement in entry["placements"]:
+                    placement[3] = weight
+
+        forge(merged / "loratool.undo", change)
+        self.refused(merged, r"weight: (is not restored exactly|cannot be restored)")
+
+    @pytest.mark.parametrize("piece", [PIECE, 50])
     @pytest.mark.parametrize("edit", ["a head that was untied", "rows that were added"])
     def test_what_the_merge_added_edited_since(
-        self, edit: str, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, edit: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("loratool.undo.reader.HASH_PART", part)
-        monkeypatch.setattr("loratool.streaming.rewrite.HASH_PART", part)
+        of_pieces(monkeypatch, piece)
         tied, module = edit == "a head that was untied", "base_model.model.model.embed_tokens"
         config = {"model_type": "llama", "tie_word_embeddings": tied, "vocab_size": 20}
         base = write_model(tmp_path / "base", {"model.embed_tokens.weight": weights(20, 8)}, config)
@@ -244,13 +317,12 @@ class TestRefusals:
         save_file({"other": weights(1), **found}, merged / "model.safetensors", metadata={"format": "pt"})
         self.refused(merged, f"other: is not in the output|{name}: is missing, but the merge wrote", adapter)
 
-    @pytest.mark.parametrize("part", [1 << 26, 50])
+    @pytest.mark.parametrize("piece", [PIECE, 50])
     def test_rows_without_an_update_edited_since(
-        self, part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The adapter changes some rows of a fused matrix; the other rows go to the base unchanged."""
-        monkeypatch.setattr("loratool.undo.reader.HASH_PART", part)
-        monkeypatch.setattr("loratool.streaming.rewrite.HASH_PART", part)
+        of_pieces(monkeypatch, piece)
         folder, file = FIXTURES / "sdxl", tmp_path / "merged.safetensors"
         loratool.merge(folder / "base.safetensors", folder / "adapter.safetensors", file)
         loratool.unmerge(file, folder / "adapter.safetensors", tmp_path / "ok.safetensors")
@@ -307,7 +379,7 @@ class TestRefusals:
         assert sorted(merged.parent.iterdir()) == before
 
     @pytest.mark.parametrize(
-        "field", ["adapters", "arithmetic", "file", "new_side", "shards", "side", "tensors", "untouched"]
+        "field", ["adapters", "arithmetic", "file", "new_side", "shards", "side", "tensors", "hashes"]
     )
     @pytest.mark.parametrize("value", [None, 5, [{}], {"a": 5}, [[1]]])
     def test_an_index_of_another_form(self, merged: Path, field: str, value: Any) -> None:
@@ -325,9 +397,7 @@ class TestRefusals:
             {"placements": [[0]]},
             {"placements": [[9, "m", None, 1.0, False, 1, 0, 1, 0, None]]},
             {"placements": [[0, "another", None, 1.0, False, 1, 0, 1, 0, None]]},
-            {"written": ["a", "b"]},
-            {"written": 5},
-            {"written": None},
+            {"spec": ["F32", [1, 1 << 58]]},
         ],
     )
     def test_an_entry_of_another_form(self, merged: Path, entry: dict[str, Any]) -> None:
@@ -352,9 +422,9 @@ class TestRefusals:
 
     def test_an_older_file(self, merged: Path, run: Callable[..., Any]) -> None:
         undo, adapter = merged / "loratool.undo", FIXTURES / "llama" / "adapter"
-        undo.write_bytes(b"loratool undo 2\n" + undo.read_bytes()[16:])
+        undo.write_bytes(b"loratool undo 3\n" + undo.read_bytes()[16:])
         told = run("unmerge", merged, adapter, "-o", merged.parent / "back")
-        assert told.exit_code == 3 and "of version 2, not 3" in told.stderr and "the loratool that" in told.stderr
+        assert told.exit_code == 3 and "of version 3, not 4" in told.stderr and "the loratool that" in told.stderr
 
     def test_another_type_needs_no_undo(self, tmp_path: Path) -> None:
         arguments = (FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", tmp_path / "out")

@@ -19,7 +19,7 @@ from conftest import FIXTURES, factors, write_peft
 from damages import damaged_bytes
 from fuzzing import Case, Fuzzer, Ran
 from gguf_lies import build, fields, tensors
-from lib.files.undo_bytes import join_undo, split_undo, table_of, with_table
+from lib.files.undo_bytes import hashes_of, join_undo, split_undo, table_of, with_blob, with_table
 from lib.models.undo_models import write_mixed, write_replaced_codes, write_resized, write_torch
 from lies import lie
 from safetensors.torch import load_file
@@ -124,18 +124,25 @@ def forged(undo: bytes, rng: random.Random) -> bytes:
 
 
 def tampered(body: bytes, index: dict[str, Any], rng: random.Random) -> bytes:
-    """Return an undo file whose table lies: rows, or their lengths, hashes or sums, stand for each other, or others."""
-    rows = [list(row[1:]) for row in table_of(body, index)] or [[0, bytes(32), 0]]
+    """Return an undo file whose table or hashes lie: rows, lengths, sums or hashes stand for each other, or others."""
+    rows = [list(row[1:]) for row in table_of(body, index)] or [[0, 0]]
     one, other = (rng.choice(rows) for _ in range(2))
-    match rng.randrange(4):
+    match rng.randrange(5):
         case 0:
             one[0] = rng.choice((0, 1, one[0] + 1, 1 << 20, 1 << 40, 1 << 63, (1 << 64) - 1))
         case 1:
-            one[2] = rng.choice((0, 1, one[2] ^ 1 << rng.randrange(64)))
+            one[1] = rng.choice((0, 1, one[1] ^ 1 << rng.randrange(64)))
         case 2:
             rng.shuffle(rows)
+        case 3:
+            hashes = hashes_of(body, index)
+            each = [hashes[at : at + 32] for at in range(0, len(hashes), 32)]
+            first, last = (rng.randrange(len(each)) for _ in range(2))
+            each[first], each[last] = each[last], rng.choice((each[first], rng.randbytes(32)))
+            each = rng.choice((each, each, each[1:], [*each, each[-1]]))
+            return join_undo(*with_blob(body, index, "hashes", b"".join(each)))
         case _:
-            first, last = rng.choice(((0, 3), (0, 1), (1, 2), (2, 3)))
+            first, last = rng.choice(((0, 2), (0, 1), (1, 2)))
             one[first:last], other[first:last] = other[first:last], one[first:last]
     rows = rng.choice((rows, rows, rows, rows[1:], [*rows, rows[-1]]))
     return join_undo(*with_table(body, index, [tuple(row) for row in rows]))

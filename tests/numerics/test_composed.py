@@ -10,7 +10,6 @@ from fractions import Fraction as F
 import numpy as np
 import pytest
 import torch
-from conftest import hashed
 from lib.hostile.hostile_reals import (
     BF16,
     DTYPES,
@@ -300,11 +299,11 @@ def comes_back(W: Tensor, x: Reals) -> bool:
     base, restored, form = numbers_of(W), torch.empty_like(W), form_of(W.dtype)
     out, back, recorder = Numbers.empty(form, *W.shape), numbers_of(restored), Recorder(form)
     stats = RowMerge(x, form, form).apply(base, 0, out, Workspace(), recorder)
-    record = hashed(recorder.result(stats, base, out))
-    restorer = Restorer("x", form, record.payload, record.sha256, record.sum)
+    record = recorder.result(stats, out)
+    restorer = Restorer("x", form, record.payload, record.sum)
     with restorer.damage():
         restorer.block(out, x, back, Workspace())
-    hashed(restorer.check(back, out))
+    restorer.check(out)
     return codes(restored) == codes(W)
 
 

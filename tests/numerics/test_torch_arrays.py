@@ -52,10 +52,10 @@ def test_merge_and_undo(dtype: torch.dtype, to: torch.dtype, matrices: int, is_s
         recorder = Recorder(base.form, matrices=matrices) if dtype == to else None
         work = Workspace(source.bits)
         stats = RowMerge(x, base.form, form, source.bits).apply_each(source, 0, out, work, recorder)
-        finished = [each.finish("") for each in (recorder.results(stats, source, out) if recorder else [])]
+        finished = recorder.results(stats, out) if recorder else []
         made.append((out.host(), [each.payload for each in finished], [(s.changed, s.not_finite) for s in stats]))
         if finished and matrices == 1:
-            Restorer("x", base.form, finished[0].payload, "", 0).block(out, x, nothing, work)
+            Restorer("x", base.form, finished[0].payload, 0).block(out, x, nothing, work)
             assert np.array_equal(nothing.host(), base.bits)
     assert np.array_equal(made[0][0], made[1][0]) and made[0][1:] == made[1][1:]
 

@@ -236,7 +236,7 @@ def test_by_default_what_changes_takes_the_type_of_the_plain_weights(tmp_path: P
 
 @pytest.mark.parametrize("what", ["record", "scales", "codec", "kept", "declared", "part"])
 def test_a_damaged_or_forged_undo_file_is_refused(tmp_path: Path, what: str) -> None:
-    """A record's hash is of the codes: those of a row whose scale is 0 all decode to one number."""
+    """The base's hashes are of the codes: those of a row whose scale is 0 all decode to one number."""
     base, _ = write_base(tmp_path / "base", "")
     adapter, _ = write_adapter(tmp_path / "adapter", K)
     loratool.merge(base, adapter, tmp_path / "out", dtype="bf16")

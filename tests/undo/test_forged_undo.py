@@ -25,7 +25,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, factors, slow, weights, write_model, write_peft
-from lib.files.undo_bytes import FIRST, TRAILER, Stretch, add_blob, join_undo, split_undo, table_of, with_table
+from lib.files.undo_bytes import (
+    FIRST,
+    TRAILER,
+    Stretch,
+    add_blob,
+    hashes_of,
+    join_undo,
+    split_undo,
+    table_of,
+    with_blob,
+    with_table,
+)
 from lib.models.undo_models import write_replaced_codes, write_resized, write_torch
 from safetensors.torch import load_file, save_file
 
@@ -85,7 +96,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     items = (
         list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
     )
-    many = path in (("tensors",), ("untouched",)) or path[-1:] == ("specs",)
+    many = path == ("tensors",) or path[-1:] == ("specs",)
     for key, inner in items[-KEPT:] if many else items:
         yield from places(inner, (*path, key))
 
@@ -140,7 +151,7 @@ def forgeries(index: dict[str, Any], every: int) -> Iterator[tuple[str, dict[str
 def damages(case: Case) -> Iterator[tuple[str, bytes]]:
     """Return records flipped, cut and in each other's place, and the file cut and flipped anywhere."""
     table = table_of(case.body, case.index)
-    for number, (at, length, _, _) in enumerate(table):
+    for number, (at, length, _) in enumerate(table):
         if not length:
             continue
         for place in {at, at + length // 2, at + length - 1}:
@@ -151,6 +162,9 @@ def damages(case: Case) -> Iterator[tuple[str, bytes]]:
     for what, rows in tables([tuple(row[1:]) for row in table]):
         body, index = with_table(case.body, case.index, rows)
         yield what, case.forge(index, body)
+    for what, data in hash_lists(hashes_of(case.body, case.index)):
+        body, index = with_blob(case.body, case.index, "hashes", data)
+        yield what, case.forge(index, body)
     whole = case.forge(case.index)
     for end in range(0, len(whole), max(1, len(whole) // 20)):
         yield f"cut at {end}", whole[:end]
@@ -158,21 +172,31 @@ def damages(case: Case) -> Iterator[tuple[str, bytes]]:
 
 
 def tables(rows: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-    """Return tables with other lengths, hashes and sums, with rows in each other's place, and with one more or less."""
+    """Return tables with other lengths and sums, with rows in each other's place, and with one more or less."""
     yield "a table without its first row", rows[1:]
     yield "a table with its last row twice", [*rows, *rows[-1:]]
-    for number, (length, sha256, total) in enumerate(rows):
-        others = [
-            (wrong % (1 << 64), sha256, total) for wrong in (0, length + 1, length - 1, 1 << 40, 1 << 63, (1 << 64) - 1)
-        ]
-        others += [(length, flipped(sha256, 7, 1), total), (length, sha256, total ^ 1)]
-        for other in others:
-            if other != (length, sha256, total):
+    for number, (length, total) in enumerate(rows):
+        others = [(wrong % (1 << 64), total) for wrong in (0, length + 1, length - 1, 1 << 40, 1 << 63, (1 << 64) - 1)]
+        for other in [*others, (length, total ^ 1)]:
+            if other != (length, total):
                 yield f"row {number} of the table = {other}", [*rows[:number], other, *rows[number + 1 :]]
         if number and rows[number - 1] != rows[number]:
             swapped = [*rows[: number - 1], rows[number], rows[number - 1], *rows[number + 1 :]]
             yield f"row {number} of the table before its neighbour", swapped
             yield f"row {number} of the table twice", [*rows[: number - 1], rows[number], *rows[number:]]
+
+
+def hash_lists(hashes: bytes) -> Iterator[tuple[str, bytes]]:
+    """Return the hashes of all pieces with one of them another, one more, one less, and two in each other's place."""
+    yield "a byte less of the hashes", hashes[:-1]
+    yield "a byte more of the hashes", hashes + b"\0"
+    for at in range(0, len(hashes), 32):
+        before, one, behind = hashes[:at], hashes[at : at + 32], hashes[at + 32 :]
+        yield f"hash {at // 32} another", before + flipped(one, 7, 1) + behind
+        yield f"hash {at // 32} left out", before + behind
+        yield f"hash {at // 32} twice", before + one + one + behind
+        if at and before[-32:] != one:
+            yield f"hash {at // 32} before its neighbour", before[:-32] + one + before[-32:] + behind
 
 
 def flipped(data: bytes, place: int, mask: int) -> bytes:
@@ -293,11 +317,31 @@ def test_an_undo_file_that_nobody_would_read_is_not_written(
     loratool.merge(resized.base, resized.adapter, tmp_path / "out", dry_run=dry_run)
 
 
-def test_a_tensor_of_more_hashes_than_memory_holds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [1 << 46, 1 << 58])
+def test_a_tensor_of_more_hashes_than_memory_holds(tmp_path: Path, rows: int) -> None:
     folder = write_replaced_codes(tmp_path / "replaced")
     case = read_case(folder / "base", folder / "adapter", tmp_path / "merged")
-    case.index["tensors"]["score.weight"]["spec"][1] = [1 << 46, 4]
+    case.index["tensors"]["score.weight"]["spec"][1] = [rows, 4]
     assert damaged(case, case.forge(case.index), tmp_path, "its hashes") < 1 << 24
+
+
+def test_hashes_of_more_or_fewer_pieces(resized: Case, tmp_path: Path) -> None:
+    hashes = hashes_of(resized.body, resized.index)
+    assert len(hashes) == (3 + 2) * 32  # the base has three tensors, of which the merge changed two
+    for wrong in (b"", hashes[:-32], hashes[:-1], hashes[1:], hashes + b"\0", hashes + bytes(32), hashes * 2):
+        body, index = with_blob(resized.body, resized.index, "hashes", wrong)
+        damaged(resized, resized.forge(index, body), tmp_path, "its hashes are not as many as its tensors have pieces")
+
+
+def test_a_hash_of_another_piece(resized: Case, tmp_path: Path) -> None:
+    """Each of them is compared with the base or the merged file, or with what it says of the other."""
+    hashes = hashes_of(resized.body, resized.index)
+    names = ["model.embed_tokens.weight", "model.n", "model.x.weight"]
+    faults = [f"{names[0]}: is not restored exactly", f"{names[1]}: is not what the merge wrote"]
+    for number, fault in enumerate([*faults, f"{names[2]}: is not restored exactly"]):
+        body, index = with_blob(resized.body, resized.index, "hashes", flipped(hashes, 32 * number + 5, 1))
+        damaged(resized, resized.forge(index, body), tmp_path, fault)
+        assert not (tmp_path / "back").exists()
 
 
 def test_a_flipped_bit_anywhere(resized: Case, tmp_path: Path) -> None:
@@ -348,7 +392,8 @@ def test_a_damaged_row_that_was_copied(resized: Case, tmp_path: Path) -> None:
     at = first_of(resized, "model.embed_tokens.weight").at
     for place in (at, at + 4 * 8 * 4 - 1):
         data = resized.forge(resized.index, flipped(resized.body, place, 1))
-        damaged(resized, data, tmp_path, "its copied rows do not match their hash")
+        damaged(resized, data, tmp_path, r"model\.embed_tokens\.weight: is not restored exactly")
+        assert not (tmp_path / "back").exists()
 
 
 def overlapping(index: dict[str, Any], body: bytes) -> bytes:
@@ -433,9 +478,12 @@ def test_what_a_forger_of_all_hashes_reaches(resized: Case, tmp_path: Path) -> N
     at, length, *_ = first_of(resized, "model.embed_tokens.weight")
     assert (at, length) == (FIRST, 4 * 8 * 4)
     body = flipped(resized.body, at, 1)
-    first, *rows = [tuple(row[1:]) for row in table_of(resized.body, resized.index)]
-    changed = (length, hashlib.sha256(body[at : at + length]).digest(), first[2])
-    body, index = with_table(body, resized.index, [changed, *rows])
+    stored = load_file(resized.base / "model.safetensors")["model.embed_tokens.weight"].numpy().tobytes()
+    assert stored[-length:] == resized.body[at : at + length]
+    whole = stored[:-length] + body[at : at + length]
+    hashes = hashes_of(body, resized.index)
+    assert hashes.startswith(hashlib.sha256(stored).digest())
+    body, index = with_blob(body, resized.index, "hashes", hashlib.sha256(whole).digest() + hashes[32:])
     (tmp_path / "forged.undo").write_bytes(resized.forge(index, body))
     loratool.unmerge(resized.merged, resized.adapter, tmp_path / "back", undo=tmp_path / "forged.undo")
     assert not filecmp.dircmp(resized.base, tmp_path / "back").right_only
@@ -464,7 +512,7 @@ def test_norms_of_another_row(tmp_path: Path, norm: float) -> None:
     save_file(stored, tmp_path / "a" / "adapter_model.safetensors")
     loratool.merge(base, tmp_path / "a", tmp_path / "m")
     undo = tmp_path / "m" / "loratool.undo"
-    data, start = undo.read_bytes(), len(b"loratool undo 2\n") + 8 * 3
+    data, start = undo.read_bytes(), len(b"loratool undo 4\n") + 8 * 3
     undo.write_bytes(data[:start] + struct.pack("<d", norm) + data[start + 8 :])
     with pytest.raises(InputError, match=r"x\.weight: (is not restored exactly|cannot be restored)"):
         loratool.unmerge(tmp_path / "m", tmp_path / "a", tmp_path / "back")

@@ -74,11 +74,13 @@ def hard(x: Tensor) -> Tensor:
     return x
 
 
-def read_back(out: Path, merged: dict[str, list[int]], told: dict[str, Any], coded: Any = None) -> dict[str, Any]:
+def read_back(
+    out: Path, merged: dict[str, list[int]], told: dict[str, Any], coded: Any = None, sizes: Any = None
+) -> dict[str, Any]:
     """Restore a merge; told: of the adapters, by the names of their folders."""
     data = (out / "loratool.undo").read_bytes()
     index = json.loads(data[int.from_bytes(data[-56:-48], "little") : -56])
-    return restore(data, merged, [told[adapter["name"]] for adapter in index["adapters"]], coded)
+    return restore(data, merged, [told[adapter["name"]] for adapter in index["adapters"]], coded, sizes)
 
 
 def test_a_reader_that_was_written_from_the_guide(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_it_restores_the_blocks_of_a_gguf_file(kind: str, way: str, tmp_path: Pa
     one, out = open_checkpoint(base), open_checkpoint(tmp_path / "out")
     merged = {name: read_codes(out, name) if out.weights else codes(out[name])}
     told = {"a.gguf": {"blk.0.attn_q": {"scale": Fraction(2), "A": fractions(A), "B": fractions(8 * B)}}}
-    found = read_back(tmp_path / "out", merged, told, {name: told_of_codes(one, name, None)})
+    found = read_back(tmp_path / "out", merged, told, {name: told_of_codes(one, name, None)}, {name: len(blocks)})
     assert found == {name: read_codes(one, name)}
     one.close()
     out.close()

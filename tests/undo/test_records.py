@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import bits, factors, hashed, slow, weights
+from conftest import bits, factors, slow, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lib.hostile.hostile_reals import form_of
@@ -51,16 +52,16 @@ def merged(W: Tensor, x: Reals) -> tuple[Tensor, RecordedBlock]:
     base, out = numbers_of(W), numbers_of(result)
     recorder = Recorder(base.form)
     change = RowMerge(x, base.form, base.form).apply(base, 0, out, Workspace(), recorder)
-    return result, hashed(recorder.result(change, base, out))
+    return result, recorder.result(change, out)
 
 
 def restored(out: Tensor, x: Reals, record: RecordedBlock) -> Tensor:
     found = torch.empty_like(out)
     result, back = numbers_of(out), numbers_of(found)
-    restorer = Restorer("x", result.form, record.payload, record.sha256, record.sum)
+    restorer = Restorer("x", result.form, record.payload, record.sum)
     with restorer.damage():
         restorer.block(result, x, back, Workspace())
-    hashed(restorer.check(back, result))
+    restorer.check(result)
     return found
 
 
@@ -182,7 +183,7 @@ class TestRoundTrips:
             monkeypatch.setattr("loratool.undo.records.ASKED", asked)
             monkeypatch.setattr("loratool.numerics.merge.TOGETHER", together)
             found = comes_back(W, product_of(A, B, 0.5))
-            assert (found.payload, found.sha256, found.sum) == (expected.payload, expected.sha256, expected.sum)
+            assert (found.payload, found.sum) == (expected.payload, expected.sum)
 
     @types
     @pytest.mark.parametrize("shape", [(1, 1), (1, 90), (90, 1)])
@@ -201,10 +202,10 @@ class TestRoundTrips:
         base, result, back = numbers_of(W), numbers_of(out), numbers_of(torch.empty_like(W))
         recorder = Recorder(base.form)
         recorder.difference(base, result)
-        record = hashed(recorder.result(RoundingStats(), base, result))
-        restorer = Restorer("x", base.form, record.payload, record.sha256, record.sum)
+        record = recorder.result(RoundingStats(), result)
+        restorer = Restorer("x", base.form, record.payload, record.sum)
         restorer.replaced(result, back, Workspace())
-        hashed(restorer.check(back, result))
+        restorer.check(result)
         assert np.array_equal(back.bits, base.bits)
 
 
@@ -357,7 +358,7 @@ class TestDoubts:
 
 def refusal(dtype: torch.dtype, payload: bytes, work: Callable[[Restorer], object]) -> str:
     """Return what is wrong with a record."""
-    restorer = Restorer("x", form_of(dtype), payload, "", 0)
+    restorer = Restorer("x", form_of(dtype), payload, 0)
     with pytest.raises(InputError, match="x: cannot be restored: its record") as caught, restorer.damage():
         work(restorer)
     return str(caught.value)
@@ -409,10 +410,10 @@ class TestBrokenRecords:
         for end in range(len(data)):
             assert "ends too early" in refusal(dtype, data[:end], replaced)
         assert "longer than it should be" in refusal(dtype, data[:-1] + bytes([data[-1] | 0x80]), replaced)
-        longer = Restorer("x", out.form, data + b"\0", "", 0)
+        longer = Restorer("x", out.form, data + b"\0", 0)
         longer.replaced(out, back, Workspace())
         with pytest.raises(InputError, match="x: "):
-            hashed(longer.check(back, out))
+            longer.check(out)
 
     def test_the_largest_differences(self) -> None:
         """A difference of places may need one bit more than its type has; taken modulo 2**n it is right."""
@@ -439,7 +440,7 @@ class TestBrokenRecords:
         assert "ends too early" in refusal(BF16, data, lambda restorer: restorer.norms(4))
 
     def test_another_weight_or_another_result(self) -> None:
-        """The hash is of W, the sum of W'."""
+        """The sum is of W'; that W is another only the whole file tells (`TestRefusals` of unmerge)."""
         W, (A, B) = weights(4, 50, dtype=BF16), factors(4, 50, 2)
         x = product_of(A, B, 1.0)
         out, record = merged(W, x)
@@ -447,8 +448,8 @@ class TestBrokenRecords:
         edited[1, 1] *= 2
         with pytest.raises(InputError, match=r"x: (is not what the merge wrote|cannot be restored)"):
             restored(edited, x, record)
-        with pytest.raises(InputError, match=r"x: (is not restored exactly|cannot be restored)"):
-            restored(out, product_of(A, B, 1.01), record)
+        with suppress(InputError):
+            assert not torch.equal(restored(out, product_of(A, B, 1.01), record), W)
         assert torch.equal(restored(out, x, record), W)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES, factors, weights, write_model, write_peft
-from lib.files.undo_bytes import add_blob, forge, join_undo, split_undo
+from lib.files.undo_bytes import add_blob, forge, hashes_of, join_undo, split_undo, with_blob
 from safetensors.torch import load_file
 
 import loratool
@@ -108,9 +108,9 @@ def test_a_python_without_bzip2(merged: Path, undo: Path, tmp_path: Path, monkey
 
 
 VERSIONS: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
-    "1": (lambda data: data.replace(b"undo 3\n", b"undo 1\n", 1), "version 1, not 3", "that merged"),
-    "2": (lambda data: data.replace(b"undo 3\n", b"undo 2\n", 1), "version 2, not 3", "that merged"),
-    "4": (lambda data: data.replace(b"undo 3\n", b"undo 4\n", 1), "version 4, not 3", "that merged"),
+    "1": (lambda data: data.replace(b"undo 4\n", b"undo 1\n", 1), "version 1, not 4", "that merged"),
+    "3": (lambda data: data.replace(b"undo 4\n", b"undo 3\n", 1), "version 3, not 4", "that merged"),
+    "5": (lambda data: data.replace(b"undo 4\n", b"undo 5\n", 1), "version 5, not 4", "that merged"),
     "another index": (
         lambda data: join_undo(split_undo(data)[0], {**split_undo(data)[1], "version": 7}), "another version", "--appr"
     ),
@@ -156,10 +156,14 @@ def test_an_index_that_is_not_that_of_the_files(undo: Path, case: str) -> None:
 
 def test_a_record_of_what_was_not_in_the_base(undo: Path) -> None:
     def add(index: dict[str, Any], **more: Any) -> None:
-        new = {"spec": ["F32", [2, 2]], "row": 0, "placements": [], "written": ["0" * 64], **more}
-        index["tensors"]["lm_head.weight"] = new
+        index["tensors"]["lm_head.weight"] = {"spec": ["F32", [2, 2]], "row": 0, "placements": [], **more}
 
     forge(undo, add)
+    assert "its hashes are not as many as its tensors have pieces" in str(refusal(undo))
+    body, index = split_undo(undo.read_bytes())
+    hashes = hashes_of(body, index)
+    assert len(hashes) == 3 * 32  # of x and y of the base, and of x as the merge wrote it
+    undo.write_bytes(join_undo(*with_blob(body, index, "hashes", hashes[:64] + bytes(32) + hashes[64:])))
     UndoFile(undo).close()
     forge(undo, lambda index: add(index, replaced=True))
     assert "lm_head.weight was not in the base" in str(refusal(undo))
@@ -244,12 +248,12 @@ def test_the_rows_of_records() -> None:
 
 def test_a_table_of_more_bytes_than_any_file() -> None:
     """Their sum in 64 bits would be small."""
-    rows = [(1 << 63, bytes(32), 0), (1 << 63, bytes(32), 0), (5, bytes(32), 0)]
+    rows = [(1 << 63, 0), (1 << 63, 0), (5, 0)]
     with pytest.raises(ValueError, match="beyond any file"):
         UndoTable.one_after_another(b"".join(ROW.pack(*row) for row in rows), 16)
     with pytest.raises(ValueError, match="cut off"):
-        UndoTable.one_after_another(bytes(47), 16)
-    table, end = UndoTable.one_after_another(ROW.pack(3, b"x" * 32, 7) + ROW.pack(0, bytes(32), 1), 16)
+        UndoTable.one_after_another(bytes(15), 16)
+    table, end = UndoTable.one_after_another(ROW.pack(3, 7) + ROW.pack(0, 1), 16)
     assert (end, len(table), table.at(1)) == (19, 2, 19)
     assert [each.length for each in table.rows(0, 2)] == [3, 0]
     assert UndoTable.one_after_another(b"", 16)[1] == 16

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -29,13 +30,14 @@ from ...binding.merge.tokenizer import choose_tokenizer
 from ...binding.merge.trained_modules import take_trained_modules
 from ...binding.modules.module_weights import spell_weight
 from ...binding.modules.selection import Selection
-from ...durable.fileio import free_bytes, sha256_range
+from ...durable.fileio import free_bytes
 from ...durable.journal import StoredBytes
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.containers.gguf_file import GgufFile
-from ...files.dtypes import MERGE_DTYPES
+from ...files.digest import digest_of, has_digest, tensors_of
+from ...files.dtypes import MERGE_DTYPES, TensorSpec
 from ...files.folder.sentence_transformers import MODULES
 from ...files.folder.side_files import CARD, has_card, provenance
 from ...files.output.model_card import ModelCard, code, name_on_hub, read_licence, shown_name
@@ -48,15 +50,15 @@ from ...numerics.forms import FORMS
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...numerics.rounding_stats import RoundingStats
 from ...streaming.apply import plan_changed_tensors
+from ...streaming.digests import TensorHashes, digest_of_files
 from ...streaming.encode import encode_tensor
-from ...streaming.items import HashBytes
 from ...streaming.parallel import choose_device, map_in_order, worker_count
 from ...streaming.ranks import current_job
 from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...undo.checks import is_place
-from ...undo.reader import UnrecordedBytes, belongs, card_packer
+from ...undo.reader import belongs, card_packer
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
 from ...views.merge import MergeReport
@@ -239,6 +241,8 @@ def write_merged(
         resume=call.resume,
     )
     _check_undo(plan, output)
+    if call.digest:
+        tensors_of(plan.base.shards)  # or a name has no digest
     check_undo_files(output, inputs, call.force or call.dry_run)
     largest = None
     if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
@@ -342,24 +346,22 @@ def _execute(plan: MergePlan, output: Output, call: Merge, card: Callable[[Merge
         def finish(targets: Mapping[str, BinaryIO]) -> dict[str, bytes]:
             nonlocal report
             size = None
-            if undo and output.undo:
-                _hash_the_rest(undo, plan, output, targets, workers)
-                size = undo.finish(targets[output.undo.name], plan, output)
+            if undo and hashes and output.undo:
+                size = undo.finish(targets[output.undo.name], plan, output, hashes.of_read, hashes.of_written)
             report = build_report(plan, output, os.fspath(call.base), changes, size, dry_run=False)
+            report = replace(report, digests=_digests(plan, output, call, hashes) if hashes else {})
             return {CARD: card(report)} if card and CARD in output.extras else {}
 
-        copied = [name for name in output.specs if undo and name not in plan.written and output.specs[name].nbytes]
         beside = plan.edits.beside.keys() - plan.written.keys()
         sources = plan.stored_sources(output.specs.keys() - beside)
-        runs = rewrite(output, sources, tensors, device, workers, call.progress, finish, copied)
+        hashes = None
+        if undo or call.digest:
+            copied = {name for name, spec in output.specs.items() if _is_copied(plan, sources.get(name), name, spec)}
+            hashes = TensorHashes(plan.base.shard_of, output.specs.keys() - (copied - plan.written.keys()))
+        runs = rewrite(output, sources, tensors, device, workers, call.progress, finish, hashes)
         for item, blocks in opened.enter_context(closing(runs)):
-            if isinstance(item, HashBytes):
-                if undo:
-                    undo.add_untouched(item.tensor, item.part, blocks[0])
-                continue
             if undo and isinstance(blocks[0], RecordedBlock):
-                record = cast("StoredBytes", blocks[0].payload)
-                undo.add(item.tensor, item.start, record, blocks[0].sha256, blocks[0].sum)
+                undo.add(item.tensor, item.start, cast("StoredBytes", blocks[0].payload), blocks[0].sum)
                 blocks = [block.change for block in blocks]
             if item.tensor in plan.written and plan.written[item.tensor] not in plan.coded:
                 refuse_overflow(item.tensor, blocks, plan.sources, output)
@@ -381,17 +383,22 @@ def _encode(plan: MergePlan, name: str, load: UpdateLoader) -> ChangedTensor:
     return encode_tensor(plan.sources[name], plan.placements.get(name, ()), form, make, load)
 
 
-def _hash_the_rest(
-    undo: UndoWriter, plan: MergePlan, output: Output, targets: Mapping[str, BinaryIO], workers: int
-) -> None:
-    """Hash the bytes of changed tensors that are in no record, so that later edits of them are found too."""
-    places = {name: (targets[file.name], begin) for file in output.files for name, begin in file.begin.items()}
+def _is_copied(plan: MergePlan, source: TensorRef | None, name: str, spec: TensorSpec) -> bool:
+    """Return whether a tensor of the output has the stored bytes of the base's tensor of its name."""
+    if source is None or source.weight or source.span or source.name != name:
+        return False
+    return source.file is plan.base.shard_of.get(name) and plan.base.stored[name] == spec
 
-    def sha256(part: UnrecordedBytes) -> str:
-        file, offset = places[part.tensor]
-        return sha256_range(file, offset + part.start, part.length)
 
-    parts = undo.unrecorded(plan, output)
-    with closing(map_in_order(sha256, parts, workers)) as hashes:
-        for part, digest in zip(parts, hashes, strict=True):
-            undo.add_written(part, digest)
+def _digests(plan: MergePlan, output: Output, call: Merge, hashes: TensorHashes) -> dict[str, str]:
+    """Return the digests of the base, of the adapters and of the output, by the names that the call has."""
+    files = [member for adapter, _ in plan.adapters for member in adapter.file.members]
+    if not has_digest((*plan.base.stored, *output.specs, *chain.from_iterable(file.specs for file in files))):
+        return {}
+    written = {name: hashes.of_written.get(name) or hashes.of_read.get(name, []) for name in output.specs}
+    names = tensors_of(plan.base.shards)
+    return {
+        os.fspath(call.base): digest_of((name, plan.base.stored[name], hashes.of_read[name]) for name in names),
+        **{adapter.name: digest_of_files(adapter.file.members) for adapter, _ in plan.adapters},
+        str(output.path): digest_of((name, output.specs[name], written[name]) for name in sorted(written)),
+    }

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from ...adapters.adapter import Adapter
 from ...binding.merge.merge_plan import plan_merge
 from ...binding.modules.module_weights import recorded_weights, spell_weight
 from ...binding.modules.selection import Selection
-from ...durable.fileio import sampled, sha256_range
+from ...durable.fileio import sampled
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
 from ...files.codecs.codec import Parts
 from ...files.containers.safetensors_file import build_header
+from ...files.digest import digest_of, has_digest, pieces_of
 from ...files.dtypes import TensorSpec
 from ...files.folder.sentence_transformers import DENSE
 from ...files.folder.side_files import (
@@ -47,15 +50,15 @@ from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
 from ...streaming.apply import restore_codes, restore_tensor, subtract_tensor
-from ...streaming.items import HashBytes
-from ...streaming.parallel import choose_device, map_in_order, worker_count
+from ...streaming.digests import TensorHashes, digest_of_files, hash_pieces
+from ...streaming.parallel import choose_device, worker_count
 from ...streaming.ranks import current_job
 from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...undo.checks import prefix_of, spec_of
-from ...undo.reader import UndoFile, UnrecordedBytes, belongs
-from ...undo.records import Doubted
+from ...undo.reader import UndoFile, belongs
+from ...undo.records import EDITED, NOT_RESTORED, Doubted
 from ...undo.writer import read_placements
 from ...views.unmerge import UnmergeReport
 from ..adapter_requests import AdapterRequest, parse_adapters
@@ -63,8 +66,6 @@ from ..arguments import parse_words
 from ..cards import described_call, input_word
 from ..inputs import open_adapters, refuse_adapter, share_hashes
 from .call import Unmerge
-
-EDITED = "is not what the merge wrote: the merged file was edited since"
 
 REPLACED, OF_THE_MERGE = "replaced by the base's", "the base has none"  # a file that a merge wrote, or a user since
 
@@ -112,15 +113,17 @@ def run_unmerge(call: Unmerge) -> UnmergeReport:
         if call.dry_run:
             output.require_own_journal()
         else:
-            where, copied = choose_device(call.device), record.index["untouched"]
-            runs = rewrite(
-                output, sources, tensors, where, call.workers or worker_count(), call.progress, None, list(copied)
+            where, workers = choose_device(call.device), call.workers or worker_count()
+            hashes = TensorHashes(
+                {name: checkpoint.shard_of[name] for name in record.untouched}, record.specs.keys() - record.untouched
             )
-            with closing(runs) as items:
-                for item, results in items:
-                    if isinstance(item, HashBytes) and results != copied[item.tensor][item.part : item.part + 1]:
-                        raise InputError(EDITED, culprit=item.tensor)
-        return replace(_report(record, os.fspath(call.merged), used, output, call.dry_run), exists=exists)
+            finish = partial(_check_hashes, record, hashes)
+            with closing(rewrite(output, sources, tensors, where, workers, call.progress, finish, hashes)) as items:
+                for _ in items:
+                    pass
+        report = _report(record, os.fspath(call.merged), used, output, call.dry_run)
+        digests = {} if call.dry_run else _digests(record, report, used)
+        return replace(report, exists=exists, digests=digests)
 
 
 def _described(call: Unmerge, merged: str | os.PathLike[str], requests: Sequence[AdapterRequest]) -> dict[str, str]:
@@ -367,20 +370,35 @@ def _recoded_parts(merged: Checkpoint, undo: UndoFile, name: str) -> Parts:
 
 
 def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
-    """Raise InputError if bytes outside of undo records were edited."""
+    """Raise InputError if tensors were edited of which some bytes are in no undo record."""
+    names = undo.unrecorded()
+    pieces = [(merged.shard_of[name], name, *place) for name in names for place in pieces_of(merged.stored[name])]
+    expected = (sha256 for name in names for sha256 in undo.merged_hashes(name))
+    for (_, name, *_), found, sha256 in zip(pieces, hash_pieces(pieces, workers), expected, strict=True):
+        if found != sha256:
+            raise InputError(EDITED, culprit=name)
 
-    def sha256(part: UnrecordedBytes) -> str:
-        file = merged.shard_of[part.tensor]
-        return sha256_range(file.file, file.begin[part.tensor] + part.start, part.length)
 
-    for tensor, stretch in undo.copied():
-        if sha256_range(undo.file, stretch.offset, stretch.length) != stretch.sha256:
-            raise InputError("is damaged: its copied rows do not match their hash", culprit=f"{undo.path}: {tensor}")
-    written = undo.written()
-    with closing(map_in_order(sha256, [part for part, _ in written], workers)) as hashes:
-        for (part, expected), actual in zip(written, hashes, strict=True):
-            if actual != expected:
-                raise InputError(EDITED, culprit=part.tensor)
+def _check_hashes(undo: UndoFile, hashes: TensorHashes, _: object) -> dict[str, bytes]:
+    """Raise InputError unless the base is restored as the merge read it; return no file."""
+    for found, fault in ((hashes.of_read, EDITED), (hashes.of_written, NOT_RESTORED)):
+        for name, each in found.items():
+            if each != undo.base_hashes(name):
+                raise InputError(fault, culprit=name)
+    return {}
+
+
+def _digests(undo: UndoFile, report: UnmergeReport, adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Return the digests of the merged model, of the adapters and of the base, by the names in the report."""
+    merged = undo.merged_specs
+    files = [member for adapter in adapters for member in adapter.file.members]
+    if not has_digest((*merged, *undo.specs, *chain.from_iterable(file.specs for file in files))):
+        return {}
+    return {
+        report.merged: digest_of((name, merged[name], undo.merged_hashes(name)) for name in sorted(merged)),
+        **{adapter.name: digest_of_files(adapter.file.members) for adapter in adapters},
+        report.out: digest_of((name, undo.specs[name], undo.base_hashes(name)) for name in sorted(undo.specs)),
+    }
 
 
 def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool) -> UnmergeReport:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +12,6 @@ import numpy.typing as npt
 from .native import native
 
 PAGE = 4096  # bytes
-WORTH_A_PAIR = 1 << 18  # bytes: of fewer the calls take longer than hashing them alone
 
 _BLOCK = 64  # bytes that sha256 takes at a time
 # the first 32 bits of the fractions of the square roots of 2, 3, 5, ..., 19 (FIPS 180-4, 5.3.3)
@@ -36,29 +33,6 @@ def sha256_each(streams: Sequence[Iterable[memoryview]]) -> list[str]:
         else:
             found += map(_hash_one, pair)
     return found
-
-
-@dataclass(frozen=True)
-class AwaitsHash:
-    """A result that needs the sha256 of some bytes, which is computed together with that of another.
-
-    Attributes:
-        data: stays as it is until then.
-        finish: hash -> the result.
-    """
-
-    data: memoryview
-    finish: Callable[[str], Any]
-
-
-def finish_each(results: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """Return lists of results, with the hashes that some of them await."""
-    waiting = [each.data for part in results for each in part if isinstance(each, AwaitsHash)]
-    if waiting and len(waiting[0]) < WORTH_A_PAIR:
-        hashes = iter([hashlib.sha256(data).hexdigest() for data in waiting])
-    else:
-        hashes = iter(sha256_each([[data] for data in waiting]))
-    return [[each.finish(next(hashes)) if isinstance(each, AwaitsHash) else each for each in part] for part in results]
 
 
 def page_sums(data: memoryview) -> bytes:

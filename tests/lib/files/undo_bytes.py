@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TRAILER, ROW = struct.Struct("<QQ32s8s"), struct.Struct("<Q32sQ")
+TRAILER, ROW = struct.Struct("<QQ32s8s"), struct.Struct("<QQ")
 FIRST = 16  # bytes before the payload
 
 
@@ -18,7 +18,6 @@ class Stretch(NamedTuple):
 
     at: int
     length: int
-    sha256: bytes
     sum: int
 
 
@@ -38,24 +37,34 @@ def table_of(body: bytes, index: dict[str, Any]) -> list[Stretch]:
     """Return the rows of the table, with the places that follow from them."""
     at, length, _ = index["table"]
     found, start = [], FIRST
-    for nbytes, sha256, total in ROW.iter_unpack(body[at : at + length]):
-        found.append(Stretch(start, nbytes, sha256, total))
+    for nbytes, total in ROW.iter_unpack(body[at : at + length]):
+        found.append(Stretch(start, nbytes, total))
         start += nbytes
     return found
 
 
-def with_table(body: bytes, index: dict[str, Any], rows: list[tuple[int, bytes, int]]) -> tuple[bytes, dict[str, Any]]:
+def with_table(body: bytes, index: dict[str, Any], rows: list[tuple[int, int]]) -> tuple[bytes, dict[str, Any]]:
     """Return body and index with another table, and its hash; what stands behind it moves."""
-    at, length, _ = index["table"]
-    data = b"".join(ROW.pack(*row) for row in rows)
-    index = {**index, "table": [at, len(data), hashlib.sha256(data).hexdigest()]}
-    index["shards"] = [{**shard, "header": _moved(shard["header"], len(data) - length)} for shard in index["shards"]]
-    index["side"] = {name: _moved(place, len(data) - length) for name, place in index["side"].items()}
+    return with_blob(body, index, "table", b"".join(ROW.pack(*row) for row in rows))
+
+
+def hashes_of(body: bytes, index: dict[str, Any]) -> bytes:
+    at, length, _ = index["hashes"]
+    return body[at : at + length]
+
+
+def with_blob(body: bytes, index: dict[str, Any], key: str, data: bytes) -> tuple[bytes, dict[str, Any]]:
+    """Return body and index with other bytes of the table or the hashes; what stands behind them moves."""
+    at, length, _ = index[key]
+
+    def moved(place: list[Any] | None) -> list[Any] | None:
+        return [place[0] + len(data) - length, *place[1:]] if place and place[0] > at else place
+
+    index = {**index, **{each: moved(index[each]) for each in ("table", "hashes", "card") if each in index}}
+    index[key] = [at, len(data), hashlib.sha256(data).hexdigest()]
+    index["shards"] = [{**shard, "header": moved(shard["header"])} for shard in index["shards"]]
+    index["side"] = {name: moved(place) for name, place in index["side"].items()}
     return body[:at] + data + body[at + length :], index
-
-
-def _moved(place: list[Any] | None, by: int) -> list[Any] | None:
-    return None if place is None else [place[0] + by, *place[1:]]
 
 
 def add_blob(body: bytes, data: bytes) -> tuple[bytes, list[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from conftest import hashed
 from torch import Tensor
 
 from lib.hostile.hostile_reals import form_of
@@ -26,7 +24,7 @@ from loratool.numerics.products import ProductRows, Products, Term
 from loratool.numerics.rounding_stats import RoundingStats
 from loratool.numerics.tensors import numbers_of, tensor_of
 from loratool.numerics.workspace import Workspace
-from loratool.undo.records import RecordedBlock, Recorder, Restorer
+from loratool.undo.records import NOT_RESTORED, RecordedBlock, Recorder, Restorer
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -360,7 +358,7 @@ def merge_hostile(block: HostileBlock, record: bool = True) -> tuple[MergedBlock
     out, recorder = Numbers.empty(to, *W.shape), Recorder(W.form, matrices=block.matrices)
     merge = RowMerge(block.reals(), W.form, to)
     stats = merge.apply_each(W, block.first, out, work, recorder if record and not block.to else None)
-    records = [] if block.to else map(hashed, recorder.results(stats, W, out))
+    records = [] if block.to else recorder.results(stats, out)
     payloads = [b"" if one.change.overflowed else bytes_in(one) for one in records]  # such a merge is refused
     counts = [(each.changed, each.not_finite, each.overflowed) for each in stats]
     return MergedBlock(bytes(bytes_of(out.bits)), payloads, counts, [each.largest for each in stats], stats), out
@@ -374,14 +372,15 @@ def bytes_in(record: RecordedBlock) -> bytes:
 def restore_hostile(block: HostileBlock, merged: Numbers, payload: bytes) -> tuple[bytes, str]:
     """Return W as a record restores it, and what is wrong if it is not W."""
     form, back = merged.form, numbers_of(torch.full_like(block.weight, 7))
-    restorer = Restorer("x", form, payload, _digest(block.weight), word_sum(bytes_of(merged.bits)))
+    restorer = Restorer("x", form, payload, word_sum(bytes_of(merged.bits)))
     try:
         with restorer.damage():
             restorer.block(merged, block.reals(block.first), back, Workspace())
-        hashed(restorer.check(back, merged))
+        restorer.check(merged)
     except InputError as error:
         return b"", str(error)
-    return bytes(bytes_of(back.bits)), ""
+    restored = bytes(bytes_of(back.bits))
+    return (restored, "") if restored == bytes(bytes_of(_bits_of(block.weight))) else (b"", NOT_RESTORED)
 
 
 def damaged(g: np.random.Generator, payload: bytes) -> bytes:
@@ -393,10 +392,6 @@ def damaged(g: np.random.Generator, payload: bytes) -> bytes:
         return payload + bytes(int(g.integers(1, 3)))
     data[g.integers(len(data))] ^= 1 << g.integers(8)
     return bytes(data)
-
-
-def _digest(x: Tensor) -> str:
-    return hashlib.sha256(bytes_of(_bits_of(x))).hexdigest()
 
 
 @np.errstate(invalid="ignore")

@@ -6,7 +6,7 @@ import struct
 from bisect import bisect_left, bisect_right
 from fractions import Fraction as F
 from itertools import pairwise
-from math import copysign, isfinite, isnan
+from math import copysign, isfinite, isnan, prod
 from typing import NamedTuple
 
 FORMS = {"BF16": (16, 8, -133), "F16": (16, 11, -24), "F32": (32, 24, -149), "F64": (64, 53, -1074)}
@@ -121,17 +121,18 @@ def joined(codes, size):
     return b"".join((c % (1 << 8 * size)).to_bytes(size, "little") for c in codes)
 
 
-def restore(data, merged, adapters, coded=None):
+def restore(data, merged, adapters, coded=None, sizes=None):
     """Return {tensor: codes of W} from those of W' and, of each adapter, {module or tensor: its numbers}.
 
     Of a weight that is stored as codes these stand under its name, and the bytes of its companions under theirs.
     `coded` has what is told of such weights by their names; W' of one that became codes is those, padding included.
+    `sizes` has the bytes of each of the base's tensors, if they are in a GGUF file.
     """
     at, length, digest, end = struct.unpack("<QQ32s8s", data[-56:])
-    assert (data[:16], end, at + length) == (b"loratool undo 3\n", b"loraundo", len(data) - 56)
+    assert (data[:16], end, at + length) == (b"loratool undo 4\n", b"loraundo", len(data) - 56)
     assert hashlib.sha256(data[at:-56]).digest() == digest
     index, found = json.loads(data[at:-56]), {}
-    table = read_table(data, index["table"])
+    table, sizes = read_table(data, index["table"]), sizes or read_sizes(data, index["shards"])
     for name, entry in index["tensors"].items():
         (kind, shape), placements, row = entry["spec"], entry["placements"], entry["row"]
         name, shape = (entry["recoded"][key] for key in ("weight", "shape")) if "recoded" in entry else (name, shape)
@@ -141,12 +142,12 @@ def restore(data, merged, adapters, coded=None):
         if told:
             columns = shape[1]
         if "coded" in entry:
-            copies = kept(data, index["shards"], entry, table)
+            copies = kept(data, sizes, entry, table)
             found |= copies
             row += len(copies)
         for start, stop in spans(entry, len(merged[name]) // (width or columns), columns, told):
             updates = [(p, adapters[p[0]][p[2] or p[1]]) for p in placements if p[6] <= start < p[7]]
-            at, length, digest, total = table[row]
+            at, length, total = table[row]
             row += 1
             record, each = data[at : at + length], width or columns
             wrote = merged[name][start * each : stop * each]
@@ -158,19 +159,43 @@ def restore(data, merged, adapters, coded=None):
             else:
                 places = [swap(code, form[0]) for code in wrote]
                 own = read(record, places, form, updates, start, columns, told)
-            assert hashlib.sha256(joined(own, 1 if told else form[0] // 8)).digest() == digest
             W += own
         found[name] = W
+    told = {name for name, each in (coded or {}).items() if each.scales}  # their bytes are blocks of codes and scales
+    known = [{name: each[name] for name in each.keys() - told} for each in (found, merged)]
+    check_hashes(blob(data, index["hashes"]), index["tensors"], sizes, *known)
     return found
 
 
-def read_table(data, place):
-    """Return of each stretch of the payload its first byte, length, hash and sum."""
+def check_hashes(hashes, entries, base, found, merged):
+    """Compare the hashes of all pieces with those of the bytes that are known: not of codes that share bytes."""
+    changed = {
+        name: base[name] if "recoded" in entry else prod(entry["spec"][1]) * FORMS[entry["spec"][0]][0] // 8
+        for name, entry in entries.items()
+    }
+    copied = {name: numbers for name, numbers in merged.items() if name not in entries}
+    for sizes, contents in ((base, copied | found), (changed, merged)):
+        for name in sorted(sizes):
+            count, content = -(-sizes[name] // 2**24), contents.get(name)
+            if content and sizes[name] % len(content) == 0:
+                content = content if isinstance(content, bytes) else joined(content, sizes[name] // len(content))
+                pieces = [content[at : at + 2**24] for at in range(0, len(content), 2**24)]
+                assert b"".join(hashlib.sha256(piece).digest() for piece in pieces) == hashes[: 32 * count]
+            hashes = hashes[32 * count :]
+    assert not hashes
+
+
+def blob(data, place):
     at, length, digest = place
     assert hashlib.sha256(data[at : at + length]).hexdigest() == digest
+    return data[at : at + length]
+
+
+def read_table(data, place):
+    """Return of each stretch of the payload its first byte, length and sum."""
     found, start = [], 16
-    for size, sha256, total in struct.iter_unpack("<Q32sQ", data[at : at + length]):
-        found.append((start, size, sha256, total))
+    for size, total in struct.iter_unpack("<QQ", blob(data, place)):
+        found.append((start, size, total))
         start += size
     return found
 
@@ -190,18 +215,20 @@ def spans(entry, rows, columns, coded):
     ]
 
 
-def kept(data, shards, entry, table):
+def read_sizes(data, shards):
+    """Return {stored tensor of the base: its bytes}, of safetensors files."""
+    specs = {name: spec for shard in shards for name, spec in json.loads(blob(data, shard["header"])).items()}
+    specs.pop("__metadata__", None)
+    return {name: spec["data_offsets"][1] - spec["data_offsets"][0] for name, spec in specs.items()}
+
+
+def kept(data, sizes, entry, table):
     """Return {stored tensor: bytes} of those that an undo file has as they were."""
     names = entry["coded"]["tensors"][0 if entry.get("replaced") else 1 :]
-    if not names:
-        return {}
-    headers = [data[at : at + length] for at, length, _ in (shard["header"] for shard in shards)]
-    specs, found = {name: spec for header in headers for name, spec in json.loads(header).items()}, {}
-    for name, (at, length, digest, _) in zip(names, table[entry["row"] :], strict=False):
-        first, last = specs[name]["data_offsets"]
-        assert last - first == length
+    found = {}
+    for name, (at, length, total) in zip(names, table[entry["row"] :], strict=False):
+        assert (length, total) == (sizes[name], 0)
         found[name] = data[at : at + length]
-        assert hashlib.sha256(found[name]).digest() == digest
     return found
 
 
