@@ -54,6 +54,25 @@ def parse(pattern: str, name: str) -> Parsed:
         raise InputError(f"is not a regular expression: {error}", culprit=name) from error
 
 
+def repeats(parsed: Parsed) -> int:
+    """Return how many repeats (`*`, `?`, `{2}`) a parsed expression has.
+
+    One inside another counts as 1000, and a reference to a group too: `re` can take exponential time for these.
+    """
+    count, todo = 0, [(parsed, False)]
+    while todo:
+        part, is_inside = todo.pop()
+        if isinstance(part, tuple) and part and str(part[0]) in REPEATS:
+            count += 1000 if is_inside or "GROUPREF" in str(part[0]) else 1
+            is_inside = True
+        if isinstance(part, tuple | list | type(parsed)):
+            todo += [(each, is_inside) for each in part]
+    return count
+
+
+REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT", "GROUPREF", "GROUPREF_EXISTS")
+
+
 class Expressions:
     """Several expressions, matched from the start of a text by one automaton.
 

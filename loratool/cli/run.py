@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,34 +24,31 @@ TEXT = """\
 RECIPE is a .json file, or a .yaml file if PyYAML is installed. Steps run one after the other, and can read what earlier
 steps write. Keys, values and paths of all steps are checked before the first byte is written. A step that fails, or a
 verify that finds an error, stops the run. With --save-recipe, merge, extract and every other command that writes saves
-its call as a recipe.
+its call as a recipe. --lock records the digests of inputs and outputs; --locked holds a later run against them.
 
 \b
   loratool merge base/ adapter/:0.7 -o merged/ --save-recipe merge.yaml
   loratool run merge.yaml --force --dry-run
-  loratool run merge.yaml --force
+  loratool run merge.yaml --force --lock
+  loratool run merge.yaml --force --locked
 """
 
 
-def _run(
-    context: click.Context, recipe: str, force: bool, dry_run: bool, quiet: bool, verbose: bool, json: bool
-) -> None:
-    from ..commands.run.command import open_recipe, run_steps
-    from ..views.run import RunReport
+def _run(context: click.Context, quiet: bool, verbose: bool, json: bool, **options: Any) -> None:
+    from ..commands.run.command import OpenRecipe
     from .render import print_report
 
-    steps = open_recipe(recipe, force, dry_run)
-    done = []
-    with closing(_Progress(len(steps), quiet or json)) as progress:
-        for step in run_steps(steps, dry_run, progress.of):
+    recipe = OpenRecipe(call.Run(**options))
+    total = len(recipe.steps)
+    with closing(_Progress(total, quiet or json)) as progress:
+        for step in recipe.run(progress.of):
             progress.close()
-            done.append(step)
             if not json:
-                _print_step(step, len(steps), quiet, verbose)
-    report = RunReport(recipe, dry_run, tuple(done), len(steps))
+                _print_step(step, total, quiet, verbose)
+    report = recipe.report()
     if json:
         print_report("run", report, json=True, status=report.said_no)
-    elif len(steps) > 1:
+    else:
         _print_end(report)
     if report.said_no:
         context.exit(1)
@@ -64,9 +61,13 @@ class _Progress:
         self._total, self._quiet = total, quiet
         self._bar: ProgressBar | None = None
 
-    def of(self, step: Step) -> ProgressBar:
-        label = f"step {step.number} of {self._total}, {step.command}" if self._total > 1 else step.command
-        self._bar = ProgressBar(label, self._quiet, UNITS.get(step.command, ""))
+    def of(self, step: Step | None) -> ProgressBar:
+        self.close()
+        if step is None:
+            self._bar = ProgressBar("digest", self._quiet)
+        else:
+            label = f"step {step.number} of {self._total}, {step.command}" if self._total > 1 else step.command
+            self._bar = ProgressBar(label, self._quiet, UNITS.get(step.command, ""))
         return self._bar
 
     def close(self) -> None:
@@ -87,9 +88,12 @@ def _print_step(step: StepReport, total: int, quiet: bool, verbose: bool) -> Non
 
 
 def _print_end(report: RunReport) -> None:
-    from ..views.run import verdict_of
+    from ..views.run import lock_lines, verdict_of
 
-    surface_of(sys.stdout).print([(), verdict_of(report)])
+    several = report.total > 1
+    lines = [*([verdict_of(report)] if several or report.differs else []), *lock_lines(report)]
+    if lines:
+        surface_of(sys.stdout).print([*([()] if several and report.steps else []), *lines])
 
 
 run = make_command("run", call.run, TEXT, [*options_for(call.run), *TERMINAL], click.pass_context(_run))

@@ -38,7 +38,10 @@ class RunReport(CheckReport):
 
     Attributes:
         steps: those that were called, or that would be.
-        total: how many the recipe has; more than there are in `steps` if a verification said no.
+        total: how many the recipe has; more than there are in `steps` if a check said no.
+        lock: the lock that was written, or with `locked` read; None without one.
+        locked: whether inputs and outputs were held against the lock.
+        differs: the input or output that is not as recorded, at which the run stopped; None if all are.
     """
 
     document_function: ClassVar[str] = "run_document"
@@ -47,16 +50,21 @@ class RunReport(CheckReport):
     dry_run: bool
     steps: tuple[StepReport, ...]
     total: int
+    lock: str | None = None
+    locked: bool = False
+    differs: str | None = None
 
     @property
     def said_no(self) -> str | None:
-        """The verdict of the verification at which the run stopped."""
+        """The verdict of the check at which the run stopped: `differs`, or that of a verification."""
+        if self.differs is not None:
+            return "differs"
         last: Report | None = self.steps[-1].report
         return None if last is None else last.said_no
 
     @property
     def status(self) -> str:
-        """`done`, or the verdict of the verification at which the run stopped."""
+        """`done`, or the verdict of the check at which the run stopped."""
         return self.said_no or "done"
 
 
@@ -69,19 +77,30 @@ def run_document(report: RunReport, verbose: bool) -> Document:
     return Document(
         subject=line(path(report.recipe), f", {plural(report.total, 'step')}{dry}"),
         lists=tuple(_steps(report, verbose)),
-        verdict=(verdict_of(report),),
+        verdict=(verdict_of(report), *lock_lines(report)),
         verbose=verbose,
     )
 
 
 def verdict_of(report: RunReport) -> Line:
     """Return how far the run came."""
+    left = report.total - len(report.steps)
+    rest = f"; {plural(left, 'step')} not run" if left and report.total > 1 else ""
+    if report.differs is not None:
+        return line(f"differs: {report.differs}{rest}")
     if report.status != "done":
         last = report.steps[-1]
-        left = report.total - last.number
-        rest = f"; {plural(left, 'step')} not run" if left else ""
         return line(f"step {last.number} of {report.total}, {last.command}: {report.status}{rest}")
     return line(f"{plural(len(report.steps), 'step')} {'planned' if report.dry_run else 'done'}")
+
+
+def lock_lines(report: RunReport) -> tuple[Line, ...]:
+    """Return the line on the lock that was written, or that inputs and outputs agree with."""
+    if not report.lock or report.said_no:
+        return ()
+    if not report.locked:
+        return (line("wrote ", path(report.lock)),)
+    return (line("inputs are" if report.dry_run else "inputs and outputs are", " as in ", path(report.lock)),)
 
 
 def heading(step: StepReport, total: int) -> Line:

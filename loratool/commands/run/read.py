@@ -1,4 +1,4 @@
-"""Read a recipe's file, YAML or JSON, as plain values. Nothing in it is run, and repeated keys are refused.
+"""Read a recipe's file, YAML, JSON or TOML, as plain values. Nothing in it is run, and repeated keys are refused.
 
 YAML is read by the rules of version 1.2, where `no` is a word, 1e-3 a number and 0-15 a text. A few aliases can expand
 to more values than memory holds, so the values are counted before they are built.
@@ -23,7 +23,11 @@ YAML_ENDINGS = (".yaml", ".yml")
 
 ENDINGS = (*YAML_ENDINGS, ".json")
 
+TOML_ENDING = ".toml"  # of mlrecipe's, which are read and not written
+
 LARGEST = 1 << 20  # bytes of a file
+
+LARGEST_TOML, MOST_DOTS = 1 << 16, 100  # of characters, and in a line, as the time that keys with dots take grows fast
 
 LONGEST = 20  # digits of a whole number
 
@@ -43,25 +47,34 @@ SCALARS = {
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe's file. Its ending decides between YAML and JSON.
+    """Read a recipe's file. Its ending decides between YAML, JSON and TOML.
 
     Raises:
         UsageError: it has another ending.
         InputError: it is not valid, or not a mapping, or too large.
-        MachineError: it is YAML, and PyYAML is not installed.
+        MachineError: it is YAML or TOML, and what reads that is not installed.
     """
-    if path.suffix.lower() not in ENDINGS:
+    parse = PARSERS.get(path.suffix.lower())
+    if parse is None:
         remedy = "see loratool guide recipes"
         raise UsageError("a recipe's file ends in .yaml or .json", culprit=str(path), remedy=remedy)
     if not path.exists():
         raise InputError(NO_SUCH, culprit=str(path))
+    return _read_mapping(path, LARGEST, "recipe", parse)
+
+
+def read_json(path: Path, largest: int, what: str) -> dict[str, Any]:
+    """Read a mapping in JSON of at most `largest` bytes by the rules of recipes. Raise InputError if it is none."""
+    return _read_mapping(path, largest, what, _parse_json)
+
+
+def _read_mapping(path: Path, largest: int, what: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     with open_for_reading(path) as file:
-        data = file.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise InputError(f"is larger than {LARGEST:,} bytes, so it is not a recipe", culprit=str(path))
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise InputError(f"is larger than {largest:,} bytes, so it is not a {what}", culprit=str(path))
     try:
-        text = data.decode("utf-8-sig")
-        value = _parse_json(text) if path.suffix.lower() == ".json" else _parse_yaml(text)
+        value = parse(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         fault = "is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise InputError(f"cannot be read: {fault}", culprit=str(path)) from error
@@ -92,6 +105,20 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} occurs twice")
         mapping[key] = value
     return mapping
+
+
+def _parse_toml(text: str) -> Any:
+    try:
+        import tomllib
+    except ImportError:  # before Python 3.11
+        try:
+            import tomli as tomllib  # type: ignore[no-redef]
+        except ImportError as error:
+            what = "TOML needs Python 3.11, or tomli, which is not installed"
+            raise MachineError(what, remedy=install_remedy("recipes")) from error
+    if len(text) > LARGEST_TOML or any(line.count(".") > MOST_DOTS for line in text.splitlines()):
+        raise ValueError(f"it has more than {LARGEST_TOML:,} characters, or {MOST_DOTS} dots in a line")
+    return tomllib.loads(text)
 
 
 def _parse_yaml(text: str) -> Any:
@@ -169,4 +196,11 @@ PLAIN: dict[str, Callable[[str], Any]] = {
     "float": float,
     "bool": lambda text: text.lower() == "true",
     "null": lambda text: None,
+}
+
+# ending of a recipe's file -> what parses its text
+PARSERS: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(YAML_ENDINGS, _parse_yaml),
+    ".json": _parse_json,
+    TOML_ENDING: _parse_toml,
 }

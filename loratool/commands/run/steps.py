@@ -37,7 +37,9 @@ COMMANDS = {
 
 OF_THE_RUN = ("dry_run", "progress", "workers")  # keywords that no step has
 
-WRITTEN = ("out", "residual")  # keywords of paths that are written; all other paths are read
+NO_WEIGHTS = ("imatrix", "tokenizer", "undo")  # keywords of paths that are read, and are neither model nor adapter
+
+WRITTEN = ("out", "residual", "attest")  # keywords of paths that are written; all other paths are read
 
 LONGEST_SHOWN = 60  # letters of a word in a message
 
@@ -51,7 +53,9 @@ class Step:
     Attributes:
         number: counted from 1.
         arguments: by the keywords of `function`.
-        waits_for: the earlier steps whose outputs it reads.
+        others: those of `reads` that are neither a model nor an adapter.
+        made: those of `reads` that earlier steps write.
+        waits_for: these steps.
     """
 
     number: int
@@ -60,6 +64,8 @@ class Step:
     arguments: Mapping[str, Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()
     waits_for: tuple[int, ...] = ()
 
 
@@ -90,10 +96,11 @@ def plan_steps(recipe: Mapping[str, Any], force: bool = False, dry_run: bool = F
     listed, places = _steps_in(recipe), _Places()
     for number, values in enumerate(listed, 1):
         with _in_step(number if len(listed) > 1 else None):
-            step = _read_step(number, values, force)
-            earlier = {number for path in step.reads for number in places.writers(path)}
+            step = read_step(number, values, force)
+            writers = {path: found for path in step.reads if (found := places.writers(path))}
             places.add(step, dry_run)
-            steps.append(replace(step, waits_for=tuple(sorted(earlier))))
+            earlier = sorted({number for found in writers.values() for number in found})
+            steps.append(replace(step, made=tuple(writers), waits_for=tuple(earlier)))
     for step in steps:
         with _in_step(step.number if len(listed) > 1 else None):
             _check_inputs(step, places)
@@ -123,7 +130,8 @@ def _steps_in(recipe: Mapping[str, Any]) -> Sequence[Any]:
     return steps
 
 
-def _read_step(number: int, values: Any, force: bool) -> Step:
+def read_step(number: int, values: Any, force: bool = False) -> Step:
+    """Return a step without looking at its files. Raise UsageError for a wrong word or value."""
     if not isinstance(values, Mapping):
         raise UsageError("is not a mapping of keys to values")
     command = values.get("command")
@@ -152,7 +160,8 @@ def _read_step(number: int, values: Any, force: bool) -> Step:
     reads = [path for name, path in paths.items() if name not in WRITTEN and (name, path) not in no_paths]
     reads += [each.path for each in parse_adapters(arguments["adapters"])] if "adapters" in arguments else []
     writes = [path for name, path in paths.items() if name in WRITTEN]
-    return Step(number, command, function, arguments, tuple(reads), tuple(writes))
+    others = [path for path in reads if any(paths.get(name) == path for name in NO_WEIGHTS)]
+    return Step(number, command, function, arguments, tuple(reads), tuple(writes), tuple(others))
 
 
 def _unknown(word: object, known: Iterable[str], what: str, several: str) -> UsageError:
@@ -208,7 +217,9 @@ class _Places:
                 reader = "this step" if number == step.number else f"step {number}"
                 raise UsageError(f"is an input of {reader}, and would be overwritten", culprit=path)
             if not self.writers(str(place.parent)):
-                check_place(Path(path), place.suffix in WEIGHTS, remedy="choose another output with out: PATH")
+                check_place(
+                    Path(path), place.suffix in (*WEIGHTS, ".json"), remedy="choose another output with out: PATH"
+                )
             if is_taken(place) and not step.arguments.get("force") and not dry_run:
                 remedy = "add --force to replace all outputs that exist"
                 raise NeedsFlag("exists already", culprit=path, remedy=remedy)

@@ -25,12 +25,12 @@ OTHER = "choose another file with --save-recipe"
 BREAKS = frozenset("\x85\u2028\u2029")  # line breaks to YAML, which PyYAML writes as they are
 
 
-def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: str) -> dict[str, Any]:
+def recipe_of(function: Callable[..., Any], arguments: Mapping[str, Any], out: str | None) -> dict[str, Any]:
     """Return a call as a recipe: all options that are not the default, by word.
 
     Args:
         arguments: by the function's keywords.
-        out: the output of the call.
+        out: the output of the call; None if it has none.
     """
     known = arguments_of(function)
     values = read_arguments(function, (), arguments)

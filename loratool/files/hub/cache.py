@@ -14,7 +14,7 @@ from ...durable.fileio import reading
 from ...durable.partial import set_aside
 from ...errors import InputError, MachineError, install_remedy, shell_word
 from .names import HubName, parse_hub_name
-from .snapshots import Cached, is_offline, look_up
+from .snapshots import Cached, find_snapshot, is_offline, look_up
 
 NO_SUCH = "no such file or folder"
 
@@ -61,6 +61,14 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
         remedy = "look at HF_ENDPOINT and the other variables of the environment that begin with HF_"
         raise MachineError(f"huggingface_hub does not start: {error}", culprit=text, remedy=remedy) from error
     return download(hub_name, config_alone)
+
+
+def cached_commit(name: str | os.PathLike[str]) -> str | None:
+    """Return the hash of the commit whose files `resolve` returns for a name on the hub; None for a path."""
+    if os.path.lexists(name) or set_aside(Path(name)) or not (hub_name := parse_hub_name(os.fspath(name))):
+        return None
+    snapshot = find_snapshot(hub_name)
+    return snapshot.name if snapshot else None
 
 
 def _is_local(name: HubName) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
@@ -81,10 +81,16 @@ def parse_hub_name(text: str) -> HubName | None:
 
 def cached_name(path: Path) -> HubName | None:
     """Return the hub name of a path in the hub's cache, without its revision; None for any other path."""
+    name = pinned_name(path)
+    return replace(name, revision=None, is_link=False) if name else None
+
+
+def pinned_name(path: Path) -> HubName | None:
+    """Return the hub name of a path in the hub's cache, with its commit as revision; None for any other path."""
     parts = path.absolute().parts
     for number, part in enumerate(parts[:-2]):
         if (match := _CACHED.fullmatch(part)) and parts[number + 1] == "snapshots":
-            return HubName(match[1].replace("--", "/", 1), None, "/".join(parts[number + 3 :]), False)
+            return HubName(match[1].replace("--", "/", 1), parts[number + 2], "/".join(parts[number + 3 :]), True)
     return None
 
 

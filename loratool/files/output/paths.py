@@ -273,11 +273,11 @@ def check_undo_files(output: Output, inputs: Collection[Path], force: bool) -> N
             raise NeedsFlag("exists already", culprit=str(place), flags="--force", why="to replace it")
 
 
-def require_outside(page: Path, output: Path) -> None:
+def require_outside(page: Path, output: Path, option: str = "--html") -> None:
     """Raise UsageError for a page at the path of an output or in its folder, which will be replaced."""
     if _find_reached((output, *_beside(output), journal_path(output)), [page]):
         message = f"is in the output {output}, which is replaced as a unit"
-        raise UsageError(message, culprit=str(page), remedy="name a file elsewhere with --html")
+        raise UsageError(message, culprit=str(page), remedy=f"name a file elsewhere with {option}")
 
 
 def check_scratch(path: Path, inputs: Collection[Path]) -> None:

@@ -45,12 +45,20 @@ CALLS = {
     "convert a model to a torch file": "convert base --to torch -o {}.pt",
     "convert metadata": "convert adapter --set a=b -o {}.safetensors",
     "a recipe beside": "merge base adapter -o fresh --save-recipe {}.json",
+    "a statement beside": "merge base adapter -o fresh --attest {}.json",
     "a page beside": "merge base adapter -o fresh --html {}.html",
 }
 
 BESIDE = {"init's residual": ("partial", "former", "scratch")}  # names of places beside the output that are used
 
-SAMPLE = ("merge to a folder", "unmerge to a file", "init's residual", "a recipe beside", "a page beside")
+SAMPLE = (
+    "merge to a folder",
+    "unmerge to a file",
+    "init's residual",
+    "a recipe beside",
+    "a statement beside",
+    "a page beside",
+)
 
 MANY = [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in CALLS]
 
