@@ -59,7 +59,7 @@ PARAMETERS = [
     ),
     *options_for(call.diff_spectra, "top", "threshold"),
     HTML,
-    *options_for(call.diff, "drop", "alpha", "target", "exclude", "layers", "device"),
+    *options_for(call.diff, "drop", "alpha", "target", "exclude", "layers", "digest", "device"),
     *TERMINAL,
 ]
 

@@ -1,12 +1,13 @@
 """Build click commands from the library's functions: each argument becomes one of the command line.
 
 Meaning, default and section of the help come from the call (`commands.calls`). One table maps its type to click's. A
-function that takes `out` gets --save-recipe.
+function that takes `out` gets --save-recipe and --lock.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -29,10 +30,12 @@ from ..commands.arguments import (
     type_of,
 )
 from ..commands.calls import RULE_OF_SEVERAL_TYPE, RULE_TYPE, SELECTIONS
+from ..errors import UsageError
 from .help import Command, Option
 from .options import (
     COUNT,
     HTML,
+    LOCK,
     PATH,
     SAVE_RECIPE,
     SIZE,
@@ -137,7 +140,7 @@ def command_of(
     if html:
         place = next((i for i, each in enumerate(parameters, 1) if each.name == "dry_run"), len(parameters))
         parameters.insert(place, HTML)
-    parameters += [*([SAVE_RECIPE] if "out" in arguments else []), *TERMINAL]
+    parameters += [*([SAVE_RECIPE, LOCK] if "out" in arguments else []), *TERMINAL]
 
     def callback(quiet: bool, verbose: bool, json: bool, html: str | None = None, **options: Any) -> None:
         from .progress import ProgressBar
@@ -178,13 +181,15 @@ def run_function(
     progress: Callable[[int, int], None],
     html: str | None = None,
 ) -> Any:
-    """Call the library's function with click's options, and write the recipe of the call if requested.
+    """Call the library's function with click's options, and write the recipe of the call and its lock if requested.
 
     Args:
         html: the path of the report's page, which must not be that of the output.
     """
     known = arguments_of(function)
-    arguments = library_arguments({name: value for name, value in options.items() if name != "save_recipe"})
+    arguments = library_arguments(
+        {name: value for name, value in options.items() if name not in ("save_recipe", "lock")}
+    )
     given = {**arguments, **({"progress": progress} if "progress" in known else {})}
     if "out" not in known:
         return function(**given)
@@ -194,11 +199,23 @@ def run_function(
     if html is not None and (opt := known["out"].opt):
         require_outside(Path(html), Path(options["out"] or opt.default.partition(",")[0]))
     place = options["save_recipe"]
+    if options["lock"] and place is None:
+        raise click.UsageError("--lock needs --save-recipe")
     if place is not None:
         check_recipe_path(Path(place), options["force"], options["dry_run"])
+        if (statement := options.get("attest")) and os.path.realpath(statement) == os.path.realpath(place):
+            raise UsageError("is the path of the recipe too", culprit=statement, remedy="name another with --attest")
+    if options["lock"]:
+        from ..commands.run.lock import check_lock_path, lock_path, write_lock
+        from ..commands.run.steps import plan_steps
+
+        check_lock_path(lock_path(Path(place)), options["force"])
     report = function(**given)
     if place is not None:
-        write_recipe(Path(place), recipe_of(function, arguments, report.out))
+        recipe = recipe_of(function, arguments, report.out)
+        write_recipe(Path(place), recipe)
+        if options["lock"]:
+            write_lock(lock_path(Path(place)), plan_steps(recipe, dry_run=True), progress)
     return report
 
 

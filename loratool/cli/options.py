@@ -121,6 +121,13 @@ SAVE_RECIPE = Option(
     help="Save this call as a recipe (.yaml or .json) for `loratool run`.",
 )
 
+LOCK = Option(
+    ["--lock"],
+    title="Running",
+    is_flag=True,
+    help="With --save-recipe, also write its lock: the digests of inputs and outputs, for `loratool run --locked`.",
+)
+
 
 class _Amount(click.ParamType[int]):
     """Read a size or a count, as the library does."""

@@ -54,10 +54,21 @@ class Call(Generic[R]):
     work: ClassVar[str]
 
     def run(self) -> R:
-        """Run the command, and return the report."""
+        """Run the command, and return the report. With `attest`, also write a statement about the output."""
         module, _, name = self.work.rpartition(".")
         work: Callable[[Call[R]], R] = getattr(import_module(f".{module}", __package__), name)
-        return work(self)
+
+        def worked(call: Call[R]) -> R:
+            report = work(call)
+            if not hasattr(report, "digests"):
+                return report
+            complete: Callable[[Call[R], R], R] = import_module(".digests", __package__).with_digests
+            return complete(call, report)
+
+        if getattr(self, "attest", None) is None:
+            return worked(self)
+        attested: Callable[[Call[R], Callable[[Call[R]], R]], R] = import_module(".attest.write", __package__).attested
+        return attested(self, worked)
 
     @classmethod
     def name(cls) -> str:
@@ -148,7 +159,25 @@ DryRun = Annotated[bool, Opt("Output", text="Check everything and print the plan
 
 Card = Annotated[bool, Opt("Output", text="Write no model card (README.md) into an output folder.")]
 
+Attest = Annotated[
+    StrPath | None,
+    Opt(
+        "Output",
+        "FILE",
+        text="Also write a statement (in-toto, .json) about the output: its files, the inputs and this call, with "
+        "digests. Reads all of them once more.",
+    ),
+]
+
 Undo = Annotated[bool, Opt("Output", text="Write no undo file. Without it, unmerge cannot restore the base exactly.")]
+
+Digest = Annotated[
+    bool,
+    Opt(
+        "Output",
+        text="Report the digests of the models that were read and written; their names, types, shapes and bytes.",
+    ),
+]
 
 Device = Annotated[str, Opt("Running", "auto|cpu|cuda[:N]", text="Device to compute on.", free=True)]
 

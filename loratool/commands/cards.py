@@ -20,7 +20,7 @@ from .arguments import option_word
 from .calls import Call
 
 # on the bytes beside the card
-WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "resume", "progress", "workers", "card")
+WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "resume", "progress", "workers", "card", "attest")
 
 INPUTS = ("base", "imatrix", "initial", "like", "tokenizer")  # options whose values are paths or names of the hub
 

@@ -47,6 +47,7 @@ REPORTS = {
         "views.inspect_model.CheckpointReport",
         "views.inspect_adapter.AdapterInspection",
         "views.inspect_model.MethodReport",
+        "views.inspect_files.FilesReport",
         "views.inspect_runtime.RuntimeInspection",
         "views.inspect_spectra.SpectraReport",
     ),
@@ -54,7 +55,7 @@ REPORTS = {
     "resize": ("views.resize.ResizeReport",),
     "run": ("views.run.RunReport",),
     "unmerge": ("views.unmerge.UnmergeReport",),
-    "verify": ("views.verify.VerifyReport",),
+    "verify": ("views.verify.VerifyReport", "views.attestation.AttestationReport"),
 }
 
 PAGES = (".html", ".htm")

@@ -36,6 +36,16 @@ def tensors_of(files: Iterable[WeightsFile]) -> dict[str, WeightsFile]:
     return {name: found[name] for name in sorted(found, key=_key)}
 
 
+def has_digest(names: Iterable[str]) -> bool:
+    """Return whether tensors of these names have a digest."""
+    try:
+        for name in names:
+            _key(name)
+    except InputError:
+        return False
+    return True
+
+
 def _key(name: str) -> bytes:
     try:
         key = name.encode()

@@ -106,7 +106,7 @@ def test_json_is_one_object_with_the_reports_fields(tmp_path: Path, run: Run) ->
         and report["adapters"][0]["weight"] == 0.5
     )
     assert " ".join(report) == (
-        "exists base out dry_run nbytes adapters tensors changed kept copied undo undo_bytes left_out files "
+        "exists digests base out dry_run nbytes adapters tensors changed kept copied undo undo_bytes left_out files "
         "not_copied warnings quantized base_nbytes sizes decoded left_behind notes free_bytes"
     )
     value = json.loads(run("inspect", ADAPTER, "--base", BASE, "--json").stdout)
@@ -458,13 +458,16 @@ def test_options_are_the_keywords_of_the_library(name: str) -> None:
         "verbose",
         "html",
         "save_recipe",
+        "lock",
         "fail_above",
         "strict",
         "spectra",
         "metadata",
+        "files",
     }
     more = {
-        "inspect": [loratool.spectra, loratool.inspect_for],
+        "inspect": [loratool.spectra, loratool.inspect_for, loratool.inspect_files],
+        "verify": [loratool.verify_attestation],
         "diff": [loratool.diff_spectra],
         "convert": [loratool.convert_model, loratool.edit_metadata],
     }

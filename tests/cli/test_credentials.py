@@ -40,7 +40,8 @@ CALLS = [
     "{}", "merge {} style -o out", "merge base {} -o out", "merge base style -o {}",
     "merge base style --like {} -o out",
     "merge base style --tokenizer {} -o out", "merge base style --initial {} -o out", "merge base style --layers {}",
-    "merge base style --save-recipe {} -o out", "merge base style --html {} -o out", "merge base style --{} -o out",
+    "merge base style --attest {} -o out", "verify --attestation {}", "merge base style --save-recipe {} -o out",
+    "merge base style --html {} -o out", "merge base style --{} -o out",
     "merge base style --max-shard-size {}", "merge base style --target {} -o out", "inspect {}",
     "inspect style --base {}", "diff {} style", "run {}", "extract {} base -o out", "convert {} --to kohya",
     "convert style --for vllm --base {} -o out", "convert style --set {}", "count {}", "verify base style {}",
@@ -123,7 +124,7 @@ def test_nor_of_a_recipe(recipe: dict[str, Any], link: str, run: Run) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        "merge {base} {adapter}:0.5 -o out --html page.html --save-recipe recipe.json",
+        "merge {base} {adapter}:0.5 -o out --html page.html --save-recipe recipe.json --attest s.json",
         "merge {base} {adapter} -o out --html page.html --resume",
         "resize {adapter} --rank 1 -o out --html page.html --save-recipe recipe.json",
         "convert {adapter} --to peft -o out --save-recipe recipe.json",

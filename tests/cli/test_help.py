@@ -32,7 +32,10 @@ BEFORE = {
     ],
     "diff": ["merge base/ adapter/ -o merged/", "merge base/ adapter/ -o rebuilt/"],
     "unmerge": ["merge base/ adapter/ -o merged/", "merge base/ style/:0.7 task/:-0.2 -o mixed/ --no-undo"],
-    "verify": ["merge base/ adapter/ -o merged/", "merge base/ style/:0.7 task/:-0.2 -o mixed/"],
+    "verify": [
+        "merge base/ adapter/ -o merged/ --attest merged.intoto.json",
+        "merge base/ style/:0.7 task/:-0.2 -o mixed/",
+    ],
 }
 
 # short name in an example -> what it is on the stage

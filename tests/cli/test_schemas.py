@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
@@ -16,6 +17,7 @@ import torch
 from conftest import FIXTURES, factors, run_command, weights, write_model, write_peft
 from jsonschema import Draft202012Validator
 from lib.files import ggml_blocks, gguf_bytes
+from lib.files.signatures import write_signature
 from lib.harness.page_elements import PageElements
 from lib.models.training_runs import write_zero
 from safetensors.torch import load_file, save_file
@@ -53,7 +55,9 @@ inspect {llama}/fp8                                                             
 convert {llama}/fp8 --dtype bf16 -o {tmp}/decoded                                             CheckpointConvertReport 0
 unmerge {tmp}/merged {llama}/adapter -o {tmp}/unmerged                                        UnmergeReport 0
 unmerge {tmp}/two {llama}/adapter:0.5 {llama}/adapter:-1 -o {tmp}/near --approximate          UnmergeReport 0
-verify {llama}/base {llama}/adapter {tmp}/merged                                              VerifyReport 0
+verify {llama}/base {llama}/adapter {tmp}/merged --attest {tmp}/merged.json                   VerifyReport 0
+verify --attestation {tmp}/merged.json                                                        AttestationReport 0
+verify --attestation {tmp}/merged.json {llama}/base {llama}/adapter {llama}/base              AttestationReport 1
 verify {llama}/base {llama}/adapter {llama}/base                                              VerifyReport 1
 extract {llama}/base {llama}/tuned -o {tmp}/extracted                                         ExtractReport 0
 extract {gpt2}/base {gpt2}/tuned --params 30K --certify --dtype bf16 -o {tmp}/budget          ExtractReport 0
@@ -87,6 +91,8 @@ inspect {tmp}/odd                                                               
 inspect {sdxl}/base.safetensors                                                               CheckpointReport 0
 inspect {llama}/adapter --base {llama}/base --strict                                          AdapterInspection 0
 inspect {tmp}/kinds --base {tmp}/nan --strict                                                 AdapterInspection 1
+inspect {llama}/adapter --digest --files                                                      FilesReport 0
+inspect {tmp}/signed --digest --files                                                         FilesReport 1
 inspect {llama}/adapter --for vllm --base {llama}/base                                       RuntimeInspection 0
 inspect {tmp}/kinds --for sglang                                                              RuntimeInspection 1
 convert {llama}/adapter --for sglang --base {llama}/base -o {tmp}/sglang                      ConvertReport 0
@@ -94,13 +100,29 @@ inspect {tmp}/oft                                                               
 inspect {tmp}/oft --strict                                                                    MethodReport 1
 run {tmp}/wrong.json --dry-run                                                                RunReport 0
 run {tmp}/wrong.json                                                                          RunReport 1
+resize {tmp}/small --rank 2 -o {tmp}/pinned --save-recipe {tmp}/pinned.json --lock            ResizeReport 0
+run {tmp}/pinned.json --locked --force                                                        RunReport 0
+resize {llama}/adapter --rank 3 -o {tmp}/small --force                                        ResizeReport 0
+run {tmp}/pinned.json --locked --force                                                        RunReport 1
 inspect {llama}/base --spectra                                                                SpectraReport 0
 inspect {tmp}/kinds --spectra                                                                 SpectraReport 0
 inspect {llama}/adapter --spectra --base {llama}/base --top 4 --threshold 0.9                 SpectraReport 0
 diff {llama}/base {llama}/tuned --spectra --layers 0                                          SpectraDiff 0
 """
 # Keys that come from the inputs, which the schemas cannot list
-OPEN = {"components", "metadata", "unbound", "left_out", "fields", "ranks_a", "ranks_b", "ranks", "dtypes", "sha256"}
+OPEN = {
+    "components",
+    "metadata",
+    "unbound",
+    "left_out",
+    "fields",
+    "ranks_a",
+    "ranks_b",
+    "ranks",
+    "dtypes",
+    "sha256",
+    "digests",
+}
 
 
 def parse(text: str) -> Any:
@@ -161,6 +183,8 @@ def make_inputs(tmp: Path) -> None:
     gguf_bytes.write(tmp / "a.gguf", fields | own, pair)
     verify = {"command": "verify", "base": str(LLAMA / "base"), "adapters": [str(LLAMA / "adapter")]}
     (tmp / "wrong.json").write_text(json.dumps({**verify, "merged": str(LLAMA / "base")}))
+    shutil.copytree(LLAMA / "adapter", tmp / "signed")
+    write_signature(tmp / "signed", "gone")
     (tmp / "oft").mkdir()
     save_file({"base_model.model.x.oft_R.weight": weights(2, 1)}, tmp / "oft" / "adapter_model.safetensors")
     (tmp / "oft" / "adapter_config.json").write_text('{"peft_type": "OFT", "target_modules": ["x"]}')
@@ -420,7 +444,7 @@ def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest
         called = {
             "convert": "convert.command._function_for",  # which picks one of three functions
             "guide": "guide.guide",
-            "run": "run.command.open_recipe",  # the command line shows each step as it is done
+            "run": "run.command.OpenRecipe",  # the command line shows each step as it is done
         }
         monkeypatch.setattr(f"loratool.commands.{called.get(verb, f'{verb}.command.run_{verb}')}", fail)
         check_error(run(*argv), verb, kind, code)

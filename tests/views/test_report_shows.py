@@ -31,6 +31,7 @@ COMMANDS = {
     "merge": "merge {base} {adapter} -o {out}",
     "unmerge": "unmerge {merged} {adapter} -o {out} --dry-run",
     "verify": "verify {base} {adapter} {merged}",
+    "verify a statement": "verify --attestation {statement}",
     "extract": "extract {base} {tuned} -o {out} --rank 2",
     "init": "init {base} -o {out}",
     "resize": "resize {adapter} --rank 2 -o {out}",
@@ -44,6 +45,7 @@ COMMANDS = {
     "diff of models": "diff {base} {tuned}",
     "inspect": "inspect {adapter}",
     "inspect a model": "inspect {base}",
+    "inspect files": "inspect {merged} --digest --files",
     "inspect for a runtime": "inspect {adapter} --for vllm",
     "inspect a method": "inspect {method}",
     "spectra": "inspect {adapter} --spectra",
@@ -55,6 +57,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "merge": lambda p: loratool.merge(p["base"], p["adapter"], p["out"]),
     "unmerge": lambda p: loratool.unmerge(p["merged"], p["adapter"], p["out"], dry_run=True),
     "verify": lambda p: loratool.verify(p["base"], p["adapter"], p["merged"]),
+    "verify a statement": lambda p: loratool.verify_attestation(p["statement"]),
     "extract": lambda p: loratool.extract(p["base"], p["tuned"], p["out"], rank=2),
     "init": lambda p: loratool.init(p["base"], p["out"]),
     "resize": lambda p: loratool.resize(p["adapter"], p["out"], rank=2),
@@ -70,6 +73,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "diff of models": lambda p: loratool.diff(p["base"], p["tuned"]),
     "inspect": lambda p: loratool.inspect(p["adapter"]),
     "inspect a model": lambda p: loratool.inspect(p["base"]),
+    "inspect files": lambda p: loratool.inspect_files(p["merged"]),
     "inspect for a runtime": lambda p: loratool.inspect_for(p["adapter"], runtime="vllm"),
     "inspect a method": lambda p: loratool.inspect(p["method"]),
     "spectra": lambda p: loratool.spectra(p["adapter"]),
@@ -119,12 +123,18 @@ def test_a_report_on_what_was_written_names_it(command: str) -> None:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("shows")
-    loratool.merge(BASE, ADAPTER, folder / "merged")
+    loratool.merge(BASE, ADAPTER, folder / "merged", attest=folder / "merged.json")
     save_file({"prompt_embeddings": torch.ones(4, 8)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}')
     words = {"command": "resize", "adapter": str(ADAPTER), "rank": 2, "out": str(folder / "of-run")}
     (folder / "recipe.json").write_text(json.dumps(words))
-    inputs = {"base": BASE, "adapter": ADAPTER, "tuned": TUNED, "merged": folder / "merged"}
+    inputs = {
+        "base": BASE,
+        "adapter": ADAPTER,
+        "tuned": TUNED,
+        "merged": folder / "merged",
+        "statement": folder / "merged.json",
+    }
     save_file({"w": torch.ones(2, 2)}, folder / "file.safetensors", {"x": "y"})
     inputs["file"] = folder / "file.safetensors"
     return {**inputs, "method": folder, "recipe": folder / "recipe.json", "folder": folder}

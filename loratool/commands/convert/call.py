@@ -92,6 +92,8 @@ class Convert(Call["ConvertReport"]):
     ] = "keep"
     alpha: calls.Alpha = None
     card: calls.Card = True
+    digest: calls.Digest = False
+    attest: calls.Attest = None
     force: calls.Force = False
     dry_run: calls.DryRun = False
 
@@ -126,6 +128,8 @@ class ConvertModel(Call["CheckpointConvertReport"]):
         DROP,
     ] = ()
     dtype: calls.MergeDtype = "keep"
+    digest: calls.Digest = False
+    attest: calls.Attest = None
     force: calls.Force = False
     resume: calls.Resume = False
     dry_run: calls.DryRun = False
@@ -154,6 +158,8 @@ class EditMetadata(Call["MetadataReport"]):
     _: KW_ONLY
     set: Annotated[Mapping[str, str] | None, Opt("Output", "KEY=VALUE")] = None
     unset: Annotated[Words, Opt("Output", "KEY")] = ()
+    digest: calls.Digest = False
+    attest: calls.Attest = None
     force: calls.Force = False
     dry_run: calls.DryRun = False
     progress: calls.Progress = None

@@ -42,7 +42,7 @@ OF_ANY_CALL = ("progress", "workers")  # which a function need not take
 # the arguments in the order of the help; others come last
 ORDER = (
     "source out to max_shard_size tokenizer from_format enable_lora plain initial rank layout runtime base "
-    "architecture rename set unset exclude drop dtype alpha card force resume dry_run progress workers"
+    "architecture rename set unset exclude drop dtype alpha digest card attest force resume dry_run progress workers"
 ).split()
 
 

@@ -45,13 +45,14 @@ class Diff(Call["AdapterDiff | AdaptersDiff | CheckpointDiff"]):
         target: calls.Target = (),
         exclude: calls.Exclude = (),
         layers: calls.OfLayers = None,
+        digest: calls.Digest = False,
         device: calls.Device = "auto",
         progress: calls.Progress = None,
     ) -> None:
         self.a, self.b, self.others = a, b, others
         self.base, self.drop, self.alpha = base, drop, alpha
         self.target, self.exclude, self.layers = target, exclude, layers
-        self.device, self.progress = device, progress
+        self.digest, self.device, self.progress = digest, device, progress
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class DiffSpectra(Call["SpectraDiff"]):
     target: calls.Target = ()
     exclude: calls.Exclude = ()
     layers: calls.OfLayers = None
+    digest: calls.Digest = False
     device: calls.Device = "auto"
     progress: calls.Progress = None
 

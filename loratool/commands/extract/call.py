@@ -68,7 +68,9 @@ class Extract(Call["ExtractReport"]):
     target: calls.Target = ()
     exclude: calls.Exclude = ()
     layers: calls.OfLayers = None
+    digest: calls.Digest = False
     card: calls.Card = True
+    attest: calls.Attest = None
     force: calls.Force = False
     resume: calls.Resume = False
     dry_run: calls.DryRun = False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import CheckError, MachineError
-from .document import Document, escape, text_of
+from .document import Document, Line, escape, line, path, text_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -41,7 +41,12 @@ class Report:
     def document(self, verbose: bool = False) -> Document:
         """Return the report as a document to read. With `verbose` it has one row per module."""
         document: Document = self._maker(self.document_function)(self, verbose)
-        return document
+        return replace(document, lists=(*document.lists, *self.digest_lines())) if verbose else document
+
+    def digest_lines(self) -> Iterator[Line]:
+        """Yield a line for each digest of what was read and written."""
+        for name, digest in getattr(self, "digests", {}).items():
+            yield line("digest of ", path(name), f": sha256:{digest}")
 
     def page(self) -> Page:
         """Return what the report's page shows beside its document."""
@@ -85,11 +90,18 @@ class Report:
         return to_html(self.document())
 
 
+@dataclass(frozen=True)
 class CheckReport(Report):
     """Base class of the reports of checks, which can say no.
 
     They are neither true nor false: `if verify(...)` would pass whatever was found.
+
+    Attributes:
+        digests: of what was read (`files.digest`), by the names that the call has; of models only if they were asked
+            for.
     """
+
+    digests: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     @property
     def ok(self) -> bool:
@@ -127,6 +139,9 @@ class WritingReport(Report):
 
     Attributes:
         exists: whether a dry run found an output that only --force replaces.
+        digests: of what was read and written (`files.digest`), by the names that the call has; of models only if they
+            were asked for, or are in an undo file; empty in a dry run.
     """
 
     exists: bool = field(default=False, kw_only=True)
+    digests: Mapping[str, str] = field(default_factory=dict, kw_only=True)
