@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from .commands.diff.call import diff, diff_spectra
     from .commands.extract.call import extract
     from .commands.init.call import init
-    from .commands.inspect.call import inspect, inspect_for, spectra
+    from .commands.inspect.call import inspect, inspect_files, inspect_for, spectra
     from .commands.merge.call import merge
     from .commands.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
     from .commands.report_files import read_report, write_report
     from .commands.resize.call import resize
     from .commands.run.call import run
     from .commands.unmerge.call import unmerge
-    from .commands.verify.call import verify
+    from .commands.verify.call import verify, verify_attestation
+    from .views.attestation import AttestationReport
     from .views.combine import CombineReport
     from .views.convert import ConvertReport
     from .views.convert_model import CheckpointConvertReport
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .views.extract import ExtractReport
     from .views.init import InitReport
     from .views.inspect_adapter import AdapterInspection
+    from .views.inspect_files import FilesReport
     from .views.inspect_model import CheckpointReport, MethodReport
     from .views.inspect_runtime import RuntimeInspection
     from .views.inspect_spectra import SpectraReport
@@ -67,6 +69,7 @@ _HOMES = {
     "diff": "commands.diff.call",
     "SpectraDiff": "views.diff_spectra",
     "diff_spectra": "commands.diff.call",
+    "AttestationReport": "views.attestation",
     "CheckpointReport": "views.inspect_model",
     "CheckpointConvertReport": "views.convert_model",
     "CombineReport": "views.combine",
@@ -84,9 +87,11 @@ _HOMES = {
     "MethodReport": "views.inspect_model",
     "ExtractReport": "views.extract",
     "extract": "commands.extract.call",
+    "FilesReport": "views.inspect_files",
     "InitReport": "views.init",
     "init": "commands.init.call",
     "inspect": "commands.inspect.call",
+    "inspect_files": "commands.inspect.call",
     "inspect_for": "commands.inspect.call",
     "merge": "commands.merge.call",
     "AdapterModule": "commands.opened",
@@ -107,6 +112,7 @@ _HOMES = {
     "unmerge": "commands.unmerge.call",
     "VerifyReport": "views.verify",
     "verify": "commands.verify.call",
+    "verify_attestation": "commands.verify.call",
 }
 
 __all__ = [
@@ -116,6 +122,7 @@ __all__ = [
     "AdapterPath",
     "Adapters",
     "AdaptersDiff",
+    "AttestationReport",
     "CheckError",
     "CheckpointConvertReport",
     "CheckpointDiff",
@@ -125,6 +132,7 @@ __all__ = [
     "CountReport",
     "DemoReport",
     "ExtractReport",
+    "FilesReport",
     "InitReport",
     "InputError",
     "LoratoolError",
@@ -154,6 +162,7 @@ __all__ = [
     "extract",
     "init",
     "inspect",
+    "inspect_files",
     "inspect_for",
     "merge",
     "open_adapter",
@@ -164,6 +173,7 @@ __all__ = [
     "spectra",
     "unmerge",
     "verify",
+    "verify_attestation",
     "write_report",
 ]
 

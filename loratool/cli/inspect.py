@@ -62,6 +62,13 @@ PARAMETERS = [
     ),
     HTML,
     *options_for(call.inspect, "digest"),
+    Option(
+        ["--files"],
+        title="Output",
+        is_flag=True,
+        help="With --digest, show the sha256 of each whole file too, and compare them with model.sig (of "
+        "model-signing) and the hub's, if these are beside. Exit with 1 if one differs.",
+    ),
     *options_for(call.spectra, "target", "exclude", "layers", "alpha", "device"),
     *TERMINAL,
 ]
@@ -80,6 +87,7 @@ def _inspect(
     **options: Any,
 ) -> None:
     shown = {name: options.pop(name) for name in ("json", "quiet", "verbose", "html")}
+    files = options.pop("files")
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
     if spectra and (strict or runtime):
         raise click.UsageError("--strict and --for do not go with --spectra")
@@ -87,6 +95,8 @@ def _inspect(
         raise click.UsageError("--metadata does not go with --spectra or --for")
     if digest and (spectra or runtime):
         raise click.UsageError("--digest does not go with --spectra or --for")
+    if files and (not digest or strict or metadata or base or options["alpha"] is not None):
+        raise click.UsageError("--files needs --digest, and goes with no other option but --html and --json")
     if runtime and strict:
         raise click.UsageError("--strict does not go with --for, which exits with 1 anyway")
     if spectra:
@@ -100,6 +110,8 @@ def _inspect(
         raise click.UsageError("--device needs --spectra")
     if runtime:
         context.exit(_for_runtime(shown, path=path, runtime=runtime, base=base, alpha=options["alpha"]))
+    if files:
+        context.exit(_files(shown, path))
     from ..views.inspect_model import CheckpointReport, MethodReport
     from .render import print_report
 
@@ -119,6 +131,15 @@ def _hashing(shown: dict[str, Any]) -> closing[ProgressBar]:
     from .progress import ProgressBar
 
     return closing(ProgressBar("hashing", shown["quiet"] or shown["json"]))
+
+
+def _files(shown: dict[str, Any], path: str) -> int:
+    from .render import print_report
+
+    with _hashing(shown) as bar:
+        report = call.inspect_files(path, progress=bar)
+    print_report("inspect", report, **shown, status=report.said_no)
+    return 1 if report.said_no else 0
 
 
 def _for_runtime(shown: dict[str, Any], **options: Any) -> int:

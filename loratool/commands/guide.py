@@ -27,6 +27,7 @@ PAGES = {
         "vllm",
         "ollama",
         "prove",
+        "provenance",
         "github-actions",
         "resume",
         "many-machines",

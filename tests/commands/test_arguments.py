@@ -90,6 +90,7 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "merge": {"base": BASE, "adapters": ADAPTER, **writing},
         "unmerge": {"merged": merged, "adapters": ADAPTER, **writing},
         "verify": {"base": BASE, "adapters": ADAPTER, "merged": merged},
+        "verify_attestation": {"attestation": out.parent.parent / "merged.json"},
         "extract": {"base": BASE, "tuned": merged, **writing},
         "init": {"base": BASE, **writing},
         "resize": {"adapter": ADAPTER, "rank": 2, **writing},
@@ -102,6 +103,7 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "diff": {"a": ADAPTER, "b": ADAPTER},
         "diff_spectra": {"a": BASE, "b": merged, "layers": [0]},
         "inspect": {"path": ADAPTER},
+        "inspect_files": {"path": ADAPTER},
         "inspect_for": {"path": ADAPTER, "runtime": "vllm"},
         "spectra": {"path": ADAPTER},
         "run": {"recipe": out.parent.parent / "recipe.json", "dry_run": True},
@@ -118,7 +120,7 @@ def test_only_errors_of_ours_leave_and_nothing_is_written(
 ) -> None:
     choose = random.Random(seed)
     merged, empty = tmp_path / "merged", tmp_path / "empty"
-    loratool.merge(BASE, ADAPTER, merged)
+    loratool.merge(BASE, ADAPTER, merged, attest=tmp_path / "merged.json")
     empty.mkdir()
     loratool.write_report(loratool.count(BASE), tmp_path / "report.html")
     (tmp_path / "recipe.json").write_text(f'{{"command": "resize", "adapter": "{ADAPTER}", "rank": 2, "out": "r"}}')

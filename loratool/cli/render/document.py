@@ -129,9 +129,11 @@ def print_report(
         warn((*failed, *getattr(report, "warnings", ())))
         return
     document = report.document(verbose)
-    besides = (line(f"{key}: {value}") for key, value in sorted((extra or {}).items()))
-    written = (page,) if page else ()
-    document = replace(document, lists=(*written, *document.lists, *besides), warnings=(*failed, *document.warnings))
+    context = click.get_current_context(silent=True)
+    asked = not verbose and context and context.params.get("digest")
+    besides = [line(f"{key}: {value}") for key, value in sorted((extra or {}).items())]
+    lists = (*((page,) if page else ()), *document.lists, *(report.digest_lines() if asked else ()), *besides)
+    document = replace(document, lists=lists, warnings=(*failed, *document.warnings))
     print_document(document, surface_of(sys.stdout), surface_of(sys.stderr), quiet)
 
 

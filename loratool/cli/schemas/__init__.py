@@ -42,9 +42,9 @@ from .recipe import make_recipe
 # command -> its `status` where the exit code is 1
 STATUSES = {
     "diff": ("different",),
-    "inspect": ("problems", "other method", "not applied"),
-    "run": ("wrong", "inconclusive"),
-    "verify": ("wrong", "inconclusive"),
+    "inspect": ("problems", "other method", "not applied", "differs"),
+    "run": ("wrong", "inconclusive", "differs"),
+    "verify": ("wrong", "inconclusive", "not as stated"),
 }
 
 CHANGED_BY = (*UPDATES, "untied", "added")  # of merge: one, or several with a plus between
@@ -92,7 +92,9 @@ WORDS: dict[str, Sequence[str]] = {
     "TensorVerdict.verdict": ("exact", "rounding", "requantized", "wrong"),
     "StepReport.command": (*COMMANDS,),
     "StepReport.state": ("done", "planned", "waits"),
-    "VerifyReport.status": ("proven", *STATUSES["verify"]),
+    "VerifyReport.status": ("proven", "wrong", "inconclusive"),
+    "FileHash.signature": ("same", "differs"),
+    "FileHash.hub": ("same", "differs"),
 }
 
 # class -> its exit codes

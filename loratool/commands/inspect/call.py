@@ -13,6 +13,7 @@ from ..namings import RuntimeName
 
 if TYPE_CHECKING:
     from ...views.inspect_adapter import AdapterInspection  # noqa: F401
+    from ...views.inspect_files import FilesReport  # noqa: F401
     from ...views.inspect_model import (
         CheckpointReport,  # noqa: F401
         MethodReport,  # noqa: F401
@@ -101,8 +102,30 @@ class InspectFor(Call["RuntimeInspection"]):
     alpha: calls.Alpha = None
 
 
+@dataclass(frozen=True)
+class InspectFiles(Call["FilesReport"]):
+    """Hash all files, and compare them with a signature (model.sig) and the hub's list, if those are beside.
+
+    Digests are compared. That the signature is right is for model_signing to say.
+
+    Args:
+        path: A folder or a file.
+
+    Raises:
+        InputError: the files cannot be read, or the signature is damaged or of another kind.
+    """
+
+    work: ClassVar[str] = "inspect.files.run_inspect_files"
+
+    path: StrPath
+    _: KW_ONLY
+    progress: calls.Progress = None
+
+
 inspect = function_of(Inspect)
 
 spectra = function_of(Spectra)
 
 inspect_for = function_of(InspectFor)
+
+inspect_files = function_of(InspectFiles)

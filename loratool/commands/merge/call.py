@@ -76,7 +76,9 @@ class Merge(Call["MergeReport"]):
         ),
     ] = None
     undo: calls.Undo = True
+    digest: calls.Digest = False
     card: calls.Card = True
+    attest: calls.Attest = None
     device: calls.Device = "auto"
     progress: calls.Progress = None
     workers: calls.Workers = None

@@ -43,6 +43,7 @@ class Unmerge(Call["UnmergeReport"]):
     dry_run: calls.DryRun = False
     drop: calls.Drop = ()
     alpha: calls.Alpha = None
+    attest: calls.Attest = None
     device: calls.Device = "auto"
     progress: calls.Progress = None
     workers: calls.Workers = None

@@ -13,6 +13,7 @@ from ..arguments import Opt, StrPath, one_of, words_of
 from ..calls import Call, function_of
 
 if TYPE_CHECKING:
+    from ...views.attestation import AttestationReport  # noqa: F401
     from ...views.verify import VerifyReport  # noqa: F401
 
 
@@ -33,6 +34,7 @@ class Verify(Call["VerifyReport"]):
             their rows.
         allow: inconclusive: accept a merge in which all updates are below half an ulp, so that nothing can be
             checked.
+        force: Replace a statement that exists.
 
     Raises:
         InputError: the files do not belong together.
@@ -56,8 +58,51 @@ class Verify(Call["VerifyReport"]):
         Literal["inconclusive"] | Sequence[Literal["inconclusive"]], words_of(["inconclusive"]), Opt("Checks")
     ] = ()
     exhaustive: Annotated[bool, Opt("Checks")] = False
+    digest: calls.Digest = False
+    attest: calls.Attest = None
+    force: Annotated[bool, Opt("Output")] = False
+    progress: calls.Progress = None
+    workers: calls.Workers = None
+
+
+@dataclass(frozen=True)
+class VerifyAttestation(Call["AttestationReport"]):
+    """Hold a statement that --attest wrote against the files, and compute its merge again.
+
+    Give all of `base`, `adapters` and `merged`, or none: then they are where the statement says. No name that only the
+    statement has is downloaded.
+
+    Args:
+        attestation: Prove what this statement of `merge --attest` or `verify --attest` says: the files that it names
+            and the merge, with its options. Then BASE, ADAPTER and MERGED need not be given.
+        base: The model that the adapters were added to.
+        adapters: The adapters in the order of the statement, without weights.
+        merged: The merged model.
+        initial: The initial adapter of the statement, if it is elsewhere.
+        exhaustive: As in `verify`.
+        allow: As in `verify`.
+
+    Raises:
+        InputError: the statement is damaged or of another kind, or names files that are not here.
+        UsageError: some of the files are given, or weights.
+    """
+
+    work: ClassVar[str] = "attest.hold.run_verify_attestation"
+
+    attestation: Annotated[StrPath, Opt("Checks", "FILE")]
+    _: KW_ONLY
+    base: StrPath | None = None
+    adapters: Adapters | None = None
+    merged: StrPath | None = None
+    initial: StrPath | None = None
+    allow: Annotated[
+        Literal["inconclusive"] | Sequence[Literal["inconclusive"]], words_of(["inconclusive"]), Opt("Checks")
+    ] = ()
+    exhaustive: Annotated[bool, Opt("Checks")] = False
     progress: calls.Progress = None
     workers: calls.Workers = None
 
 
 verify = function_of(Verify)
+
+verify_attestation = function_of(VerifyAttestation)

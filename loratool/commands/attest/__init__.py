@@ -1,0 +1,1 @@
+"""Statements about outputs: written beside them, and held against the files."""
