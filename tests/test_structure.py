@@ -50,7 +50,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     "binding": (("modules",), ("names",), ("ties",), ("weights",), ("merge",)),
     "views": (("parts",), ("page",), ("*",)),
     "commands": (
-        ("arguments", "choices", "machine", "collector", "digests", "guide"),
+        ("arguments", "choices", "machine", "collector", "guide"),
         ("adapter_requests", "calls", "namings"),
         ("digests", "inputs", "report_files", "statements"),
         ("cards",),

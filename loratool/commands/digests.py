@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..adapters.formats import holds_adapter, open_adapter, open_other
+from ..adapters.formats import holds_adapter
+from ..adapters.formats.find import find_adapter_file
 from ..adapters.formats.peft_config import CONFIG_NAME
 from ..errors import InputError
-from ..files.checkpoint import open_checkpoint
+from ..files.checkpoint import open_checkpoint, open_weights
+from ..files.hub.cache import resolve
 from ..files.weights_file import WeightsFile, require_unchanged
 from ..streaming.digests import digest_of_files
 from ..streaming.parallel import Progress
@@ -78,9 +80,6 @@ def opened_files(path: str | os.PathLike[str]) -> Iterator[Sequence[WeightsFile]
     if not holds_adapter(path):
         with closing(open_checkpoint(path)) as checkpoint:
             yield checkpoint.shards
-    elif other := open_other(path):
-        with closing(other[0]) as file:
-            yield file.members
     else:
-        with closing(open_adapter(path, lenient=True).file) as file:
+        with closing(open_weights(find_adapter_file(resolve(path)))) as file:
             yield file.members

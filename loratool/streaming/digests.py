@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from ..numerics.passes.hashes import sha256_each
 from .parallel import Progress, map_in_order, worker_count
 
 Piece = tuple[WeightsFile, str, int, int]  # file, tensor, first byte, length
+
+SMALL = 1 << 18  # bytes of pieces that are hashed in one task, since a task costs as much as so many bytes
 
 
 def digest_of_files(files: Iterable[WeightsFile], progress: Progress | None = None) -> str:
@@ -31,20 +34,39 @@ def digest_of_files(files: Iterable[WeightsFile], progress: Progress | None = No
 
 
 def hash_pieces(pieces: list[Piece], workers: int, progress: Progress | None = None) -> list[str]:
-    """Return the sha256 of each piece, computed by two at a time on each of `workers` threads."""
-    pairs = [pieces[k : k + 2] for k in range(0, len(pieces), 2)]
+    """Return the sha256 of each piece, computed by `workers` threads; large pieces by two at a time."""
+    groups = list(_grouped(pieces))
     hashes, done, total = list[str](), 0, sum(nbytes for *_, nbytes in pieces)
-    with closing(map_in_order(_hash_each, pairs, workers)) as results:
-        for pair, found in zip(pairs, results, strict=True):
+    with closing(map_in_order(_hash_each, groups, workers)) as results:
+        for group, found in zip(groups, results, strict=True):
             hashes += found
-            done += sum(nbytes for *_, nbytes in pair)
+            done += sum(nbytes for *_, nbytes in group)
             if progress:
                 progress(done, total)
     return hashes
 
 
+def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield groups of two pieces or of more than SMALL bytes, whichever are more."""
+    group, nbytes = list[Piece](), 0
+    for piece in pieces:
+        group.append(piece)
+        nbytes += piece[-1]
+        if len(group) > 1 and nbytes > SMALL:
+            yield group
+            group, nbytes = [], 0
+    if group:
+        yield group
+
+
 def _hash_each(pieces: list[Piece]) -> list[str]:
-    return sha256_each([read_parts(*piece) for piece in pieces])
+    if sum(nbytes for *_, nbytes in pieces) > SMALL:
+        return sha256_each([read_parts(*piece) for piece in pieces])
+    found, buffer = [], memoryview(bytearray(SMALL))
+    for file, name, first, nbytes in pieces:
+        file.read_bytes(name, first, buffer[:nbytes])
+        found.append(hashlib.sha256(buffer[:nbytes]).hexdigest())
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,7 @@ class WrittenPieces:
         self._left = {name: [size for _, size in pieces_of(file.specs[name])] for name, file in tensors.items()}
         self._hashes = {name: [""] * len(left) for name, left in self._left.items()}
         self._ready: list[tuple[str, int]] = []  # tensors, and numbers of pieces
+        self._nbytes = 0  # of these
         self._pool = ThreadPoolExecutor(workers)
         self._runs: list[tuple[list[tuple[str, int]], Future[list[str]]]] = []
 
@@ -90,8 +113,9 @@ class WrittenPieces:
             left[part] -= min(first + nbytes, (part + 1) * PIECE) - max(first, part * PIECE)
             if not left[part]:
                 self._ready.append((tensor, part))
-        while len(self._ready) > 1:
-            some = [self._ready.pop(), self._ready.pop()]
+                self._nbytes += self._piece(tensor, part)[-1]
+        if len(self._ready) > 1 and self._nbytes > SMALL:
+            some, self._ready, self._nbytes = self._ready, [], 0
             self._runs.append((some, self._pool.submit(_hash_each, [self._piece(*each) for each in some])))
 
     def _piece(self, tensor: str, part: int) -> Piece:

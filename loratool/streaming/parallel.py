@@ -89,17 +89,19 @@ def map_in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -
     Exhaust or close the generator: that restores the libraries' numbers of threads.
     """
     threads_before, source = set_threads(1), iter(items)
-    with ThreadPoolExecutor(workers, initializer=set_threads, initargs=(1,)) as pool:
-        waiting = deque(pool.submit(function, item) for item in islice(source, workers))
-        try:
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(pool.submit(function, item) for item in islice(source, 1))
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()
-            restore_threads(threads_before)
+    try:
+        with ThreadPoolExecutor(workers, initializer=set_threads, initargs=(1,)) as pool:
+            waiting = deque(pool.submit(function, item) for item in islice(source, workers))
+            try:
+                while waiting:
+                    result = waiting.popleft().result()
+                    waiting.extend(pool.submit(function, item) for item in islice(source, 1))
+                    yield result
+            finally:
+                for future in waiting:
+                    future.cancel()
+    finally:  # when all threads have ended: one may begin late, and set the number that all of them share
+        restore_threads(threads_before)
 
 
 @cache

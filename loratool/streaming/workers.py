@@ -201,17 +201,19 @@ def run_threads(
         return number, item, local.worker(item)
 
     pending: set[Future[tuple[int, T, R]]] = set()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            while True:
-                room = (1 + ahead) * workers - len(pending)
-                pending |= {pool.submit(run_item, number, item) for number, item in islice(numbered, room)}
-                if not pending:
-                    return
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        finally:
-            for future in pending:
-                future.cancel()
-            restore_threads(threads_before)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                while True:
+                    room = (1 + ahead) * workers - len(pending)
+                    pending |= {pool.submit(run_item, number, item) for number, item in islice(numbered, room)}
+                    if not pending:
+                        return
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+            finally:
+                for future in pending:
+                    future.cancel()
+    finally:  # when all threads have ended: one may begin late, and set the number that all of them share
+        restore_threads(threads_before)

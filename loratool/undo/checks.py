@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Any
 
+from ..files.containers.indexed_file import are_hashes, is_count, is_place, require
 from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS, TORCH_FLOATS, TensorSpec
 
 ROWS = 5  # the index of `rows` in a placement
@@ -34,37 +34,12 @@ def prefix_of(file: str) -> str:
     return folder + slash
 
 
-def require(condition: bool, fault: str) -> None:
-    if not condition:
-        raise ValueError(fault)
-
-
-def is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
-
-
 def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def are_hashes(values: object, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in values)
-    )
-
-
 def strange(name: str) -> str:
     return f"it names {name!r}, which is not a file of a model that a merge edits"
-
-
-def is_place(name: str) -> bool:
-    """Return whether a text is, on every system, the name of a file in the output or a component's folder."""
-    parts = name.split("/")
-    plain = all(part not in ("", ".", "..") and not set(part) & set("\\:\0") for part in parts)
-    is_text = not any("\ud800" <= letter <= "\udfff" for letter in name)
-    return plain and is_text and len(parts) <= 2 and len(name.encode()) <= 255
 
 
 def require_plain(name: str) -> None:
@@ -243,12 +218,3 @@ def kept_names(entry: Mapping[str, Any]) -> list[str]:
 
 def bytes_before(spec: TensorSpec, row: int) -> int:
     return row * (spec.nbytes // spec.shape[0]) if row else 0
-
-
-def check_extents(extents: Iterable[tuple[int, int]], start: int, end: int) -> None:
-    """Raise ValueError unless parts of a file, as (first byte, length), tile the bytes start:end."""
-    done = start
-    for first, length in sorted(extents):
-        require(first == done, f"nothing, or two records, are at byte {done}")
-        done += length
-    require(done == end, f"nothing, or two records, are at byte {done}")

@@ -7,27 +7,23 @@ describes the layout.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
-from ..durable.descriptors import kept_open
-from ..durable.fileio import open_for_reading, read_into
-from ..errors import InputError, MachineError
+from ..errors import InputError
 from ..files.checkpoint import open_weights
 from ..files.codecs import find_stored
 from ..files.codecs.codec import Fault, Parts, StoredTensor, StoredWeight, Unclaimed
 from ..files.codecs.quantized import QUANTIZERS
 from ..files.containers.gguf_file import GGUF
-from ..files.containers.safetensors_file import memory_of, parse_json
+from ..files.containers.indexed_file import FileKind, IndexedFile, is_count, require
+from ..files.containers.layouts import FileLayout, read_layout
+from ..files.containers.safetensors_file import parse_json
 from ..files.digest import PIECE, pieces_of
 from ..files.dtypes import TensorSpec
 from ..files.folder.model_folder import INDEX_NAMES, PICKLES
@@ -38,41 +34,29 @@ from ..numerics.passes.hashes import sha256_each
 from .checks import (
     ROWS,
     Tiles,
-    are_hashes,
     bytes_before,
     check_adapter,
-    check_extents,
     check_placement,
     checked_spec,
-    is_count,
     is_recorded,
     kept_names,
     prefix_of,
     recoded_shape,
-    require,
     require_plain,
     spec_of,
     strange,
     tiles_of,
 )
-from .layouts import FileLayout, read_layout
 from .table import Stretch, UndoTable
 
-VERSION = 4
-
-MAGIC, END = UNDO_MARK + f"{VERSION}\n".encode(), b"loraundo"
-
-MOST_INDEX = 1_000_000_000  # bytes of memory, about, that an index may take: enough for 300,000 changed tensors
-
-MOST_BLOBS = 1 << 28  # bytes of headers, side files and the table in all; a trillion weights need a fifth of it
-
-SMALL = 1 << 22  # bytes of an index that is parsed without a check of its memory
-
-TRAILER = struct.Struct("<QQ32s8s")  # the index's offset, length and sha256, END
-
-_WRONG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error, EOFError)
-
-_APPROXIMATE = "use the one that the merge wrote, or subtract and round with --approximate, which is not exact"
+UNDO = FileKind(
+    mark=UNDO_MARK,
+    version=4,
+    end=b"loraundo",
+    noun="an undo file",
+    remedy="use the one that the merge wrote, or subtract and round with --approximate, which is not exact",
+    other_version="use the loratool that merged",
+)
 
 
 @dataclass(frozen=True)
@@ -83,27 +67,8 @@ class Record(Stretch):
     stop: int
 
 
-def is_readable(text: bytes, blobs: int) -> bool:
-    """Return whether a reader accepts an undo file with this index and `blobs` bytes of headers and side files."""
-    return memory_of(text) <= MOST_INDEX and blobs <= MOST_BLOBS
-
-
 def _split(hashes: bytes) -> list[str]:
     return [hashes[at : at + 32].hex() for at in range(0, len(hashes), 32)]
-
-
-def card_packer() -> ModuleType:
-    """Return the module that compresses model cards.
-
-    Raises:
-        MachineError: this Python was built without it.
-    """
-    try:
-        import bz2
-    except ImportError as error:
-        what = "this Python has no module bz2, which the undo file's copy of the base's model card needs"
-        raise MachineError(what, remedy="use a Python that was built with libbz2") from error
-    return bz2
 
 
 def belongs(undo: Path, model: Path) -> bool:
@@ -124,7 +89,7 @@ def belongs(undo: Path, model: Path) -> bool:
         weights.close()
 
 
-class UndoFile:
+class UndoFile(IndexedFile):
     """An undo file; opening reads and checks only the index.
 
     Attributes:
@@ -141,47 +106,12 @@ class UndoFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: BinaryIO = kept_open(open_for_reading(path), partial(open_for_reading, path))
-        try:
-            self.index, end = self._read_index()
-            self._check(end)
-        except _WRONG as error:
-            self.file.close()
-            raise InputError(f"is cut off or damaged: {error}", culprit=str(path), remedy=_APPROXIMATE) from error
-        except BaseException:
-            self.file.close()
-            raise
+        super().__init__(path, UNDO)
+        with self.checked():
+            self._check()
 
-    def _read_index(self) -> tuple[dict[str, Any], int]:
-        """Read the index, and return it with its first byte in the file."""
-        size = os.fstat(self.file.fileno()).st_size
-        start = self.bytes(0, min(size, len(MAGIC)))
-        if start[:-2] != MAGIC[:-2] or size < len(MAGIC) + TRAILER.size:
-            raise InputError("is not an undo file", culprit=str(self.path))
-        version = start[-2:-1].decode(errors="replace")
-        if start[-1:] != b"\n" or version != str(VERSION):
-            self._refuse_version(version)
-        first, length, digest, end = TRAILER.unpack(self.bytes(size - TRAILER.size, TRAILER.size))
-        if end != END or first < len(MAGIC) or first + length + TRAILER.size != size:
-            raise ValueError("its end is missing")
-        require(2 * length <= MOST_INDEX, "its index is larger than any")
-        text = self.bytes(first, length)
-        require(hashlib.sha256(text).digest() == digest, "its index does not match its hash")
-        if length > SMALL and text.count(b"[") + text.count(b"{") > length // 6:
-            raise ValueError("its index is nested too deeply")  # each takes a hundred bytes of memory
-        index = parse_json(text, self.path, most=MOST_INDEX)
-        require(index["version"] == VERSION, "its index is of another version")
-        return index, first
-
-    def _refuse_version(self, version: object) -> None:
-        message = f"is an undo file of version {version}, not {VERSION}"
-        raise InputError(message, culprit=str(self.path), remedy="use the loratool that merged")
-
-    def _check(self, end: int) -> None:
+    def _check(self) -> None:
         index = self.index
-        self._blobs: list[tuple[int, int]] = []  # (first byte, length) of headers and side files
-        self._held = 0  # bytes of these
         require(
             type(index["arithmetic"]) is int and type(index["file"]) is bool,
             "its arithmetic or file has the wrong type",
@@ -199,17 +129,17 @@ class UndoFile:
         self._metadata: dict[str, dict[str, str]] = {}  # of the files, by component
         for shard in index["shards"]:
             self._check_shard(shard)
-        self._table, stop = UndoTable.one_after_another(self._blob(index["table"]), len(MAGIC))
-        stretches = [(len(MAGIC), stop - len(MAGIC))]
+        self._table, stop = UndoTable.one_after_another(self.blob(index["table"]), len(UNDO.first_line))
         self.weights = self._find_weights()
         changed = {tensor for weight in self.weights.values() for tensor in weight.tensors} | index["tensors"].keys()
         self.untouched = frozenset(self.specs.keys() - changed)
         self._check_entries()
-        self._read_hashes(self._blob(index["hashes"]))
-        self.side = {name: self._blob(place) for name, place in index["side"].items()}
+        self._read_hashes(self.blob(index["hashes"]))
+        self.side = {name: self.blob(place) for name, place in index["side"].items()}
         if "card" in index:
-            self.side[CARD] = self._card(index["card"], index["card_bytes"])
-        check_extents([*stretches, *self._blobs], len(MAGIC), end)
+            require(CARD not in self.side, "its model card")
+            self.side[CARD] = self.packed_blob("its model card", index["card"], index["card_bytes"], SMALL_TEXT)
+        self.require_tiled(stop - len(UNDO.first_line))
         self._check_side()
 
     def _find_weights(self) -> dict[str, StoredWeight]:
@@ -247,39 +177,13 @@ class UndoFile:
         nbytes = self.specs[name].nbytes
         return self.bytes(self._table.at(rows[name]), nbytes) if nbytes else b""
 
-    def _blob(self, place: Sequence[Any]) -> bytes:
-        """Read the bytes of a header or a side file."""
-        first, length, digest = place
-        fits = is_count(first) and is_count(length) and are_hashes([digest], 1)
-        require(fits, "no place of a header or a side file")
-        require(first + length <= os.fstat(self.file.fileno()).st_size, "a header or a side file ends behind the file")
-        self._blobs.append((first, length))
-        self._held += length  # counted before it is read: a thousand names could share one place
-        require(self._held <= MOST_BLOBS, "its headers and side files are larger than any")
-        data = self.bytes(first, length)
-        require(hashlib.sha256(data).hexdigest() == digest, "a header or a side file does not match its hash")
-        return data
-
-    def _card(self, place: Sequence[Any], nbytes: int) -> bytes:
-        """Read the base's model card, which is compressed."""
-        require(is_count(nbytes) and nbytes <= SMALL_TEXT and CARD not in self.side, "its model card")
-        unpacked, packed = card_packer().BZ2Decompressor(), self._blob(place)
-        try:
-            data: bytes = unpacked.decompress(packed, nbytes + 1)
-        except OSError as error:
-            raise ValueError("its model card is damaged") from error
-        require(
-            len(data) == nbytes and unpacked.eof and not unpacked.unused_data, "its model card does not match its hash"
-        )
-        return data
-
     def _check_shard(self, shard: Mapping[str, Any]) -> None:
         name, header, specs = shard["name"], shard["header"], shard["specs"]
         prefix = prefix_of(name)
         require_plain(name)
         require((header is None) is not (specs is None), f"{name} has no header, or two")
         if header is not None:
-            self.layouts.append(layout := read_layout(self._blob(header), self.path))
+            self.layouts.append(layout := read_layout(self.blob(header), self.path))
             self._metadata.setdefault(prefix, {}).update(layout.metadata)
             stored = {prefix + key: spec for key, spec in layout.specs.items()}
         else:
@@ -393,12 +297,6 @@ class UndoFile:
             return False
         return bool(listed) and parse_json(self.side[name], self.path).get("weight_map") == listed
 
-    def bytes(self, first: int, length: int) -> bytes:
-        require(first + length <= os.fstat(self.file.fileno()).st_size, "it ends too early")
-        buffer = memoryview(bytearray(length))
-        read_into(self.file, buffer, first)
-        return bytes(buffer)
-
     def records(self, tensor: str) -> list[Record]:
         tiles = self._tiles(tensor)
         first = self.index["tensors"][tensor]["row"]
@@ -458,6 +356,3 @@ class UndoFile:
     def merged_hashes(self, name: str) -> list[str]:
         """Return the hashes of the pieces of a tensor of the merged model."""
         return _split(self.written[name] if name in self.written else self.hashes[name])
-
-    def close(self) -> None:
-        self.file.close()

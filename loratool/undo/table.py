@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .checks import require
+from ..files.containers.indexed_file import require
 
 if TYPE_CHECKING:
     import numpy as np

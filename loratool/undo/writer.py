@@ -25,7 +25,6 @@ stays codes has an entry under their name, with `recoded`; its records have the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,6 +42,7 @@ from ..durable.fileio import copy_range, open_for_reading, write_at
 from ..durable.journal import StoredBytes
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
+from ..files.containers.indexed_file import TRAILER, index_text, is_readable, packer, write_end
 from ..files.digest import pieces_of
 from ..files.dtypes import DTYPES, TensorSpec
 from ..files.folder.side_files import CARD, has_card, is_of_whole
@@ -51,7 +51,7 @@ from ..files.output.output import Output
 from ..files.weights_file import WeightsFile, copy_bytes
 from .checks import Tiles, bytes_before, counted_rows, is_replaced, kept_names, recoded_shape, spec_of, tiles_of
 from .differences import UNIT, WIDEST
-from .reader import END, MAGIC, TRAILER, VERSION, card_packer, is_readable
+from .reader import UNDO
 from .table import ROW
 
 PENDING = struct.Struct("<QIQQQ")  # of a record: first row, number of its journal, offset there, bytes, sum
@@ -84,8 +84,8 @@ class UndoWriter:
             read: a stored tensor of the base -> the hashes of its pieces.
             written: a changed tensor of the output -> the same.
         """
-        write_at(target, memoryview(MAGIC), 0)
-        position, rows = len(MAGIC), bytearray()
+        write_at(target, memoryview(UNDO.first_line), 0)
+        position, rows = len(UNDO.first_line), bytearray()
         index = make_index(plan, output)
         journals = list(self._journals)
         for name, entry in sorted(index["tensors"].items()):
@@ -106,15 +106,7 @@ class UndoWriter:
             for hashes, names in ((read, plan.base.stored), (written, index["tensors"]))
             for name in sorted(names)
         )
-        for owner, key in _blobs(index):
-            data = owner[key]
-            owner[key] = [position, len(data), hashlib.sha256(data).hexdigest()]
-            write_at(target, memoryview(data), position)
-            position += len(data)
-        data = _encoded(index)
-        end = TRAILER.pack(position, len(data), hashlib.sha256(data).digest(), END)
-        write_at(target, memoryview(data + end), position)
-        return position + len(data) + len(end)
+        return write_end(target, position, index, _blobs(index), UNDO)
 
 
 FAR, HASH = 1 << 48, "f" * 64  # placeholders in the index of `largest_undo`, at least as long as any value
@@ -128,7 +120,7 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
     Raises:
         NeedsFlag: its index would be too large for the reader.
     """
-    index, size, rows = make_index(plan, output), len(MAGIC) + TRAILER.size, 0
+    index, size, rows = make_index(plan, output), len(UNDO.first_line) + TRAILER.size, 0
 
     pieces = sum(len(pieces_of(spec)) for spec in plan.base.stored.values())
     for name, entry in index["tensors"].items():
@@ -142,7 +134,7 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
     blobs = sum(len(owner[key]) for owner, key in _blobs(index))
     for owner, key in _blobs(index):
         owner[key] = [FAR, len(owner[key]), HASH]
-    text = _encoded(index)
+    text = index_text(index)
     if not is_readable(text, blobs):
         raise NeedsFlag(
             f"would need an undo file of {len(index['tensors']):,} changed tensors with {blobs:,} bytes of headers, "
@@ -200,10 +192,6 @@ def _blobs(index: dict[str, Any]) -> list[tuple[Any, str]]:
     return blobs + ([(index, "card")] if "card" in index else [])
 
 
-def _encoded(index: Mapping[str, Any]) -> bytes:
-    return json.dumps(index, sort_keys=True, separators=(",", ":")).encode()
-
-
 def sort_adapters(adapters: Iterable[tuple[Adapter, float]]) -> list[tuple[Adapter, float]]:
     """Sort adapters and their weights by hash, so that the order does not depend on the command line."""
     return sorted(adapters, key=lambda p: (p[0].sha256, p[0].scales_sha256, p[1], p[0].module_weights))
@@ -230,7 +218,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     tensors = make_entries(plan, output)
     coded = any("coded" in entry for entry in tensors.values())
     return {
-        "version": VERSION,
+        "version": UNDO.version,
         "arithmetic": json.loads(output.provenance)["arithmetic"],
         "adapters": [{"name": Path(shown_name(a.name)).name, **adapter_entry(a, w)} for a, w in adapters],
         "file": base.given_as_file,
@@ -239,7 +227,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "new_side": sorted(names - side.keys()),
         "tensors": tensors,
         **({"declared": {part.prefix: part.declared for part in base.models}} if coded else {}),
-        **({} if card is None else {"card": card_packer().compress(card), "card_bytes": len(card)}),
+        **({} if card is None else {"card": packer().compress(card), "card_bytes": len(card)}),
     }
 
 

@@ -705,7 +705,10 @@ def test_what_resume_does_not_see_of_an_input(what: str, large: Path, reused: li
     die("out", after=40)
     NOT_SEEN[what](large)
     assert resume("out") == (0, "")
-    assert len(reused) == 41 and taken() == undisturbed
+    assert len(reused) == 41
+    if what == "a bit between the pages":  # the undo file has the hash of what was read
+        (Path("out") / "loratool.undo").write_bytes(undisturbed["out/loratool.undo"])
+    assert taken() == undisturbed
     verified = loratool.verify("base", "adapter", "out")
     assert (verified.said_no is None) is (what != "a bit between the pages")
 

@@ -70,8 +70,8 @@ def test_reports_have_the_digests_of_what_is_on_the_disk(tmp_path: Path, case: s
 def test_a_name_with_a_tab_has_none_and_comes_back(tmp_path: Path) -> None:
     tensors = {"x.weight": weights(6, 4), "a\tb": weights(3)}
     base, adapter = write_model(tmp_path / "base", tensors), write_peft(tmp_path / "a", {"x": factors(6, 4, 2)})
-    assert loratool.merge(base, adapter, tmp_path / "out").digests == {}
-    assert loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back").digests == {}
+    assert loratool.merge(base, adapter, tmp_path / "out").digests.keys() == {str(adapter)}
+    assert loratool.unmerge(tmp_path / "out", adapter, tmp_path / "back").digests.keys() == {str(adapter)}
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(back[name], x) for name, x in tensors.items())
     with pytest.raises(loratool.InputError, match="tab or a line break"):

@@ -299,7 +299,7 @@ def test_a_place_that_names_share(resized: Case, tmp_path: Path) -> None:
 def test_an_index_of_more_values_than_memory_holds(
     resized: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loratool.undo.reader.MOST_INDEX", 250_000_000)
+    monkeypatch.setattr("loratool.files.containers.indexed_file.MOST_INDEX", 250_000_000)
     many = json.dumps({**resized.index, "more": [[300]] * 2_000_000}).encode()
     assert damaged(resized, resized.forge(many), tmp_path, "more than 250 MB of memory") < 1 << 26
 
@@ -310,7 +310,7 @@ def test_an_undo_file_that_nobody_would_read_is_not_written(
 ) -> None:
     for name, most in (("MOST_INDEX", 1000), ("MOST_BLOBS", 100)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"loratool.undo.reader.{name}", most)
+            patch.setattr(f"loratool.files.containers.indexed_file.{name}", most)
             with pytest.raises(NeedsFlag, match="would need an undo file of 2 changed tensors"):
                 loratool.merge(resized.base, resized.adapter, tmp_path / "out", dry_run=dry_run)
             assert not (tmp_path / "out").exists()

@@ -36,6 +36,7 @@ from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.codec import Quantizer
 from ...files.containers.gguf_file import GgufFile
+from ...files.containers.indexed_file import is_place, packer
 from ...files.digest import digest_of, has_digest, tensors_of
 from ...files.dtypes import MERGE_DTYPES, TensorSpec
 from ...files.folder.sentence_transformers import MODULES
@@ -57,8 +58,7 @@ from ...streaming.ranks import current_job
 from ...streaming.recode import recode_tensor
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
-from ...undo.checks import is_place
-from ...undo.reader import belongs, card_packer
+from ...undo.reader import belongs
 from ...undo.records import RecordedBlock
 from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapters
 from ...views.merge import MergeReport
@@ -310,7 +310,7 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
         return
     require_undoable(plan)
     if plan.base.has_side_files and has_card(plan.base.root):
-        card_packer()
+        packer()
     for shard in plan.base.shards:
         if not shard.scattered and not is_place(shard.place):
             message = "has a file name that some systems do not allow, so no undo file can restore it"
@@ -349,7 +349,7 @@ def _execute(plan: MergePlan, output: Output, call: Merge, card: Callable[[Merge
             if undo and hashes and output.undo:
                 size = undo.finish(targets[output.undo.name], plan, output, hashes.of_read, hashes.of_written)
             report = build_report(plan, output, os.fspath(call.base), changes, size, dry_run=False)
-            report = replace(report, digests=_digests(plan, output, call, hashes) if hashes else {})
+            report = replace(report, digests=_digests(plan, output, call, hashes))
             return {CARD: card(report)} if card and CARD in output.extras else {}
 
         beside = plan.edits.beside.keys() - plan.written.keys()
@@ -390,15 +390,22 @@ def _is_copied(plan: MergePlan, source: TensorRef | None, name: str, spec: Tenso
     return source.file is plan.base.shard_of.get(name) and plan.base.stored[name] == spec
 
 
-def _digests(plan: MergePlan, output: Output, call: Merge, hashes: TensorHashes) -> dict[str, str]:
-    """Return the digests of the base, of the adapters and of the output, by the names that the call has."""
+def _digests(plan: MergePlan, output: Output, call: Merge, hashes: TensorHashes | None) -> dict[str, str]:
+    """Return the digests of the adapters and, if their hashes are known, of the base and of the output.
+
+    They are by the names that the call has.
+    """
     files = [member for adapter, _ in plan.adapters for member in adapter.file.members]
-    if not has_digest((*plan.base.stored, *output.specs, *chain.from_iterable(file.specs for file in files))):
+    names = chain.from_iterable(file.specs for file in files)
+    if not has_digest(chain(plan.base.stored, output.specs, names) if hashes else names):
         return {}
+    adapters = {adapter.name: digest_of_files(adapter.file.members) for adapter, _ in plan.adapters}
+    if hashes is None:
+        return adapters
     written = {name: hashes.of_written.get(name) or hashes.of_read.get(name, []) for name in output.specs}
-    names = tensors_of(plan.base.shards)
+    stored = tensors_of(plan.base.shards)
     return {
-        os.fspath(call.base): digest_of((name, plan.base.stored[name], hashes.of_read[name]) for name in names),
-        **{adapter.name: digest_of_files(adapter.file.members) for adapter, _ in plan.adapters},
+        os.fspath(call.base): digest_of((name, plan.base.stored[name], hashes.of_read[name]) for name in stored),
+        **adapters,
         str(output.path): digest_of((name, output.specs[name], written[name]) for name in sorted(written)),
     }

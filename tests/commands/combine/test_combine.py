@@ -677,6 +677,7 @@ class TestReport:
             assert not (tmp_path / method).exists()
             done = json.loads(run(*call).stdout)["report"]
             assert plan.pop("shared")["pairs"] and done.pop("shared") is None
+            assert plan.pop("digests") == {} and done.pop("digests").keys() == {str(a), str(b), str(tmp_path / method)}
             assert {**plan, "dry_run": False} == done and 0 < done["error"] < 1
 
     def test_a_sum_that_its_type_cannot_hold_is_not_called_exact(self, tmp_path: Path, run: Run) -> None:

@@ -56,7 +56,7 @@ def test_a_header_is_parsed_once(
         loratool.convert_model(source, tmp_path / "out", dtype="bf16")
     else:
         loratool.convert(source, tmp_path / "out", to="mlx")
-    assert list(calls.values()) == [1]
+    assert set(calls.values()) == {1}  # of what was read and, for an adapter's digest, of what was written
 
 
 def test_a_header_that_another_file_had_is_not_taken_for_its_own(base: Path, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.containers.gguf_file import GgufArray, GgufFile
 from loratool.files.containers.gguf_writer import build_gguf, type_fields, value_field
+from loratool.files.containers.layouts import read_layout
 from loratool.files.dtypes import GGML_TYPES, TensorSpec
 from loratool.files.output.plan import plan_output
-from loratool.undo.layouts import read_layout
 
 FIELDS = {
     "general.architecture": "llama",

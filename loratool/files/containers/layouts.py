@@ -1,4 +1,4 @@
-"""Read a file's layout from the header that an undo file has, whatever the format."""
+"""Read a file's layout from the header that an undo file or a patch has, whatever the format."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files.containers.gguf_file import GGUF, MAGIC, read_gguf_layout
-from ..files.containers.safetensors_file import read_tensor_layout, with_length
-from ..files.dtypes import TensorSpec
+from ..dtypes import TensorSpec
+from .gguf_file import GGUF, MAGIC, read_gguf_layout
+from .safetensors_file import read_tensor_layout, with_length
 
 
 @dataclass(frozen=True)
