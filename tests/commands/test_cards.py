@@ -37,6 +37,7 @@ tags:
 - `adapter`: weight 0.5, scale 2, 21 modules of peft, sha256 `{HASH}`
 - 3 tensors changed, 27 are the base's; rounding leaves KEPT% of the delta
 - excluded: `model.layers.0.mlp.down_proj`, `model.layers.0.mlp.gate_proj`, `model.layers.0.mlp.up_proj` and 15 more
+- digest of the base `READ`, of this model `WRITTEN`: `loratool inspect --digest .`
 
 ```sh
 loratool merge base adapter:0.5 --target q_proj -o merged
@@ -71,6 +72,8 @@ def test_the_card_of_a_merge(tmp_path: Path) -> None:
                 asked + float((D * D).sum()),
             )
     card = MERGED.replace("KEPT", f"{100 * moved / asked:.1f}")
+    for name, folder in (("READ", BASE), ("WRITTEN", tmp_path / "any")):
+        card = card.replace(name, loratool.inspect(folder, digest=True).digest or "")
     card += f"<!-- loratool {hashlib.sha256(card.encode()).hexdigest()[:16]} -->\n"
     assert (tmp_path / "any" / "README.md").read_text() == card
     loratool.merge(tmp_path / "base", (ADAPTER, 0.5), tmp_path / "other", target=["q_proj"], workers=3)

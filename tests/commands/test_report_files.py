@@ -269,7 +269,7 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_recipe_in_a_recipe_without_end_is_refused(tmp_path: Path) -> None:
     step = {"number": 1, "command": "run", "out": None, "state": "done", "waits_for": [], "exists": False}
     report = (
-        '{"recipe": "r", "dry_run": false, "digests": {}, "lock": null, "locked": false, "differs": [], "total": 1,'
+        '{"recipe": "r", "dry_run": false, "digests": {}, "lock": null, "locked": false, "differs": null, "total": 1,'
     )
     report += ' "steps": [%s]}'
     text, most = "null", 150  # in each two levels of JSON

@@ -113,6 +113,9 @@ def merge_card(
         f"rounding leaves {kept_or_none(report.kept)} of the delta"
     ]
     facts += [f"excluded: {few_names(report.left_out)}"] if report.left_out else []
+    if report.base in report.digests:
+        read, written = (code(report.digests[name]) for name in (report.base, report.out))
+        facts.append(f"digest of the base {read}, of this model {written}: `loratool inspect --digest .`")
     title = f"{code(shown_name(report.base))} with {few_names([*map(shown_name, names)])}"
     return ModelCard(title, facts, commands, metadata).encode()
 
