@@ -45,6 +45,7 @@ ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
 SHARED = ROOT.parent / "shared" / "data"
 FOLDERS = itertools.count()
+MOST_CASES = 12  # of one test in the default run, which is to take less than five minutes on two cores
 
 # Runs the command line and ends with its peak RSS in kB on stderr. (What wait4 tells of a child includes its
 # parent's RSS at the fork, which here is pytest's.)
@@ -232,6 +233,20 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
         gc.set_threshold(20_000, 20, 50)
         gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to `-m slow` all cases of a test but MOST_CASES that lie evenly among them, where more are not slow yet."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for some in cases.values():
+        kept = {round(i * (len(some) - 1) / (MOST_CASES - 1)) for i in range(MOST_CASES)}
+        for i, item in enumerate(some):
+            if len(some) > MOST_CASES and i not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -145,6 +145,7 @@ def test_what_is_computed_from_factors(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_codes_of_each_format(tmp_path: Path) -> None:
     commands: list[tuple[object, ...]] = []
     for vector in REPRESENTATIVES:
@@ -239,6 +240,7 @@ def test_adapters_of_each_format_to_each(tmp_path: Path) -> None:
     assert {name for name, _ in done} == {*READABLE} and {words for _, words in done} == {*options}
 
 
+@pytest.mark.slow
 def test_language_models_adapters_of_each_kind(tmp_path: Path) -> None:
     cases: list[tuple[str, Path, tuple[str, ...]]] = []
     for kind, language in LANGUAGE.items():

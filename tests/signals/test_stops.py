@@ -179,7 +179,7 @@ def test_first_the_workers_end_and_the_files_are_closed(tmp_path: Path, out: str
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
 
 
-@pytest.mark.parametrize("name", ["third merge over a file", slow("merge over a folder")])
+@pytest.mark.parametrize("name", [slow("third merge over a file"), slow("merge over a folder")])
 def test_at_some_lines(tmp_path: Path, name: str) -> None:
     done, went_on = campaign(tmp_path, RUNS[name], iter(range(13, 10**6, 61)))
     assert done > 8 and went_on > 1

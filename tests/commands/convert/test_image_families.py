@@ -133,7 +133,7 @@ def families_of_class(case: str) -> set[str]:
     return {key for key, family in FAMILIES.items() if family.diffusers_class == own}
 
 
-@pytest.mark.parametrize("case", quick(tuple(MODELS), ("anima",)))
+@pytest.mark.parametrize("case", quick(tuple(MODELS), ()))
 def test_every_spelling_is_of_its_own_family_or_of_none(case: str, tmp_path: Path) -> None:
     """By the real models' widths, which no small model has; its base and --architecture tell it."""
     subject, own, key = Subject(case, tmp_path), families_of_class(case), family_of(case)
