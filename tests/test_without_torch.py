@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import FIXTURES, ROOT, load_model, write_model
 from lib.files import imatrix_files
