@@ -447,6 +447,8 @@ static void sum_pages(const uint8_t *from, int64_t pages, uint64_t *to) {
   }
 }
 
+#include "rans.h"
+
 static int64_t size_of_scratch(int64_t kind, int64_t strip, int64_t columns, int64_t rank) {
   if (kind == BF16) return scratch_size_bf16(strip, columns, rank);
   return kind == FP16 ? scratch_size_fp16(strip, columns, rank) : scratch_size_fp32(strip, columns, rank);
@@ -531,6 +533,18 @@ FUNCTION(unpack_entries, 7, NUMBER,
 FUNCTION(put_entries, 7, NOTHING,
          put_entries(ADDRESS(a[0]), a[1], ADDRESS(a[2]), ADDRESS(a[3]), ADDRESS(a[4]), ADDRESS(a[5]), a[6]))
 FUNCTION(sum_pages, 3, NOTHING, sum_pages(ADDRESS(a[0]), a[1], ADDRESS(a[2])))
+FUNCTION(make_steps, 5, NOTHING, make_steps(a[0], ADDRESS(a[1]), ADDRESS(a[2]), a[3], ADDRESS(a[4])))
+FUNCTION(take_steps, 6, NOTHING, take_steps(a[0], ADDRESS(a[1]), ADDRESS(a[2]), a[3], a[4], ADDRESS(a[5])))
+FUNCTION(classify, 6, NOTHING, classify(a[0], ADDRESS(a[1]), a[2], ADDRESS(a[3]), a[4], ADDRESS(a[5])))
+FUNCTION(count_symbols, 5, NOTHING, count_symbols(ADDRESS(a[0]), ADDRESS(a[1]), a[2], ADDRESS(a[3]), a[4]))
+FUNCTION(mark_symbols, 5, NUMBER,
+         found = mark_symbols(ADDRESS(a[0]), ADDRESS(a[1]), a[2], ADDRESS(a[3]), ADDRESS(a[4])))
+FUNCTION(encode_symbols, 8, NUMBER,
+         found = encode_symbols(
+             ADDRESS(a[0]), ADDRESS(a[1]), a[2], a[3], ADDRESS(a[4]), a[5], ADDRESS(a[6]), ADDRESS(a[7])))
+FUNCTION(decode_symbols, 8, NUMBER,
+         found = decode_symbols(
+             ADDRESS(a[0]), a[1], a[2], ADDRESS(a[3]), ADDRESS(a[4]), ADDRESS(a[5]), a[6], ADDRESS(a[7])))
 #ifdef HAS_HASHES
 FUNCTION(hash_blocks, 4, NOTHING, hash_blocks(ADDRESS(a[0]), ADDRESS(a[1]), ADDRESS(a[2]), a[3]))
 #endif
@@ -540,6 +554,8 @@ static PyMethodDef METHODS[] = {
     METHOD(run_pass), METHOD(size_of_scratch), METHOD(size_of_panels), METHOD(fill_panels),
     METHOD(pack_entries), METHOD(unpack_entries), METHOD(put_entries),
     METHOD(sum_pages),
+    METHOD(make_steps), METHOD(take_steps), METHOD(classify), METHOD(count_symbols), METHOD(mark_symbols),
+    METHOD(encode_symbols), METHOD(decode_symbols),
 #ifdef HAS_HASHES
     METHOD(hash_blocks),
 #endif
