@@ -29,7 +29,7 @@ ORDER = (
     ("files",),
     ("adapters",),
     ("binding",),
-    ("undo", "views"),
+    ("undo", "patches", "views"),
     ("streaming", "transform"),
     ("commands",),
     ("cli",),
