@@ -202,8 +202,9 @@ def circles(package: Path) -> list[str]:
 
 def size_breaches(package: Path) -> list[str]:
     """The rooms at the top and the arrows between them, where they are more than one can have in mind."""
-    rooms = {room(name) for name in modules(package) if name}
-    between = {(room(a), room(b)) for a, targets in arrows(package).items() for b in targets if a and b}
+    rooms = {room(name) for name in modules(package) if name not in FACES}
+    inside = {a: targets for a, targets in arrows(package).items() if a not in FACES}
+    between = {(room(a), room(b)) for a, targets in inside.items() for b in targets if b not in FACES}
     between = {(a, b) for a, b in between if a != b}
     figures = f"{len(rooms)} rooms, {len(between)} arrows between them"
     return [figures] if len(rooms) > MAX_ROOMS or len(between) > MAX_ARROWS else []

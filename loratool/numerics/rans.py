@@ -101,7 +101,7 @@ def mark(symbols: Bytes, classes: Bytes | None, marks: npt.NDArray[np.bool_]) ->
     return np.concatenate([np.empty(0, np.uint32), *each])
 
 
-def encode(symbols: Bytes, classes: Bytes | None, table: Table) -> bytes:
+def encode_symbols(symbols: Bytes, classes: Bytes | None, table: Table) -> bytes:
     """Return the code of symbols by a table that has a frequency for each of them.
 
     Args:
@@ -124,7 +124,7 @@ def encode(symbols: Bytes, classes: Bytes | None, table: Table) -> bytes:
     return states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
 
 
-def decode(code: bytes | memoryview, n: int, classes: Bytes | None, table: Table) -> Bytes:
+def decode_symbols(code: bytes | memoryview, n: int, classes: Bytes | None, table: Table) -> Bytes:
     """Return the n symbols of a code.
 
     Raises:

@@ -67,7 +67,7 @@ class Writer(Sink):
         if len(head) + 4 + 4 * rans.lanes(symbols.size) + rans.cost(counts, table) // 8 >= symbols.size:
             self.put(bytes([_RAW]) + symbols.tobytes())
             return
-        code = rans.encode(symbols, classes, table)
+        code = rans.encode_symbols(symbols, classes, table)
         self.put(bytes([_CODED]) + head + struct.pack("<I", len(code)))
         self.put(code)
 
@@ -121,7 +121,7 @@ class Source:
         if kind != _CODED:
             raise ValueError(f"a stream of kind {kind}")
         table = self._table(rows)
-        return rans.decode(self.take(self.word()), size, classes, table)
+        return rans.decode_symbols(self.take(self.word()), size, classes, table)
 
     def end(self) -> None:
         if self._at != len(self._data):

@@ -10,7 +10,7 @@ from ...numerics.rans import Bytes
 from ...numerics.steps import Patterns
 from ..streams import Sink, Source
 from .body import put_planes, take_planes
-from .narrow import narrow
+from .packing import capped
 from .stepped import SteppedBody
 
 _ESCAPE = 255
@@ -26,7 +26,7 @@ class Classed(SteppedBody):
         return dtype in FORMS and FORMS[dtype].itemsize <= 2
 
     def put_steps(self, steps: Patterns, of_class: Bytes | None, rows: int, sink: Sink) -> None:
-        symbols = narrow(steps, _ESCAPE)
+        symbols = capped(steps, _ESCAPE)
         counts = rans.count(symbols, of_class, rows)
         marks = (counts > 0) & (counts < counts.sum(1, keepdims=True) // _RARE)
         marks[:, _ESCAPE] = True

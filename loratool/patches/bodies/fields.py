@@ -9,7 +9,7 @@ from ...numerics.rans import Bytes
 from ...numerics.steps import Patterns
 from ..streams import Meter, Sink, Source
 from .body import put_planes, put_positions, take_planes, take_positions
-from .narrow import narrow, pack, unpack
+from .packing import capped, pack, unpack
 from .stepped import SteppedBody
 
 _PLACES = 1
@@ -64,7 +64,7 @@ def _put(steps: Patterns, layout: int, sink: Sink) -> None:
         put_planes(steps[positions] - 1, sink)
     elif layout:
         top = (1 << layout) - 1
-        fields = narrow(steps, top)
+        fields = capped(steps, top)
         sink.put_stream(pack(fields, layout))
         put_planes(steps[np.flatnonzero(fields == top)] - steps.dtype.type(top), sink)
     else:

@@ -8,7 +8,7 @@ from ...numerics.rans import Bytes
 from ...numerics.steps import BLOCK, Patterns
 
 
-def narrow(x: Patterns, top: int) -> Bytes:
+def capped(x: Patterns, top: int) -> Bytes:
     """Return each number, or `top` if that is less, as a byte."""
     out = np.empty(x.size, np.uint8)
     for start in range(0, x.size, BLOCK):
