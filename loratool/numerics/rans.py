@@ -179,15 +179,19 @@ def _encode(symbols: Bytes, classes: Bytes | None, table: Table, states: Table) 
         part = slice(first, first + bulk)
         index = _index(symbols[part], None if classes is None else classes[part])
         f, s = frequency[index], start[index]
+        most, others = (f << (32 - BITS)) - np.uint32(1), TOTAL - f  # of 2**12 the largest state, modulo 2**32
         for row in range((f.size - 1) // width * width, -1, -width):
-            fs = f[row : row + width]
-            x = states[: fs.size]
-            full = np.flatnonzero((x >> (32 - BITS)) >= fs)
+            part = slice(row, row + width)
+            x = states[: f.size - row]
+            full = (x > most[part]).nonzero()[0]
             if full.size:
                 wide = x[full]
                 words.append(wide.astype(np.uint16))
                 x[full] = wide >> 16
-            x += (x // fs) * (TOTAL - fs) + s[row : row + width]
+            times = x // f[part]
+            times *= others[part]
+            times += s[part]
+            x += times
     return np.concatenate([np.empty(0, np.uint16), *words[::-1]])
 
 
@@ -205,7 +209,7 @@ def _decode(classes: Bytes | None, entries: Table, states: Table, words: npt.NDA
         x >>= BITS
         x *= (entry >> 20) + 1
         x += (entry >> 8) & low
-        short = np.flatnonzero(x < _LEAST)
+        short = (x < _LEAST).nonzero()[0]
         if short.size:
             if at + short.size > words.size:
                 return -1

@@ -7,16 +7,19 @@ from abc import abstractmethod
 import numpy as np
 import numpy.typing as npt
 
+from ...numerics import rans
 from ...numerics.forms import FORMS, Form
 from ...numerics.rans import MOST_CLASSES, Bytes
-from ...numerics.steps import Patterns, classes, exponent_fields, step_back, step_on, steps
+from ...numerics.steps import BLOCK, Patterns, classes, exponent_fields, step_back, step_on, steps
 from ..streams import Sink, Source, Writer
 from .body import Body, put_positions, take_positions
 
 Bounds = npt.NDArray[np.uint16]
 
 _SAMPLED = 1 << 20  # numbers in a span of which one in 16 is looked at for bounds
-_CLASS = np.uint8(15)  # the bits of a class beside that of a sign
+_CLASS, _SIGN = np.uint8(15), np.uint8(128)
+_SORTS = 16
+_LISTED = 256  # times as many numbers as differences make a list shorter than a stream
 _LEAST_CLASS = 2048  # numbers in a class, whose table takes some 50 bytes
 
 
@@ -47,37 +50,66 @@ class SteppedBody(Body):
         step_on(base, out, form, out)
 
     def back(self, base: Patterns, target: Patterns, dtype: str) -> bytes:
-        """Return the positions where target's class or sign is not base's, and those of base."""
+        """Return how base's class and sign differ from target's.
+
+        A difference is base's class less target's, modulo 16, and 128 if the signs differ. A difference is likely where
+        target is near an end of its class, so numbers are sorted by that (`_edges`); a bit for each of 16 sorts says
+        whether its differences are a stream, 0 where there is none. All others are a list of positions, and a stream.
+        """
         form, sink = FORMS[dtype], Writer()
         bounds = self._bounds(base, form)
-        wanted, known = (self._signed_classes(each, bounds, form) for each in (base, target))
-        positions = np.flatnonzero(wanted != known)
+        differences = self._signed_classes(base, bounds, form)
+        known = self._signed_classes(target, bounds, form)
+        turned = (differences ^ known) & _SIGN
+        differences -= known
+        differences &= _CLASS
+        differences |= turned
+        positions = np.flatnonzero(differences)
+        if self.has_classes:
+            edges = _edges(target, form)
+            dense = np.bincount(edges[positions], minlength=_SORTS) * _LISTED >= rans.count(edges, None, 1)[0, :_SORTS]
+            sink.put(sum(1 << sort for sort in np.flatnonzero(dense).tolist()).to_bytes(2, "little"))
+            chosen = np.flatnonzero(dense[edges])
+            sink.put_stream(differences[chosen], edges[chosen], _SORTS)
+            positions = positions[~dense[edges[positions]]]
         put_positions(positions, sink)
-        sink.put_stream(wanted[positions], known[positions] & _CLASS, bounds.size + 1)
+        sink.put_stream(differences[positions])
         return sink.data()
 
     def undo(
         self, target: Patterns, data: bytes | memoryview, back: bytes | memoryview, dtype: str, out: Patterns
     ) -> None:
-        form, source, listed = FORMS[dtype], Source(data), Source(back)
+        form, source = FORMS[dtype], Source(data)
         bounds = self._take_bounds(source, form)
+        positions, differences = self._take_differences(target, back, form)
         of_class = self._classes(target, bounds, form)
-        positions = take_positions(listed, target.size)
-        changed = target[positions]
-        known = None if of_class is None else of_class[positions]
-        wanted = listed.stream(positions.size, known, bounds.size + 1)
-        listed.end()
         if of_class is not None:
-            of_class[positions] = wanted & _CLASS
-            if (wanted & _CLASS > bounds.size).any():
+            wanted = (of_class[positions] + differences) & _CLASS
+            if (wanted > bounds.size).any():
                 raise ValueError("a class that there is not")
+            of_class[positions] = wanted
         self._take_steps(source, of_class, bounds, out)
-        turned = (changed >> (8 * form.itemsize - 1)) != wanted >> 7
-        positions, changed = positions[turned], changed[turned]
-        fixed = np.empty_like(changed)
-        step_on(changed, out[positions], form, fixed)  # away from zero by base's sign, which is the other one
+        positions = positions[differences >= _SIGN]
+        turned = target[positions]
+        fixed = np.empty_like(turned)
+        step_on(turned, out[positions], form, fixed)  # away from zero by base's sign, which is the other one
         step_back(target, out, form, out)
         out[positions] = fixed
+
+    def _take_differences(
+        self, target: Patterns, back: bytes | memoryview, form: Form
+    ) -> tuple[npt.NDArray[np.intp], Bytes]:
+        source, positions, found = Source(back), list[npt.NDArray[np.intp]](), list[Bytes]()
+        if self.has_classes:
+            sorts, edges = int.from_bytes(source.take(2), "little"), _edges(target, form)
+            dense = np.array([sorts >> sort & 1 for sort in range(_SORTS)], np.bool_)
+            positions.append(np.flatnonzero(dense[edges]))
+            found.append(source.stream(positions[0].size, edges[positions[0]], _SORTS))
+            positions[0], found[0] = positions[0][found[0] > 0], found[0][found[0] > 0]
+        positions.append(take_positions(source, target.size))
+        found.append(source.stream(positions[-1].size))
+        source.end()
+        return np.concatenate(positions), np.concatenate(found)
 
     def _take_steps(self, source: Source, of_class: Bytes | None, bounds: Bounds, out: Patterns) -> None:
         self.take_steps(source, of_class, bounds.size + 1, out)
@@ -120,3 +152,21 @@ def class_bounds(base: Patterns, form: Form) -> Bounds:
             bounds.append(field)
             held = 0
     return np.array(bounds, np.uint16)
+
+
+def _edges(x: Patterns, form: Form) -> Bytes:
+    """Return how near each number's fraction is to 0, or to the largest one, on a scale of powers of two.
+
+    Of the first 10 bits of the fraction, f, or of their complement, g: the bits of f, at most 7, if f <= g; else 8 and
+    the bits of g, at most 7.
+    """
+    bits = min(10, form.precision - 1)
+    f = np.arange(1 << bits)
+    nearest = np.minimum(f, f[::-1])
+    edge = np.minimum(7, np.frexp(nearest.astype(np.float64))[1]) + np.where(f <= f[::-1], 0, 8)
+    of_fraction, out = edge.astype(np.uint8), np.empty(x.size, np.uint8)
+    shift, mask = x.dtype.type(form.precision - 1 - bits), x.dtype.type((1 << bits) - 1)
+    for start in range(0, x.size, BLOCK):
+        part = slice(start, start + BLOCK)
+        np.take(of_fraction, (x[part] >> shift) & mask, out=out[part])
+    return out
