@@ -19,6 +19,7 @@ from .errors import CheckError, InputError, LoratoolError, MachineError, NeedsFl
 
 if TYPE_CHECKING:
     from .commands.adapter_requests import AdapterPath, Adapters
+    from .commands.apply.call import apply
     from .commands.combine.call import combine
     from .commands.convert.call import convert, convert_model, edit_metadata
     from .commands.count.call import count
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
     from .commands.inspect.call import inspect, inspect_files, inspect_for, spectra
     from .commands.merge.call import merge
     from .commands.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
+    from .commands.patch.call import patch
     from .commands.report_files import read_report, write_report
     from .commands.resize.call import resize
     from .commands.run.call import run
     from .commands.unmerge.call import unmerge
     from .commands.verify.call import verify, verify_attestation
+    from .views.apply import ApplyReport
     from .views.attestation import AttestationReport
     from .views.combine import CombineReport
     from .views.convert import ConvertReport
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from .views.inspect_spectra import SpectraReport
     from .views.merge import MergeReport
     from .views.metadata import MetadataReport
+    from .views.patch import PatchReport
     from .views.resize import ResizeReport
     from .views.run import RunReport
     from .views.unmerge import UnmergeReport
@@ -69,6 +73,8 @@ _HOMES = {
     "diff": "commands.diff.call",
     "SpectraDiff": "views.diff_spectra",
     "diff_spectra": "commands.diff.call",
+    "ApplyReport": "views.apply",
+    "apply": "commands.apply.call",
     "AttestationReport": "views.attestation",
     "CheckpointReport": "views.inspect_model",
     "CheckpointConvertReport": "views.convert_model",
@@ -101,6 +107,8 @@ _HOMES = {
     "open_checkpoint": "commands.opened",
     "read_report": "commands.report_files",
     "write_report": "commands.report_files",
+    "PatchReport": "views.patch",
+    "patch": "commands.patch.call",
     "ResizeReport": "views.resize",
     "resize": "commands.resize.call",
     "RuntimeInspection": "views.inspect_runtime",
@@ -122,6 +130,7 @@ __all__ = [
     "AdapterPath",
     "Adapters",
     "AdaptersDiff",
+    "ApplyReport",
     "AttestationReport",
     "CheckError",
     "CheckpointConvertReport",
@@ -143,6 +152,7 @@ __all__ = [
     "NeedsFlag",
     "OpenAdapter",
     "OpenCheckpoint",
+    "PatchReport",
     "ResizeReport",
     "RunReport",
     "RuntimeInspection",
@@ -151,6 +161,7 @@ __all__ = [
     "UnmergeReport",
     "UsageError",
     "VerifyReport",
+    "apply",
     "combine",
     "convert",
     "convert_model",
@@ -167,6 +178,7 @@ __all__ = [
     "merge",
     "open_adapter",
     "open_checkpoint",
+    "patch",
     "read_report",
     "resize",
     "run",

@@ -44,6 +44,10 @@ SECTIONS = {
         "combine": "Combine adapters: exactly, or by TIES, DARE, TSV and others.",
         "convert": "Convert an adapter or a model for another program.",
     },
+    "Ship changes": {
+        "patch": "Write the difference of two models, many times smaller than the model.",
+        "apply": "Make a model of another by patches, bit for bit.",
+    },
     "Automate": {
         "run": "Run a recipe: a file with commands and their options.",
     },
@@ -57,6 +61,7 @@ COMMANDS = {name: line for commands in SECTIONS.values() for name, line in comma
 
 # command -> the guide that its help names
 GUIDES = {
+    "apply": "patches",
     "combine": "combine-two",
     "convert": "kohya-to-diffusers",
     "count": "before-training",
@@ -66,6 +71,7 @@ GUIDES = {
     "init": "before-training",
     "inspect": "healthy",
     "merge": "merging",
+    "patch": "patches",
     "resize": "shrink",
     "run": "recipes",
     "unmerge": "undo",

@@ -19,6 +19,7 @@ from ..commands.adapter_requests import ADAPTERS_TYPE
 from ..commands.arguments import (
     COUNT_TYPE,
     PATH_TYPE,
+    PATHS_TYPE,
     PATTERNS_TYPE,
     POSITIVE_TYPE,
     SIMPLE,
@@ -59,6 +60,7 @@ PAIRS: dict[ArgumentType, Any] = {
 # type of an argument -> click's; of those that are not here, texts that the library reads
 TYPES: dict[ArgumentType, Any] = {
     PATH_TYPE: PATH,
+    PATHS_TYPE: PATH,
     SIZE_TYPE: SIZE,
     COUNT_TYPE: COUNT,
     POSITIVE_TYPE: click.IntRange(1),

@@ -267,6 +267,23 @@ WORDS_TYPE = ArgumentType("a word or a list of words", parse_words, one_or_sever
 
 Words = Annotated[str | Sequence[str], WORDS_TYPE]
 
+
+def parse_paths(value: object) -> tuple[str, ...]:
+    """Return the paths of a list. A single path may stand without a list.
+
+    Raises:
+        UsageError: it is neither, or the list is empty.
+    """
+    paths = [value] if isinstance(value, str | os.PathLike) else value
+    return tuple(_parse_list(parse_path, PATHS_TAKEN, paths))
+
+
+PATHS_TAKEN = "a path or a list of paths"
+
+PATHS_TYPE = ArgumentType(PATHS_TAKEN, parse_paths, one_or_several(TEXT), several=True)
+
+Paths = Annotated[str | os.PathLike[str] | Sequence[str | os.PathLike[str]], PATHS_TYPE]
+
 Layers = Annotated[
     str | Iterable[int], ArgumentType("layers like '0-3,7', a range or a list of numbers", parse_layers, LAYERS)
 ]

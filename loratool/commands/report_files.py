@@ -27,6 +27,7 @@ from .arguments import ArgumentType, StrPath, checked
 # command -> what its report can be, as names in the package
 REPORTS = {
     "combine": ("views.combine.CombineReport",),
+    "apply": ("views.apply.ApplyReport",),
     "convert": (
         "views.convert.ConvertReport",
         "views.convert_model.CheckpointConvertReport",
@@ -52,6 +53,7 @@ REPORTS = {
         "views.inspect_spectra.SpectraReport",
     ),
     "merge": ("views.merge.MergeReport",),
+    "patch": ("views.patch.PatchReport",),
     "resize": ("views.resize.ResizeReport",),
     "run": ("views.run.RunReport",),
     "unmerge": ("views.unmerge.UnmergeReport",),

@@ -9,22 +9,34 @@ has no piece. Codes count as they are stored. Names that share their bytes in a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Protocol, TypeVar
 
 from ..errors import InputError
 from .dtypes import TensorSpec
-from .weights_file import WeightsFile
 
 PIECE = 1 << 24  # bytes
 
 
-def tensors_of(files: Iterable[WeightsFile]) -> dict[str, WeightsFile]:
+class Described(Protocol):
+    """A file whose tensors are known."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def storage(self, name: str) -> Hashable: ...
+
+
+F = TypeVar("F", bound=Described)
+
+
+def tensors_of(files: Iterable[F]) -> dict[str, F]:
     """Return the tensors that count in a digest, and the file of each, sorted by name.
 
     Raises:
         InputError: a name has a tab or a line break, which would be another tensor's line, or is no Unicode.
     """
-    found: dict[str, WeightsFile] = {}
+    found: dict[str, F] = {}
     for file in files:
         seen = set[object]()
         for name in sorted(file.specs, key=_key):

@@ -21,7 +21,7 @@ from ...errors import InputError, LoratoolError, NeedsFlag, UsageError, brief
 from ...files.hub.cache import resolve
 from ...files.output.paths import WEIGHTS, check_place
 from ..adapter_requests import ADAPTERS_TYPE, parse_adapters
-from ..arguments import PATH_TYPE, Argument, arguments_of, read_arguments
+from ..arguments import PATH_TYPE, PATHS_TYPE, Argument, arguments_of, parse_paths, read_arguments
 
 # a command that a step can be -> its module beside this folder
 COMMANDS = {
@@ -33,6 +33,8 @@ COMMANDS = {
     "resize": "resize.call",
     "combine": "combine.call",
     "convert": "convert.command",
+    "patch": "patch.call",
+    "apply": "apply.call",
 }
 
 OF_THE_RUN = ("dry_run", "progress", "workers")  # keywords that no step has
@@ -161,6 +163,10 @@ def read_step(number: int, values: Any, force: bool = False) -> Step:
     reads += [each.path for each in parse_adapters(arguments["adapters"])] if "adapters" in arguments else []
     writes = [path for name, path in paths.items() if name in WRITTEN]
     others = [path for path in reads if any(paths.get(name) == path for name in NO_WEIGHTS)]
+    patches = [
+        path for name, value in arguments.items() if known[name].type == PATHS_TYPE for path in parse_paths(value)
+    ]
+    reads, others = [*reads, *patches], [*others, *patches]
     return Step(number, command, function, arguments, tuple(reads), tuple(writes), tuple(others))
 
 

@@ -16,7 +16,7 @@ from ...files.hub.names import shareable
 from ...files.output.output import naming_output
 from ...files.output.paths import check_place
 from ..adapter_requests import ADAPTERS_TYPE, parse_adapters
-from ..arguments import PATH_TYPE, Argument, arguments_of, changed, read_arguments
+from ..arguments import PATH_TYPE, PATHS_TYPE, Argument, arguments_of, changed, parse_paths, read_arguments
 from .read import ENDINGS, YAML_ENDINGS, read_recipe, yaml_resolvers
 from .steps import OF_THE_RUN
 
@@ -49,6 +49,8 @@ def _plain(argument: Argument, value: Any) -> Any:
         return [_adapter(shareable(each.path), each.weight, each.module_weights) for each in parse_adapters(value)]
     if argument.type == PATH_TYPE:
         return shareable(os.fspath(value))
+    if argument.type == PATHS_TYPE:
+        return [*map(shareable, parse_paths(value))]
     if argument.default is True:
         return not value
     return _listed(value)

@@ -48,6 +48,8 @@ LORA_TARGET = Quantity("LoRA target", "kind of LoRA target")
 COUNT = Quantity("count", "count of tensors")
 BITS = Quantity("bits", "stored bits per number of a matrix, with those of its scales")
 SIZE = Quantity("size", "bytes in the files", "B")
+PATCH_SIZE = Quantity("in patch", "bytes in the patch", "B")
+OF_SIZE = Quantity("of size", "bytes in the patch, relative to those of the tensor", "%")
 SIZE_EACH = Quantity("size each", "bytes of one tensor", "B")
 
 # LoRA's rank and scale

@@ -1,0 +1,1 @@
+"""Make a model of another by patches."""

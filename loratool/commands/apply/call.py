@@ -1,0 +1,46 @@
+"""The call of `apply`: its arguments, options and words."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from .. import calls
+from ..arguments import Opt, Paths, StrPath
+from ..calls import Call, function_of
+
+if TYPE_CHECKING:
+    from ...views.apply import ApplyReport  # noqa: F401
+
+
+@dataclass(frozen=True)
+class Apply(Call["ApplyReport"]):
+    """Make a model of another by one or more patches, bit for bit.
+
+    Args:
+        base: The model that the first patch was made of; with --reverse, the one that the last patch makes.
+        patches: The patches, in their order.
+        out: Where to write: a folder or a file, as the model that the patch makes was.
+        reverse: Go back: make the base of the target, with the last patch first.
+
+    Raises:
+        InputError: a patch is damaged or of another model, or does not follow from the one before. Nothing is written
+            then.
+        UsageError: the arguments contradict each other.
+    """
+
+    work: ClassVar[str] = "apply.command.run_apply"
+
+    base: StrPath
+    patches: Annotated[Paths, Opt(metavar="PATCH...")]
+    out: Annotated[StrPath | None, Opt("Output", "OUT", "patched, or the suffix of the model's file", "-o")] = None
+    _: KW_ONLY
+    reverse: Annotated[bool, Opt("Output")] = False
+    force: calls.Force = False
+    resume: calls.Resume = False
+    dry_run: calls.DryRun = False
+    progress: calls.Progress = None
+    workers: calls.Workers = None
+
+
+apply = function_of(Apply)

@@ -1,0 +1,1 @@
+"""Write the difference of two models as a patch."""

@@ -1,0 +1,45 @@
+"""The call of `patch`: its arguments, options and words."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from .. import calls
+from ..arguments import Opt, StrPath
+from ..calls import Call, function_of
+
+if TYPE_CHECKING:
+    from ...views.patch import PatchReport  # noqa: F401
+
+
+@dataclass(frozen=True)
+class Patch(Call["PatchReport"]):
+    """Write the difference of two models, of which `apply` makes the second from the first, bit for bit.
+
+    Args:
+        base: The model that the reader of the patch has.
+        tuned: The model that the patch is to make of it.
+        out: Where to write: a file.
+        fast: Write with fewer tables, in a third of the time; the patch is up to half larger.
+
+    Raises:
+        InputError: a model cannot be read, or has files that a patch cannot make again. Nothing is written then.
+        UsageError: the arguments contradict each other.
+    """
+
+    work: ClassVar[str] = "patch.command.run_patch"
+
+    base: StrPath
+    tuned: StrPath
+    out: Annotated[StrPath | None, Opt("Output", "OUT", "loratool.patch", "-o")] = None
+    _: KW_ONLY
+    fast: Annotated[bool, Opt("Output")] = False
+    force: calls.Force = False
+    resume: calls.Resume = False
+    dry_run: calls.DryRun = False
+    progress: calls.Progress = None
+    workers: calls.Workers = None
+
+
+patch = function_of(Patch)

@@ -1,0 +1,196 @@
+"""Code the spans of a model against a base, shared among threads and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from ...durable.journal import Journal
+from ...files.checkpoint import Checkpoint
+from ...files.digest import digest_of, pieces_of, tensors_of
+from ...files.dtypes import FLOATS, TensorSpec
+from ...numerics.passes.hashes import sha256_each
+from ...numerics.steps import Patterns
+from ...patches.bodies.table import BODIES, choose
+from ...patches.model_files import ModelFiles
+from ...patches.patch_file import SAME, UNPREDICTED, CodedSpan, coded_type
+from ...patches.sources import Source, as_patterns, parts_of, predicted, read_source, read_span
+from ...patches.spans import Span, spans_of
+from ...streaming.digests import hash_pieces
+from ...streaming.journaled import Task, run_tasks
+from ...streaming.parallel import Progress
+from ...streaming.ranks import Job
+
+SAMPLES, SAMPLE = 8, 1 << 14  # runs of numbers by which a body is chosen, and the numbers of each
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two models have in common, by the names, types and shapes of their tensors.
+
+    Attributes:
+        specs: of the target, as they count in its digest.
+        cast: a tensor -> the base's type, if that is another one.
+        new: tensors that nothing of the base predicts.
+        removed: tensors that the target does not have.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    cast: Mapping[str, str]
+    new: tuple[str, ...]
+    removed: tuple[str, ...]
+
+    def spans(self) -> list[Span]:
+        return spans_of(self.specs, {**self.cast, **dict.fromkeys(self.new, "")})
+
+    @property
+    def has_same_tensors(self) -> bool:
+        return not (self.cast or self.new or self.removed)
+
+
+def compare_specs(base: Mapping[str, TensorSpec], counted: Sequence[str], target: ModelFiles) -> Comparison:
+    """Compare the headers of two models.
+
+    Args:
+        base: its stored tensors.
+        counted: those that count in its digest.
+    """
+    cast, new = {}, []
+    for name, spec in target.specs.items():
+        was = base.get(name)
+        if was is not None and was != spec and was.shape == spec.shape and {was.dtype, spec.dtype} <= {*FLOATS}:
+            cast[name] = was.dtype
+        elif was != spec:
+            new.append(name)
+    removed = tuple(name for name in counted if name not in target.specs)
+    return Comparison(target.specs, cast, tuple(new), removed)
+
+
+def code_spans(
+    spans: Sequence[Span],
+    base: Source,
+    target: Source,
+    fast: bool,
+    keep_back: bool,
+    job: Job,
+    journal: Journal,
+    workers: int,
+    progress: Progress | None = None,
+) -> list[CodedSpan]:
+    """Code all spans; rank 0 goes on alone, and has those of all ranks.
+
+    Args:
+        keep_back: keep what the way back needs.
+
+    Raises:
+        RankDone: on ranks other than 0.
+    """
+    sizes, done, total = [span.nbytes for span in spans], 0, sum(span.nbytes for span in spans)
+    waiting = iter(sizes)
+
+    def finished() -> None:
+        nonlocal done
+        done += next(waiting, 0)
+        if progress:
+            progress(done, total)
+
+    tasks = [
+        Task(number, (span.pieces[0].tensor, span.pieces[0].first, span.nbytes), partial(_coded, span, *rest))
+        for number, span in enumerate(spans)
+        for rest in [(base, target, fast, keep_back)]
+    ]
+    return run_tasks("coded", tasks, job, journal, workers, finished, is_last=True)
+
+
+def _coded(span: Span, base: Source, target: Source, fast: bool, keep_back: bool) -> CodedSpan:
+    own, stored = read_span(target, span), read_source(base, span)
+    parts = [*parts_of(span, own), *(parts_of(span, stored) if stored is not None else ())]
+    hashes = tuple(sha256_each([[part] for part in parts]))
+    count = len(span.pieces)
+    hashes, source_hashes = hashes[:count], hashes[count:]
+    numbers, dtype = as_patterns(own, span.dtype), coded_type(span.dtype)
+    if stored is None:
+        data = BODIES[UNPREDICTED].encode(numbers[:0], numbers, dtype)
+        return CodedSpan(UNPREDICTED, data, None, (), hashes, _sizes(span))
+    before = predicted(span, stored)
+    differ = before != numbers
+    changed = _changed(span, differ)
+    if not any(changed):
+        return CodedSpan(SAME, b"", b"", source_hashes, hashes, changed)
+    samples = sample(before), sample(numbers)
+    key = choose(*(samples if differ.any() else (before, numbers)), dtype, fast)
+    data = BODIES[key].encode(before, numbers, dtype)
+    back = BODIES[key].back(before, numbers, dtype) if keep_back and span.source == span.dtype else None
+    return CodedSpan(key, data, back, source_hashes, hashes, changed)
+
+
+def estimated(span: Span, base: Source, target: Source, fast: bool) -> tuple[str, int, tuple[int, ...]]:
+    """Return the body of a span, about how many bytes it takes by a sample, and how many numbers of a piece change."""
+    own, stored = read_span(target, span), read_source(base, span)
+    numbers, dtype = as_patterns(own, span.dtype), coded_type(span.dtype)
+    before = numbers[:0] if stored is None else predicted(span, stored)
+    if stored is not None:
+        changed = _changed(span, before != numbers)
+        if not any(changed):
+            return SAME, 0, changed
+    else:
+        changed = _sizes(span)
+    samples = (sample(before), sample(numbers)) if stored is not None else (before, sample(numbers))
+    key = UNPREDICTED if stored is None else choose(*samples, dtype, fast)
+    bits = BODIES[key].measure(*samples, dtype)
+    return key, bits * numbers.size // (8 * samples[1].size), changed
+
+
+def sample(numbers: Patterns) -> Patterns:
+    """Return runs of neighbours that lie evenly among numbers, or all of them if they are few."""
+    if numbers.size <= SAMPLES * SAMPLE:
+        return numbers
+    starts = [k * (numbers.size - SAMPLE) // (SAMPLES - 1) for k in range(SAMPLES)]
+    return np.concatenate([numbers[start : start + SAMPLE] for start in starts])
+
+
+def _sizes(span: Span) -> tuple[int, ...]:
+    """Return how many numbers each piece has."""
+    width = as_patterns(memoryview(b""), span.dtype).itemsize
+    return tuple(piece.length // width for piece in span.pieces)
+
+
+def _changed(span: Span, differ: Patterns) -> tuple[int, ...]:
+    """Return how many numbers of each piece differ."""
+    counts, done = [], 0
+    for size in _sizes(span):
+        counts.append(int(np.count_nonzero(differ[done : done + size])))
+        done += size
+    return tuple(counts)
+
+
+def model_digest(specs: Mapping[str, TensorSpec], spans: Sequence[Span], hashes: Sequence[Sequence[str]]) -> str:
+    """Return the digest of a model from the hashes of all pieces of its spans."""
+    found = {
+        (piece.tensor, piece.first): sha256
+        for span, some in zip(spans, hashes, strict=True)
+        for piece, sha256 in zip(span.pieces, some, strict=True)
+    }
+    return digest_of((name, spec, [found[name, first] for first, _ in pieces_of(spec)]) for name, spec in specs.items())
+
+
+def base_digest(base: Checkpoint, spans: Sequence[Span], coded: Sequence[CodedSpan], workers: int) -> str:
+    """Return the digest of the base, of which the tensors that predict nothing of their type are read again."""
+    found = {
+        (piece.tensor, piece.first): sha256
+        for span, each in zip(spans, coded, strict=True)
+        if span.source == span.dtype
+        for piece, sha256 in zip(span.pieces, each.source_hashes, strict=True)
+    }
+    tensors = tensors_of(base.shards)
+    places = [(name, *place) for name, file in tensors.items() for place in pieces_of(file.specs[name])]
+    rest = [(name, first, length) for name, first, length in places if (name, first) not in found]
+    read = hash_pieces([(tensors[name], name, first, length) for name, first, length in rest], workers)
+    found.update({(name, first): sha256 for (name, first, _), sha256 in zip(rest, read, strict=True)})
+    return digest_of(
+        (name, file.specs[name], [found[name, first] for first, _ in pieces_of(file.specs[name])])
+        for name, file in tensors.items()
+    )

@@ -1,0 +1,323 @@
+"""Read and write a patch: the file of the differences between two models.
+
+It is an indexed file (`files.containers.indexed_file`) with the first line `loratool patch 1`.
+
+    payload    for each span, in the order of `spans.spans_of`: its body, then what the way back needs beside it
+    blobs      the table; the frames of the target's files and, if the way back needs them, of the base's; texts of
+               side files; all but the table are compressed by bzip2
+    index      `version`
+               `bodies`: the keys of the bodies (`bodies.BODIES`) that the table counts
+               `table`: a place
+               `target`, `base`: `digest`, `file` (whether the model is one file), `files` ({name, nbytes, head, frame,
+               frame_bytes and, of a torch file, tensors}; null if they are the target's, or not known)
+               `cast`: a tensor -> the base's type, for those of another type than the target's
+               `new`: the target's tensors that are not predicted from the base; `removed`: how many it lacks
+               `reversible`: whether the base can be made of the target
+               `side`: a side file of the target -> [sha256, null] if the base has the same, else [sha256, place,
+               bytes]; `base_side`: the same of those of the base that the target has not, or not so
+
+A row of the table has 80 bytes: the number of the body, 7 zeros, the length of the body and of what the way back needs
+(u64 each, 2^64 - 1 for the latter if there is no way back), and a hash each of what the span is predicted from and of
+the span. A hash is the sha256 of the hashes of the span's pieces, one after the other, or 32 zeros where nothing
+predicts the span.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..durable.fileio import copy_range, write_at
+from ..durable.journal import StoredBytes
+from ..errors import InputError
+from ..files.containers.indexed_file import (
+    FileKind,
+    IndexedFile,
+    are_hashes,
+    is_count,
+    is_place,
+    packer,
+    require,
+    write_end,
+)
+from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS
+from ..files.folder.model_folder import INDEX_NAMES, PICKLES
+from ..files.folder.side_files import CARD, CODE, side_row
+from .bodies.table import BODIES
+from .model_files import ModelFiles
+from .spans import spans_of
+
+PATCH = FileKind(
+    mark=b"loratool patch ",
+    version=1,
+    end=b"lorapatc",
+    noun="a patch of loratool",
+    remedy="copy it again, or make it again with `loratool patch`",
+    other_version="use the loratool that made it",
+)
+
+ROW = struct.Struct("<B7xQQ32s32s")
+
+ONE_WAY = (1 << 64) - 1  # the length of what the way back needs, where there is none
+
+NOTHING = bytes(32)  # the hash of what predicts a span, where nothing does
+
+MOST_SIDE = 1 << 28  # bytes of a side file
+
+SAME = "same"  # the body that has no bytes
+
+
+@dataclass(frozen=True)
+class CodedSpan:
+    """The result of coding a span.
+
+    Attributes:
+        body: a key of BODIES.
+        data: its bytes; `StoredBytes` once they are in the journal.
+        back: what the way back needs beside them; None without a way back.
+        source_hashes, hashes: of the pieces of what predicts it, and of its own, in hexadecimal.
+        changed: of each piece, how many numbers differ from the prediction.
+    """
+
+    body: str
+    data: Any
+    back: Any
+    source_hashes: tuple[str, ...]
+    hashes: tuple[str, ...]
+    changed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A side file: its hash and, unless it is the same on the other side, its content."""
+
+    sha256: str
+    content: bytes | None
+
+    @classmethod
+    def of(cls, data: bytes, known: bool) -> SideFile:
+        return cls(hashlib.sha256(data).hexdigest(), None if known else data)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table, and where its bytes are."""
+
+    body: str
+    offset: int
+    length: int
+    back: int | None  # the length of what the way back needs, after the body
+    source_hash: bytes
+    hash: bytes
+
+
+def span_hash(hashes: Iterable[str]) -> bytes:
+    """Return a span's hash from those of its pieces."""
+    return hashlib.sha256(bytes.fromhex("".join(hashes))).digest()
+
+
+@dataclass(frozen=True)
+class PatchContent:
+    """What a patch says, but for its spans.
+
+    Attributes:
+        base, target: the files of both models; None for a base that a patch cannot make again.
+        base_digest, digest: theirs (`files.digest`).
+        cast, new, removed: as in the index.
+        side, base_side: side files by name.
+    """
+
+    base: ModelFiles | None
+    target: ModelFiles
+    base_digest: str
+    digest: str
+    cast: Mapping[str, str]
+    new: tuple[str, ...]
+    removed: int
+    side: Mapping[str, SideFile]
+    base_side: Mapping[str, SideFile]
+
+
+def write_patch(target: BinaryIO, content: PatchContent, spans: Iterable[CodedSpan]) -> tuple[int, bool]:
+    """Write a patch, and return its size and whether it has a way back.
+
+    There is a way back if the target has the base's tensors with their types, and what the way back needs beside the
+    bodies is at most a twelfth of them.
+
+    Args:
+        spans: in the order of `spans_of`, with their data in a journal.
+    """
+    coded = list(spans)
+    keys = sorted({each.body for each in coded})
+    numbers = {key: number for number, key in enumerate(keys)}
+    bodies = sum(_length(each.data) for each in coded)
+    back = [None if each.back is None else _length(each.back) for each in coded]
+    reversible = content.base is not None and None not in back
+    reversible = reversible and 12 * sum(map(int, filter(None, back))) <= bodies
+    write_at(target, memoryview(PATCH.first_line), 0)
+    position, rows = len(PATCH.first_line), bytearray()
+    for each, length in zip(coded, back, strict=True):
+        position = _put(target, position, each.data)
+        if reversible:
+            position = _put(target, position, each.back)
+        source = span_hash(each.source_hashes) if each.source_hashes else NOTHING
+        lengths = _length(each.data), length if reversible and length is not None else ONE_WAY
+        rows += ROW.pack(numbers[each.body], *lengths, source, span_hash(each.hashes))
+    index: dict[str, Any] = {
+        "version": PATCH.version,
+        "bodies": keys,
+        "table": bytes(rows),
+        "target": _model_entry(content.target, content.digest),
+        "base": _model_entry(content.base if reversible else None, content.base_digest),
+        "cast": dict(sorted(content.cast.items())),
+        "new": sorted(content.new),
+        "removed": content.removed,
+        "reversible": reversible,
+        "side": _side_entries(content.side),
+        "base_side": _side_entries(content.base_side) if reversible else {},
+    }
+    if content.base == content.target:
+        index["base"]["files"] = None
+    return write_end(target, position, index, _blobs(index), PATCH), reversible
+
+
+def _length(data: bytes | StoredBytes) -> int:
+    return data.nbytes if isinstance(data, StoredBytes) else len(data)
+
+
+def _put(target: BinaryIO, position: int, data: bytes | StoredBytes) -> int:
+    if isinstance(data, StoredBytes):
+        copy_range(data.file, data.offset, target, position, data.nbytes)
+    else:
+        write_at(target, memoryview(data), position)
+    return position + _length(data)
+
+
+def _model_entry(files: ModelFiles | None, digest: str) -> dict[str, Any]:
+    if files is None:
+        return {"digest": digest, "file": False, "files": None}
+    return {"digest": digest, "file": files.is_file, "files": [file.entry() for file in files.files]}
+
+
+def _side_entries(side: Mapping[str, SideFile]) -> dict[str, list[Any]]:
+    return {
+        name: [each.sha256, None]
+        if each.content is None
+        else [each.sha256, packer().compress(each.content), len(each.content)]
+        for name, each in sorted(side.items())
+    }
+
+
+def _blobs(index: dict[str, Any]) -> list[tuple[Any, Any]]:
+    blobs: list[tuple[Any, Any]] = [(index, "table")]
+    for model in ("target", "base"):
+        blobs += [(entry, "frame") for entry in index[model]["files"] or ()]
+    for side in ("side", "base_side"):
+        blobs += [(entry, 1) for _, entry in sorted(index[side].items()) if entry[1] is not None]
+    return blobs
+
+
+class PatchFile(IndexedFile):
+    """A patch; opening it reads and checks everything but the bodies.
+
+    Attributes:
+        target: the files of the model that it makes.
+        base: the files of the base; None if the patch does not have them.
+        digest, base_digest: of both.
+        cast, new, reversible: as in the index.
+        side, base_side: side files of the target, and of the base where they differ, by name.
+        spans: of the target.
+
+    Raises:
+        InputError: the file is damaged, forged or of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, PATCH)
+        with self.checked():
+            self._check()
+
+    def _check(self) -> None:
+        index = self.index
+        bodies, target, base = index["bodies"], index["target"], index["base"]
+        for key in bodies:
+            if key not in BODIES:
+                what = f"has numbers in a way that this loratool does not know ({key!r})"
+                raise InputError(what, culprit=str(self.path), remedy=PATCH.other_version)
+        require(are_hashes([target["digest"], base["digest"]], 2), "its digests")
+        self.digest, self.base_digest = target["digest"], base["digest"]
+        self.reversible = index["reversible"]
+        require(type(self.reversible) is bool and is_count(index["removed"]), "its way back")
+        table = self.blob(index["table"])
+        self.target = ModelFiles.read(target["files"], target["file"], self)
+        self.base: ModelFiles | None = None
+        if base["files"] is not None:
+            self.base = ModelFiles.read(base["files"], base["file"], self)
+        elif self.reversible:
+            self.base = self.target
+        specs = self.target.specs
+        self.cast, self.new = index["cast"], tuple(index["new"])
+        for name, source in self.cast.items():
+            require(name in specs and source in FLOATS and specs[name].dtype in FLOATS, f"{name}: its former type")
+        require(len({*self.new} & specs.keys()) == len(self.new), "a new tensor that the target does not have")
+        require(not self.cast.keys() & {*self.new}, "a tensor that is new and is not")
+        require(not self.reversible or not (self.cast or self.new), "a way back from other tensors")
+        if self.reversible and self.base:
+            require(self.base.specs == specs, "a way back to other tensors")
+        self.side, self.base_side = (self._read_side(index[key]) for key in ("side", "base_side"))
+        self.spans = spans_of(specs, {**self.cast, **dict.fromkeys(self.new, "")})
+        self.rows = self._read_rows(table, bodies)
+
+    def _read_rows(self, table: bytes, bodies: list[str]) -> list[Row]:
+        require(len(table) == len(self.spans) * ROW.size, "its table is not of its spans")
+        rows, position = [], len(PATCH.first_line)
+        for span, (number, length, back, source, own) in zip(self.spans, ROW.iter_unpack(table), strict=True):
+            require(number < len(bodies), "a body without a name")
+            body = bodies[number]
+            require(BODIES[body].takes(coded_type(span.dtype)), f"a body of {body} for {span.dtype}")
+            require((source == NOTHING) is not bool(span.source), "a span without a source, or with one")
+            require((back == ONE_WAY) is not self.reversible, "a span without a way back")
+            require(bool(span.source) or body == UNPREDICTED, "a span that nothing predicts")
+            rows.append(Row(body, position, length, None if back == ONE_WAY else back, source, own))
+            position += length + (0 if back == ONE_WAY else back)
+            require(position <= self.nbytes, "its payload is longer than the file")
+        self.require_tiled(position - len(PATCH.first_line))
+        return rows
+
+    def _read_side(self, entries: Mapping[str, Any]) -> dict[str, SideFile]:
+        found = {}
+        names = {file.name for file in self.target.files}
+        for name, (sha256, place, *size) in entries.items():
+            fits = is_place(name) and name not in names and (is_side_file if place is None else may_bring)(name)
+            require(fits, f"{name!r} is not a side file that a patch can have")
+            require(are_hashes([sha256], 1), f"{name}: its hash")
+            content = None
+            if place is not None:
+                content = self.packed_blob(name, place, size[0], MOST_SIDE)
+                require(hashlib.sha256(content).hexdigest() == sha256, f"{name} does not match its hash")
+            found[name] = SideFile(sha256, content)
+        return found
+
+
+UNPREDICTED = "bytes"  # the body that needs no prediction
+
+
+def coded_type(dtype: str) -> str:
+    """Return the type as whose numbers a tensor is coded: blocks and numbers of less than a byte are bytes."""
+    return "U8" if dtype in BLOCK_TYPES or DTYPES[dtype] < 8 else dtype
+
+
+def is_side_file(name: str) -> bool:
+    """Return whether a file of this name goes with a model: one that is copied, a card, or an index of weights."""
+    row, last = side_row(name), name.rpartition("/")[2]
+    return name == CARD or last in INDEX_NAMES or bool(row and not row.left)
+
+
+def may_bring(name: str) -> bool:
+    """Return whether a patch may bring the content of a side file: neither code nor a pickle."""
+    row = side_row(name)
+    return is_side_file(name) and not (row and row.kind == CODE) and not name.lower().endswith(PICKLES)

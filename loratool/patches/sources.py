@@ -1,0 +1,231 @@
+"""Read a model's bytes: of files, or of what patches make of them, one span at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from ..durable.fileio import read_into
+from ..errors import InputError
+from ..files.checkpoint import Checkpoint
+from ..files.digest import PIECE
+from ..files.dtypes import DTYPES, TensorSpec
+from ..numerics.arrays import Numbers
+from ..numerics.forms import FORMS
+from ..numerics.passes.hashes import sha256_each
+from ..numerics.rounding_stats import cast_rounded
+from ..numerics.steps import Patterns
+from ..numerics.workspace import Workspace
+from .bodies.table import BODIES
+from .patch_file import SAME, PatchFile, coded_type, span_hash
+from .spans import Span, places_of
+
+KEPT = 2  # spans that a thread keeps, as pieces of one are read one after the other
+
+
+class Source(Protocol):
+    """A model whose bytes can be read by several threads.
+
+    Attributes:
+        specs: of the tensors that count in its digest, and perhaps of others.
+    """
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]: ...
+
+    def read(self, tensor: str, first: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of a tensor from `first` on."""
+
+
+class ModelSource:
+    """A model on disk."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.specs = checkpoint, checkpoint.stored
+
+    def read(self, tensor: str, first: int, out: memoryview) -> None:
+        self.checkpoint.shard_of[tensor].read_bytes(tensor, first, out)
+
+
+class PatchedSource:
+    """A model that a patch makes of another, or, with `back`, the base that it makes of its target.
+
+    A span that is already what the patch would make of it stays as it is.
+
+    Raises:
+        InputError: the patch is of another model, or has no way back.
+    """
+
+    def __init__(self, before: Source, name: str, patch: PatchFile, back: bool = False) -> None:
+        if back and not patch.reversible:
+            what = "has no way back: it was made without what that needs"
+            raise InputError(what, culprit=str(patch.path), remedy="apply it to the base again, and keep the base")
+        self.before, self.name, self.patch, self.back = before, name, patch, back
+        self.files = patch.base if back and patch.base else patch.target
+        self.specs: Mapping[str, TensorSpec] = self.files.specs
+        self._places = places_of(patch.spans)
+        self._local = threading.local()
+        self._require_tensors()
+
+    def _require_tensors(self) -> None:
+        """Refuse a model that lacks tensors of the base, or has them with other types or shapes."""
+        new = {*self.patch.new}
+        wanted = {
+            name: TensorSpec(self.patch.cast.get(name, spec.dtype), spec.shape)
+            for name, spec in self.specs.items()
+            if name not in new
+        }
+        wrong = [name for name, spec in wanted.items() if self.before.specs.get(name) != spec]
+        if wrong:
+            has, spec = self.before.specs.get(wrong[0]), wanted[wrong[0]]
+            more = f", and {len(wrong) - 1:,} more differ" if len(wrong) > 1 else ""
+            what = (
+                f"{self.patch.path}: is of a model whose {wrong[0]} is {spec}, and this one has {has or 'none'}{more}"
+            )
+            raise InputError(what, culprit=self.name, remedy="give the base that the patch was made of")
+
+    def read(self, tensor: str, first: int, out: memoryview) -> None:
+        done = 0
+        while done < len(out):
+            start = (first + done) // PIECE * PIECE
+            number, offset = self._places[tensor, start]
+            within = first + done - start
+            length = min(PIECE - within, len(out) - done)
+            out[done : done + length] = self.span(number)[offset + within : offset + within + length]
+            done += length
+
+    def span(self, number: int) -> memoryview:
+        """Return the bytes of a span."""
+        kept: dict[int, tuple[memoryview, list[str]]] = self._local.__dict__.setdefault("kept", {})
+        if number not in kept:
+            kept[number] = self.made(number)
+            if len(kept) > KEPT:
+                del kept[next(iter(kept))]
+        return kept[number][0]
+
+    def made(self, number: int) -> tuple[memoryview, list[str]]:
+        """Make a span, and return its bytes and the hashes of its pieces.
+
+        Raises:
+            InputError: what is read is neither what the patch was made of nor what it makes.
+        """
+        span, row = self.patch.spans[number], self.patch.rows[number]
+        before, after = (row.hash, row.source_hash) if self.back else (row.source_hash, row.hash)
+        stored = read_source(self.before, span)
+        if stored is not None:
+            hashes = piece_hashes(span, stored)
+            found = span_hash(hashes)
+            if span.source == span.dtype and found == after:
+                return stored, hashes
+            if found != before:
+                raise self._other(number)
+        data = bytearray(span.nbytes)
+        try:
+            self._decode(number, stored, memoryview(data))
+        except ValueError as error:
+            raise InputError(f"is damaged: {error}", culprit=str(self.patch.path)) from error
+        hashes = piece_hashes(span, memoryview(data))
+        if span_hash(hashes) != after:
+            raise InputError("is damaged: it makes other numbers than it says", culprit=str(self.patch.path))
+        return memoryview(data), hashes
+
+    def _decode(self, number: int, stored: memoryview | None, data: memoryview) -> None:
+        span, row, file = self.patch.spans[number], self.patch.rows[number], self.patch.file
+        out = as_patterns(data, span.dtype)
+        if row.body == SAME:
+            assert stored is not None
+            out[:] = predicted(span, stored)
+            return
+        body, coded = BODIES[row.body], memoryview(bytearray(row.length))
+        read_into(file, coded, row.offset)
+        dtype = coded_type(span.dtype)
+        if not self.back:
+            base = np.zeros(0, out.dtype) if stored is None else predicted(span, stored)
+            body.decode(base, coded, dtype, out)
+            return
+        assert stored is not None and row.back is not None
+        beside = memoryview(bytearray(row.back))
+        read_into(file, beside, row.offset + row.length)
+        body.undo(as_patterns(stored, span.dtype), coded, beside, dtype, out)
+
+    def _other(self, number: int) -> InputError:
+        """Return the error for a span that is of another model; it names the tensors of other spans too."""
+        wrong = [number]
+        for other in range(number + 1, len(self.patch.spans)):
+            span, row = self.patch.spans[other], self.patch.rows[other]
+            if len(wrong) > 3:
+                break
+            stored = read_source(self.before, span)
+            if stored is not None and span_hash(piece_hashes(span, stored)) not in (row.source_hash, row.hash):
+                wrong.append(other)
+        names = dict.fromkeys(piece.tensor for each in wrong for piece in self.patch.spans[each].pieces)
+        shown = ", ".join([*names][:3]) + (" and others" if len(names) > 3 else "")
+        of = "made" if self.back else "was made of"
+        what = f"is not the model that {self.patch.path} {of}: {shown} differ"
+        return InputError(what, culprit=self.name, remedy=f"give the model of digest {self._wanted()[:16]}...")
+
+    def _wanted(self) -> str:
+        digest: str = self.patch.digest if self.back else self.patch.base_digest
+        return digest
+
+
+def read_source(source: Source, span: Span) -> memoryview | None:
+    """Read what predicts a span, in the type in which the source has it; None if nothing does."""
+    if not span.source:
+        return None
+    scale = DTYPES.get(span.source, 8), DTYPES.get(span.dtype, 8)
+    pieces = [
+        (piece.tensor, piece.first * scale[0] // scale[1], piece.length * scale[0] // scale[1])
+        if span.source != span.dtype
+        else piece
+        for piece in span.pieces
+    ]
+    data, done = memoryview(bytearray(sum(length for *_, length in pieces))), 0
+    for tensor, first, length in pieces:
+        source.read(tensor, first, data[done : done + length])
+        done += length
+    return data
+
+
+def read_span(source: Source, span: Span) -> memoryview:
+    """Read the bytes of a span of a model."""
+    data, done = memoryview(bytearray(span.nbytes)), 0
+    for tensor, first, length in span.pieces:
+        source.read(tensor, first, data[done : done + length])
+        done += length
+    return data
+
+
+def parts_of(span: Span, data: memoryview) -> list[memoryview]:
+    """Return the bytes of each piece of a span; they may be of the source's type."""
+    whole, parts, done = span.nbytes, [], 0
+    for piece in span.pieces:
+        length = piece.length * len(data) // whole
+        parts.append(data[done : done + length])
+        done += length
+    return parts
+
+
+def piece_hashes(span: Span, data: memoryview) -> list[str]:
+    """Return the hashes of a span's pieces."""
+    return sha256_each([[part] for part in parts_of(span, data)])
+
+
+def as_patterns(data: memoryview, dtype: str) -> Patterns:
+    """Return bytes as unsigned integers of the width of a type's numbers."""
+    return np.frombuffer(data, f"<u{DTYPES[coded_type(dtype)] // 8}")
+
+
+def predicted(span: Span, stored: memoryview) -> Patterns:
+    """Return the prediction of a span: the base's numbers, rounded once if they are of another type."""
+    if span.source == span.dtype:
+        return as_patterns(stored, span.dtype)
+    source, form = FORMS[span.source], FORMS[span.dtype]
+    numbers = Numbers(np.frombuffer(stored, source.bits_type).reshape(1, -1), source)
+    out = Numbers.empty(form, *numbers.shape)
+    cast_rounded(numbers, out, Workspace())
+    patterns: Patterns = out.bits.reshape(-1).view(f"<u{form.itemsize}")
+    return patterns

@@ -1,0 +1,78 @@
+"""Divide a model's tensors into spans: the parts that are coded, hashed and written one at a time.
+
+A span has at most 2^24 bytes of tensors of one type. A larger tensor is cut into the pieces of its digest; each whole
+piece is a span of its own. All other pieces are put together in the order of the tensors' names, apart by type and by
+prediction, until the next would not fit. So the spans follow from the names, types and shapes alone, whatever the
+files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..files.digest import PIECE, pieces_of
+from ..files.dtypes import TensorSpec
+
+
+class Piece(NamedTuple):
+    """Bytes first:first + length of a tensor."""
+
+    tensor: str
+    first: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Pieces of tensors that are coded together.
+
+    Attributes:
+        dtype: of the tensors.
+        source: the type of the base's tensors of these names, from which the span is predicted; empty if the base has
+            none that can predict them.
+    """
+
+    dtype: str
+    source: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.length for piece in self.pieces)
+
+
+def spans_of(specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> list[Span]:
+    """Return the spans of a model's tensors.
+
+    Args:
+        specs: sorted by name.
+        sources: a tensor -> `Span.source`, for those that are not predicted from a tensor of their own type.
+    """
+    spans: list[Span] = []
+    waiting: dict[tuple[str, str], list[Piece]] = {}
+    held: dict[tuple[str, str], int] = {}  # bytes of these
+    for name, spec in specs.items():
+        kind = spec.dtype, sources.get(name, spec.dtype)
+        for first, length in pieces_of(spec):
+            if length == PIECE:
+                spans.append(Span(*kind, (Piece(name, first, length),)))
+                continue
+            if held.get(kind, 0) + length > PIECE:
+                spans.append(Span(*kind, tuple(waiting.pop(kind))))
+                held[kind] = 0
+            waiting.setdefault(kind, []).append(Piece(name, first, length))
+            held[kind] = held.get(kind, 0) + length
+    return spans + [Span(*kind, tuple(pieces)) for kind, pieces in waiting.items()]
+
+
+def places_of(spans: Sequence[Span]) -> dict[tuple[str, int], tuple[int, int]]:
+    """Return where each piece is: (tensor, first byte) -> (the number of its span, its first byte there)."""
+    places = {}
+    for number, span in enumerate(spans):
+        done = 0
+        for piece in span.pieces:
+            places[piece.tensor, piece.first] = number, done
+            done += piece.length
+    return places
