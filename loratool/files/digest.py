@@ -18,7 +18,7 @@ from .dtypes import TensorSpec
 PIECE = 1 << 24  # bytes
 
 
-class Described(Protocol):
+class HasSpecs(Protocol):
     """A file whose tensors are known."""
 
     @property
@@ -27,7 +27,7 @@ class Described(Protocol):
     def storage(self, name: str) -> Hashable: ...
 
 
-F = TypeVar("F", bound=Described)
+F = TypeVar("F", bound=HasSpecs)
 
 
 def tensors_of(files: Iterable[F]) -> dict[str, F]:

@@ -104,7 +104,7 @@ class SideFile:
 
 
 @dataclass(frozen=True)
-class Row:
+class SpanRow:
     """A row of the table, and where its bytes are."""
 
     body: str
@@ -272,7 +272,7 @@ class PatchFile(IndexedFile):
         self.spans = spans_of(specs, {**self.cast, **dict.fromkeys(self.new, "")})
         self.rows = self._read_rows(table, bodies)
 
-    def _read_rows(self, table: bytes, bodies: list[str]) -> list[Row]:
+    def _read_rows(self, table: bytes, bodies: list[str]) -> list[SpanRow]:
         require(len(table) == len(self.spans) * ROW.size, "its table is not of its spans")
         rows, position = [], len(PATCH.first_line)
         for span, (number, length, back, source, own) in zip(self.spans, ROW.iter_unpack(table), strict=True):
@@ -282,7 +282,7 @@ class PatchFile(IndexedFile):
             require((source == NOTHING) is not bool(span.source), "a span without a source, or with one")
             require((back == ONE_WAY) is not self.reversible, "a span without a way back")
             require(bool(span.source) or body == UNPREDICTED, "a span that nothing predicts")
-            rows.append(Row(body, position, length, None if back == ONE_WAY else back, source, own))
+            rows.append(SpanRow(body, position, length, None if back == ONE_WAY else back, source, own))
             position += length + (0 if back == ONE_WAY else back)
             require(position <= self.nbytes, "its payload is longer than the file")
         self.require_tiled(position - len(PATCH.first_line))

@@ -21,12 +21,12 @@ from ..numerics.steps import Patterns
 from ..numerics.workspace import Workspace
 from .bodies.table import BODIES
 from .patch_file import SAME, PatchFile, coded_type, span_hash
-from .spans import Span, places_of
+from .spans import TensorSpan, places_of
 
 KEPT = 2  # spans that a thread keeps, as pieces of one are read one after the other
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A model whose bytes can be read by several threads.
 
     Attributes:
@@ -59,7 +59,7 @@ class PatchedSource:
         InputError: the patch is of another model, or has no way back.
     """
 
-    def __init__(self, before: Source, name: str, patch: PatchFile, back: bool = False) -> None:
+    def __init__(self, before: TensorSource, name: str, patch: PatchFile, back: bool = False) -> None:
         if back and not patch.reversible:
             what = "has no way back: it was made without what that needs"
             raise InputError(what, culprit=str(patch.path), remedy="apply it to the base again, and keep the base")
@@ -172,7 +172,7 @@ class PatchedSource:
         return digest
 
 
-def read_source(source: Source, span: Span) -> memoryview | None:
+def read_source(source: TensorSource, span: TensorSpan) -> memoryview | None:
     """Read what predicts a span, in the type in which the source has it; None if nothing does."""
     if not span.source:
         return None
@@ -190,7 +190,7 @@ def read_source(source: Source, span: Span) -> memoryview | None:
     return data
 
 
-def read_span(source: Source, span: Span) -> memoryview:
+def read_span(source: TensorSource, span: TensorSpan) -> memoryview:
     """Read the bytes of a span of a model."""
     data, done = memoryview(bytearray(span.nbytes)), 0
     for tensor, first, length in span.pieces:
@@ -199,7 +199,7 @@ def read_span(source: Source, span: Span) -> memoryview:
     return data
 
 
-def parts_of(span: Span, data: memoryview) -> list[memoryview]:
+def split_span(span: TensorSpan, data: memoryview) -> list[memoryview]:
     """Return the bytes of each piece of a span; they may be of the source's type."""
     whole, parts, done = span.nbytes, [], 0
     for piece in span.pieces:
@@ -209,9 +209,9 @@ def parts_of(span: Span, data: memoryview) -> list[memoryview]:
     return parts
 
 
-def piece_hashes(span: Span, data: memoryview) -> list[str]:
+def piece_hashes(span: TensorSpan, data: memoryview) -> list[str]:
     """Return the hashes of a span's pieces."""
-    return sha256_each([[part] for part in parts_of(span, data)])
+    return sha256_each([[part] for part in split_span(span, data)])
 
 
 def as_patterns(data: memoryview, dtype: str) -> Patterns:
@@ -219,7 +219,7 @@ def as_patterns(data: memoryview, dtype: str) -> Patterns:
     return np.frombuffer(data, f"<u{DTYPES[coded_type(dtype)] // 8}")
 
 
-def predicted(span: Span, stored: memoryview) -> Patterns:
+def predicted(span: TensorSpan, stored: memoryview) -> Patterns:
     """Return the prediction of a span: the base's numbers, rounded once if they are of another type."""
     if span.source == span.dtype:
         return as_patterns(stored, span.dtype)

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..files.digest import PIECE, pieces_of
+from ..files.digest import PIECE, digest_of, pieces_of
 from ..files.dtypes import TensorSpec
 
 
-class Piece(NamedTuple):
+class TensorPiece(NamedTuple):
     """Bytes first:first + length of a tensor."""
 
     tensor: str
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Span:
+class TensorSpan:
     """Pieces of tensors that are coded together.
 
     Attributes:
@@ -36,38 +36,38 @@ class Span:
 
     dtype: str
     source: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorPiece, ...]
 
     @property
     def nbytes(self) -> int:
         return sum(piece.length for piece in self.pieces)
 
 
-def spans_of(specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> list[Span]:
+def spans_of(specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> list[TensorSpan]:
     """Return the spans of a model's tensors.
 
     Args:
         specs: sorted by name.
-        sources: a tensor -> `Span.source`, for those that are not predicted from a tensor of their own type.
+        sources: a tensor -> `TensorSpan.source`, for those that are not predicted from a tensor of their own type.
     """
-    spans: list[Span] = []
-    waiting: dict[tuple[str, str], list[Piece]] = {}
+    spans: list[TensorSpan] = []
+    waiting: dict[tuple[str, str], list[TensorPiece]] = {}
     held: dict[tuple[str, str], int] = {}  # bytes of these
     for name, spec in specs.items():
         kind = spec.dtype, sources.get(name, spec.dtype)
         for first, length in pieces_of(spec):
             if length == PIECE:
-                spans.append(Span(*kind, (Piece(name, first, length),)))
+                spans.append(TensorSpan(*kind, (TensorPiece(name, first, length),)))
                 continue
             if held.get(kind, 0) + length > PIECE:
-                spans.append(Span(*kind, tuple(waiting.pop(kind))))
+                spans.append(TensorSpan(*kind, tuple(waiting.pop(kind))))
                 held[kind] = 0
-            waiting.setdefault(kind, []).append(Piece(name, first, length))
+            waiting.setdefault(kind, []).append(TensorPiece(name, first, length))
             held[kind] = held.get(kind, 0) + length
-    return spans + [Span(*kind, tuple(pieces)) for kind, pieces in waiting.items()]
+    return spans + [TensorSpan(*kind, tuple(pieces)) for kind, pieces in waiting.items()]
 
 
-def places_of(spans: Sequence[Span]) -> dict[tuple[str, int], tuple[int, int]]:
+def places_of(spans: Sequence[TensorSpan]) -> dict[tuple[str, int], tuple[int, int]]:
     """Return where each piece is: (tensor, first byte) -> (the number of its span, its first byte there)."""
     places = {}
     for number, span in enumerate(spans):
@@ -76,3 +76,15 @@ def places_of(spans: Sequence[Span]) -> dict[tuple[str, int], tuple[int, int]]:
             places[piece.tensor, piece.first] = number, done
             done += piece.length
     return places
+
+
+def digest_of_spans(
+    specs: Mapping[str, TensorSpec], spans: Sequence[TensorSpan], hashes: Sequence[Sequence[str]]
+) -> str:
+    """Return the digest of a model from the hashes of all pieces of its spans."""
+    found = {
+        (piece.tensor, piece.first): sha256
+        for span, some in zip(spans, hashes, strict=True)
+        for piece, sha256 in zip(span.pieces, some, strict=True)
+    }
+    return digest_of((name, spec, [found[name, first] for first, _ in pieces_of(spec)]) for name, spec in specs.items())

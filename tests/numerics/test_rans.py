@@ -1,4 +1,4 @@
-"""Hold the entropy coder to one that was written from its docstring in Python's integers, with the passes and without."""
+"""Hold the entropy coder to one in Python's integers that was written from its docstring."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from ...files.weights_file import paths_of
 from ...patches.model_files import ModelFiles
 from ...patches.patch_file import PatchFile, SideFile
 from ...patches.side import read_side_file, side_names
-from ...patches.sources import ModelSource, PatchedSource, Source, piece_hashes
-from ...patches.spans import Span
+from ...patches.sources import ModelSource, PatchedSource, TensorSource, piece_hashes
+from ...patches.spans import TensorSpan, digest_of_spans
 from ...streaming.journaled import Task, journaled, run_tasks
 from ...streaming.parallel import map_in_order, worker_count
 from ...streaming.ranks import current_job
@@ -29,7 +29,6 @@ from ...undo.reader import belongs
 from ...views.apply import ApplyReport
 from ..arguments import parse_paths
 from ..cards import described_call, input_word
-from ..patch.coding import model_digest
 from .call import Apply
 
 
@@ -45,7 +44,7 @@ def run_apply(call: Apply) -> ApplyReport:
             opened.callback(patch.close)
         _require_chain(patches)
         steps = list(reversed(patches)) if call.reverse else patches
-        model: Source = ModelSource(base)
+        model: TensorSource = ModelSource(base)
         side = {name: partial(read_side_file, base, name) for name in side_names(base)}
         for patch in steps:
             model = PatchedSource(model, os.fspath(call.base), patch, call.reverse)
@@ -166,7 +165,7 @@ def _output(
     )
 
 
-def _checked(model: PatchedSource, spans: Sequence[Span], number: int) -> tuple[str, ...]:
+def _checked(model: PatchedSource, spans: Sequence[TensorSpan], number: int) -> tuple[str, ...]:
     return tuple(model.made(number)[1])
 
 
@@ -174,7 +173,7 @@ def _write(
     output: Output,
     files: ModelFiles,
     model: PatchedSource,
-    spans: Sequence[Span],
+    spans: Sequence[TensorSpan],
     call: Apply,
     workers: int,
     digest: str,
@@ -232,7 +231,9 @@ def _write_frame(target: BinaryIO, file: Any) -> None:
         done += length
 
 
-def _is_there(journal: Any, number: int, spans: Sequence[Span], places: Mapping[str, tuple[BinaryIO, int]]) -> bool:
+def _is_there(
+    journal: Any, number: int, spans: Sequence[TensorSpan], places: Mapping[str, tuple[BinaryIO, int]]
+) -> bool:
     """Return whether the bytes of a span that an earlier run wrote are still in the output."""
     if number >= len(spans):
         return False
@@ -246,8 +247,8 @@ def _is_there(journal: Any, number: int, spans: Sequence[Span], places: Mapping[
 
 
 def _require_digest(
-    files: ModelFiles, spans: Sequence[Span], hashes: Sequence[Sequence[str]], digest: str, culprit: Path
+    files: ModelFiles, spans: Sequence[TensorSpan], hashes: Sequence[Sequence[str]], digest: str, culprit: Path
 ) -> None:
     """Raise InputError if a model is not the one that its patch names."""
-    if model_digest(files.specs, spans, hashes) != digest:
+    if digest_of_spans(files.specs, spans, hashes) != digest:
         raise InputError("makes another model than it names", culprit=str(culprit), remedy="make it again")

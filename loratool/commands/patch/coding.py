@@ -17,8 +17,8 @@ from ...numerics.steps import Patterns
 from ...patches.bodies.table import BODIES, choose
 from ...patches.model_files import ModelFiles
 from ...patches.patch_file import SAME, UNPREDICTED, CodedSpan, coded_type
-from ...patches.sources import Source, as_patterns, parts_of, predicted, read_source, read_span
-from ...patches.spans import Span, spans_of
+from ...patches.sources import TensorSource, as_patterns, predicted, read_source, read_span, split_span
+from ...patches.spans import TensorSpan, spans_of
 from ...streaming.digests import hash_pieces
 from ...streaming.journaled import Task, run_tasks
 from ...streaming.parallel import Progress
@@ -28,7 +28,7 @@ SAMPLES, SAMPLE = 8, 1 << 14  # runs of numbers by which a body is chosen, and t
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SpecComparison:
     """What two models have in common, by the names, types and shapes of their tensors.
 
     Attributes:
@@ -43,7 +43,7 @@ class Comparison:
     new: tuple[str, ...]
     removed: tuple[str, ...]
 
-    def spans(self) -> list[Span]:
+    def spans(self) -> list[TensorSpan]:
         return spans_of(self.specs, {**self.cast, **dict.fromkeys(self.new, "")})
 
     @property
@@ -51,7 +51,7 @@ class Comparison:
         return not (self.cast or self.new or self.removed)
 
 
-def compare_specs(base: Mapping[str, TensorSpec], counted: Sequence[str], target: ModelFiles) -> Comparison:
+def compare_specs(base: Mapping[str, TensorSpec], counted: Sequence[str], target: ModelFiles) -> SpecComparison:
     """Compare the headers of two models.
 
     Args:
@@ -66,15 +66,27 @@ def compare_specs(base: Mapping[str, TensorSpec], counted: Sequence[str], target
         elif was != spec:
             new.append(name)
     removed = tuple(name for name in counted if name not in target.specs)
-    return Comparison(target.specs, cast, tuple(new), removed)
+    return SpecComparison(target.specs, cast, tuple(new), removed)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Two models whose spans are compared.
+
+    Attributes:
+        fast: code with fewer tables.
+        keep_back: keep what the way back needs.
+    """
+
+    base: TensorSource
+    target: TensorSource
+    fast: bool
+    keep_back: bool
 
 
 def code_spans(
-    spans: Sequence[Span],
-    base: Source,
-    target: Source,
-    fast: bool,
-    keep_back: bool,
+    spans: Sequence[TensorSpan],
+    sides: Sides,
     job: Job,
     journal: Journal,
     workers: int,
@@ -82,32 +94,27 @@ def code_spans(
 ) -> list[CodedSpan]:
     """Code all spans; rank 0 goes on alone, and has those of all ranks.
 
-    Args:
-        keep_back: keep what the way back needs.
-
     Raises:
         RankDone: on ranks other than 0.
     """
-    sizes, done, total = [span.nbytes for span in spans], 0, sum(span.nbytes for span in spans)
-    waiting = iter(sizes)
+    sizes, done, total = iter([span.nbytes for span in spans]), 0, sum(span.nbytes for span in spans)
 
     def finished() -> None:
         nonlocal done
-        done += next(waiting, 0)
+        done += next(sizes, 0)
         if progress:
             progress(done, total)
 
     tasks = [
-        Task(number, (span.pieces[0].tensor, span.pieces[0].first, span.nbytes), partial(_coded, span, *rest))
+        Task(number, (span.pieces[0].tensor, span.pieces[0].first, span.nbytes), partial(_coded, span, sides))
         for number, span in enumerate(spans)
-        for rest in [(base, target, fast, keep_back)]
     ]
     return run_tasks("coded", tasks, job, journal, workers, finished, is_last=True)
 
 
-def _coded(span: Span, base: Source, target: Source, fast: bool, keep_back: bool) -> CodedSpan:
-    own, stored = read_span(target, span), read_source(base, span)
-    parts = [*parts_of(span, own), *(parts_of(span, stored) if stored is not None else ())]
+def _coded(span: TensorSpan, sides: Sides) -> CodedSpan:
+    own, stored = read_span(sides.target, span), read_source(sides.base, span)
+    parts = [*split_span(span, own), *(split_span(span, stored) if stored is not None else ())]
     hashes = tuple(sha256_each([[part] for part in parts]))
     count = len(span.pieces)
     hashes, source_hashes = hashes[:count], hashes[count:]
@@ -121,25 +128,22 @@ def _coded(span: Span, base: Source, target: Source, fast: bool, keep_back: bool
     if not any(changed):
         return CodedSpan(SAME, b"", b"", source_hashes, hashes, changed)
     samples = sample(before), sample(numbers)
-    key = choose(*(samples if differ.any() else (before, numbers)), dtype, fast)
+    key = choose(*samples, dtype, sides.fast)
     data = BODIES[key].encode(before, numbers, dtype)
-    back = BODIES[key].back(before, numbers, dtype) if keep_back and span.source == span.dtype else None
+    back = BODIES[key].back(before, numbers, dtype) if sides.keep_back and span.source == span.dtype else None
     return CodedSpan(key, data, back, source_hashes, hashes, changed)
 
 
-def estimated(span: Span, base: Source, target: Source, fast: bool) -> tuple[str, int, tuple[int, ...]]:
+def estimated(span: TensorSpan, sides: Sides) -> tuple[str, int, tuple[int, ...]]:
     """Return the body of a span, about how many bytes it takes by a sample, and how many numbers of a piece change."""
-    own, stored = read_span(target, span), read_source(base, span)
+    own, stored = read_span(sides.target, span), read_source(sides.base, span)
     numbers, dtype = as_patterns(own, span.dtype), coded_type(span.dtype)
-    before = numbers[:0] if stored is None else predicted(span, stored)
-    if stored is not None:
-        changed = _changed(span, before != numbers)
-        if not any(changed):
-            return SAME, 0, changed
-    else:
-        changed = _sizes(span)
-    samples = (sample(before), sample(numbers)) if stored is not None else (before, sample(numbers))
-    key = UNPREDICTED if stored is None else choose(*samples, dtype, fast)
+    before = numbers if stored is None else predicted(span, stored)
+    changed = _sizes(span) if stored is None else _changed(span, before != numbers)
+    if not any(changed):
+        return SAME, 0, changed
+    samples = sample(before), sample(numbers)
+    key = UNPREDICTED if stored is None else choose(*samples, dtype, sides.fast)
     bits = BODIES[key].measure(*samples, dtype)
     return key, bits * numbers.size // (8 * samples[1].size), changed
 
@@ -152,13 +156,13 @@ def sample(numbers: Patterns) -> Patterns:
     return np.concatenate([numbers[start : start + SAMPLE] for start in starts])
 
 
-def _sizes(span: Span) -> tuple[int, ...]:
+def _sizes(span: TensorSpan) -> tuple[int, ...]:
     """Return how many numbers each piece has."""
     width = as_patterns(memoryview(b""), span.dtype).itemsize
     return tuple(piece.length // width for piece in span.pieces)
 
 
-def _changed(span: Span, differ: Patterns) -> tuple[int, ...]:
+def _changed(span: TensorSpan, differ: Patterns) -> tuple[int, ...]:
     """Return how many numbers of each piece differ."""
     counts, done = [], 0
     for size in _sizes(span):
@@ -167,17 +171,7 @@ def _changed(span: Span, differ: Patterns) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def model_digest(specs: Mapping[str, TensorSpec], spans: Sequence[Span], hashes: Sequence[Sequence[str]]) -> str:
-    """Return the digest of a model from the hashes of all pieces of its spans."""
-    found = {
-        (piece.tensor, piece.first): sha256
-        for span, some in zip(spans, hashes, strict=True)
-        for piece, sha256 in zip(span.pieces, some, strict=True)
-    }
-    return digest_of((name, spec, [found[name, first] for first, _ in pieces_of(spec)]) for name, spec in specs.items())
-
-
-def base_digest(base: Checkpoint, spans: Sequence[Span], coded: Sequence[CodedSpan], workers: int) -> str:
+def base_digest(base: Checkpoint, spans: Sequence[TensorSpan], coded: Sequence[CodedSpan], workers: int) -> str:
     """Return the digest of the base, of which the tensors that predict nothing of their type are read again."""
     found = {
         (piece.tensor, piece.first): sha256

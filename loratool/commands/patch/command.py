@@ -20,14 +20,14 @@ from ...patches.model_files import ModelFiles
 from ...patches.patch_file import CodedSpan, PatchContent, SideFile, may_bring, write_patch
 from ...patches.side import read_side_file, side_names
 from ...patches.sources import ModelSource
-from ...patches.spans import Span
+from ...patches.spans import TensorSpan, digest_of_spans
 from ...streaming.journaled import journaled
 from ...streaming.parallel import worker_count
 from ...streaming.ranks import Job, current_job
 from ...views.patch import BodySize, PatchReport, PatchRow
 from ..cards import described_call, input_word
 from .call import Patch
-from .coding import Comparison, base_digest, code_spans, compare_specs, estimated, model_digest
+from .coding import Sides, SpecComparison, base_digest, code_spans, compare_specs, estimated
 
 RESULTS = {CodedSpan.__name__: CodedSpan}
 
@@ -40,11 +40,12 @@ def run_patch(call: Patch) -> PatchReport:
         exists = check_output_path(path, True, paths_of(shards), call.force, dry_run=call.dry_run)
         target = ModelFiles.of(tuned)
         compared = compare_specs(base.stored, [*tensors_of(base.shards)], target)
-        spans, sides = compared.spans(), (ModelSource(base), ModelSource(tuned))
+        spans = compared.spans()
         side, base_side, left = compare_side_files(base, tuned)
         names = os.fspath(call.base), os.fspath(call.tuned), str(path)
         if call.dry_run:
-            sizes = [estimated(span, *sides, call.fast) for span in spans]
+            sides = Sides(ModelSource(base), ModelSource(tuned), call.fast, keep_back=False)
+            sizes = [estimated(span, sides) for span in spans]
             report = _report(names, compared, spans, sizes, target, left)
             nbytes = sum(size for _, size, _ in sizes)
             return _complete(report, nbytes, dry_run=True, exists=exists)
@@ -54,14 +55,14 @@ def run_patch(call: Patch) -> PatchReport:
             "inputs": described_inputs(shards, [base.config, tuned.config]),
         }
         with _opened(path, head, call.resume) as (job, journal, place):
-            keep_back = files is not None
-            coded = code_spans(spans, *sides, call.fast, keep_back, job, journal, workers, call.progress)
+            sides = Sides(ModelSource(base), ModelSource(tuned), call.fast, keep_back=files is not None)
+            coded = code_spans(spans, sides, job, journal, workers, call.progress)
             require_unchanged(shards)
             content = PatchContent(
                 base=files,
                 target=target,
                 base_digest=base_digest(base, spans, coded, workers),
-                digest=model_digest(compared.specs, spans, [each.hashes for each in coded]),
+                digest=digest_of_spans(compared.specs, spans, [each.hashes for each in coded]),
                 cast=compared.cast,
                 new=compared.new,
                 removed=len(compared.removed),
@@ -129,8 +130,8 @@ def _side_file(data: bytes, other: bytes | None) -> SideFile:
 
 def _report(
     names: tuple[str, str, str],
-    compared: Comparison,
-    spans: Sequence[Span],
+    compared: SpecComparison,
+    spans: Sequence[TensorSpan],
     sizes: Sequence[tuple[str, int, tuple[int, ...]]],
     target: ModelFiles,
     left: Sequence[LeftBehind],
