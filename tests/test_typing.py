@@ -34,6 +34,10 @@ def progress(done: int, total: int) -> None: ...
 
 unmerged: loratool.UnmergeReport = loratool.unmerge("merged", "adapter", "again", progress=progress)
 print(unmerged.restored + unmerged.nbytes, unmerged.exact_files)
+patched: loratool.PatchReport = loratool.patch("base", Path("tuned"), "tuned.patch", fast=True)
+print(patched.reversible, [row.changed / row.numbers for row in patched.tensors])
+made: loratool.ApplyReport = loratool.apply("base", ["tuned.patch", Path("more.patch")], "again", progress=progress)
+print(made.digests["again"], loratool.apply("tuned", "tuned.patch", reverse=True).files)
 verdict: loratool.VerifyReport = loratool.verify("base", weights, "merged", allow=["inconclusive"])
 print(verdict.status.upper())
 stated: loratool.AttestationReport = loratool.verify_attestation("merged.json", base="base", adapters=["a", "b"])

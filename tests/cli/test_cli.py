@@ -238,6 +238,7 @@ def test_difficult_outputs_change_no_code_and_show_no_traceback(tmp_path: Path, 
 
 # A call of each command
 EACH = {
+    "apply": "apply {base} {tmp}/merged.patch -o {tmp}/out",
     "combine": "combine {adapter} {adapter} -o {tmp}/out",
     "convert": "convert {base} --dtype fp32 -o {tmp}/out",
     "count": "count {base}",
@@ -248,6 +249,7 @@ EACH = {
     "init": "init {base} --rank 2 -o {tmp}/out",
     "inspect": "inspect {base}",
     "merge": "merge {base} {adapter} -o {tmp}/out",
+    "patch": "patch {base} {tmp}/merged -o {tmp}/out.patch",
     "resize": "resize {adapter} --rank 2 -o {tmp}/out",
     "run": "run {tmp}/recipe.json",
     "unmerge": "unmerge {tmp}/merged {adapter} -o {tmp}/out",
@@ -262,6 +264,7 @@ def test_a_full_stdout_is_one_line_and_5(
     command: str, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     loratool.merge(BASE, ADAPTER, tmp_path / "merged")
+    loratool.patch(BASE, tmp_path / "merged", tmp_path / "merged.patch")
     recipe = {"command": "resize", "adapter": str(ADAPTER), "rank": 2, "out": str(tmp_path / "out")}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     call = EACH[command].format(base=BASE, adapter=ADAPTER, llama=BASE.parent, tmp=tmp_path)

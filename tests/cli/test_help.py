@@ -22,6 +22,11 @@ Run = Callable[..., Any]
 # verb -> the commands that leave what its examples begin with
 BEFORE = {
     "run": ["merge base/ adapter/ -o made/ --save-recipe recipe.yaml"],
+    "apply": [
+        "patch base/ tuned/ -o tuned.patch",
+        "patch base/ tuned/ -o step-1.patch",
+        "patch tuned/ base/ -o step-2.patch",
+    ],
     "combine": ["convert kohya.safetensors --to diffusers -o b.safetensors"],
     "convert": [
         "convert style.safetensors --to diffusers -o flux.safetensors",

@@ -55,6 +55,9 @@ inspect {llama}/fp8                                                             
 convert {llama}/fp8 --dtype bf16 -o {tmp}/decoded                                             CheckpointConvertReport 0
 unmerge {tmp}/merged {llama}/adapter -o {tmp}/unmerged                                        UnmergeReport 0
 unmerge {tmp}/two {llama}/adapter:0.5 {llama}/adapter:-1 -o {tmp}/near --approximate          UnmergeReport 0
+patch {llama}/base {llama}/tuned -o {tmp}/tuned.patch                                         PatchReport 0
+patch {tmp}/codes {tmp}/uncoded -o {tmp}/codes.patch                                          PatchReport 0
+apply {llama}/base {tmp}/tuned.patch -o {tmp}/tuned                                           ApplyReport 0
 verify {llama}/base {llama}/adapter {tmp}/merged --attest {tmp}/merged.json                   VerifyReport 0
 verify --attestation {tmp}/merged.json                                                        AttestationReport 0
 verify --attestation {tmp}/merged.json {llama}/base {llama}/adapter {llama}/base              AttestationReport 1
@@ -426,7 +429,7 @@ RAISED: list[tuple[BaseException, str, int]] = [
 
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_error_of_every_verb_fits(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    two = dict.fromkeys(("diff", "extract", "merge", "unmerge"), "a b")
+    two = dict.fromkeys(("apply", "diff", "extract", "merge", "patch", "unmerge"), "a b")
     inputs = {
         **two,
         "verify": "a b c",

@@ -89,6 +89,8 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
     return {
         "merge": {"base": BASE, "adapters": ADAPTER, **writing},
         "unmerge": {"merged": merged, "adapters": ADAPTER, **writing},
+        "patch": {"base": BASE, "tuned": merged, **writing},
+        "apply": {"base": BASE, "patches": merged.with_name("merged.patch"), **writing},
         "verify": {"base": BASE, "adapters": ADAPTER, "merged": merged},
         "verify_attestation": {"attestation": out.parent.parent / "merged.json"},
         "extract": {"base": BASE, "tuned": merged, **writing},
@@ -121,6 +123,7 @@ def test_only_errors_of_ours_leave_and_nothing_is_written(
     choose = random.Random(seed)
     merged, empty = tmp_path / "merged", tmp_path / "empty"
     loratool.merge(BASE, ADAPTER, merged, attest=tmp_path / "merged.json")
+    loratool.patch(BASE, merged, tmp_path / "merged.patch")
     empty.mkdir()
     loratool.write_report(loratool.count(BASE), tmp_path / "report.html")
     (tmp_path / "recipe.json").write_text(f'{{"command": "resize", "adapter": "{ADAPTER}", "rank": 2, "out": "r"}}')

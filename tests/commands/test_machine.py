@@ -90,6 +90,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
     write_model(folder / "coded", coded, CONFIG | fields)
     loratool.merge(folder / "base", folder / "one", folder / "merged")
+    loratool.patch(folder / "base", folder / "merged", folder / "merged.patch")
     return folder
 
 
@@ -115,6 +116,8 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "merge narrower": lambda m, out: loratool.merge(m / "base", m / "one", out, dtype="bf16", undo=False),
     "unmerge": lambda m, out: loratool.unmerge(m / "merged", m / "one", out),
     "unmerge approximate": lambda m, out: loratool.unmerge(m / "merged", m / "one", out, approximate=True),
+    "patch": lambda m, out: loratool.patch(m / "base", m / "merged", out),
+    "apply": lambda m, out: loratool.apply(m / "base", m / "merged.patch", out),
     "verify": lambda m, out: loratool.verify(m / "base", m / "one", m / "merged"),
     "extract": lambda m, out: loratool.extract(m / "base", m / "tuned", out, rank=4),
     "extract by energy": lambda m, out: loratool.extract(m / "base", m / "tuned", out, energy=0.9, certify=True),
@@ -189,7 +192,7 @@ def layers(verb: Any) -> Iterator[Any]:
 def test_every_verb_requires_ieee(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what only writes and reads."""
     verbs = [each for name in loratool.__all__ if inspect.isfunction(each := getattr(loratool, name))]
-    assert len(verbs) == 24
+    assert len(verbs) == 26
     decorated = require_ieee(len).__code__  # type: ignore[attr-defined]
     without = [verb for verb in verbs if all(each.__code__ is not decorated for each in layers(verb))]
     monkeypatch.setattr("loratool.commands.calls.require_ieee", lambda work: lambda: f"required by {work.__self__}")

@@ -32,6 +32,8 @@ COMMANDS = {
     "unmerge": "unmerge {merged} {adapter} -o {out} --dry-run",
     "verify": "verify {base} {adapter} {merged}",
     "verify a statement": "verify --attestation {statement}",
+    "patch": "patch {base} {tuned} -o {out}",
+    "apply": "apply {base} {patch} -o {out} --dry-run",
     "extract": "extract {base} {tuned} -o {out} --rank 2",
     "init": "init {base} -o {out}",
     "resize": "resize {adapter} --rank 2 -o {out}",
@@ -58,6 +60,8 @@ FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "unmerge": lambda p: loratool.unmerge(p["merged"], p["adapter"], p["out"], dry_run=True),
     "verify": lambda p: loratool.verify(p["base"], p["adapter"], p["merged"]),
     "verify a statement": lambda p: loratool.verify_attestation(p["statement"]),
+    "patch": lambda p: loratool.patch(p["base"], p["tuned"], p["out"]),
+    "apply": lambda p: loratool.apply(p["base"], p["patch"], p["out"], dry_run=True),
     "extract": lambda p: loratool.extract(p["base"], p["tuned"], p["out"], rank=2),
     "init": lambda p: loratool.init(p["base"], p["out"]),
     "resize": lambda p: loratool.resize(p["adapter"], p["out"], rank=2),
@@ -124,6 +128,7 @@ def test_a_report_on_what_was_written_names_it(command: str) -> None:
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("shows")
     loratool.merge(BASE, ADAPTER, folder / "merged", attest=folder / "merged.json")
+    loratool.patch(BASE, TUNED, folder / "tuned.patch")
     save_file({"prompt_embeddings": torch.ones(4, 8)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}')
     words = {"command": "resize", "adapter": str(ADAPTER), "rank": 2, "out": str(folder / "of-run")}
@@ -134,6 +139,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "tuned": TUNED,
         "merged": folder / "merged",
         "statement": folder / "merged.json",
+        "patch": folder / "tuned.patch",
     }
     save_file({"w": torch.ones(2, 2)}, folder / "file.safetensors", {"x": "y"})
     inputs["file"] = folder / "file.safetensors"

@@ -32,6 +32,7 @@ from ...files.codecs.codec import CodeFormat
 from ...files.dtypes import BLOCK_TYPES, DTYPES
 from ...files.output.output import CONTAINERS
 from ...files.states.training_states import STATES
+from ...patches.bodies.table import BODIES
 from ...transform.runtime_limits import FINDINGS
 from ...views.diff_shared import MEANINGS
 from ...views.merge import TensorReport
@@ -76,6 +77,8 @@ WORDS: dict[str, Sequence[str]] = {
     "SpectraReport.what": ("adapter", "checkpoint"),
     "ModuleConvert.how": ("exact", "split", "fused", "swapped", "folded", "expanded", "rounded", "truncated"),
     "TensorReport.dtype": (*STORED, *(key for key, codec in CODECS.items() if isinstance(codec, CodeFormat))),
+    "PatchRow.was": (*STORED, ""),
+    "PatchReport.bodies": tuple(BODIES),
     "MergeReport.quantized": (*WAYS, "like"),
     "MergeReport.sizes": tuple(WAYS),
     "ModuleExtract.how": ("exact", "certified", "estimate"),
