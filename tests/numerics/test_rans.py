@@ -1,4 +1,4 @@
-"""Hold the entropy coder to one in Python's integers that was written from its docstring."""
+"""Hold the entropy coder to one that was written from its docstring in Python's integers, passes or not."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_lanes_are_few() -> None:
 @EITHER
 def test_damage_is_a_value_error_or_other_symbols(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(NATIVE, native)
-    unnoticed = 0
+    tried = unnoticed = 0
     for seed, n in ((1, 300), (2, 5000), (5, 700), (8, 4096)):
         symbols, classes, rows = hostile(n, seed)
         table = table_of(symbols, classes, rows)
@@ -133,15 +133,16 @@ def test_damage_is_a_value_error_or_other_symbols(native: str, monkeypatch: pyte
                 return True
 
         assert not fails(code)
-        assert all(fails(code[:cut]) for cut in range(0, len(code), 1 + len(code) // 200))
+        assert all(fails(code[:cut]) for cut in range(0, len(code), 1 + len(code) // 60))
         assert all(fails(code + more) for more in (b"\0", b"\0\0", b"\xff" * 4))
-        for at in range(0, len(code), 1 + len(code) // 200):
+        for at in range(0, len(code), 1 + len(code) // 60):
             flipped = bytearray(code)
             flipped[at] ^= 1 << at % 8
+            tried += 1
             unnoticed += not fails(bytes(flipped))
         for forged in (table + 1, table // 2, table * 0, np.vstack([table] * 17)):
             assert fails(code, table=forged.astype(np.uint32))
-    assert unnoticed <= 8
+    assert tried > 150 and unnoticed <= 0.02 * tried
 
 
 def test_more_symbols_than_a_code_has_take_no_memory() -> None:

@@ -20,7 +20,8 @@ EITHER = pytest.mark.parametrize("native", ["0", pytest.param("1", marks=needs_p
 WIDTHS = {**{form.name: form.itemsize for form in FORMS.values()}, "U8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1}
 STEPPED = ("classes", "planes", "fields")
 PAIRS = [(key, dtype) for key, body in BODIES.items() for dtype in WIDTHS if body.takes(dtype)]
-each_pair = pytest.mark.parametrize(("key", "dtype"), PAIRS, ids="-".join)
+TYPICAL = [("classes", "BF16"), ("fields", "F16"), ("planes", "F32"), ("codes", "I32")]
+each_pair = pytest.mark.parametrize(("key", "dtype"), PAIRS)
 
 Array = Any  # of unsigned integers
 
@@ -75,12 +76,10 @@ def test_a_naive_reader_has_the_same_numbers(
 ) -> None:
     """Of spans that are empty, of one number, and not a multiple of the lanes; nothing changed, and everything."""
     monkeypatch.setenv(NATIVE, native)
-    for base, target in pairs_of(dtype, (0, 1, 7, 150, 4099) if key != "same" else (5,)):
+    for base, target in pairs_of(dtype, (0, 1, 7, 150) if key != "same" else (5,)):
         if key == "same":
             target = base
         data, back = check(BODIES[key], base, target, dtype)
-        if (base.size > 4000 and (target == 0).all()) or (base.size > 150 and key == "planes"):
-            continue  # slow in Python, and nothing new
         assert naive.read(key, base.tolist(), data, dtype, WIDTHS[dtype]) == target.tolist()
         if key in STEPPED:
             assert back is not None
@@ -132,12 +131,12 @@ def test_zeros_and_nans_of_32_bits_come_back(key: str, native: str, monkeypatch:
 
 
 @needs_passes
-@pytest.mark.parametrize("most", [20_000, slow(3_000_000)])
+@pytest.mark.parametrize("most", [3000, slow(3_000_000)])
 def test_the_passes_make_the_same_bytes(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, (key, dtype) in enumerate(PAIRS):
         if key == "same":
             continue
-        for base, target in pairs_of(dtype, (most - 1237 * i,)):
+        for base, target in pairs_of(dtype, (most + 37 * i,)):
             found = []
             for native in ("0", "1"):
                 monkeypatch.setenv(NATIVE, native)
@@ -145,17 +144,29 @@ def test_the_passes_make_the_same_bytes(most: int, monkeypatch: pytest.MonkeyPat
             assert found[0] == found[1]
 
 
+@needs_passes
+@pytest.mark.parametrize(
+    ("key", "dtype"), [("classes", "BF16"), ("fields", "F16"), ("planes", "F32"), ("codes", "I32")]
+)
+def test_a_naive_reader_has_the_same_numbers_of_several_lanes(key: str, dtype: str) -> None:
+    for base, target in [*pairs_of(dtype, (6001,))][2:5]:
+        data, back = check(BODIES[key], base, target, dtype)
+        assert naive.read(key, base.tolist(), data, dtype, WIDTHS[dtype]) == target.tolist()
+        if key in STEPPED:
+            assert back is not None
+            assert naive.read_back(key, target.tolist(), data, back, dtype) == base.tolist()
+
+
 @EITHER
-@each_pair
+@pytest.mark.parametrize(("key", "dtype"), [pair if pair in TYPICAL else slow(*pair) for pair in PAIRS])
 def test_damage_is_a_value_error_or_other_numbers(
     key: str, dtype: str, native: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And never takes more memory than the tables and some times the span."""
     monkeypatch.setenv(NATIVE, native)
-    n = 6000
-    base = weights(dtype, n, 0)
+    base = weights(dtype, 250, 0)
     out = np.empty_like(base)
-    for share, most in (0.001, 1), (0.3, 3), (1.0, 100):
+    for share, most in (0.01, 1), (0.3, 3), (1.0, 100):
         target = base if key == "same" else changed(base, share, most, 1)
         data, back = check(BODIES[key], base, target, dtype)
         tracemalloc.start()
@@ -167,16 +178,15 @@ def test_damage_is_a_value_error_or_other_numbers(
             fails(BODIES[key].undo, target, damaged, back or b"", dtype, out)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 40 * base.nbytes + (2 << 20)
-        for cut in (*range(0, len(data), 1 + len(data) // 40), -1):
-            assert not data or fails(BODIES[key].decode, base, data[:cut], dtype, out)
+        assert peak < 40 * base.nbytes + (1 << 20)
+        for cut in range(0, len(data), 1 + len(data) // 40):
+            assert fails(BODIES[key].decode, base, data[:cut], dtype, out)
         assert fails(BODIES[key].decode, base, data + b"\0", dtype, out)
 
 
 def damages(data: bytes) -> Iterator[bytes]:
     """Yield data with a byte changed, all of the first ones and some others, cut, longer, and of other lengths."""
-    places = [*range(min(len(data), 60)), *range(60, len(data), 1 + len(data) // 40)]
-    for at in places:
+    for at in [*range(min(len(data), 30)), *range(30, len(data), 1 + len(data) // 30)]:
         yield data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :]
         yield data[:at] + b"\xff" * 4 + data[at + 4 :]
         yield data[:at]
