@@ -42,6 +42,7 @@ MOST_LANES = 4096
 
 _LEAST = np.uint32(1 << 16)  # state
 _FRACTION = 16  # bits of `_costs` behind the point
+_FEW = 16  # lanes for which Python's integers are faster than numpy's rows
 _BULK = 1 << 16  # symbols whose table entries are looked up at a time
 
 
@@ -120,7 +121,7 @@ def encode_symbols(symbols: Bytes, classes: Bytes | None, table: Table) -> bytes
         )
         words = words[words.size - used :]
     else:
-        words = _encode(symbols, classes, table, states)
+        words = (_encode if states.size > _FEW else _encode_singly)(symbols, classes, table, states)
     return states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
 
 
@@ -152,7 +153,7 @@ def decode_symbols(code: bytes | memoryview, n: int, classes: Bytes | None, tabl
             *(_address(words), words.size, _address(symbols)),
         )
     else:
-        used = _decode(classes, entries, states, words, symbols)
+        used = (_decode if states.size > _FEW else _decode_singly)(classes, entries, states, words, symbols)
     if used != words.size or (states != _LEAST).any():
         raise ValueError("words that do not fit")
     return symbols
@@ -216,6 +217,39 @@ def _decode(classes: Bytes | None, entries: Table, states: Table, words: npt.NDA
             x[short] = (x[short] << 16) | words[at : at + short.size]
             at += short.size
     return at
+
+
+def _encode_singly(symbols: Bytes, classes: Bytes | None, table: Table, states: Table) -> npt.NDArray[np.uint16]:
+    index = _index(symbols, classes).tolist()
+    frequency, start = table.reshape(-1).tolist(), (np.cumsum(table, 1, dtype=np.uint32) - table).reshape(-1).tolist()
+    all_x, words, width = states.tolist(), list[int](), states.size
+    for i in range(len(index) - 1, -1, -1):
+        f, x = frequency[index[i]], all_x[i % width]
+        if x >> (32 - BITS) >= f:
+            words.append(x & 0xFFFF)
+            x >>= 16
+        all_x[i % width] = x + x // f * (TOTAL - f) + start[index[i]]
+    states[:] = all_x
+    return np.array(words[::-1], np.uint16)
+
+
+def _decode_singly(
+    classes: Bytes | None, entries: Table, states: Table, words: npt.NDArray[np.uint16], symbols: Bytes
+) -> int:
+    table, starts = entries.tolist(), None if classes is None else (classes.astype(np.intp) << BITS).tolist()
+    all_x, rest, width, out = states.tolist(), words.tolist()[::-1], states.size, list[int]()
+    for i in range(symbols.size):
+        x = all_x[i % width]
+        entry = table[(x & (TOTAL - 1)) + (starts[i] if starts else 0)]
+        out.append(entry & 0xFF)
+        x = ((entry >> 20) + 1) * (x >> BITS) + (entry >> 8 & (TOTAL - 1))
+        if x >> 16 == 0:
+            if not rest:
+                return -1
+            x = x << 16 | rest.pop()
+        all_x[i % width] = x
+    states[:], symbols[:] = all_x, out
+    return words.size - len(rest)
 
 
 def _entries(table: Table) -> Table:
