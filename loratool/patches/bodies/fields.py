@@ -59,7 +59,7 @@ class Fields(SteppedBody):
 
 def _put(steps: Patterns, layout: int, sink: Sink) -> None:
     if layout == _PLACES:
-        positions = np.flatnonzero(steps)
+        positions = np.flatnonzero(steps != 0)
         put_positions(positions, sink)
         put_planes(steps[positions] - 1, sink)
     elif layout:

@@ -64,12 +64,12 @@ class SteppedBody(Body):
         differences -= known
         differences &= _CLASS
         differences |= turned
-        positions = np.flatnonzero(differences)
+        positions = np.flatnonzero(differences != 0)
         if self.has_classes:
             edges = _edges(target, form)
             dense = np.bincount(edges[positions], minlength=_SORTS) * _LISTED >= rans.count(edges, None, 1)[0, :_SORTS]
             sink.put(sum(1 << sort for sort in np.flatnonzero(dense).tolist()).to_bytes(2, "little"))
-            chosen = np.flatnonzero(dense[edges])
+            chosen = _of_sorts(edges, dense)
             sink.put_stream(differences[chosen], edges[chosen], _SORTS)
             positions = positions[~dense[edges[positions]]]
         put_positions(positions, sink)
@@ -103,7 +103,7 @@ class SteppedBody(Body):
         if self.has_classes:
             sorts, edges = int.from_bytes(source.take(2), "little"), _edges(target, form)
             dense = np.array([sorts >> sort & 1 for sort in range(_SORTS)], np.bool_)
-            positions.append(np.flatnonzero(dense[edges]))
+            positions.append(_of_sorts(edges, dense))
             found.append(source.stream(positions[0].size, edges[positions[0]], _SORTS))
             positions[0], found[0] = positions[0][found[0] > 0], found[0][found[0] > 0]
         positions.append(take_positions(source, target.size))
@@ -122,9 +122,10 @@ class SteppedBody(Body):
         return classes(x, bounds, form) if bounds.size else None
 
     def _signed_classes(self, x: Patterns, bounds: Bounds, form: Form) -> Bytes:
-        signed: Bytes = (x >> (8 * form.itemsize - 1)).astype(np.uint8) << np.uint8(7)
-        if bounds.size:
-            signed |= classes(x, bounds, form)
+        signed = classes(x, bounds, form) if bounds.size else np.zeros(x.size, np.uint8)
+        for start in range(0, x.size, BLOCK):
+            part = slice(start, start + BLOCK)
+            signed[part] |= (x[part] >> (8 * form.itemsize - 8)).astype(np.uint8) & _SIGN
         return signed
 
     def _take_bounds(self, source: Source, form: Form) -> Bounds:
@@ -170,3 +171,10 @@ def _edges(x: Patterns, form: Form) -> Bytes:
         part = slice(start, start + BLOCK)
         np.take(of_fraction, (x[part] >> shift) & mask, out=out[part])
     return out
+
+
+def _of_sorts(edges: Bytes, sorts: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+    """Return the positions of the numbers of some sorts."""
+    starts = range(0, edges.size if sorts.any() else 0, BLOCK)
+    found = [np.flatnonzero(np.take(sorts, edges[start : start + BLOCK])) + start for start in starts]
+    return np.concatenate([np.empty(0, np.intp), *found])
