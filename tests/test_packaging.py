@@ -103,7 +103,7 @@ def test_compilers_that_break_the_bounds_are_refused(project: Path, flag: str, m
 
 @needs_passes
 def test_sanitizers_find_nothing(project: Path) -> None:
-    """No access beyond a buffer and no undefined behaviour, in hostile blocks both ways."""
+    """No access beyond a buffer and no undefined behaviour, in hostile blocks both ways, and in damaged patches."""
     flags = "-shared -fPIC -O1 -g -fno-trapping-math -fsanitize=undefined,address -fno-sanitize-recover=all".split()
     out = f"{PASSES}/_native.abi3.so"
     subprocess.run(["gcc", *flags, "-I", INCLUDED, f"{PASSES}/kernel.c", "-o", out], cwd=project, check=True)
@@ -113,10 +113,11 @@ def test_sanitizers_find_nothing(project: Path) -> None:
         ).stdout.strip()
         for name in ("libasan", "libubsan")
     ]
-    path = os.pathsep.join(map(str, (project, ROOT / "tests", ROOT / "tests/numerics")))
+    path = os.pathsep.join(map(str, (project, *(ROOT / f"tests/{folder}" for folder in (".", "numerics", "patches")))))
     variables = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": path}
-    check = "check(0, 200, 7); check(0, 100, 7, make_cast)"
-    code = f"import loratool; from test_passes import check, make_cast; {check}; print(loratool.__file__)"
+    check = "check(0, 200, 7); check(0, 100, 7, make_cast); check_damaged(61)"
+    imports = "import loratool; from test_passes import check, make_cast; from test_bodies import check_damaged"
+    code = f"{imports}; {check}; print(loratool.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=project, env={**os.environ, **variables}, capture_output=True, text=True
     )

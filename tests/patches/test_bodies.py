@@ -69,6 +69,17 @@ def check(body: Body, base: Array, target: Array, dtype: str) -> tuple[bytes, by
     return data, back
 
 
+def check_damaged(seed: int) -> None:
+    """Try all bodies on spans and on damage of their data, for a sanitizer to watch."""
+    for key, dtype in PAIRS:
+        for base, target in pairs_of(dtype, (seed, 97 * seed)):
+            data, back = check(BODIES[key], base, base if key == "same" else target, dtype)
+            for damaged in [*damages(data)][seed % 5 :: 5]:
+                fails(BODIES[key].decode, base, damaged, dtype, np.empty_like(target))
+            for damaged in [*damages(back or b"")][seed % 5 :: 5]:
+                fails(BODIES[key].undo, target, data, damaged, dtype, np.empty_like(target))
+
+
 @EITHER
 @each_pair
 def test_a_naive_reader_has_the_same_numbers(
