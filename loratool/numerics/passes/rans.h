@@ -6,36 +6,39 @@ enum { CODE_BITS = 12, TOTAL = 1 << CODE_BITS, SYMBOLS = 256, MOST_CLASSES = 16 
 /* Of numbers of one width: the step from `from` to `to` in the order of the numbers, away from zero, zigzag; the number
    at a step from `from`, or (back) the one that is a step before it, if it has the sign of `from`; and how many of
    `bounds`, magnitudes, are larger than a number's. */
-#define DEFINE_STEPS(NAME_OF, U, S, BITS)                                                                      \
+#define DEFINE_STEPS(NAME_OF, U, S, BITS)                                                                        \
   INLINE U JOIN(sign, NAME_OF)(U x) { return (U)((S)x >> (BITS - 1)); }                                          \
   INLINE U JOIN(place, NAME_OF)(U x) { return (U)((x & (U)((U)-1 >> 1)) ^ JOIN(sign, NAME_OF)(x)); }             \
-  static void JOIN(make_steps, NAME_OF)(const U *from, const U *to, int64_t n, U *steps) {                     \
-    for (int64_t i = 0; i < n; i++) {                                                                          \
+  static void JOIN(make_steps, NAME_OF)(const U *from, const U *to, int64_t n, U *steps) {                       \
+    for (int64_t i = 0; i < n; i++) {                                                                            \
       const U sign = JOIN(sign, NAME_OF)(from[i]);                                                               \
-      const U up = (U)(JOIN(place, NAME_OF)(to[i]) - JOIN(place, NAME_OF)(from[i])), away = (U)((up ^ sign) - sign); \
+      const U up = (U)(JOIN(place, NAME_OF)(to[i]) - JOIN(place, NAME_OF)(from[i]));                             \
+      const U away = (U)((up ^ sign) - sign);                                                                    \
       steps[i] = (U)((U)(away << 1) ^ JOIN(sign, NAME_OF)(away));                                                \
-    }                                                                                                          \
-  }                                                                                                            \
-  static void JOIN(take_steps, NAME_OF)(const U *from, const U *steps, int64_t n, int back, U *to) {           \
-    const U turn = back ? (U)-1 : 0;                                                                           \
-    for (int64_t i = 0; i < n; i++) {                                                                          \
+    }                                                                                                            \
+  }                                                                                                              \
+  static void JOIN(take_steps, NAME_OF)(const U *from, const U *steps, int64_t n, int back, U *to) {             \
+    const U turn = back ? (U)-1 : 0;                                                                             \
+    for (int64_t i = 0; i < n; i++) {                                                                            \
       const U sign = (U)(JOIN(sign, NAME_OF)(from[i]) ^ turn);                                                   \
-      const U away = (U)((U)(steps[i] >> 1) ^ (U)(0 - (U)(steps[i] & 1)));                                     \
+      const U away = (U)((U)(steps[i] >> 1) ^ (U)(0 - (U)(steps[i] & 1)));                                       \
       const U place = (U)(JOIN(place, NAME_OF)(from[i]) + (U)((away ^ sign) - sign));                            \
       const U below = JOIN(sign, NAME_OF)(place);                                                                \
-      to[i] = (U)((place ^ below) | (below & (U)~(U)((U)-1 >> 1)));                                            \
-    }                                                                                                          \
-  }                                                                                                            \
-  static void JOIN(classify, NAME_OF)(const U *x, int64_t n, const uint64_t *bounds, int64_t count, uint8_t *classes) { \
-    U limits[MOST_CLASSES];                                                                                    \
-    for (int64_t k = 0; k < count; k++) limits[k] = (U)bounds[k];                                              \
-    for (int64_t start = 0; start < n; start += 256) {                                                         \
-      const int64_t size = n - start < 256 ? n - start : 256;                                                  \
-      U above[256] = {0};                                                                                      \
-      for (int64_t k = 0; k < count; k++)                                                                      \
-        for (int64_t i = 0; i < size; i++) above[i] += (x[start + i] & (U)((U)-1 >> 1)) < limits[k];             \
+      to[i] = (U)((place ^ below) | (below & (U)~(U)((U)-1 >> 1)));                                              \
+    }                                                                                                            \
+  }                                                                                                              \
+  static void JOIN(classify, NAME_OF)(                                                                           \
+      const U *x, int64_t n, const uint64_t *bounds, int64_t count, uint8_t *classes) {                          \
+    U limits[MOST_CLASSES];                                                                                      \
+    for (int64_t k = 0; k < count; k++) limits[k] = (U)bounds[k];                                                \
+    for (int64_t start = 0; start < n; start += 256) {                                                           \
+      const int64_t size = n - start < 256 ? n - start : 256;                                                    \
+      U above[256] = {0};                                                                                        \
+      for (int64_t k = 0; k < count; k++)                                                                        \
+        for (int64_t i = 0; i < size; i++)                                                                       \
+          above[i] = (U)(above[i] + ((U)(x[start + i] & (U)((U)-1 >> 1)) < limits[k]));                          \
       for (int64_t i = 0; i < size; i++) classes[start + i] = (uint8_t)above[i];                                 \
-    }                                                                                                          \
+    }                                                                                                            \
   }
 
 DEFINE_STEPS(of_1, uint8_t, int8_t, 8)

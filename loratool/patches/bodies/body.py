@@ -98,7 +98,9 @@ def take_positions(source: Source, n: int) -> Patterns:
         raise ValueError("more positions than numbers")
     gaps = np.zeros(count, np.uint32)
     take_planes(source, gaps, width=3)
-    positions = np.cumsum(gaps.astype(np.int64) + 1) - 1
-    if count and positions[-1] >= n:
+    if count + int(gaps.sum(dtype=np.int64)) > n:
         raise ValueError("a position beyond the end")
-    return positions
+    gaps += 1
+    np.cumsum(gaps, out=gaps)
+    gaps -= 1
+    return gaps
