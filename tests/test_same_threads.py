@@ -88,6 +88,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flux = {name: factors(*shape, 16, seed=n) for n, (name, shape) in enumerate(FLUX.items())}
     write_kohya(folder / "flux.safetensors", flux, torch.tensor(16.0))
     loratool.merge(folder / "base", folder / "one", folder / "merged")
+    loratool.patch(folder / "base", folder / "merged", folder / "merged.patch")
     return folder
 
 
@@ -98,6 +99,8 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "merge of LoHa": lambda i, out: loratool.merge(i / "wide", i / "loha", out),
     "unmerge": lambda i, out: loratool.unmerge(i / "merged", i / "one", out),
     "unmerge without undo": lambda i, out: loratool.unmerge(i / "merged", i / "one", out, approximate=True),
+    "patch": lambda i, out: loratool.patch(i / "base", i / "merged", out.with_suffix(".patch")),
+    "apply": lambda i, out: loratool.apply(i / "base", i / "merged.patch", out),
     "extract of a rank": lambda i, out: loratool.extract(i / "wide", i / "tuned", out, rank=8),
     "extract by energy": lambda i, out: loratool.extract(i / "wide", i / "tuned", out, energy=0.9, certify=True),
     "resize to a rank": lambda i, out: loratool.resize(i / "one", out, rank=8),
@@ -147,6 +150,8 @@ EXAMPLES = [
     "merge",
     "merge of DoRA",
     "unmerge",
+    "patch",
+    "apply",
     "extract of a rank",
     "resize to a rank",
     "resize with an imatrix",

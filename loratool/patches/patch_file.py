@@ -64,6 +64,8 @@ ROW = struct.Struct("<B7xQQ32s32s")
 
 ONE_WAY = (1 << 64) - 1  # the length of what the way back needs, where there is none
 
+LITTLE = 1 << 20  # bytes of what the way back needs that are always kept
+
 NOTHING = bytes(32)  # the hash of what predicts a span, where nothing does
 
 MOST_SIDE = 1 << 28  # bytes of a side file
@@ -146,7 +148,7 @@ def write_patch(target: BinaryIO, content: PatchContent, spans: Iterable[CodedSp
     """Write a patch, and return its size and whether it has a way back.
 
     There is a way back if the target has the base's tensors with their types, and what the way back needs beside the
-    bodies is at most a twelfth of them.
+    bodies is at most a tenth of them, but for LITTLE bytes.
 
     Args:
         spans: in the order of `spans_of`, with their data in a journal.
@@ -157,7 +159,7 @@ def write_patch(target: BinaryIO, content: PatchContent, spans: Iterable[CodedSp
     bodies = sum(_length(each.data) for each in coded)
     back = [None if each.back is None else _length(each.back) for each in coded]
     reversible = content.base is not None and None not in back
-    reversible = reversible and 12 * sum(map(int, filter(None, back))) <= bodies
+    reversible = reversible and 10 * (sum(map(int, filter(None, back))) - LITTLE) <= bodies
     write_at(target, memoryview(PATCH.first_line), 0)
     position, rows = len(PATCH.first_line), bytearray()
     for each, length in zip(coded, back, strict=True):

@@ -61,7 +61,7 @@ class PatchedSource:
 
     def __init__(self, before: TensorSource, name: str, patch: PatchFile, back: bool = False) -> None:
         if back and not patch.reversible:
-            what = "has no way back: it was made without what that needs"
+            what = "has no way back: that needs too much here, or the patch was made with --one-way"
             raise InputError(what, culprit=str(patch.path), remedy="apply it to the base again, and keep the base")
         self.before, self.name, self.patch, self.back = before, name, patch, back
         self.files = patch.base if back and patch.base else patch.target

@@ -134,6 +134,7 @@ def patch_page(report: PatchReport) -> Page:
             Figure(
                 "patch", nbytes(report.nbytes), f"{share(report.nbytes / max(1, report.model_nbytes))} of the model"
             ),
+            Figure("way back", {True: "yes", False: "no", None: "not known yet"}[report.reversible]),
             Figure("tensors", f"{len(report.tensors):,}", f"{report.unchanged:,} do not change"),
         ),
         sheets=(Sheet(report.tensors, COLUMNS, "tensor"),),

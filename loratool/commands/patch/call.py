@@ -21,6 +21,7 @@ class Patch(Call["PatchReport"]):
         base: The model that the reader of the patch has.
         tuned: The model that the patch is to make of it.
         out: Where to write: a file.
+        one_way: Leave out what the way back needs. That takes half of the time, and up to a tenth of the patch.
         fast: Write with fewer tables, in a third of the time; the patch is up to half larger.
 
     Raises:
@@ -34,6 +35,7 @@ class Patch(Call["PatchReport"]):
     tuned: StrPath
     out: Annotated[StrPath | None, Opt("Output", "OUT", "loratool.patch", "-o")] = None
     _: KW_ONLY
+    one_way: Annotated[bool, Opt("Output")] = False
     fast: Annotated[bool, Opt("Output")] = False
     force: calls.Force = False
     resume: calls.Resume = False

@@ -49,7 +49,7 @@ def run_patch(call: Patch) -> PatchReport:
             report = _report(names, compared, spans, sizes, target, left)
             nbytes = sum(size for _, size, _ in sizes)
             return _complete(report, nbytes, dry_run=True, exists=exists)
-        files = _base_files(base) if compared.has_same_tensors else None
+        files = _base_files(base) if compared.has_same_tensors and not call.one_way else None
         head: dict[str, dict[str, Any]] = {
             "options": described_call(call, [input_word(call.base), input_word(call.tuned)]),
             "inputs": described_inputs(shards, [base.config, tuned.config]),
