@@ -14,6 +14,7 @@ to make TUNED's files of BASE's, with all hashes. The same two models give the s
 \b
   loratool patch base/ tuned/ -o tuned.patch
   loratool patch base/ tuned/ --dry-run
+  loratool patch base/ step-1.patch step-2.patch --fold -o both.patch
 """,
     "comparing",
     last="syncing to disk",

@@ -156,8 +156,8 @@ def write_patch(target: BinaryIO, content: PatchContent, spans: Iterable[CodedSp
     coded = list(spans)
     keys = sorted({each.body for each in coded})
     numbers = {key: number for number, key in enumerate(keys)}
-    bodies = sum(_length(each.data) for each in coded)
-    back = [None if each.back is None else _length(each.back) for each in coded]
+    bodies = sum(size_of(each.data) for each in coded)
+    back = [None if each.back is None else size_of(each.back) for each in coded]
     reversible = content.base is not None and None not in back
     reversible = reversible and 10 * (sum(map(int, filter(None, back))) - LITTLE) <= bodies
     write_at(target, memoryview(PATCH.first_line), 0)
@@ -167,7 +167,7 @@ def write_patch(target: BinaryIO, content: PatchContent, spans: Iterable[CodedSp
         if reversible:
             position = _put(target, position, each.back)
         source = span_hash(each.source_hashes) if each.source_hashes else NOTHING
-        lengths = _length(each.data), length if reversible and length is not None else ONE_WAY
+        lengths = size_of(each.data), length if reversible and length is not None else ONE_WAY
         rows += ROW.pack(numbers[each.body], *lengths, source, span_hash(each.hashes))
     index: dict[str, Any] = {
         "version": PATCH.version,
@@ -187,7 +187,7 @@ def write_patch(target: BinaryIO, content: PatchContent, spans: Iterable[CodedSp
     return write_end(target, position, index, _blobs(index), PATCH), reversible
 
 
-def _length(data: bytes | StoredBytes) -> int:
+def size_of(data: bytes | StoredBytes) -> int:
     return data.nbytes if isinstance(data, StoredBytes) else len(data)
 
 
@@ -196,7 +196,7 @@ def _put(target: BinaryIO, position: int, data: bytes | StoredBytes) -> int:
         copy_range(data.file, data.offset, target, position, data.nbytes)
     else:
         write_at(target, memoryview(data), position)
-    return position + _length(data)
+    return position + size_of(data)
 
 
 def _model_entry(files: ModelFiles | None, digest: str) -> dict[str, Any]:

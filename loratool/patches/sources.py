@@ -68,6 +68,7 @@ class PatchedSource:
         self.specs: Mapping[str, TensorSpec] = self.files.specs
         self._places = places_of(patch.spans)
         self._local = threading.local()
+        self.kept: set[int] = set()  # spans that were already what the patch makes of them
         self._require_tensors()
 
     def _require_tensors(self) -> None:
@@ -118,7 +119,8 @@ class PatchedSource:
         if stored is not None:
             hashes = piece_hashes(span, stored)
             found = span_hash(hashes)
-            if span.source == span.dtype and found == after:
+            if found == after != before and span.source == span.dtype:
+                self.kept.add(number)
                 return stored, hashes
             if found != before:
                 raise self._other(number)
@@ -164,7 +166,7 @@ class PatchedSource:
         names = dict.fromkeys(piece.tensor for each in wrong for piece in self.patch.spans[each].pieces)
         shown = ", ".join([*names][:3]) + (" and others" if len(names) > 3 else "")
         of = "made" if self.back else "was made of"
-        what = f"is not the model that {self.patch.path} {of}: {shown} differ"
+        what = f"is not the model that {self.patch.path} {of}: of {shown}, some differ"
         return InputError(what, culprit=self.name, remedy=f"give the model of digest {self._wanted()[:16]}...")
 
     def _wanted(self) -> str:

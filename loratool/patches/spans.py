@@ -42,6 +42,11 @@ class TensorSpan:
     def nbytes(self) -> int:
         return sum(piece.length for piece in self.pieces)
 
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Return what tells the span from others in a journal."""
+        return self.pieces[0].tensor, self.pieces[0].first, self.nbytes
+
 
 def spans_of(specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> list[TensorSpan]:
     """Return the spans of a model's tensors.

@@ -21,6 +21,7 @@ class ApplyReport(WritingReport):
         tensors, spans: of the model that is made.
         reverse: whether the patches were taken off.
         files: its weights files.
+        done: the model that was given was already what the first patch makes.
     """
 
     document_function: ClassVar[str] = "apply_document"
@@ -34,6 +35,7 @@ class ApplyReport(WritingReport):
     spans: int
     reverse: bool
     files: tuple[str, ...]
+    done: bool
     warnings: tuple[str, ...] = ()
 
 
@@ -47,6 +49,7 @@ def apply_document(report: ApplyReport, verbose: bool) -> Document:
         subject=line(*spans, " -> ", path(report.out), dry_run_mark(report)),
         warnings=report.warnings,
         verdict=(
+            *([line(path(report.base), " is already what ", path(report.patches[0]), " makes")] if report.done else []),
             line(f"would make {how}" if report.dry_run else how),
             outcome(report.out, report.dry_run, nbytes(report.nbytes)),
         ),

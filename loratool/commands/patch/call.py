@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from .. import calls
-from ..arguments import Opt, StrPath
+from ..arguments import Opt, Paths, StrPath
 from ..calls import Call, function_of
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ class Patch(Call["PatchReport"]):
 
     Args:
         base: The model that the reader of the patch has.
-        tuned: The model that the patch is to make of it.
+        tuned: The model that the patch is to make of it; with --fold, patches from BASE on, in their order.
+        fold: Write one patch of several: it makes what they make of BASE one after the other.
         out: Where to write: a file.
         one_way: Leave out what the way back needs. That takes half of the time, and up to a tenth of the patch.
         fast: Write with fewer tables, in a third of the time; the patch is up to half larger.
@@ -32,9 +33,10 @@ class Patch(Call["PatchReport"]):
     work: ClassVar[str] = "patch.command.run_patch"
 
     base: StrPath
-    tuned: StrPath
+    tuned: Annotated[Paths, Opt(metavar="TUNED")]
     out: Annotated[StrPath | None, Opt("Output", "OUT", "loratool.patch", "-o")] = None
     _: KW_ONLY
+    fold: Annotated[bool, Opt("About the inputs")] = False
     one_way: Annotated[bool, Opt("Output")] = False
     fast: Annotated[bool, Opt("Output")] = False
     force: calls.Force = False

@@ -105,10 +105,7 @@ def code_spans(
         if progress:
             progress(done, total)
 
-    tasks = [
-        Task(number, (span.pieces[0].tensor, span.pieces[0].first, span.nbytes), partial(_coded, span, sides))
-        for number, span in enumerate(spans)
-    ]
+    tasks = [Task(number, span.place, partial(_coded, span, sides)) for number, span in enumerate(spans)]
     return run_tasks("coded", tasks, job, journal, workers, finished, is_last=True)
 
 

@@ -4,63 +4,93 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...durable.journal import Journal
 from ...durable.partial import partial_file, partial_path
-from ...errors import InputError
+from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
 from ...files.digest import tensors_of
 from ...files.folder.side_files import LeftBehind
 from ...files.output.paths import check_output_path
-from ...files.weights_file import described_inputs, paths_of, require_unchanged
+from ...files.weights_file import WeightsFile, described_inputs, paths_of, require_unchanged
+from ...patches.chain import PatchChain
 from ...patches.model_files import ModelFiles
-from ...patches.patch_file import CodedSpan, PatchContent, SideFile, may_bring, write_patch
+from ...patches.patch_file import CodedSpan, PatchContent, SideFile, may_bring, size_of, write_patch
 from ...patches.side import read_side_file, side_names
-from ...patches.sources import ModelSource
-from ...patches.spans import TensorSpan, digest_of_spans
+from ...patches.sources import ModelSource, TensorSource
+from ...patches.spans import digest_of_spans
 from ...streaming.journaled import journaled
-from ...streaming.parallel import worker_count
+from ...streaming.parallel import map_in_order, worker_count
 from ...streaming.ranks import Job, current_job
 from ...views.patch import BodySize, PatchReport, PatchRow
+from ..arguments import parse_paths
 from ..cards import described_call, input_word
 from .call import Patch
 from .coding import Sides, SpecComparison, base_digest, code_spans, compare_specs, estimated
 
+CODE = "code or a pickle that is not the base's, which a patch does not bring"
+
 RESULTS = {CodedSpan.__name__: CodedSpan}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that a patch is to make: on disk, or what a chain of patches makes.
+
+    Attributes:
+        name: as it was given.
+        side: its side files.
+        left: files beside it that stay behind.
+        digest: None if it is not known yet.
+        opened: its weights files, or those of the patches' base.
+    """
+
+    name: str
+    files: ModelFiles
+    source: TensorSource
+    side: Mapping[str, bytes]
+    left: tuple[LeftBehind, ...]
+    digest: str | None
+    opened: tuple[WeightsFile, ...]
+    paths: tuple[Path, ...]
 
 
 def run_patch(call: Patch) -> PatchReport:
     """Write the difference of two models."""
     path, workers = Path(call.out or "loratool.patch"), call.workers or worker_count()
-    with closing(open_checkpoint(call.base)) as base, closing(open_checkpoint(call.tuned)) as tuned:
-        shards = (*base.shards, *tuned.shards)
-        exists = check_output_path(path, True, paths_of(shards), call.force, dry_run=call.dry_run)
-        target = ModelFiles.of(tuned)
-        compared = compare_specs(base.stored, [*tensors_of(base.shards)], target)
-        spans = compared.spans()
-        side, base_side, left = compare_side_files(base, tuned)
-        names = os.fspath(call.base), os.fspath(call.tuned), str(path)
+    with ExitStack() as opened:
+        base = opened.enter_context(closing(open_checkpoint(call.base)))
+        target = _open_target(call, base, opened)
+        inputs = [*paths_of(base.shards), *target.paths]
+        exists = check_output_path(path, True, inputs, call.force, dry_run=call.dry_run)
+        compared = compare_specs(base.stored, [*tensors_of(base.shards)], target.files)
+        side, base_side = compare_side_files(base, target)
+        kept_back = [LeftBehind(each, len(target.side[each]), CODE) for each in target.side.keys() - side.keys()]
+        target = replace(target, left=(*target.left, *kept_back))
+        spans, report = compared.spans(), partial(_report, os.fspath(call.base), target, str(path), compared)
         if call.dry_run:
-            sides = Sides(ModelSource(base), ModelSource(tuned), call.fast, keep_back=False)
-            sizes = [estimated(span, sides) for span in spans]
-            report = _report(names, compared, spans, sizes, target, left)
-            nbytes = sum(size for _, size, _ in sizes)
-            return _complete(report, nbytes, dry_run=True, exists=exists)
+            sides = Sides(ModelSource(base), target.source, call.fast, keep_back=False)
+            with closing(map_in_order(partial(estimated, sides=sides), spans, workers)) as estimates:
+                sizes = list(estimates)
+            return report(sizes, nbytes=sum(size for _, size, _ in sizes), dry_run=True, exists=exists)
         files = _base_files(base) if compared.has_same_tensors and not call.one_way else None
+        words = map(input_word, (call.base, *parse_paths(call.tuned)))
         head: dict[str, dict[str, Any]] = {
-            "options": described_call(call, [input_word(call.base), input_word(call.tuned)]),
-            "inputs": described_inputs(shards, [base.config, tuned.config]),
+            "options": described_call(call, [*words]),
+            "inputs": described_inputs((*base.shards, *target.opened), [base.config, target.digest]),
         }
         with _opened(path, head, call.resume) as (job, journal, place):
-            sides = Sides(ModelSource(base), ModelSource(tuned), call.fast, keep_back=files is not None)
+            sides = Sides(ModelSource(base), target.source, call.fast, keep_back=files is not None)
             coded = code_spans(spans, sides, job, journal, workers, call.progress)
-            require_unchanged(shards)
+            require_unchanged((*base.shards, *target.opened))
             content = PatchContent(
                 base=files,
-                target=target,
+                target=target.files,
                 base_digest=base_digest(base, spans, coded, workers),
                 digest=digest_of_spans(compared.specs, spans, [each.hashes for each in coded]),
                 cast=compared.cast,
@@ -69,16 +99,30 @@ def run_patch(call: Patch) -> PatchReport:
                 side=side,
                 base_side=base_side,
             )
+            if target.digest not in (None, content.digest):
+                raise InputError("makes another model than it names", culprit=str(target.paths[-1]))
             assert place is not None
             nbytes, reversible = write_patch(place, content, coded)
-        sizes = [(each.body, _length(each.data), each.changed) for each in coded]
-        report = _report(names, compared, spans, sizes, target, left)
-        digests = {names[0]: content.base_digest, names[1]: content.digest}
-        return _complete(report, nbytes, reversible=reversible, digests=digests)
+        sizes = [(each.body, size_of(each.data), each.changed) for each in coded]
+        digests = {os.fspath(call.base): content.base_digest, target.name: content.digest}
+        return report(sizes, nbytes=nbytes, reversible=reversible, digests=digests)
 
 
-def _length(data: Any) -> int:
-    return data if isinstance(data, int) else getattr(data, "nbytes", len(data) if isinstance(data, bytes) else 0)
+def _open_target(call: Patch, base: Checkpoint, opened: ExitStack) -> Target:
+    paths = parse_paths(call.tuned)
+    if call.fold:
+        chain = opened.enter_context(closing(PatchChain(base, os.fspath(call.base), paths)))
+        places = tuple(patch.path for patch in chain.patches)
+        return Target(paths[-1], chain.files, chain.source, chain.side(), (), chain.digest, base.shards, places)
+    if len(paths) > 1:
+        raise UsageError("one TUNED, or patches with --fold", culprit=paths[1], remedy="give one model, or add --fold")
+    tuned = opened.enter_context(closing(open_checkpoint(paths[0])))
+    names = side_names(tuned)
+    side = {name: read_side_file(tuned, name) for name in names}
+    left = () if tuned.given_as_file else classify_checkpoint(tuned)[1]
+    rest = tuple(each for each in left if each.name not in names)
+    files = ModelFiles.of(tuned)
+    return Target(paths[0], files, ModelSource(tuned), side, rest, None, tuned.shards, (*paths_of(tuned.shards),))
 
 
 @contextmanager
@@ -103,48 +147,45 @@ def _base_files(base: Checkpoint) -> ModelFiles | None:
         return None
 
 
-def compare_side_files(
-    base: Checkpoint, tuned: Checkpoint
-) -> tuple[dict[str, SideFile], dict[str, SideFile], list[LeftBehind]]:
-    """Return the target's side files, those of the base that the target has not or not so, and what stays behind.
+def compare_side_files(base: Checkpoint, target: Target) -> tuple[dict[str, SideFile], dict[str, SideFile]]:
+    """Return the target's side files, and those of the base that the target has not, or not so.
 
-    Content that the base has too is left out.
+    Content that the base has too is left out, and so is what a patch may not bring.
     """
-    if tuned.given_as_file:
-        return {}, {}, []
-    left = [each for each in classify_checkpoint(tuned)[1] if each.name not in side_names(tuned)]
-    sides = [{name: read_side_file(each, name) for name in side_names(each)} for each in (tuned, base)]
-    wanted = {name: data for name, data in sides[0].items() if may_bring(name) or sides[1].get(name) == data}
-    left += [LeftBehind(name, len(sides[0][name]), CODE_DIFFERS) for name in sides[0].keys() - wanted.keys()]
-    side = {name: _side_file(data, sides[1].get(name)) for name, data in wanted.items()}
-    others = {name: data for name, data in sides[1].items() if wanted.get(name) != data and may_bring(name)}
-    return side, {name: _side_file(data, None) for name, data in others.items()}, left
-
-
-CODE_DIFFERS = "code or a pickle, which a patch does not bring"
-
-
-def _side_file(data: bytes, other: bytes | None) -> SideFile:
-    return SideFile.of(data, known=data == other)
+    others = {name: read_side_file(base, name) for name in side_names(base)} if target.side else {}
+    side = {
+        name: SideFile.of(data, known=others.get(name) == data)
+        for name, data in target.side.items()
+        if may_bring(name) or others.get(name) == data
+    }
+    rest = {name: data for name, data in others.items() if target.side.get(name) != data and may_bring(name)}
+    return side, {name: SideFile.of(data, known=False) for name, data in rest.items()}
 
 
 def _report(
-    names: tuple[str, str, str],
+    base: str,
+    target: Target,
+    out: str,
     compared: SpecComparison,
-    spans: Sequence[TensorSpan],
     sizes: Sequence[tuple[str, int, tuple[int, ...]]],
-    target: ModelFiles,
-    left: Sequence[LeftBehind],
-) -> dict[str, Any]:
-    """Return the fields of the report that follow from the spans."""
-    changed, nbytes, bodies = dict[str, int](), dict[str, float](), dict[str, list[int]]()
-    for span, (body, size, counts) in zip(spans, sizes, strict=True):
+    nbytes: int,
+    dry_run: bool = False,
+    reversible: bool | None = None,
+    **more: Any,
+) -> PatchReport:
+    """Return the report.
+
+    Args:
+        sizes: of each span its body, the bytes of it, and how many numbers of each piece change.
+    """
+    changed, of_tensor, bodies = dict[str, int](), dict[str, float](), dict[str, list[int]]()
+    for span, (body, size, counts) in zip(compared.spans(), sizes, strict=True):
         total = bodies.setdefault(body, [0, 0, 0])
         total[0], total[1], total[2] = total[0] + 1, total[1] + span.nbytes, total[2] + size
         weight = sum(counts) or 1
         for piece, count in zip(span.pieces, counts, strict=True):
             changed[piece.tensor] = changed.get(piece.tensor, 0) + count
-            nbytes[piece.tensor] = nbytes.get(piece.tensor, 0.0) + size * count / weight
+            of_tensor[piece.tensor] = of_tensor.get(piece.tensor, 0.0) + size * count / weight
     rows = tuple(
         PatchRow(
             name=name,
@@ -153,25 +194,25 @@ def _report(
             nbytes=spec.nbytes,
             changed=changed[name],
             numbers=max(1, spec.size),
-            patch_nbytes=round(nbytes[name]),
+            patch_nbytes=round(of_tensor[name]),
         )
         for name, spec in compared.specs.items()
         if changed.get(name)
     )
-    return {
-        "base": names[0],
-        "tuned": names[1],
-        "out": names[2],
-        "model_nbytes": sum(spec.nbytes for spec in compared.specs.values()),
-        "tensors": rows,
-        "unchanged": sum(not changed.get(name) for name in compared.specs),
-        "bodies": {key: BodySize(*total) for key, total in sorted(bodies.items())},
-        "new": compared.new,
-        "removed": compared.removed,
-        "left_behind": tuple(left),
-        "files": tuple(file.name for file in target.files),
-    }
-
-
-def _complete(fields: Mapping[str, Any], nbytes: int, **more: Any) -> PatchReport:
-    return PatchReport(**fields, nbytes=nbytes, **{"dry_run": False, "reversible": None, **more})
+    return PatchReport(
+        base=base,
+        tuned=target.name,
+        out=out,
+        dry_run=dry_run,
+        nbytes=nbytes,
+        model_nbytes=sum(spec.nbytes for spec in compared.specs.values()),
+        tensors=rows,
+        unchanged=sum(not changed.get(name) for name in compared.specs),
+        bodies={key: BodySize(*total) for key, total in sorted(bodies.items())},
+        new=compared.new,
+        removed=compared.removed,
+        reversible=reversible,
+        files=tuple(file.name for file in target.files.files),
+        left_behind=target.left,
+        **more,
+    )

@@ -1,0 +1,109 @@
+"""Put patches one after the other: what a chain of them makes of a model, read in one pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+from ..errors import InputError
+from ..files.checkpoint import Checkpoint
+from .patch_file import PatchFile, SideFile
+from .side import read_side_file, side_names
+from .sources import ModelSource, PatchedSource
+
+Reads = dict[str, Callable[[], bytes]]  # a side file -> what reads it
+
+
+class PatchChain:
+    """Patches that are applied to a model, or taken off it.
+
+    Attributes:
+        patches: in their order.
+        source: the model that they make.
+        files: its files.
+        digest: its digest.
+
+    Raises:
+        InputError: a patch is damaged, does not follow from the one before, or is not of this model.
+    """
+
+    def __init__(self, base: Checkpoint, name: str, paths: Sequence[str], back: bool = False) -> None:
+        self.patches: list[PatchFile] = []
+        try:
+            for path in paths:
+                self.patches.append(PatchFile(Path(path)))
+            _require_links(self.patches)
+            steps = [*reversed(self.patches)] if back else self.patches
+            first: ModelSource | PatchedSource = ModelSource(base)
+            self._side: Reads = {each: partial(read_side_file, base, each) for each in side_names(base)}
+            made = []
+            for patch in steps:
+                first = PatchedSource(first, name, patch, back)
+                made.append(first)
+                self._side = _side_after(self._side, patch, back, name)
+        except BaseException:
+            self.close()
+            raise
+        self._first, self.source, self._back = made[0], made[-1], back
+        self.files, self.last = self.source.files, steps[-1]
+        self.digest = self.last.base_digest if back else self.last.digest
+
+    def side(self) -> dict[str, bytes]:
+        """Return the side files of the model that the chain makes.
+
+        Raises:
+            InputError: one is needed from beside the base, and is another or missing.
+        """
+        return {name: read() for name, read in self._side.items()}
+
+    def given_digest(self) -> str | None:
+        """Return the digest of the model that was given, after all spans were made; None if not all of it was read."""
+        patch = self._first.patch
+        if self._first.kept or patch.cast or patch.index["removed"]:
+            return None
+        return str(patch.digest if self._back else patch.base_digest)
+
+    def is_done(self) -> bool:
+        """Return whether the model that was given was what the first patch makes, after all spans were made."""
+        changing = {number for number, row in enumerate(self._first.patch.rows) if row.hash != row.source_hash}
+        return bool(self._first.kept) and changing <= self._first.kept
+
+    def close(self) -> None:
+        for patch in self.patches:
+            patch.close()
+
+
+def _require_links(patches: Sequence[PatchFile]) -> None:
+    """Raise InputError unless each patch begins where the one before ends."""
+    for before, after in pairwise(patches):
+        if before.digest != after.base_digest:
+            maker = next((each for each in patches if each.digest == after.base_digest), None)
+            remedy = f"give it after {maker.path}" if maker else "give the patches between them too"
+            what = f"does not begin where {before.path} ends: it is of the model {after.base_digest[:16]}..., not "
+            raise InputError(f"{what}{before.digest[:16]}...", culprit=str(after.path), remedy=remedy)
+
+
+def _side_after(before: Reads, patch: PatchFile, back: bool, name: str) -> Reads:
+    """Return what reads the side files of the model that a patch makes."""
+    wanted: Mapping[str, SideFile] = patch.side
+    if back:
+        wanted = {each: entry for each, entry in wanted.items() if entry.content is None} | patch.base_side
+    return {
+        each: partial(_known, before.get(each), patch, entry, os.path.join(name, each))
+        if entry.content is None
+        else partial(bytes, entry.content)
+        for each, entry in wanted.items()
+    }
+
+
+def _known(read: Callable[[], bytes] | None, patch: PatchFile, entry: SideFile, path: str) -> bytes:
+    """Read a side file that a patch knows only by its hash."""
+    data = read() if read else None
+    if data is None or SideFile.of(data, known=True).sha256 != entry.sha256:
+        is_now = "missing" if data is None else "another file"
+        what = f"is needed as it was when {patch.path} was made, and is {is_now}"
+        raise InputError(what, culprit=path, remedy="give the whole model that the patch is for")
+    return data
