@@ -15,7 +15,7 @@ from loratool.numerics.passes.native import NATIVE
 from loratool.numerics.rans import Bytes, Table
 
 EITHER = pytest.mark.parametrize("native", ["0", pytest.param("1", marks=needs_passes)])
-SIZES = (0, 1, 2, 3, 255, 4095, 4096, 4097, 8191, 10_000)
+SIZES = (0, 1, 2, 3, 255, 8191, 8192, 8193, 20_000)
 
 
 def hostile(n: int, seed: int) -> tuple[Bytes, Bytes | None, int]:
@@ -43,7 +43,7 @@ def table_of(symbols: Bytes, classes: Bytes | None, rows: int) -> Table:
 @pytest.mark.parametrize("n", SIZES)
 def test_codes_are_those_of_a_naive_coder(n: int, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(NATIVE, native)
-    for seed in range(3 if n > 4000 else 10):
+    for seed in range(2 if n > 8000 else 10):
         symbols, classes, rows = hostile(n, seed)
         table = table_of(symbols, classes, rows)
         code = rans.encode_symbols(symbols, classes, table)
@@ -54,10 +54,10 @@ def test_codes_are_those_of_a_naive_coder(n: int, native: str, monkeypatch: pyte
 
 
 @needs_passes
-@pytest.mark.parametrize("most", [1 << 15, slow(1 << 22)])
+@pytest.mark.parametrize("most", [1 << 18, slow(1 << 22)])
 def test_the_passes_make_the_same_bytes(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for seed in range(30):
-        symbols, classes, rows = hostile(most * (seed + 1) // 30 - seed, seed)
+    for seed in range(12):
+        symbols, classes, rows = hostile(most * (seed + 1) // 12 - seed, seed)
         marks = np.random.default_rng(seed).random((rows, 256)) < 0.1
         marks[:, 255] = True
         found: list[list[Any]] = []
@@ -112,8 +112,8 @@ def test_a_code_is_as_long_as_its_cost() -> None:
 
 
 def test_lanes_are_few() -> None:
-    assert [rans.lanes(n) for n in (0, 1, 4095, 4096, 1 << 20, 1 << 23, 1 << 24)] == [1, 1, 1, 2, 512, 4096, 4096]
-    assert all(4 * rans.lanes(n) <= 0.002 * n + 4 for n in range(1, 1 << 24, 997))
+    assert [rans.lanes(n) for n in (0, 1, 8191, 8192, 1 << 20, 1 << 23, 1 << 24)] == [1, 1, 1, 2, 256, 2048, 4096]
+    assert all(4 * rans.lanes(n) <= 0.001 * n + 4 for n in range(1, 1 << 24, 997))
     assert all(rans.lanes(n) == naive.lanes(n) for n in range(1, 1 << 24, 99_991))
 
 
@@ -121,7 +121,7 @@ def test_lanes_are_few() -> None:
 def test_damage_is_a_value_error_or_other_symbols(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(NATIVE, native)
     tried = unnoticed = 0
-    for seed, n in ((1, 300), (2, 5000), (5, 700), (8, 4096)):
+    for seed, n in ((1, 300), (2, 9000), (5, 700), (8, 17_000)):
         symbols, classes, rows = hostile(n, seed)
         table = table_of(symbols, classes, rows)
         code = rans.encode_symbols(symbols, classes, table)
@@ -142,7 +142,7 @@ def test_damage_is_a_value_error_or_other_symbols(native: str, monkeypatch: pyte
             unnoticed += not fails(bytes(flipped))
         for forged in (table + 1, table // 2, table * 0, np.vstack([table] * 17)):
             assert fails(code, table=forged.astype(np.uint32))
-    assert tried > 150 and unnoticed <= 0.02 * tried
+    assert tried > 100 and unnoticed <= 0.02 * tried
 
 
 def test_more_symbols_than_a_code_has_take_no_memory() -> None:

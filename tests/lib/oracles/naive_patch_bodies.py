@@ -13,7 +13,7 @@ Table = list[list[int]]
 
 def lanes(n: int) -> int:
     found = 1
-    while 2 * found * 2048 <= n and found < 4096:
+    while 2 * found * 4096 <= n and found < 4096:
         found *= 2
     return found
 
