@@ -49,7 +49,7 @@ class Body(ABC):
         """Write the base.
 
         Raises:
-            ValueError: as of `decode`, or `back` has been None.
+            ValueError: as of `decode`; or the data never has a way back.
         """
 
     def encode(self, base: Patterns, target: Patterns, dtype: str) -> bytes:

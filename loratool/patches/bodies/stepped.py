@@ -67,7 +67,7 @@ class SteppedBody(Body):
         positions = np.flatnonzero(differences != 0)
         if self.has_classes:
             edges = _edges(target, form)
-            dense = np.bincount(edges[positions], minlength=_SORTS) * _LISTED >= rans.count(edges, None, 1)[0, :_SORTS]
+            dense = np.bincount(edges[positions], minlength=_SORTS) * _LISTED > rans.count(edges, None, 1)[0, :_SORTS]
             sink.put(sum(1 << sort for sort in np.flatnonzero(dense).tolist()).to_bytes(2, "little"))
             chosen = _of_sorts(edges, dense)
             sink.put_stream(differences[chosen], edges[chosen], _SORTS)
