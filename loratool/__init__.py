@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .views.inspect_adapter import AdapterInspection
     from .views.inspect_files import FilesReport
     from .views.inspect_model import CheckpointReport, MethodReport
+    from .views.inspect_patch import PatchInspection
     from .views.inspect_runtime import RuntimeInspection
     from .views.inspect_spectra import SpectraReport
     from .views.merge import MergeReport
@@ -107,6 +108,7 @@ _HOMES = {
     "open_checkpoint": "commands.opened",
     "read_report": "commands.report_files",
     "write_report": "commands.report_files",
+    "PatchInspection": "views.inspect_patch",
     "PatchReport": "views.patch",
     "patch": "commands.patch.call",
     "ResizeReport": "views.resize",
@@ -152,6 +154,7 @@ __all__ = [
     "NeedsFlag",
     "OpenAdapter",
     "OpenCheckpoint",
+    "PatchInspection",
     "PatchReport",
     "ResizeReport",
     "RunReport",

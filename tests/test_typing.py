@@ -68,6 +68,8 @@ if isinstance(found, loratool.AdapterInspection):
     print(found.problems)
 elif isinstance(found, loratool.MethodReport):
     print(found.path)
+elif isinstance(found, loratool.PatchInspection):
+    print(found.reversible, found.bodies["classes"].patch_nbytes)
 else:
     print(found.parameters)
 print(loratool.spectra("base", target=("q_proj",)).modules[0].top[0], loratool.count("config.json", rank=8).methods)

@@ -113,6 +113,7 @@ def _inspect(
     if files:
         context.exit(_files(shown, path))
     from ..views.inspect_model import CheckpointReport, MethodReport
+    from ..views.inspect_patch import PatchInspection
     from .render import print_report
 
     with _hashing(shown) if digest else nullcontext() as bar:
@@ -120,9 +121,9 @@ def _inspect(
     status = None
     if isinstance(report, MethodReport):
         status = "other method" if strict else None
-    elif not isinstance(report, CheckpointReport):
+    elif not isinstance(report, CheckpointReport | PatchInspection):
         status = "problems" if strict and report.problems else None
-    print_report("inspect", report, **shown, status=status, extra=report.metadata if metadata else {})
+    print_report("inspect", report, **shown, status=status, extra=getattr(report, "metadata", {}) if metadata else {})
     if status:
         context.exit(1)
 

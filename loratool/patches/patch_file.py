@@ -46,13 +46,13 @@ from ..files.containers.indexed_file import (
 )
 from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS
 from ..files.folder.model_folder import INDEX_NAMES, PICKLES
-from ..files.folder.side_files import CARD, CODE, side_row
+from ..files.folder.side_files import CARD, CODE, PATCH_MARK, side_row
 from .bodies.table import BODIES
 from .model_files import ModelFiles
 from .spans import spans_of
 
 PATCH = FileKind(
-    mark=b"loratool patch ",
+    mark=PATCH_MARK,
     version=1,
     end=b"lorapatc",
     noun="a patch of loratool",

@@ -36,6 +36,10 @@ BEFORE = {
         "init base/ --method pissa --residual left/ -o start/",
     ],
     "diff": ["merge base/ adapter/ -o merged/", "merge base/ adapter/ -o rebuilt/"],
+    "patch": [
+        "patch base/ tuned/ -o step-1.patch",
+        "patch tuned/ base/ -o step-2.patch",
+    ],
     "unmerge": ["merge base/ adapter/ -o merged/", "merge base/ style/:0.7 task/:-0.2 -o mixed/ --no-undo"],
     "verify": [
         "merge base/ adapter/ -o merged/ --attest merged.intoto.json",

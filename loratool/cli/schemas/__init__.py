@@ -78,6 +78,8 @@ WORDS: dict[str, Sequence[str]] = {
     "ModuleConvert.how": ("exact", "split", "fused", "swapped", "folded", "expanded", "rounded", "truncated"),
     "TensorReport.dtype": (*STORED, *(key for key, codec in CODECS.items() if isinstance(codec, CodeFormat))),
     "PatchRow.was": (*STORED, ""),
+    "PatchedTensor.was": (*STORED, ""),
+    "PatchInspection.bodies": tuple(BODIES),
     "PatchReport.bodies": tuple(BODIES),
     "MergeReport.quantized": (*WAYS, "like"),
     "MergeReport.sizes": tuple(WAYS),

@@ -18,15 +18,17 @@ if TYPE_CHECKING:
         CheckpointReport,  # noqa: F401
         MethodReport,  # noqa: F401
     )
+    from ...views.inspect_patch import PatchInspection  # noqa: F401
     from ...views.inspect_runtime import RuntimeInspection  # noqa: F401
     from ...views.inspect_spectra import SpectraReport  # noqa: F401
 
 
 @dataclass(frozen=True)
-class Inspect(Call["CheckpointReport | AdapterInspection | MethodReport"]):
+class Inspect(Call["CheckpointReport | AdapterInspection | MethodReport | PatchInspection"]):
     """Show what is in a checkpoint or an adapter, and what is wrong with it.
 
-    Files of other methods, such as a ControlNet, are recognized by the names of their tensors.
+    Files of other methods, such as a ControlNet, are recognized by the names of their tensors. Of a patch only the
+    index is read.
 
     Args:
         path: A folder or a file.

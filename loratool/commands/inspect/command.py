@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...adapters.config import named_base
@@ -26,8 +27,10 @@ from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype, read_c
 from ...files.codecs.quantized import Coded, is_marker
 from ...files.containers.gguf_file import GgufFile
 from ...files.dtypes import FLOATS, TensorSpec
+from ...files.folder.side_files import is_patch
 from ...files.weights_file import WeightsFile, require_unchanged
 from ...views.inspect_model import CheckpointReport, Group, MethodReport
+from ...views.inspect_patch import PatchInspection
 from .call import Inspect
 
 if TYPE_CHECKING:
@@ -36,8 +39,15 @@ if TYPE_CHECKING:
 R = TypeVar("R", "CheckpointReport", "AdapterInspection", "MethodReport")
 
 
-def run_inspect(call: Inspect) -> CheckpointReport | AdapterInspection | MethodReport:
+def run_inspect(call: Inspect) -> CheckpointReport | AdapterInspection | MethodReport | PatchInspection:
     """Describe a checkpoint, an adapter or the output of another method. The tensors' names decide which it is."""
+    if is_patch(Path(call.path)):
+        _refuse_options(call.path, "is a patch", call.base, call.alpha)
+        if call.digest:
+            raise UsageError("is a patch, whose index has the digests of both models", culprit=os.fspath(call.path))
+        from .patches import inspect_patch
+
+        return inspect_patch(call.path)
     if holds_adapter(call.path):
         if other := open_other(call.path):
             file, fields, key, method = other

@@ -95,6 +95,7 @@ KINDS = (
     Kind("a PDF document", DOWNLOAD, rb"%PDF-"),
     Kind("a file of torch.save in pickle protocol 0, which torch.load does not read either", SAVE,
          rb"L119547037146038801333356L\n\.I"),
+    Kind("a patch of loratool, not weights", "to make its model: loratool apply BASE FILE -o OUT", rb"loratool patch "),
     Kind("an undo file of loratool, not weights", "to restore the base: loratool unmerge MERGED ADAPTER --undo FILE",
          rb"loratool undo "),
     Kind("a pickle of Python objects, which is a program and is not run", SAVE,

@@ -26,6 +26,8 @@ MODELFILE = "Modelfile"  # Ollama reads it, beside an adapter
 
 UNDO_MARK = b"loratool undo "  # the first bytes of an undo file of any version
 
+PATCH_MARK = b"loratool patch "  # the same of a patch
+
 INITIAL = "initial_adapter"  # the subfolder of a residual base with the factors that were subtracted from it
 
 TEMPLATES, GENERATION = "additional_chat_templates", "generation_config.json"
@@ -301,10 +303,19 @@ def has_card(folder: Path) -> bool:
 
 def is_undo_file(path: Path) -> bool:
     """Return whether `path` is a file, not a link, that begins with `UNDO_MARK`."""
-    if path.is_symlink() or not path.is_file():
+    return not path.is_symlink() and _begins_with(path, UNDO_MARK)
+
+
+def is_patch(path: Path) -> bool:
+    """Return whether `path` is a file that begins with `PATCH_MARK`."""
+    return _begins_with(path, PATCH_MARK)
+
+
+def _begins_with(path: Path, mark: bytes) -> bool:
+    if not path.is_file():
         return False
     with open_for_reading(path) as file:
-        return file.read(len(UNDO_MARK)) == UNDO_MARK
+        return file.read(len(mark)) == mark
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -1,0 +1,53 @@
+"""Look into a patch: its index alone says what it is for."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+
+from ...patches.patch_file import PatchFile
+from ...views.inspect_patch import PatchedTensor, PatchInspection
+from ...views.patch import BodySize
+
+
+def inspect_patch(path: str | os.PathLike[str]) -> PatchInspection:
+    """Return what a patch says of itself.
+
+    Raises:
+        InputError: it is damaged, forged or of another version.
+    """
+    with closing(PatchFile(Path(path))) as patch:
+        bodies, sizes = dict[str, list[int]](), dict[str, float]()
+        for span, row in zip(patch.spans, patch.rows, strict=True):
+            size, total = row.length + (row.back or 0), bodies.setdefault(row.body, [0, 0, 0])
+            total[0], total[1], total[2] = total[0] + 1, total[1] + span.nbytes, total[2] + size
+            for piece in span.pieces if row.source_hash != row.hash else ():
+                sizes[piece.tensor] = sizes.get(piece.tensor, 0.0) + size * piece.length / span.nbytes
+        specs, new = patch.target.specs, {*patch.new}
+        rows = tuple(
+            PatchedTensor(
+                name=name,
+                dtype=spec.dtype,
+                was="" if name in new else patch.cast.get(name, spec.dtype),
+                nbytes=spec.nbytes,
+                patch_nbytes=round(sizes[name]),
+            )
+            for name, spec in specs.items()
+            if name in sizes
+        )
+        return PatchInspection(
+            path=os.fspath(path),
+            nbytes=patch.nbytes,
+            model_nbytes=sum(spec.nbytes for spec in specs.values()),
+            base_digest=patch.base_digest,
+            digest=patch.digest,
+            reversible=patch.reversible,
+            files=tuple(file.name for file in patch.target.files),
+            side=tuple(name for name, each in patch.side.items() if each.content is not None),
+            bodies={key: BodySize(*total) for key, total in sorted(bodies.items())},
+            tensors=rows,
+            unchanged=len(specs) - len(rows),
+            new=patch.new,
+            removed=patch.index["removed"],
+        )
