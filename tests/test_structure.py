@@ -53,7 +53,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("arguments", "choices", "machine", "collector", "guide"),
         ("adapter_requests", "calls", "namings"),
         ("digests", "inputs", "report_files", "statements"),
-        ("cards",),
+        ("cards", "predictions"),
         ("opened",),
         ("merge", "unmerge", "verify", "inspect", "count", "convert", "demo", "patch", "apply"),
         ("diff", "resize", "extract", "init"),
@@ -63,7 +63,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands on first use
-MAX_ROOMS, MAX_ARROWS = 14, 71
+MAX_ROOMS, MAX_ARROWS = 14, 72
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors durable numerics.spectrum architectures files binding adapters.adapter adapters.updates "

@@ -16,6 +16,7 @@ from ..binding.merge.choices import TOKENIZERS
 from ..files.hub.names import named_repo
 from ..files.output.model_card import ModelCard, code, read_licence, shown_name
 from ..views.parts.numbers import kept_share, number_ranges, rank, share, spread
+from .adapter_requests import parse_adapters
 from .arguments import option_word
 from .calls import Call
 
@@ -50,6 +51,9 @@ def _option(name: str, value: Any) -> list[str]:
     option = f"--{option_word(name, value is not False)}"
     if isinstance(value, bool):
         return [option]
+    if name == "adapter":
+        given = [f"{input_word(each.path)}:{short(each.weight)}" for each in parse_adapters(value)]
+        return [word for each in given for word in (option, each)]
     if name == "enable_lora":
         return [option, ",".join(str(int(each)) for each in value)]
     if name == "residual":

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -103,6 +103,11 @@ def unlink(path: Path) -> None:
 def make_folder(path: Path) -> None:
     """Create a folder and its parents unless they exist."""
     path.mkdir(parents=True, exist_ok=True)
+
+
+def temporary_folder() -> AbstractContextManager[str]:
+    """Make a folder where the system keeps temporary files; it is removed when the block ends."""
+    return tempfile.TemporaryDirectory(prefix="loratool-")
 
 
 def remove_empty_folder(path: Path) -> None:

@@ -12,13 +12,16 @@ from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from .patch_file import PatchFile, SideFile
 from .side import read_side_file, side_names
-from .sources import ModelSource, PatchedSource
+from .sources import ModelSource, PatchedSource, TensorSource
 
 Reads = dict[str, Callable[[], bytes]]  # a side file -> what reads it
 
 
 class PatchChain:
     """Patches that are applied to a model, or taken off it.
+
+    Args:
+        with_adapters: returns the model with the adapters of a patch merged.
 
     Attributes:
         patches: in their order.
@@ -30,19 +33,32 @@ class PatchChain:
         InputError: a patch is damaged, does not follow from the one before, or is not of this model.
     """
 
-    def __init__(self, base: Checkpoint, name: str, paths: Sequence[str], back: bool = False) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        name: str,
+        paths: Sequence[str],
+        with_adapters: Callable[[PatchFile], TensorSource],
+        back: bool = False,
+    ) -> None:
         self.patches: list[PatchFile] = []
         try:
             for path in paths:
                 self.patches.append(PatchFile(Path(path)))
             _require_links(self.patches)
             steps = [*reversed(self.patches)] if back else self.patches
-            first: ModelSource | PatchedSource = ModelSource(base)
+            first: TensorSource = ModelSource(base)
             self._side: Reads = {each: partial(read_side_file, base, each) for each in side_names(base)}
-            made = []
+            made = list[PatchedSource]()
             for patch in steps:
-                first = PatchedSource(first, name, patch, back)
-                made.append(first)
+                if patch.adapters and not back:
+                    if made:
+                        what = "has adapters, which can be merged into a model on disk only"
+                        remedy = "apply the patches before it first, and this one to their output"
+                        raise InputError(what, culprit=str(patch.path), remedy=remedy)
+                    first = with_adapters(patch)
+                made.append(PatchedSource(first, name, patch, back))
+                first = made[-1]
                 self._side = _side_after(self._side, patch, back, name)
         except BaseException:
             self.close()
@@ -62,7 +78,7 @@ class PatchChain:
     def given_digest(self) -> str | None:
         """Return the digest of the model that was given, after all spans were made; None if not all of it was read."""
         patch = self._first.patch
-        if self._first.kept or patch.cast or patch.index["removed"]:
+        if self._first.kept or patch.cast or patch.adapters or patch.index["removed"]:
             return None
         return str(patch.digest if self._back else patch.base_digest)
 

@@ -2,7 +2,8 @@
 
 It is an indexed file (`files.containers.indexed_file`) with the first line `loratool patch 1`.
 
-    payload    for each span, in the order of `spans.spans_of`: its body, then what the way back needs beside it
+    payload    for each span, in the order of `spans.spans_of`: its body, then what the way back needs beside it; then
+               the files of adapters
     blobs      the table; the frames of the target's files and, if the way back needs them, of the base's; texts of
                side files; all but the table are compressed by bzip2
     index      `version`
@@ -12,6 +13,8 @@ It is an indexed file (`files.containers.indexed_file`) with the first line `lor
                frame_bytes and, of a torch file, tensors}; null if they are the target's, or not known)
                `cast`: a tensor -> the base's type, for those of another type than the target's
                `new`: the target's tensors that are not predicted from the base; `removed`: how many it lacks
+               `adapters`: those whose merge predicts the spans: [weight, [[module, weight], ...], {file: [length,
+               sha256]}] each; `arithmetic`: of that merge
                `reversible`: whether the base can be made of the target
                `side`: a side file of the target -> [sha256, null] if the base has the same, else [sha256, place,
                bytes]; `base_side`: the same of those of the base that the target has not, or not so
@@ -25,13 +28,15 @@ predicts the span.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..durable.fileio import copy_range, write_at
+from ..adapters.formats.peft_config import CONFIG_NAME
+from ..durable.fileio import copy_range, open_for_reading, sha256_range, write_at
 from ..durable.journal import StoredBytes
 from ..errors import InputError
 from ..files.containers.indexed_file import (
@@ -39,6 +44,7 @@ from ..files.containers.indexed_file import (
     IndexedFile,
     are_hashes,
     is_count,
+    is_number,
     is_place,
     packer,
     require,
@@ -47,6 +53,7 @@ from ..files.containers.indexed_file import (
 from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS
 from ..files.folder.model_folder import INDEX_NAMES, PICKLES
 from ..files.folder.side_files import CARD, CODE, PATCH_MARK, side_row
+from ..numerics.merge import ARITHMETIC_VERSION
 from .bodies.table import BODIES
 from .model_files import ModelFiles
 from .spans import spans_of
@@ -94,6 +101,21 @@ class CodedSpan:
 
 
 @dataclass(frozen=True)
+class AttachedAdapter:
+    """An adapter whose files a patch has.
+
+    Attributes:
+        files: name -> the file to copy.
+        places: name -> its first byte in the patch, and its length.
+    """
+
+    weight: float
+    module_weights: tuple[tuple[str, float], ...]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class SideFile:
     """A side file: its hash and, unless it is the same on the other side, its content."""
 
@@ -131,6 +153,7 @@ class PatchContent:
         base_digest, digest: theirs (`files.digest`).
         cast, new, removed: as in the index.
         side, base_side: side files by name.
+        adapters: those whose merge predicts the spans.
     """
 
     base: ModelFiles | None
@@ -142,6 +165,7 @@ class PatchContent:
     removed: int
     side: Mapping[str, SideFile]
     base_side: Mapping[str, SideFile]
+    adapters: tuple[AttachedAdapter, ...] = ()
 
 
 def write_patch(target: BinaryIO, content: PatchContent, spans: Iterable[CodedSpan]) -> tuple[int, bool]:
@@ -169,7 +193,19 @@ def write_patch(target: BinaryIO, content: PatchContent, spans: Iterable[CodedSp
         source = span_hash(each.source_hashes) if each.source_hashes else NOTHING
         lengths = size_of(each.data), length if reversible and length is not None else ONE_WAY
         rows += ROW.pack(numbers[each.body], *lengths, source, span_hash(each.hashes))
+    adapters = []
+    for adapter in content.adapters:
+        files = {}
+        for name, path in sorted(adapter.files.items()):
+            with open_for_reading(path) as file:
+                length = os.fstat(file.fileno()).st_size
+                copy_range(file, 0, target, position, length)
+                files[name] = [length, sha256_range(file, 0, length)]
+            position += length
+        adapters.append([adapter.weight, [list(each) for each in adapter.module_weights], files])
     index: dict[str, Any] = {
+        "adapters": adapters,
+        "arithmetic": ARITHMETIC_VERSION if adapters else None,
         "version": PATCH.version,
         "bodies": keys,
         "table": bytes(rows),
@@ -272,9 +308,31 @@ class PatchFile(IndexedFile):
             require(self.base.specs == specs, "a way back to other tensors")
         self.side, self.base_side = (self._read_side(index[key]) for key in ("side", "base_side"))
         self.spans = spans_of(specs, {**self.cast, **dict.fromkeys(self.new, "")})
-        self.rows = self._read_rows(table, bodies)
+        self.rows, end = self._read_rows(table, bodies)
+        self.adapters = self._read_adapters(index["adapters"], end)
+        require(not (self.reversible and self.adapters), "a way back without adapters")
 
-    def _read_rows(self, table: bytes, bodies: list[str]) -> list[SpanRow]:
+    def _read_adapters(self, entries: Sequence[Any], position: int) -> tuple[AttachedAdapter, ...]:
+        """Read the entries of adapters, whose files begin at a byte, and check that the file has nothing else."""
+        adapters = []
+        for weight, modules, files in entries:
+            require(is_number(weight), "an adapter's weight")
+            require(all(isinstance(name, str) and is_number(each) for name, each in modules), "an adapter's weights")
+            places = {}
+            for name, (length, sha256) in files.items():
+                known = name == CONFIG_NAME or name.endswith((".safetensors", ".gguf", *PICKLES))
+                require(is_place(name) and "/" not in name and known, f"{name!r} is no file of an adapter")
+                require(is_count(length) and are_hashes([sha256], 1) and position + length <= self.nbytes, name)
+                require(sha256_range(self.file, position, length) == sha256, f"{name} does not match its hash")
+                places[name] = position, length
+                position += length
+            require(len(places.keys() - {CONFIG_NAME}) == 1, "an adapter of no file, or of several")
+            adapters.append(AttachedAdapter(weight, tuple((name, each) for name, each in modules), {}, places))
+        self.require_tiled(position - len(PATCH.first_line))
+        return tuple(adapters)
+
+    def _read_rows(self, table: bytes, bodies: list[str]) -> tuple[list[SpanRow], int]:
+        """Return the rows of the table, and the byte after the last body."""
         require(len(table) == len(self.spans) * ROW.size, "its table is not of its spans")
         rows, position = [], len(PATCH.first_line)
         for span, (number, length, back, source, own) in zip(self.spans, ROW.iter_unpack(table), strict=True):
@@ -287,8 +345,7 @@ class PatchFile(IndexedFile):
             rows.append(SpanRow(body, position, length, None if back == ONE_WAY else back, source, own))
             position += length + (0 if back == ONE_WAY else back)
             require(position <= self.nbytes, "its payload is longer than the file")
-        self.require_tiled(position - len(PATCH.first_line))
-        return rows
+        return rows, position
 
     def _read_side(self, entries: Mapping[str, Any]) -> dict[str, SideFile]:
         found = {}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Any
 
-from ..files.containers.indexed_file import are_hashes, is_count, is_place, require
+from ..files.containers.indexed_file import are_hashes, is_count, is_number, is_place, require
 from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS, TORCH_FLOATS, TensorSpec
 
 ROWS = 5  # the index of `rows` in a placement
@@ -32,10 +31,6 @@ def prefix_of(file: str) -> str:
     """Return a pipeline component's folder and a slash, the prefix of its names; empty without a pipeline."""
     folder, slash, _ = file.rpartition("/")
     return folder + slash
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def strange(name: str) -> str:

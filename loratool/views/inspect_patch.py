@@ -45,6 +45,7 @@ class PatchInspection(Report):
         tensors: those that it changes; of a span with several tensors all, if one of them changes.
         unchanged: how many it does not.
         removed: how many tensors of the base it leaves out.
+        adapters: how many it has; it changes what differs from their merge.
     """
 
     document_function: ClassVar[str] = "patch_inspection_document"
@@ -64,6 +65,7 @@ class PatchInspection(Report):
     unchanged: int
     new: tuple[str, ...]
     removed: int
+    adapters: int
 
 
 COLUMNS: tuple[Category[PatchedTensor] | Measure[PatchedTensor], ...] = (
@@ -91,6 +93,8 @@ def patch_inspection_document(report: PatchInspection, verbose: bool) -> Documen
 
 
 def _lists(report: PatchInspection, verbose: bool) -> Iterator[Line]:
+    if report.adapters:
+        yield line(f"it has {plural(report.adapters, 'adapter')}, and beside them what their merge does not tell")
     yield from listed("new", report.new, verbose)
     if report.removed:
         yield line(f"removed: {plural(report.removed, 'tensor')}")

@@ -60,6 +60,7 @@ class PatchReport(WritingReport):
         removed: tensors of the base that the target does not have.
         reversible: whether the patch also makes the base of the target; None if that is not known yet.
         files: the target's weights files.
+        adapters: those whose merge predicts the target; what counts as changed is what differs from that.
         left_behind: files beside the target that are not in the patch.
     """
 
@@ -80,6 +81,7 @@ class PatchReport(WritingReport):
     removed: tuple[str, ...]
     reversible: bool | None
     files: tuple[str, ...]
+    adapters: tuple[str, ...] = ()
     left_behind: tuple[LeftBehind, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -114,10 +116,11 @@ def _lists(report: PatchReport, verbose: bool) -> Iterator[Line]:
 
 
 def _verdict(report: PatchReport) -> Iterator[Line]:
+    differ = f"differ from the merge of {', '.join(report.adapters)}" if report.adapters else "change"
     about = "about " if report.dry_run else ""
     of = share(report.nbytes / max(1, report.model_nbytes))
     yield line(
-        f"{plural(len(report.tensors), 'tensor')} of {len(report.tensors) + report.unchanged:,} change: "
+        f"{plural(len(report.tensors), 'tensor')} of {len(report.tensors) + report.unchanged:,} {differ}: "
         f"{about}{of} of the model's {nbytes(report.model_nbytes)}"
     )
     if report.reversible is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -26,16 +26,16 @@ from ...undo.reader import belongs
 from ...views.apply import ApplyReport
 from ..arguments import parse_paths
 from ..cards import described_call, input_word
+from ..predictions import opened_chain
 from .call import Apply
 
 
 def run_apply(call: Apply) -> ApplyReport:
     """Make a model of another by patches."""
     names, workers = parse_paths(call.patches), call.workers or worker_count()
-    with (
-        closing(open_checkpoint(call.base)) as base,
-        closing(PatchChain(base, os.fspath(call.base), names, call.reverse)) as chain,
-    ):
+    with ExitStack() as opened:
+        base = opened.enter_context(closing(open_checkpoint(call.base)))
+        chain = opened.enter_context(opened_chain(base, os.fspath(call.base), names, call.reverse))
         path, is_file = _output_path(call, chain.files)
         inputs, side = paths_of(base.shards) + [patch.path for patch in chain.patches], chain.side()
         exists = check_output_path(path, is_file, inputs, call.force, True, side, call.dry_run)

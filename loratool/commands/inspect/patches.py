@@ -49,5 +49,6 @@ def inspect_patch(path: str | os.PathLike[str]) -> PatchInspection:
             tensors=rows,
             unchanged=len(specs) - len(rows),
             new=patch.new,
+            adapters=len(patch.adapters),
             removed=patch.index["removed"],
         )

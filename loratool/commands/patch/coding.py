@@ -169,10 +169,14 @@ def _changed(span: TensorSpan, differ: Patterns) -> tuple[int, ...]:
 
 
 def base_digest(base: Checkpoint, spans: Sequence[TensorSpan], coded: Sequence[CodedSpan], workers: int) -> str:
-    """Return the digest of the base, of which the tensors that predict nothing of their type are read again."""
+    """Return the digest of the base, of which the tensors that predict nothing of their type are read again.
+
+    Args:
+        coded: of these spans, or empty if they were predicted from something else.
+    """
     found = {
         (piece.tensor, piece.first): sha256
-        for span, each in zip(spans, coded, strict=True)
+        for span, each in zip(spans, coded, strict=bool(coded))
         if span.source == span.dtype
         for piece, sha256 in zip(span.pieces, each.source_hashes, strict=True)
     }

@@ -18,7 +18,6 @@ from ...files.digest import tensors_of
 from ...files.folder.side_files import LeftBehind
 from ...files.output.paths import check_output_path
 from ...files.weights_file import WeightsFile, described_inputs, paths_of, require_unchanged
-from ...patches.chain import PatchChain
 from ...patches.model_files import ModelFiles
 from ...patches.patch_file import CodedSpan, PatchContent, SideFile, may_bring, size_of, write_patch
 from ...patches.side import read_side_file, side_names
@@ -28,8 +27,10 @@ from ...streaming.journaled import journaled
 from ...streaming.parallel import map_in_order, worker_count
 from ...streaming.ranks import Job, current_job
 from ...views.patch import BodySize, PatchReport, PatchRow
+from ..adapter_requests import parse_adapters
 from ..arguments import parse_paths
 from ..cards import described_call, input_word
+from ..predictions import adapter_paths, attached, merged_source, opened_chain
 from .call import Patch
 from .coding import Sides, SpecComparison, base_digest, code_spans, compare_specs, estimated
 
@@ -66,38 +67,46 @@ def run_patch(call: Patch) -> PatchReport:
     with ExitStack() as opened:
         base = opened.enter_context(closing(open_checkpoint(call.base)))
         target = _open_target(call, base, opened)
-        inputs = [*paths_of(base.shards), *target.paths]
+        requests = parse_adapters(call.adapter) if call.adapter else []
+        source = merged_source(base, requests, opened) if requests else ModelSource(base)
+        inputs = [*paths_of(base.shards), *target.paths, *adapter_paths(requests)]
         exists = check_output_path(path, True, inputs, call.force, dry_run=call.dry_run)
         compared = compare_specs(base.stored, [*tensors_of(base.shards)], target.files)
         side, base_side = compare_side_files(base, target)
         kept_back = [LeftBehind(each, len(target.side[each]), CODE) for each in target.side.keys() - side.keys()]
         target = replace(target, left=(*target.left, *kept_back))
-        spans, report = compared.spans(), partial(_report, os.fspath(call.base), target, str(path), compared)
+        report = partial(
+            _report, os.fspath(call.base), target, str(path), compared, adapters=tuple(each.path for each in requests)
+        )
+        spans = compared.spans()
         if call.dry_run:
-            sides = Sides(ModelSource(base), target.source, call.fast, keep_back=False)
+            sides = Sides(source, target.source, call.fast, keep_back=False)
             with closing(map_in_order(partial(estimated, sides=sides), spans, workers)) as estimates:
                 sizes = list(estimates)
             return report(sizes, nbytes=sum(size for _, size, _ in sizes), dry_run=True, exists=exists)
-        files = _base_files(base) if compared.has_same_tensors and not call.one_way else None
+        files = _base_files(base) if compared.has_same_tensors and not (call.one_way or requests) else None
         words = map(input_word, (call.base, *parse_paths(call.tuned)))
         head: dict[str, dict[str, Any]] = {
             "options": described_call(call, [*words]),
-            "inputs": described_inputs((*base.shards, *target.opened), [base.config, target.digest]),
+            "inputs": described_inputs(
+                (*base.shards, *target.opened), [base.config, target.digest], adapter_paths(requests)
+            ),
         }
         with _opened(path, head, call.resume) as (job, journal, place):
-            sides = Sides(ModelSource(base), target.source, call.fast, keep_back=files is not None)
+            sides = Sides(source, target.source, call.fast, keep_back=files is not None)
             coded = code_spans(spans, sides, job, journal, workers, call.progress)
             require_unchanged((*base.shards, *target.opened))
             content = PatchContent(
                 base=files,
                 target=target.files,
-                base_digest=base_digest(base, spans, coded, workers),
+                base_digest=base_digest(base, spans, coded if not requests else (), workers),
                 digest=digest_of_spans(compared.specs, spans, [each.hashes for each in coded]),
                 cast=compared.cast,
                 new=compared.new,
                 removed=len(compared.removed),
                 side=side,
                 base_side=base_side,
+                adapters=attached(requests),
             )
             if target.digest not in (None, content.digest):
                 raise InputError("makes another model than it names", culprit=str(target.paths[-1]))
@@ -111,7 +120,7 @@ def run_patch(call: Patch) -> PatchReport:
 def _open_target(call: Patch, base: Checkpoint, opened: ExitStack) -> Target:
     paths = parse_paths(call.tuned)
     if call.fold:
-        chain = opened.enter_context(closing(PatchChain(base, os.fspath(call.base), paths)))
+        chain = opened.enter_context(opened_chain(base, os.fspath(call.base), paths))
         places = tuple(patch.path for patch in chain.patches)
         return Target(paths[-1], chain.files, chain.source, chain.side(), (), chain.digest, base.shards, places)
     if len(paths) > 1:

@@ -160,7 +160,8 @@ def read_step(number: int, values: Any, force: bool = False) -> Step:
     paths = {name: value for name, value in arguments.items() if value is not None and known[name].type == PATH_TYPE}
     no_paths = {("tokenizer", word) for word in TOKENIZERS}
     reads = [path for name, path in paths.items() if name not in WRITTEN and (name, path) not in no_paths]
-    reads += [each.path for each in parse_adapters(arguments["adapters"])] if "adapters" in arguments else []
+    adapters = [value for name, value in arguments.items() if value and known[name].type == ADAPTERS_TYPE]
+    reads += [each.path for value in adapters for each in parse_adapters(value)]
     writes = [path for name, path in paths.items() if name in WRITTEN]
     others = [path for path in reads if any(paths.get(name) == path for name in NO_WEIGHTS)]
     patches = [

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -64,6 +65,10 @@ def require(condition: bool, fault: str) -> None:
 
 def is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def are_hashes(values: object, count: int) -> bool:
