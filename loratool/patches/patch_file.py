@@ -52,7 +52,7 @@ from ..files.containers.indexed_file import (
 )
 from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS
 from ..files.folder.model_folder import INDEX_NAMES, PICKLES
-from ..files.folder.side_files import CARD, CODE, PATCH_MARK, side_row
+from ..files.folder.side_files import CARD, PATCH_MARK, side_row
 from ..numerics.merge import ARITHMETIC_VERSION
 from .bodies.table import BODIES
 from .model_files import ModelFiles
@@ -349,9 +349,9 @@ class PatchFile(IndexedFile):
 
     def _read_side(self, entries: Mapping[str, Any]) -> dict[str, SideFile]:
         found = {}
-        names = {file.name for file in self.target.files}
+        names = {file.name for model in (self.target, self.base) if model for file in model.files}
         for name, (sha256, place, *size) in entries.items():
-            fits = is_place(name) and name not in names and (is_side_file if place is None else may_bring)(name)
+            fits = name not in names and (is_side_file if place is None else may_bring)(name)
             require(fits, f"{name!r} is not a side file that a patch can have")
             require(are_hashes([sha256], 1), f"{name}: its hash")
             content = None
@@ -372,11 +372,14 @@ def coded_type(dtype: str) -> str:
 
 def is_side_file(name: str) -> bool:
     """Return whether a file of this name goes with a model: one that is copied, a card, or an index of weights."""
-    row, last = side_row(name), name.rpartition("/")[2]
+    folder, _, last = name.rpartition("/")
+    if not is_place(name) or (folder and side_row(f"{folder}/")):
+        return False
+    row = side_row(name) or side_row(last)  # a component's files have no folder in the table
     return name == CARD or last in INDEX_NAMES or bool(row and not row.left)
 
 
 def may_bring(name: str) -> bool:
     """Return whether a patch may bring the content of a side file: neither code nor a pickle."""
-    row = side_row(name)
-    return is_side_file(name) and not (row and row.kind == CODE) and not name.lower().endswith(PICKLES)
+    is_code = name.lower().endswith((".py", *PICKLES))
+    return is_side_file(name) and not is_code

@@ -15,11 +15,11 @@ from ...durable.partial import partial_file, partial_path
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
 from ...files.digest import tensors_of
-from ...files.folder.side_files import LeftBehind
+from ...files.folder.side_files import UNKNOWN, LeftBehind
 from ...files.output.paths import check_output_path
 from ...files.weights_file import WeightsFile, described_inputs, paths_of, require_unchanged
 from ...patches.model_files import ModelFiles
-from ...patches.patch_file import CodedSpan, PatchContent, SideFile, may_bring, size_of, write_patch
+from ...patches.patch_file import CodedSpan, PatchContent, SideFile, is_side_file, may_bring, size_of, write_patch
 from ...patches.side import read_side_file, side_names
 from ...patches.sources import ModelSource, TensorSource
 from ...patches.spans import digest_of_spans
@@ -73,7 +73,10 @@ def run_patch(call: Patch) -> PatchReport:
         exists = check_output_path(path, True, inputs, call.force, dry_run=call.dry_run)
         compared = compare_specs(base.stored, [*tensors_of(base.shards)], target.files)
         side, base_side = compare_side_files(base, target)
-        kept_back = [LeftBehind(each, len(target.side[each]), CODE) for each in target.side.keys() - side.keys()]
+        kept_back = [
+            LeftBehind(each, len(target.side[each]), CODE if is_side_file(each) else UNKNOWN)
+            for each in target.side.keys() - side.keys()
+        ]
         target = replace(target, left=(*target.left, *kept_back))
         report = partial(
             _report, os.fspath(call.base), target, str(path), compared, adapters=tuple(each.path for each in requests)
@@ -165,7 +168,7 @@ def compare_side_files(base: Checkpoint, target: Target) -> tuple[dict[str, Side
     side = {
         name: SideFile.of(data, known=others.get(name) == data)
         for name, data in target.side.items()
-        if may_bring(name) or others.get(name) == data
+        if may_bring(name) or (others.get(name) == data and is_side_file(name))
     }
     rest = {name: data for name, data in others.items() if target.side.get(name) != data and may_bring(name)}
     return side, {name: SideFile.of(data, known=False) for name, data in rest.items()}
