@@ -11,10 +11,12 @@ from typing import Any
 from ..durable.fileio import read_into
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
+from ..files.containers.gguf_file import GGUF, MAGIC
 from ..files.containers.indexed_file import IndexedFile, is_count, is_place, packer, require
 from ..files.containers.layouts import read_layout
 from ..files.digest import tensors_of
 from ..files.dtypes import BLOCK_TYPES, DTYPES, TensorSpec
+from ..files.output.output import CONTAINERS
 from ..files.weights_file import WeightsFile
 
 MOST_FRAME = 1 << 28  # bytes of a file that are of no tensor
@@ -38,6 +40,11 @@ class ModelFile:
     frame: bytes
     specs: Mapping[str, TensorSpec]
     begin: Mapping[str, int]
+
+    @property
+    def container(self) -> str:
+        """Return its container, a key of CONTAINERS."""
+        return "torch" if not self.head else GGUF if self.frame.startswith(MAGIC) else "safetensors"
 
     def storage(self, name: str) -> int:
         return self.begin[name]
@@ -106,7 +113,7 @@ class ModelFile:
         if head:
             require(head <= len(frame), f"{name}: its header is longer than its frame")
             # `FileLayout.head` of a safetensors file begins with the length, `WeightsFile.header` does not
-            start = 0 if frame.startswith(b"GGUF") else 8
+            start = 0 if frame.startswith(MAGIC) else 8
             layout = read_layout(frame[start:head], opened.path)
             require(layout.head == frame[:head], f"{name}: its header")
             specs = {prefix + key: spec for key, spec in layout.specs.items()}
@@ -145,7 +152,24 @@ class ModelFiles:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelFiles:
-        return cls(tuple(ModelFile.of(shard) for shard in checkpoint.shards), checkpoint.given_as_file)
+        """Describe the files of an open model.
+
+        Raises:
+            InputError: a patch cannot make one of them again.
+        """
+        files = cls(tuple(ModelFile.of(shard) for shard in checkpoint.shards), checkpoint.given_as_file)
+        for file, shard in zip(files.files, checkpoint.shards, strict=True):
+            if not files.has_name(file):
+                what, endings = f"is a {file.container} file by another name", " or ".join(CONTAINERS[file.container])
+                raise InputError(what, culprit=str(shard.path), remedy=f"give it a name that ends in {endings}")
+        return files
+
+    def has_name(self, file: ModelFile) -> bool:
+        """Return whether a file has an ending of its container; that of a model of one file is for the reader to say.
+
+        So no file of a folder has a name by which other programs would run it.
+        """
+        return self.is_file or file.name.endswith(CONTAINERS[file.container])
 
     @classmethod
     def read(cls, entries: Sequence[Mapping[str, Any]], is_file: object, opened: IndexedFile) -> ModelFiles:
@@ -160,7 +184,10 @@ class ModelFiles:
         require(not is_file or (len(names) == 1 and "/" not in names[0]), "a model of one file, and several")
         tensors = [name for file in files for name in file.specs]
         require(len(tensors) == len(set(tensors)), "a tensor is in two files")
-        return cls(files, bool(is_file))
+        model = cls(files, bool(is_file))
+        strange = next((file.name for file in files if not model.has_name(file)), None)
+        require(strange is None, f"{strange!r} is no name of weights")
+        return model
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -12,11 +12,13 @@ from typing import BinaryIO
 from ...durable.fileio import read_into, write_at
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.containers.torch_reader import TorchFile
 from ...files.output.output import CONTAINERS, Output, OutputFile, join_output, open_output
 from ...files.output.paths import check_output_name, check_output_path
 from ...files.weights_file import paths_of
 from ...patches.chain import PatchChain
 from ...patches.model_files import ModelFile, ModelFiles
+from ...patches.patch_file import PATCH
 from ...patches.sources import piece_hashes, split_span
 from ...patches.spans import TensorSpan, digest_of_spans
 from ...streaming.journaled import Task, journaled, run_tasks
@@ -64,8 +66,10 @@ def run_apply(call: Apply) -> ApplyReport:
 
 
 def _output_path(call: Apply, files: ModelFiles) -> tuple[Path, bool]:
-    container = _container(files)
-    ending = Path(files.files[0].name).suffix
+    container = files.files[0].container
+    ending = next(
+        (each for each in CONTAINERS[container] if files.files[0].name.endswith(each)), CONTAINERS[container][0]
+    )
     if call.out is None:
         return Path(f"patched{ending}" if files.is_file else "patched"), files.is_file
     path, is_file = check_output_name(call.out, container)
@@ -74,12 +78,6 @@ def _output_path(call: Apply, files: ModelFiles) -> tuple[Path, bool]:
         remedy = "name a folder with -o" if is_file else f"name a file that ends in {ending} with -o"
         raise UsageError(what, culprit=str(path), remedy=remedy)
     return path, is_file
-
-
-def _container(files: ModelFiles) -> str:
-    """Return the container of a model's files, a key of CONTAINERS."""
-    ending = Path(files.files[0].name).suffix
-    return next((key for key, endings in CONTAINERS.items() if ending in endings), "safetensors")
 
 
 def _output(path: Path, chain: PatchChain, side: Mapping[str, bytes], base: Checkpoint, call: Apply) -> Output:
@@ -154,6 +152,22 @@ def _write(output: Output, chain: PatchChain, workers: int, progress: Progress |
 
         tasks = [Task(number, span.place, partial(make, number)) for number, span in enumerate(spans)]
         _require_digest(chain, run_tasks("applied", tasks, job, journal, workers, finished, is_last=True))
+        for target, file in files:
+            if file.container == "torch":
+                _require_plain(Path(target.name), file, chain.last.path)
+
+
+def _require_plain(path: Path, file: ModelFile, culprit: Path) -> None:
+    """Raise InputError for a torch file whose pickle does more than describe the tensors: its bytes are the patch's."""
+    try:
+        with closing(TorchFile(path)) as made:
+            made.put_under(file.name[: file.name.rfind("/") + 1])
+            specs, begin = made.specs, made.begin
+    except InputError as error:
+        what = f"makes a torch file that is not of plain weights: {error.message}"
+        raise InputError(what, culprit=str(culprit), remedy="do not load what this patch makes") from error
+    if (specs, begin) != (file.specs, file.begin):
+        raise InputError("makes a torch file of other tensors than it says", culprit=str(culprit), remedy=PATCH.remedy)
 
 
 def _write_frame(target: BinaryIO, file: ModelFile) -> None:
