@@ -19,9 +19,9 @@ It is an indexed file (`files.containers.indexed_file`) with the first line `lor
                `side`: a side file of the target -> [sha256, null] if the base has the same, else [sha256, place,
                bytes]; `base_side`: the same of those of the base that the target has not, or not so
 
-A row of the table has 80 bytes: the number of the body, 7 zeros, the length of the body and of what the way back needs
-(u64 each, 2^64 - 1 for the latter if there is no way back), and a hash each of what the span is predicted from and of
-the span. A hash is the sha256 of the hashes of the span's pieces, one after the other, or 32 zeros where nothing
+A row of the table has 88 bytes: the number of the body, the length of the body and of what the way back needs (u64
+each, 2^64 - 1 for the latter if there is no way back), and a hash each of what the span is predicted from and of the
+span. A hash is the sha256 of the hashes of the span's pieces, one after the other, or 32 zeros where nothing
 predicts the span.
 """
 
@@ -40,6 +40,7 @@ from ..durable.fileio import copy_range, open_for_reading, sha256_range, write_a
 from ..durable.journal import StoredBytes
 from ..errors import InputError
 from ..files.containers.indexed_file import (
+    MOST_BLOBS,
     FileKind,
     IndexedFile,
     are_hashes,
@@ -50,6 +51,7 @@ from ..files.containers.indexed_file import (
     require,
     write_end,
 )
+from ..files.digest import PIECE
 from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS
 from ..files.folder.model_folder import INDEX_NAMES, PICKLES
 from ..files.folder.side_files import CARD, PATCH_MARK, side_row
@@ -67,7 +69,7 @@ PATCH = FileKind(
     other_version="use the loratool that made it",
 )
 
-ROW = struct.Struct("<B7xQQ32s32s")
+ROW = struct.Struct("<QQQ32s32s")
 
 ONE_WAY = (1 << 64) - 1  # the length of what the way back needs, where there is none
 
@@ -307,6 +309,8 @@ class PatchFile(IndexedFile):
         if self.reversible and self.base:
             require(self.base.specs == specs, "a way back to other tensors")
         self.side, self.base_side = (self._read_side(index[key]) for key in ("side", "base_side"))
+        pieces = sum(spec.nbytes // PIECE for spec in specs.values())  # each is a span: no header makes a list of more
+        require(pieces * ROW.size <= len(table), "its table is not of its spans")
         self.spans = spans_of(specs, {**self.cast, **dict.fromkeys(self.new, "")})
         self.rows, end = self._read_rows(table, bodies)
         self.adapters = self._read_adapters(index["adapters"], end)
@@ -360,6 +364,18 @@ class PatchFile(IndexedFile):
                 require(hashlib.sha256(content).hexdigest() == sha256, f"{name} does not match its hash")
             found[name] = SideFile(sha256, content)
         return found
+
+
+def require_room(
+    models: Iterable[ModelFiles | None], sides: Iterable[Mapping[str, SideFile]], spans: int, culprit: str
+) -> None:
+    """Raise InputError if nobody could read a patch of these files, of which so much is beside the tensors."""
+    frames = [file.frame for model in models if model for file in model.files]
+    contents = [each.content for side in sides for each in side.values() if each.content is not None]
+    nbytes = sum(len(each) + len(each) // 64 + 1024 for each in [*frames, *contents])  # bzip2 may add a hundredth
+    if nbytes + spans * ROW.size > MOST_BLOBS or any(len(each) > MOST_SIDE for each in contents):
+        what = f"has {nbytes:,} bytes beside its tensors, more than a patch can hold"
+        raise InputError(what, culprit=culprit, remedy="take large files that are no weights out of its folder")
 
 
 UNPREDICTED = "bytes"  # the body that needs no prediction

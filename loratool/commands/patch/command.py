@@ -19,7 +19,16 @@ from ...files.folder.side_files import UNKNOWN, LeftBehind
 from ...files.output.paths import check_output_path
 from ...files.weights_file import WeightsFile, described_inputs, paths_of, require_unchanged
 from ...patches.model_files import ModelFiles
-from ...patches.patch_file import CodedSpan, PatchContent, SideFile, is_side_file, may_bring, size_of, write_patch
+from ...patches.patch_file import (
+    CodedSpan,
+    PatchContent,
+    SideFile,
+    is_side_file,
+    may_bring,
+    require_room,
+    size_of,
+    write_patch,
+)
 from ...patches.side import read_side_file, side_names
 from ...patches.sources import ModelSource, TensorSource
 from ...patches.spans import digest_of_spans
@@ -82,12 +91,13 @@ def run_patch(call: Patch) -> PatchReport:
             _report, os.fspath(call.base), target, str(path), compared, adapters=tuple(each.path for each in requests)
         )
         spans = compared.spans()
+        files = _base_files(base) if compared.has_same_tensors and not (call.one_way or requests) else None
+        require_room((target.files, files), (side, base_side), len(spans), target.name)
         if call.dry_run:
             sides = Sides(source, target.source, call.fast, keep_back=False)
             with closing(map_in_order(partial(estimated, sides=sides), spans, workers)) as estimates:
                 sizes = list(estimates)
             return report(sizes, nbytes=sum(size for _, size, _ in sizes), dry_run=True, exists=exists)
-        files = _base_files(base) if compared.has_same_tensors and not (call.one_way or requests) else None
         words = map(input_word, (call.base, *parse_paths(call.tuned)))
         head: dict[str, dict[str, Any]] = {
             "options": described_call(call, [*words]),

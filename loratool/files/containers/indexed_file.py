@@ -150,6 +150,7 @@ class IndexedFile:
         self.file: BinaryIO = kept_open(open_for_reading(path), partial(open_for_reading, path))
         self._extents: list[tuple[int, int]] = []  # (first byte, length) of blobs
         self._held = 0  # bytes of these
+        self._unpacked = 0  # bytes of those that are compressed, before that
         with self.checked():
             self.index, self._end = self._read_index()
 
@@ -213,6 +214,8 @@ class IndexedFile:
             ValueError: as `blob`, or it is of another length.
         """
         require(is_count(nbytes) and nbytes <= most, f"{what} is larger than any")
+        self._unpacked += nbytes
+        require(self._unpacked <= MOST_BLOBS, "its headers and side files are larger than any")
         unpacked, packed = packer().BZ2Decompressor(), self.blob(place)
         try:
             data: bytes = unpacked.decompress(packed, nbytes + 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TRAILER, ROW = struct.Struct("<QQ32s8s"), struct.Struct("<B7xQQ32s32s")
+TRAILER, ROW = struct.Struct("<QQ32s8s"), struct.Struct("<QQQ32s32s")
 FIRST = b"loratool patch 1\n"
 ONE_WAY = (1 << 64) - 1
 
