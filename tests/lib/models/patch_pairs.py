@@ -238,7 +238,7 @@ def hole(folder: Path) -> Pair:
 
 # a pair -> whether its patch leads back
 PAIRS: dict[str, tuple[Callable[[Path], Pair], bool]] = {
-    "llama": (llama, False),
+    "llama": (llama, True),
     "one file": (one_file, True),
     "side files": (side_files, True),
     "shards": (shards, True),
