@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ...errors import InputError, brief
+from ..containers.file_kinds import container_of, first_bytes
+from ..containers.safetensors_file import TensorFile
 from ..dtypes import FLOATS, TensorSpec
 from ..weights_file import WeightsFile
-from .model_folder import read_json_file
+from .model_folder import INDEX_NAMES, read_json_file
 
 APPLY = "apply it to the model it was made from, with the program that wrote it, and name the result"
 
@@ -96,12 +98,14 @@ class Dialect:
     """A format of weight updates.
 
     Attributes:
+        key: the key of its row in `patches.dialects.table`, or its programs' name.
         name: its programs' name for it, and the programs.
         is_file: returns whether a safetensors file is in this format.
         manifest: the name of the JSON file in a folder of this format; None if it is the index.
         is_described: returns whether an index or a manifest describes this format.
     """
 
+    key: str
     name: str
     is_file: Callable[[WeightsFile], bool]
     manifest: str | None = None
@@ -111,25 +115,47 @@ class Dialect:
 # The first row that matches a file is its dialect
 DIALECTS = (
     # PyPI fireworks-delta-compression: compression.py, backends/arc2.py, backends/arc3.py
-    Dialect("of Fireworks, arc_v1 to arc_v3", lambda file: _have_checksums(file, DECIMAL) or _any_begins(file, ARC3)),
+    Dialect(
+        "fireworks",
+        "of Fireworks, arc_v1 to arc_v3",
+        lambda file: _have_checksums(file, DECIMAL) or _any_begins(file, ARC3),
+    ),
     # slime: slime/utils/disk_delta.py; also miles, SGLang, stitch, vime
     Dialect(
+        "disk-delta",
         "a disk delta, as slime, miles and SGLang use",
         lambda file: _have_checksums(file, DIGEST),
         is_described=lambda content: bool(_metadata(content).get("delta_encoding")),
     ),
     # SkyRL: skyrl/backends/skyrl_train/weight_sync/delta_checkpoint.py
-    Dialect("a delta of SkyRL", lambda file: _any_begins(file, ZSTD), "manifest.json", _has_payloads),
+    Dialect("skyrl", "a delta of SkyRL", lambda file: _any_begins(file, ZSTD), "manifest.json", _has_payloads),
     # prime-rl: the branch feat/sparse-filesystem-weight-sync
     Dialect(
+        "prime-rl",
         "a sparse update of prime-rl",
         _is_numbered,
         "sparse_update_manifest.json",
         lambda content: content.get("format") == "prime-rl-sparse-update",
     ),
     # TRL: the branch delta-weight-sync-v3
-    Dialect("a sparse patch of TRL", _is_sparse_patch),
+    Dialect("trl", "a sparse patch of TRL", _is_sparse_patch),
 )
+
+
+def find_change(path: Path) -> Dialect | None:
+    """Return the dialect of a file, or of a folder by its manifest, index or first file; None if it has none."""
+    if path.is_dir():
+        manifests = [each.manifest for each in DIALECTS if each.manifest]
+        described = [path / name for name in (*manifests, *INDEX_NAMES) if (path / name).is_file()]
+        files = [each for each in sorted(path.glob("*.safetensors")) if each.is_file()][:1]
+        return next(filter(None, map(find_change, (*described, *files))), None)
+    if path.suffix == ".json":
+        content = read_json_file(path) if path.is_file() else {}
+        return next((each for each in DIALECTS if each.is_described(content)), None)
+    if not path.is_file() or container_of(first_bytes(path)) != "safetensors":
+        return None
+    with closing(TensorFile(path)) as file:
+        return next((each for each in DIALECTS if each.is_file(file)), None)
 
 
 def refuse_change(file: WeightsFile) -> None:

@@ -1,0 +1,1 @@
+"""Weight patches of other programs, a file for each dialect; `table` has their rows."""
