@@ -178,7 +178,11 @@ class PatchSum:
 
         flat = numbers.reshape(-1)
         if self._dtype in FORMS:
-            words = wide(flat.view(FORMS[self._dtype].bits_type), FORMS[self._dtype]).view(np.uint64)
+            form = FORMS[self._dtype]
+            with np.errstate(invalid="ignore"):  # of a signalling NaN
+                words = wide(flat.view(form.bits_type), form).view(np.uint64).copy()
+            if form.itemsize < 8:  # processors make it quiet when they widen it
+                words[(words & (2**63 - 1)) > 0x7FF << 52] |= 1 << 51
         else:
             words = flat.view(INTEGERS[self._dtype]).astype(np.int64).view(np.uint64)
         for each in (positions.view(np.uint64), words):
