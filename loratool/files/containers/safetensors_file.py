@@ -76,14 +76,19 @@ def _read_layout(
     return *_locate(entries, path, 8 + len(header), file_size), metadata
 
 
-def read_tensor_layout(header: bytes, path: Path) -> tuple[dict[str, TensorSpec], dict[str, int], int, dict[str, str]]:
+def read_tensor_layout(
+    header: bytes, path: Path, nbytes: int | None = None
+) -> tuple[dict[str, TensorSpec], dict[str, int], int, dict[str, str]]:
     """Return the specs, each tensor's first byte, the length of the file that begins with this header, its metadata.
 
-    `header` is the JSON without its eight length bytes; errors name `path`.
+    Args:
+        header: the JSON without its eight length bytes, from a file that was read as one before.
+        path: the name in errors.
+        nbytes: the length that the file should have, if it was not.
     """
     entries, metadata = _parse_header(header, path)
     start = 8 + len(header)
-    end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    end = nbytes or start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     specs, begin = _locate(entries, path, start, end)
     return specs, begin, end, metadata or {}
 

@@ -136,9 +136,7 @@ def _placed(scratch: BinaryIO, nbytes: int, path: Path) -> PlacedTensors:
         raise InputError(f"claims a header of {length} bytes in {nbytes} decompressed ones", culprit=str(path))
     header = memoryview(bytearray(length))
     read_into(scratch, header, 8)
-    specs, begin, end, _ = read_tensor_layout(bytes(header), path)
-    if end != nbytes:
-        raise InputError(f"describes {end} bytes, and {nbytes} were decompressed", culprit=str(path))
+    specs, begin, _, _ = read_tensor_layout(bytes(header), path, nbytes)
     return PlacedTensors(path, scratch, specs, begin)
 
 

@@ -1,7 +1,6 @@
 """Read and write the dialects of weight patches a second time, whole models in memory, from their programs' sources.
 
-By PyPI's zstandard, xxhash, blake3 and safetensors; nothing of loratool. A model is a mapping from names to numpy arrays
-of bytes, with dtype and shape beside.
+By PyPI's zstandard, xxhash, blake3 and safetensors; nothing of loratool. A model is a mapping from names to tensors.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def spec_of(x: Tensor) -> TensorSpec:
 
 
 def models(dtypes: str = "bfloat16", seed: int = 0) -> tuple[Model, Model]:
-    """Return a base and a target: some tensors alike, some with few changes, one with all, an empty one and a scalar."""
+    """Return a base and a target: a tensor alike, one with few changes, one with all, an empty one and a scalar."""
     g = torch.Generator().manual_seed(seed)
     base: Model = {}
     for dtype in dtypes.split():

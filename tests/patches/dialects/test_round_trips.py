@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def trl(encoding: str) -> tuple[Any, ...]:
     return ("trl", "bfloat16", make, naive.read_trl, "step_000007.safetensors", {"encoding": encoding})
 
 
-FILES = {name: "model.safetensors" for name in models(WIDE)[0]}
+FILES = dict.fromkeys(models(WIDE)[0], "model.safetensors")
 # dialect, types, a naive writer, a naive reader, the output's name, options
 CASES: dict[str, tuple[Any, ...]] = {
     **{
@@ -158,8 +159,7 @@ def test_one_stream_through_a_chain(tmp_path: Path) -> None:
         naive.write_prime_rl,
     ]
     opened = [
-        open_foreign_patch(makers[i % 4](tmp_path / str(i), one, two))
-        for i, (one, two) in enumerate(zip(chain, chain[1:], strict=False))
+        open_foreign_patch(makers[i % 4](tmp_path / str(i), one, two)) for i, (one, two) in enumerate(pairwise(chain))
     ]
     for name in names:
         stream: Any = cut(raw(chain[0][name]), 100)
