@@ -14,6 +14,7 @@ from pathlib import Path
 from ...durable.fileio import copy_file, is_beside
 from ...durable.partial import partial_folder
 from ...errors import InputError
+from ...files.containers.file_kinds import container_of
 from ...files.containers.safetensors_file import TensorFile
 from ...files.folder.weight_changes import ARC3
 from .changes import XorChange
@@ -55,15 +56,12 @@ def open_fireworks(path: Path) -> ForeignPatch:
 
 
 def is_arc3(path: Path) -> bool:
-    """Return whether a file, or the first file of a folder, has a tensor of arc_v3."""
+    """Return whether a file, or the first file of a folder, has a tensor of arc_v3: a pickle or a safetensors file."""
     files = open_tensor_files([next(iter(sorted(path.glob("*.safetensors")))) if path.is_dir() else path])
     with ExitStack() as stack:
         stack.callback(files[0].close)
-        return any(_begins(files[0], name, ARC3) for name in files[0].specs)
-
-
-def _begins(file: TensorFile, name: str, mark: bytes) -> bool:
-    return head_of(file, name, len(mark)) == mark
+        heads = (head_of(files[0], name, len(ARC3)) for name in files[0].specs)
+        return any(head == ARC3 or container_of(head) == "safetensors" for head in heads)
 
 
 def refuse_arc3(path: Path) -> ForeignPatch:
