@@ -23,7 +23,8 @@ class XorChange(ForeignChange):
 
     Attributes:
         key: the tensor's name in the file.
-        stated: dtype and shape, if the patch says them, and its length, if it says only that.
+        stated: dtype and shape, if the patch says them.
+        allows_zlib: the bytes may be of zlib too, which declares no size.
     """
 
     name: str
@@ -31,21 +32,20 @@ class XorChange(ForeignChange):
     check: Checksum | None
     file: WeightsFile
     key: str
-    stated: TensorSpec | int | None = None
+    stated: TensorSpec | None = None
+    allows_zlib: bool = False
 
     @property
-    def nbytes(self) -> int:  # type: ignore[override]
+    def nbytes(self) -> int:
         return self.file.specs[self.key].nbytes
 
     def require(self, spec: TensorSpec) -> None:
-        if isinstance(self.stated, TensorSpec) and self.stated != spec:
+        if self.stated not in (None, spec):
             raise InputError(f"is of {self.stated}, and the base's tensor is {spec}", culprit=self.place)
-        head, stated = head_of(self.file, self.key, HEAD), self.stated
-        size = frame_size(head, self.place) if head[:4] == ZSTD else None
-        for length in (size, stated if isinstance(stated, int) else None):
-            if length is not None and length != spec.nbytes:
-                why = f"is of {length} bytes, and the base's tensor has {spec.nbytes}"
-                raise InputError(why, culprit=self.place)
+        head = head_of(self.file, self.key, HEAD)
+        size = None if self.allows_zlib and head[:4] != ZSTD else frame_size(head, self.place)
+        if size not in (None, spec.nbytes):
+            raise InputError(f"is of {size} bytes, and the base's tensor has {spec.nbytes}", culprit=self.place)
 
     def applied(self, pieces: Pieces, spec: TensorSpec) -> Iterator[memoryview]:
         return xored(pieces, decompressed(stored_parts(self.file, self.key), spec.nbytes, self.place), self.place)
@@ -65,7 +65,7 @@ class OverwriteChange(ForeignChange):
     key: str
 
     @property
-    def nbytes(self) -> int:  # type: ignore[override]
+    def nbytes(self) -> int:
         return self.file.specs[self.key].nbytes
 
     def require(self, spec: TensorSpec) -> None:
@@ -125,7 +125,7 @@ class SparseChange(ForeignChange):
     sum_patch: Callable[[str], PatchSum] | None = None
 
     @property
-    def nbytes(self) -> int:  # type: ignore[override]
+    def nbytes(self) -> int:
         return self.file.specs[self.positions].nbytes + self.file.specs[self.values].nbytes
 
     def require(self, spec: TensorSpec) -> None:

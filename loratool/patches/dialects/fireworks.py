@@ -88,7 +88,7 @@ def _change(file: TensorFile, name: str) -> XorChange:
     digest = (file.metadata or {}).get(name)
     if digest is None:
         raise InputError("has no checksum", culprit=place)
-    return XorChange(name, place, Checksum(ADLER, digest), file, name)
+    return XorChange(name, place, Checksum(ADLER, digest), file, name, allows_zlib=True)
 
 
 def write_fireworks(

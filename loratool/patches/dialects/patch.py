@@ -40,13 +40,18 @@ class ForeignChange(ABC):
         name: the tensor's.
         place: the file with the change and the tensor, as errors name it.
         check: None if the dialect has none.
-        nbytes: what it takes in the patch.
+
+    Changes of one patch can be applied by several threads at once.
     """
 
     name: str
     place: str
     check: Checksum | None
-    nbytes: int
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Return the bytes that it takes in the patch."""
 
     @abstractmethod
     def require(self, spec: TensorSpec) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ...durable.fileio import reading
 from ...errors import InputError, UsageError, brief, shell_word
-from ...files.containers.file_kinds import first_bytes
+from ...files.containers.file_kinds import first_bytes, is_text
 from ...files.folder.weight_changes import find_change
 from . import disk_delta, skyrl, trl
 from .disk_delta import open_disk_delta, write_disk_delta
@@ -36,7 +36,10 @@ def _begins(mark: bytes, name: str = "(?!)") -> Callable[[Path], bool]:
     """Return the recognizer of a file by its first bytes, or by its name."""
 
     def recognize(path: Path) -> bool:
-        return path.is_file() and (bool(re.fullmatch(name, path.name)) or first_bytes(path).startswith(mark))
+        if not path.is_file():
+            return False
+        first = first_bytes(path)
+        return bool(re.fullmatch(name, path.name)) or (first.startswith(mark) and not is_text(first))
 
     return recognize
 

@@ -69,7 +69,8 @@ def _change(file: TensorFile, name: str, metadata: Mapping[str, str]) -> SparseC
         raise InputError(f"has the encoding {brief(encoding)}, which is none of raw, gap_delta", culprit=place)
     if places is None or values is None:
         raise InputError("has positions or numbers alone", culprit=place)
-    if places.dtype not in WIDTHS[encoding] or len(places.shape) != 1 or places.shape != values.shape:
+    has_types = values.dtype == "BF16" and places.dtype in WIDTHS[encoding]
+    if not has_types or len(places.shape) != 1 or places.shape != values.shape:
         raise InputError(f"has {places} as positions ({encoding}) of {values} as numbers", culprit=place)
     stated = TensorSpec(values.dtype, ())
     return SparseChange(name, place, None, file, stated, *keys, gaps=encoding == "gap_delta", has_shape=False)
@@ -120,7 +121,7 @@ def write_trl(
 def _add(bodies: TensorBodies, pair: TensorPair, spec: TensorSpec, folder: Path, encoding: str) -> int:
     """Add the change of a tensor, and return how many numbers changed."""
     gaps = _Gaps()
-    width = spec.nbytes // max(1, spec.size)
+    width = 2 if spec.dtype == "BF16" else 1  # what changed of another type is refused, wherever it is
     with SparseSpool(folder) as spool:
         raw = encoding == "raw"
         spool.fill(pair, width, lambda block: _checked(block, spec, pair.name, None if raw else gaps))

@@ -7,7 +7,8 @@ are files of checkouts, in folders of LORATOOL_ORACLES. So in a clone of prime-r
         tar x -C ../oracles/prime-rl
 
 Also `slime` (slime/utils/disk_delta.py, and docker/patch/latest, which has SGLang's receiver), `SkyRL`
-(skyrl/backends/skyrl_train/weight_sync), and `trl` (trl/experimental/async_grpo of the branch delta-weight-sync-v3).
+(skyrl/backends/skyrl_train/weight_sync), `trl` (trl/experimental/async_grpo of the branch delta-weight-sync-v3), and
+`trl-first` (weight_diff.py in the same folder, of the commit a3a382585).
 """
 
 from __future__ import annotations
@@ -262,6 +263,15 @@ def test_we_read_what_trl_writes(encoding: str, tmp_path: Path) -> None:
     at = tmp_path / "step_000001.safetensors"
     save_file({name: x.contiguous() for name, x in tensors.items()}, at, meta.to_metadata_dict())
     assert same(applied(at, base, ["unverified"], 1 << 16), target)
+
+
+def test_we_read_what_trl_wrote_first(tmp_path: Path) -> None:
+    path = folder_of("trl-first", "trl/experimental/async_grpo/weight_diff.py of the commit a3a382585")
+    program = module_of(path / "trl/experimental/async_grpo/weight_diff.py", "trl_weight_diff")
+    base, target = (bf16(model) for model in real_models())
+    tensors, metadata = program.encode_sparse_patch(base, target, model_version=4, prev_model_version=3, anchor_step=0)
+    save_file(tensors, tmp_path / "d.safetensors", metadata)
+    assert same(applied(tmp_path / "d.safetensors", base, ["unverified"], 1 << 16), target)
 
 
 # Fireworks
