@@ -113,13 +113,13 @@ def _rising(blocks: Iterable[Block], size: int, culprit: str) -> Iterator[Block]
 
 
 def differing_numbers(base: Pieces, target: Pieces, width: int, culprit: str) -> Iterator[Block]:
-    """Yield the positions of numbers of `width` bytes whose bits differ, and the target's numbers."""
+    """Yield the positions of numbers of `width` bytes, 1 to 8, whose bits differ, and the target's numbers."""
     first = 0
     for one, two in paired(aligned(base, width), aligned(target, width), culprit):
-        old, new = one.reshape(-1, width), two.reshape(-1, width)
-        (places,) = (old != new).any(axis=1).nonzero()
-        yield places + first, new[places]
-        first += len(new)
+        old, new = one.view(f"u{width}"), two.view(f"u{width}")
+        (places,) = (old != new).nonzero()
+        yield places + first, new[places].view(np.uint8).reshape(-1, width)
+        first += new.size
 
 
 class ByteStream:
