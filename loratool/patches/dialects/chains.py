@@ -17,7 +17,7 @@ ONE_BY_ONE = "if BASE is that version, name the patches after it one by one: lor
 
 
 @dataclass(frozen=True)
-class PatchChain:
+class ForeignChain:
     """The way to a version.
 
     Attributes:
@@ -33,7 +33,7 @@ class PatchChain:
             patch.close()
 
 
-def find_chain(folder: Path, step: int) -> PatchChain:
+def find_chain(folder: Path, step: int) -> ForeignChain:
     """Return the newest full version at or below a step, and the patches from there to it.
 
     Raises:
@@ -49,7 +49,7 @@ def find_chain(folder: Path, step: int) -> PatchChain:
                 raise _missing(folder, number, needed_by, entries)
             path, dialect = entries[number]
             if dialect is None:
-                return PatchChain(path, tuple(reversed(patches)))
+                return ForeignChain(path, tuple(reversed(patches)))
             patch = dialect.open(path)
             patches.append(patch)
             number, needed_by = _base_of(patch, number, dialect), path.name
@@ -57,7 +57,7 @@ def find_chain(folder: Path, step: int) -> PatchChain:
         for patch in patches:
             patch.close()
         raise
-    return PatchChain(None, tuple(reversed(patches)))
+    return ForeignChain(None, tuple(reversed(patches)))
 
 
 def _base_of(patch: ForeignPatch, number: int, dialect: ForeignDialect) -> int:

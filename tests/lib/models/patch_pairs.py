@@ -253,7 +253,7 @@ PAIRS: dict[str, tuple[Callable[[Path], Pair], bool]] = {
     "to bf16": (to_bf16, False),
     "to fp32": (to_fp32, False),
     "other tensors": (other_tensors, False),
-    "empty and scalar": (empty_and_scalar, False),
+    "empty and scalar": (empty_and_scalar, True),
     "only empty": (only_empty, True),
     "same": (same, True),
     "names": (names, True),
