@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .views.diff_several import AdaptersDiff
     from .views.diff_spectra import SpectraDiff
     from .views.extract import ExtractReport
+    from .views.foreign_patch import ForeignPatchReport
     from .views.init import InitReport
     from .views.inspect_adapter import AdapterInspection
     from .views.inspect_files import FilesReport
@@ -95,6 +96,7 @@ _HOMES = {
     "ExtractReport": "views.extract",
     "extract": "commands.extract.call",
     "FilesReport": "views.inspect_files",
+    "ForeignPatchReport": "views.foreign_patch",
     "InitReport": "views.init",
     "init": "commands.init.call",
     "inspect": "commands.inspect.call",
@@ -144,6 +146,7 @@ __all__ = [
     "DemoReport",
     "ExtractReport",
     "FilesReport",
+    "ForeignPatchReport",
     "InitReport",
     "InputError",
     "LoratoolError",

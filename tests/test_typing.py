@@ -34,7 +34,8 @@ def progress(done: int, total: int) -> None: ...
 
 unmerged: loratool.UnmergeReport = loratool.unmerge("merged", "adapter", "again", progress=progress)
 print(unmerged.restored + unmerged.nbytes, unmerged.exact_files)
-patched: loratool.PatchReport = loratool.patch("base", Path("tuned"), "tuned.patch", fast=True)
+patched = loratool.patch("base", Path("tuned"), "tuned.patch", fast=True)
+assert isinstance(patched, loratool.PatchReport)
 print(patched.reversible, [row.changed / row.numbers for row in patched.tensors])
 made: loratool.ApplyReport = loratool.apply("base", ["tuned.patch", Path("more.patch")], "again", progress=progress)
 print(made.digests["again"], loratool.apply("tuned", "tuned.patch", reverse=True).files)

@@ -98,6 +98,21 @@ COMBINE_REFUSED = {
 }
 
 # --allow of combine: inputs that are refused by default
+# --to of patch: keys of patches.dialects.table.DIALECTS, those that are written
+PATCH_DIALECTS = {
+    "disk-delta": "of slime, miles and SGLang",
+    "skyrl": "of SkyRL",
+    "prime-rl": "a sparse update of prime-rl",
+    "trl": "a sparse patch of TRL",
+    "arc_v2": "of Fireworks",
+}
+
+# --allow of apply, for patches of other programs
+APPLY_ALLOW = {
+    "unknown": "leave out changes of tensors that BASE does not have",
+    "unverified": "apply patches without any checksum, so that nothing proves the base or the result",
+}
+
 COMBINE_ALLOW = {"unrelated": "combine adapters that look like those of two different models"}
 
 # --rank-method of combine, where a method's result has more than --rank

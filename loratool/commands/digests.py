@@ -20,6 +20,7 @@ from ..streaming.digests import digest_of_files
 from ..streaming.parallel import Progress
 from ..views.parts.report import CheckReport, WritingReport
 from .adapter_requests import parse_adapters
+from .arguments import parse_paths
 
 if TYPE_CHECKING:
     from .arguments import StrPath
@@ -58,7 +59,9 @@ def with_digests(call: object, report: R) -> R:
 
 
 def _named_paths(arguments: Mapping[str, Any], out: StrPath | None) -> Iterator[StrPath]:
-    yield from (arguments[name] for name in INPUTS if arguments.get(name) is not None)
+    for name in INPUTS:
+        if (given := arguments.get(name)) is not None:
+            yield from parse_paths(given)
     yield from arguments.get("others", ())
     if arguments.get("adapters") is not None:
         yield from (each.path for each in parse_adapters(arguments["adapters"]))

@@ -54,7 +54,7 @@ REPORTS = {
         "views.inspect_spectra.SpectraReport",
     ),
     "merge": ("views.merge.MergeReport",),
-    "patch": ("views.patch.PatchReport",),
+    "patch": ("views.patch.PatchReport", "views.foreign_patch.ForeignPatchReport"),
     "resize": ("views.resize.ResizeReport",),
     "run": ("views.run.RunReport",),
     "unmerge": ("views.unmerge.UnmergeReport",),

@@ -44,6 +44,9 @@ class PatchChain:
         self.patches: list[PatchFile] = []
         try:
             for path in paths:
+                if Path(path).is_dir():
+                    what, remedy = "is a folder, and no patch", "name a patch; a folder of versions needs --step N"
+                    raise InputError(what, culprit=path, remedy=remedy)
                 self.patches.append(PatchFile(Path(path)))
             _require_links(self.patches)
             steps = [*reversed(self.patches)] if back else self.patches

@@ -21,6 +21,8 @@ class ApplyReport(WritingReport):
         tensors, spans: of the model that is made.
         reverse: whether the patches were taken off.
         files: its weights files.
+        checked: by what the output is held against the patches: only sha256 and blake3 protect from intent, and only if
+            the patch comes from whom you trust; empty if by nothing.
         done: the model that was given was already what the first patch makes.
     """
 
@@ -36,6 +38,7 @@ class ApplyReport(WritingReport):
     reverse: bool
     files: tuple[str, ...]
     done: bool
+    checked: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
 
@@ -44,7 +47,9 @@ def apply_document(report: ApplyReport, verbose: bool) -> Document:
     spans = [path(report.base)]
     for patch in report.patches:
         spans += [*line(" - " if report.reverse else " + "), path(patch)]
-    how = f"{plural(report.tensors, 'tensor')} bit for bit, by all hashes"
+    how = f"{plural(report.tensors, 'tensor')}, held against {' and '.join(report.checked) or 'nothing'}"
+    if report.checked == ("sha256",):
+        how = f"{plural(report.tensors, 'tensor')} bit for bit, by all hashes"
     return Document(
         subject=line(*spans, " -> ", path(report.out), dry_run_mark(report)),
         warnings=report.warnings,

@@ -80,6 +80,7 @@ WORDS: dict[str, Sequence[str]] = {
     "PatchRow.was": (*STORED, ""),
     "PatchedTensor.was": (*STORED, ""),
     "PatchInspection.bodies": tuple(BODIES),
+    "ForeignPatchReport.dialect": tuple(choices.PATCH_DIALECTS),
     "PatchReport.bodies": tuple(BODIES),
     "MergeReport.quantized": (*WAYS, "like"),
     "MergeReport.sizes": tuple(WAYS),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from .. import calls
-from ..arguments import Opt, Paths, StrPath
+from ..arguments import Opt, Paths, StrPath, words_of
 from ..calls import Call, function_of
+from ..choices import APPLY_ALLOW
 
 if TYPE_CHECKING:
     from ...views.apply import ApplyReport  # noqa: F401
@@ -19,8 +21,11 @@ class Apply(Call["ApplyReport"]):
 
     Args:
         base: The model that the first patch was made of; with --reverse, the one that the last patch makes.
-        patches: The patches, in their order.
+        patches: The patches, in their order: of loratool, or of a trainer (slime, miles, SGLang, SkyRL, prime-rl, TRL,
+            Fireworks).
         out: Where to write: a folder or a file, as the model that the patch makes was.
+        step: PATCH is a folder of versions that a trainer wrote: make this version, from the newest full one below.
+        allow: Accept patches of other programs that would stop the command. {meanings}.
         reverse: Go back: make the base of the target, with the last patch first.
 
     Raises:
@@ -35,6 +40,12 @@ class Apply(Call["ApplyReport"]):
     patches: Annotated[Paths, Opt(metavar="PATCH...")]
     out: Annotated[StrPath | None, Opt("Output", "OUT", "patched, or the suffix of the model's file", "-o")] = None
     _: KW_ONLY
+    step: Annotated[int | None, Opt("About the inputs", "N")] = None
+    allow: Annotated[
+        Literal["unknown", "unverified"] | Sequence[Literal["unknown", "unverified"]],
+        words_of(APPLY_ALLOW),
+        Opt("About the inputs"),
+    ] = ()
     reverse: Annotated[bool, Opt("Output")] = False
     force: calls.Force = False
     resume: calls.Resume = False

@@ -11,13 +11,15 @@ from typing import BinaryIO
 
 from ...durable.fileio import read_into, write_at
 from ...errors import InputError, UsageError
-from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.checkpoint import open_checkpoint
 from ...files.containers.torch_reader import TorchFile
-from ...files.output.output import CONTAINERS, Output, OutputFile, join_output, open_output
-from ...files.output.paths import check_output_name, check_output_path
+from ...files.folder.side_files import is_patch
+from ...files.output.output import Output, join_output, open_output
+from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
 from ...patches.chain import PatchChain
-from ...patches.model_files import ModelFile, ModelFiles
+from ...patches.dialects.table import find_dialect
+from ...patches.model_files import ModelFile
 from ...patches.patch_file import PATCH
 from ...patches.sources import piece_hashes, split_span
 from ...patches.spans import TensorSpan, digest_of_spans
@@ -27,21 +29,30 @@ from ...streaming.ranks import current_job
 from ...undo.reader import belongs
 from ...views.apply import ApplyReport
 from ..arguments import parse_paths
-from ..cards import described_call, input_word
 from ..predictions import opened_chain
 from .call import Apply
+from .output import choose_output_path, describe_output, write_frame
 
 
 def run_apply(call: Apply) -> ApplyReport:
     """Make a model of another by patches."""
     names, workers = parse_paths(call.patches), call.workers or worker_count()
+    ours = [is_patch(Path(name)) for name in names]
+    if not any(ours) and (call.step is not None or all(find_dialect(Path(name)) for name in names)):
+        from .foreign import apply_foreign
+
+        return apply_foreign(call)
+    if call.step is not None or call.allow:
+        option = "--allow" if call.step is None else "--step"
+        raise UsageError("is for patches of other programs", culprit=option, remedy=f"leave out {option}")
     with ExitStack() as opened:
         base = opened.enter_context(closing(open_checkpoint(call.base)))
         chain = opened.enter_context(opened_chain(base, os.fspath(call.base), names, call.reverse))
-        path, is_file = _output_path(call, chain.files)
+        path, is_file = choose_output_path(call, chain.files)
         inputs, side = paths_of(base.shards) + [patch.path for patch in chain.patches], chain.side()
         exists = check_output_path(path, is_file, inputs, call.force, True, side, call.dry_run)
-        output = _output(path, chain, side, base, call)
+        chosen = {f"patch {number}": each.digest for number, each in enumerate(chain.patches, 1)}
+        output = describe_output(path, chain.files, side, base, call, chosen)
         if call.dry_run:
             output.require_own_journal()
             _check(chain, workers, call.progress)
@@ -60,46 +71,10 @@ def run_apply(call: Apply) -> ApplyReport:
             reverse=call.reverse,
             files=tuple(file.name for file in chain.files.files),
             done=chain.is_done(),
+            checked=("sha256",),
             exists=exists,
             digests=digests if call.dry_run else {**digests, str(path): chain.digest},
         )
-
-
-def _output_path(call: Apply, files: ModelFiles) -> tuple[Path, bool]:
-    container = files.files[0].container
-    ending = next(
-        (each for each in CONTAINERS[container] if files.files[0].name.endswith(each)), CONTAINERS[container][0]
-    )
-    if call.out is None:
-        return Path(f"patched{ending}" if files.is_file else "patched"), files.is_file
-    path, is_file = check_output_name(call.out, container)
-    if is_file is not files.is_file:
-        what = "is a file, and the model that is made is a folder" if is_file else "is a folder, and the model a file"
-        remedy = "name a folder with -o" if is_file else f"name a file that ends in {ending} with -o"
-        raise UsageError(what, culprit=str(path), remedy=remedy)
-    return path, is_file
-
-
-def _output(path: Path, chain: PatchChain, side: Mapping[str, bytes], base: Checkpoint, call: Apply) -> Output:
-    files = chain.files
-    made = tuple(
-        OutputFile(path.name if files.is_file else file.name, file.frame[: file.head], file.begin, file.nbytes)
-        for file in files.files
-    )
-    described = described_call(call, [input_word(call.base), *map(input_word, parse_paths(call.patches))])
-    return Output(
-        path=path,
-        is_file=files.is_file,
-        specs=files.specs,
-        files=made,
-        extras=side,
-        side_files={},
-        left_behind=(),
-        inputs=base.shards,
-        configs=(base.config,),
-        call={**described, **{f"patch {n}": each.digest for n, each in enumerate(chain.patches, 1)}},
-        resume=call.resume,
-    )
 
 
 def _check(chain: PatchChain, workers: int, progress: Progress | None) -> None:
@@ -124,7 +99,7 @@ def _write(output: Output, chain: PatchChain, workers: int, progress: Progress |
         places = {name: (target, file.begin[name]) for target, file in files for name in file.specs}
         if not job.rank:
             for target, file in files:
-                _write_frame(target, file)
+                write_frame(target, file)
 
         def make(number: int) -> tuple[str, ...]:
             data, hashes = chain.source.made(number)
@@ -168,13 +143,6 @@ def _require_plain(path: Path, file: ModelFile, culprit: Path) -> None:
         raise InputError(what, culprit=str(culprit), remedy="do not load what this patch makes") from error
     if (specs, begin) != (file.specs, file.begin):
         raise InputError("makes a torch file of other tensors than it says", culprit=str(culprit), remedy=PATCH.remedy)
-
-
-def _write_frame(target: BinaryIO, file: ModelFile) -> None:
-    done = 0
-    for first, length in file.gaps():
-        write_at(target, memoryview(file.frame)[done : done + length], first)
-        done += length
 
 
 def read_places(span: TensorSpan, places: Mapping[str, tuple[BinaryIO, int]]) -> memoryview:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 from ...durable.journal import Journal
 from ...durable.partial import partial_file, partial_path
 from ...errors import InputError, UsageError
-from ...files.checkpoint import Checkpoint, classify_checkpoint, open_checkpoint
+from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.digest import tensors_of
 from ...files.folder.side_files import UNKNOWN, LeftBehind
 from ...files.output.paths import check_output_path
-from ...files.weights_file import WeightsFile, described_inputs, paths_of, require_unchanged
+from ...files.weights_file import described_inputs, paths_of, require_unchanged
 from ...patches.model_files import ModelFiles
 from ...patches.patch_file import (
     CodedSpan,
@@ -30,52 +30,39 @@ from ...patches.patch_file import (
     write_patch,
 )
 from ...patches.side import read_side_file, side_names
-from ...patches.sources import ModelSource, TensorSource
+from ...patches.sources import ModelSource
 from ...patches.spans import digest_of_spans
 from ...streaming.journaled import journaled
 from ...streaming.parallel import map_in_order, worker_count
 from ...streaming.ranks import Job, current_job
+from ...views.foreign_patch import ForeignPatchReport
 from ...views.patch import BodySize, PatchReport, PatchRow
 from ..adapter_requests import parse_adapters
 from ..arguments import parse_paths
 from ..cards import described_call, input_word
-from ..predictions import adapter_paths, attached, merged_source, opened_chain
+from ..predictions import adapter_paths, attached, merged_source
 from .call import Patch
 from .coding import Sides, SpecComparison, base_digest, code_spans, compare_specs, estimated
+from .target import PatchTarget, open_target
 
 CODE = "code or a pickle that is not the base's, which a patch does not bring"
 
 RESULTS = {CodedSpan.__name__: CodedSpan}
 
 
-@dataclass(frozen=True)
-class Target:
-    """The model that a patch is to make: on disk, or what a chain of patches makes.
-
-    Attributes:
-        name: as it was given.
-        side: its side files.
-        left: files beside it that stay behind.
-        digest: None if it is not known yet.
-        opened: its weights files, or those of the patches' base.
-    """
-
-    name: str
-    files: ModelFiles
-    source: TensorSource
-    side: Mapping[str, bytes]
-    left: tuple[LeftBehind, ...]
-    digest: str | None
-    opened: tuple[WeightsFile, ...]
-    paths: tuple[Path, ...]
-
-
-def run_patch(call: Patch) -> PatchReport:
+def run_patch(call: Patch) -> PatchReport | ForeignPatchReport:
     """Write the difference of two models."""
     path, workers = Path(call.out or "loratool.patch"), call.workers or worker_count()
     with ExitStack() as opened:
         base = opened.enter_context(closing(open_checkpoint(call.base)))
-        target = _open_target(call, base, opened)
+        target = open_target(call, base, opened)
+        if call.to is not None:
+            from .foreign import write_foreign
+
+            return write_foreign(call, base, target)
+        for name in ("step", "encoding", "checksum"):
+            if getattr(call, name) is not None:
+                raise UsageError("is for patches of other programs", culprit=f"--{name}", remedy="add --to DIALECT")
         requests = parse_adapters(call.adapter) if call.adapter else []
         source = merged_source(base, requests, opened) if requests else ModelSource(base)
         inputs = [*paths_of(base.shards), *target.paths, *adapter_paths(requests)]
@@ -130,23 +117,6 @@ def run_patch(call: Patch) -> PatchReport:
         return report(sizes, nbytes=nbytes, reversible=reversible, digests=digests)
 
 
-def _open_target(call: Patch, base: Checkpoint, opened: ExitStack) -> Target:
-    paths = parse_paths(call.tuned)
-    if call.fold:
-        chain = opened.enter_context(opened_chain(base, os.fspath(call.base), paths))
-        places = tuple(patch.path for patch in chain.patches)
-        return Target(paths[-1], chain.files, chain.source, chain.side(), (), chain.digest, base.shards, places)
-    if len(paths) > 1:
-        raise UsageError("one TUNED, or patches with --fold", culprit=paths[1], remedy="give one model, or add --fold")
-    tuned = opened.enter_context(closing(open_checkpoint(paths[0])))
-    names = side_names(tuned)
-    side = {name: read_side_file(tuned, name) for name in names}
-    left = () if tuned.given_as_file else classify_checkpoint(tuned)[1]
-    rest = tuple(each for each in left if each.name not in names)
-    files = ModelFiles.of(tuned)
-    return Target(paths[0], files, ModelSource(tuned), side, rest, None, tuned.shards, (*paths_of(tuned.shards),))
-
-
 @contextmanager
 def _opened(
     path: Path, head: Mapping[str, Mapping[str, Any]], resume: bool
@@ -169,7 +139,7 @@ def _base_files(base: Checkpoint) -> ModelFiles | None:
         return None
 
 
-def compare_side_files(base: Checkpoint, target: Target) -> tuple[dict[str, SideFile], dict[str, SideFile]]:
+def compare_side_files(base: Checkpoint, target: PatchTarget) -> tuple[dict[str, SideFile], dict[str, SideFile]]:
     """Return the target's side files, and those of the base that the target has not, or not so.
 
     Content that the base has too is left out, and so is what a patch may not bring.
@@ -186,7 +156,7 @@ def compare_side_files(base: Checkpoint, target: Target) -> tuple[dict[str, Side
 
 def _report(
     base: str,
-    target: Target,
+    target: PatchTarget,
     out: str,
     compared: SpecComparison,
     sizes: Sequence[tuple[str, int, tuple[int, ...]]],

@@ -20,7 +20,7 @@ from ..dtypes import FLOATS, TensorSpec
 from ..weights_file import WeightsFile
 from .model_folder import INDEX_NAMES, read_json_file
 
-APPLY = "apply it to the model it was made from, with the program that wrote it, and name the result"
+APPLY = "apply it to the model it was made from: loratool apply BASE IT -o OUT; and name the result"
 
 ZSTD = b"\x28\xb5\x2f\xfd"  # the first bytes of a Zstandard frame
 ARC3 = b"ARC3_ENVELOPE\0"
