@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import few
-from lib.models.patch_pairs import PAIRS, tree
+import torch
+from conftest import few, weights, write_model
+from lib.models.patch_pairs import PAIRS, plain, tree, tuned
+from lib.oracles.naive_patch_reader import digest_of
+from safetensors.torch import load_file, save_file
 
 import loratool
+from loratool.errors import InputError
+from loratool.patches.sources import ModelSource
 
 DEFAULT = ("llama", "side files", "torch", "gguf blocks", "diffusers", "int4", "mixed", "to bf16", "other tensors")
 
@@ -17,12 +28,256 @@ DEFAULT = ("llama", "side files", "torch", "gguf blocks", "diffusers", "int4", "
 @pytest.mark.parametrize("name", few(PAIRS, *DEFAULT))
 def test_every_byte_comes_back(tmp_path: Path, name: str, fast: bool) -> None:
     write, leads_back = PAIRS[name]
-    base, tuned = write(tmp_path)
-    patch, out, back = (tmp_path / each for each in ("p.patch", f"out{tuned.suffix}", f"back{base.suffix}"))
-    report = loratool.patch(base, tuned, patch, fast=fast)
+    base, after = write(tmp_path)
+    patch, out, back = (tmp_path / each for each in ("p.patch", f"out{after.suffix}", f"back{base.suffix}"))
+    report = loratool.patch(base, after, patch, fast=fast)
     loratool.apply(base, patch, out)
-    assert tree(out) == tree(tuned)
+    assert tree(out) == tree(after)
     assert fast or report.reversible is leads_back
     if report.reversible:
-        loratool.apply(tuned, patch, back, reverse=True)
+        loratool.apply(after, patch, back, reverse=True)
         assert tree(back) == tree(base)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Models of a training run, each in its folder, and the patches between neighbours."""
+
+    models: list[Path]
+    patches: list[Path]
+
+
+def write_chain(folder: Path, count: int = 3, rows: int = 64) -> Chain:
+    tensors, models = plain(rows), list[Path]()
+    for step in range(count + 1):
+        models.append(write_model(folder / f"m{step}", tensors, {"model_type": "llama", "step": step}))
+        tensors = tuned(tensors, 1e-2)
+    patches = [folder / f"p{step}" for step in range(1, count + 1)]
+    for before, after, patch in zip(models, models[1:], patches, strict=False):
+        loratool.patch(before, after, patch)
+    return Chain(models, patches)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    return write_chain(tmp_path)
+
+
+def refusal(out: Path, *args: Any, **options: Any) -> str:
+    """Return what `apply` refuses with, of which nothing is written."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(InputError) as raised:
+        loratool.apply(*args, out, **options)
+    assert sorted(out.parent.iterdir()) == before
+    return str(raised.value)
+
+
+def test_a_chain_in_one_pass(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte of the base is read once, whatever the length, and those of one span to see which model it is."""
+    read = Counter[tuple[str, int]]()
+    whole = ModelSource.read
+
+    def counted(self: ModelSource, tensor: str, first: int, out: memoryview) -> None:
+        read[tensor, first] += len(out)
+        whole(self, tensor, first, out)
+
+    monkeypatch.setattr(ModelSource, "read", counted)
+    loratool.apply(chain.models[0], chain.patches, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(chain.models[3])
+    assert read.total() == 2 * sum(x.nbytes for x in plain().values())
+    loratool.apply(chain.models[3], chain.patches, tmp_path / "back", reverse=True)
+    assert tree(tmp_path / "back") == tree(chain.models[0])
+
+
+def test_a_part_of_a_chain(chain: Chain, tmp_path: Path) -> None:
+    loratool.apply(chain.models[1], chain.patches[1:], tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(chain.models[3])
+    loratool.apply(chain.models[2], chain.patches[:2], tmp_path / "back", reverse=True)
+    assert tree(tmp_path / "back") == tree(chain.models[0])
+
+
+def test_patches_in_another_order(chain: Chain, tmp_path: Path) -> None:
+    one, two, three = chain.patches
+    for order, culprit, remedy in (
+        ([two, one, three], one, f"give it before {two}"),
+        ([one, three, two], three, f"give it after {two}"),
+        ([one, three], three, "give the patches between them too"),
+        ([one, one], one, "give the patches between them too"),
+    ):
+        said = refusal(tmp_path / "out", chain.models[0], order)
+        assert said.startswith(f"{culprit}: does not begin where") and remedy in said
+    loratool.patch(chain.models[2], chain.models[0], tmp_path / "round")
+    said = refusal(tmp_path / "out", chain.models[0], [one, two, tmp_path / "round"])
+    assert said.startswith(f"{tmp_path / 'round'}: leads back to a model that the chain has been at")
+
+
+def test_a_step_without_changes_in_a_chain(chain: Chain, tmp_path: Path) -> None:
+    loratool.patch(chain.models[1], chain.models[1], tmp_path / "same")
+    loratool.apply(chain.models[0], [chain.patches[0], tmp_path / "same", *chain.patches[1:]], tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(chain.models[3])
+
+
+def test_the_target_already_there(chain: Chain, tmp_path: Path) -> None:
+    """Whichever model of the chain is given, what comes out is its last."""
+    for number, model in enumerate(chain.models[1:]):
+        report = loratool.apply(model, chain.patches, tmp_path / f"out{number}")
+        assert tree(tmp_path / f"out{number}") == tree(chain.models[3])
+        assert report.warnings == (f"{model} is already what {chain.patches[number]} makes of it",)
+        assert report.digests[str(model)] == digest_of(model)
+    for number, model in enumerate(chain.models[:3]):
+        loratool.apply(model, chain.patches, tmp_path / f"back{number}", reverse=True)
+        assert tree(tmp_path / f"back{number}") == tree(chain.models[0])
+
+
+@pytest.mark.parametrize("name", ["to bf16", "to fp32", "other tensors", "side files"])
+def test_the_target_of_other_tensors_already_there(tmp_path: Path, name: str) -> None:
+    base, after = PAIRS[name][0](tmp_path)
+    loratool.patch(base, after, tmp_path / "p")
+    loratool.apply(after, tmp_path / "p", tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(after)
+
+
+def mixture(chain: Chain, folder: Path, *names: str) -> Path:
+    """Return the first model with some tensors of the second."""
+    state, other = (load_file(chain.models[i] / "model.safetensors") for i in (0, 1))
+    shutil.copytree(chain.models[0], folder)
+    save_file({**state, **{name: other[name] for name in names}}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("names", [("model.norm.weight",), ("model.norm.weight", "model.embed_tokens.weight")])
+def test_a_mixture_of_base_and_target(chain: Chain, tmp_path: Path, names: tuple[str, ...]) -> None:
+    """It is neither of them, though what comes out could be the target."""
+    mixed = mixture(chain, tmp_path / "mixed", *names)
+    for back in (False, True):
+        said = refusal(tmp_path / "out", mixed, chain.patches[0], reverse=back)
+        assert said.startswith(f"{mixed}: is not the model that {chain.patches[0]} ") and " differ" in said
+
+
+@pytest.mark.parametrize("there", ["a", "b"])
+def test_a_mixture_of_whole_spans(tmp_path: Path, there: str) -> None:
+    before = {"a": weights(6, 4), "b": weights(6, 4).bfloat16()}
+    after = tuned(before, 1e-2)
+    models = [write_model(tmp_path / name, state) for name, state in (("base", before), ("tuned", after))]
+    write_model(tmp_path / "mixed", {**before, there: after[there]})
+    loratool.patch(*models, tmp_path / "p")
+    assert "is not the model that" in refusal(tmp_path / "out", tmp_path / "mixed", tmp_path / "p")
+
+
+def test_another_base(chain: Chain, tmp_path: Path) -> None:
+    patch = chain.patches[0]
+    said = refusal(tmp_path / "out", chain.models[2], patch)
+    assert "differ" in said and "give the model of digest " in said
+    assert digest_of(chain.models[0])[:16] in said
+    smaller = write_model(tmp_path / "smaller", {"model.norm.weight": weights(48).bfloat16()})
+    said = refusal(tmp_path / "out", smaller, patch)
+    assert "is of a model whose" in said and "and 9 more differ" in said
+    said = refusal(tmp_path / "out", write_model(tmp_path / "fp32", plain(dtype=torch.float32)), patch)
+    assert "BF16" in said and "F32" in said
+
+
+def test_a_bit_of_the_base(chain: Chain, tmp_path: Path) -> None:
+    file = chain.models[0] / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert "is not the model that" in refusal(tmp_path / "out", chain.models[0], chain.patches)
+
+
+def test_a_side_file_of_another_base(tmp_path: Path) -> None:
+    """A patch has no copy of what both have."""
+    base, after = PAIRS["side files"][0](tmp_path)
+    loratool.patch(base, after, tmp_path / "p")
+    (base / "tokenizer.json").write_text("{}")
+    said = refusal(tmp_path / "out", base, tmp_path / "p")
+    assert said.startswith(f"{base / 'tokenizer.json'}: is needed as it was when") and "is another file" in said
+    (base / "tokenizer.json").unlink()
+    assert "is missing" in refusal(tmp_path / "out", base, tmp_path / "p")
+
+
+def test_one_way(tmp_path: Path) -> None:
+    for name in ("to bf16", "other tensors", "llama"):
+        base, after = PAIRS[name][0](tmp_path / name)
+        loratool.patch(base, after, tmp_path / name / "p")
+        said = refusal(tmp_path / name / "out", after, tmp_path / name / "p", reverse=True)
+        assert said.startswith(f"{tmp_path / name / 'p'}: has no way back")
+
+
+def test_a_base_in_other_files(tmp_path: Path) -> None:
+    """Shards and the order of tensors make no other base; going back makes the files that the patch was made of."""
+    base, after = PAIRS["shards"][0](tmp_path)
+    loratool.patch(base, after, tmp_path / "p")
+    state = plain()
+    other = write_model(tmp_path / "other", dict(reversed(state.items())), {"model_type": "llama"}, shards=4)
+    loratool.apply(other, tmp_path / "p", tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(after)
+    recut = write_model(tmp_path / "recut", tuned(state), {"model_type": "llama"})
+    loratool.apply(recut, tmp_path / "p", tmp_path / "back", reverse=True)
+    assert tree(tmp_path / "back") == tree(base)
+
+
+def test_a_file_and_a_folder(tmp_path: Path) -> None:
+    """A base that was given as a file has no side files; those of the target are in the patch, and come off."""
+    base, after = PAIRS["side files"][0](tmp_path)
+    file = base / "model.safetensors"
+    loratool.patch(file, after, tmp_path / "p")
+    loratool.apply(file, tmp_path / "p", tmp_path / "out")
+    assert tree(tmp_path / "out") == {k: v for k, v in tree(after).items() if k != "modeling_x.py"}
+    loratool.apply(after, tmp_path / "p", tmp_path / "back.safetensors", reverse=True)
+    assert tree(tmp_path / "back.safetensors") == tree(file)
+    loratool.patch(base, after / "model.safetensors", tmp_path / "q")
+    loratool.apply(base, tmp_path / "q", tmp_path / "out.safetensors")
+    assert tree(tmp_path / "out.safetensors") == tree(after / "model.safetensors")
+    loratool.apply(after / "model.safetensors", tmp_path / "q", tmp_path / "again", reverse=True)
+    assert tree(tmp_path / "again") == {k: v for k, v in tree(base).items() if k != "modeling_x.py"}
+
+
+def test_outputs(chain: Chain, tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = chain.patches[0]
+    wrong = [("out.safetensors", "is a file, and the model that is made is a folder"), (chain.models[0], "input")]
+    for out, said in [*wrong, ("missing/out", "missing"), ("patched.bin", "is not a suffix of a safetensors file")]:
+        ran = run("apply", chain.models[0], first, "-o", out)
+        assert ran.exit_code == 2 and said in ran.stderr and ran.stderr.count("error:") == 1
+    assert tree(chain.models[0])["model.safetensors"]
+    assert run("apply", chain.models[0], first).exit_code == 0
+    assert tree(tmp_path / "patched") == tree(chain.models[1])
+    ran = run("apply", chain.models[0], *chain.patches, "-o", "patched")
+    assert ran.exit_code != 0 and "--force" in ran.stderr and tree(tmp_path / "patched") == tree(chain.models[1])
+    assert run("apply", chain.models[0], *chain.patches, "-o", "patched", "--force").exit_code == 0
+    assert tree(tmp_path / "patched") == tree(chain.models[3])
+    ran = run("apply", chain.models[0], first, "-o", first, "--force")
+    assert ran.exit_code == 2 and first.read_bytes()[:8] == b"loratool"
+    one = chain.models[0] / "model.safetensors"
+    loratool.patch(one, chain.models[1] / "model.safetensors", "one")
+    ran = run("apply", one, "one", "-o", "folder")
+    assert ran.exit_code == 2 and "name a file that ends in .safetensors" in ran.stderr
+    assert run("apply", one, "one").exit_code == 0
+    assert tree(tmp_path / "patched.safetensors") == tree(chain.models[1] / "model.safetensors")
+
+
+def test_a_check_writes_nothing(chain: Chain, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    report = loratool.apply(chain.models[0], chain.patches, tmp_path / "out", dry_run=True)
+    assert report.dry_run and sorted(tmp_path.rglob("*")) == before
+    assert "is not the model" in refusal(tmp_path / "out", chain.models[2], chain.patches[0], dry_run=True)
+
+
+def test_the_report(chain: Chain, tmp_path: Path, run: Callable[..., Any]) -> None:
+    ran = run("apply", chain.models[0], *chain.patches, "-o", tmp_path / "out", "--json")
+    said = json.loads(ran.stdout)["report"]
+    assert said["digests"] == {str(path): digest_of(path) for path in (chain.models[0], tmp_path / "out")}
+    assert (said["tensors"], said["reverse"], said["files"]) == (11, False, ["model.safetensors"])
+
+
+@pytest.mark.parametrize("way", ["apply", "reverse"])
+def test_the_same_bytes_by_any_means(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    back = way == "reverse"
+    given, wanted = (chain.models[3], chain.models[0]) if back else (chain.models[0], chain.models[3])
+    for workers in (1, 2, 8):
+        loratool.apply(given, chain.patches, tmp_path / f"out{workers}", reverse=back, workers=workers)
+        assert tree(tmp_path / f"out{workers}") == tree(wanted)
+    for module in ("rans", "steps"):
+        monkeypatch.setattr(f"loratool.numerics.{module}.native", lambda: None)
+    loratool.apply(given, chain.patches, tmp_path / "slow", reverse=back)
+    assert tree(tmp_path / "slow") == tree(wanted)
