@@ -12,7 +12,8 @@ from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from .patch_file import PatchFile, SideFile
 from .side import read_side_file, side_names
-from .sources import ModelSource, PatchedSource, TensorSource
+from .sources import ModelSource, PatchedSource, TensorSource, is_made
+from .spans import TensorSpan
 
 Reads = dict[str, Callable[[], bytes]]  # a side file -> what reads it
 
@@ -53,14 +54,16 @@ class PatchChain:
             first: TensorSource = ModelSource(base)
             self._side: Reads = {each: partial(read_side_file, base, each) for each in side_names(base)}
             made = list[PatchedSource]()
-            for patch in steps:
-                if patch.adapters and not back:
+            reached = _count_made(first, steps, back)
+            for number, patch in enumerate(steps[max(0, reached - 1) :]):
+                is_there = bool(reached) and not number
+                if patch.adapters and not (back or is_there):
                     if made:
                         what = "has adapters, which can be merged into a model on disk only"
                         remedy = "apply the patches before it first, and this one to their output"
                         raise InputError(what, culprit=str(patch.path), remedy=remedy)
                     first = with_adapters(patch)
-                made.append(PatchedSource(first, name, patch, back))
+                made.append(PatchedSource(first, name, patch, back, is_there))
                 first = made[-1]
                 self._side = _side_after(self._side, patch, back, name)
         except BaseException:
@@ -95,14 +98,28 @@ class PatchChain:
             patch.close()
 
 
+def _count_made(model: TensorSource, steps: Sequence[PatchFile], back: bool) -> int:
+    """Return how many patches a model has behind it already."""
+    hashes = dict[TensorSpan, bytes]()
+    return next((n for n in range(len(steps), 0, -1) if is_made(model, steps[n - 1], back, hashes)), 0)
+
+
 def _require_links(patches: Sequence[PatchFile]) -> None:
-    """Raise InputError unless each patch begins where the one before ends."""
+    """Raise InputError unless each patch begins where the one before ends, and none leads back to an earlier model."""
     for before, after in pairwise(patches):
         if before.digest != after.base_digest:
             maker = next((each for each in patches if each.digest == after.base_digest), None)
-            remedy = f"give it after {maker.path}" if maker else "give the patches between them too"
+            taker = next((each for each in patches if each.base_digest == after.digest), None)
+            remedy = f"give it before {taker.path}" if taker else "give the patches between them too"
+            remedy = f"give it after {maker.path}" if maker else remedy
             what = f"does not begin where {before.path} ends: it is of the model {after.base_digest[:16]}..., not "
             raise InputError(f"{what}{before.digest[:16]}...", culprit=str(after.path), remedy=remedy)
+    passed = [patches[0].base_digest]
+    for patch in patches:
+        if patch.digest in passed[:-1]:
+            what = f"leads back to a model that the chain has been at, {patch.digest[:16]}..."
+            raise InputError(what, culprit=str(patch.path), remedy="give the patches from one model to another alone")
+        passed += [patch.digest] if patch.digest != passed[-1] else []
 
 
 def _side_after(before: Reads, patch: PatchFile, back: bool, name: str) -> Reads:

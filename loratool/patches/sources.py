@@ -55,11 +55,16 @@ class PatchedSource:
 
     A span that is already what the patch would make of it stays as it is.
 
+    Args:
+        is_made: the model is already what the patch makes, as `is_made` found: its types are not the base's.
+
     Raises:
         InputError: the patch is of another model, or has no way back.
     """
 
-    def __init__(self, before: TensorSource, name: str, patch: PatchFile, back: bool = False) -> None:
+    def __init__(
+        self, before: TensorSource, name: str, patch: PatchFile, back: bool = False, is_made: bool = False
+    ) -> None:
         if back and not patch.reversible:
             what = "has no way back: that needs too much here, or the patch was made with --one-way"
             raise InputError(what, culprit=str(patch.path), remedy="apply it to the base again, and keep the base")
@@ -69,7 +74,9 @@ class PatchedSource:
         self._places = places_of(patch.spans)
         self._local = threading.local()
         self.kept: set[int] = set()  # spans that were already what the patch makes of them
-        self._require_tensors()
+        self._is_made = is_made
+        if not is_made:
+            self._require_tensors()
 
     def _require_tensors(self) -> None:
         """Refuse a model that lacks tensors of the base, or has them with other types or shapes."""
@@ -115,14 +122,14 @@ class PatchedSource:
         """
         span, row = self.patch.spans[number], self.patch.rows[number]
         before, after = (row.hash, row.source_hash) if self.back else (row.source_hash, row.hash)
-        stored = read_source(self.before, span)
+        stored = read_span(self.before, span) if self._is_made else read_source(self.before, span)
         if stored is not None:
             hashes = piece_hashes(span, stored)
             found = span_hash(hashes)
-            if found == after != before and span.source == span.dtype:
+            if found == after != before and (self._is_made or span.source == span.dtype):
                 self.kept.add(number)
                 return stored, hashes
-            if found != before:
+            if found != before or (self._is_made and span.source != span.dtype):
                 raise self._other(number)
         data = bytearray(span.nbytes)
         try:
@@ -160,7 +167,7 @@ class PatchedSource:
             span, row = self.patch.spans[other], self.patch.rows[other]
             if len(wrong) > 3:
                 break
-            stored = read_source(self.before, span)
+            stored = read_span(self.before, span) if self._is_made else read_source(self.before, span)
             if stored is not None and span_hash(piece_hashes(span, stored)) not in (row.source_hash, row.hash):
                 wrong.append(other)
         names = dict.fromkeys(piece.tensor for each in wrong for piece in self.patch.spans[each].pieces)
@@ -172,6 +179,23 @@ class PatchedSource:
     def _wanted(self) -> str:
         digest: str = self.patch.digest if self.back else self.patch.base_digest
         return digest
+
+
+def is_made(model: TensorSource, patch: PatchFile, back: bool, hashes: dict[TensorSpan, bytes]) -> bool:
+    """Return whether a model is what a patch makes, going by its tensors' types and the first span that differs.
+
+    Args:
+        hashes: of the model's spans that were read; those that are read here are added.
+    """
+    files = patch.base if back and patch.base else patch.target
+    if any(model.specs.get(name) != spec for name, spec in files.specs.items()):
+        return False
+    for span, row in zip(patch.spans, patch.rows, strict=True):
+        if row.source_hash != row.hash:
+            if span not in hashes:
+                hashes[span] = span_hash(piece_hashes(span, read_span(model, span)))
+            return hashes[span] == (row.source_hash if back else row.hash)
+    return False
 
 
 def read_source(source: TensorSource, span: TensorSpan) -> memoryview | None:
