@@ -144,7 +144,7 @@ def compare_side_files(base: Checkpoint, target: PatchTarget) -> tuple[dict[str,
 
     Content that the base has too is left out, and so is what a patch may not bring.
     """
-    others = {name: read_side_file(base, name) for name in side_names(base)} if target.side else {}
+    others = {name: read_side_file(base, name) for name in side_names(base)}
     side = {
         name: SideFile.of(data, known=others.get(name) == data)
         for name, data in target.side.items()
