@@ -17,6 +17,7 @@ PAGES = {
     "How-to": (
         "healthy",
         "undo",
+        "patches",
         "qwen3",
         "merge-quantized",
         "two-styles",
@@ -56,6 +57,7 @@ PAGES = {
         "hub",
         "python",
         "undo-format",
+        "patch-format",
         "digest",
         "numerics",
         "parameter-counts",
