@@ -19,7 +19,7 @@ from ..errors import UsageError, without_credentials
 from ..streaming.ranks import RUN_ID, RankDone, current_job, is_launched, join_job
 from .messages import warn
 
-COMMANDS = ("merge", "unmerge", "extract", "convert", "verify")  # whose work ranks share
+COMMANDS = ("merge", "unmerge", "extract", "convert", "verify", "patch", "apply")  # whose work ranks share
 
 PATIENCE = 5  # seconds in which rank 0 may tell the same error, and torchrun end this rank
 
