@@ -247,9 +247,9 @@ def test_memory(tmp_path: Path, kind: str) -> None:
     state.clear()
     save_file({"x": torch.ones(3)}, tmp_path / "c.safetensors")
     loratool.patch(tmp_path / "c.safetensors", tmp_path / "c.safetensors", tmp_path / "n")
-    least = peak(tmp_path, "patch", "c.safetensors", "c.safetensors", "-o", "o", "--workers", "2")
-    made = peak(tmp_path, "patch", "a.safetensors", "b.safetensors", "-o", "p", "--workers", "2")
-    applied = peak(tmp_path, "apply", "a.safetensors", "p", "-o", "d.safetensors", "--workers", "2")
+    least = peak(tmp_path, "patch", "c.safetensors", "c.safetensors", "-o", "o")
+    made = peak(tmp_path, "patch", "a.safetensors", "b.safetensors", "-o", "p")
+    applied = peak(tmp_path, "apply", "a.safetensors", "p", "-o", "d.safetensors")
     print(kind, *(f"{(each - least) / 2**24:.1f} spans" for each in (made, applied)))
     assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert made - least < 2 * 16 << 24 and applied - least < 2 * 10 << 24
