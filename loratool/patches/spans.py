@@ -2,8 +2,8 @@
 
 A span has at most 2^24 bytes of tensors of one type. A larger tensor is cut into the pieces of its digest; each whole
 piece is a span of its own. All other pieces are put together in the order of the tensors' names, apart by type and by
-prediction, until the next would not fit. So the spans follow from the names, types and shapes alone, whatever the
-files.
+prediction, until the next would not fit; what is left at the end comes in the order of its first pieces. So the spans
+follow from the names, types and shapes alone, whatever the files.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from lib.oracles.naive_patch_reader import digest_of
 from safetensors.torch import load_file, save_file
 
 import loratool
-from loratool.errors import InputError
+from loratool.durable import disk
+from loratool.errors import InputError, UsageError
 from loratool.patches.sources import ModelSource
 
 DEFAULT = ("llama", "side files", "torch", "gguf blocks", "diffusers", "int4", "mixed", "to bf16", "other tensors")
@@ -283,3 +285,39 @@ def test_the_same_bytes_by_any_means(chain: Chain, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(f"loratool.numerics.{module}.native", lambda: None)
     loratool.apply(given, chain.patches, tmp_path / "slow", reverse=back)
     assert tree(tmp_path / "slow") == tree(wanted)
+
+
+@pytest.mark.parametrize("verb", ["patch", "apply"])
+def test_a_full_disk(chain: Chain, tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
+    """Whichever write fails, it is one line, and the next run writes what an undisturbed one does."""
+    second = chain.models[1] if verb == "patch" else chain.patches[0]
+    wanted = chain.patches[0].read_bytes() if verb == "patch" else tree(chain.models[1])
+    out, whole, count = tmp_path / "out", disk.write_some, 0
+    for fails_at in (1, 2, 3, 5, 8):
+        count = 0
+
+        def write_some(*args: Any, last: int = fails_at) -> int:
+            nonlocal count
+            count += 1
+            if count >= last:
+                raise OSError(28, "No space left on device")
+            return whole(*args)
+
+        with monkeypatch.context() as context:
+            context.setattr(disk, "write_some", write_some)
+            ran = run(verb, chain.models[0], second, "-o", out)
+        if count < fails_at:
+            assert ran.exit_code == 0
+            break
+        assert ran.exit_code not in (0, 70) and ran.stderr.count("error:") == 1 and not out.exists()
+    else:
+        assert run(verb, chain.models[0], second, "-o", out, "--resume").exit_code == 0
+    assert (out.read_bytes() if verb == "patch" else tree(out)) == wanted
+    assert not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_is_read_only(chain: Chain, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(UsageError, match="write"):
+        loratool.apply(chain.models[0], chain.patches, tmp_path / "closed" / "out")

@@ -156,12 +156,11 @@ class Reader:
                 if piece[2] == PIECE:
                     found.append((dtype, source, [piece]))
                     continue
-                held = waiting.get((dtype, source), [])
+                held = waiting.get((dtype, source), [])  # in the order of the groups' first pieces
                 if sum(length for _, _, length in held) + piece[2] > PIECE:
-                    found.append((dtype, source, held))
+                    found.append((dtype, source, waiting.pop((dtype, source))))
                     held = []
                 waiting[dtype, source] = [*held, piece]
-        # groups are in the order in which their first piece that is left came
         return found + [(*kind, pieces) for kind, pieces in waiting.items()]
 
     def restore(self, given, back=False):
