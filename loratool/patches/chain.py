@@ -54,7 +54,8 @@ class PatchChain:
             first: TensorSource = ModelSource(base)
             self._side: Reads = {each: partial(read_side_file, base, each) for each in side_names(base)}
             made = list[PatchedSource]()
-            reached = _count_made(first, steps, back)
+            hashes = dict[TensorSpan, bytes]()
+            reached = _count_made(first, steps, back, hashes)
             for number, patch in enumerate(steps[max(0, reached - 1) :]):
                 is_there = bool(reached) and not number
                 if patch.adapters and not (back or is_there):
@@ -64,6 +65,8 @@ class PatchChain:
                         raise InputError(what, culprit=str(patch.path), remedy=remedy)
                     first = with_adapters(patch)
                 made.append(PatchedSource(first, name, patch, back, is_there))
+                if not (number or reached or patch.adapters):
+                    made[0].require_base(hashes)
                 first = made[-1]
                 self._side = _side_after(self._side, patch, back, name)
         except BaseException:
@@ -98,9 +101,8 @@ class PatchChain:
             patch.close()
 
 
-def _count_made(model: TensorSource, steps: Sequence[PatchFile], back: bool) -> int:
-    """Return how many patches a model has behind it already."""
-    hashes = dict[TensorSpan, bytes]()
+def _count_made(model: TensorSource, steps: Sequence[PatchFile], back: bool, hashes: dict[TensorSpan, bytes]) -> int:
+    """Return how many patches a model has behind it already; `hashes` are as in `is_made`."""
     return next((n for n in range(len(steps), 0, -1) if is_made(model, steps[n - 1], back, hashes)), 0)
 
 

@@ -95,6 +95,13 @@ class PatchedSource:
             )
             raise InputError(what, culprit=self.name, remedy="give the base that the patch was made of")
 
+    def require_base(self, hashes: Mapping[TensorSpan, bytes]) -> None:
+        """Raise InputError if spans of the model are those of another one, going by hashes that `is_made` has read."""
+        for number, (span, row) in enumerate(zip(self.patch.spans, self.patch.rows, strict=True)):
+            before = row.hash if self.back else row.source_hash
+            if span.source == span.dtype and hashes.get(span, before) != before:
+                raise self._other(number)
+
     def read(self, tensor: str, first: int, out: memoryview) -> None:
         done = 0
         while done < len(out):

@@ -180,6 +180,14 @@ def test_another_base(chain: Chain, tmp_path: Path) -> None:
     assert "BF16" in said and "F32" in said
 
 
+def test_another_base_with_other_side_files(tmp_path: Path) -> None:
+    """The weights are what is said to be wrong, not a file beside them."""
+    base, after = PAIRS["side files"][0](tmp_path)
+    loratool.patch(base, after, tmp_path / "p")
+    other = write_model(tmp_path / "other", tuned(plain(), 0.1), {"model_type": "other"})
+    assert "is not the model that" in refusal(tmp_path / "out", other, tmp_path / "p")
+
+
 def test_a_bit_of_the_base(chain: Chain, tmp_path: Path) -> None:
     file = chain.models[0] / "model.safetensors"
     data = bytearray(file.read_bytes())
