@@ -25,7 +25,8 @@ BEFORE = {
     "apply": [
         "patch base/ tuned/ -o tuned.patch",
         "patch base/ tuned/ -o step-1.patch",
-        "patch tuned/ base/ -o step-2.patch",
+        "merge tuned/ adapter/ -o next/ --no-undo",
+        "patch tuned/ next/ -o step-2.patch",
     ],
     "combine": ["convert kohya.safetensors --to diffusers -o b.safetensors"],
     "convert": [
@@ -38,7 +39,8 @@ BEFORE = {
     "diff": ["merge base/ adapter/ -o merged/", "merge base/ adapter/ -o rebuilt/"],
     "patch": [
         "patch base/ tuned/ -o step-1.patch",
-        "patch tuned/ base/ -o step-2.patch",
+        "merge tuned/ adapter/ -o next/ --no-undo",
+        "patch tuned/ next/ -o step-2.patch",
     ],
     "unmerge": ["merge base/ adapter/ -o merged/", "merge base/ style/:0.7 task/:-0.2 -o mixed/ --no-undo"],
     "verify": [
