@@ -18,6 +18,7 @@ PAGES = {
         "healthy",
         "undo",
         "patches",
+        "deltas",
         "qwen3",
         "merge-quantized",
         "two-styles",

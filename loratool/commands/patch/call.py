@@ -48,10 +48,10 @@ class Patch(Call["PatchReport | ForeignPatchReport"]):
     out: Annotated[StrPath | None, Opt("Output", "OUT", "loratool.patch", "-o")] = None
     _: KW_ONLY
     adapter: Annotated[Adapters | None, Opt("About the inputs", "ADAPTER[:WEIGHT]")] = None
-    to: Annotated[Annotated[Dialect, one_of(PATCH_DIALECTS)] | None, Opt("Another program's format", "DIALECT")] = None
-    step: Annotated[int | None, Opt("Another program's format", "N")] = None
-    encoding: Annotated[str | None, Opt("Another program's format", "NAME")] = None
-    checksum: Annotated[str | None, Opt("Another program's format", "NAME")] = None
+    to: Annotated[Annotated[Dialect, one_of(PATCH_DIALECTS)] | None, Opt("Output", "DIALECT")] = None
+    step: Annotated[int | None, Opt("Output", "N")] = None
+    encoding: Annotated[str | None, Opt("Output", "NAME")] = None
+    checksum: Annotated[str | None, Opt("Output", "NAME")] = None
     fold: Annotated[bool, Opt("About the inputs")] = False
     one_way: Annotated[bool, Opt("Output")] = False
     fast: Annotated[bool, Opt("Output")] = False
