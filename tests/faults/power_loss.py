@@ -111,6 +111,10 @@ class Recorder:
             self._write(file, 0)
         return file
 
+    def temporary_folder(self, real: Callable[..., Any]) -> Any:
+        """Of which nothing is needed after a loss of power."""
+        return real()
+
     def open_nameless(self, real: Callable[..., Any], folder: Path) -> Any:
         file = real(folder)
         self._new(os.fstat(file.fileno()).st_ino)

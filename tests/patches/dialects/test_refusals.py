@@ -518,6 +518,7 @@ def test_a_forged_size_takes_no_memory(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64_000  # kB
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path) -> None:
     """Of 128 MB, all changed; written and read in pieces of 1 MB, by each encoding."""
     code = (
