@@ -22,7 +22,7 @@ from ...durable.fileio import sha256_file, write_at
 from ...durable.partial import partial_file
 from ...errors import InputError, LoratoolError, NeedsFlag, UsageError, brief, shell_word
 from ...files.checkpoint import is_config_alone
-from ...files.folder.side_files import find_tokenizer
+from ...files.folder.side_files import find_tokenizer, is_patch
 from ...files.hub.cache import NO_SUCH, cached_commit, resolve
 from ...files.output.output import naming_output
 from ...files.output.paths import check_place
@@ -216,6 +216,9 @@ def facts_of(step: Step, path: str, progress: Progress | None = None) -> Iterato
     if commit := cached_commit(path):
         yield "revision", commit
     place = resolve(path)
+    if is_patch(place):
+        yield "file", f"sha256:{sha256_file(place)}"
+        return
     if path in step.others:
         if place.is_file():
             yield "file", f"sha256:{sha256_file(place)}"

@@ -167,8 +167,7 @@ def read_step(number: int, values: Any, force: bool = False) -> Step:
     patches = [
         path for name, value in arguments.items() if known[name].type == PATHS_TYPE for path in parse_paths(value)
     ]
-    reads, others = [*reads, *patches], [*others, *patches]
-    return Step(number, command, function, arguments, tuple(reads), tuple(writes), tuple(others))
+    return Step(number, command, function, arguments, (*reads, *patches), tuple(writes), tuple(others))
 
 
 def _unknown(word: object, known: Iterable[str], what: str, several: str) -> UsageError:
@@ -224,9 +223,9 @@ class _Places:
                 reader = "this step" if number == step.number else f"step {number}"
                 raise UsageError(f"is an input of {reader}, and would be overwritten", culprit=path)
             if not self.writers(str(place.parent)):
-                check_place(
-                    Path(path), place.suffix in (*WEIGHTS, ".json"), remedy="choose another output with out: PATH"
-                )
+                is_patch = step.command == "patch" and "to" not in step.arguments
+                is_file = is_patch or place.suffix in (*WEIGHTS, ".json")
+                check_place(Path(path), is_file, remedy="choose another output with out: PATH")
             if is_taken(place) and not step.arguments.get("force") and not dry_run:
                 remedy = "add --force to replace all outputs that exist"
                 raise NeedsFlag("exists already", culprit=path, remedy=remedy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -322,3 +323,20 @@ def test_a_name_on_the_hub_is_pinned_to_its_commit(place: Path, monkeypatch: pyt
     Path("base").rename("org/base")  # a path of that name, with the same weights
     result = run("run", recipe, "--locked", "--force")
     assert result.exit_code == 1 and "commit 111111111111, found none" in result.stdout
+
+
+def test_patches_are_locked_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
+    monkeypatch.chdir(tmp_path)
+    steps = [
+        {"command": "patch", "base": str(base), "tuned": str(tuned), "out": "tuned.patch"},
+        {"command": "apply", "base": str(base), "patches": ["tuned.patch"], "out": "made"},
+    ]
+    Path("recipe.json").write_text(json.dumps({"steps": steps}))
+    assert run("run", "recipe.json", "--lock").exit_code == 0
+    assert run("run", "recipe.json", "--locked", "--force").exit_code == 0
+    assert run("patch", base, tuned, "-o", "again.patch", "--save-recipe", "again.json").exit_code == 0
+    made = Path("again.patch").read_bytes()
+    assert run("run", "again.json", "--force").exit_code == 0 and Path("again.patch").read_bytes() == made
+    lock = json.loads(Path("recipe.lock.json").read_text())
+    assert f"sha256:{hashlib.sha256(made).hexdigest()}" in json.dumps(lock)
