@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .views.foreign_patch import ForeignPatchReport
     from .views.init import InitReport
     from .views.inspect_adapter import AdapterInspection
+    from .views.inspect_delta import DeltaInspection
     from .views.inspect_files import FilesReport
     from .views.inspect_model import CheckpointReport, MethodReport
     from .views.inspect_patch import PatchInspection
@@ -87,6 +88,7 @@ _HOMES = {
     "convert_model": "commands.convert.call",
     "CountReport": "views.count",
     "count": "commands.count.call",
+    "DeltaInspection": "views.inspect_delta",
     "DemoReport": "views.demo",
     "demo": "commands.demo.call",
     "MergeReport": "views.merge",
@@ -143,6 +145,7 @@ __all__ = [
     "CombineReport",
     "ConvertReport",
     "CountReport",
+    "DeltaInspection",
     "DemoReport",
     "ExtractReport",
     "FilesReport",

@@ -69,6 +69,8 @@ if isinstance(found, loratool.AdapterInspection):
     print(found.problems)
 elif isinstance(found, loratool.MethodReport):
     print(found.path)
+elif isinstance(found, loratool.DeltaInspection):
+    print(found.how, found.base_version)
 elif isinstance(found, loratool.PatchInspection):
     print(found.reversible, found.bodies["classes"].patch_nbytes)
 else:

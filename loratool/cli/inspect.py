@@ -112,6 +112,7 @@ def _inspect(
         context.exit(_for_runtime(shown, path=path, runtime=runtime, base=base, alpha=options["alpha"]))
     if files:
         context.exit(_files(shown, path))
+    from ..views.inspect_delta import DeltaInspection
     from ..views.inspect_model import CheckpointReport, MethodReport
     from ..views.inspect_patch import PatchInspection
     from .render import print_report
@@ -121,7 +122,7 @@ def _inspect(
     status = None
     if isinstance(report, MethodReport):
         status = "other method" if strict else None
-    elif not isinstance(report, CheckpointReport | PatchInspection):
+    elif not isinstance(report, CheckpointReport | PatchInspection | DeltaInspection):
         status = "problems" if strict and report.problems else None
     print_report("inspect", report, **shown, status=status, extra=getattr(report, "metadata", {}) if metadata else {})
     if status:

@@ -49,6 +49,7 @@ REPORTS = {
         "views.inspect_adapter.AdapterInspection",
         "views.inspect_model.MethodReport",
         "views.inspect_patch.PatchInspection",
+        "views.inspect_delta.DeltaInspection",
         "views.inspect_files.FilesReport",
         "views.inspect_runtime.RuntimeInspection",
         "views.inspect_spectra.SpectraReport",

@@ -58,6 +58,7 @@ unmerge {tmp}/two {llama}/adapter:0.5 {llama}/adapter:-1 -o {tmp}/near --approxi
 patch {llama}/base {llama}/tuned -o {tmp}/tuned.patch                                         PatchReport 0
 patch {tmp}/codes {tmp}/uncoded -o {tmp}/codes.patch                                          PatchReport 0
 patch {llama}/base {llama}/tuned --to skyrl --step 1 -o {tmp}/delta-00000001                  ForeignPatchReport 0
+inspect {tmp}/delta-00000001                                                                  DeltaInspection 0
 apply {llama}/base {tmp}/delta-00000001 -o {tmp}/tuned-too                                    ApplyReport 0
 inspect {tmp}/tuned.patch                                                                     PatchInspection 0
 apply {llama}/base {tmp}/tuned.patch -o {tmp}/tuned                                           ApplyReport 0

@@ -81,6 +81,7 @@ WORDS: dict[str, Sequence[str]] = {
     "PatchedTensor.was": (*STORED, ""),
     "PatchInspection.bodies": tuple(BODIES),
     "ForeignPatchReport.dialect": tuple(choices.PATCH_DIALECTS),
+    "DeltaInspection.dialect": tuple(choices.PATCH_DIALECTS),
     "PatchReport.bodies": tuple(BODIES),
     "MergeReport.quantized": (*WAYS, "like"),
     "MergeReport.sizes": tuple(WAYS),

@@ -13,6 +13,7 @@ from ..namings import RuntimeName
 
 if TYPE_CHECKING:
     from ...views.inspect_adapter import AdapterInspection  # noqa: F401
+    from ...views.inspect_delta import DeltaInspection  # noqa: F401
     from ...views.inspect_files import FilesReport  # noqa: F401
     from ...views.inspect_model import (
         CheckpointReport,  # noqa: F401
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Inspect(Call["CheckpointReport | AdapterInspection | MethodReport | PatchInspection"]):
+class Inspect(Call["CheckpointReport | AdapterInspection | MethodReport | PatchInspection | DeltaInspection"]):
     """Show what is in a checkpoint or an adapter, and what is wrong with it.
 
     Files of other methods, such as a ControlNet, are recognized by the names of their tensors. Of a patch only the

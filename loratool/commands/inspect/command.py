@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,13 +22,15 @@ from ...adapters.formats.peft_config import CONFIG_NAME
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...architectures.roles import weight_role
 from ...binding.ties.ties import head_is_missing
-from ...errors import UsageError
+from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint, plain_dtype, read_config
 from ...files.codecs.quantized import Coded, is_marker
 from ...files.containers.gguf_file import GgufFile
 from ...files.dtypes import FLOATS, TensorSpec
 from ...files.folder.side_files import is_patch
+from ...files.folder.weight_changes import find_change
 from ...files.weights_file import WeightsFile, require_unchanged
+from ...views.inspect_delta import DeltaInspection
 from ...views.inspect_model import CheckpointReport, Group, MethodReport
 from ...views.inspect_patch import PatchInspection
 from .call import Inspect
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
 R = TypeVar("R", "CheckpointReport", "AdapterInspection", "MethodReport")
 
 
-def run_inspect(call: Inspect) -> CheckpointReport | AdapterInspection | MethodReport | PatchInspection:
+def run_inspect(
+    call: Inspect,
+) -> CheckpointReport | AdapterInspection | MethodReport | PatchInspection | DeltaInspection:
     """Describe a checkpoint, an adapter or the output of another method. The tensors' names decide which it is."""
     if is_patch(Path(call.path)):
         _refuse_options(call.path, "is a patch", call.base, call.alpha)
@@ -48,6 +52,11 @@ def run_inspect(call: Inspect) -> CheckpointReport | AdapterInspection | MethodR
         from .patches import inspect_patch
 
         return inspect_patch(call.path)
+    if _is_delta(Path(call.path)):
+        _refuse_options(call.path, "is a patch of another program", call.base, call.alpha)
+        from .patches import inspect_delta
+
+        return inspect_delta(Path(call.path))
     if holds_adapter(call.path):
         if other := open_other(call.path):
             file, fields, key, method = other
@@ -70,6 +79,13 @@ def run_inspect(call: Inspect) -> CheckpointReport | AdapterInspection | MethodR
         return _with_digest(_inspect_checkpoint(checkpoint, os.fspath(call.path)), checkpoint.shards, call)
     finally:
         checkpoint.close()
+
+
+def _is_delta(path: Path) -> bool:
+    """Return whether a path is a patch of another program; what cannot be read is none."""
+    with suppress(InputError):
+        return path.exists() and find_change(path) is not None
+    return False
 
 
 def _with_digest(report: R, files: Iterable[WeightsFile], call: Inspect) -> R:

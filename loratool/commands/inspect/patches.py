@@ -6,9 +6,29 @@ import os
 from contextlib import closing
 from pathlib import Path
 
+from ...patches.dialects.table import open_foreign_patch
 from ...patches.patch_file import PatchFile
+from ...views.inspect_delta import DeltaInspection
 from ...views.inspect_patch import PatchedTensor, PatchInspection
 from ...views.patch import BodySize
+
+
+def inspect_delta(path: Path) -> DeltaInspection:
+    """Return what a patch of another program says of itself.
+
+    Raises:
+        InputError: it is damaged, or not read.
+    """
+    with closing(open_foreign_patch(path)) as patch:
+        return DeltaInspection(
+            path=os.fspath(path),
+            dialect=patch.dialect,
+            version=patch.version,
+            base_version=patch.base_version,
+            how=patch.how,
+            tensors=tuple(patch.changes),
+            nbytes=sum(change.nbytes for change in patch.changes.values()),
+        )
 
 
 def inspect_patch(path: str | os.PathLike[str]) -> PatchInspection:
