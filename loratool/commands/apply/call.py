@@ -38,7 +38,7 @@ class Apply(Call["ApplyReport"]):
 
     base: StrPath
     patches: Annotated[Paths, Opt(metavar="PATCH...")]
-    out: Annotated[StrPath | None, Opt("Output", "OUT", "patched, or the suffix of the model's file", "-o")] = None
+    out: Annotated[StrPath | None, Opt("Output", "OUT", "patched, or patched.safetensors", "-o")] = None
     _: KW_ONLY
     step: Annotated[int | None, Opt("About the inputs", "N")] = None
     allow: Annotated[
