@@ -46,7 +46,8 @@ class Scenario:
         """Whether the command takes --resume: it writes a model, or factors one."""
         command, first, *_ = self.new.split()
         is_model = command == "convert" and not first.startswith(("adapter", "llama")) and "--set" not in self.new
-        return command in ("merge", "unmerge", "extract") or is_model
+        is_ours = command in ("patch", "apply") and "--to" not in self.new
+        return command in ("merge", "unmerge", "extract") or is_model or is_ours
 
 
 def _of(new: str, old: str, *outputs: str, fails: bool = False) -> Scenario:
@@ -85,6 +86,12 @@ SCENARIOS = {
         fails=True,
     ),
     "merge that fails, folder": _of(MERGE_FOLDER.format("1e42"), MERGE_FOLDER.format(1), "out", fails=True),
+    "patch": _of("patch base once -o out", "patch base twice -o out", "out"),
+    "patch, folded": _of("patch base once.patch twice.patch --fold -o out", "patch base once -o out", "out"),
+    "patch of SkyRL": _of("patch base once --to skyrl --step 1 -o out", "merge base adapter -o out", "out"),
+    "apply, folder": _of("apply base once.patch twice.patch -o out", MERGE_FOLDER.format(1), "out"),
+    "apply, folder, back": _of("apply once once.patch --reverse -o out", MERGE_FOLDER.format(1), "out"),
+    "apply, file": _of("apply base.safetensors file.patch -o out.safetensors", MERGE_FILE.format(1), "out.safetensors"),
     "unmerge, folder": _of("unmerge once adapter -o out", MERGE_FOLDER.format(1), "out"),
     "unmerge, file": _of(
         "unmerge once.safetensors adapter -o out.safetensors", MERGE_FILE.format(1), "out.safetensors"
@@ -213,6 +220,9 @@ def make_stage(folder: Path) -> None:
     for ending in ("", ".safetensors"):
         done(f"merge base{ending} adapter -o once{ending}")
         done(f"merge once{ending} adapter:0.5 -o twice{ending}")
+    done("patch base once -o once.patch")
+    done("patch once twice -o twice.patch")
+    done("patch base.safetensors once.safetensors -o file.patch")
 
 
 def done(command: str) -> None:

@@ -16,6 +16,7 @@ from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.digest import tensors_of
 from ...files.folder.side_files import UNKNOWN, LeftBehind
+from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import described_inputs, paths_of, require_unchanged
 from ...patches.model_files import ModelFiles
@@ -127,7 +128,7 @@ def _opened(
         return partial_file(path, left=lambda: [partial_path(path)] if goes_on() else [])
 
     job = current_job()
-    with journaled(path, RESULTS, head, resume, job, open_place, nullcontext) as (journal, place):
+    with naming_output(path), journaled(path, RESULTS, head, resume, job, open_place, nullcontext) as (journal, place):
         yield job, journal, place
 
 

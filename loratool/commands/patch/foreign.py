@@ -12,6 +12,7 @@ from ...errors import UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.digest import tensors_of
 from ...files.dtypes import TensorSpec
+from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of, require_unchanged
 from ...patches.dialects.patch import TensorPair
@@ -50,7 +51,8 @@ def write_foreign(call: Patch, base: Checkpoint, target: PatchTarget) -> Foreign
         beside = {name: base.folder / name for name in ("config.json", *named)}
         options["beside"] = {name: place for name, place in beside.items() if place.is_file()}
     try:
-        written = write_foreign_patch(dialect, _pairs(base, target), path, **options)
+        with naming_output(path):
+            written = write_foreign_patch(dialect, _pairs(base, target), path, **options)
     except TypeError as error:  # of a function whose dialect has no such option
         given = " and ".join(f"--{name}" for name in options)
         raise UsageError(f"{dialect} does not have {given}", culprit="--to", remedy="leave these out") from error

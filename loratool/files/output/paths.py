@@ -31,6 +31,8 @@ FOREIGN_WEIGHTS = (
     "*pytorch_model*.bin",
     "*pytorch_model.bin.index.json",
     "loratool.undo*",
+    "manifest.json",  # of a delta of SkyRL, and of prime-rl
+    "sparse_update_manifest.json",
     f"{INITIAL}/adapter_model.safetensors",
     f"{INITIAL}/adapter_config.json",
 )
