@@ -745,3 +745,24 @@ def test_a_restart_of_what_had_not_begun_clears_what_an_earlier_run_left(
     monkeypatch.setattr("loratool.streaming.rewrite.current_job", lambda: Job(restarts=1))
     merge("out")
     assert taken() == undisturbed
+
+
+def test_a_journal_whose_folder_another_process_removes_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has written the output removes the journal after the rename, which frees the lock."""
+    from loratool.durable import disk
+    from loratool.durable.journal import Journal, read_head
+
+    real, removed = disk.rename, []
+
+    def rename(path: Path, new: Path) -> None:
+        if not removed:
+            removed.append(path)
+            shutil.rmtree(path.parent)
+        real(path, new)
+
+    monkeypatch.setattr(disk, "rename", rename)
+    journal = Journal(tmp_path / "out", {}, 0)
+    journal.begin({"inputs": {}})
+    assert removed and read_head(tmp_path / "out") is not None
