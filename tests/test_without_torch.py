@@ -234,6 +234,7 @@ def converted(folder: Path, cases: Iterable[tuple[str, Path, tuple[str, ...]]]) 
     return done
 
 
+@pytest.mark.slow
 def test_adapters_of_each_format_to_each(tmp_path: Path) -> None:
     sources = {name: make(tmp_path / re.sub(r"\W", "", name)) for name, make in READABLE.items()}
     options = [("--to", to) for to in written_formats()]

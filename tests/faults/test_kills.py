@@ -238,7 +238,7 @@ def campaign(run: Run, number: int, seed: int) -> None:
     assert items > kills, "no run went on"
 
 
-@pytest.mark.parametrize("name", [slow("merge"), "merge over a file", "unmerge", slow("convert")])
+@pytest.mark.parametrize("name", [slow("merge"), "merge over a file", slow("unmerge"), slow("convert")])
 def test_some_kills(stage: Path, name: str) -> None:
     campaign(RUNS[name], 5, 28)
 

@@ -107,7 +107,7 @@ def check(first: int, count: int, seed: int, make: Callable[[list[int]], Hostile
 
 
 @needs_passes
-@pytest.mark.parametrize("first", spread(range(0, 300, 50), 3))
+@pytest.mark.parametrize("first", spread(range(0, 300, 50), 2))
 def test_hostile_blocks(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     takes = Takes(monkeypatch)
     check(first, 50, 0)
