@@ -94,12 +94,6 @@ class Journal:
         """Create a journal unless this run resumes one. A journal without a head cannot be resumed."""
         if journal_head(self._path).exists():
             return
-        try:
-            self._make(head)
-        except FileNotFoundError:  # a process that has just written the output has removed this folder for its own
-            self._make(head)
-
-    def _make(self, head: Mapping[str, Any] | None) -> None:
         disk.make_folder(self._folder)
         if head is not None:
             new = self._folder / "head"  # renamed when it is complete

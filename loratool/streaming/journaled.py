@@ -78,10 +78,12 @@ def journaled(
             output = stack.enter_context(joined())
         else:
             output = stack.enter_context(opened(goes_on))
-            journal.begin(head if is_resumable else None)
         stack.enter_context(closing(journal))
         stack.enter_context(unless_done(journal.close))
-        journal.open()
+        if job.rank:
+            journal.open()
+        else:
+            _begin(journal, head if is_resumable else None)
         if job.rank:
             with suppress(RankDone):
                 yield journal, output
@@ -91,6 +93,18 @@ def journaled(
             yield journal, output
     if job.rank:
         job.hand_over(WRITTEN)
+
+
+def _begin(journal: Journal, head: Mapping[str, Mapping[str, Any]] | None) -> None:
+    """Begin and open a journal; again if another process, which has just written the output, removes it as its own."""
+    for last in (False, False, True):
+        try:
+            journal.begin(head)
+            journal.open()
+            return
+        except FileNotFoundError:
+            if last:
+                raise
 
 
 def read_others(job: Job, journal: Journal) -> None:

@@ -747,22 +747,20 @@ def test_a_restart_of_what_had_not_begun_clears_what_an_earlier_run_left(
     assert taken() == undisturbed
 
 
-def test_a_journal_whose_folder_another_process_removes_is_begun_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", ["rename", "open_file"])
+def test_a_journal_that_another_process_removes_is_begun_again(
+    at: str, stage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that has written the output removes the journal after the rename, which frees the lock."""
-    from loratool.durable import disk
-    from loratool.durable.journal import Journal, read_head
+    """A process that has written the output removes its journal after the rename, which frees the lock."""
+    undisturbed = made("out")
+    real, removed = getattr(disk, at), list[Path]()
 
-    real, removed = disk.rename, []
-
-    def rename(path: Path, new: Path) -> None:
-        if not removed:
+    def call(path: Path, *more: Any) -> Any:
+        if path.parent.name == "out.loratool-journal" and not removed:
             removed.append(path)
             shutil.rmtree(path.parent)
-        real(path, new)
+        return real(path, *more)
 
-    monkeypatch.setattr(disk, "rename", rename)
-    journal = Journal(tmp_path / "out", {}, 0)
-    journal.begin({"inputs": {}})
-    assert removed and read_head(tmp_path / "out") is not None
+    monkeypatch.setattr(disk, at, call)
+    merge("out")
+    assert removed and taken() == undisturbed
