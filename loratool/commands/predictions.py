@@ -14,7 +14,7 @@ from ..binding.merge.merge_plan import plan_merge
 from ..binding.modules.selection import Selection
 from ..durable import disk
 from ..durable.fileio import copy_range, open_new
-from ..errors import InputError
+from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
 from ..files.hub.cache import resolve
 from ..numerics.merge import ARITHMETIC_VERSION
@@ -29,12 +29,15 @@ def merged_source(base: Checkpoint, requests: Sequence[AdapterRequest], opened: 
     """Return a base with adapters merged, without options; `opened` closes their files.
 
     Raises:
-        InputError: an adapter does not fit the base.
-        NeedsFlag: an option of `merge` would be needed.
+        InputError: an adapter does not fit the base, or only with an option of `merge`.
     """
-    adapters = open_adapters(requests, None, opened, base=base)
-    weighted = tuple(zip(adapters, (each.weight for each in requests), strict=True))
-    return MergedSource(plan_merge(base, weighted, Selection.parse((), (), None), "both"))
+    try:
+        adapters = open_adapters(requests, None, opened, base=base)
+        weighted = tuple(zip(adapters, (each.weight for each in requests), strict=True))
+        return MergedSource(plan_merge(base, weighted, Selection.parse((), (), None), "both"))
+    except NeedsFlag as error:
+        what = f"needs an option of merge, which a patch cannot keep: {error.message}"
+        raise InputError(what, culprit=error.culprit, remedy="make the patch without --adapter") from error
 
 
 def attached(requests: Sequence[AdapterRequest]) -> tuple[AttachedAdapter, ...]:

@@ -13,7 +13,7 @@ from ..files.checkpoint import Checkpoint
 from .patch_file import PatchFile, SideFile
 from .side import read_side_file, side_names
 from .sources import ModelSource, PatchedSource, TensorSource, is_made
-from .spans import TensorSpan
+from .spans import TensorSpan, digest_of_spans
 
 Reads = dict[str, Callable[[], bytes]]  # a side file -> what reads it
 
@@ -85,11 +85,12 @@ class PatchChain:
         return {name: read() for name, read in self._side.items()}
 
     def given_digest(self) -> str | None:
-        """Return the digest of the model that was given, after all spans were made; None if not all of it was read."""
-        patch = self._first.patch
-        if self._first.kept or patch.cast or patch.adapters or patch.index["removed"]:
+        """Return the digest of the model that was given, once all spans were made; None if not all of it was read."""
+        first = self._first
+        spans, found = first.patch.spans, first.read_hashes
+        if len(found) < len(spans) or not first.reads_all:
             return None
-        return str(patch.digest if self._back else patch.base_digest)
+        return digest_of_spans(first.specs, spans, [found[number] for number in range(len(spans))])
 
     def is_done(self) -> bool:
         """Return whether the model that was given was what the first patch makes, after all spans were made."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -72,8 +72,10 @@ class PatchedSource:
         self.files = patch.base if back and patch.base else patch.target
         self.specs: Mapping[str, TensorSpec] = self.files.specs
         self._places = places_of(patch.spans)
+        self._numbers = {span.pieces: number for number, span in enumerate(patch.spans)}
         self._local = threading.local()
         self.kept: set[int] = set()  # spans that were already what the patch makes of them
+        self.read_hashes: dict[int, list[str]] = {}  # of the pieces of spans that were read in the type that they have
         self._is_made = is_made
         if not is_made:
             self._require_tensors()
@@ -94,6 +96,12 @@ class PatchedSource:
                 f"{self.patch.path}: is of a model whose {wrong[0]} is {spec}, and this one has {has or 'none'}{more}"
             )
             raise InputError(what, culprit=self.name, remedy="give the base that the patch was made of")
+
+    @property
+    def reads_all(self) -> bool:
+        """Return whether the spans are made of the bytes of a model on disk, and of all of them."""
+        whole = self._is_made or not (self.patch.adapters or self.patch.index["removed"])
+        return whole and isinstance(self.before, ModelSource)
 
     def require_base(self, hashes: Mapping[TensorSpan, bytes]) -> None:
         """Raise InputError if spans of the model are those of another one, going by hashes that `is_made` has read."""
@@ -129,10 +137,12 @@ class PatchedSource:
         """
         span, row = self.patch.spans[number], self.patch.rows[number]
         before, after = (row.hash, row.source_hash) if self.back else (row.source_hash, row.hash)
-        stored = read_span(self.before, span) if self._is_made else read_source(self.before, span)
+        stored = self._stored(span)
         if stored is not None:
             hashes = piece_hashes(span, stored)
             found = span_hash(hashes)
+            if self._is_made or span.source == span.dtype:
+                self.read_hashes[number] = hashes
             if found == after != before and (self._is_made or span.source == span.dtype):
                 self.kept.add(number)
                 return stored, hashes
@@ -147,6 +157,13 @@ class PatchedSource:
         if span_hash(hashes) != after:
             raise InputError("is damaged: it makes other numbers than it says", culprit=str(self.patch.path))
         return memoryview(data), hashes
+
+    def _stored(self, span: TensorSpan) -> memoryview | None:
+        """Read what a span is made of. One of the patch before is taken whole, so that a chain keeps none of them."""
+        before = self.before
+        if isinstance(before, PatchedSource) and span.source == span.dtype and span.pieces in before._numbers:
+            return before.made(before._numbers[span.pieces])[0]
+        return read_span(before, span) if self._is_made else read_source(before, span)
 
     def _decode(self, number: int, stored: memoryview | None, data: memoryview) -> None:
         span, row, file = self.patch.spans[number], self.patch.rows[number], self.patch.file
@@ -174,7 +191,7 @@ class PatchedSource:
             span, row = self.patch.spans[other], self.patch.rows[other]
             if len(wrong) > 3:
                 break
-            stored = read_span(self.before, span) if self._is_made else read_source(self.before, span)
+            stored = self._stored(span)
             if stored is not None and span_hash(piece_hashes(span, stored)) not in (row.source_hash, row.hash):
                 wrong.append(other)
         names = dict.fromkeys(piece.tensor for each in wrong for piece in self.patch.spans[each].pieces)
@@ -216,17 +233,17 @@ def read_source(source: TensorSource, span: TensorSpan) -> memoryview | None:
         else piece
         for piece in span.pieces
     ]
-    data, done = memoryview(bytearray(sum(length for *_, length in pieces))), 0
-    for tensor, first, length in pieces:
-        source.read(tensor, first, data[done : done + length])
-        done += length
-    return data
+    return _read_pieces(source, pieces)
 
 
 def read_span(source: TensorSource, span: TensorSpan) -> memoryview:
     """Read the bytes of a span of a model."""
-    data, done = memoryview(bytearray(span.nbytes)), 0
-    for tensor, first, length in span.pieces:
+    return _read_pieces(source, span.pieces)
+
+
+def _read_pieces(source: TensorSource, pieces: Sequence[tuple[str, int, int]]) -> memoryview:
+    data, done = memoryview(bytearray(sum(length for *_, length in pieces))), 0
+    for tensor, first, length in pieces:
         source.read(tensor, first, data[done : done + length])
         done += length
     return data

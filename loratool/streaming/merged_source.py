@@ -25,10 +25,12 @@ class MergedSource:
 
     Attributes:
         specs: of the base's stored tensors.
+        adapter_files: the open files of the adapters.
     """
 
     def __init__(self, plan: MergePlan) -> None:
         self._base, self._load, self._lock = plan.base, UpdateLoader(), threading.Lock()
+        self.adapter_files = tuple(file for adapter, _ in plan.adapters for file in adapter.file.members)
         self.specs: Mapping[str, TensorSpec] = plan.base.stored
         self._placements = {
             name: placements

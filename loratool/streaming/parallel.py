@@ -33,6 +33,24 @@ MAX_WORKERS = 8  # with more, memory bandwidth is the limit, and each takes memo
 Progress = Callable[[int, int], None]
 
 
+def counting(sizes: Iterable[int], progress: Progress | None) -> Callable[[], None]:
+    """Return what is called once for each piece of work that ends, and tells the progress.
+
+    Args:
+        sizes: of the pieces in bytes; which of them has ended does not matter.
+    """
+    done, each = 0, [*sizes]
+    total, left = sum(each), iter(each)
+
+    def finished() -> None:
+        nonlocal done
+        done += next(left, 0)
+        if progress:
+            progress(done, total)
+
+    return finished
+
+
 def choose_device(name: str) -> Device:
     """Return the device that a --device option names; `auto` is a CUDA device if there is one, else the CPU.
 

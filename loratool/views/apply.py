@@ -21,8 +21,8 @@ class ApplyReport(WritingReport):
         tensors, spans: of the model that is made.
         reverse: whether the patches were taken off.
         files: its weights files.
-        checked: by what the output is held against the patches: only sha256 and blake3 protect from intent, and only if
-            the patch comes from whom you trust; empty if by nothing.
+        checked: the checksums in the patches that the output was held against; empty if it was held against none. Only
+            sha256 and blake3 protect from intent, and only if the patch comes from whom you trust.
         done: the model that was given was already what the first patch makes.
     """
 

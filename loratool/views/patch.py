@@ -24,7 +24,8 @@ class PatchRow:
     Attributes:
         dtype, was: its type, and the base's; the latter is empty if the base does not have it.
         nbytes: of the tensor.
-        changed: how many of its numbers differ from the base's, rounded to its type.
+        changed: how many of its numbers differ from the base's, rounded to its type; of blocks of codes, of its bytes.
+        numbers: how many it has.
         patch_nbytes: its share of what the patch has of its span, by the numbers that change.
     """
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import few, weights, write_model
+from lib.files.patch_bytes import split_patch
 from lib.models.patch_pairs import PAIRS, plain, tree, tuned
 from lib.oracles.naive_patch_reader import digest_of
 from safetensors.torch import load_file, save_file
@@ -165,7 +166,7 @@ def test_a_mixture_of_whole_spans(tmp_path: Path, there: str) -> None:
     loratool.patch(*models, tmp_path / "p")
     report = loratool.apply(mixed, tmp_path / "p", tmp_path / "out")
     assert tree(tmp_path / "out") == tree(models[1])
-    assert str(mixed) not in report.digests and not report.done
+    assert report.digests[str(mixed)] == digest_of(mixed) and not report.done
 
 
 def test_another_base(chain: Chain, tmp_path: Path) -> None:
@@ -329,3 +330,16 @@ def test_a_folder_that_is_read_only(chain: Chain, tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(UsageError, match="write"):
         loratool.apply(chain.models[0], chain.patches, tmp_path / "closed" / "out")
+
+
+def test_the_digest_of_what_was_given_is_computed(chain: Chain, tmp_path: Path) -> None:
+    """It is not what a patch says of its base, which a forger decides."""
+    base, made = tmp_path / "given", tmp_path / "made"
+    models, patches = chain.models, chain.patches
+    shutil.copytree(models[0], base)
+    forged = split_patch(patches[0].read_bytes())
+    forged.index["base"]["digest"] = "0" * 64
+    (tmp_path / "forged.patch").write_bytes(forged.joined())
+    for patch in (patches[0], tmp_path / "forged.patch"):
+        report: Any = loratool.apply(base, patch, made, force=True)
+        assert report.digests == {str(base): digest_of(base), str(made): digest_of(models[1])}

@@ -253,3 +253,43 @@ def test_memory(tmp_path: Path, kind: str) -> None:
     print(kind, *(f"{(each - least) / 2**24:.1f} spans" for each in (made, applied)))
     assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert made - least < 2 * 16 << 24 and applied - least < 2 * 10 << 24
+
+
+@pytest.mark.parametrize("name", few(PAIRS, "llama", "mixed", "gguf blocks"))
+def test_a_report_says_what_the_file_has(tmp_path: Path, name: str) -> None:
+    base, after = PAIRS[name][0](tmp_path)
+    said: Any = loratool.patch(base, after, tmp_path / "p")
+    found: Any = loratool.inspect(tmp_path / "p")
+    assert said.nbytes == found.nbytes == (tmp_path / "p").stat().st_size
+    assert said.bodies == found.bodies and said.reversible == found.reversible and said.new == found.new
+    rows = sum(row.patch_nbytes for row in said.tensors)
+    assert abs(rows - sum(each.patch_nbytes for each in said.bodies.values())) <= len(said.tensors)
+    assert all(0 < row.changed <= row.numbers for row in said.tensors)
+    assert [found.base_digest, found.digest] == [said.digests[str(each)] for each in (base, after)]
+
+
+def test_an_adapter_that_needs_an_option(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """A patch has no place for it, so that its reader would merge something else."""
+    base, after = PAIRS["llama"][0](tmp_path)
+    A, B = torch.randn(4, 64), torch.randn(64, 4)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    save_file({name.format("A"): A, name.format("B"): B}, tmp_path / "a.safetensors")  # without an alpha
+    result = run("patch", base, after, "--adapter", tmp_path / "a.safetensors", "-o", tmp_path / "p")
+    assert result.exit_code == 3 and "without --adapter" in result.stderr and not (tmp_path / "p").exists()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_a_chain(tmp_path: Path) -> None:
+    x = torch.randn(1 << 14, 1 << 12).mul_(0.02).bfloat16()
+    save_file({"x": x}, tmp_path / "0.safetensors")
+    for step in range(1, 13):
+        x = moved(x, 1e-3)
+        save_file({"x": x}, tmp_path / f"{step}.safetensors")
+        loratool.patch(tmp_path / f"{step - 1}.safetensors", tmp_path / f"{step}.safetensors", tmp_path / f"{step}.p")
+    peaks = []
+    for last in (2, 12):
+        patches = [f"{n}.p" for n in range(1, last + 1)]
+        peaks.append(peak(tmp_path, "apply", "0.safetensors", *patches, "-o", f"out{last}.safetensors"))
+    print(*(f"{each / 2**20:.0f} MiB" for each in peaks))
+    assert (tmp_path / "out12.safetensors").read_bytes() == (tmp_path / "12.safetensors").read_bytes()
+    assert peaks[1] - peaks[0] < 3 << 24

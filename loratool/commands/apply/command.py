@@ -24,7 +24,7 @@ from ...patches.patch_file import PATCH
 from ...patches.sources import piece_hashes, split_span
 from ...patches.spans import TensorSpan, digest_of_spans
 from ...streaming.journaled import Task, journaled, run_tasks
-from ...streaming.parallel import Progress, map_in_order, worker_count
+from ...streaming.parallel import Progress, counting, map_in_order, worker_count
 from ...streaming.ranks import current_job
 from ...undo.reader import belongs
 from ...views.apply import ApplyReport
@@ -52,7 +52,7 @@ def run_apply(call: Apply) -> ApplyReport:
         inputs, side = paths_of(base.shards) + [patch.path for patch in chain.patches], chain.side()
         exists = check_output_path(path, is_file, inputs, call.force, True, side, call.dry_run)
         chosen = {f"patch {number}": each.digest for number, each in enumerate(chain.patches, 1)}
-        output = describe_output(path, chain.files, side, base, call, chosen)
+        output = describe_output(path, chain.files, side, base.shards, call, chosen)
         if call.dry_run:
             output.require_own_journal()
             _check(chain, workers, call.progress)
@@ -79,20 +79,18 @@ def run_apply(call: Apply) -> ApplyReport:
 
 def _check(chain: PatchChain, workers: int, progress: Progress | None) -> None:
     """Make all spans, and write nothing."""
-    spans, hashes, done = chain.last.spans, [], 0
-    total = sum(span.nbytes for span in spans)
+    spans, hashes = chain.last.spans, []
+    finished = counting((span.nbytes for span in spans), progress)
     with closing(map_in_order(chain.source.made, range(len(spans)), workers)) as results:
-        for span, (_, found) in zip(spans, results, strict=True):
+        for _, found in results:
             hashes.append(found)
-            done += span.nbytes
-            if progress:
-                progress(done, total)
+            finished()
     _require_digest(chain, hashes)
 
 
 def _write(output: Output, chain: PatchChain, workers: int, progress: Progress | None) -> None:
     output.require_space()
-    job, spans, done = current_job(), chain.last.spans, 0
+    job, spans = current_job(), chain.last.spans
     opened, joined = partial(open_output, output, {}, belongs), partial(join_output, output)
     with journaled(output.path, {}, output.head(), output.resume, job, opened, joined) as (journal, targets):
         files = [(targets[made.name], file) for made, file in zip(output.files, chain.files.files, strict=True)]
@@ -117,14 +115,7 @@ def _write(output: Output, chain: PatchChain, workers: int, progress: Progress |
 
         for number in [number for number in journal.finished if not is_there(number)]:
             del journal.finished[number]
-        sizes, total = iter([span.nbytes for span in spans]), sum(span.nbytes for span in spans)
-
-        def finished() -> None:
-            nonlocal done
-            done += next(sizes, 0)
-            if progress:
-                progress(done, total)
-
+        finished = counting((span.nbytes for span in spans), progress)
         tasks = [Task(number, span.place, partial(make, number)) for number, span in enumerate(spans)]
         _require_digest(chain, run_tasks("applied", tasks, job, journal, workers, finished, is_last=True))
         for target, file in files:

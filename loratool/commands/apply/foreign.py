@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ...durable.fileio import read_into, write_at
+from ...durable.journal import Journal
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.output.output import Output, join_output, open_output
@@ -22,7 +23,7 @@ from ...patches.dialects.table import open_foreign_patch
 from ...patches.model_files import ModelFiles
 from ...patches.side import read_side_file, side_names
 from ...streaming.journaled import Task, journaled, run_tasks
-from ...streaming.parallel import worker_count
+from ...streaming.parallel import counting, worker_count
 from ...streaming.ranks import current_job
 from ...undo.reader import belongs
 from ...views.apply import ApplyReport
@@ -53,15 +54,15 @@ def apply_foreign(call: Apply) -> ApplyReport:
         side = {name: read_side_file(base, name) for name in side_names(base)}
         inputs = paths_of([*base.shards, *(file for patch in patches for file in patch.files)])
         exists = check_output_path(path, is_file, inputs, call.force, True, side, call.dry_run)
-        chosen = {f"patch {number}": str(patch.path) for number, patch in enumerate(patches, 1)}
-        output = describe_output(path, files, side, base, call, chosen)
+        chosen = {f"patch {number}": _identity(patch) for number, patch in enumerate(patches, 1)}
+        read = [*base.shards, *(file for patch in patches for file in patch.files)]
+        output = describe_output(path, files, side, read, call, chosen)
         _refuse_other_names(base, steps, files)
         changes = {name: [step[name] for step in steps if name in step] for name in files.specs}
         if call.dry_run:
             _check(base, changes, call)
         else:
             _write(output, files, base, changes, call)
-        checks = {change.check.algorithm for each in changes.values() for change in each if change.check}
         return ApplyReport(
             base=os.fspath(full or call.base),
             patches=tuple(str(patch.path) for patch in patches),
@@ -73,7 +74,7 @@ def apply_foreign(call: Apply) -> ApplyReport:
             reverse=False,
             files=tuple(file.name for file in files.files),
             done=False,
-            checked=tuple(sorted(checks)),
+            checked=_checks(changes),
             exists=exists,
         )
 
@@ -86,6 +87,20 @@ def _opened(names: Sequence[str], step: int | None, opened: ExitStack) -> tuple[
         raise UsageError("--step is for one folder of versions", culprit=names[1])
     chain = opened.enter_context(closing(find_chain(Path(names[0]), step)))
     return chain.full, [*chain.patches]
+
+
+def _identity(patch: ForeignPatch) -> str:
+    """Return what tells a patch from another at its path, also one that is read as a whole and closed."""
+    checks = sorted((name, each.nbytes, str(each.check)) for name, each in patch.changes.items())
+    return hashlib.sha256(repr((patch.dialect, patch.version, patch.base_version, checks)).encode()).hexdigest()
+
+
+def _checks(changes: Mapping[str, Sequence[ForeignChange]]) -> tuple[str, ...]:
+    """Return the checksums that the result of all changes is held against; none if one of them has no such checksum."""
+    last = [each[-1].check for each in changes.values() if each]
+    if not all(check and check.of_result for check in last):
+        return ()
+    return tuple(sorted({check.algorithm for check in last if check}))
 
 
 def _require_links(patches: Sequence[ForeignPatch]) -> None:
@@ -116,12 +131,12 @@ def _pieces(base: Checkpoint, name: str, changes: Sequence[ForeignChange]) -> It
 
 def _check(base: Checkpoint, changes: Mapping[str, Sequence[ForeignChange]], call: Apply) -> None:
     """Read all that changes, and write nothing."""
-    total, done = sum(base.stored[name].nbytes for name, each in changes.items() if each), 0
-    for name, each in changes.items():
-        for piece in _pieces(base, name, each) if each else ():
-            done += len(piece)
-        if call.progress and each:
-            call.progress(done, total)
+    changed = {name: each for name, each in changes.items() if each}
+    finished = counting((base.stored[name].nbytes for name in changed), call.progress)
+    for name, each in changed.items():
+        for _ in _pieces(base, name, each):
+            pass
+        finished()
 
 
 def _write(
@@ -132,7 +147,7 @@ def _write(
     call: Apply,
 ) -> None:
     output.require_space()
-    job, done, workers = current_job(), 0, call.workers or worker_count()
+    job, workers = current_job(), call.workers or worker_count()
     opened, joined = partial(open_output, output, {}, belongs), partial(join_output, output)
     with journaled(output.path, {}, output.head(), output.resume, job, opened, joined) as (journal, targets):
         made = [(targets[each.name], file) for each, file in zip(output.files, files.files, strict=True)]
@@ -153,14 +168,7 @@ def _write(
 
         for number in [number for number in journal.finished if not _is_there(names, number, places, files, journal)]:
             del journal.finished[number]
-        sizes, total = iter([files.specs[name].nbytes for name in names]), output.nbytes
-
-        def finished() -> None:
-            nonlocal done
-            done += next(sizes, 0)
-            if call.progress:
-                call.progress(done, total)
-
+        finished = counting((files.specs[name].nbytes for name in names), call.progress)
         tasks = [
             Task(number, (name, 0, files.specs[name].nbytes), partial(make, name)) for number, name in enumerate(names)
         ]
@@ -168,7 +176,7 @@ def _write(
 
 
 def _is_there(
-    names: Sequence[str], number: int, places: Mapping[str, tuple[BinaryIO, int]], files: ModelFiles, journal: object
+    names: Sequence[str], number: int, places: Mapping[str, tuple[BinaryIO, int]], files: ModelFiles, journal: Journal
 ) -> bool:
     """Return whether the bytes of a tensor that an earlier run wrote are still in the output."""
     if number >= len(names):
@@ -179,5 +187,4 @@ def _is_there(
         part = buffer[: nbytes - first]
         read_into(target, part, begin + first)
         digest.update(part)
-    found: str = journal.results(number)  # type: ignore[attr-defined]
-    return digest.hexdigest() == found
+    return digest.hexdigest() == str(journal.results(number))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from ...durable.fileio import write_at
 from ...errors import UsageError
-from ...files.checkpoint import Checkpoint
 from ...files.output.output import CONTAINERS, Output, OutputFile
 from ...files.output.paths import check_output_name
+from ...files.weights_file import WeightsFile
 from ...patches.model_files import ModelFile, ModelFiles
 from ..arguments import parse_paths
 from ..cards import described_call, input_word
@@ -37,13 +37,14 @@ def describe_output(
     path: Path,
     files: ModelFiles,
     side: Mapping[str, bytes],
-    base: Checkpoint,
+    inputs: Sequence[WeightsFile],
     call: Apply,
     patches: Mapping[str, str],
 ) -> Output:
     """Return the output.
 
     Args:
+        inputs: files that must not change until it is written, nor before it is resumed.
         patches: for the journal: a word -> what identifies a patch.
     """
     made = tuple(
@@ -59,8 +60,7 @@ def describe_output(
         extras=side,
         side_files={},
         left_behind=(),
-        inputs=base.shards,
-        configs=(base.config,),
+        inputs=tuple(inputs),
         call={**described, **patches},
         resume=call.resume,
     )

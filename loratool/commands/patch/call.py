@@ -34,7 +34,7 @@ class Patch(Call["PatchReport | ForeignPatchReport"]):
         fold: Write one patch of several: it makes what they make of BASE one after the other.
         out: Where to write: a file.
         one_way: Leave out what the way back needs. That takes half of the time, and up to a tenth of the patch.
-        fast: Write with fewer tables, in a third of the time; the patch is up to half larger.
+        fast: Write with fewer tables: up to a third less time where the compiled passes run, and up to half more bytes.
 
     Raises:
         InputError: a model cannot be read, or has files that a patch cannot make again. Nothing is written then.

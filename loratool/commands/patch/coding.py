@@ -21,7 +21,7 @@ from ...patches.sources import TensorSource, as_patterns, predicted, read_source
 from ...patches.spans import TensorSpan, spans_of
 from ...streaming.digests import hash_pieces
 from ...streaming.journaled import Task, run_tasks
-from ...streaming.parallel import Progress
+from ...streaming.parallel import Progress, counting
 from ...streaming.ranks import Job
 
 SAMPLES, SAMPLE = 8, 1 << 14  # runs of numbers by which a body is chosen, and the numbers of each
@@ -97,14 +97,7 @@ def code_spans(
     Raises:
         RankDone: on ranks other than 0.
     """
-    sizes, done, total = iter([span.nbytes for span in spans]), 0, sum(span.nbytes for span in spans)
-
-    def finished() -> None:
-        nonlocal done
-        done += next(sizes, 0)
-        if progress:
-            progress(done, total)
-
+    finished = counting((span.nbytes for span in spans), progress)
     tasks = [Task(number, span.place, partial(_coded, span, sides)) for number, span in enumerate(spans)]
     return run_tasks("coded", tasks, job, journal, workers, finished, is_last=True)
 

@@ -15,6 +15,7 @@ from ...durable.partial import partial_file, partial_path
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.digest import tensors_of
+from ...files.dtypes import DTYPES
 from ...files.folder.side_files import UNKNOWN, LeftBehind
 from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
@@ -24,6 +25,7 @@ from ...patches.patch_file import (
     CodedSpan,
     PatchContent,
     SideFile,
+    coded_type,
     is_side_file,
     may_bring,
     require_room,
@@ -65,7 +67,7 @@ def run_patch(call: Patch) -> PatchReport | ForeignPatchReport:
             if getattr(call, name) is not None:
                 raise UsageError("is for patches of other programs", culprit=f"--{name}", remedy="add --to DIALECT")
         requests = parse_adapters(call.adapter) if call.adapter else []
-        source = merged_source(base, requests, opened) if requests else ModelSource(base)
+        source: Any = merged_source(base, requests, opened) if requests else ModelSource(base)
         inputs = [*paths_of(base.shards), *target.paths, *adapter_paths(requests)]
         exists = check_output_path(path, True, inputs, call.force, dry_run=call.dry_run)
         compared = compare_specs(base.stored, [*tensors_of(base.shards)], target.files)
@@ -96,7 +98,6 @@ def run_patch(call: Patch) -> PatchReport | ForeignPatchReport:
         with _opened(path, head, call.resume) as (job, journal, place):
             sides = Sides(source, target.source, call.fast, keep_back=files is not None)
             coded = code_spans(spans, sides, job, journal, workers, call.progress)
-            require_unchanged((*base.shards, *target.opened))
             content = PatchContent(
                 base=files,
                 target=target.files,
@@ -113,7 +114,10 @@ def run_patch(call: Patch) -> PatchReport | ForeignPatchReport:
                 raise InputError("makes another model than it names", culprit=str(target.paths[-1]))
             assert place is not None
             nbytes, reversible = write_patch(place, content, coded)
-        sizes = [(each.body, size_of(each.data), each.changed) for each in coded]
+            require_unchanged((*base.shards, *target.opened, *(source.adapter_files if requests else ())))
+        sizes = [
+            (each.body, size_of(each.data) + (size_of(each.back) if reversible else 0), each.changed) for each in coded
+        ]
         digests = {os.fspath(call.base): content.base_digest, target.name: content.digest}
         return report(sizes, nbytes=nbytes, reversible=reversible, digests=digests)
 
@@ -186,7 +190,7 @@ def _report(
             was=compared.cast.get(name, "" if name in compared.new else spec.dtype),
             nbytes=spec.nbytes,
             changed=changed[name],
-            numbers=max(1, spec.size),
+            numbers=max(1, spec.nbytes * 8 // DTYPES[coded_type(spec.dtype)]),
             patch_nbytes=round(of_tensor[name]),
         )
         for name, spec in compared.specs.items()

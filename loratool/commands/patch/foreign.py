@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +17,7 @@ from ...files.output.output import naming_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of, require_unchanged
 from ...patches.dialects.patch import TensorPair
-from ...patches.dialects.table import write_foreign_patch
+from ...patches.dialects.table import DIALECTS, write_foreign_patch
 from ...patches.sources import ModelSource, TensorSource
 from ...views.foreign_patch import ForeignPatchReport
 from .call import Patch
@@ -45,17 +46,16 @@ def write_foreign(call: Patch, base: Checkpoint, target: PatchTarget) -> Foreign
     check_output_path(path, is_file, [*paths_of(base.shards), *target.paths], call.force)
     options: dict[str, Any] = {name: getattr(call, name) for name in ("step", "encoding", "checksum")}
     options = {name: value for name, value in options.items() if value is not None}
+    known = inspect.signature(DIALECTS[dialect].write or write_foreign_patch).parameters
+    if unknown := next((name for name in options if name not in known), None):
+        raise UsageError(f"{dialect} has no such option", culprit=f"--{unknown}", remedy=f"leave out --{unknown}")
     if dialect == "arc_v2":
         options["files"] = {name: file.path.name for name, file in base.shard_of.items()}
         named = [part.index[0] for part in base.models if part.index]
         beside = {name: base.folder / name for name in ("config.json", *named)}
         options["beside"] = {name: place for name, place in beside.items() if place.is_file()}
-    try:
-        with naming_output(path):
-            written = write_foreign_patch(dialect, _pairs(base, target), path, **options)
-    except TypeError as error:  # of a function whose dialect has no such option
-        given = " and ".join(f"--{name}" for name in options)
-        raise UsageError(f"{dialect} does not have {given}", culprit="--to", remedy="leave these out") from error
+    with naming_output(path):
+        written = write_foreign_patch(dialect, _pairs(base, target), path, **options)
     require_unchanged((*base.shards, *target.opened))
     return ForeignPatchReport(
         base=os.fspath(call.base),
