@@ -135,3 +135,15 @@ def test_a_run_goes_on_with_the_same_patch_alone(tmp_path: Path) -> None:
         loratool.apply(models[0], delta, tmp_path / "out", resume=True)
     loratool.apply(models[0], delta, tmp_path / "out")
     assert weights_of(tmp_path / "out") == weights_of(models[2])
+
+
+def test_a_manifest_that_is_no_deltas_is_the_users(tmp_path: Path, run: Run) -> None:
+    models, out = versions(tmp_path), tmp_path / "out"
+    call = ("patch", *models[:2], "--to", "skyrl", "--step", "1", "-o", out)
+    assert run(*call).exit_code == 0 and run(*call, "--force").exit_code == 0
+    shutil.rmtree(out)
+    shutil.copytree(models[0], out)
+    (out / "manifest.json").write_text('{"name": "mine"}')
+    for command in (call, ("apply", models[0], models[1], "-o", out), ("convert", models[0], "-o", out)):
+        result = run(*command, "--force")
+        assert result.exit_code in (2, 3) and (out / "manifest.json").read_text() == '{"name": "mine"}', result.stderr

@@ -11,14 +11,16 @@ import filecmp
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ...durable.partial import former_path, journal_head, journal_path, partial_path, scratch_path, set_aside
-from ...errors import NeedsFlag, UsageError, shell_word
+from ...errors import InputError, NeedsFlag, UsageError, shell_word
 from ..checkpoint import Checkpoint
 from ..folder.model_folder import component_names, is_pipeline
 from ..folder.sentence_transformers import transformer_folder
 from ..folder.side_files import CARD, CODE, INITIAL, MODELFILE, is_undo_file, matches, side_row, undo_path
+from ..folder.weight_changes import find_change
 from .model_card import is_unedited
 from .output import CONTAINERS, Output
 from .undo_places import formers_of, identity, numbered_undo_files
@@ -31,8 +33,6 @@ FOREIGN_WEIGHTS = (
     "*pytorch_model*.bin",
     "*pytorch_model.bin.index.json",
     "loratool.undo*",
-    "manifest.json",  # of a delta of SkyRL, and of prime-rl
-    "sparse_update_manifest.json",
     f"{INITIAL}/adapter_model.safetensors",
     f"{INITIAL}/adapter_config.json",
 )
@@ -47,16 +47,24 @@ def find_foreign_file(folder: Path, origins: Collection[Path], contents: Mapping
         origins: folders with inputs: their files stay.
         contents: name of a side file that will be written again -> its content.
     """
+    manifest = _manifest_of_change(folder)
     inner = component_names(folder) if is_pipeline(folder) else [transformer_folder(folder)]
     prefixes = tuple(f"{name}/" for name in inner if name)
     names, weights = [], False
     for name in _names_in(folder):
         inner_name = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
-        if not _is_by_name(inner_name) and not _is_kept(folder, name, origins, contents):
+        if name != manifest and not _is_by_name(inner_name) and not _is_kept(folder, name, origins, contents):
             return name
         names.append(name)
         weights = weights or matches(inner_name, FOREIGN_WEIGHTS)
     return names[0] if names and not weights else None  # configs or scripts without weights are not an output of ours
+
+
+def _manifest_of_change(folder: Path) -> str | None:
+    """Return the name of the JSON file that describes the weight update in a folder, if it has one."""
+    with suppress(InputError):
+        return getattr(find_change(folder), "manifest", None)
+    return None
 
 
 def _is_by_name(name: str) -> bool:
