@@ -343,3 +343,14 @@ def test_the_digest_of_what_was_given_is_computed(chain: Chain, tmp_path: Path) 
     for patch in (patches[0], tmp_path / "forged.patch"):
         report: Any = loratool.apply(base, patch, made, force=True)
         assert report.digests == {str(base): digest_of(base), str(made): digest_of(models[1])}
+
+
+def test_code_that_the_way_back_does_not_bring_is_told(chain: Chain, tmp_path: Path) -> None:
+    base, after, patch = chain.models[0], chain.models[1], tmp_path / "p"
+    (base / "modeling_x.py").write_text("x = 1")
+    report: Any = loratool.patch(base, after, patch)
+    assert report.reversible and ["modeling_x.py" in each for each in report.warnings] == [True]
+    loratool.apply(after, patch, tmp_path / "back", reverse=True)
+    assert {*tree(base)} - {*tree(tmp_path / "back")} == {"modeling_x.py"}
+    shutil.copy(base / "modeling_x.py", after)
+    assert loratool.patch(base, after, patch, force=True).warnings == ()

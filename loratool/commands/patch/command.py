@@ -50,6 +50,8 @@ from .target import PatchTarget, open_target
 
 CODE = "code or a pickle that is not the base's, which a patch does not bring"
 
+LOST = "code or a pickle of the base alone, which apply --reverse does not bring back"
+
 RESULTS = {CodedSpan.__name__: CodedSpan}
 
 
@@ -71,7 +73,7 @@ def run_patch(call: Patch) -> PatchReport | ForeignPatchReport:
         inputs = [*paths_of(base.shards), *target.paths, *adapter_paths(requests)]
         exists = check_output_path(path, True, inputs, call.force, dry_run=call.dry_run)
         compared = compare_specs(base.stored, [*tensors_of(base.shards)], target.files)
-        side, base_side = compare_side_files(base, target)
+        side, base_side, lost = compare_side_files(base, target)
         kept_back = [
             LeftBehind(each, len(target.side[each]), CODE if is_side_file(each) else UNKNOWN)
             for each in target.side.keys() - side.keys()
@@ -119,7 +121,8 @@ def run_patch(call: Patch) -> PatchReport | ForeignPatchReport:
             (each.body, size_of(each.data) + (size_of(each.back) if reversible else 0), each.changed) for each in coded
         ]
         digests = {os.fspath(call.base): content.base_digest, target.name: content.digest}
-        return report(sizes, nbytes=nbytes, reversible=reversible, digests=digests)
+        warnings = tuple(f"{name}: {LOST}" for name in lost if reversible)
+        return report(sizes, nbytes=nbytes, reversible=reversible, digests=digests, warnings=warnings)
 
 
 @contextmanager
@@ -144,10 +147,12 @@ def _base_files(base: Checkpoint) -> ModelFiles | None:
         return None
 
 
-def compare_side_files(base: Checkpoint, target: PatchTarget) -> tuple[dict[str, SideFile], dict[str, SideFile]]:
-    """Return the target's side files, and those of the base that the target has not, or not so.
+def compare_side_files(
+    base: Checkpoint, target: PatchTarget
+) -> tuple[dict[str, SideFile], dict[str, SideFile], list[str]]:
+    """Return side files: the target's, those of the base that the target has not, or not so, and which of these are lost.
 
-    Content that the base has too is left out, and so is what a patch may not bring.
+    Content that the base has too is left out, and so is what a patch may not bring: of the base, it is lost.
     """
     others = {name: read_side_file(base, name) for name in side_names(base)}
     side = {
@@ -155,8 +160,9 @@ def compare_side_files(base: Checkpoint, target: PatchTarget) -> tuple[dict[str,
         for name, data in target.side.items()
         if may_bring(name) or (others.get(name) == data and is_side_file(name))
     }
-    rest = {name: data for name, data in others.items() if target.side.get(name) != data and may_bring(name)}
-    return side, {name: SideFile.of(data, known=False) for name, data in rest.items()}
+    rest = {name: data for name, data in others.items() if target.side.get(name) != data}
+    brought = {name: SideFile.of(data, known=False) for name, data in rest.items() if may_bring(name)}
+    return side, brought, sorted(rest.keys() - brought.keys())
 
 
 def _report(
