@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
 SHARED = ROOT.parent / "shared" / "data"
 FOLDERS = itertools.count()
-MOST_CASES = 6  # of one test in the default run, which is to take less than five minutes on two cores
+MOST_CASES = 8  # of one test in the default run, which is to take less than five minutes on two cores
 
 # Runs the command line and ends with its peak RSS in kB on stderr. (What wait4 tells of a child includes its
 # parent's RSS at the fork, which here is pytest's.)
@@ -237,10 +237,13 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave to `-m slow` all cases of a test but MOST_CASES that lie evenly among them, where more are not slow yet."""
+    """Leave to `-m slow` all cases of a test but MOST_CASES that lie evenly among them, where more are not slow yet.
+
+    Not of the modules that stand beside the folders: they hold the whole project, and each case is a rule.
+    """
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if not item.get_closest_marker("slow"):
+        if not item.get_closest_marker("slow") and item.path.parent != ROOT / "tests":
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for some in cases.values():
         kept = {round(i * (len(some) - 1) / (MOST_CASES - 1)) for i in range(MOST_CASES)}

@@ -7,7 +7,7 @@ It is an indexed file (`files.containers.indexed_file`) with the first line `lor
     blobs      the table; the frames of the target's files and, if the way back needs them, of the base's; texts of
                side files; all but the table are compressed by bzip2
     index      `version`
-               `bodies`: the keys of the bodies (`bodies.BODIES`) that the table counts
+               `bodies`: the keys of the bodies (`bodies.table.BODIES`) that the table counts
                `table`: a place
                `target`, `base`: `digest`, `file` (whether the model is one file), `files` ({name, nbytes, head, frame,
                frame_bytes and, of a torch file, tensors}; null if they are the target's, or not known)

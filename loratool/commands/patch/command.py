@@ -150,9 +150,9 @@ def _base_files(base: Checkpoint) -> ModelFiles | None:
 def compare_side_files(
     base: Checkpoint, target: PatchTarget
 ) -> tuple[dict[str, SideFile], dict[str, SideFile], list[str]]:
-    """Return side files: the target's, those of the base that the target has not, or not so, and which of these are lost.
+    """Return side files: the target's, and those of the base that the target has not, or not so; then what is lost.
 
-    Content that the base has too is left out, and so is what a patch may not bring: of the base, it is lost.
+    Content that the base has too is left out, and so is what a patch may not bring: of the base, that is lost.
     """
     others = {name: read_side_file(base, name) for name in side_names(base)}
     side = {
