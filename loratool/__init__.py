@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .commands.merge.call import merge
     from .commands.opened import AdapterModule, OpenAdapter, OpenCheckpoint, open_adapter, open_checkpoint
     from .commands.patch.call import patch
+    from .commands.recover.call import recover
     from .commands.report_files import read_report, write_report
     from .commands.resize.call import resize
     from .commands.run.call import run
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from .views.merge import MergeReport
     from .views.metadata import MetadataReport
     from .views.patch import PatchReport
+    from .views.recover import RecoverReport
     from .views.resize import ResizeReport
     from .views.run import RunReport
     from .views.unmerge import UnmergeReport
@@ -115,6 +117,8 @@ _HOMES = {
     "PatchInspection": "views.inspect_patch",
     "PatchReport": "views.patch",
     "patch": "commands.patch.call",
+    "RecoverReport": "views.recover",
+    "recover": "commands.recover.call",
     "ResizeReport": "views.resize",
     "resize": "commands.resize.call",
     "RuntimeInspection": "views.inspect_runtime",
@@ -162,6 +166,7 @@ __all__ = [
     "OpenCheckpoint",
     "PatchInspection",
     "PatchReport",
+    "RecoverReport",
     "ResizeReport",
     "RunReport",
     "RuntimeInspection",
@@ -189,6 +194,7 @@ __all__ = [
     "open_checkpoint",
     "patch",
     "read_report",
+    "recover",
     "resize",
     "run",
     "spectra",

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TextIO
 import click
 from click.shell_completion import CompletionItem, shell_complete
 
-from ..durable.interrupts import resumable_outputs, stop_on_signals
-from ..errors import is_debugging
+from ..durable.interrupts import changing_models, resumable_outputs, stop_on_signals
+from ..errors import is_debugging, shell_word
 from .help import Command
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ SECTIONS = {
     "Merge": {
         "merge": "Merge adapters into a model, with exact rounding.",
         "unmerge": "Restore the base of a merge, bit for bit.",
+        "recover": "End a change in place that was interrupted, or take it back.",
     },
     "Make and change adapters": {
         "extract": "Extract the best LoRA of a given rank from a full fine-tune.",
@@ -72,6 +73,7 @@ GUIDES = {
     "inspect": "healthy",
     "merge": "merging",
     "patch": "patches",
+    "recover": "in-place",
     "resize": "shrink",
     "run": "recipes",
     "unmerge": "undo",
@@ -218,6 +220,9 @@ def _output_status(argv: list[str]) -> str:
     """Return a text on outputs that stay: resumable ones, and those without only their page. Empty if none do."""
     goes_on = "the next run replaces them" if _command_name(argv) == "run" else "the same command with --resume goes on"
     stay = [f"{' and '.join(resumable_outputs)} stay: {goes_on}"] if resumable_outputs else []
+    for model in dict.fromkeys(changing_models):
+        recover = f"loratool recover {shell_word(model)}"
+        stay.append(f"{model} is in the middle of a change: {recover} ends it, and with --back takes it back")
     return "; ".join([*stay, *(f"{out} is written and whole, only its page is not" for out in written_without_page)])
 
 
@@ -243,6 +248,7 @@ def _call(argv: list[str]) -> int:
     from ..errors import LoratoolError, MachineError, UsageError
 
     resumable_outputs.clear()
+    changing_models.clear()
     written_without_page.clear()
     if is_debugging():
         _show_log()

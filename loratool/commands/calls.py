@@ -36,7 +36,7 @@ from .arguments import (
     type_of,
     words_of,
 )
-from .choices import DROP_CHOICES
+from .choices import DROP_CHOICES, OPEN_FILES, WAYS_IN_PLACE
 from .machine import require_ieee
 
 P = ParamSpec("P")
@@ -144,6 +144,31 @@ def output(name: str) -> Opt:
 Force = Annotated[
     bool,
     Opt("Output", text="Replace an output that exists. A folder with other files than a model's is never replaced."),
+]
+
+InPlace = Annotated[
+    bool,
+    Opt(
+        "Output",
+        text="Change the model where it is, and write no other. It has no name while it changes; loratool recover ends "
+        "a change that was interrupted.",
+    ),
+]
+
+By = Annotated[
+    Literal["shard", "window"] | None,
+    one_of(WAYS_IN_PLACE),
+    Opt(
+        "Output",
+        default="shard if there is room",
+        text="How to change files in place. {meanings}.",
+    ),
+]
+
+AllowOpen = Annotated[
+    Literal["open-files"] | Sequence[Literal["open-files"]],
+    words_of(OPEN_FILES),
+    Opt("Output", text="Allow what would be refused. {meanings}."),
 ]
 
 Resume = Annotated[

@@ -21,7 +21,19 @@ from .arguments import option_word
 from .calls import Call
 
 # on the bytes beside the card
-WITHOUT_EFFECT = ("out", "device", "force", "dry_run", "resume", "progress", "workers", "card", "attest")
+WITHOUT_EFFECT = (
+    "out",
+    "device",
+    "force",
+    "dry_run",
+    "resume",
+    "progress",
+    "workers",
+    "card",
+    "attest",
+    "in_place",
+    "by",
+)
 
 INPUTS = ("base", "imatrix", "initial", "like", "tokenizer")  # options whose values are paths or names of the hub
 

@@ -18,6 +18,21 @@ DROP_CHOICES = {
     "te4": "the fourth one",
 }
 
+OPEN_FILES = {
+    "open-files": "change files in place though the system cannot tell whether other programs have them open",
+}
+
+MERGE_ALLOW = {
+    "lossy": "requantize codes of fewer than 8 bits, which keep almost nothing of a delta",
+    **OPEN_FILES,
+}
+
+# --by, implemented by `streaming.in_place`
+WAYS_IN_PLACE = {
+    "shard": "write each file anew beside the former one, and rename it: needs room for the largest",
+    "window": "write ranges over the former bytes: needs room for 64 MB, and no program may have the file open",
+}
+
 # --drop of a checkpoint, implemented by `convert.checkpoint`
 MODEL_DROP_CHOICES = {
     "ema": "the running average of the weights (EMA)",
@@ -111,6 +126,7 @@ PATCH_DIALECTS = {
 APPLY_ALLOW = {
     "unknown": "leave out changes of tensors that BASE does not have",
     "unverified": "apply patches without any checksum, so that nothing proves the base or the result",
+    **OPEN_FILES,
 }
 
 COMBINE_ALLOW = {"unrelated": "combine adapters that look like those of two different models"}

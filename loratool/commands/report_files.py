@@ -56,6 +56,7 @@ REPORTS = {
     ),
     "merge": ("views.merge.MergeReport",),
     "patch": ("views.patch.PatchReport", "views.foreign_patch.ForeignPatchReport"),
+    "recover": ("views.recover.RecoverReport",),
     "resize": ("views.resize.ResizeReport",),
     "run": ("views.run.RunReport",),
     "unmerge": ("views.unmerge.UnmergeReport",),

@@ -34,6 +34,8 @@ at_stop: list[tuple[Callable[[], object], Callable[[], str]]] = []
 
 resumable_outputs: list[str] = []  # partial outputs of runs that died, as messages name them
 
+changing_models: list[str] = []  # models that a run has left in the middle of a change in place
+
 _handlers: dict[int, Any] = {}  # the handlers that `_note` replaces while signals are held back
 _arrived: list[int] = []
 _others = threading.RLock()  # held in the blocks of threads other than the main one

@@ -46,6 +46,10 @@ class WeightsFile:
         self.stamp, self.nbytes = _stamp(status), status.st_size
         self.path, self.file = path, kept_open(file, partial(open_for_reading, path))
 
+    def open_again(self, path: Path) -> None:
+        """Open another file with the same header and places."""
+        self._open(path)
+
     @property
     def header(self) -> bytes | None:
         """Return the header, from which `layouts.read_layout` gets each tensor's place; None for a torch file."""

@@ -26,6 +26,7 @@ from ..numerics.merge import RowMerge
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
 from ..numerics.workspace import Workspace
 from ..undo.checks import record_rows
+from ..undo.journal_records import RecordSource
 from ..undo.reader import Record, UndoFile
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .items import Batching, Step
@@ -173,7 +174,7 @@ def _replace(base: TensorRef, segment: RowSegment | None, record: bool, start: i
 
 
 def restore_tensor(
-    spec: TensorSpec, undo: UndoFile, name: str, placements: Sequence[Placement], load: UpdateLoader
+    spec: TensorSpec, undo: RecordSource, name: str, placements: Sequence[Placement], load: UpdateLoader
 ) -> ChangedTensor:
     """Return a merged tensor that is restored to the base's from its undo records. spec: of the base's tensor."""
     rows = placements[0].rows if placements else (spec.shape or (1,))[0]
@@ -227,18 +228,18 @@ def restore_codes(
     return restored
 
 
-def _restorer(undo: UndoFile, record: Record, name: str, form: Form, codes: CodedRows | None = None) -> Restorer:
+def _restorer(undo: RecordSource, record: Record, name: str, form: Form, codes: CodedRows | None = None) -> Restorer:
     return Restorer(name, form, undo.bytes(record.offset, record.length), record.sum, codes)
 
 
-def _read_norms(undo: UndoFile, record: Record, name: str, form: Form, count: int) -> Wide:
+def _read_norms(undo: RecordSource, record: Record, name: str, form: Form, count: int) -> Wide:
     restorer = _restorer(undo, record, name, form)
     with restorer.damage():
         return restorer.norms(count)
 
 
 def _restore(
-    undo: UndoFile,
+    undo: RecordSource,
     record: Record,
     name: str,
     form: Form,

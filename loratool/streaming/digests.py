@@ -33,6 +33,17 @@ def digest_of_files(files: Iterable[WeightsFile], progress: Progress | None = No
     return digest_of((name, spec, islice(hashes, len(pieces_of(spec)))) for name, spec in specs)
 
 
+def hashes_of_tensors(files: Mapping[str, WeightsFile], names: Iterable[str], workers: int) -> dict[str, list[str]]:
+    """Return the sha256 of the pieces of some tensors. files: a tensor -> the file that has it."""
+    hashes: dict[str, list[str]] = {name: [] for name in names}
+    pieces: list[Piece] = [
+        (files[name], name, *piece) for name in hashes for piece in pieces_of(files[name].specs[name])
+    ]
+    for (_, name, *_), sha256 in zip(pieces, hash_pieces(pieces, workers), strict=True):
+        hashes[name].append(sha256)
+    return hashes
+
+
 def hash_pieces(pieces: list[Piece], workers: int, progress: Progress | None = None) -> list[str]:
     """Return the sha256 of each piece, computed by `workers` threads; large pieces by two at a time."""
     groups = list(_grouped(pieces))

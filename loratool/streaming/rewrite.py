@@ -143,7 +143,7 @@ def rewrite(
             hashed = hashing.enter_context(closing(_hashed_after_writing(hashes, output, targets, workers)))
 
         def step_results(item: Item, results: list[Any]) -> Iterator[tuple[MapRows, list[Any]]]:
-            for part, of_part in _parts(item, results):
+            for part, of_part in parts_with_results(item, results):
                 if isinstance(part, HashBytes):
                     if hashes:
                         hashes.of_read[part.tensor][part.part] = of_part[0]
@@ -154,7 +154,7 @@ def rewrite(
                     del of_part[0]  # its places
                 elif hashed and isinstance(part, MapRows):
                     hashed.wrote(part.tensor, part.target_offset - begin[part.tensor], part.nbytes)
-                if _is_changed(part, changed):
+                if is_changed(part, changed):
                     yield part, of_part
                 elif isinstance(part, MapRows):
                     refuse_overflow(part.tensor, of_part, sources, output)
@@ -245,7 +245,9 @@ def _place_of(item: Item, names: Mapping[BinaryIO, str]) -> Place:
     return names[first.target], first.target_offset, item.nbytes
 
 
-def _parts(item: Item, results: list[Any]) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
+def parts_with_results(
+    item: Item, results: list[Any]
+) -> Iterable[tuple[CopyBytes | GatherBytes | MapRows | HashBytes, Any]]:
     """Return each part of a batch with its results, or another item with its own."""
     return zip(each_part(item), results if isinstance(item, MapBatch | HashBatch) else [results], strict=True)
 
@@ -285,10 +287,10 @@ def _items(
         hashed: the tensors to hash, and the file of each; one that the output has too is read when that is made.
     """
     others = ({name: file} for name, file in hashed.items() if name not in output.specs)
-    waiting: list[Iterator[Item]] = [_grouped(chain.from_iterable(_hash_items(each) for each in others))]
+    waiting: list[Iterator[Item]] = [group_items(chain.from_iterable(_hash_items(each) for each in others))]
     begin = {name: (targets[file.name], offset) for file in output.files for name, offset in file.begin.items()}
     waiting += [
-        _grouped(_file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, hashed))
+        group_items(file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, hashed))
         for file in output.files
     ]
     while waiting:
@@ -300,7 +302,7 @@ def _items(
                 yield item
 
 
-def _is_changed(item: Item, changed: Mapping[str, ChangedTensor]) -> TypeGuard[MapRows]:
+def is_changed(item: Item, changed: Mapping[str, ChangedTensor]) -> TypeGuard[MapRows]:
     return isinstance(item, MapRows) and item.tensor in changed and item.prepare is not _prepare_cast
 
 
@@ -310,7 +312,7 @@ def _hash_items(hashed: Mapping[str, WeightsFile]) -> Iterator[HashBytes]:
             yield HashBytes(name, part, file, *place)
 
 
-def _file_items(
+def file_items(
     output: Output,
     file: OutputFile,
     target: BinaryIO,
@@ -350,7 +352,7 @@ def _file_items(
     yield from _copy_items(span)
 
 
-def _grouped(items: Iterable[Item | HashBytes]) -> Iterator[Item]:
+def group_items(items: Iterable[Item | HashBytes]) -> Iterator[Item]:
     """Yield items, but small ones in batches once there are enough alike; and hashes in pairs of equal length."""
     small: dict[Hashable, list[MapRows]] = {}
     hashes: dict[int, list[HashBytes]] = {}  # by length; small ones together

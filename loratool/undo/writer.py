@@ -158,6 +158,12 @@ def _unchanged(plan: MergePlan, name: str, entry: Mapping[str, Any], tiles: Tile
     return [] if tiles.copied is None else [(name, tiles.copied)]
 
 
+def unrestored(plan: MergePlan, output: Output) -> list[str]:
+    """Return the changed tensors of which an undo file has some rows unchanged, as no record restores them."""
+    entries = make_entries(plan, output)
+    return [name for name, entry in entries.items() if _unchanged(plan, name, entry, _tiles(plan, name, entry))]
+
+
 def _largest_records(plan: MergePlan, name: str, entry: Mapping[str, Any], tiles: Tiles) -> int:
     """Return the most bytes of a tensor's records: a number of the stored type and a bit per weight, and overhead."""
     base, rows, records = plan.base, sum(last - first for first, last in tiles.runs), tiles.count()

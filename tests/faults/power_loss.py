@@ -5,7 +5,8 @@ The rules are POSIX's, which promise less than ext4 or XFS keep:
 - A folder's names are safe once the folder is synced. That saves no name of the folder itself, and no file's bytes.
 - Until then each write and each change of a name is there or not, alone, whatever the order in which they were done. A
   file may have the size of a write without its bytes; then they are zeros.
-- A rename is one step, as every file system with a journal has it: not both names, nor none.
+- A rename is one step, as every file system with a journal has it: not both names, nor none. Between two folders it is
+  safe once both are synced.
 - A write of some bytes is there whole or not at all, since half of one is a file that is not whole either.
 Not taken: what was synced is never lost, and names that nobody changes stay.
 """
@@ -27,11 +28,17 @@ class Change:
     Attributes:
         names: of a folder, name -> node, or None where it is gone.
         write: of a file, (offset, bytes), or the size that it gets.
+        source: of a rename from another folder: that one, and the name that is gone there.
     """
 
     node: int
     names: dict[str, int | None] = field(default_factory=dict)
     write: tuple[int, bytes] | int | None = None
+    source: tuple[int, str] | None = None
+
+    @property
+    def nodes(self) -> list[int]:
+        return [self.node, *(self.source[:1] if self.source else ())]
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,9 @@ class Sync:
 
 Step = Change | Sync
 
-# (number of a step that is not safe, the step) -> kept, lost, or of a write zeros
+SECTOR = 64  # bytes of a torn write that are there or not; a disk's are more, and the tests' files are small
+
+# (number of a step that is not safe, the step) -> kept, lost, or of a write zeros or torn
 Fate = Callable[[int, Change], str]
 
 
@@ -150,8 +159,12 @@ class Recorder:
     def rename(self, real: Callable[..., Any], path: Path, new: Path) -> None:
         real(path, new)
         node, folder = self._at(path), self._at(path.parent)
-        assert folder == self._at(new.parent)  # else it would be no single step
-        self._name(folder, {path.name: None, new.name: node})
+        if folder == (target := self._at(new.parent)):
+            self._name(folder, {path.name: None, new.name: node})
+            return
+        self._folders[folder] |= {path.name: None}
+        self._folders[target] |= {new.name: node}
+        self.steps.append(Change(target, {new.name: node}, source=(folder, path.name)))
 
     def link(self, real: Callable[..., Any], path: Path, new: Path) -> None:
         real(path, new)
@@ -187,8 +200,8 @@ class Recorder:
         """Return which of the first steps are not safe yet."""
         done = self.steps[:steps]
         synced = {step.node: number for number, step in enumerate(done) if isinstance(step, Sync)}
-        changes = ((number, step.node) for number, step in enumerate(done) if isinstance(step, Change))
-        return [number for number, node in changes if synced.get(node, -1) < number]
+        changes = ((number, step) for number, step in enumerate(done) if isinstance(step, Change))
+        return [number for number, step in changes if any(synced.get(node, -1) < number for node in step.nodes)]
 
     def ways(self, steps: int, draws: int) -> dict[str, Fate]:
         """Return the fates to try: those of FATES, some that are drawn, and each name's alone against all others'."""
@@ -216,20 +229,27 @@ class Recorder:
                 continue
             if step.write is None:
                 folders.setdefault(step.node, {}).update(step.names)
+                if step.source:
+                    folders.setdefault(step.source[0], {})[step.source[1]] = None
             else:
-                _apply(contents.setdefault(step.node, bytearray()), step.write, told == "zeros")
+                _apply(contents.setdefault(step.node, bytearray()), step.write, told, number)
         is_folder = self._folders.keys()
         return dict(_listed(self._top, "", folders, contents, is_folder))
 
 
-def _apply(content: bytearray, write: tuple[int, bytes] | int, as_zeros: bool) -> None:
+def _apply(content: bytearray, write: tuple[int, bytes] | int, told: str, number: int) -> None:
     if isinstance(write, int):
         del content[write:]
         content.extend(bytes(write - len(content)))
         return
     offset, data = write
     content.extend(bytes(max(0, offset + len(data) - len(content))))
-    if not as_zeros:
+    if told == "torn":
+        draw = Random(number)
+        for start in range(0, len(data), SECTOR):
+            if draw.random() < 0.5:
+                content[offset + start : offset + min(start + SECTOR, len(data))] = data[start : start + SECTOR]
+    elif told != "zeros":
         content[offset : offset + len(data)] = data
 
 

@@ -42,7 +42,7 @@ class Apply(Call["ApplyReport"]):
     _: KW_ONLY
     step: Annotated[int | None, Opt("About the inputs", "N")] = None
     allow: Annotated[
-        Literal["unknown", "unverified"] | Sequence[Literal["unknown", "unverified"]],
+        Literal["unknown", "unverified", "open-files"] | Sequence[Literal["unknown", "unverified", "open-files"]],
         words_of(APPLY_ALLOW),
         Opt("About the inputs"),
     ] = ()

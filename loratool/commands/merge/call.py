@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from ...binding.merge.choices import LOSSY, TIED, TOKENIZERS, WAYS
+from ...binding.merge.choices import TIED, TOKENIZERS, WAYS
 from .. import calls
 from ..adapter_requests import Adapters
 from ..arguments import Opt, Size, StrPath, Words, one_of, with_meanings, words_of
 from ..calls import Call, function_of, output
+from ..choices import MERGE_ALLOW
 
 if TYPE_CHECKING:
     from ...views.merge import MergeReport  # noqa: F401
@@ -30,7 +31,7 @@ class Merge(Call["MergeReport"]):
         labels: Label names of the output's head.
         quantized: What to do with quantized weights that an adapter changes. {meanings}.
         like: Quantize the output like this quantized version of BASE, with new scales.
-        allow: lossy: allow requantize for codes of fewer than 8 bits, which keep almost nothing of a delta.
+        allow: Allow what would be refused. {meanings}.
         tied: What to do if an adapter changes only one side of a tied head and embedding. {meanings}.
         initial: The adapter before training, to be subtracted. Needed to merge a PiSSA-like adapter into the original
             base.
@@ -48,6 +49,8 @@ class Merge(Call["MergeReport"]):
     adapters: Annotated[Adapters, Opt(metavar="ADAPTER[:WEIGHT]...")]
     out: Annotated[StrPath | None, output("merged")] = None
     _: KW_ONLY
+    in_place: calls.InPlace = False
+    by: calls.By = None
     force: calls.Force = False
     resume: calls.Resume = False
     dry_run: calls.DryRun = False
@@ -65,7 +68,11 @@ class Merge(Call["MergeReport"]):
     residual_base: Annotated[bool, Opt("About the inputs")] = False
     quantized: Annotated[Literal["mixed", "dequantize", "requantize"], one_of(WAYS), Opt("Output")] = "mixed"
     like: Annotated[StrPath | None, Opt("Output", "QUANTIZED")] = None
-    allow: Annotated[Literal["lossy"] | Sequence[Literal["lossy"]], words_of([LOSSY]), Opt("Output")] = ()
+    allow: Annotated[
+        Literal["lossy", "open-files"] | Sequence[Literal["lossy", "open-files"]],
+        words_of(MERGE_ALLOW),
+        Opt("Output"),
+    ] = ()
     tokenizer: Annotated[
         StrPath | None,
         Opt(

@@ -12,7 +12,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -149,42 +149,76 @@ PROVEN = ("target", "exclude", "layers", "drop", "alpha", "tied", "initial", "re
 
 
 def run_merge(call: Merge) -> MergeReport:
-    """Add adapters to a base checkpoint and write the merged model."""
-    requests = parse_adapters(call.adapters, parse_words(call.drop))
+    """Add adapters to a base checkpoint and write the merged model, or change the base in place."""
+    if call.in_place:
+        from .in_place import merge_in_place
+
+        return merge_in_place(call)
+    if call.by is not None:
+        raise UsageError("is for changes in place", culprit="--by", remedy="add --in-place, or leave it out")
     with ExitStack() as opened:
-        try:
-            checkpoint, loaded = open_inputs(call.base, requests, call.alpha, opened, "merge")
-        except NeedsFlag as error:
-            if error.asks_for("--alpha"):  # or raise what would be raised if it were known: that of a wrong base, say
-                run_merge(replace(call, alpha=1.0, dry_run=True))
-            raise
-        if call.initial is None:
-            require_residual_base(checkpoint, loaded)
-        loaded = subtract_initial(loaded, call.initial, call.residual_base, opened)
-        if call.dry_run and not call.resume and len(loaded) == 1:  # of several or for a journal, hashes are read
-            ((adapter, weight),) = loaded
-            loaded = ((replace(adapter, known_sha256=UNREAD), weight),)
-        loaded = share_hashes(loaded)
         if call.like is not None and call.quantized != "mixed":
             raise UsageError("--like determines how weights are quantized: remove --quantized")
         imitated = None
+        planned = plan_call(call, opened)
         if call.like is not None:
             imitated = open_checkpoint(call.like)
             opened.callback(imitated.close)
-        place = output_path(call.out, checkpoint, "merged")
-        choose_device(call.device)  # is refused before the plan
-        selection = Selection.parse(call.target, call.exclude, call.layers)
-        choice = ClassChoice(call.architecture, parse_words(call.labels))
-        plan = without_gc(plan_merge)(checkpoint, loaded, selection, call.tied, choice)
-        plan = choose_tokenizer(plan, call.tokenizer, is_file=place[1])
-        plan = take_trained_modules(plan, is_file=place[1])
-        inputs = [input_word(call.base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
-        commands = (
-            command_line("merge", *inputs, *options_of(call), "-o", "merged"),
-            command_line("verify", *inputs, "merged", *options_of(call, PROVEN)),
-        )
-        card = partial(merge_card, checkpoint, sort_adapters(loaded), commands) if call.card else None
-        return write_merged(plan, call, place, _provenance(plan), described_call(call, inputs), imitated, card)
+        plan, inputs = planned.plan, planned.inputs
+        described = described_call(call, inputs)
+        return write_merged(plan, call, planned.place, describe_merge(plan), described, imitated, planned.card)
+
+
+@dataclass(frozen=True)
+class PlannedMerge:
+    """The plan of a call of merge, whose inputs are open.
+
+    Attributes:
+        place: the output's path, and whether it is a file.
+        inputs: the base and the adapters with their weights, as words of a command line.
+        card: makes the model card of a folder from the report; None without one.
+    """
+
+    plan: MergePlan
+    place: tuple[Path, bool]
+    inputs: Sequence[str]
+    card: Callable[[MergeReport], bytes] | None
+
+
+def plan_call(call: Merge, opened: ExitStack, at: Path | None = None) -> PlannedMerge:
+    """Open the inputs of a call, and plan it.
+
+    Args:
+        at: where the base is while it is changed in place.
+    """
+    requests = parse_adapters(call.adapters, parse_words(call.drop))
+    try:
+        checkpoint, loaded = open_inputs(at or call.base, requests, call.alpha, opened, "merge")
+    except NeedsFlag as error:
+        if error.asks_for("--alpha"):  # or raise what would be raised if it were known: that of a wrong base, say
+            run_merge(replace(call, alpha=1.0, dry_run=True))
+        raise
+    if call.initial is None:
+        require_residual_base(checkpoint, loaded)
+    loaded = subtract_initial(loaded, call.initial, call.residual_base, opened)
+    if call.dry_run and not call.resume and len(loaded) == 1:  # of several or for a journal, hashes are read
+        ((adapter, weight),) = loaded
+        loaded = ((replace(adapter, known_sha256=UNREAD), weight),)
+    loaded = share_hashes(loaded)
+    place = output_path(call.out, checkpoint, "merged")
+    choose_device(call.device)  # is refused before the plan
+    selection = Selection.parse(call.target, call.exclude, call.layers)
+    choice = ClassChoice(call.architecture, parse_words(call.labels))
+    plan = without_gc(plan_merge)(checkpoint, loaded, selection, call.tied, choice)
+    plan = choose_tokenizer(plan, call.tokenizer, is_file=place[1])
+    plan = take_trained_modules(plan, is_file=place[1])
+    inputs = [input_word(call.base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
+    commands = (
+        command_line("merge", *inputs, *options_of(call), "-o", "merged"),
+        command_line("verify", *inputs, "merged", *options_of(call, PROVEN)),
+    )
+    card = partial(merge_card, checkpoint, sort_adapters(loaded), commands) if call.card else None
+    return PlannedMerge(plan, place, inputs, card)
 
 
 def write_merged(
@@ -250,7 +284,7 @@ def write_merged(
     largest = None
     if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
         workers = call.workers or worker_count()
-        _check_factors(plan, workers)
+        check_factors(plan, workers)
         _check_scales(plan, workers)
         largest = largest_undo(plan, output) if output.undo else None
     planned = build_report(plan, output, base, {}, largest if call.dry_run else None, dry_run=True)
@@ -263,7 +297,8 @@ def write_merged(
     return _execute(plan, output, call, card)
 
 
-def _provenance(plan: MergePlan) -> str:
+def describe_merge(plan: MergePlan) -> str:
+    """Return what the output of a merge says of its making: the adapters, the arithmetic, what was left out."""
     facts = {
         "adapters": [adapter_entry(adapter, weight) for adapter, weight in sort_adapters(plan.adapters)],
         "arithmetic": ARITHMETIC_VERSION,
@@ -272,7 +307,7 @@ def _provenance(plan: MergePlan) -> str:
     return provenance("merge", facts, plan.base.metadata.get("loratool"))
 
 
-def _check_factors(plan: MergePlan, workers: int) -> None:
+def check_factors(plan: MergePlan, workers: int) -> None:
     """Read every factor and value once, to refuse damaged ones before the first byte is written."""
     placements = {id(p.update): p for each in plan.requested.values() for p in each}.values()
     _check_small_tensors(((p.adapter.file, name) for p in placements for name in p.update.stored), workers)
@@ -352,7 +387,7 @@ def _execute(plan: MergePlan, output: Output, call: Merge, card: Callable[[Merge
             if undo and hashes and output.undo:
                 size = undo.finish(targets[output.undo.name], plan, output, hashes.of_read, hashes.of_written)
             report = build_report(plan, output, os.fspath(call.base), changes, size, dry_run=False)
-            report = replace(report, digests=_digests(plan, output, call, hashes))
+            report = replace(report, digests=digests_of_merge(plan, output, call, hashes))
             return {CARD: card(report)} if card and CARD in output.extras else {}
 
         beside = plan.edits.beside.keys() - plan.written.keys()
@@ -393,7 +428,7 @@ def _is_copied(plan: MergePlan, source: TensorRef | None, name: str, spec: Tenso
     return source.file is plan.base.shard_of.get(name) and plan.base.stored[name] == spec
 
 
-def _digests(plan: MergePlan, output: Output, call: Merge, hashes: TensorHashes | None) -> dict[str, str]:
+def digests_of_merge(plan: MergePlan, output: Output, call: Merge, hashes: TensorHashes | None) -> dict[str, str]:
     """Return the digests of the adapters and, if their hashes are known, of the base and of the output.
 
     They are by the names that the call has.

@@ -38,6 +38,9 @@ class Unmerge(Call["UnmergeReport"]):
     _: KW_ONLY
     undo: Annotated[StrPath | None, Opt("About the inputs", "FILE")] = None
     approximate: Annotated[bool, Opt("About the inputs")] = False
+    in_place: calls.InPlace = False
+    by: calls.By = None
+    allow: calls.AllowOpen = ()
     force: calls.Force = False
     resume: calls.Resume = False
     dry_run: calls.DryRun = False

@@ -74,11 +74,15 @@ def run_unmerge(call: Unmerge) -> UnmergeReport:
     """Restore the base of a merge."""
     if call.approximate and call.undo is not None:
         raise UsageError("--approximate and --undo exclude each other")
+    if call.in_place:
+        from .in_place import unmerge_in_place
+
+        return unmerge_in_place(call)
+    if call.by is not None:
+        raise UsageError("is for changes in place", culprit="--by", remedy="add --in-place, or leave it out")
     requests = parse_adapters(call.adapters, parse_words(call.drop))
     with ExitStack() as opened:
-        checkpoint = open_checkpoint(call.merged)
-        opened.callback(checkpoint.close)
-        refuse_adapter(checkpoint, call.merged, "the first argument must be the merged model", requests, "unmerge")
+        checkpoint = open_merged(call, call.merged, requests, opened)
         if call.approximate:
             added = open_adapters(requests, call.alpha, opened, base=checkpoint)
             return _subtract(call, checkpoint, requests, added)
@@ -86,14 +90,14 @@ def run_unmerge(call: Unmerge) -> UnmergeReport:
         record = UndoFile(chain[0])
         opened.callback(record.close)
         used = match_adapters(record, requests, call.alpha, opened, checkpoint)
-        base = _base_files(record)
+        base = base_files(record)
         path, is_file = output_path(call.out, checkpoint, "unmerged")
         if is_file and (len(base) > 1 or checkpoint.parts):
             raise InputError("the base has several files", culprit=str(path), remedy="give a folder with -o")
         inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
         exists = check_output_path(path, is_file, inputs, call.force, True, record.side, call.dry_run)
-        _check_names(checkpoint, record, base)
-        output = _plan_output(checkpoint, record, chain, base, path, is_file)
+        check_names(checkpoint, record, base)
+        output = plan_restored(checkpoint, record, chain, base, path, is_file)
         output = replace(
             output,
             inputs=(*checkpoint.shards, *(adapter.file for adapter in used)),
@@ -105,7 +109,7 @@ def run_unmerge(call: Unmerge) -> UnmergeReport:
             resume=call.resume,
         )
         check_undo_files(output, inputs, call.force or call.dry_run)
-        sources, tensors = _plan_tensors(
+        sources, tensors = plan_tensors(
             checkpoint, record, output.specs, used, UpdateLoader(choose_device(call.device))
         )
         if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
@@ -121,9 +125,19 @@ def run_unmerge(call: Unmerge) -> UnmergeReport:
             with closing(rewrite(output, sources, tensors, where, workers, call.progress, finish, hashes)) as items:
                 for _ in items:
                     pass
-        report = _report(record, os.fspath(call.merged), used, output, call.dry_run)
-        digests = {} if call.dry_run else _digests(record, report, used)
+        report = report_unmerge(record, os.fspath(call.merged), used, output, call.dry_run)
+        digests = {} if call.dry_run else digests_of_unmerge(record, report, used)
         return replace(report, exists=exists, digests=digests)
+
+
+def open_merged(
+    call: Unmerge, path: str | os.PathLike[str], requests: Sequence[AdapterRequest], opened: ExitStack
+) -> Checkpoint:
+    """Open the merged model; raise InputError for an adapter."""
+    checkpoint = open_checkpoint(path)
+    opened.callback(checkpoint.close)
+    refuse_adapter(checkpoint, call.merged, "the first argument must be the merged model", requests, "unmerge")
+    return checkpoint
 
 
 def _described(call: Unmerge, merged: str | os.PathLike[str], requests: Sequence[AdapterRequest]) -> dict[str, str]:
@@ -215,7 +229,7 @@ def _missing_adapter(
     )
 
 
-def _base_files(undo: UndoFile) -> list[OutputFile]:
+def base_files(undo: UndoFile) -> list[OutputFile]:
     """Return the base's files, with a safetensors file of the same tensors for each torch file."""
     files = []
     for shard, layout in zip(undo.index["shards"], undo.layouts, strict=True):
@@ -233,7 +247,7 @@ def _base_files(undo: UndoFile) -> list[OutputFile]:
     return files
 
 
-def _check_names(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile]) -> None:
+def check_names(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile]) -> None:
     """Raise InputError for files that the base of this merged model cannot have had."""
     held, ends = {shard.place for shard in merged.shards}, CONTAINERS[merged.container]
     folders = {part.prefix for part in merged.models} | {""}
@@ -256,7 +270,7 @@ def _is_module(merged: Checkpoint, name: str) -> bool:
     return matches(name, DENSE) and (merged.root / name).is_file() and prefix_of(name) != f"{merged.folder.name}/"
 
 
-def _plan_output(
+def plan_restored(
     merged: Checkpoint, undo: UndoFile, chain: Sequence[Path], files: Sequence[OutputFile], path: Path, is_file: bool
 ) -> Output:
     extras = dict(undo.side)
@@ -321,7 +335,7 @@ def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:
     return {f"{prefix}{stem}.safetensors.index.json": encode_json(index)}
 
 
-def _plan_tensors(
+def plan_tensors(
     merged: Checkpoint, undo: UndoFile, specs: Mapping[str, TensorSpec], adapters: Sequence[Adapter], load: UpdateLoader
 ) -> tuple[dict[str, TensorRef], dict[str, ChangedTensor]]:
     """Return the source of each tensor of the base, and the tensors to restore.
@@ -388,7 +402,7 @@ def _check_hashes(undo: UndoFile, hashes: TensorHashes, _: object) -> dict[str, 
     return {}
 
 
-def _digests(undo: UndoFile, report: UnmergeReport, adapters: Sequence[Adapter]) -> dict[str, str]:
+def digests_of_unmerge(undo: UndoFile, report: UnmergeReport, adapters: Sequence[Adapter]) -> dict[str, str]:
     """Return the digests of the merged model, of the adapters and of the base, by the names in the report."""
     merged = undo.merged_specs
     files = [member for adapter in adapters for member in adapter.file.members]
@@ -401,7 +415,9 @@ def _digests(undo: UndoFile, report: UnmergeReport, adapters: Sequence[Adapter])
     }
 
 
-def _report(undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool) -> UnmergeReport:
+def report_unmerge(
+    undo: UndoFile, name: str, adapters: Sequence[Adapter], output: Output, dry_run: bool
+) -> UnmergeReport:
     changed = {tensor for tensor in undo.index["tensors"] if tensor in output.specs or tensor in undo.weights}
     stored = {
         tensor for name in changed for tensor in (undo.weights[name].tensors if name in undo.weights else (name,))

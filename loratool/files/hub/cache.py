@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ...durable.fileio import reading
+from ...durable.in_place import in_place_folder
 from ...durable.partial import set_aside
 from ...errors import InputError, MachineError, install_remedy, shell_word
 from .names import HubName, parse_hub_name
@@ -40,6 +41,9 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
             return path
         if former := set_aside(path):
             return former
+        if in_place_folder(path).is_dir():
+            remedy = f"wait for that, or end it with loratool recover {shell_word(path)}"
+            raise InputError("is in the middle of a change in place", culprit=text, remedy=remedy)
     if path.is_symlink():
         raise InputError(f"is a link to {os.readlink(path)}, which is not there", culprit=text)
     hub_name = parse_hub_name(text)

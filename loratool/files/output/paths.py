@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ...durable.in_place import in_place_folder
 from ...durable.partial import former_path, journal_head, journal_path, partial_path, scratch_path, set_aside
 from ...errors import InputError, NeedsFlag, UsageError, shell_word
 from ..checkpoint import Checkpoint
@@ -199,6 +200,9 @@ def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str =
             message = "is in the way: it is another name of a file, which would be emptied"
             raise UsageError(message, culprit=str(place), remedy="move it away")
     _require_free(journal_path(path), FOLDER)
+    if in_place_folder(path).is_dir():
+        remedy = f"end that with loratool recover {shell_word(path)}, or {remedy}"
+        raise UsageError("is the name of a model in the middle of a change in place", culprit=str(path), remedy=remedy)
 
 
 def check_output_path(

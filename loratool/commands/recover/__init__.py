@@ -1,0 +1,1 @@
+"""End a change in place that was interrupted."""

@@ -1,0 +1,196 @@
+"""Restore the base of a merge where the merged model is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from ...adapters.adapter import Adapter
+from ...binding.modules.placement import Placement
+from ...durable.fileio import open_for_reading, sampled
+from ...durable.in_place import ModelInPlace, Move
+from ...errors import InputError, UsageError
+from ...files.checkpoint import Checkpoint
+from ...files.folder.side_files import CARD, has_card, undo_path
+from ...files.output.model_card import is_unedited
+from ...files.output.output import Output
+from ...files.weights_file import PlacedTensors, WeightsFile
+from ...streaming.apply import merge_tensor
+from ...streaming.digests import hashes_of_tensors
+from ...streaming.in_place import Results, RowWindows
+from ...streaming.parallel import choose_device, worker_count
+from ...streaming.rewrite import ChangedTensor
+from ...streaming.segment import UpdateLoader
+from ...undo.reader import UndoFile
+from ...undo.records import EDITED, NOT_RESTORED
+from ...undo.writer import read_placements
+from ...views.unmerge import UnmergeReport
+from ..adapter_requests import parse_adapters
+from ..arguments import parse_words
+from ..in_place import (
+    ELSEWHERE,
+    Change,
+    Planned,
+    base_facts,
+    change_in_place,
+    choose_way,
+    files_of,
+    renamed_undo,
+    require_layout,
+    shards_of,
+    stage,
+    way_of,
+)
+from .call import Unmerge
+from .command import (
+    base_files,
+    check_names,
+    digests_of_unmerge,
+    find_undo,
+    match_adapters,
+    open_merged,
+    plan_restored,
+    plan_tensors,
+    report_unmerge,
+)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The inputs of an unmerge, and the base's files that it makes of the merged model's."""
+
+    merged: Checkpoint
+    undo: UndoFile
+    adapters: Sequence[Adapter]
+    output: Output
+
+
+def unmerge_in_place(call: Unmerge) -> UnmergeReport:
+    """Restore the base of a merge where the merged model is."""
+    if call.approximate:
+        raise UsageError("--approximate is not exact, so --in-place does not take it", culprit="--approximate")
+    path = Path(os.fspath(call.merged))
+    return change_in_place(call, path, partial(_plan, call, path), partial(prepare_unmerge, call))
+
+
+def _plan(call: Unmerge, path: Path) -> Planned[UnmergeReport]:
+    with ExitStack() as opened:
+        each = _open(call, path, opened)
+        files, undo, by = files_of(each.merged), each.undo, call.by
+        require_layout(each.output, each.output.files, each.merged)
+        for name, entry in undo.index["tensors"].items():
+            if entry.get("replaced") or "recoded" in entry or name in undo.weights or undo.copied_rows(name):
+                raise InputError("was replaced by the merge", culprit=name, remedy=ELSEWHERE)
+        if [file.header for file in files] != [file.header for file in each.output.files]:
+            if by == "window":
+                remedy = f"leave out --by window, or {ELSEWHERE}"
+                raise InputError("has other headers than the base", culprit=str(path), remedy=remedy)
+            by = "shard"
+        way = choose_way(each.merged, path, by)
+        _check_merged(undo, each.merged, call.workers or worker_count())
+        report = report_unmerge(undo, os.fspath(call.merged), each.adapters, each.output, dry_run=True)
+        return Planned(report, way, [file.name for file in files])
+
+
+def _open(call: Unmerge, path: Path, opened: ExitStack, model: ModelInPlace | None = None) -> _Opened:
+    """Open the inputs of a call; the merged model may be open already, away from its place."""
+    requests = parse_adapters(call.adapters, parse_words(call.drop))
+    merged = open_merged(call, model.model if model else path, requests, opened)
+    named = call.undo
+    if named is None and model and merged.given_as_file:
+        named = undo_path(path, is_file=True)
+    chain = find_undo(merged, named)
+    undo = UndoFile(chain[0])
+    opened.callback(undo.close)
+    adapters = match_adapters(undo, requests, call.alpha, opened, merged)
+    files = base_files(undo)
+    check_names(merged, undo, files)
+    output = plan_restored(merged, undo, chain, files, path, merged.given_as_file)
+    names = [file.name for file in files_of(merged)]
+    renamed = output.files if not merged.given_as_file else (replace(output.files[0], name=names[0]),)
+    return _Opened(merged, undo, adapters, replace(output, files=renamed, left_behind=(), carried={}))
+
+
+def _check_merged(undo: UndoFile, merged: Checkpoint, workers: int) -> None:
+    """Raise InputError unless the changed tensors are as the merge wrote them, before one of them changes."""
+    names = [name for name in undo.index["tensors"] if name in merged.stored]
+    for name, found in hashes_of_tensors(merged.shard_of, names, workers).items():
+        if found != undo.merged_hashes(name):
+            raise InputError(EDITED, culprit=name)
+
+
+@contextmanager
+def prepare_unmerge(call: Unmerge, model: ModelInPlace) -> Iterator[Change[UnmergeReport]]:
+    """Open a model that is changed in place, and plan how it is restored."""
+    with ExitStack() as opened:
+        each = _open(call, model.path, opened, model)
+        workers, device = call.workers or worker_count(), choose_device(call.device)
+        files = files_of(each.merged)
+        former, _ = base_facts(model, sampled(each.undo.file), files, dict)
+        load = UpdateLoader(device)
+        sources, changed = plan_tensors(each.merged, each.undo, each.undo.specs, each.adapters, load)
+        windows = RowWindows(
+            output=each.output,
+            former=former,
+            shards=shards_of(each.merged, files),
+            sources=sources,
+            changed=changed,
+            whole={name for name in changed if any(not p.update.additive for p in _placements(each, name))},
+            back=partial(_merged_again, each, load),
+            check=lambda item, results: None,
+            by_shard=way_of(model) == "shard",
+            device=device,
+            workers=workers,
+        )
+        yield Change(windows, partial(_finish, call, model, each, workers))
+
+
+def _placements(each: _Opened, name: str) -> list[Placement]:
+    return read_placements(each.undo.index, name, each.undo.specs[name], each.adapters)
+
+
+def _merged_again(each: _Opened, load: UpdateLoader, results: Results) -> dict[str, ChangedTensor]:
+    """Return the tensors that some windows restored, as they are merged again: W' is a function of W."""
+    names = dict.fromkeys(tensor for tensor, *_ in results)
+    refs = {name: each.merged.stored_ref(name) for name in names}
+    return {name: merge_tensor(ref, ref, _placements(each, name), load, record=False) for name, ref in refs.items()}
+
+
+def _finish(call: Unmerge, model: ModelInPlace, each: _Opened, workers: int) -> tuple[UnmergeReport, list[Move]]:
+    """Check the restored tensors; return the report, and the moves that put the small files into their places."""
+    undo = each.undo
+    with ExitStack() as opened:
+        placed: dict[str, WeightsFile] = {}
+        for file in each.output.files:
+            place = model.place(file.name)
+            opened_file = opened.enter_context(closing(open_for_reading(place)))
+            specs = {name: undo.specs[name] for name in file.begin}
+            placed |= dict.fromkeys(specs, PlacedTensors(place, opened_file, specs, dict(file.begin)))
+        names = [name for name in undo.index["tensors"] if name in undo.specs]
+        for name, found in hashes_of_tensors(placed, names, workers).items():
+            if found != undo.base_hashes(name):
+                raise InputError(NOT_RESTORED, culprit=name)
+    report = report_unmerge(undo, os.fspath(call.merged), each.adapters, each.output, dry_run=False)
+    report = replace(report, digests=digests_of_unmerge(undo, report, each.adapters))
+    small: dict[str, bytes | Path | None] = {}
+    if not each.output.is_file:
+        root = model.model
+        small |= dict.fromkeys(undo.index["new_side"])
+        if has_card(root) and is_unedited((root / CARD).read_bytes()):
+            small[CARD] = None
+        small |= each.output.extras
+        small = {name: data for name, data in small.items() if data is not None or (root / name).exists()}
+    moves = stage(model, small)
+    if call.undo is None:
+        moves += renamed_undo(model, _undo_place(each.merged, model), None)
+    return report, moves
+
+
+def _undo_place(merged: Checkpoint, model: ModelInPlace) -> Path:
+    """Return the place of the merge's undo file, as if the model were at its own place."""
+    place = undo_path(model.path, merged.given_as_file)
+    return place.parent / merged.folder.name / place.name if merged.outer else place

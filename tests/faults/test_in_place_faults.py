@@ -1,0 +1,206 @@
+"""Let changes in place fail, stop, and lose their power at every call; then end them forward, and take them back.
+
+Whatever happens, the model's name means the old model or the new one, bit for bit, or nothing while the model waits
+for `recover`, which leads to the new one, or to the old one with --back. The default run takes a seeded sample of the
+points, `slow` all of them, and kills a process at random times.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from cases import AtOnce
+from conftest import factors, weights, write_model, write_peft
+from faulty_disk import FAILURES, STOPS, Faulty, Stopped, applies, no_fault, replaced
+from power_loss import FATES, Recorder
+from safetensors.torch import load_file, save_file
+from scenarios import Files, call, done, files_of, put
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="folders can be synced on POSIX alone")
+SAMPLE = 25  # points of a way in the default run
+LAYER = "model.layers.0.self_attn"
+TORN = {**FATES, "torn": lambda number, step: "kept" if step.names else "torn"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A change in place. old: the commands that make the model."""
+
+    command: str
+    old: tuple[str, ...]
+    model: str = "m"
+
+
+WAYS = {
+    f"{name}, {by}": Way(f"{way.command} --in-place --by {by}", way.old, way.model)
+    for by in ("shard", "window")
+    for name, way in {
+        "merge": Way("merge m adapter", ("merge base adapter:0 -o m --no-undo --no-card",)),
+        "merge, second": Way("merge m dora", ("merge base adapter -o m",)),
+        "merge, file": Way(
+            "merge m.safetensors adapter",
+            ("merge base.safetensors adapter:0 -o m.safetensors --no-undo",),
+            "m.safetensors",
+        ),
+        "merge, file, second": Way(
+            "merge m.safetensors dora", ("merge base.safetensors adapter -o m.safetensors",), "m.safetensors"
+        ),
+        "unmerge": Way("unmerge m dora", ("merge base adapter -o m", "merge m dora --in-place")),
+        "unmerge, file": Way(
+            "unmerge m.safetensors adapter",
+            ("merge base.safetensors adapter:0 -o m.safetensors --no-undo", "merge m.safetensors adapter --in-place"),
+            "m.safetensors",
+        ),
+    }.items()
+}
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[Files]:
+    """Make the inputs in memory, and be in their folder."""
+    before, threads, memory = os.getcwd(), torch.get_num_threads(), Path("/dev/shm")
+    torch.set_num_threads(1)
+    with (
+        tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("loratool.streaming.parallel.MAX_WORKERS", 1)
+        patch.setattr("loratool.streaming.in_place.WINDOW", 400)
+        for module in ("parallel", "workers"):
+            patch.setattr(f"loratool.streaming.{module}.ThreadPoolExecutor", AtOnce)
+        os.chdir(folder)
+        try:
+            make_inputs(Path(folder), 12, 10)
+            yield files_of(Path.cwd())
+        finally:
+            os.chdir(before)
+            torch.set_num_threads(threads)
+
+
+def make_inputs(folder: Path, out: int, width: int) -> None:
+    names = ("q_proj", "k_proj", "v_proj")
+    tensors = {f"{LAYER}.{n}.weight": weights(out, width, seed=s, dtype=torch.bfloat16) for s, n in enumerate(names)}
+    write_model(folder / "base", tensors, {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, shards=2)
+    save_file(tensors, folder / "base.safetensors", metadata={"format": "pt"})
+    pairs = {f"{LAYER}.{name}": factors(out, width, 3, seed) for seed, name in enumerate(("q_proj", "v_proj"))}
+    write_peft(folder / "adapter", pairs, base_model_name_or_path="base")
+    dora = write_peft(folder / "dora", {f"{LAYER}.k_proj": factors(out, width, 2, 7)}, use_dora=True)
+    magnitude = {f"base_model.model.{LAYER}.k_proj.lora_magnitude_vector": weights(out).abs() + 0.5}
+    tensors = load_file(dora / "adapter_model.safetensors")
+    save_file({**tensors, **magnitude}, dora / "adapter_model.safetensors")
+
+
+class Change:
+    """A change in place, what is there before it, and what an undisturbed run makes of that."""
+
+    def __init__(self, way: Way, stage: Files) -> None:
+        self.way, self.folder = way, Path.cwd()
+        put(self.folder, stage)
+        for command in way.old:
+            done(command)
+        self.before = files_of(self.folder)
+        run = self.run(no_fault())
+        assert run.code == 0, run.said
+        self.calls, self.after = run.names, files_of(self.folder)
+        assert self.after != self.before
+        self.sound: set[frozenset[tuple[str, bytes]]] = set()
+
+    def run(self, faulty: Faulty) -> Faulty:
+        put(self.folder, self.before)
+        with replaced(faulty):
+            faulty.code, faulty.said = call(self.way.command)
+        return faulty
+
+    def check(self, now: Files) -> None:
+        """Check what a death left, and that it can be ended both ways."""
+        if (state := frozenset(now.items())) in self.sound:
+            return
+        place = f"{self.way.model}.loratool-in-place"
+        if not any(name.split("/")[0] == place for name in now):
+            left = {name: data for name, data in now.items() if "loratool-ended" not in name}
+            assert left in (self.before, self.after), "neither old nor new"
+            self.sound.add(state)
+            return
+        is_away = any(name.startswith(f"{place}/{self.way.model}") for name in now)
+        assert is_away is not any(name.split("/")[0] == self.way.model for name in now), "it has two names, or none"
+        for flags, expected in (((), self.after), (("--back",), self.before)):
+            put(self.folder, now)
+            code, said = call(f"recover {self.way.model}", *flags)
+            found = {name: data for name, data in files_of(self.folder).items() if "loratool-ended" not in name}
+            if is_away:
+                assert code == 0, f"recover {flags}: {said}"
+                assert found == expected, f"recover {flags} makes something else"
+            else:
+                assert found in (self.before, self.after), f"recover {flags}: neither old nor new"
+        if is_away:
+            put(self.folder, now)
+            code, said = call(self.way.command)
+            assert code == 0 and files_of(self.folder) == self.after, f"the same call does not go on: {said}"
+        self.sound.add(state)
+
+    def fail(self, kind: str, at: int) -> None:
+        run = self.run(Faulty(kind, at))
+        assert run.code in (0, 3, 5), run.said
+        assert kind != "short" or run.code == 0, run.said
+        now = files_of(self.folder)
+        if run.code and any(name.startswith(f"{self.way.model}.loratool-in-place/{self.way.model}") for name in now):
+            assert "loratool recover" in run.said, run.said
+        self.check(now)
+
+    def stop(self, kind: str, at: int) -> None:
+        with pytest.raises(Stopped):
+            self.run(Faulty(kind, at))
+        self.check(files_of(self.folder))
+
+    def points(self) -> list[tuple[str, int]]:
+        return [(kind, at) for at, name in enumerate(self.calls) for kind in (*FAILURES, *STOPS) if applies(kind, name)]
+
+    def visit(self, kind: str, at: int) -> None:
+        try:
+            self.stop(kind, at) if kind in STOPS else self.fail(kind, at)
+        except AssertionError as error:
+            raise AssertionError(f"{kind} at {at} ({self.calls[at]}): {error}") from error
+
+    def lose_power(self, draw: Random | None = None) -> int:
+        """Let the power fail after each step, with each fate of what is not safe, or in a sample of these."""
+        put(self.folder, self.before)
+        recorder = Recorder(self.folder)
+        with replaced(recorder):
+            assert call(self.way.command)[0] == 0
+        fates = {**recorder.ways(len(recorder.steps), 3), **TORN}
+        points = [(step, fate) for step in range(recorder.start, len(recorder.steps) + 1) for fate in fates]
+        for step, fate in draw.sample(points, SAMPLE) if draw else points:
+            try:
+                self.check(recorder.after(step, fates[fate]))
+            except AssertionError as error:
+                raise AssertionError(
+                    f"power lost after {step} of {len(recorder.steps)} steps, {fate}: {error}"
+                ) from error
+        return len(points)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sample_of_calls_and_of_losses_of_power(stage: Files, way: str) -> None:
+    draw, change = Random(way), Change(WAYS[way], stage)
+    for kind, at in draw.sample(change.points(), SAMPLE):
+        change.visit(kind, at)
+    change.lose_power(draw)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_call_and_loss_of_power(stage: Files, way: str, capsys: pytest.CaptureFixture[str]) -> None:
+    change = Change(WAYS[way], stage)
+    points = change.points()
+    for kind, at in points:
+        change.visit(kind, at)
+    losses = change.lose_power()
+    with capsys.disabled():
+        print(f"\n{way}: {len(change.calls)} calls, {len(points)} faults, {losses} losses of power")
