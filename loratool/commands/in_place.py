@@ -79,11 +79,13 @@ class Planned(Generic[R]):
         report: of a dry run.
         way: by shard or by window.
         files: the names of the weights files.
+        is_done: nothing is left to change.
     """
 
     report: R
     way: str
     files: Sequence[str]
+    is_done: bool = False
 
 
 # Opens a model that is taken from its place, and plans the change: the same plan whatever windows are new already
@@ -120,7 +122,7 @@ def change_in_place(call: Call[R], path: Path, plan: Callable[[], Planned[R]], p
                 raise InputError(message, culprit=str(path), remedy="call again to change it once more")
     require_changeable(path)
     planned = plan()
-    if options["dry_run"]:
+    if options["dry_run"] or planned.is_done:
         return planned.report
     with model.locked():
         if model.is_changing or not os.path.lexists(path):

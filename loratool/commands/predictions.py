@@ -59,18 +59,21 @@ def _files_of(request: AdapterRequest) -> list[Path]:
 
 
 @contextmanager
-def opened_chain(base: Checkpoint, name: str, paths: Sequence[str], back: bool = False) -> Iterator[PatchChain]:
+def opened_chain(
+    base: Checkpoint, name: str, paths: Sequence[str], back: bool = False, is_old: bool = False
+) -> Iterator[PatchChain]:
     """Open patches one after the other on a model; the files of their adapters are unpacked meanwhile.
 
     Args:
         name: of the model, as it was given.
+        is_old: as in `PatchChain`.
 
     Raises:
         InputError: as `PatchChain`, or an adapter in a patch does not fit the base.
     """
     with ExitStack() as opened:
         unpack = partial(unpacked_source, base, opened)
-        yield opened.enter_context(closing(PatchChain(base, name, paths, unpack, back)))
+        yield opened.enter_context(closing(PatchChain(base, name, paths, unpack, back, is_old)))
 
 
 def unpacked_source(base: Checkpoint, opened: ExitStack, patch: PatchFile) -> MergedSource:

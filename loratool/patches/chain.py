@@ -23,12 +23,14 @@ class PatchChain:
 
     Args:
         with_adapters: returns the model with the adapters of a patch merged.
+        is_old: the model's spans are those that the chain begins with, as far as they will be read.
 
     Attributes:
         patches: in their order.
         source: the model that they make.
         files: its files.
         digest: its digest.
+        reached: how many of the patches the model that was given has behind it.
 
     Raises:
         InputError: a patch is damaged, does not follow from the one before, or is not of this model.
@@ -41,6 +43,7 @@ class PatchChain:
         paths: Sequence[str],
         with_adapters: Callable[[PatchFile], TensorSource],
         back: bool = False,
+        is_old: bool = False,
     ) -> None:
         self.patches: list[PatchFile] = []
         try:
@@ -55,7 +58,7 @@ class PatchChain:
             self._side: Reads = {each: partial(read_side_file, base, each) for each in side_names(base)}
             made = list[PatchedSource]()
             hashes = dict[TensorSpan, bytes]()
-            reached = _count_made(first, steps, back, hashes)
+            self.reached = reached = 0 if is_old else _count_made(first, steps, back, hashes)
             for number, patch in enumerate(steps[max(0, reached - 1) :]):
                 is_there = bool(reached) and not number
                 if patch.adapters and not (back or is_there):

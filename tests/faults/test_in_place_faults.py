@@ -8,6 +8,7 @@ points, `slow` all of them, and kills a process at random times.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,34 +32,38 @@ TORN = {**FATES, "torn": lambda number, step: "kept" if step.names else "torn"}
 
 @dataclass(frozen=True)
 class Way:
-    """A change in place. old: the commands that make the model."""
+    """A change in place. old: the commands that make the model. back: whether it can be taken back."""
 
     command: str
     old: tuple[str, ...]
     model: str = "m"
+    back: bool = True
 
 
+FILE = "m.safetensors"
+MERGES = {
+    "merge": Way("merge m adapter", ("copy base m",)),
+    "merge, second": Way("merge m dora", ("merge base adapter -o m",)),
+    "merge, file": Way(f"merge {FILE} adapter", (f"copy base.safetensors {FILE}",), FILE),
+    "merge, file, second": Way(f"merge {FILE} dora", (f"merge base.safetensors adapter -o {FILE}",), FILE),
+    "unmerge": Way("unmerge m dora", ("merge base adapter -o m", "merge m dora --in-place")),
+    "unmerge, file": Way(
+        f"unmerge {FILE} adapter", (f"copy base.safetensors {FILE}", f"merge {FILE} adapter --in-place"), FILE
+    ),
+}
 WAYS = {
-    f"{name}, {by}": Way(f"{way.command} --in-place --by {by}", way.old, way.model)
-    for by in ("shard", "window")
-    for name, way in {
-        "merge": Way("merge m adapter", ("merge base adapter:0 -o m --no-undo --no-card",)),
-        "merge, second": Way("merge m dora", ("merge base adapter -o m",)),
-        "merge, file": Way(
-            "merge m.safetensors adapter",
-            ("merge base.safetensors adapter:0 -o m.safetensors --no-undo",),
-            "m.safetensors",
-        ),
-        "merge, file, second": Way(
-            "merge m.safetensors dora", ("merge base.safetensors adapter -o m.safetensors",), "m.safetensors"
-        ),
-        "unmerge": Way("unmerge m dora", ("merge base adapter -o m", "merge m dora --in-place")),
-        "unmerge, file": Way(
-            "unmerge m.safetensors adapter",
-            ("merge base.safetensors adapter:0 -o m.safetensors --no-undo", "merge m.safetensors adapter --in-place"),
-            "m.safetensors",
-        ),
-    }.items()
+    **{
+        f"{name}, {by}": Way(f"{way.command} --in-place --by {by}", way.old, way.model)
+        for by in ("shard", "window")
+        for name, way in MERGES.items()
+    },
+    "unmerge, other headers": Way(
+        f"unmerge {FILE} adapter --in-place", (f"merge base.safetensors adapter -o {FILE}",), FILE
+    ),
+    "apply": Way("apply m once.patch twice.patch --in-place", ("copy base m",)),
+    "apply, reverse": Way("apply m once.patch --reverse --in-place", ("copy once m",)),
+    "apply, file": Way(f"apply {FILE} file.patch --in-place", (f"copy base.safetensors {FILE}",), FILE),
+    "apply, of slime": Way("apply m delta --in-place", ("copy base m",), back=False),
 }
 
 
@@ -78,6 +83,15 @@ def stage() -> Iterator[Files]:
         os.chdir(folder)
         try:
             make_inputs(Path(folder), 12, 10)
+            for ending in ("", ".safetensors"):
+                done(f"merge base{ending} adapter -o once{ending} --no-undo --no-card")
+            done("merge once adapter:0.5 -o twice --no-undo --no-card")
+            done("patch base once -o once.patch")
+            done("patch once twice -o twice.patch")
+            shutil.copy("base.safetensors", "same.safetensors")  # whose header stays, so that its tensors do
+            done("merge same.safetensors adapter --in-place --no-card")
+            done("patch base.safetensors same.safetensors -o file.patch")
+            done("patch base once --to disk-delta --step 1 -o delta")
             yield files_of(Path.cwd())
         finally:
             os.chdir(before)
@@ -104,7 +118,11 @@ class Change:
         self.way, self.folder = way, Path.cwd()
         put(self.folder, stage)
         for command in way.old:
-            done(command)
+            verb, first, last, *_ = command.split()
+            if verb == "copy":
+                shutil.copytree(first, last) if Path(first).is_dir() else shutil.copy(first, last)
+            else:
+                done(command)
         self.before = files_of(self.folder)
         run = self.run(no_fault())
         assert run.code == 0, run.said
@@ -130,7 +148,7 @@ class Change:
             return
         is_away = any(name.startswith(f"{place}/{self.way.model}") for name in now)
         assert is_away is not any(name.split("/")[0] == self.way.model for name in now), "it has two names, or none"
-        for flags, expected in (((), self.after), (("--back",), self.before)):
+        for flags, expected in (((), self.after), (("--back",), self.before))[: 1 + self.way.back]:
             put(self.folder, now)
             code, said = call(f"recover {self.way.model}", *flags)
             found = {name: data for name, data in files_of(self.folder).items() if "loratool-ended" not in name}

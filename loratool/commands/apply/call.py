@@ -47,6 +47,8 @@ class Apply(Call["ApplyReport"]):
         Opt("About the inputs"),
     ] = ()
     reverse: Annotated[bool, Opt("Output")] = False
+    in_place: calls.InPlace = False
+    by: calls.By = None
     force: calls.Force = False
     resume: calls.Resume = False
     dry_run: calls.DryRun = False

@@ -36,7 +36,13 @@ from .output import choose_output_path, describe_output, write_frame
 
 def run_apply(call: Apply) -> ApplyReport:
     """Make a model of another by patches."""
+    if call.in_place:
+        from .in_place import apply_in_place
+
+        return apply_in_place(call)
     names, workers = parse_paths(call.patches), call.workers or worker_count()
+    if call.by is not None:
+        raise UsageError("is for changes in place", culprit="--by", remedy="add --in-place, or leave it out")
     ours = [is_patch(Path(name)) for name in names]
     if not any(ours) and (call.step is not None or all(find_dialect(Path(name)) for name in names)):
         from .foreign import apply_foreign
@@ -55,7 +61,7 @@ def run_apply(call: Apply) -> ApplyReport:
         output = describe_output(path, chain.files, side, base.shards, call, chosen)
         if call.dry_run:
             output.require_own_journal()
-            _check(chain, workers, call.progress)
+            check_chain(chain, workers, call.progress)
         else:
             _write(output, chain, workers, call.progress)
         given = chain.given_digest()
@@ -77,7 +83,7 @@ def run_apply(call: Apply) -> ApplyReport:
         )
 
 
-def _check(chain: PatchChain, workers: int, progress: Progress | None) -> None:
+def check_chain(chain: PatchChain, workers: int, progress: Progress | None) -> None:
     """Make all spans, and write nothing."""
     spans, hashes = chain.last.spans, []
     finished = counting((span.nbytes for span in spans), progress)

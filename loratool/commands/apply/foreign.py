@@ -45,41 +45,66 @@ def apply_foreign(call: Apply) -> ApplyReport:
         raise UsageError("patches of other programs lead one way", culprit="--reverse", remedy="keep the base")
     names, allow = parse_paths(call.patches), parse_words(call.allow)
     with ExitStack() as opened:
-        full, patches = _opened(names, call.step, opened)
+        full, patches = open_patches(names, call.step, opened)
         base = opened.enter_context(closing(open_checkpoint(full or call.base)))
-        _require_links(patches)
-        steps = [patch.require(base.stored, allow) for patch in patches]
         files = ModelFiles.of(base)
+        changes = changes_of(patches, base, files, allow)
         path, is_file = choose_output_path(call, files)
         side = {name: read_side_file(base, name) for name in side_names(base)}
         inputs = paths_of([*base.shards, *(file for patch in patches for file in patch.files)])
         exists = check_output_path(path, is_file, inputs, call.force, True, side, call.dry_run)
-        chosen = {f"patch {number}": _identity(patch) for number, patch in enumerate(patches, 1)}
+        chosen = {f"patch {number}": identity_of_patch(patch) for number, patch in enumerate(patches, 1)}
         read = [*base.shards, *(file for patch in patches for file in patch.files)]
         output = describe_output(path, files, side, read, call, chosen)
-        _refuse_other_names(base, steps, files)
-        changes = {name: [step[name] for step in steps if name in step] for name in files.specs}
         if call.dry_run:
-            _check(base, changes, call)
+            check_changes(base, changes, call)
         else:
             _write(output, files, base, changes, call)
-        return ApplyReport(
-            base=os.fspath(full or call.base),
-            patches=tuple(str(patch.path) for patch in patches),
-            out=str(path),
-            dry_run=call.dry_run,
-            nbytes=output.nbytes,
-            tensors=len(files.specs),
-            spans=sum(map(bool, changes.values())),
-            reverse=False,
-            files=tuple(file.name for file in files.files),
-            done=False,
-            checked=_checks(changes),
-            exists=exists,
-        )
+        return report_foreign(os.fspath(full or call.base), patches, path, files, changes, call, exists)
 
 
-def _opened(names: Sequence[str], step: int | None, opened: ExitStack) -> tuple[Path | None, list[ForeignPatch]]:
+def report_foreign(
+    base: str,
+    patches: Sequence[ForeignPatch],
+    path: Path,
+    files: ModelFiles,
+    changes: Mapping[str, Sequence[ForeignChange]],
+    call: Apply,
+    exists: bool = False,
+) -> ApplyReport:
+    """Return the report of applied patches. path: of the output."""
+    return ApplyReport(
+        base=base,
+        patches=tuple(str(patch.path) for patch in patches),
+        out=str(path),
+        dry_run=call.dry_run,
+        nbytes=sum(file.nbytes for file in files.files),
+        tensors=len(files.specs),
+        spans=sum(map(bool, changes.values())),
+        reverse=False,
+        files=tuple(file.name for file in files.files),
+        done=False,
+        checked=_checks(changes),
+        exists=exists,
+    )
+
+
+def changes_of(
+    patches: Sequence[ForeignPatch], base: Checkpoint, files: ModelFiles, allow: Sequence[str]
+) -> dict[str, list[ForeignChange]]:
+    """Return the changes of each tensor by patches one after the other.
+
+    Raises:
+        InputError: a patch is damaged, of another model, or does not follow from the one before.
+        NeedsFlag: it could be applied with a word in `allow`.
+    """
+    _require_links(patches)
+    steps = [patch.require(base.stored, allow) for patch in patches]
+    _refuse_other_names(base, steps, files)
+    return {name: [step[name] for step in steps if name in step] for name in files.specs}
+
+
+def open_patches(names: Sequence[str], step: int | None, opened: ExitStack) -> tuple[Path | None, list[ForeignPatch]]:
     """Open the patches, or those in a folder that lead to a version; return the full version that they begin with."""
     if step is None:
         return None, [opened.enter_context(closing(open_foreign_patch(Path(name)))) for name in names]
@@ -89,7 +114,7 @@ def _opened(names: Sequence[str], step: int | None, opened: ExitStack) -> tuple[
     return chain.full, [*chain.patches]
 
 
-def _identity(patch: ForeignPatch) -> str:
+def identity_of_patch(patch: ForeignPatch) -> str:
     """Return what tells a patch from another at its path, also one that is read as a whole and closed."""
     checks = sorted((name, each.nbytes, str(each.check)) for name, each in patch.changes.items())
     return hashlib.sha256(repr((patch.dialect, patch.version, patch.base_version, checks)).encode()).hexdigest()
@@ -120,7 +145,7 @@ def _refuse_other_names(base: Checkpoint, steps: Sequence[Mapping[str, ForeignCh
         raise InputError(what, culprit=name, remedy="convert the base to safetensors with loratool convert first")
 
 
-def _pieces(base: Checkpoint, name: str, changes: Sequence[ForeignChange]) -> Iterator[memoryview]:
+def changed_pieces(base: Checkpoint, name: str, changes: Sequence[ForeignChange]) -> Iterator[memoryview]:
     """Yield the bytes of a tensor after all changes."""
     spec = base.stored[name]
     pieces: Iterator[memoryview] = read_parts(base.shard_of[name], name, 0, spec.nbytes)
@@ -129,12 +154,12 @@ def _pieces(base: Checkpoint, name: str, changes: Sequence[ForeignChange]) -> It
     return pieces
 
 
-def _check(base: Checkpoint, changes: Mapping[str, Sequence[ForeignChange]], call: Apply) -> None:
+def check_changes(base: Checkpoint, changes: Mapping[str, Sequence[ForeignChange]], call: Apply) -> None:
     """Read all that changes, and write nothing."""
     changed = {name: each for name, each in changes.items() if each}
     finished = counting((base.stored[name].nbytes for name in changed), call.progress)
     for name, each in changed.items():
-        for _ in _pieces(base, name, each):
+        for _ in changed_pieces(base, name, each):
             pass
         finished()
 
@@ -160,7 +185,7 @@ def _write(
         def make(name: str) -> str:
             target, offset = places[name]
             digest = hashlib.sha256()
-            for piece in _pieces(base, name, changes[name]):
+            for piece in changed_pieces(base, name, changes[name]):
                 write_at(target, piece, offset)
                 digest.update(piece)
                 offset += len(piece)

@@ -13,6 +13,8 @@ from ...durable.in_place import ModelInPlace
 from ...errors import InputError, shell_word
 from ...streaming.rewrite import RESULTS
 from ...views.recover import RecoverReport
+from ..apply.call import Apply
+from ..apply.in_place import prepare_apply
 from ..calls import Call
 from ..in_place import Change, call_of, go_back, go_on, recall
 from ..merge.call import Merge
@@ -27,6 +29,7 @@ Prepare = Callable[[Any, ModelInPlace], AbstractContextManager[Change[Any]]]
 CHANGES: dict[str, tuple[type[Call[Any]], Prepare]] = {
     "merge": (Merge, prepare_merge),
     "unmerge": (Unmerge, prepare_unmerge),
+    "apply": (Apply, prepare_apply),
 }
 
 
