@@ -99,6 +99,7 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "merge of LoHa": lambda i, out: loratool.merge(i / "wide", i / "loha", out),
     "unmerge": lambda i, out: loratool.unmerge(i / "merged", i / "one", out),
     "unmerge without undo": lambda i, out: loratool.unmerge(i / "merged", i / "one", out, approximate=True),
+    "merge in place": lambda i, out: loratool.merge(shutil.copytree(i / "base", out), i / "one", in_place=True),
     "patch": lambda i, out: loratool.patch(i / "base", i / "merged", out.with_suffix(".patch")),
     "apply": lambda i, out: loratool.apply(i / "base", i / "merged.patch", out),
     "extract of a rank": lambda i, out: loratool.extract(i / "wide", i / "tuned", out, rank=8),

@@ -12,8 +12,8 @@ A model that is changed in place has no name meanwhile, so that no program loads
 model and a journal stay in MODEL.loratool-in-place. This ends the change, or takes it back.
 
 \b
-  loratool recover model/
-  loratool recover model/ --back
+  loratool recover model-1/
+  loratool recover model-2/ --back
 """,
     "recovering",
     last="syncing to disk",

@@ -48,14 +48,15 @@ class Call(Generic[R]):
     """A call of a function of the library, as the types of its arguments hand them on.
 
     Each subclass is in a module that loads no torch, so that help, recipes and schemas need none. `work` names the
-    function that does what the call says, below this folder.
+    function that does what the call says, below this folder; `work_in_place` the one for calls with `in_place`.
     """
 
     work: ClassVar[str]
+    work_in_place: ClassVar[str] = ""
 
     def run(self) -> R:
         """Run the command, and return the report. With `attest`, also write a statement about the output."""
-        module, _, name = self.work.rpartition(".")
+        module, _, name = (self.work_in_place if getattr(self, "in_place", False) else self.work).rpartition(".")
         work: Callable[[Call[R]], R] = getattr(import_module(f".{module}", __package__), name)
 
         def worked(call: Call[R]) -> R:

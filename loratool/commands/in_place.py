@@ -59,7 +59,7 @@ class Windows(Protocol):
 
 
 @dataclass(frozen=True)
-class Change(Generic[R]):
+class PlannedChange(Generic[R]):
     """A change in place that is planned, with the model open where it is meanwhile.
 
     Attributes:
@@ -89,7 +89,7 @@ class Planned(Generic[R]):
 
 
 # Opens a model that is taken from its place, and plans the change: the same plan whatever windows are new already
-Prepare = Callable[[ModelInPlace], AbstractContextManager[Change[R]]]
+Prepare = Callable[[ModelInPlace], AbstractContextManager[PlannedChange[R]]]
 
 
 def change_in_place(call: Call[R], path: Path, plan: Callable[[], Planned[R]], prepare: Prepare[R]) -> R:
@@ -114,7 +114,7 @@ def change_in_place(call: Call[R], path: Path, plan: Callable[[], Planned[R]], p
             if model.is_changing:
                 if options["dry_run"] or call_of(model) != remember(call):
                     raise under_way(path)
-                return go_on(model, prepare, options["progress"])
+                return end_forward(model, prepare, options["progress"])
             was_new = model.is_new
             model.end()
             if was_new:
@@ -137,7 +137,7 @@ def change_in_place(call: Call[R], path: Path, plan: Callable[[], Planned[R]], p
                 with suppress(OSError):
                     model.end()
                 raise
-        return go_on(model, prepare, options["progress"])
+        return end_forward(model, prepare, options["progress"])
 
 
 def _note(model: ModelInPlace) -> None:
@@ -146,7 +146,7 @@ def _note(model: ModelInPlace) -> None:
         changing_models.append(str(model.path))
 
 
-def go_on(model: ModelInPlace, prepare: Prepare[R], progress: Progress | None = None) -> R:
+def end_forward(model: ModelInPlace, prepare: Prepare[R], progress: Progress | None = None) -> R:
     """End a change forward. If its inputs turn out to be wrong, all is taken back before the error is raised."""
     with unless_done(partial(_note, model)):
         try:
@@ -172,7 +172,7 @@ def go_on(model: ModelInPlace, prepare: Prepare[R], progress: Progress | None = 
         return report
 
 
-def go_back(model: ModelInPlace, prepare: Prepare[R]) -> None:
+def end_back(model: ModelInPlace, prepare: Prepare[R]) -> None:
     """End a change backward."""
     model.move(is_new=False)
     if model.windows:

@@ -21,7 +21,7 @@ from ..files.weights_file import WeightsFile
 from ..numerics.arrays import Device
 from .items import CopyBytes, FinishedItem, Item, MapRows
 from .parallel import Progress
-from .rewrite import ChangedTensor, file_items, group_items, is_changed, parts_with_results
+from .rewrite import ChangedTensor, file_items, in_batches, is_changed, parts_with_results
 from .workers import Worker, run_items, run_threads
 
 WINDOW = 1 << 26  # bytes: so many are written twice at a time
@@ -161,7 +161,7 @@ class RowWindows:
 
     def _run(self, items: Sequence[Place], is_new: bool, changed: Mapping[str, ChangedTensor]) -> Results:
         results: Results = []
-        planned = enumerate(group_items(items))
+        planned = enumerate(in_batches(items))
         if self.by_shard:
             nbytes = sum(item.nbytes for item in items)
             runs = run_items((item for _, item in planned), range(1 << 60), self.device, self.workers, nbytes)

@@ -287,10 +287,10 @@ def _items(
         hashed: the tensors to hash, and the file of each; one that the output has too is read when that is made.
     """
     others = ({name: file} for name, file in hashed.items() if name not in output.specs)
-    waiting: list[Iterator[Item]] = [group_items(chain.from_iterable(_hash_items(each) for each in others))]
+    waiting: list[Iterator[Item]] = [in_batches(chain.from_iterable(_hash_items(each) for each in others))]
     begin = {name: (targets[file.name], offset) for file in output.files for name, offset in file.begin.items()}
     waiting += [
-        group_items(file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, hashed))
+        in_batches(file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, hashed))
         for file in output.files
     ]
     while waiting:
@@ -352,7 +352,7 @@ def file_items(
     yield from _copy_items(span)
 
 
-def group_items(items: Iterable[Item | HashBytes]) -> Iterator[Item]:
+def in_batches(items: Iterable[Item | HashBytes]) -> Iterator[Item]:
     """Yield items, but small ones in batches once there are enough alike; and hashes in pairs of equal length."""
     small: dict[Hashable, list[MapRows]] = {}
     hashes: dict[int, list[HashBytes]] = {}  # by length; small ones together

@@ -18,6 +18,7 @@ from typing import Any
 import click
 import pytest
 from conftest import FIXTURES, factors, slow, weights, write_model, write_peft
+from lib.harness.interrupted import interrupted
 from lib.harness.terminal import run_in_terminal
 
 import loratool
@@ -252,6 +253,7 @@ EACH = {
     "patch": "patch {base} {tmp}/merged -o {tmp}/out.patch",
     "resize": "resize {adapter} --rank 2 -o {tmp}/out",
     "run": "run {tmp}/recipe.json",
+    "recover": "recover {tmp}/left",
     "unmerge": "unmerge {tmp}/merged {adapter} -o {tmp}/out",
     "verify": "verify {base} {adapter} {tmp}/merged",
 }
@@ -265,6 +267,7 @@ def test_a_full_stdout_is_one_line_and_5(
 ) -> None:
     loratool.merge(BASE, ADAPTER, tmp_path / "merged")
     loratool.patch(BASE, tmp_path / "merged", tmp_path / "merged.patch")
+    interrupted(BASE, ADAPTER, tmp_path / "left")
     recipe = {"command": "resize", "adapter": str(ADAPTER), "rank": 2, "out": str(tmp_path / "out")}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     call = EACH[command].format(base=BASE, adapter=ADAPTER, llama=BASE.parent, tmp=tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 import pytest
 from conftest import FIXTURES
+from lib.harness.interrupted import interrupted
 from lib.harness.stage import set_stage
 from lib.models.gguf_models import llama_weights, write_llama
 
@@ -76,6 +77,9 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_examples_of_each_verb(verb: str, stage: Path, run: Run) -> None:
     for line in BEFORE.get(verb, []):
         assert run(*line.split()).exit_code == 0
+    if verb == "recover":
+        for name in ("model-1", "model-2"):
+            interrupted(stage / "base", stage / "adapter", stage / name)
     if verb == "convert":
         write_llama(stage / "model.gguf", llama_weights())
         (stage / "original").mkdir()

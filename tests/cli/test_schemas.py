@@ -18,6 +18,7 @@ from conftest import FIXTURES, factors, run_command, weights, write_model, write
 from jsonschema import Draft202012Validator
 from lib.files import ggml_blocks, gguf_bytes
 from lib.files.signatures import write_signature
+from lib.harness.interrupted import interrupted
 from lib.harness.page_elements import PageElements
 from lib.models.training_runs import write_zero
 from safetensors.torch import load_file, save_file
@@ -62,6 +63,7 @@ inspect {tmp}/delta-00000001                                                    
 apply {llama}/base {tmp}/delta-00000001 -o {tmp}/tuned-too                                    ApplyReport 0
 inspect {tmp}/tuned.patch                                                                     PatchInspection 0
 apply {llama}/base {tmp}/tuned.patch -o {tmp}/tuned                                           ApplyReport 0
+recover {tmp}/left                                                                            RecoverReport 0
 verify {llama}/base {llama}/adapter {tmp}/merged --attest {tmp}/merged.json                   VerifyReport 0
 verify --attestation {tmp}/merged.json                                                        AttestationReport 0
 verify --attestation {tmp}/merged.json {llama}/base {llama}/adapter {llama}/base              AttestationReport 1
@@ -170,6 +172,7 @@ def make_inputs(tmp: Path) -> None:
         "scale": torch.tensor(2.0),
     }
     write_model(tmp / "odd", odd, {"model_type": "llama"})
+    interrupted(LLAMA / "base", LLAMA / "adapter", tmp / "left")
     write_model(tmp / "zero", {name: torch.zeros_like(x) for name, x in odd.items()}, {"model_type": "llama"})
     holed = {name: x.clone() for name, x in odd.items()}
     holed["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
+from lib.harness.interrupted import interrupted
 
 import loratool
 from loratool.commands.arguments import arguments_of, parse_count, parse_size
@@ -92,6 +93,7 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "patch": {"base": BASE, "tuned": merged, **writing},
         "apply": {"base": BASE, "patches": merged.with_name("merged.patch"), **writing},
         "verify": {"base": BASE, "adapters": ADAPTER, "merged": merged},
+        "recover": {"model": merged.with_name("left"), "dry_run": True},
         "verify_attestation": {"attestation": out.parent.parent / "merged.json"},
         "extract": {"base": BASE, "tuned": merged, **writing},
         "init": {"base": BASE, **writing},
@@ -124,6 +126,7 @@ def test_only_errors_of_ours_leave_and_nothing_is_written(
     merged, empty = tmp_path / "merged", tmp_path / "empty"
     loratool.merge(BASE, ADAPTER, merged, attest=tmp_path / "merged.json")
     loratool.patch(BASE, merged, tmp_path / "merged.patch")
+    interrupted(BASE, ADAPTER, tmp_path / "left")
     empty.mkdir()
     loratool.write_report(loratool.count(BASE), tmp_path / "report.html")
     (tmp_path / "recipe.json").write_text(f'{{"command": "resize", "adapter": "{ADAPTER}", "rank": 2, "out": "r"}}')

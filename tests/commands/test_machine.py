@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import factors, spread, weights, write_model, write_peft
+from lib.harness.interrupted import interrupted
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import loratool
@@ -119,6 +120,7 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "patch": lambda m, out: loratool.patch(m / "base", m / "merged", out),
     "apply": lambda m, out: loratool.apply(m / "base", m / "merged.patch", out),
     "verify": lambda m, out: loratool.verify(m / "base", m / "one", m / "merged"),
+    "recover": lambda m, out: loratool.recover(interrupted(m / "base", m / "one", out)),
     "extract": lambda m, out: loratool.extract(m / "base", m / "tuned", out, rank=4),
     "extract by energy": lambda m, out: loratool.extract(m / "base", m / "tuned", out, energy=0.9, certify=True),
     "diff": lambda m, out: loratool.diff(m / "one", m / "two"),
@@ -192,7 +194,7 @@ def layers(verb: Any) -> Iterator[Any]:
 def test_every_verb_requires_ieee(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what only writes and reads."""
     verbs = [each for name in loratool.__all__ if inspect.isfunction(each := getattr(loratool, name))]
-    assert len(verbs) == 26
+    assert len(verbs) == 27
     decorated = require_ieee(len).__code__  # type: ignore[attr-defined]
     without = [verb for verb in verbs if all(each.__code__ is not decorated for each in layers(verb))]
     monkeypatch.setattr("loratool.commands.calls.require_ieee", lambda work: lambda: f"required by {work.__self__}")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FIXTURES
+from lib.harness.interrupted import interrupted
 from safetensors.torch import save_file
 
 import loratool
@@ -56,6 +57,7 @@ COMMANDS = {
     "spectra beside a base": "inspect {adapter} --spectra --base {base}",
     "diff of spectra": "diff {base} {tuned} --spectra",
     "run": "run {recipe} --force",
+    "recover": "recover {left} --dry-run",
 }
 FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "merge": lambda p: loratool.merge(p["base"], p["adapter"], p["out"]),
@@ -88,6 +90,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "spectra beside a base": lambda p: loratool.spectra(p["adapter"], base=p["base"]),
     "diff of spectra": lambda p: loratool.diff_spectra(p["base"], p["tuned"]),
     "run": lambda p: loratool.run(p["recipe"], force=True),
+    "recover": lambda p: loratool.recover(p["left"], dry_run=True),
 }
 
 
@@ -143,6 +146,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "tuned": TUNED,
         "merged": folder / "merged",
         "statement": folder / "merged.json",
+        "left": interrupted(BASE, ADAPTER, folder / "left"),
         "patch": folder / "tuned.patch",
     }
     save_file({"w": torch.ones(2, 2)}, folder / "file.safetensors", {"x": "y"})

@@ -35,6 +35,7 @@ class Apply(Call["ApplyReport"]):
     """
 
     work: ClassVar[str] = "apply.command.run_apply"
+    work_in_place: ClassVar[str] = "apply.in_place.apply_in_place"
 
     base: StrPath
     patches: Annotated[Paths, Opt(metavar="PATCH...")]

@@ -36,10 +36,6 @@ from .output import choose_output_path, describe_output, write_frame
 
 def run_apply(call: Apply) -> ApplyReport:
     """Make a model of another by patches."""
-    if call.in_place:
-        from .in_place import apply_in_place
-
-        return apply_in_place(call)
     names, workers = parse_paths(call.patches), call.workers or worker_count()
     if call.by is not None:
         raise UsageError("is for changes in place", culprit="--by", remedy="add --in-place, or leave it out")

@@ -25,7 +25,7 @@ from ...streaming.in_place import WINDOW
 from ...streaming.parallel import Progress, map_in_order, worker_count
 from ...views.apply import ApplyReport
 from ..arguments import parse_paths, parse_words
-from ..in_place import ELSEWHERE, Change, Planned, base_facts, change_in_place, choose_way, files_of, stage
+from ..in_place import ELSEWHERE, Planned, PlannedChange, base_facts, change_in_place, choose_way, files_of, stage
 from ..predictions import opened_chain
 from .call import Apply
 from .command import check_chain
@@ -121,7 +121,7 @@ def _require_windows(chain: PatchChain, base: Checkpoint) -> None:
 
 
 @contextmanager
-def prepare_apply(call: Apply, model: ModelInPlace) -> Iterator[Change[ApplyReport]]:
+def prepare_apply(call: Apply, model: ModelInPlace) -> Iterator[PlannedChange[ApplyReport]]:
     """Open a model that is changed in place, and plan what the patches change."""
     with ExitStack() as opened:
         base = opened.enter_context(closing(open_checkpoint(model.model)))
@@ -129,7 +129,7 @@ def prepare_apply(call: Apply, model: ModelInPlace) -> Iterator[Change[ApplyRepo
             foreign = _open_foreign(call, base, opened)
             base_facts(model, foreign.identity, files_of(base), dict)
             windows = ByteWindows([*_foreign_windows(foreign, base)], None)
-            yield Change(windows, partial(_finish_foreign, call, model, foreign))
+            yield PlannedChange(windows, partial(_finish_foreign, call, model, foreign))
             return
         names, workers = parse_paths(call.patches), call.workers or worker_count()
         chain = opened.enter_context(opened_chain(base, str(model.path), names, call.reverse, is_old=True))
@@ -142,7 +142,7 @@ def prepare_apply(call: Apply, model: ModelInPlace) -> Iterator[Change[ApplyRepo
             return [*_windows(other, base, workers)]
 
         windows = ByteWindows([*_windows(chain, base, workers)], back if can_return else None)
-        yield Change(windows, partial(_finish, call, model, chain, base))
+        yield PlannedChange(windows, partial(_finish, call, model, chain, base))
 
 
 def _windows(chain: PatchChain, base: Checkpoint, workers: int) -> Iterator[ByteWindow]:

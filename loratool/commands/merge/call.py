@@ -44,6 +44,7 @@ class Merge(Call["MergeReport"]):
     """
 
     work: ClassVar[str] = "merge.command.run_merge"
+    work_in_place: ClassVar[str] = "merge.in_place.merge_in_place"
 
     base: StrPath
     adapters: Annotated[Adapters, Opt(metavar="ADAPTER[:WEIGHT]...")]

@@ -150,10 +150,6 @@ PROVEN = ("target", "exclude", "layers", "drop", "alpha", "tied", "initial", "re
 
 def run_merge(call: Merge) -> MergeReport:
     """Add adapters to a base checkpoint and write the merged model, or change the base in place."""
-    if call.in_place:
-        from .in_place import merge_in_place
-
-        return merge_in_place(call)
     if call.by is not None:
         raise UsageError("is for changes in place", culprit="--by", remedy="add --in-place, or leave it out")
     with ExitStack() as opened:

@@ -40,8 +40,8 @@ from ...views.merge import MergeReport
 from ..arguments import parse_words
 from ..in_place import (
     ELSEWHERE,
-    Change,
     Planned,
+    PlannedChange,
     base_facts,
     change_in_place,
     choose_way,
@@ -123,7 +123,7 @@ def _require_possible(plan: MergePlan, output: Output, path: Path) -> None:
 
 
 @contextmanager
-def prepare_merge(call: Merge, model: ModelInPlace) -> Iterator[Change[MergeReport]]:
+def prepare_merge(call: Merge, model: ModelInPlace) -> Iterator[PlannedChange[MergeReport]]:
     """Open a model that is changed in place, and plan the merge into it."""
     with ExitStack() as opened:
         planned = plan_call(call, opened, model.model)
@@ -148,7 +148,7 @@ def prepare_merge(call: Merge, model: ModelInPlace) -> Iterator[Change[MergeRepo
             device=device,
             workers=workers,
         )
-        yield Change(windows, partial(_finish, call, model, planned, plan, output, read, workers))
+        yield PlannedChange(windows, partial(_finish, call, model, planned, plan, output, read, workers))
 
 
 def _whole(plan: MergePlan) -> set[str]:

@@ -16,14 +16,14 @@ from ...views.recover import RecoverReport
 from ..apply.call import Apply
 from ..apply.in_place import prepare_apply
 from ..calls import Call
-from ..in_place import Change, call_of, go_back, go_on, recall
+from ..in_place import PlannedChange, call_of, end_back, end_forward, recall
 from ..merge.call import Merge
 from ..merge.in_place import prepare_merge
 from ..unmerge.call import Unmerge
 from ..unmerge.in_place import prepare_unmerge
 from .call import Recover
 
-Prepare = Callable[[Any, ModelInPlace], AbstractContextManager[Change[Any]]]
+Prepare = Callable[[Any, ModelInPlace], AbstractContextManager[PlannedChange[Any]]]
 
 # The name of a command that changes a model in place -> its call, and what plans its change
 CHANGES: dict[str, tuple[type[Call[Any]], Prepare]] = {
@@ -50,9 +50,9 @@ def run_recover(call: Recover) -> RecoverReport:
         if not call.dry_run:
             prepared = partial(prepare, recall(kind, remembered, path))
             if call.back:
-                go_back(model, prepared)
+                end_back(model, prepared)
             else:
-                go_on(model, prepared, call.progress)
+                end_forward(model, prepared, call.progress)
         return RecoverReport(
             model=str(path),
             command=remembered["command"],

@@ -31,6 +31,7 @@ class Unmerge(Call["UnmergeReport"]):
     """
 
     work: ClassVar[str] = "unmerge.command.run_unmerge"
+    work_in_place: ClassVar[str] = "unmerge.in_place.unmerge_in_place"
 
     merged: StrPath
     adapters: Annotated[Adapters, Opt(metavar="ADAPTER[:WEIGHT]...")]

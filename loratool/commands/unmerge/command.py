@@ -74,10 +74,6 @@ def run_unmerge(call: Unmerge) -> UnmergeReport:
     """Restore the base of a merge."""
     if call.approximate and call.undo is not None:
         raise UsageError("--approximate and --undo exclude each other")
-    if call.in_place:
-        from .in_place import unmerge_in_place
-
-        return unmerge_in_place(call)
     if call.by is not None:
         raise UsageError("is for changes in place", culprit="--by", remedy="add --in-place, or leave it out")
     requests = parse_adapters(call.adapters, parse_words(call.drop))

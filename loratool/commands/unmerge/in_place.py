@@ -33,8 +33,8 @@ from ..adapter_requests import parse_adapters
 from ..arguments import parse_words
 from ..in_place import (
     ELSEWHERE,
-    Change,
     Planned,
+    PlannedChange,
     base_facts,
     change_in_place,
     choose_way,
@@ -124,7 +124,7 @@ def _check_merged(undo: UndoFile, merged: Checkpoint, workers: int) -> None:
 
 
 @contextmanager
-def prepare_unmerge(call: Unmerge, model: ModelInPlace) -> Iterator[Change[UnmergeReport]]:
+def prepare_unmerge(call: Unmerge, model: ModelInPlace) -> Iterator[PlannedChange[UnmergeReport]]:
     """Open a model that is changed in place, and plan how it is restored."""
     with ExitStack() as opened:
         each = _open(call, model.path, opened, model)
@@ -146,7 +146,7 @@ def prepare_unmerge(call: Unmerge, model: ModelInPlace) -> Iterator[Change[Unmer
             device=device,
             workers=workers,
         )
-        yield Change(windows, partial(_finish, call, model, each, workers))
+        yield PlannedChange(windows, partial(_finish, call, model, each, workers))
 
 
 def _placements(each: _Opened, name: str) -> list[Placement]:
