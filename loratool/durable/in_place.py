@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,9 +46,9 @@ def in_place_folder(path: Path) -> Path:
     return path.with_name(path.name + ".loratool-in-place")
 
 
-def _ended_folder(path: Path) -> Path:
-    """Return the name that the folder gets when the change has ended, before it is removed."""
-    return path.with_name(path.name + ".loratool-ended")
+def _ended_folders(path: Path) -> Iterator[Path]:
+    """Yield the names of which the folder gets the first free one when the change has ended, before it is removed."""
+    return (path.with_name(f"{path.name}.loratool-ended-{number}") for number in count(1))
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ class ModelInPlace:
         Args:
             head: kind -> name -> JSON value: all that is needed to go on after a death.
         """
-        if _ended_folder(self.path).exists():
-            disk.remove_folder(_ended_folder(self.path))
+        for left in takewhile(Path.exists, _ended_folders(self.path)):
+            with suppress(OSError):  # another process may be removing it
+                disk.remove_folder(left)
         self._journal.begin(head)
         disk.open_file(self._image_path, "w+b").close()
         for folder in (journal_path(self._log), self.folder, self.path.absolute().parent):
@@ -276,12 +278,11 @@ class ModelInPlace:
                 raise InputError(message, culprit=str(self.path), remedy="move it away, and recover again")
             disk.rename(self.model, self.path)
             self._sync_names()
-        ended = _ended_folder(self.path)
-        if ended.exists():
-            disk.remove_folder(ended)
+        ended = next(each for each in _ended_folders(self.path) if not each.exists())
         disk.rename(self.folder, ended)
         disk.sync_folder(self.path.absolute().parent)
-        disk.remove_folder(ended)
+        with suppress(OSError):  # the next change removes what this one cannot
+            disk.remove_folder(ended)
 
     def _sync_names(self) -> None:
         disk.sync_folder(self.path.absolute().parent)
