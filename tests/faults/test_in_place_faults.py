@@ -7,9 +7,14 @@ points, `slow` all of them, and kills a process at random times.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import signal
 import tempfile
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,3 +227,110 @@ def test_every_call_and_loss_of_power(stage: Files, way: str, capsys: pytest.Cap
     losses = change.lose_power()
     with capsys.disabled():
         print(f"\n{way}: {len(change.calls)} calls, {len(points)} faults, {losses} losses of power")
+
+
+KILLED_AT_RANDOM = 1000  # processes, in the slow run
+
+
+def run_apart(command: str) -> int:
+    """Begin a command in a process of its own, and return the process's number."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = call(command)[0]
+        finally:
+            os._exit(code)
+    return child
+
+
+@pytest.fixture
+def larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Be in a folder on the disk, with models that take a tenth of a second to change."""
+    monkeypatch.setattr("loratool.streaming.in_place.WINDOW", 1 << 18)
+    monkeypatch.setattr("loratool.streaming.parallel.MAX_WORKERS", 1)
+    monkeypatch.chdir(tmp_path)
+    make_inputs(tmp_path, 1024, 512)
+    return tmp_path
+
+
+@pytest.mark.parametrize("times", [12, pytest.param(KILLED_AT_RANDOM, marks=pytest.mark.slow)])
+def test_processes_killed_at_random_times(larger: Path, times: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """On real files: whatever is there then is ended forward or taken back, and is the new or the old model."""
+    draw, found = Random(times), Counter[str]()
+    kinds = [(name, by) for name in ("merge", "merge, file") for by in ("shard", "window")]
+    for name, by in kinds:
+        way = MERGES[name]
+        origin = Path(way.old[0].split()[1])
+        back = f"un{way.command.replace('dora', 'adapter')} --in-place"
+        model = Path(way.model)
+        shutil.copytree(origin, model) if origin.is_dir() else shutil.copy(origin, model)
+        old, start = model_bytes(model), time.monotonic()
+        os.waitpid(run_apart(f"{way.command} --in-place --by {by}"), 0)
+        took, new = time.monotonic() - start, model_bytes(model)
+        assert new != old
+        done(back)
+        for _ in range(times // len(kinds)):
+            child = run_apart(f"{way.command} --in-place --by {by}")
+            time.sleep(draw.uniform(0, 1.1 * took))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            if model.exists():
+                found["it had its name"] += 1
+                call(f"recover {model}")  # removes what is left
+            else:
+                flags = draw.choice(((), ("--back",)))
+                found["back" if flags else "forward"] += 1
+                code, said = call(f"recover {model}", *flags)
+                assert code == 0, said
+                assert model_bytes(model) == (old if flags else new)
+            assert model_bytes(model) in (old, new)
+            if model_bytes(model) == new:
+                done(back)
+            assert model_bytes(model) == old
+        shutil.rmtree(model) if model.is_dir() else model.unlink()
+    assert found["forward"] and found["back"]
+    with capsys.disabled():
+        print(f"\nkilled: {dict(found)}")
+
+
+def model_bytes(model: Path) -> dict[str, bytes]:
+    """The weights of a model, and its undo file."""
+    places = (
+        [model, model.with_suffix(".undo")]
+        if model.is_file()
+        else [*model.glob("*.safetensors"), *model.glob("*.undo")]
+    )
+    return {place.name: hashlib.sha256(place.read_bytes()).digest() for place in places if place.is_file()}
+
+
+@pytest.mark.parametrize("by", ["shard", "window"])
+def test_who_loads_the_model_by_its_name_sees_no_mixture(larger: Path, by: str) -> None:
+    """The old one, the new one, or no file."""
+    shutil.copy("base.safetensors", FILE)
+    old = hashlib.sha256(Path(FILE).read_bytes()).digest()
+    seen, stop = Counter[bytes](), threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                with open(FILE, "rb") as file:
+                    seen[hashlib.sha256(file.read()).digest()] += 1
+            except FileNotFoundError:
+                seen[b""] += 1
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        new = set()
+        for _ in range(4):
+            for command in (f"merge {FILE} adapter", f"unmerge {FILE} adapter"):
+                while (code := call(f"{command} --in-place --by {by}")[0]) == 3 and by == "window":
+                    pass  # the reader had it open
+                assert code == 0
+                new.add(hashlib.sha256(Path(FILE).read_bytes()).digest())
+    finally:
+        stop.set()
+        reader.join()
+    assert len(new) == 2 and old in new
+    assert seen.keys() <= {*new, b""} and len(seen) > 1, "a mixture was read"
