@@ -21,6 +21,7 @@ import pytest
 import yaml
 from conftest import ROOT, run_command, slow
 from lib import guide_tables, markdown
+from lib.harness.interrupted import interrupted
 from lib.messages import is_said, says
 from rich.console import Console
 from rich.markdown import Markdown
@@ -147,6 +148,8 @@ def test_every_command_of_a_page(name: str, scratch: Path, place: Path, monkeypa
     monkeypatch.chdir(place)
     if any(command.split() == ["loratool", "demo", "demo"] for _, command, _ in commands(name)):
         shutil.rmtree("demo")
+    if name == "in-place":
+        interrupted(place / "demo" / "base", place / "demo" / "adapter", place / "model-2")
     names: dict[str, Any] = {}
     for kind, command, pasted in commands(name):
         code, stdout, stderr = outcome(kind, in_scratch(command, scratch), scratch, place, names)

@@ -17,6 +17,7 @@ PAGES = {
     "How-to": (
         "healthy",
         "undo",
+        "in-place",
         "patches",
         "deltas",
         "qwen3",
