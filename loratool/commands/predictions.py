@@ -82,8 +82,8 @@ def unpacked_source(base: Checkpoint, opened: ExitStack, patch: PatchFile) -> Me
     Raises:
         InputError: they do not fit the base, or another arithmetic merged them.
     """
-    if patch.index["arithmetic"] != ARITHMETIC_VERSION:
-        what = f"was made with arithmetic {patch.index['arithmetic']}; this loratool has {ARITHMETIC_VERSION}"
+    if patch.arithmetic != ARITHMETIC_VERSION:
+        what = f"was made with arithmetic {patch.arithmetic}; this loratool has {ARITHMETIC_VERSION}"
         raise InputError(what, culprit=str(patch.path), remedy="use the loratool that made it")
     requests, folder = [], Path(opened.enter_context(disk.temporary_folder()))
     for number, adapter in enumerate(patch.adapters):

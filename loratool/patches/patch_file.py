@@ -271,6 +271,7 @@ class PatchFile(IndexedFile):
         cast, new, reversible: as in the index.
         side, base_side: side files of the target, and of the base where they differ, by name.
         spans: of the target.
+        adapters, arithmetic: those whose merge predicts the spans, and the version of that; None without adapters.
 
     Raises:
         InputError: the file is damaged, forged or of another version.
@@ -314,6 +315,9 @@ class PatchFile(IndexedFile):
         self.spans = spans_of(specs, {**self.cast, **dict.fromkeys(self.new, "")})
         self.rows, end = self._read_rows(table, bodies)
         self.adapters = self._read_adapters(index["adapters"], end)
+        self.arithmetic = index["arithmetic"]
+        has_version = is_count(self.arithmetic) if self.adapters else self.arithmetic is None
+        require(has_version, "the version of its arithmetic")
         require(not (self.reversible and self.adapters), "a way back without adapters")
 
     def _read_adapters(self, entries: Sequence[Any], position: int) -> tuple[AttachedAdapter, ...]:

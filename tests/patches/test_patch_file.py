@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import slow, weights, write_model
+from conftest import factors, slow, weights, write_model, write_peft
 from lib.files.patch_bytes import FIRST, ONE_WAY, TRAILER, Parts, blobs, join_patch, split_patch, with_side
 from lib.models.patch_pairs import PAIRS, moved, tree
 
@@ -379,3 +379,20 @@ def test_other_versions_and_kinds(case: Case, tmp_path: Path) -> None:
     refused(case, forged.joined(), tmp_path, "its index is of another version")
     forged.index |= {"version": 1, "bodies": ["zstd", *forged.index["bodies"][1:]]}
     refused(case, forged.joined(), tmp_path, "has numbers in a way that this loratool does not know")
+
+
+@pytest.mark.parametrize("value", [None, "2", -1, 2.0, True, ...])
+def test_arithmetic_of_adapters(tmp_path: Path, value: object) -> None:
+    """A patch with adapters says by which version they are merged, and another patch says nothing."""
+    case = small(tmp_path)
+    write_peft(tmp_path / "adapter", {"a": factors(8, 8, 2)})
+    loratool.patch(case.base, case.tuned, tmp_path / "adapter.patch", adapter=tmp_path / "adapter")
+    predicted = split_patch((tmp_path / "adapter.patch").read_bytes())
+    for parts in (predicted, case.parts):
+        if value is ...:
+            del parts.index["arithmetic"]
+        elif parts.index["arithmetic"] != value:
+            parts.index["arithmetic"] = value
+        else:
+            continue
+        refused(case, parts.joined(), tmp_path)
