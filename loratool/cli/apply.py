@@ -19,4 +19,5 @@ hashes in the patches, so another model, a gap between two patches or a damaged 
 """,
     "applying",
     last="syncing to disk",
+    html=True,
 )

@@ -320,6 +320,18 @@ class PatchFile(IndexedFile):
         require(has_version, "the version of its arithmetic")
         require(not (self.reversible and self.adapters), "a way back without adapters")
 
+    def tensor_sizes(self) -> dict[str, float]:
+        """Return how many bytes the patch has of each tensor that it changes: its share of the span, by its bytes.
+
+        Of a span with several tensors these are all, if one of them changes.
+        """
+        sizes = dict[str, float]()
+        for span, row in zip(self.spans, self.rows, strict=True):
+            for piece in span.pieces if row.source_hash != row.hash else ():
+                size = (row.length + (row.back or 0)) * piece.length / span.nbytes
+                sizes[piece.tensor] = sizes.get(piece.tensor, 0.0) + size
+        return sizes
+
     def _read_adapters(self, entries: Sequence[Any], position: int) -> tuple[AttachedAdapter, ...]:
         """Read the entries of adapters, whose files begin at a byte, and check that the file has nothing else."""
         adapters = []

@@ -43,6 +43,9 @@ CALLS = {
     "resize adapter --rank 1 -o out": (0, ("out",)),
     "resize adapter --rank 1 -o out --dry-run": (0, ()),
     "combine adapter second -o out": (0, ("out",)),
+    "patch base merged -o out": (0, ("out",)),
+    "apply base p -o out": (0, ("out",)),
+    "apply base p --dry-run": (0, ()),
 }
 MERGE = ("merge", "base", "adapter", "-o", "out", "--html", "out.html")
 
@@ -59,6 +62,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pairs = {module: factors(*shape, 2, seed=seed + i) for i, (module, shape) in enumerate(modules.items())}
         write_peft(folder / name, pairs)
     loratool.merge(folder / "base", folder / "adapter", folder / "merged")
+    loratool.patch(folder / "base", folder / "merged", folder / "p")
     return folder
 
 

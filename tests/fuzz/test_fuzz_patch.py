@@ -32,7 +32,10 @@ pytestmark = pytest.mark.fuzz
 
 BATCH = 1000  # cases of a process, which take some seconds
 
-SIZES = {"tiny": (24, 16), "of two lanes": (160, 64)}  # of the models' matrices: at 8,192 numbers a stream has two states
+SIZES = {
+    "tiny": (24, 16),
+    "of two lanes": (160, 64),
+}  # of the models' matrices: at 8,192 numbers a stream has two states
 
 
 @cache

@@ -74,6 +74,7 @@ def reports(folder: Path) -> dict[str, Any]:
         "diff of several": loratool.diff(a, b, c),
         "diff of models": loratool.diff(base, folder / "merged"),
         "patch": loratool.patch(base, folder / "merged", folder / "merged.patch"),
+        "apply": loratool.apply(base, folder / "merged.patch", folder / "applied"),
         "inspect a patch": loratool.inspect(folder / "merged.patch"),
         "combine": loratool.combine([c, b, a], folder / "never", dry_run=True, exclude="norm", allow="unrelated"),
         "spectra": loratool.spectra(a, base=base),

@@ -31,7 +31,7 @@ from ...views.apply import ApplyReport
 from ..arguments import parse_paths
 from ..predictions import opened_chain
 from .call import Apply
-from .output import choose_output_path, describe_output, write_frame
+from .output import changed_tensors, choose_output_path, describe_output, write_frame
 
 
 def run_apply(call: Apply) -> ApplyReport:
@@ -74,6 +74,7 @@ def run_apply(call: Apply) -> ApplyReport:
             files=tuple(file.name for file in chain.files.files),
             done=chain.is_done(),
             checked=("sha256",),
+            changed=changed_tensors(chain.files, [patch.tensor_sizes() for patch in chain.patches]),
             exists=exists,
             digests=digests if call.dry_run else {**digests, str(path): chain.digest},
         )

@@ -29,7 +29,7 @@ from ...undo.reader import belongs
 from ...views.apply import ApplyReport
 from ..arguments import parse_paths, parse_words
 from .call import Apply
-from .output import choose_output_path, describe_output, write_frame
+from .output import changed_tensors, choose_output_path, describe_output, write_frame
 
 PART = 1 << 20  # bytes that are read back at a time
 
@@ -85,6 +85,9 @@ def report_foreign(
         files=tuple(file.name for file in files.files),
         done=False,
         checked=_checks(changes),
+        changed=changed_tensors(
+            files, [{name: sum(each.nbytes for each in some) for name, some in changes.items() if some}]
+        ),
         exists=exists,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +13,7 @@ from ...files.output.output import CONTAINERS, Output, OutputFile
 from ...files.output.paths import check_output_name
 from ...files.weights_file import WeightsFile
 from ...patches.model_files import ModelFile, ModelFiles
+from ...views.apply import AppliedTensor
 from ..arguments import parse_paths
 from ..cards import described_call, input_word
 from .call import Apply
@@ -63,6 +65,22 @@ def describe_output(
         inputs=tuple(inputs),
         call={**described, **patches},
         resume=call.resume,
+    )
+
+
+def changed_tensors(files: ModelFiles, sizes: Iterable[Mapping[str, float]]) -> tuple[AppliedTensor, ...]:
+    """Return a row for each tensor that patches change.
+
+    Args:
+        sizes: of each patch: a tensor -> what the patch has of it.
+    """
+    total = Counter[str]()
+    for each in sizes:
+        total.update(each)
+    return tuple(
+        AppliedTensor(name, spec.dtype, spec.nbytes, round(total[name]))
+        for name, spec in files.specs.items()
+        if name in total
     )
 
 

@@ -38,12 +38,10 @@ def inspect_patch(path: str | os.PathLike[str]) -> PatchInspection:
         InputError: it is damaged, forged or of another version.
     """
     with closing(PatchFile(Path(path))) as patch:
-        bodies, sizes = dict[str, list[int]](), dict[str, float]()
+        bodies, sizes = dict[str, list[int]](), patch.tensor_sizes()
         for span, row in zip(patch.spans, patch.rows, strict=True):
             size, total = row.length + (row.back or 0), bodies.setdefault(row.body, [0, 0, 0])
             total[0], total[1], total[2] = total[0] + 1, total[1] + span.nbytes, total[2] + size
-            for piece in span.pieces if row.source_hash != row.hash else ():
-                sizes[piece.tensor] = sizes.get(piece.tensor, 0.0) + size * piece.length / span.nbytes
         specs, new = patch.target.specs, {*patch.new}
         rows = tuple(
             PatchedTensor(
