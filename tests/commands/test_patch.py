@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MEASURED, few, slow, write_model
+from conftest import MEASURED, factors, few, slow, write_model, write_peft
 from lib.files.patch_bytes import index_of
 from lib.harness.torchrun import ended, environment, ranks_of
 from lib.models.patch_pairs import PAIRS, folders, moved, plain, tree, tuned
@@ -276,6 +276,23 @@ def test_an_adapter_that_needs_an_option(tmp_path: Path, run: Callable[..., Any]
     save_file({name.format("A"): A, name.format("B"): B}, tmp_path / "a.safetensors")  # without an alpha
     result = run("patch", base, after, "--adapter", tmp_path / "a.safetensors", "-o", tmp_path / "p")
     assert result.exit_code == 3 and "without --adapter" in result.stderr and not (tmp_path / "p").exists()
+
+
+def test_an_undo_file_is_no_patch_nor_the_reverse(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """Each leads back, so each is given where the other belongs; the hint is the command that takes it."""
+    base = write_model(tmp_path / "base", {"a.weight": torch.randn(8, 8)}, {"model_type": "llama"})
+    adapter, merged = write_peft(tmp_path / "adapter", {"a": factors(8, 8, 2)}), tmp_path / "merged"
+    loratool.merge(base, adapter, merged)
+    loratool.patch(base, merged, tmp_path / "p")
+    undo, before = merged / "loratool.undo", tree(tmp_path)
+    for call in (("apply", merged, undo), ("apply", merged, undo, "--reverse"), ("inspect", undo)):
+        result = run(*call)
+        assert result.exit_code == 3 and f"error: {undo}: is an undo file of loratool, not " in result.stderr
+        assert "hint: to restore the base: loratool unmerge MERGED ADAPTER --undo FILE" in result.stderr
+    result = run("unmerge", merged, adapter, "--undo", tmp_path / "p", "-o", tmp_path / "out")
+    assert result.exit_code == 3 and "p: is a patch of loratool, not an undo file\n" in result.stderr
+    assert "hint: to make its model: loratool apply BASE FILE -o OUT" in result.stderr
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.slow

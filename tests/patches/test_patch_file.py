@@ -373,7 +373,9 @@ def test_digests_of_another_model(case: Case, tmp_path: Path) -> None:
 def test_other_versions_and_kinds(case: Case, tmp_path: Path) -> None:
     other = case.data.replace(FIRST, b"loratool patch 2\n")
     refused(case, other, tmp_path, "is a patch of loratool of version 2, not 1")
-    refused(case, case.data.replace(FIRST, b"loratool undo 4\n\n"), tmp_path, "is not a patch of loratool")
+    refused(
+        case, case.data.replace(FIRST, b"loratool undo 4\n\n"), tmp_path, "is an undo file of loratool, not a patch"
+    )
     forged = case.parts
     forged.index["version"] = 2
     refused(case, forged.joined(), tmp_path, "its index is of another version")

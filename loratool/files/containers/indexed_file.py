@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 from ...durable.descriptors import kept_open
 from ...durable.fileio import open_for_reading, read_into, write_at
 from ...errors import InputError, MachineError
+from .file_kinds import FIRST, kind_of
 from .safetensors_file import memory_of, parse_json
 
 MOST_INDEX = 1_000_000_000  # bytes of memory, about, that an index may take: enough for 300,000 changed tensors
@@ -174,7 +175,7 @@ class IndexedFile:
         self.nbytes = size = os.fstat(self.file.fileno()).st_size
         start = self.bytes(0, min(size, len(kind.first_line)))
         if start[: len(kind.mark)] != kind.mark or size < len(kind.first_line) + TRAILER.size:
-            raise InputError(f"is not {kind.noun}", culprit=str(self.path))
+            raise self._of_another_kind()
         version = start[len(kind.mark) : -1].decode(errors="replace")
         if start[-1:] != b"\n" or version != str(kind.version):
             message = f"is {kind.noun} of version {version}, not {kind.version}"
@@ -190,6 +191,13 @@ class IndexedFile:
         index = parse_json(text, self.path, most=MOST_INDEX)
         require(index["version"] == kind.version, "its index is of another version")
         return index, first
+
+    def _of_another_kind(self) -> InputError:
+        found = kind_of(self.bytes(0, min(self.nbytes, FIRST)), self.path.name)
+        if found is None or found.what.startswith(self.kind.noun):
+            return InputError(f"is not {self.kind.noun}", culprit=str(self.path))
+        what = f"is {found.what.removesuffix(', not weights')}, not {self.kind.noun}"
+        return InputError(what, culprit=str(self.path), remedy=found.remedy)
 
     def blob(self, place: Sequence[Any]) -> bytes:
         """Read a blob.
