@@ -75,7 +75,7 @@ class PatchChain:
         except BaseException:
             self.close()
             raise
-        self._first, self.source, self._back = made[0], made[-1], back
+        self._first, self.source, self._is_there = made[0], made[-1], bool(reached)
         self.files, self.last = self.source.files, steps[-1]
         self.digest = self.last.base_digest if back else self.last.digest
 
@@ -90,15 +90,15 @@ class PatchChain:
     def given_digest(self) -> str | None:
         """Return the digest of the model that was given, once all spans were made; None if not all of it was read."""
         first = self._first
-        spans, found = first.patch.spans, first.read_hashes
+        spans, found = first.given_spans, first.read_hashes
         if len(found) < len(spans) or not first.reads_all:
             return None
-        return digest_of_spans(first.specs, spans, [found[number] for number in range(len(spans))])
+        return digest_of_spans(first.given_specs, spans, [found[number] for number in range(len(spans))])
 
     def is_done(self) -> bool:
         """Return whether the model that was given was what the first patch makes, after all spans were made."""
         changing = {number for number, row in enumerate(self._first.patch.rows) if row.hash != row.source_hash}
-        return bool(self._first.kept) and changing <= self._first.kept
+        return (self._is_there or bool(self._first.kept)) and changing <= self._first.kept
 
     def close(self) -> None:
         for patch in self.patches:

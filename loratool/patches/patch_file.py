@@ -12,6 +12,7 @@ It is an indexed file (`files.containers.indexed_file`) with the first line `lor
                `target`, `base`: `digest`, `file` (whether the model is one file), `files` ({name, nbytes, head, frame,
                frame_bytes and, of a torch file, tensors}; null if they are the target's, or not known)
                `cast`: a tensor -> the base's type, for those of another type than the target's
+               `renamed`: a tensor -> the base's name of the same bytes, whose own name the target does not have
                `new`: the target's tensors that are not predicted from the base; `removed`: how many it lacks
                `adapters`: those whose merge predicts the spans: [weight, [[module, weight], ...], {file: [length,
                sha256]}] each; `arithmetic`: of that merge
@@ -52,7 +53,7 @@ from ..files.containers.indexed_file import (
     write_end,
 )
 from ..files.digest import PIECE
-from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS
+from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS, TensorSpec
 from ..files.folder.model_folder import INDEX_NAMES, PICKLES
 from ..files.folder.side_files import CARD, PATCH_MARK, side_row
 from ..numerics.merge import ARITHMETIC_VERSION
@@ -153,7 +154,7 @@ class PatchContent:
     Attributes:
         base, target: the files of both models; None for a base that a patch cannot make again.
         base_digest, digest: theirs (`files.digest`).
-        cast, new, removed: as in the index.
+        cast, renamed, new, removed: as in the index.
         side, base_side: side files by name.
         adapters: those whose merge predicts the spans.
     """
@@ -163,6 +164,7 @@ class PatchContent:
     base_digest: str
     digest: str
     cast: Mapping[str, str]
+    renamed: Mapping[str, str]
     new: tuple[str, ...]
     removed: int
     side: Mapping[str, SideFile]
@@ -214,6 +216,7 @@ def write_patch(target: BinaryIO, content: PatchContent, spans: Iterable[CodedSp
         "target": _model_entry(content.target, content.digest),
         "base": _model_entry(content.base if reversible else None, content.base_digest),
         "cast": dict(sorted(content.cast.items())),
+        "renamed": dict(sorted(content.renamed.items())),
         "new": sorted(content.new),
         "removed": content.removed,
         "reversible": reversible,
@@ -268,9 +271,10 @@ class PatchFile(IndexedFile):
         target: the files of the model that it makes.
         base: the files of the base; None if the patch does not have them.
         digest, base_digest: of both.
-        cast, new, reversible: as in the index.
+        cast, renamed, new, reversible: as in the index.
+        base_specs: of the base's tensors that predict spans, sorted by name.
         side, base_side: side files of the target, and of the base where they differ, by name.
-        spans: of the target.
+        spans, base_spans: of the target, with its names and with the base's.
         adapters, arithmetic: those whose merge predicts the spans, and the version of that; None without adapters.
 
     Raises:
@@ -307,12 +311,24 @@ class PatchFile(IndexedFile):
         require(len({*self.new} & specs.keys()) == len(self.new), "a new tensor that the target does not have")
         require(not self.cast.keys() & {*self.new}, "a tensor that is new and is not")
         require(not self.reversible or not (self.cast or self.new), "a way back from other tensors")
+        self.renamed = index["renamed"]
+        new = {*self.new}
+        require(specs.keys() - new - self.cast.keys() >= self.renamed.keys(), "a renamed tensor")
+        require(not specs.keys() & {*self.renamed.values()}, "the former name of a tensor, which another has")
+        named = {
+            self.renamed.get(name, name): TensorSpec(self.cast.get(name, spec.dtype), spec.shape)
+            for name, spec in specs.items()
+            if name not in new
+        }
+        require(len(named) == len(specs) - len(self.new), "two tensors of one former name")
+        self.base_specs = {name: named[name] for name in sorted(named, key=str.encode)}
         if self.reversible and self.base:
-            require(self.base.specs == specs, "a way back to other tensors")
+            require(self.base.specs == self.base_specs, "a way back to other tensors")
         self.side, self.base_side = (self._read_side(index[key]) for key in ("side", "base_side"))
         pieces = sum(spec.nbytes // PIECE for spec in specs.values())  # each is a span: no header makes a list of more
         require(pieces * ROW.size <= len(table), "its table is not of its spans")
         self.spans = spans_of(specs, {**self.cast, **dict.fromkeys(self.new, "")})
+        self.base_spans = [span.named(self.renamed) for span in self.spans]
         self.rows, end = self._read_rows(table, bodies)
         self.adapters = self._read_adapters(index["adapters"], end)
         self.arithmetic = index["arithmetic"]

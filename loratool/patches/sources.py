@@ -71,8 +71,11 @@ class PatchedSource:
         self.before, self.name, self.patch, self.back = before, name, patch, back
         self.files = patch.base if back and patch.base else patch.target
         self.specs: Mapping[str, TensorSpec] = self.files.specs
-        self._places = places_of(patch.spans)
-        self._numbers = {span.pieces: number for number, span in enumerate(patch.spans)}
+        self.spans, given = (patch.base_spans, patch.spans) if back else (patch.spans, patch.base_spans)
+        self.given_spans = self.spans if is_made else given  # of what is read
+        self.given_specs = self.specs if is_made else (patch.target.specs if back else patch.base_specs)
+        self._places = places_of(self.spans)
+        self._numbers = {span.pieces: number for number, span in enumerate(self.spans)}
         self._local = threading.local()
         self.kept: set[int] = set()  # spans that were already what the patch makes of them
         self.read_hashes: dict[int, list[str]] = {}  # of the pieces of spans that were read in the type that they have
@@ -82,12 +85,7 @@ class PatchedSource:
 
     def _require_tensors(self) -> None:
         """Refuse a model that lacks tensors of the base, or has them with other types or shapes."""
-        new = {*self.patch.new}
-        wanted = {
-            name: TensorSpec(self.patch.cast.get(name, spec.dtype), spec.shape)
-            for name, spec in self.specs.items()
-            if name not in new
-        }
+        wanted = self.given_specs
         wrong = [name for name, spec in wanted.items() if self.before.specs.get(name) != spec]
         if wrong:
             has, spec = self.before.specs.get(wrong[0]), wanted[wrong[0]]
@@ -105,7 +103,7 @@ class PatchedSource:
 
     def require_base(self, hashes: Mapping[TensorSpan, bytes]) -> None:
         """Raise InputError if spans of the model are those of another one, going by hashes that `is_made` has read."""
-        for number, (span, row) in enumerate(zip(self.patch.spans, self.patch.rows, strict=True)):
+        for number, (span, row) in enumerate(zip(self.given_spans, self.patch.rows, strict=True)):
             before = row.hash if self.back else row.source_hash
             if span.source == span.dtype and hashes.get(span, before) != before:
                 raise self._other(number)
@@ -135,9 +133,9 @@ class PatchedSource:
         Raises:
             InputError: what is read is neither what the patch was made of nor what it makes.
         """
-        span, row = self.patch.spans[number], self.patch.rows[number]
+        span, row = self.spans[number], self.patch.rows[number]
         before, after = (row.hash, row.source_hash) if self.back else (row.source_hash, row.hash)
-        stored = self._stored(span)
+        stored = self._stored(number)
         if stored is not None:
             hashes = piece_hashes(span, stored)
             found = span_hash(hashes)
@@ -158,15 +156,15 @@ class PatchedSource:
             raise InputError("is damaged: it makes other numbers than it says", culprit=str(self.patch.path))
         return memoryview(data), hashes
 
-    def _stored(self, span: TensorSpan) -> memoryview | None:
+    def _stored(self, number: int) -> memoryview | None:
         """Read what a span is made of. One of the patch before is taken whole, so that a chain keeps none of them."""
-        before = self.before
+        before, span = self.before, self.given_spans[number]
         if isinstance(before, PatchedSource) and span.source == span.dtype and span.pieces in before._numbers:
             return before.made(before._numbers[span.pieces])[0]
         return read_span(before, span) if self._is_made else read_source(before, span)
 
     def _decode(self, number: int, stored: memoryview | None, data: memoryview) -> None:
-        span, row, file = self.patch.spans[number], self.patch.rows[number], self.patch.file
+        span, row, file = self.spans[number], self.patch.rows[number], self.patch.file
         out = as_patterns(data, span.dtype)
         if row.body == SAME:
             assert stored is not None
@@ -187,14 +185,14 @@ class PatchedSource:
     def _other(self, number: int) -> InputError:
         """Return the error for a span that is of another model; it names the tensors of other spans too."""
         wrong = [number]
-        for other in range(number + 1, len(self.patch.spans)):
-            span, row = self.patch.spans[other], self.patch.rows[other]
+        for other in range(number + 1, len(self.spans)):
+            span, row = self.spans[other], self.patch.rows[other]
             if len(wrong) > 3:
                 break
-            stored = self._stored(span)
+            stored = self._stored(other)
             if stored is not None and span_hash(piece_hashes(span, stored)) not in (row.source_hash, row.hash):
                 wrong.append(other)
-        names = dict.fromkeys(piece.tensor for each in wrong for piece in self.patch.spans[each].pieces)
+        names = dict.fromkeys(piece.tensor for each in wrong for piece in self.given_spans[each].pieces)
         shown = ", ".join([*names][:3]) + (" and others" if len(names) > 3 else "")
         of = "made" if self.back else "was made of"
         what = f"is not the model that {self.patch.path} {of}: of {shown}, some differ"
@@ -214,12 +212,12 @@ def is_made(model: TensorSource, patch: PatchFile, back: bool, hashes: dict[Tens
     files = patch.base if back and patch.base else patch.target
     if any(model.specs.get(name) != spec for name, spec in files.specs.items()):
         return False
-    for span, row in zip(patch.spans, patch.rows, strict=True):
+    for span, row in zip(patch.base_spans if back else patch.spans, patch.rows, strict=True):
         if row.source_hash != row.hash:
             if span not in hashes:
                 hashes[span] = span_hash(piece_hashes(span, read_span(model, span)))
             return hashes[span] == (row.source_hash if back else row.hash)
-    return False
+    return bool(patch.renamed)  # whose names one of the two models has
 
 
 def read_source(source: TensorSource, span: TensorSpan) -> memoryview | None:

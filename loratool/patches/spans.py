@@ -9,7 +9,7 @@ follow from the names, types and shapes alone, whatever the files.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..files.digest import PIECE, digest_of, pieces_of
@@ -30,8 +30,8 @@ class TensorSpan:
 
     Attributes:
         dtype: of the tensors.
-        source: the type of the base's tensors of these names, from which the span is predicted; empty if the base has
-            none that can predict them.
+        source: the type of the base's tensors from which the span is predicted; empty if the base has none that can
+            predict it.
     """
 
     dtype: str
@@ -46,6 +46,13 @@ class TensorSpan:
     def place(self) -> tuple[str, int, int]:
         """Return what tells the span from others in a journal."""
         return self.pieces[0].tensor, self.pieces[0].first, self.nbytes
+
+    def named(self, names: Mapping[str, str]) -> TensorSpan:
+        """Return the same pieces of tensors some of which have other names."""
+        if not any(piece.tensor in names for piece in self.pieces):
+            return self
+        pieces = (piece._replace(tensor=names.get(piece.tensor, piece.tensor)) for piece in self.pieces)
+        return replace(self, pieces=tuple(pieces))
 
 
 def spans_of(specs: Mapping[str, TensorSpec], sources: Mapping[str, str]) -> list[TensorSpan]:

@@ -44,6 +44,7 @@ class PatchInspection(Report):
         side: the side files that it brings.
         tensors: those that it changes; of a span with several tensors all, if one of them changes.
         unchanged: how many it does not.
+        renamed: tensors that the base has bit for bit under another name: name -> the base's.
         removed: how many tensors of the base it leaves out.
         adapters: how many it has; it changes what differs from their merge.
     """
@@ -63,6 +64,7 @@ class PatchInspection(Report):
     bodies: Mapping[str, BodySize]
     tensors: tuple[PatchedTensor, ...]
     unchanged: int
+    renamed: Mapping[str, str]
     new: tuple[str, ...]
     removed: int
     adapters: int
@@ -95,6 +97,7 @@ def patch_inspection_document(report: PatchInspection, verbose: bool) -> Documen
 def _lists(report: PatchInspection, verbose: bool) -> Iterator[Line]:
     if report.adapters:
         yield line(f"it has {plural(report.adapters, 'adapter')}, and beside them what their merge does not tell")
+    yield from listed("renamed", [f"{was} -> {name}" for name, was in report.renamed.items()], verbose)
     yield from listed("new", report.new, verbose)
     if report.removed:
         yield line(f"removed: {plural(report.removed, 'tensor')}")

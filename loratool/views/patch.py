@@ -57,6 +57,7 @@ class PatchReport(WritingReport):
         tensors: those that change.
         unchanged: how many do not.
         bodies: a way of coding -> what it takes.
+        renamed: tensors that the base has bit for bit under another name: name -> the base's.
         new: tensors that the base does not have, or not in this shape.
         removed: tensors of the base that the target does not have.
         reversible: whether the patch also makes the base of the target; None if that is not known yet.
@@ -78,6 +79,7 @@ class PatchReport(WritingReport):
     tensors: tuple[PatchRow, ...]
     unchanged: int
     bodies: Mapping[str, BodySize]
+    renamed: Mapping[str, str]
     new: tuple[str, ...]
     removed: tuple[str, ...]
     reversible: bool | None
@@ -109,6 +111,7 @@ def patch_document(report: PatchReport, verbose: bool) -> Document:
 
 
 def _lists(report: PatchReport, verbose: bool) -> Iterator[Line]:
+    yield from listed("renamed", [f"{was} -> {name}" for name, was in report.renamed.items()], verbose)
     yield from listed("new", report.new, verbose)
     yield from listed("removed", report.removed, verbose)
     for key, body in report.bodies.items() if verbose else ():

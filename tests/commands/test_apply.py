@@ -131,12 +131,64 @@ def test_the_target_already_there(chain: Chain, tmp_path: Path) -> None:
         assert tree(tmp_path / f"back{number}") == tree(chain.models[0])
 
 
-@pytest.mark.parametrize("name", ["to bf16", "to fp32", "other tensors", "side files"])
+@pytest.mark.parametrize("name", ["to bf16", "to fp32", "other tensors", "side files", "renamed", "only renamed"])
 def test_the_target_of_other_tensors_already_there(tmp_path: Path, name: str) -> None:
     base, after = PAIRS[name][0](tmp_path)
     loratool.patch(base, after, tmp_path / "p")
     loratool.apply(after, tmp_path / "p", tmp_path / "out")
     assert tree(tmp_path / "out") == tree(after)
+
+
+@pytest.mark.parametrize("name", ["renamed", "only renamed", "renamed among others"])
+def test_tensors_of_other_names(tmp_path: Path, name: str) -> None:
+    """What has the bytes of a tensor of another name takes none; which names those are, the patch says both ways."""
+    base, after = PAIRS[name][0](tmp_path)
+    states = [load_file(each / "model.safetensors") for each in (base, after)]
+    lone = [{key: x for key, x in a.items() if key not in b} for a, b in (states, states[::-1])]
+    report = loratool.patch(base, after, tmp_path / "p")
+    assert [*report.renamed] == sorted(report.renamed) and report.renamed == loratool.inspect(tmp_path / "p").renamed
+    assert all(torch.equal(lone[0][was], lone[1][key]) for key, was in report.renamed.items())
+    assert len({*report.renamed.values()}) == len(report.renamed)
+    assert not {*report.renamed} & {row.name for row in report.tensors}
+    never = [(x, y) for key, x in lone[1].items() for was, y in lone[0].items() if key not in report.renamed]
+    assert not [1 for x, y in never if x.numel() and x.shape == y.shape and torch.equal(x, y)]
+    assert {*report.new, *report.renamed} == {*lone[1]} and {*report.removed, *report.renamed.values()} == {*lone[0]}
+    bodies = sum(each.patch_nbytes for key, each in report.bodies.items() if key == "bytes")
+    assert bodies < 2 * sum(lone[1][key].nbytes for key in report.new) + 1
+    given = loratool.apply(base, tmp_path / "p", tmp_path / "out")
+    if name != "renamed among others":
+        assert given.digests == {str(base): digest_of(base), str(tmp_path / "out"): digest_of(after)}
+    back = loratool.apply(after, tmp_path / "p", tmp_path / "again", dry_run=True)
+    assert back.done and tree(tmp_path / "out") == tree(after)
+
+
+def test_other_names_in_a_chain(tmp_path: Path) -> None:
+    """A patch that renames between two that train, there and back, folded, and from the middle."""
+    first = plain()
+    second = {f"base_model.{name}": x for name, x in tuned(first).items()}
+    second |= {name: x for name, x in first.items() if "norm" in name}
+    states = [first, tuned(first), second, {f"x.{name}": x for name, x in second.items()}]
+    states.append(tuned(states[-1]))
+    models = [write_model(tmp_path / f"m{i}", state, {"model_type": "llama"}) for i, state in enumerate(states)]
+    patches = [tmp_path / f"p{i}" for i in range(1, len(models))]
+    for i, patch in enumerate(patches):
+        assert loratool.patch(models[i], models[i + 1], patch).reversible is (i != 1)
+    for i in range(len(models)):
+        loratool.apply(models[i], patches, tmp_path / f"out{i}")
+        assert tree(tmp_path / f"out{i}") == tree(models[-1])
+    for i in (2, 3, 4):
+        loratool.apply(models[i], patches[2:], tmp_path / f"back{i}", reverse=True)
+        assert tree(tmp_path / f"back{i}") == tree(models[2])
+    for i in (0, 2):
+        loratool.patch(models[i], patches[i:], tmp_path / "folded", fold=True, force=True)
+        loratool.patch(models[i], models[-1], tmp_path / "whole", force=True)
+        assert (tmp_path / "folded").read_bytes() == (tmp_path / "whole").read_bytes()
+    said = refusal(tmp_path / "out", models[0], patches[2])
+    assert "is of a model whose" in said
+    wrong = write_model(tmp_path / "wrong", {name: x + 1 for name, x in states[2].items()}, {"model_type": "llama"})
+    assert "is not the model that" in refusal(tmp_path / "out", wrong, patches[2])
+    wrong = write_model(tmp_path / "wrong too", {name: x + 1 for name, x in states[3].items()}, {"model_type": "llama"})
+    assert "is not the model that" in refusal(tmp_path / "out", wrong, patches[2])
 
 
 def mixture(chain: Chain, folder: Path, *names: str) -> Path:

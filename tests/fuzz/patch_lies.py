@@ -61,13 +61,14 @@ def write(folder: Path, files: Files) -> None:
 
 
 def write_pair(folder: Path, rows: int, columns: int) -> None:
-    """Write a base and a target of several types, and an adapter of one of their tensors."""
+    """Write a base and two targets of several types, and an adapter of one of their tensors."""
     types = (torch.bfloat16, torch.float16, torch.float32)
     before = {f"{i}.weight": weights(rows, columns, seed=i, dtype=dtype) for i, dtype in enumerate(types)}
     after = {name: (x.float() + 1e-4 * torch.randn(x.shape)).to(x.dtype) for name, x in before.items()}
     codes = torch.arange(96, dtype=torch.uint8).reshape(8, 12)
     write_model(folder / "base", {**before, "codes": codes}, {"model_type": "x"})
     write_model(folder / "tuned", {**after, "codes": codes + 3}, {"model_type": "x"})
+    write_model(folder / "renamed", {**after, "other.codes": codes}, {"model_type": "x"})
     write_peft(folder / "adapter", {"0": factors(rows, columns, 2)})
 
 
@@ -78,6 +79,7 @@ def write_all(folder: Path, rows: int = 24, columns: int = 16) -> None:
     loratool.patch(base, tuned, folder / "two-way.patch", workers=1)
     loratool.patch(base, tuned, folder / "fast.patch", fast=True, workers=1)
     loratool.patch(base, tuned, folder / "one-way.patch", one_way=True, workers=1)
+    loratool.patch(base, folder / "renamed", folder / "renamed.patch", workers=1)
     loratool.patch(base, tuned, folder / "adapter.patch", adapter=folder / "adapter", workers=1)
     for dialect, options in DELTAS.items():
         place = folder / ("trl.safetensors" if dialect == "trl" else dialect)
@@ -195,11 +197,15 @@ def is_other(name: str, tensors: Mapping[str, torch.Tensor], models: list[dict[s
     return not any(torch.equal(x, each[name].view(torch.uint8)) for each in models)
 
 
+def target_of(patch: str) -> str:
+    return "renamed" if patch == "renamed.patch" else "tuned"
+
+
 def forge_patch(kind: str, rng: random.Random, files: Files) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Return files of a patch that lies, and the arguments of `apply`."""
-    name = rng.choice(("two-way.patch", "fast.patch", "one-way.patch", "adapter.patch"))
-    back = name in ("two-way.patch", "fast.patch") and rng.randrange(3) == 0
-    call = {"base": "tuned" if back else "base", "patches": name, "reverse": back}
+    name = rng.choice(("two-way.patch", "fast.patch", "renamed.patch", "one-way.patch", "adapter.patch"))
+    back = name not in ("one-way.patch", "adapter.patch") and rng.randrange(3) == 0
+    call = {"base": target_of(name) if back else "base", "patches": name, "reverse": back}
     return {name: FORGERIES[kind](files[name], rng)}, {**call, "dry_run": rng.randrange(4) == 0}
 
 
@@ -215,7 +221,7 @@ def forge_delta(dialect: str, rng: random.Random, files: Files) -> tuple[dict[st
 
 def faults_of_patch(out: Files, files: Files, call: Mapping[str, Any]) -> Iterator[str]:
     """Tell what else than the target was written; a forger may name the file, as it may name one of a model."""
-    wanted = "base" if call["reverse"] else "tuned"
+    wanted = "base" if call["reverse"] else target_of(call["patches"])
     if [*weights_of(out).values()] != [files[f"{wanted}/model.safetensors"]]:
         yield "these are not the target's weights"
 

@@ -23,6 +23,7 @@ from patch_lies import (
     forge_patch,
     is_other,
     read,
+    target_of,
     weights_of,
     write_all,
 )
@@ -48,7 +49,7 @@ def made() -> dict[str, bytes]:
 
 def make_forged(rng: random.Random) -> Case:
     forged, call = forge_patch(rng.choice([*FORGERIES]), rng, made())
-    files = {each: data for each, data in made().items() if each.startswith(("base/", "tuned/"))}
+    files = {each: data for each, data in made().items() if each.startswith(("base/", "tuned/", "renamed/"))}
     back = ("--reverse",) * call["reverse"]
     argv = ("apply", call["base"], call["patches"], *back, "-o", "out")
     return Case({**files, **forged}, argv + rng.choice(((), (), ("--json",), ("--dry-run",))), ("out",))
@@ -75,7 +76,8 @@ def is_target(case: Case, ran: Ran, work: Path) -> Iterator[str]:
         if (work / "out").exists():
             yield "a dry run wrote"
         return
-    wanted, found = read(work / ("base" if "--reverse" in case.argv else "tuned")), read(work / "out")
+    wanted = read(work / ("base" if "--reverse" in case.argv else target_of(case.argv[2])))
+    found = read(work / "out")
     if [*weights_of(wanted).values()] != [*weights_of(found).values()]:  # a forger may give the file another name
         yield "these are not the target's weights"
 

@@ -14,6 +14,7 @@ from lib.oracles.naive_patch_reader import Reader, tensors_in
 import loratool
 
 NAMES = ("side files", "shards", "mixed", "other tensors", "empty and scalar", "only empty", "int4")
+RENAMED = ("renamed", "only renamed", "renamed among others")
 SLOW = ("to bf16", "to fp32")
 
 
@@ -38,7 +39,7 @@ def check(base: Path, tuned: Path, patch: Path, **options: bool) -> Reader:
 
 
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("name", [*NAMES, *map(slow, SLOW)])
+@pytest.mark.parametrize("name", [*NAMES, *RENAMED, *map(slow, SLOW)])
 def test_what_patch_writes(tmp_path: Path, name: str, fast: bool) -> None:
     base, tuned = PAIRS[name][0](tmp_path)
     check(base, tuned, tmp_path / "p", fast=fast)

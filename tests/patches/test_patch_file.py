@@ -220,7 +220,8 @@ def campaign(case: Case, folder: Path, every: int) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "every"), [("small", 13), *(slow(name, 1) for name in ("small", "torch", "other tensors", "diffusers"))]
+    ("name", "every"),
+    [("small", 13), *(slow(name, 1) for name in ("small", "torch", "other tensors", "diffusers", "renamed"))],
 )
 def test_every_field_of_the_index(tmp_path: Path, name: str, every: int) -> None:
     case = small(tmp_path) if name == "small" else case_of(name, tmp_path)

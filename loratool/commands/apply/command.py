@@ -69,7 +69,7 @@ def run_apply(call: Apply) -> ApplyReport:
             dry_run=call.dry_run,
             nbytes=output.nbytes,
             tensors=len(chain.files.specs),
-            spans=len(chain.last.spans),
+            spans=len(chain.source.spans),
             reverse=call.reverse,
             files=tuple(file.name for file in chain.files.files),
             done=chain.is_done(),
@@ -82,7 +82,7 @@ def run_apply(call: Apply) -> ApplyReport:
 
 def check_chain(chain: PatchChain, workers: int, progress: Progress | None) -> None:
     """Make all spans, and write nothing."""
-    spans, hashes = chain.last.spans, []
+    spans, hashes = chain.source.spans, []
     finished = counting((span.nbytes for span in spans), progress)
     with closing(map_in_order(chain.source.made, range(len(spans)), workers)) as results:
         for _, found in results:
@@ -93,7 +93,7 @@ def check_chain(chain: PatchChain, workers: int, progress: Progress | None) -> N
 
 def _write(output: Output, chain: PatchChain, workers: int, progress: Progress | None) -> None:
     output.require_space()
-    job, spans = current_job(), chain.last.spans
+    job, spans = current_job(), chain.source.spans
     opened, joined = partial(open_output, output, {}, belongs), partial(join_output, output)
     with journaled(output.path, {}, output.head(), output.resume, job, opened, joined) as (journal, targets):
         files = [(targets[made.name], file) for made, file in zip(output.files, chain.files.files, strict=True)]
@@ -150,5 +150,5 @@ def read_places(span: TensorSpan, places: Mapping[str, tuple[BinaryIO, int]]) ->
 
 def _require_digest(chain: PatchChain, hashes: Sequence[Sequence[str]]) -> None:
     """Raise InputError if a model is not the one that its patch names."""
-    if digest_of_spans(chain.files.specs, chain.last.spans, hashes) != chain.digest:
+    if digest_of_spans(chain.files.specs, chain.source.spans, hashes) != chain.digest:
         raise InputError("makes another model than it names", culprit=str(chain.last.path), remedy="make it again")

@@ -66,6 +66,7 @@ def inspect_patch(path: str | os.PathLike[str]) -> PatchInspection:
             bodies={key: BodySize(*total) for key, total in sorted(bodies.items())},
             tensors=rows,
             unchanged=len(specs) - len(rows),
+            renamed=patch.renamed,
             new=patch.new,
             adapters=len(patch.adapters),
             removed=patch.index["removed"],

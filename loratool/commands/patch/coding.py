@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,10 +23,13 @@ from ...patches.sources import TensorSource, as_patterns, predicted, read_source
 from ...patches.spans import TensorSpan, spans_of
 from ...streaming.digests import hash_pieces
 from ...streaming.journaled import Task, run_tasks
-from ...streaming.parallel import Progress, counting
+from ...streaming.parallel import Progress, counting, map_in_order
 from ...streaming.ranks import Job
 
 SAMPLES, SAMPLE = 8, 1 << 14  # runs of numbers by which a body is chosen, and the numbers of each
+
+
+Sources = tuple[TensorSource, TensorSource]
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,14 @@ class SpecComparison:
     Attributes:
         specs: of the target, as they count in its digest.
         cast: a tensor -> the base's type, if that is another one.
+        renamed: a tensor -> the base's name of one with the same bytes.
         new: tensors that nothing of the base predicts.
         removed: tensors that the target does not have.
     """
 
     specs: Mapping[str, TensorSpec]
     cast: Mapping[str, str]
+    renamed: Mapping[str, str]
     new: tuple[str, ...]
     removed: tuple[str, ...]
 
@@ -51,12 +58,16 @@ class SpecComparison:
         return not (self.cast or self.new or self.removed)
 
 
-def compare_specs(base: Mapping[str, TensorSpec], counted: Sequence[str], target: ModelFiles) -> SpecComparison:
-    """Compare the headers of two models.
+def compare_specs(
+    base: Mapping[str, TensorSpec], counted: Sequence[str], target: ModelFiles, sources: Sources, workers: int
+) -> SpecComparison:
+    """Compare the headers of two models, and find the tensors whose names alone differ.
 
     Args:
         base: its stored tensors.
         counted: those that count in its digest.
+        sources: of the base and of the target; read only where both have tensors of the same type and shape that the
+            other does not have.
     """
     cast, new = {}, []
     for name, spec in target.specs.items():
@@ -65,8 +76,45 @@ def compare_specs(base: Mapping[str, TensorSpec], counted: Sequence[str], target
             cast[name] = was.dtype
         elif was != spec:
             new.append(name)
-    removed = tuple(name for name in counted if name not in target.specs)
-    return SpecComparison(target.specs, cast, tuple(new), removed)
+    removed = {name: base[name] for name in counted if name not in target.specs}
+    lone = {name: target.specs[name] for name in new if name not in base}
+    renamed = _find_renamed(removed, lone, sources, workers)
+    return SpecComparison(
+        target.specs,
+        cast,
+        renamed,
+        tuple(name for name in new if name not in renamed),
+        tuple(name for name in removed if name not in {*renamed.values()}),
+    )
+
+
+def _find_renamed(
+    base: Mapping[str, TensorSpec], target: Mapping[str, TensorSpec], sources: Sources, workers: int
+) -> dict[str, str]:
+    """Return the target's tensors that have the bytes of one of the base: a name -> the base's. Each counts once."""
+    shared = {spec for spec in {*base.values()} & {*target.values()} if spec.nbytes}
+    found: list[dict[tuple[TensorSpec, str], list[str]]] = []
+    for source, specs in zip(sources, (base, target), strict=True):
+        names, by_hash = (
+            [name for name, spec in specs.items() if spec in shared],
+            dict[tuple[TensorSpec, str], list[str]](),
+        )
+        with closing(map_in_order(partial(_hash_of, source, specs), names, workers)) as hashes:
+            for name, sha256 in zip(names, hashes, strict=True):
+                by_hash.setdefault((specs[name], sha256), []).append(name)
+        found.append(by_hash)
+    return {
+        name: was for key, names in found[1].items() for name, was in zip(names, found[0].get(key, ()), strict=False)
+    }
+
+
+def _hash_of(source: TensorSource, specs: Mapping[str, TensorSpec], name: str) -> str:
+    whole = hashlib.sha256()
+    for first, length in pieces_of(specs[name]):
+        data = memoryview(bytearray(length))
+        source.read(name, first, data)
+        whole.update(data)
+    return whole.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -74,14 +122,20 @@ class Sides:
     """Two models whose spans are compared.
 
     Attributes:
+        renamed: as in `SpecComparison`.
         fast: code with fewer tables.
         keep_back: keep what the way back needs.
     """
 
     base: TensorSource
     target: TensorSource
+    renamed: Mapping[str, str]
     fast: bool
     keep_back: bool
+
+    def read(self, span: TensorSpan) -> tuple[memoryview, memoryview | None]:
+        """Return the bytes of a span, and what predicts them."""
+        return read_span(self.target, span), read_source(self.base, span.named(self.renamed))
 
 
 def code_spans(
@@ -103,7 +157,7 @@ def code_spans(
 
 
 def _coded(span: TensorSpan, sides: Sides) -> CodedSpan:
-    own, stored = read_span(sides.target, span), read_source(sides.base, span)
+    own, stored = sides.read(span)
     parts = [*split_span(span, own), *(split_span(span, stored) if stored is not None else ())]
     hashes = tuple(sha256_each([[part] for part in parts]))
     count = len(span.pieces)
@@ -126,7 +180,7 @@ def _coded(span: TensorSpan, sides: Sides) -> CodedSpan:
 
 def estimated(span: TensorSpan, sides: Sides) -> tuple[str, int, tuple[int, ...]]:
     """Return the body of a span, about how many bytes it takes by a sample, and how many numbers of a piece change."""
-    own, stored = read_span(sides.target, span), read_source(sides.base, span)
+    own, stored = sides.read(span)
     numbers, dtype = as_patterns(own, span.dtype), coded_type(span.dtype)
     before = numbers if stored is None else predicted(span, stored)
     changed = _sizes(span) if stored is None else _changed(span, before != numbers)
@@ -165,6 +219,7 @@ def base_digest(base: Checkpoint, spans: Sequence[TensorSpan], coded: Sequence[C
     """Return the digest of the base, of which the tensors that predict nothing of their type are read again.
 
     Args:
+        spans: with the base's names.
         coded: of these spans, or empty if they were predicted from something else.
     """
     found = {

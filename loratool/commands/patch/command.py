@@ -72,7 +72,8 @@ def run_patch(call: Patch) -> PatchReport | ForeignPatchReport:
         source: Any = merged_source(base, requests, opened) if requests else ModelSource(base)
         inputs = [*paths_of(base.shards), *target.paths, *adapter_paths(requests)]
         exists = check_output_path(path, True, inputs, call.force, dry_run=call.dry_run)
-        compared = compare_specs(base.stored, [*tensors_of(base.shards)], target.files)
+        counted, sources = [*tensors_of(base.shards)], (ModelSource(base), target.source)
+        compared = compare_specs(base.stored, counted, target.files, sources, workers)
         side, base_side, lost = compare_side_files(base, target)
         kept_back = [
             LeftBehind(each, len(target.side[each]), CODE if is_side_file(each) else UNKNOWN)
@@ -86,7 +87,7 @@ def run_patch(call: Patch) -> PatchReport | ForeignPatchReport:
         files = _base_files(base) if compared.has_same_tensors and not (call.one_way or requests) else None
         require_room((target.files, files), (side, base_side), len(spans), target.name)
         if call.dry_run:
-            sides = Sides(source, target.source, call.fast, keep_back=False)
+            sides = Sides(source, target.source, compared.renamed, call.fast, keep_back=False)
             with closing(map_in_order(partial(estimated, sides=sides), spans, workers)) as estimates:
                 sizes = list(estimates)
             return report(sizes, nbytes=sum(size for _, size, _ in sizes), dry_run=True, exists=exists)
@@ -98,14 +99,17 @@ def run_patch(call: Patch) -> PatchReport | ForeignPatchReport:
             ),
         }
         with _opened(path, head, call.resume) as (job, journal, place):
-            sides = Sides(source, target.source, call.fast, keep_back=files is not None)
+            sides = Sides(source, target.source, compared.renamed, call.fast, keep_back=files is not None)
             coded = code_spans(spans, sides, job, journal, workers, call.progress)
             content = PatchContent(
                 base=files,
                 target=target.files,
-                base_digest=base_digest(base, spans, coded if not requests else (), workers),
+                base_digest=base_digest(
+                    base, [span.named(compared.renamed) for span in spans], coded if not requests else (), workers
+                ),
                 digest=digest_of_spans(compared.specs, spans, [each.hashes for each in coded]),
                 cast=compared.cast,
+                renamed=compared.renamed,
                 new=compared.new,
                 removed=len(compared.removed),
                 side=side,
@@ -212,6 +216,7 @@ def _report(
         tensors=rows,
         unchanged=sum(not changed.get(name) for name in compared.specs),
         bodies={key: BodySize(*total) for key, total in sorted(bodies.items())},
+        renamed=compared.renamed,
         new=compared.new,
         removed=compared.removed,
         reversible=reversible,

@@ -201,6 +201,40 @@ def other_tensors(folder: Path) -> Pair:
     return folders(folder, before, after)
 
 
+def renamed(folder: Path) -> Pair:
+    """Frozen layers under the names of another program, two norms of the same bytes among them; the others trained."""
+    before = {
+        **plain(),
+        "model.norm.weight": torch.ones(48).to(BF16),
+        "model.other_norm.weight": torch.ones(48).to(BF16),
+    }
+    after = tuned(before)
+    for i in (0, 2):
+        for k in ("gate", "up", "down"):
+            del after[f"model.layers.{i}.mlp.{k}_proj.weight"]
+            after[f"a.{2 - i}.{k}.weight"] = before[f"model.layers.{i}.mlp.{k}_proj.weight"]
+    for name in ("model.norm.weight", "model.other_norm.weight"):
+        del after[name]
+        after[name.removeprefix("model.")] = before[name]
+    return folders(folder, before, after)
+
+
+def only_renamed(folder: Path) -> Pair:
+    return folders(folder, plain(), {f"base_model.{name}": x for name, x in plain().items()})
+
+
+def renamed_among_others(folder: Path) -> Pair:
+    """Beside tensors that are removed and new, some of the type and shape of one that was renamed."""
+    before = {**plain(), "old.weight": weights(5, 7), "removed.weight": weights(5, 7, seed=1), "empty": torch.empty(0)}
+    after = {
+        **tuned(plain()),
+        "new.weight": weights(5, 7),
+        "other.weight": weights(5, 7, seed=2),
+        "none": torch.empty(0),
+    }
+    return folders(folder, before, after)
+
+
 def empty_and_scalar(folder: Path) -> Pair:
     before = {"empty": torch.empty(0, 3), "scalar": torch.tensor(3.0), "one": torch.ones(1), "x": torch.tensor(7)}
     return folders(folder, before, {**before, "scalar": torch.tensor(3.5), "x": torch.tensor(8)})
@@ -253,6 +287,9 @@ PAIRS: dict[str, tuple[Callable[[Path], Pair], bool]] = {
     "to bf16": (to_bf16, False),
     "to fp32": (to_fp32, False),
     "other tensors": (other_tensors, False),
+    "renamed": (renamed, True),
+    "only renamed": (only_renamed, True),
+    "renamed among others": (renamed_among_others, False),
     "empty and scalar": (empty_and_scalar, True),
     "only empty": (only_empty, True),
     "same": (same, True),

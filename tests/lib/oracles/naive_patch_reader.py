@@ -179,7 +179,8 @@ class Reader:
             key, width = self.index["bodies"][body], BITS[dtype] // 8
             data, back_data = self.data[at : at + length], self.data[at + length : at + length + beside]
             parts = []
-            for name, first, size in pieces if source else []:
+            former = [(self.index["renamed"].get(name, name), first, size) for name, first, size in pieces]
+            for name, first, size in (pieces if back else former) if source else []:
                 ratio = F(BITS[source], BITS[dtype])
                 parts.append(given[name][2][int(first * ratio) : int((first + size) * ratio)])
             if back:
@@ -198,7 +199,7 @@ class Reader:
                 found = read(key, start, data, dtype, width)
             whole = b"".join(x.to_bytes(width, "little") for x in found)
             ends = []
-            for name, first, size in pieces:
+            for name, first, size in former if back else pieces:
                 made.setdefault(name, {})[first] = whole[:size]
                 ends.append(whole[:size])
                 whole = whole[size:]
