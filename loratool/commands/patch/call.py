@@ -33,7 +33,7 @@ class Patch(Call["PatchReport | ForeignPatchReport"]):
         checksum: xxh3-128, blake3 or adler32 of disk-delta.
         fold: Write one patch of several: it makes what they make of BASE one after the other.
         out: Where to write: a file.
-        one_way: Leave out what the way back needs. That takes half of the time, and up to a tenth of the patch.
+        one_way: Leave out what the way back needs. That takes up to half of the time, and up to a tenth of the patch.
         fast: Write with fewer tables: up to a third less time where the compiled passes run, and up to half more bytes.
 
     Raises:
