@@ -79,13 +79,10 @@ def compare_specs(
     removed = {name: base[name] for name in counted if name not in target.specs}
     lone = {name: target.specs[name] for name in new if name not in base}
     renamed = _find_renamed(removed, lone, sources, workers)
-    return SpecComparison(
-        target.specs,
-        cast,
-        renamed,
-        tuple(name for name in new if name not in renamed),
-        tuple(name for name in removed if name not in {*renamed.values()}),
-    )
+    for former in renamed.values():
+        del removed[former]
+    new = [name for name in new if name not in renamed]
+    return SpecComparison(target.specs, cast, renamed, tuple(new), tuple(removed))
 
 
 def _find_renamed(
@@ -95,10 +92,8 @@ def _find_renamed(
     shared = {spec for spec in {*base.values()} & {*target.values()} if spec.nbytes}
     found: list[dict[tuple[TensorSpec, str], list[str]]] = []
     for source, specs in zip(sources, (base, target), strict=True):
-        names, by_hash = (
-            [name for name, spec in specs.items() if spec in shared],
-            dict[tuple[TensorSpec, str], list[str]](),
-        )
+        names = [name for name, spec in specs.items() if spec in shared]
+        by_hash = dict[tuple[TensorSpec, str], list[str]]()
         with closing(map_in_order(partial(_hash_of, source, specs), names, workers)) as hashes:
             for name, sha256 in zip(names, hashes, strict=True):
                 by_hash.setdefault((specs[name], sha256), []).append(name)
