@@ -1,10 +1,14 @@
 """Measure the bodies of patches: size, and CPU a weight, beside XOR and zstd of level 1 on the same numbers.
 
 pytest -m slow -s tests/benchmarks/test_patch_bodies.py
+
+And of the patch of a real pair, with MINILM=BASE:TUNED: all-MiniLM-L6-v2 and a full fine-tune of it, as
+`sentence_similarity.py` says where they are.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from conftest import needs_passes
+from safetensors import safe_open
 
+import loratool
 from loratool.numerics.passes.native import NATIVE
 from loratool.patches.bodies.body import Body
 from loratool.patches.bodies.table import BODIES, choose
@@ -47,6 +53,7 @@ FAST_BOUNDS = {
     "fine-tune 1e-3": (0.56, 2.5, 3.5),
     "fine-tune 1e-2": (0.73, 2.5, 3.5),
 }
+REAL = 0.67  # of the real pair, all of the patch's file
 WITH_PASSES = 6  # ns a weight either way, of `classes`; measured 3 to 4
 
 
@@ -113,3 +120,21 @@ def test_bodies_beside_xor_and_zstd(is_fast: bool, monkeypatch: pytest.MonkeyPat
         assert found.data == without.data and len(found.data) <= size * len(xor.data)
         assert found.encoded <= encoded * xor.encoded and found.decoded <= decoded * xor.decoded
         assert key != "classes" or max(found.encoded, found.decoded) <= WITH_PASSES
+
+
+def test_the_real_pair_beside_xor_and_zstd(tmp_path: Path) -> None:
+    if not (given := os.environ.get("MINILM")):
+        pytest.skip("needs MINILM=BASE:TUNED")
+    base, tuned = (Path(each) for each in given.split(":"))
+    report = loratool.patch(base, tuned, tmp_path / "p")
+    xor = nbytes = 0
+    with safe_open(base / "model.safetensors", "np") as first, safe_open(tuned / "model.safetensors", "np") as second:
+        for name in second.keys():  # noqa: SIM118
+            before, after = (each.get_tensor(name).view("u4") for each in (first, second))
+            xor += len(zstandard.compress((before ^ after).tobytes(), 1))
+            nbytes += after.nbytes
+    found = report.nbytes / xor
+    print(f"XOR {xor / nbytes:.1%} of {nbytes:,} bytes, the patch {report.nbytes / nbytes:.1%}, {found:.3f} x")
+    loratool.apply(base, tmp_path / "p", tmp_path / "out")
+    made, wanted = (each / "model.safetensors" for each in (tmp_path / "out", tuned))
+    assert made.read_bytes() == wanted.read_bytes() and found <= REAL
