@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.fuzz
 
-BATCH = 1000  # cases of a process, which take some seconds
+BATCH = 250  # cases of a process, which take a second or, beside other work, some
 
 SIZES = {
     "tiny": (24, 16),
