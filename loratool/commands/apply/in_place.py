@@ -30,6 +30,7 @@ from ..predictions import opened_chain
 from .call import Apply
 from .command import check_chain
 from .foreign import changed_pieces, changes_of, check_changes, identity_of_patch, open_patches, report_foreign
+from .output import changed_tensors
 
 ONE_WAY = "has no way back: the patch leads one way"
 
@@ -115,7 +116,7 @@ def _require_windows(chain: PatchChain, base: Checkpoint) -> None:
     if places[0] != places[1]:
         raise InputError("makes files of another layout", culprit=str(chain.last.path), remedy=ELSEWHERE)
     for patch in chain.patches:
-        if patch.adapters or patch.cast or patch.new or patch.spans != first.spans:
+        if patch.adapters or patch.cast or patch.new or patch.renamed or patch.spans != first.spans:
             what = "predicts its numbers from more than those that it changes"
             raise InputError(what, culprit=str(patch.path), remedy=ELSEWHERE)
 
@@ -265,6 +266,7 @@ def _report(call: Apply, chain: PatchChain, done: bool) -> ApplyReport:
         files=tuple(file.name for file in chain.files.files),
         done=done,
         checked=("sha256",),
+        changed=changed_tensors(chain.files, [patch.tensor_sizes() for patch in chain.patches]),
         exists=False,
         digests={} if call.dry_run else {name: chain.digest},
     )
