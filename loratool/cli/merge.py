@@ -20,6 +20,7 @@ unet, te, te1, te2 and so on select the components of an image model. The last m
   loratool merge base/ adapter/ -o merged/
   loratool merge base/ style/:0.7 task/:-0.2 -o mixed/ --dtype fp32 --no-undo
   loratool merge xl.safetensors ink.safetensors:0.8,te=0.4 -o out.safetensors
+  loratool merge merged/ style/ --replace adapter/ -o swapped/
   loratool merge base/ "style/:0.8,*.layers.0.*=0,mlp=0.5" -o parts/
 
 The report groups modules over layers and marks lines that need attention with !. scale: alpha / rank, times the

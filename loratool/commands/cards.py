@@ -63,6 +63,11 @@ def _option(name: str, value: Any) -> list[str]:
     option = f"--{option_word(name, value is not False)}"
     if isinstance(value, bool):
         return [option]
+    if name == "replace":
+        requests = parse_adapters(value)
+        return [
+            word for each in requests for word in (option, weight_word(each.path, each.weight, each.module_weights))
+        ]
     if name == "adapter":
         given = [f"{input_word(each.path)}:{short(each.weight)}" for each in parse_adapters(value)]
         return [word for each in given for word in (option, each)]
@@ -107,10 +112,15 @@ def rank_range(ranks: Iterable[int]) -> str:
 def weighted_word(weighted: tuple[Adapter, float]) -> str:
     """Return an adapter and its weights as a word of the command line."""
     adapter, weight = weighted
-    weights = [f"{name}={short(module_weight)}" for name, module_weight in adapter.module_weights]
+    return weight_word(adapter.name, weight, dict(adapter.module_weights))
+
+
+def weight_word(name: str, weight: float, module_weights: Mapping[str, float]) -> str:
+    """Return an adapter's name and weights as a word of the command line."""
+    weights = [f"{part}={short(module_weight)}" for part, module_weight in module_weights.items()]
     if weight != 1 or weights:
         weights = [short(weight), *weights]
-    return input_word(adapter.name) + (":" + ",".join(weights) if weights else "")
+    return input_word(name) + (":" + ",".join(weights) if weights else "")
 
 
 def input_word(given: str | os.PathLike[str]) -> str:

@@ -18,6 +18,7 @@ PAGES = {
         "healthy",
         "undo",
         "in-place",
+        "swap",
         "patches",
         "deltas",
         "qwen3",

@@ -43,7 +43,7 @@ NAMES_SHOWN = 4
 
 @without_gc
 def open_inputs(
-    base: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Checkpoint,
     requests: Sequence[AdapterRequest],
     alpha: float | None,
     opened: ExitStack,
@@ -52,32 +52,38 @@ def open_inputs(
     """Open a base and the adapters with their weights; `opened` closes their files.
 
     Args:
+        base: if it is open already, the caller closes it.
         verb: as `refuse_adapter`'s.
 
     Raises:
         InputError: `open_base` or `open_adapters` refuses a file.
     """
-    checkpoint = open_base(base, "the first argument must be the base model", opened, requests, verb)
+    checkpoint = base
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_base(checkpoint, "the first argument must be the base model", opened, requests, verb)
     _refuse_scaled(checkpoint)
     try:
         adapters = open_adapters(requests, alpha, opened, base=checkpoint)
     except ModelGiven as error:
-        error.remedy = (
-            f"to extract an adapter from a full fine-tune: {command_line('extract', base, error.culprit or '')}"
-        )
+        words = command_line("extract", checkpoint.path, error.culprit or "")
+        error.remedy = f"to extract an adapter from a full fine-tune: {words}"
         raise
     return checkpoint, tuple(zip(adapters, (each.weight for each in requests), strict=True))
 
 
-def share_hashes(adapters: Iterable[tuple[Adapter, float]]) -> WeightedAdapter:
-    """Return the adapters with the hashes of their files. Under torchrun, rank 0 computes these for all ranks."""
+def share_hashes(adapters: Iterable[tuple[Adapter, float]], role: str = "adapter") -> WeightedAdapter:
+    """Return the adapters with the hashes of their files. Under torchrun, rank 0 computes these for all ranks.
+
+    Args:
+        role: of these adapters, if a command has several lists of them.
+    """
     job = current_job()
     if job.count == 1:
         return tuple(adapters)  # they read them when they are asked
     return tuple(
         (
             replace(
-                adapter, known_sha256=job.on_rank0(f"hash of adapter {number}", partial(getattr, adapter, "sha256"))
+                adapter, known_sha256=job.on_rank0(f"hash of {role} {number}", partial(getattr, adapter, "sha256"))
             ),
             weight,
         )

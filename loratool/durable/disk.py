@@ -95,6 +95,11 @@ def link(path: Path, new: Path) -> None:
     os.link(path, new)
 
 
+def symlink(path: Path, new: Path) -> None:
+    """Create a symbolic link to a file or folder."""
+    os.symlink(path, new, target_is_directory=path.is_dir())
+
+
 def unlink(path: Path) -> None:
     """Remove a file if it exists."""
     path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -269,7 +269,10 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     @property
     def weight_files(self) -> set[str]:
         """Return the names of the shards and the index in the folder."""
-        read = {os.path.relpath(member.path, self.folder) for shard in self.shards for member in shard.members}
+        read = set[str]()
+        for member in (member for shard in self.shards for member in shard.members):
+            with suppress(ValueError):  # a file on another drive of Windows is not in the folder
+                read.add(os.path.relpath(member.path, self.folder))
         return read | ({self.index[0]} if self.index else set())
 
     @property
@@ -399,8 +402,14 @@ def open_weights(path: Path) -> WeightsFile:
     return file
 
 
-def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
+OpenFile = Callable[[Path], WeightsFile]
+
+
+def open_checkpoint(name: str | os.PathLike[str], open_file: OpenFile = open_weights) -> Checkpoint:
     """Open a file, a folder, an index JSON, or the name of a model on the hub.
+
+    Args:
+        open_file: opens a weights file.
 
     Raises:
         InputError: a file breaks its format, or an index contradicts its shards.
@@ -408,9 +417,9 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     path = resolve(name)
     with reading(path):
         if is_pipeline(path):
-            return _open_pipeline(path)
+            return _open_pipeline(path, open_file)
         weights = find_weights(path)
-    return _open_model(path, weights)
+    return _open_model(path, weights, open_file)
 
 
 def require_one_model(checkpoint: Checkpoint) -> None:
@@ -424,11 +433,11 @@ def require_one_model(checkpoint: Checkpoint) -> None:
         )
 
 
-def _open_pipeline(path: Path) -> Checkpoint:
+def _open_pipeline(path: Path, open_file: OpenFile) -> Checkpoint:
     parts: list[Checkpoint] = []
     try:
         for name in component_names(path):
-            parts.append(_open_component(path, name))
+            parts.append(_open_component(path, name, open_file))
         shards = tuple(shard for part in parts for shard in part.shards)
         if not shards:
             raise InputError("is a pipeline without weights", culprit=str(path))
@@ -439,7 +448,7 @@ def _open_pipeline(path: Path) -> Checkpoint:
     return Checkpoint(path, path, False, shards, None, {}, parts=tuple(parts))
 
 
-def _open_component(pipeline: Path, name: str) -> Checkpoint:
+def _open_component(pipeline: Path, name: str, open_file: OpenFile) -> Checkpoint:
     """Open a pipeline's component. Its weights may be missing only if its config.json is not a model's."""
     folder = pipeline / name
     if not folder.is_dir():
@@ -455,15 +464,15 @@ def _open_component(pipeline: Path, name: str) -> Checkpoint:
         if config.keys() & {"_class_name", "architectures"} or any(folder.glob("*.safetensors")):
             raise
         return Checkpoint(folder, folder, False, (), None, config, prefix=f"{name}/")
-    component = _open_model(folder, weights)
+    component = _open_model(folder, weights, open_file)
     for shard in component.shards:
         shard.put_under(f"{name}/")
     return Checkpoint(folder, folder, False, component.shards, component.index, component.config, prefix=f"{name}/")
 
 
-def _open_model(path: Path, weights: Path) -> Checkpoint:
+def _open_model(path: Path, weights: Path, open_file: OpenFile) -> Checkpoint:
     folder = weights.parent
-    file = None if weights.suffix == ".json" else open_weights(weights)
+    file = None if weights.suffix == ".json" else open_file(weights)
     if file and file.scattered:
         folders = (path,) if path.is_dir() else ()
         folder = next((each for each in file.folders if (each / "config.json").is_file()), (*folders, folder)[0])
@@ -476,7 +485,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
     if file is None:
         index = read_json_file(weights)
         refuse_described_change(path, index)
-        shards = _open_shards(weights, index)
+        shards = _open_shards(weights, index, open_file)
         return Checkpoint(path, folder, False, shards, (weights.name, index), config)
     if isinstance(file, GgufFile):
         parts, config = open_parts(file), {}
@@ -490,7 +499,7 @@ def _open_model(path: Path, weights: Path) -> Checkpoint:
     return Checkpoint(path, folder, not path.is_dir(), (file,), None, config)
 
 
-def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
+def _open_shards(path: Path, index: dict[str, Any], open_file: OpenFile) -> tuple[WeightsFile, ...]:
     weight_map = index.get("weight_map")
     if weight_map is None and path.name.endswith("config.json"):
         raise InputError("is only a config, but the weights are needed", culprit=str(path), remedy="name its folder")
@@ -501,7 +510,7 @@ def _open_shards(path: Path, index: dict[str, Any]) -> tuple[WeightsFile, ...]:
     shards: list[WeightsFile] = []
     try:
         for file in files:
-            shards.append(open_weights(path.parent / file))
+            shards.append(open_file(path.parent / file))
         _check_index(path, weight_map, shards)
     except BaseException:
         for shard in shards:

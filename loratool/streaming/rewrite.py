@@ -468,6 +468,17 @@ def _row_items(source: TensorRef, place: _Place, columns: int, written: int, row
         )
 
 
+def cast_in_blocks(rows: int, blocks: Iterable[tuple[int, int]]) -> ChangedTensor:
+    """Return a tensor whose rows are cast, or copied if they are computed as they are read, in these blocks.
+
+    Args:
+        blocks: (first row, row after the last), rising.
+    """
+    return ChangedTensor(
+        rows, lambda: [RowRange(start, stop, _prepare_cast, stop - start, stop - start) for start, stop in blocks]
+    )
+
+
 def _cast_rows(start: int, stop: int, columns: int) -> RowRange:
     return RowRange(start, stop, _prepare_cast, max(1, CAST_BLOCK // columns))
 

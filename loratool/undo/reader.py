@@ -47,7 +47,7 @@ from .checks import (
     strange,
     tiles_of,
 )
-from .table import Stretch, UndoTable
+from .table import Stretch, UndoTable, hash_payload
 
 UNDO = FileKind(
     mark=UNDO_MARK,
@@ -135,11 +135,14 @@ class UndoFile(IndexedFile):
         self.untouched = frozenset(self.specs.keys() - changed)
         self._check_entries()
         self._read_hashes(self.blob(index["hashes"]))
+        self._payload, self._payload_bytes = self.blob(index["payload"]), stop - len(UNDO.first_line)
+        pieces = -(-self._payload_bytes // PIECE)
+        require(len(self._payload) == 32 * pieces, "its hashes are not as many as its payload has pieces")
         self.side = {name: self.blob(place) for name, place in index["side"].items()}
         if "card" in index:
             require(CARD not in self.side, "its model card")
             self.side[CARD] = self.packed_blob("its model card", index["card"], index["card_bytes"], SMALL_TEXT)
-        self.require_tiled(stop - len(UNDO.first_line))
+        self.require_tiled(self._payload_bytes)
         self._check_side()
 
     def _find_weights(self) -> dict[str, StoredWeight]:
@@ -348,6 +351,12 @@ class UndoFile(IndexedFile):
             if sha256_each([read_parts(model, *each) for each in pair]) != expected:
                 return False
         return True
+
+    def require_sound(self) -> None:
+        """Raise InputError unless all records and unchanged bytes are as the merge wrote them, by their hashes."""
+        with self.checked():
+            found = hash_payload(self.path, self.file, len(UNDO.first_line), self._payload_bytes)
+            require(found == self._payload, "its records do not match their hashes")
 
     def base_hashes(self, name: str) -> list[str]:
         """Return the hashes of the pieces of a tensor of the base."""

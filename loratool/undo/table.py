@@ -1,4 +1,6 @@
-"""Read the table of an undo file. It has a row for each stretch of the payload, in the payload's order.
+"""Read the table of an undo file, and hash its payload.
+
+The table has a row for each stretch of the payload, in the payload's order.
 
 A stretch is a record of some rows of W, or bytes of a tensor of the base that are stored unchanged. A row has 16 bytes,
 little-endian: the stretch's length (u64), and the sum of the rows of W' (u64; 0 if the stretch is not a record). A
@@ -13,12 +15,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..files.containers.indexed_file import require
+from ..files.digest import pieces_of
+from ..files.dtypes import TensorSpec
+from ..files.weights_file import PlacedTensors, read_parts
+from ..numerics.passes.hashes import sha256_each
 
 if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import BinaryIO
+
     import numpy as np
     import numpy.typing as npt
 
 ROW = struct.Struct("<QQ")
+
+
+def hash_payload(path: Path, file: BinaryIO, start: int, nbytes: int) -> bytes:
+    """Return the hashes of the pieces (`files.digest`) of a payload, of 32 bytes each, one after the other.
+
+    Args:
+        start: the payload's first byte in the file.
+    """
+    spec = TensorSpec("U8", (nbytes,))
+    payload = PlacedTensors(path, file, {"payload": spec}, {"payload": start})
+    pieces, found = pieces_of(spec), list[str]()
+    for first in range(0, len(pieces), 2):
+        found += sha256_each([read_parts(payload, "payload", *place) for place in pieces[first : first + 2]])
+    return bytes.fromhex("".join(found))
 
 
 @dataclass(frozen=True)

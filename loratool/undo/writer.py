@@ -5,7 +5,7 @@
                   codes, or rows that were cut off); then the records, rows rising (`undo.records`)
     blobs         the table, which has a row for each record and each unchanged tensor (`undo.table`);
                   the hashes of the pieces (`files.digest`) of all tensors of the base, sorted by name, then of the
-                  changed ones as the merge wrote them;
+                  changed ones as the merge wrote them; the hashes of the payload's pieces;
                   then the base's headers, then its side files, unchanged, then its model card, compressed
     index         a JSON object, as `make_index` makes it, in ASCII with sorted keys and no spaces
     last 56       the index's offset and length, little-endian u64, its sha256, then `loraundo`
@@ -52,7 +52,7 @@ from ..files.weights_file import WeightsFile, copy_bytes
 from .checks import Tiles, bytes_before, counted_rows, is_replaced, kept_names, recoded_shape, spec_of, tiles_of
 from .differences import UNIT, WIDEST
 from .reader import UNDO
-from .table import ROW
+from .table import ROW, hash_payload
 
 PENDING = struct.Struct("<QIQQQ")  # of a record: first row, number of its journal, offset there, bytes, sum
 
@@ -106,6 +106,8 @@ class UndoWriter:
             for hashes, names in ((read, plan.base.stored), (written, index["tensors"]))
             for name in sorted(names)
         )
+        first = len(UNDO.first_line)
+        index["payload"] = hash_payload(output.path, target, first, position - first)
         return write_end(target, position, index, _blobs(index), UNDO)
 
 
@@ -131,6 +133,7 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
         pieces += len(pieces_of(output.specs[name]))
         entry["row"] = FAR
     index["table"], index["hashes"] = bytes(rows * ROW.size), bytes(pieces * 32)
+    index["payload"] = bytes(32 * len(pieces_of(TensorSpec("U8", (size,)))))
     blobs = sum(len(owner[key]) for owner, key in _blobs(index))
     for owner, key in _blobs(index):
         owner[key] = [FAR, len(owner[key]), HASH]
@@ -192,7 +195,7 @@ def _largest_codes(base: Checkpoint, name: str, count: int, records: int) -> int
 
 def _blobs(index: dict[str, Any]) -> list[tuple[Any, str]]:
     """Return the places in the index of table, hashes, headers, side files and card, as (mapping, key)."""
-    blobs: list[tuple[Any, str]] = [(index, "table"), (index, "hashes")]
+    blobs: list[tuple[Any, str]] = [(index, "table"), (index, "hashes"), (index, "payload")]
     blobs += [(shard, "header") for shard in index["shards"] if shard["specs"] is None]
     blobs += [(index["side"], name) for name in sorted(index["side"])]
     return blobs + ([(index, "card")] if "card" in index else [])
@@ -216,7 +219,7 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
     inner = f"{base.folder.name}/" if base.outer else ""
     extras = {name.removeprefix(inner) for name in output.extras}
     names = (extras | plan.edits.files.keys() | plan.edits.skipped_files.keys()) - {CARD}
-    for model in () if base.given_as_file else base.models:
+    for model in base.models if base.has_side_files else ():
         names |= {model.prefix + name for name in ("config.json", *([model.index[0]] if model.index else []))}
     paths = {name: (base.root if is_of_whole(name) else base.folder) / name for name in sorted(names)}
     side = {name: _read(path) for name, path in paths.items() if path.is_file()}

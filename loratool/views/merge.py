@@ -82,6 +82,7 @@ class MergeReport(WritingReport):
         decoded: how many weights were dequantized though no adapter changes them, or with `like` encoded.
         sizes: the bytes of the output's tensors for each possible key of WAYS, if the merge touches codes.
         free_bytes: on the output's disk, in a dry run.
+        replaced: the adapters of an earlier merge that these replace; `base` is then the merged model.
     """
 
     document_function: ClassVar[str] = "merge_document"
@@ -110,6 +111,7 @@ class MergeReport(WritingReport):
     left_behind: tuple[LeftBehind, ...] = ()
     notes: tuple[str, ...] = ()
     free_bytes: int | None = None
+    replaced: tuple[str, ...] = ()
 
 
 @lru_cache(1024)
@@ -167,7 +169,8 @@ def _stored_as(row: TensorReport) -> str:
 
 def _subject(report: MergeReport) -> Line:
     added = [each for adapter in report.adapters for each in weighted(adapter.name, adapter.weight, adapter.components)]
-    return line(path(report.base), *added, " -> ", path(report.out), dry_run_mark(report))
+    removed = [span for name in report.replaced for span in (*line(" - "), path(name))]
+    return line(path(report.base), *removed, *added, " -> ", path(report.out), dry_run_mark(report))
 
 
 def _facts(report: MergeReport) -> Iterator[Line]:
@@ -219,7 +222,7 @@ def _verdict(report: MergeReport) -> Iterator[Line]:
 
 def _next(report: MergeReport) -> str | None:
     """Return the command that verifies the merge, if it needs none of the merge's options."""
-    if report.dry_run or report.left_out or report.quantized == "like":
+    if report.dry_run or report.left_out or report.quantized == "like" or report.replaced:
         return None
     adapters = [each.name if each.weight == 1 else f"{each.name}:{each.weight:g}" for each in report.adapters]
     if any(each.components for each in report.adapters):

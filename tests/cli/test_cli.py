@@ -108,7 +108,7 @@ def test_json_is_one_object_with_the_reports_fields(tmp_path: Path, run: Run) ->
     )
     assert " ".join(report) == (
         "exists digests base out dry_run nbytes adapters tensors changed kept copied undo undo_bytes left_out files "
-        "not_copied warnings quantized base_nbytes sizes decoded left_behind notes free_bytes"
+        "not_copied warnings quantized base_nbytes sizes decoded left_behind notes free_bytes replaced"
     )
     value = json.loads(run("inspect", ADAPTER, "--base", BASE, "--json").stdout)
     assert value["report"]["kind"] == "adapter" and value["report"]["coverage"]["bound"] == 21

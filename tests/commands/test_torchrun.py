@@ -69,6 +69,7 @@ CASES = {
     "unmerge roughly": Case(
         "unmerge merged ../adapter -o out --approximate", "merge ../base ../adapter -o merged --no-undo"
     ),
+    "swap": Case("merge merged ../dora:0.5 --replace ../adapter -o out", "merge ../base ../adapter -o merged"),
     "convert dtype": Case("convert ../base -o out --dtype fp32 --max-shard-size 3MB"),
     "convert to torch": Case("convert ../base -o out --to torch"),
     "convert codes": Case("convert ../fp8 -o out --dtype bf16"),

@@ -379,7 +379,7 @@ class TestRefusals:
         assert sorted(merged.parent.iterdir()) == before
 
     @pytest.mark.parametrize(
-        "field", ["adapters", "arithmetic", "file", "new_side", "shards", "side", "tensors", "hashes"]
+        "field", ["adapters", "arithmetic", "file", "new_side", "shards", "side", "tensors", "hashes", "payload"]
     )
     @pytest.mark.parametrize("value", [None, 5, [{}], {"a": 5}, [[1]]])
     def test_an_index_of_another_form(self, merged: Path, field: str, value: Any) -> None:

@@ -22,7 +22,7 @@ from loratool.files.output.undo_places import undo_chain
 from loratool.undo.reader import UndoFile, belongs
 
 OURS = re.compile(r".+\.loratool-(partial|former|scratch|journal)")
-FALLIBLE = (*REMOVES, "copy_some", "link")  # of which some failures are none of the command
+FALLIBLE = (*REMOVES, "copy_some", "link", "symlink")  # of which some failures are none of the command
 DRAWS = 3  # drawn fates of what is not safe
 
 Point = tuple[str, str, Callable[[], None]]  # area, place, check

@@ -67,11 +67,20 @@ class Recorder:
         self._count = 0
         self._node: dict[int, int] = {}  # inode number -> node
         self._folders: dict[int, dict[str, int | None]] = {}
+        self._temporary: list[Path] = []
         self._top = self._take_in(folder)
         self.start = len(self.steps)
 
     def __call__(self, name: str, real: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        changed = arguments[2:] if name == "copy_some" else arguments
+        if any(map(self._is_temporary, changed)):
+            return real(*arguments)
         return getattr(self, name)(real, *arguments)
+
+    def _is_temporary(self, argument: Any) -> bool:
+        """Return whether a path or a file is in a temporary folder. Nothing there is needed after a loss of power."""
+        path = argument if isinstance(argument, Path) else getattr(argument, "name", None)
+        return isinstance(path, (str, Path)) and any(Path(path).is_relative_to(each) for each in self._temporary)
 
     def _take_in(self, folder: Path) -> int:
         """Note a folder that is there already, as safe."""
@@ -121,8 +130,9 @@ class Recorder:
         return file
 
     def temporary_folder(self, real: Callable[..., Any]) -> Any:
-        """Of which nothing is needed after a loss of power."""
-        return real()
+        folder = real()
+        self._temporary.append(Path(folder.name))
+        return folder
 
     def open_nameless(self, real: Callable[..., Any], folder: Path) -> Any:
         file = real(folder)

@@ -74,6 +74,12 @@ SCENARIOS = {
         "merge once.safetensors adapter:0.3 -o out.safetensors",
         "out.safetensors",
     ),
+    "swap, folder": _of("merge once adapter:0.5 --replace adapter -o out", MERGE_FOLDER.format(1), "out"),
+    "swap, file, third": _of(
+        "merge twice.safetensors adapter:0.3 --replace adapter:0.5 -o out.safetensors",
+        MERGE_FILE.format(1),
+        "out.safetensors",
+    ),
     "merge, GGUF": _of("merge base.gguf llama:0.5 -o out.gguf", "merge base.gguf llama -o out.gguf", "out.gguf"),
     "merge, torch file": _of(
         "merge base.bin adapter:0.5 -o out.safetensors", "merge base.bin adapter -o out.safetensors", "out.safetensors"

@@ -111,7 +111,7 @@ def test_a_former_undo_file_is_whole_where_there_are_no_links(stage: Files) -> N
     visit(calls_of(case, ("ENOSPC", "full")))
 
 
-@pytest.mark.parametrize("scenario", ["merge, pipeline", "merge, file, third", "init with residual"])
+@pytest.mark.parametrize("scenario", ["merge, pipeline", "merge, file, third", "init with residual", "swap, folder"])
 def test_what_was_made_is_safe(stage: Files, scenario: str) -> None:
     """The power may fail when the command has ended; of nested folders too."""
     visit(power_of(begin(SCENARIOS[scenario], BEFORE["nothing"], stage), only_over=True))

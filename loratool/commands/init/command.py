@@ -53,7 +53,7 @@ from ..arguments import parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
 from ..inputs import open_model, without_base_option
 from ..merge.call import Merge
-from ..merge.command import write_merged
+from ..merge.command import Beside, write_merged
 from .call import Init
 from .methods import INITS
 from .starter import (
@@ -334,7 +334,7 @@ class _Initialization:
                 (place, False),
                 self._provenance(adapter.sha256, adapter.scales_sha256),
                 {},
-                beside={f"{INITIAL}/{name}": initial / name for name in (WEIGHTS_NAMES[0], CONFIG_NAME)},
+                beside=Beside(files={f"{INITIAL}/{name}": initial / name for name in (WEIGHTS_NAMES[0], CONFIG_NAME)}),
             )
             result = open_checkpoint(place)
             opened.callback(result.close)

@@ -35,6 +35,8 @@ class Merge(Call["MergeReport"]):
         tied: What to do if an adapter changes only one side of a tied head and embedding. {meanings}.
         initial: The adapter before training, to be subtracted. Needed to merge a PiSSA-like adapter into the original
             base.
+        replace: Replace these adapters of an earlier merge, with their weights: BASE is the merged model with its undo
+            file. The output is that of a merge into the base, which is not needed.
         residual_base: BASE is the residual of a PiSSA-like initialization, not the original model.
 
     Raises:
@@ -65,6 +67,7 @@ class Merge(Call["MergeReport"]):
     tied: Annotated[Literal["untie", "share", "refuse"], one_of(TIED), Opt("About the inputs")] = "untie"
     architecture: Annotated[str | None, Opt("Output", "CLASS", "by the adapter's head or task, or the base's")] = None
     labels: Annotated[Words, Opt("Output", "A,B,...", "the adapter's, or LABEL_0, LABEL_1, ...", commas=True)] = ()
+    replace: Annotated[Adapters | None, Opt("About the inputs", "ADAPTER[:WEIGHT]")] = None
     initial: Annotated[StrPath | None, Opt("About the inputs", "ADAPTER")] = None
     residual_base: Annotated[bool, Opt("About the inputs")] = False
     quantized: Annotated[Literal["mixed", "dequantize", "requantize"], one_of(WAYS), Opt("Output")] = "mixed"

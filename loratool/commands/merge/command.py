@@ -12,7 +12,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -79,6 +79,7 @@ from ..cards import (
 from ..collector import without_gc
 from ..inputs import is_of_mlx, open_inputs, require_residual_base, share_hashes, subtract_initial
 from .call import Merge
+from .replaced import FormerMerge, open_former
 from .report import build_report
 
 
@@ -103,7 +104,9 @@ def merge_card(
         **common_licence(licences),
         "tags": ("lora", "loratool", "merge"),
     }
-    facts = [f"base: {code(shown_name(report.base))}{_licence(licences[0])}"]
+    replaced = few_names([*map(shown_name, report.replaced)])
+    of = f"that of {code(shown_name(report.base))}, a merge with {replaced}" if replaced else ""
+    facts = [f"base: {of or code(shown_name(report.base))}{_licence(licences[0])}"]
     facts += [
         f"{code(shown_name(adapter.name))}: {_adapter_facts(adapter, weight)}{_licence(licence)}"
         for (adapter, weight), licence in zip(adapters, licences[1:], strict=True)
@@ -117,6 +120,7 @@ def merge_card(
         read, written = (code(report.digests[name]) for name in (report.base, report.out))
         facts.append(f"digest of the base {read}, of this model {written}: `loratool inspect --digest .`")
     title = f"{code(shown_name(report.base))} with {few_names([*map(shown_name, names)])}"
+    title += f" in place of {replaced}" if replaced else ""
     return ModelCard(title, facts, commands, metadata).encode()
 
 
@@ -145,6 +149,22 @@ def _licence(licence: Mapping[str, str]) -> str:
 
 logger = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True)
+class Beside:
+    """What some merges have beside their plan.
+
+    Attributes:
+        like: the open quantized model whose format the output gets.
+        former: the merge whose adapters are replaced.
+        files: name in the output's folder -> a file to copy there.
+    """
+
+    like: Checkpoint | None = None
+    former: FormerMerge | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+
+
 PROVEN = ("target", "exclude", "layers", "drop", "alpha", "tied", "initial", "residual_base")  # `verify` has them too
 
 
@@ -161,8 +181,10 @@ def run_merge(call: Merge) -> MergeReport:
             imitated = open_checkpoint(call.like)
             opened.callback(imitated.close)
         plan, inputs = planned.plan, planned.inputs
-        described = described_call(call, inputs)
-        return write_merged(plan, call, planned.place, describe_merge(plan), described, imitated, planned.card)
+        former = planned.former
+        described = {**described_call(call, inputs), **(former.described if former else {})}
+        beside = Beside(imitated, former)
+        return write_merged(plan, call, planned.place, describe_merge(plan), described, planned.card, beside)
 
 
 @dataclass(frozen=True)
@@ -173,12 +195,14 @@ class PlannedMerge:
         place: the output's path, and whether it is a file.
         inputs: the base and the adapters with their weights, as words of a command line.
         card: makes the model card of a folder from the report; None without one.
+        former: the merge whose adapters are replaced.
     """
 
     plan: MergePlan
     place: tuple[Path, bool]
     inputs: Sequence[str]
     card: Callable[[MergeReport], bytes] | None
+    former: FormerMerge | None
 
 
 def plan_call(call: Merge, opened: ExitStack, at: Path | None = None) -> PlannedMerge:
@@ -188,8 +212,10 @@ def plan_call(call: Merge, opened: ExitStack, at: Path | None = None) -> Planned
         at: where the base is while it is changed in place.
     """
     requests = parse_adapters(call.adapters, parse_words(call.drop))
+    former = open_former(call, opened) if call.replace is not None else None
     try:
-        checkpoint, loaded = open_inputs(at or call.base, requests, call.alpha, opened, "merge")
+        base = former.base.checkpoint if former else at or call.base
+        checkpoint, loaded = open_inputs(base, requests, call.alpha, opened, "merge")
     except NeedsFlag as error:
         if error.asks_for("--alpha"):  # or raise what would be raised if it were known: that of a wrong base, say
             run_merge(replace(call, alpha=1.0, dry_run=True))
@@ -209,12 +235,11 @@ def plan_call(call: Merge, opened: ExitStack, at: Path | None = None) -> Planned
     plan = choose_tokenizer(plan, call.tokenizer, is_file=place[1])
     plan = take_trained_modules(plan, is_file=place[1])
     inputs = [input_word(call.base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one
-    commands = (
-        command_line("merge", *inputs, *options_of(call), "-o", "merged"),
-        command_line("verify", *inputs, "merged", *options_of(call, PROVEN)),
-    )
+    commands = [command_line("merge", *inputs, *options_of(call), "-o", "swapped" if former else "merged")]
+    if not former:  # else it needs the base, whose name is not known
+        commands.append(command_line("verify", *inputs, "merged", *options_of(call, PROVEN)))
     card = partial(merge_card, checkpoint, sort_adapters(loaded), commands) if call.card else None
-    return PlannedMerge(plan, place, inputs, card)
+    return PlannedMerge(plan, place, inputs, card, former)
 
 
 def write_merged(
@@ -223,9 +248,8 @@ def write_merged(
     place: tuple[Path, bool],
     provenance: str,
     described: Mapping[str, str],
-    like: Checkpoint | None = None,
     card: Callable[[MergeReport], bytes] | None = None,
-    beside: Mapping[str, Path] | None = None,
+    beside: Beside | None = None,
 ) -> MergeReport:
     """Write the merged model of a plan.
 
@@ -233,11 +257,11 @@ def write_merged(
         call: the options, and the name of the base for the report; its other inputs are in the plan.
         place: the output's path, and whether it is a file.
         described: the call for the journal.
-        like: the open quantized model whose format the output gets.
         card: makes the model card of a folder from the report.
-        beside: name in the output's folder -> a file to copy there.
     """
     path, is_file = place
+    beside = beside or Beside()
+    like, former = beside.like, beside.former
     base, dtype = os.fspath(call.base), MERGE_DTYPES[call.dtype]
     if like:
         plan = plan_like(plan, like, dtype)
@@ -249,6 +273,7 @@ def write_merged(
     plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(like.shards) if like else []
+    inputs += former.paths if former else []
     exists = check_output_path(path, is_file, inputs, call.force, is_model=True, dry_run=call.dry_run)
     lay_out = without_gc(plan_output)
     output = lay_out(
@@ -265,9 +290,12 @@ def write_merged(
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
     read += like.shards if like else ()
+    read += tuple(adapter.file for adapter in former.adapters) if former else ()
+    if former:
+        output = former.carry_undo(output)
     output = replace(
         output,
-        side_files={**output.side_files, **(beside or {})},
+        side_files={**output.side_files, **beside.files},
         inputs=read,
         configs=(*output.configs, *(adapter.config for adapter, _ in plan.adapters)),
         call=described,
@@ -279,18 +307,21 @@ def write_merged(
     check_undo_files(output, inputs, call.force or call.dry_run)
     largest = None
     if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
+        if former:
+            former.base.undo.require_sound()
         workers = call.workers or worker_count()
         check_factors(plan, workers)
         _check_scales(plan, workers)
         largest = largest_undo(plan, output) if output.undo else None
     planned = build_report(plan, output, base, {}, largest if call.dry_run else None, dry_run=True)
+    planned = replace(planned, replaced=former.names if former else ())
     if card and not is_file:
         output = replace(output, extras={**output.extras, CARD: card(planned)})
     if call.dry_run:
         output.require_own_journal()
         warnings = (*planned.warnings, *output.space_warning())
         return replace(planned, exists=exists, free_bytes=free_bytes(output.parent), warnings=warnings)
-    return _execute(plan, output, call, card)
+    return _execute(plan, output, call, card, former)
 
 
 def describe_merge(plan: MergePlan) -> str:
@@ -361,7 +392,13 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
             )
 
 
-def _execute(plan: MergePlan, output: Output, call: Merge, card: Callable[[MergeReport], bytes] | None) -> MergeReport:
+def _execute(
+    plan: MergePlan,
+    output: Output,
+    call: Merge,
+    card: Callable[[MergeReport], bytes] | None,
+    former: FormerMerge | None = None,
+) -> MergeReport:
     """Write the output. Its card is last, as it has the report's figures."""
     workers, device = call.workers or worker_count(), choose_device(call.device)
     changes: dict[str, list[RoundingStats]] = defaultdict(list)
@@ -380,18 +417,27 @@ def _execute(plan: MergePlan, output: Output, call: Merge, card: Callable[[Merge
         def finish(targets: Mapping[str, BinaryIO]) -> dict[str, bytes]:
             nonlocal report
             size = None
+            if former and hashes:
+                former.base.prove(hashes)
             if undo and hashes and output.undo:
                 size = undo.finish(targets[output.undo.name], plan, output, hashes.of_read, hashes.of_written)
             report = build_report(plan, output, os.fspath(call.base), changes, size, dry_run=False)
-            report = replace(report, digests=digests_of_merge(plan, output, call, hashes))
-            return {CARD: card(report)} if card and CARD in output.extras else {}
+            replaced = former.names if former else ()
+            report = replace(report, replaced=replaced, digests=digests_of_merge(plan, output, call, hashes))
+            small = {CARD: card(report)} if card and CARD in output.extras else {}
+            if former:  # the card has the digest of the base, which the call does not name
+                report = replace(report, digests=former.digests(report.digests))
+            return small
 
         beside = plan.edits.beside.keys() - plan.written.keys()
         sources = plan.stored_sources(output.specs.keys() - beside)
         hashes = None
-        if undo or call.digest:
+        if undo or call.digest or former:
             copied = {name for name, spec in output.specs.items() if _is_copied(plan, sources.get(name), name, spec)}
-            hashes = TensorHashes(plan.base.shard_of, output.specs.keys() - (copied - plan.written.keys()))
+            read = former.base.to_hash if former else plan.base.shard_of
+            hashes = TensorHashes(read, output.specs.keys() - (copied - plan.written.keys()))
+        if former:
+            tensors |= former.base.rest(sources, tensors)
         runs = rewrite(output, sources, tensors, device, workers, call.progress, finish, hashes)
         for item, blocks in opened.enter_context(closing(runs)):
             if undo and isinstance(blocks[0], RecordedBlock):

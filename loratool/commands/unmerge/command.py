@@ -15,11 +15,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from ...adapters.adapter import Adapter
 from ...binding.merge.merge_plan import plan_merge
-from ...binding.modules.module_weights import recorded_weights, spell_weight
+from ...binding.modules.module_weights import spell_weight
 from ...binding.modules.selection import Selection
 from ...durable.fileio import sampled
 from ...errors import InputError, UsageError
@@ -28,24 +27,19 @@ from ...files.codecs.codec import Parts
 from ...files.containers.safetensors_file import build_header
 from ...files.digest import digest_of, has_digest, pieces_of
 from ...files.dtypes import TensorSpec
-from ...files.folder.sentence_transformers import DENSE
 from ...files.folder.side_files import (
     CARD,
     LeftBehind,
     encode_json,
     has_card,
-    is_of_tokenizer,
     is_of_whole,
-    matches,
     provenance,
-    undo_files,
     undo_path,
 )
 from ...files.output.model_card import is_unedited
 from ...files.output.output import CONTAINERS, Output, OutputFile
 from ...files.output.paths import check_output_path, check_undo_files, output_path
 from ...files.output.plan import plan_output, put_inside
-from ...files.output.undo_places import undo_chain
 from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of
 from ...numerics.merge import ARITHMETIC_VERSION
@@ -57,7 +51,7 @@ from ...streaming.recode import restore_recoded
 from ...streaming.rewrite import ChangedTensor, refuse_overflow, rewrite
 from ...streaming.segment import UpdateLoader
 from ...undo.checks import prefix_of, spec_of
-from ...undo.reader import UndoFile, belongs
+from ...undo.reader import UndoFile
 from ...undo.records import EDITED, NOT_RESTORED, Doubted
 from ...undo.writer import read_placements
 from ...views.unmerge import UnmergeReport
@@ -65,7 +59,10 @@ from ..adapter_requests import AdapterRequest, parse_adapters
 from ..arguments import parse_words
 from ..cards import described_call, input_word
 from ..inputs import open_adapters, refuse_adapter, share_hashes
+from ..merged_models import find_undo, match_adapters, require_names, require_written
 from .call import Unmerge
+
+WITHOUT_UNDO = "give the undo file with --undo, or use --approximate, which is not exact"
 
 REPLACED, OF_THE_MERGE = "replaced by the base's", "the base has none"  # a file that a merge wrote, or a user since
 
@@ -82,7 +79,7 @@ def run_unmerge(call: Unmerge) -> UnmergeReport:
         if call.approximate:
             added = open_adapters(requests, call.alpha, opened, base=checkpoint)
             return _subtract(call, checkpoint, requests, added)
-        chain = find_undo(checkpoint, call.undo)
+        chain = find_undo(checkpoint, call.undo, WITHOUT_UNDO)
         record = UndoFile(chain[0])
         opened.callback(record.close)
         used = match_adapters(record, requests, call.alpha, opened, checkpoint)
@@ -92,7 +89,7 @@ def run_unmerge(call: Unmerge) -> UnmergeReport:
             raise InputError("the base has several files", culprit=str(path), remedy="give a folder with -o")
         inputs = paths_of([*checkpoint.shards, *(a.file for a in used)]) + [record.path]
         exists = check_output_path(path, is_file, inputs, call.force, True, record.side, call.dry_run)
-        check_names(checkpoint, record, base)
+        require_names(checkpoint, record, [file.name for file in base])
         output = plan_restored(checkpoint, record, chain, base, path, is_file)
         output = replace(
             output,
@@ -141,90 +138,6 @@ def _described(call: Unmerge, merged: str | os.PathLike[str], requests: Sequence
     return described_call(call, [input_word(merged), *adapters])
 
 
-def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None) -> list[Path]:
-    """Return the undo files of a merged model: that of the merge, and those of earlier merges.
-
-    Args:
-        named: the value of --undo.
-
-    Raises:
-        InputError: there is none.
-    """
-    model = merged.path if merged.given_as_file else merged.folder
-    path = undo_path(model, merged.given_as_file) if named is None else Path(named)
-    chain = undo_chain(model, merged.given_as_file, belongs) if named is None else undo_files(path)
-    if not chain and not path.is_file():
-        raise InputError(
-            f"has no undo file {path}: it was merged with --no-undo, by another tool, or the file was moved",
-            culprit=str(merged.path),
-            remedy="give the undo file with --undo, or use --approximate, which is not exact",
-        )
-    return chain or [path]
-
-
-def match_adapters(
-    undo: UndoFile,
-    requests: Sequence[AdapterRequest],
-    alpha: float | None,
-    opened: ExitStack,
-    merged: Checkpoint,
-) -> list[Adapter]:
-    """Open the adapters, in the order of the undo file.
-
-    Raises:
-        InputError: an adapter of the merge is missing, or one that is given is not of the merge.
-    """
-    if undo.index["arithmetic"] != ARITHMETIC_VERSION:
-        raise InputError(
-            f"was written with arithmetic {undo.index['arithmetic']}; this loratool has {ARITHMETIC_VERSION}",
-            culprit=str(undo.path),
-            remedy="use the version of loratool that merged",
-        )
-    adapters = open_adapters(requests, alpha, opened, base=merged)
-    left = list(share_hashes(zip(adapters, [each.weight for each in requests], strict=True)))
-    matched = []
-    for recorded in undo.index["adapters"]:
-        same = [pair for pair in left if pair[0].sha256 == recorded["sha256"]]
-        scaled = [pair for pair in same if pair[0].scales_sha256 == recorded["scales_sha256"]]
-        weighed = recorded["weight"], recorded_weights(recorded)
-        match = next((pair for pair in scaled if (pair[1], pair[0].module_weights) == weighed), None)
-        if match is None:
-            raise _missing_adapter(undo, recorded, left, same, scaled)
-        left.remove(match)
-        matched.append(match[0])
-    if left:
-        raise InputError("was not part of the merge", culprit=left[0][0].name)
-    return matched
-
-
-def _missing_adapter(
-    undo: UndoFile,
-    recorded: Mapping[str, Any],
-    left: Sequence[tuple[Adapter, float]],
-    same: Sequence[tuple[Adapter, float]],
-    scaled: Sequence[tuple[Adapter, float]],
-) -> InputError:
-    name, weight = recorded["name"], spell_weight(recorded["weight"], recorded_weights(recorded))
-    if scaled:
-        other, its = scaled[0]
-        return InputError(
-            f"was merged with weight {weight}, not {spell_weight(its, other.module_weights)}", culprit=other.name
-        )
-    if same:
-        return InputError(
-            "has another rank, alpha or config than in the merge, or --drop differs",
-            culprit=same[0][0].name,
-        )
-    missing = f"used {name} (sha256 {recorded['sha256'][:16]}...) with weight {weight}"
-    of_merge = {each["sha256"] for each in undo.index["adapters"]}
-    foreign = next((adapter.name for adapter, _ in left if adapter.sha256 not in of_merge), None)
-    if foreign is not None:
-        return InputError(f"is not an adapter of the merge, which {missing}", culprit=foreign)
-    return InputError(
-        f"the merge also {missing}", culprit=str(undo.path), remedy="give all adapters of the merge, with their weights"
-    )
-
-
 def base_files(undo: UndoFile) -> list[OutputFile]:
     """Return the base's files, with a safetensors file of the same tensors for each torch file."""
     files = []
@@ -241,29 +154,6 @@ def base_files(undo: UndoFile) -> list[OutputFile]:
     if len({file.name for file in files}) < len(files):
         raise InputError("it gives two files of the base the same name", culprit=str(undo.path))
     return files
-
-
-def check_names(merged: Checkpoint, undo: UndoFile, files: Sequence[OutputFile]) -> None:
-    """Raise InputError for files that the base of this merged model cannot have had."""
-    held, ends = {shard.place for shard in merged.shards}, CONTAINERS[merged.container]
-    folders = {part.prefix for part in merged.models} | {""}
-    shards = [] if undo.index["file"] else [file.name for file in files]
-    for name in (*undo.side, *undo.index["new_side"], *shards):
-        last = name.rpartition("/")[2]
-        taken = name in shards and name not in held and (last.startswith(".") or not last.endswith(ends))
-        fits = prefix_of(name) in folders or is_of_tokenizer(name) or _is_module(merged, name)
-        if not fits or taken:
-            raise InputError(f"it names {name!r}, which is not a file of a model", culprit=str(undo.path))
-    if merged.given_as_file:
-        return
-    for name in undo.index["new_side"]:
-        if name.rpartition("/")[2] == "config.json" and (merged.folder / name).exists():
-            raise InputError("is not in the output of the merge: the merged model was edited since", culprit=name)
-
-
-def _is_module(merged: Checkpoint, name: str) -> bool:
-    """Return whether a file is that of a dense layer beside the transformer, and the merged model has it too."""
-    return matches(name, DENSE) and (merged.root / name).is_file() and prefix_of(name) != f"{merged.folder.name}/"
 
 
 def plan_restored(
@@ -341,14 +231,7 @@ def plan_tensors(
     """
     sources: dict[str, TensorRef] = {}
     tensors: dict[str, ChangedTensor] = {}
-    written = undo.merged_specs
-    for name in merged.stored:
-        if name not in written:
-            raise InputError("is not in the output of the merge: the merged model was edited since", culprit=name)
-    for name, expected in written.items():
-        if merged.stored.get(name) != expected:
-            stored = merged.stored.get(name, "missing")
-            raise InputError(f"is {stored}, but the merge wrote {expected}: it was edited since", culprit=name)
+    require_written(merged, undo)
     for name, entry in undo.index["tensors"].items():
         if "recoded" in entry:
             tensors[name] = restore_recoded(_recoded_parts(merged, undo, name), undo, name)

@@ -45,13 +45,11 @@ from ..in_place import (
     stage,
     way_of,
 )
+from ..merged_models import find_undo, match_adapters, require_names
 from .call import Unmerge
 from .command import (
     base_files,
-    check_names,
     digests_of_unmerge,
-    find_undo,
-    match_adapters,
     open_merged,
     plan_restored,
     plan_tensors,
@@ -91,6 +89,7 @@ def _plan(call: Unmerge, path: Path) -> Planned[UnmergeReport]:
                 raise InputError("has other headers than the base", culprit=str(path), remedy=remedy)
             by = "shard"
         way = choose_way(each.merged, path, by)
+        undo.require_sound()
         _check_merged(undo, each.merged, call.workers or worker_count())
         report = report_unmerge(undo, os.fspath(call.merged), each.adapters, each.output, dry_run=True)
         return Planned(report, way, [file.name for file in files])
@@ -103,12 +102,12 @@ def _open(call: Unmerge, path: Path, opened: ExitStack, model: ModelInPlace | No
     named = call.undo
     if named is None and model and merged.given_as_file:
         named = undo_path(path, is_file=True)
-    chain = find_undo(merged, named)
+    chain = find_undo(merged, named, "give the undo file with --undo")
     undo = UndoFile(chain[0])
     opened.callback(undo.close)
     adapters = match_adapters(undo, requests, call.alpha, opened, merged)
     files = base_files(undo)
-    check_names(merged, undo, files)
+    require_names(merged, undo, [file.name for file in files])
     output = plan_restored(merged, undo, chain, files, path, merged.given_as_file)
     names = [file.name for file in files_of(merged)]
     renamed = output.files if not merged.given_as_file else (replace(output.files[0], name=names[0]),)

@@ -60,7 +60,7 @@ def with_blob(body: bytes, index: dict[str, Any], key: str, data: bytes) -> tupl
     def moved(place: list[Any] | None) -> list[Any] | None:
         return [place[0] + len(data) - length, *place[1:]] if place and place[0] > at else place
 
-    index = {**index, **{each: moved(index[each]) for each in ("table", "hashes", "card") if each in index}}
+    index = {**index, **{each: moved(index[each]) for each in ("table", "hashes", "payload", "card") if each in index}}
     index[key] = [at, len(data), hashlib.sha256(data).hexdigest()]
     index["shards"] = [{**shard, "header": moved(shard["header"])} for shard in index["shards"]]
     index["side"] = {name: moved(place) for name, place in index["side"].items()}

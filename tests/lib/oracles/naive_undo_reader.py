@@ -164,6 +164,9 @@ def restore(data, merged, adapters, coded=None, sizes=None):
     told = {name for name, each in (coded or {}).items() if each.scales}  # their bytes are blocks of codes and scales
     known = [{name: each[name] for name in each.keys() - told} for each in (found, merged)]
     check_hashes(blob(data, index["hashes"]), index["tensors"], sizes, *known)
+    payload = data[16 : index["table"][0]]
+    pieces = (payload[at : at + (1 << 24)] for at in range(0, len(payload), 1 << 24))
+    assert blob(data, index["payload"]) == b"".join(hashlib.sha256(piece).digest() for piece in pieces)
     return found
 
 
