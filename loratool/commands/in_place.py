@@ -7,6 +7,7 @@ call from the journal and goes on.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 from base64 import b64decode, b64encode
@@ -267,10 +268,6 @@ def choose_way(model: Checkpoint, path: Path, by: str | None) -> str:
         status = shard.path.lstat()
         if shard.path.is_symlink():
             raise InputError("is a link, as in a cache that others read", culprit=str(shard.path), remedy=COPY)
-        if model.container == "torch" or shard.scattered:
-            raise InputError(
-                "is a torch file, which cannot be changed in place", culprit=str(shard.path), remedy=ELSEWHERE
-            )
         if not os.access(shard.path, os.W_OK):
             raise InputError("cannot be written to", culprit=str(shard.path), remedy=ELSEWHERE)
         if status.st_nlink > 1 and by != "shard":
@@ -317,13 +314,22 @@ def require_layout(output: Output, files: Sequence[OutputFile], model: Checkpoin
 
 def files_of(model: Checkpoint) -> list[OutputFile]:
     """Return the files of a model as they are, by their paths in its folder."""
-    files = []
-    for shard in model.shards:
-        assert shard.header is not None, "it is no torch file"
-        name = shard.path.name if model.given_as_file else shard.path.relative_to(model.root).as_posix()
-        head = read_layout(shard.header, shard.path).head
-        files.append(OutputFile(name, head, dict(shard.begin), shard.nbytes))
-    return files
+    return [
+        file_of(shard, shard.path.name if model.given_as_file else shard.path.relative_to(model.root).as_posix())
+        for shard in model.shards
+    ]
+
+
+def file_of(shard: WeightsFile, name: str) -> OutputFile:
+    """Return a weights file as it is, to be written again under a name.
+
+    Raises:
+        InputError: it is a torch file.
+    """
+    if shard.header is None or shard.scattered:
+        message = "is a torch file, which cannot be changed in place"
+        raise InputError(message, culprit=str(shard.path), remedy=ELSEWHERE)
+    return OutputFile(name, read_layout(shard.header, shard.path).head, dict(shard.begin), shard.nbytes)
 
 
 def shards_of(model: Checkpoint, files: Sequence[OutputFile]) -> dict[str, WeightsFile]:
@@ -361,8 +367,12 @@ def stage(model: ModelInPlace, files: Mapping[str, bytes | Path | None]) -> list
     """Write small files, and return the moves that put them into the model's folder. None: the file is removed."""
     folder, moves = model.folder.name, list[Move]()
     for name, content in sorted(files.items()):
-        place, inside = model.folder / "new" / name, f"{folder}/{model.path.name}/{name}"
-        if (model.model / name).exists():
+        place, inside, now = model.folder / "new" / name, f"{folder}/{model.path.name}/{name}", model.model / name
+        if now.exists():
+            if (isinstance(content, Path) and filecmp.cmp(content, now, shallow=False)) or (
+                isinstance(content, bytes) and now.read_bytes() == content
+            ):
+                continue
             moves.append(Move(inside, f"{folder}/former/{name}"))
         if content is None:
             continue
@@ -376,19 +386,23 @@ def stage(model: ModelInPlace, files: Mapping[str, bytes | Path | None]) -> list
     return moves
 
 
-def renamed_undo(model: ModelInPlace, undo: Path, new: Path | None) -> list[Move]:
+def renamed_undo(model: ModelInPlace, undo: Path, new: Path | None, replaces: bool = False) -> list[Move]:
     """Return the moves of a model's undo files: those of earlier merges get the next numbers, or the former ones.
 
     Args:
         undo: the place of the last merge's, below the model's own place.
         new: the file that will be there; None if the last merge is undone.
+        replaces: the new merge is in the place of the last one.
     """
     is_inside = undo.is_relative_to(model.path)
     folder = Path(model.folder.name, undo.parent.relative_to(model.path.parent)) if is_inside else Path()
     there = undo_files(model.path.absolute().parent / folder / undo.name)
     names = [f"{folder}/{undo.name}{f'.{number}' if number else ''}" for number in range(len(there) + 1)]
+    away = Move(names[0], f"{model.folder.name}/former/{undo.name}")
+    if new and replaces:
+        return [away, Move(f"{model.folder.name}/{new.relative_to(model.folder).as_posix()}", names[0])]
     if new:
         moves = [Move(names[number], names[number + 1]) for number in reversed(range(len(there)))]
         return [*moves, Move(f"{model.folder.name}/{new.relative_to(model.folder).as_posix()}", names[0])]
     moves = [Move(names[number], names[number - 1]) for number in range(1, len(there))]
-    return [Move(names[0], f"{model.folder.name}/former/{undo.name}"), *moves] if there else []
+    return [away, *moves] if there else []

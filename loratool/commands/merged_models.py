@@ -17,8 +17,10 @@ from ..files.folder.side_files import is_of_tokenizer, matches, undo_files, undo
 from ..files.output.output import CONTAINERS
 from ..files.output.undo_places import undo_chain
 from ..numerics.merge import ARITHMETIC_VERSION
+from ..streaming.digests import hashes_of_tensors
 from ..undo.checks import prefix_of
 from ..undo.reader import UndoFile, belongs
+from ..undo.records import EDITED
 from .adapter_requests import AdapterRequest
 from .inputs import open_adapters, share_hashes
 
@@ -118,6 +120,15 @@ def require_written(merged: Checkpoint, undo: UndoFile) -> None:
         if merged.stored.get(name) != expected:
             stored = merged.stored.get(name, "missing")
             raise InputError(f"is {stored}, but the merge wrote {expected}: it was edited since", culprit=name)
+
+
+def require_unedited(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
+    """Raise InputError unless an undo file is sound, and the tensors that the merge changed are as it wrote them."""
+    undo.require_sound()
+    names = [name for name in undo.index["tensors"] if name in merged.stored]
+    for name, found in hashes_of_tensors(merged.shard_of, names, workers).items():
+        if found != undo.merged_hashes(name):
+            raise InputError(EDITED, culprit=name)
 
 
 def require_names(merged: Checkpoint, undo: UndoFile, files: Iterable[str]) -> None:

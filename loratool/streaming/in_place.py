@@ -61,10 +61,12 @@ class RowWindows:
             is written anew.
         former: the files as they were.
         shards: the model's files as they are now, by name.
+        stored: each tensor as it is in the model's files now.
         sources: the source of each tensor.
         changed: the tensors that change.
         whole: those of which no rows may change before all have been read.
-        back: takes results of windows; returns the tensors with which their rows become what they were.
+        back: takes the tensors of some windows and the windows' results; returns the tensors with which their rows
+            become what they were, and the sources of those that are not read as they are stored.
         check: raises an error for an item whose results must not be written.
         by_shard: each file is written anew.
     """
@@ -72,10 +74,11 @@ class RowWindows:
     output: Output
     former: Sequence[OutputFile]
     shards: Mapping[str, WeightsFile]
+    stored: Mapping[str, TensorRef]
     sources: Mapping[str, TensorRef]
     changed: Mapping[str, ChangedTensor]
     whole: Collection[str]
-    back: Callable[[Results], Mapping[str, ChangedTensor]]
+    back: Callable[[Collection[str], Results], tuple[Mapping[str, ChangedTensor], Mapping[str, TensorRef]]]
     check: Callable[[MapRows, list[Any]], None]
     by_shard: bool
     device: Device
@@ -98,11 +101,12 @@ class RowWindows:
         for window in self._windows():
             if window.number not in model.windows:
                 continue
-            changed = self.back(results[window.number])
-            names = dict.fromkeys(tensor for tensor, *_ in results[window.number])
+            moving = (each for each in window.items if is_changed(each, self.changed) or not _is_in_place(each))
+            names = dict.fromkeys(item.tensor for item in moving if isinstance(item, MapRows))
+            changed, sources = self.back(names, results[window.number])
             file = files[window.file.name]
             begin = file.begin if self.by_shard else {name: file.begin[name] for name in names}
-            items = tuple(self._items(replace(file, begin=begin), changed))
+            items = tuple(self._items(replace(file, begin=begin), changed, {**self.stored, **sources}))
             if not self.by_shard:
                 items = tuple(item for item in items if _is_within(item, window.ranges))
             self._put(model, Window(window.number, file, items), False, changed)
@@ -113,7 +117,7 @@ class RowWindows:
             waiting: list[Place] = []
             nbytes = 0
             is_new = file.header != files[file.name].header
-            for item in self._items(file, self.changed):
+            for item in self._items(file, self.changed, self.sources):
                 last = waiting[-1] if waiting else None
                 if isinstance(last, MapRows) and isinstance(item, MapRows) and last.tensor == item.tensor:
                     stays = item.tensor in self.whole
@@ -129,11 +133,13 @@ class RowWindows:
                 yield Window(number, file, tuple(waiting))
                 number += 1
 
-    def _items(self, file: OutputFile, changed: Mapping[str, ChangedTensor]) -> Iterator[Place]:
+    def _items(
+        self, file: OutputFile, changed: Mapping[str, ChangedTensor], sources: Mapping[str, TensorRef]
+    ) -> Iterator[Place]:
         """Yield the items of a file; in windows only those that change bytes. Their target is the model's file now."""
         target = self.shards[file.name].file
         begin = {name: (target, first) for name, first in file.begin.items()}
-        for item in file_items(self.output, file, target, self.sources, changed, begin.__getitem__, {}):
+        for item in file_items(self.output, file, target, sources, changed, begin.__getitem__, {}):
             assert isinstance(item, CopyBytes | MapRows)
             if self.by_shard or is_changed(item, changed) or not _is_in_place(item):
                 yield item

@@ -6,7 +6,7 @@ A tensor that the merge changed is restored where it is read, record by record. 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +21,7 @@ from ..files.containers.layouts import FileLayout
 from ..files.containers.safetensors_file import TensorFile
 from ..files.digest import digest_of
 from ..files.tensor_ref import TensorRef
-from ..files.weights_file import WeightsFile
+from ..files.weights_file import PlacedTensors, WeightsFile
 from ..numerics.arrays import Numbers
 from ..numerics.forms import FORMS
 from ..numerics.workspace import Workspace
@@ -63,15 +63,19 @@ class RestoredTensors:
     Args:
         merged: the open merged model.
         make: returns how a changed tensor is restored.
+        changed: the tensors that are restored, by default those that the undo file names.
     """
 
-    def __init__(self, merged: Checkpoint, undo: UndoFile, make: MakeTensor) -> None:
+    def __init__(
+        self, merged: Checkpoint, undo: UndoFile, make: MakeTensor, changed: Collection[str] | None = None
+    ) -> None:
         self.merged, self.undo, self._make = merged, undo, make
+        self._changed = undo.index["tensors"].keys() if changed is None else changed
         self._local = threading.local()
 
     def is_changed(self, name: str) -> bool:
         """Return whether the merge changed a tensor of the base."""
-        return name in self.undo.index["tensors"]
+        return name in self._changed
 
     def is_computed(self, name: str) -> bool:
         """Return whether rows of a tensor are in no file."""
@@ -198,6 +202,20 @@ class RestoredFile(TensorFile):
 
     def read_bytes(self, name: str, first: int, out: memoryview) -> None:
         self._tensors.read(self._full(name), first, out)
+
+
+class RestoredRows(PlacedTensors):
+    """A weights file of a merged model whose changed tensors are read as they are restored, in the same places."""
+
+    def __init__(self, tensors: RestoredTensors, file: WeightsFile) -> None:
+        super().__init__(file.path, file.file, file.specs, file.begin)
+        self._tensors = tensors
+
+    def is_computed(self, name: str) -> bool:
+        return self._tensors.is_computed(name)
+
+    def read_bytes(self, name: str, first: int, out: memoryview) -> None:
+        self._tensors.read(name, first, out)
 
 
 @dataclass(frozen=True)

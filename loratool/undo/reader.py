@@ -39,6 +39,7 @@ from .checks import (
     check_placement,
     checked_spec,
     is_recorded,
+    is_replaced,
     kept_names,
     prefix_of,
     recoded_shape,
@@ -306,6 +307,15 @@ class UndoFile(IndexedFile):
         first += len(self._copied_sizes(tensor, tiles))
         both = zip(tiles.records(), self._table.rows(first, tiles.count()), strict=True)
         return [Record(**vars(stretch), start=start, stop=stop) for (start, stop), stretch in both]
+
+    def runs(self, tensor: str) -> list[tuple[int, int]]:
+        """Return the runs of a changed tensor's rows that have records; no record crosses the end of one."""
+        return self._tiles(tensor).runs
+
+    def replaced(self) -> list[str]:
+        """Return the changed tensors that are not merged from an update of their rows, and codes."""
+        entries = self.index["tensors"].items()
+        return [name for name, each in entries if is_replaced(each) or "recoded" in each or name in self.weights]
 
     def unrecorded(self) -> list[str]:
         """Return the changed tensors some of whose bytes, as the merge wrote them, are in no record."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FIXTURES, factors, weights, write_model, write_peft
+from conftest import FIXTURES, factors, load_model, weights, write_model, write_peft
 from lib.harness.interrupted import interrupted
 from lib.models.gguf_models import llama_weights, write_llama
 from safetensors.torch import load_file, save_file
@@ -90,6 +90,32 @@ def test_two_merges_come_off_one_after_the_other(tmp_path: Path) -> None:
     assert files(model) == files(once)
     loratool.unmerge(model, LLAMA / "adapter", in_place=True)
     assert files(model) == files(LLAMA / "base")
+
+
+@pytest.mark.parametrize("by", ["shard", "window"])
+@pytest.mark.parametrize("begun", ["in place", "with an output"])
+def test_a_swap_is_the_merge_of_the_new_adapter(
+    begun: str, by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loratool.streaming.in_place.WINDOW", 3000)
+    base, old, model = LLAMA / "base", LLAMA / "adapter", tmp_path / "model"
+    pairs = {
+        f"{LAYER}.{name}": factors(*load_model(base)[f"{LAYER}.{name}.weight"].shape, 2)
+        for name in ("q_proj", "o_proj")
+    }
+    new = write_peft(tmp_path / "new", pairs)
+    fresh = loratool.merge(base, new, tmp_path / "fresh")
+    if begun == "in place":
+        copied(base, model)
+        loratool.merge(model, old, in_place=True)
+    else:
+        loratool.merge(base, old, model)
+    report = loratool.merge(model, new, replace=old, in_place=True, by=by)
+    assert report.replaced == (str(old),) and report.digests[str(model)] == fresh.digests[fresh.out]
+    here, there = files(model), files(tmp_path / "fresh")
+    assert {name for name in here if here[name] != there.get(name)} <= {"README.md"} and here.keys() == there.keys()
+    loratool.unmerge(model, new, in_place=True)
+    assert files(model) == files(base)
 
 
 def test_a_dry_run_changes_nothing(tmp_path: Path, run: Run) -> None:

@@ -56,6 +56,17 @@ MERGES = {
         f"unmerge {FILE} adapter", (f"copy base.safetensors {FILE}", f"merge {FILE} adapter --in-place"), FILE
     ),
 }
+MERGES |= {
+    "swap": Way("merge m dora --replace adapter", ("merge base adapter -o m",)),
+    "swap, second": Way(
+        "merge m dora:0.5 --replace dora", ("copy base m", "merge m adapter --in-place", "merge m dora --in-place")
+    ),
+    "swap, file": Way(
+        f"merge {FILE} both --replace adapter",
+        (f"copy base.safetensors {FILE}", f"merge {FILE} adapter --in-place"),
+        FILE,
+    ),
+}
 WAYS = {
     **{
         f"{name}, {by}": Way(f"{way.command} --in-place --by {by}", way.old, way.model)
@@ -110,6 +121,7 @@ def make_inputs(folder: Path, out: int, width: int) -> None:
     save_file(tensors, folder / "base.safetensors", metadata={"format": "pt"})
     pairs = {f"{LAYER}.{name}": factors(out, width, 3, seed) for seed, name in enumerate(("q_proj", "v_proj"))}
     write_peft(folder / "adapter", pairs, base_model_name_or_path="base")
+    write_peft(folder / "both", {f"{LAYER}.{name}": factors(out, width, 1, 9) for name in names[:2]})
     dora = write_peft(folder / "dora", {f"{LAYER}.k_proj": factors(out, width, 2, 7)}, use_dora=True)
     magnitude = {f"base_model.model.{LAYER}.k_proj.lora_magnitude_vector": weights(out).abs() + 0.5}
     tensors = load_file(dora / "adapter_model.safetensors")

@@ -31,6 +31,7 @@ from ...binding.merge.trained_modules import take_trained_modules
 from ...binding.modules.module_weights import spell_weight
 from ...binding.modules.selection import Selection
 from ...durable.fileio import free_bytes
+from ...durable.in_place import ModelInPlace
 from ...durable.journal import StoredBytes
 from ...errors import NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
@@ -205,16 +206,16 @@ class PlannedMerge:
     former: FormerMerge | None
 
 
-def plan_call(call: Merge, opened: ExitStack, at: Path | None = None) -> PlannedMerge:
+def plan_call(call: Merge, opened: ExitStack, at: ModelInPlace | None = None) -> PlannedMerge:
     """Open the inputs of a call, and plan it.
 
     Args:
-        at: where the base is while it is changed in place.
+        at: the base, or the merged model, while it is changed in place.
     """
     requests = parse_adapters(call.adapters, parse_words(call.drop))
-    former = open_former(call, opened) if call.replace is not None else None
+    former = open_former(call, opened, at) if call.replace is not None else None
     try:
-        base = former.base.checkpoint if former else at or call.base
+        base = former.base.checkpoint if former else at.model if at else call.base
         checkpoint, loaded = open_inputs(base, requests, call.alpha, opened, "merge")
     except NeedsFlag as error:
         if error.asks_for("--alpha"):  # or raise what would be raised if it were known: that of a wrong base, say

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,32 @@ from ...durable import disk
 from ...durable.fileio import open_new
 from ...durable.in_place import ModelInPlace, Move
 from ...errors import InputError, UsageError
+from ...files.checkpoint import Checkpoint
 from ...files.dtypes import MERGE_DTYPES
 from ...files.folder.side_files import CARD, undo_path
-from ...files.output.output import Output
+from ...files.output.output import Output, OutputFile
 from ...files.output.plan import plan_output
+from ...files.tensor_ref import TensorRef
 from ...files.weights_file import paths_of, require_unchanged
 from ...numerics.rounding_stats import RoundingStats
-from ...streaming.apply import plan_changed_tensors, restore_tensor
+from ...streaming.apply import merge_tensor, plan_changed_tensors, restore_tensor
 from ...streaming.digests import TensorHashes, hashes_of_tensors
 from ...streaming.in_place import Results, RowWindows
 from ...streaming.items import MapRows
 from ...streaming.parallel import choose_device, worker_count
+from ...streaming.restored import RestoredRows, RestoredTensors
 from ...streaming.rewrite import ChangedTensor, refuse_overflow
 from ...streaming.segment import UpdateLoader
 from ...undo.journal_records import JournalRecords
-from ...undo.writer import UndoWriter, adapter_entry, largest_undo, make_entries, sort_adapters, unrestored
+from ...undo.writer import (
+    UndoWriter,
+    adapter_entry,
+    largest_undo,
+    make_entries,
+    read_placements,
+    sort_adapters,
+    unrestored,
+)
 from ...views.merge import MergeReport
 from ..arguments import parse_words
 from ..in_place import (
@@ -45,6 +56,7 @@ from ..in_place import (
     base_facts,
     change_in_place,
     choose_way,
+    file_of,
     files_of,
     renamed_undo,
     require_layout,
@@ -52,35 +64,62 @@ from ..in_place import (
     stage,
     way_of,
 )
+from ..merged_models import require_unedited
 from .call import Merge
 from .command import PlannedMerge, check_factors, describe_merge, digests_of_merge, plan_call
+from .replaced import FormerMerge
 from .report import build_report
 
 
 def merge_in_place(call: Merge) -> MergeReport:
-    """Merge adapters into a model where it is."""
+    """Merge adapters into a model where it is; with `replace`, in the place of those of a former merge."""
     if not call.undo:
         raise UsageError("--in-place needs the undo file, which is the way back", culprit="--no-undo")
     path = Path(os.fspath(call.base))
     return change_in_place(call, path, partial(_plan, call, path), partial(prepare_merge, call))
 
 
+@dataclass(frozen=True)
+class _Laid:
+    """A planned merge whose output has the files of the base, which are the model's files or are restored from them.
+
+    Attributes:
+        model: the model that is changed: the base, or with `former` a merged model.
+        files: its files as they are.
+    """
+
+    plan: MergePlan
+    output: Output
+    model: Checkpoint
+    files: Sequence[OutputFile]
+    former: FormerMerge | None
+
+
 def _plan(call: Merge, path: Path) -> Planned[MergeReport]:
     with ExitStack() as opened:
-        planned = plan_call(call, opened)
-        plan, output = _laid_out(planned.plan, call, path)
-        _require_possible(plan, output, path)
-        check_factors(plan, call.workers or worker_count())
-        way = choose_way(plan.base, path, call.by)
-        largest = largest_undo(plan, output) if call.dry_run else None
-        report = build_report(plan, output, os.fspath(call.base), {}, largest, dry_run=True)
-        return Planned(report, way, [file.name for file in output.files])
+        laid = _laid_out(plan_call(call, opened), call, path)
+        _require_possible(laid, path)
+        workers, by = call.workers or worker_count(), call.by
+        check_factors(laid.plan, workers)
+        if [file.header for file in laid.files] != [file.header for file in laid.output.files]:
+            if by == "window":
+                remedy = f"leave out --by window, or {ELSEWHERE}"
+                raise InputError("has other headers than the base", culprit=str(path), remedy=remedy)
+            by = "shard"
+        way = choose_way(laid.model, path, by)
+        if laid.former:
+            require_unedited(laid.model, laid.former.base.undo, workers)
+        largest = largest_undo(laid.plan, laid.output) if call.dry_run else None
+        report = build_report(laid.plan, laid.output, os.fspath(call.base), {}, largest, dry_run=True)
+        report = replace(report, replaced=laid.former.names if laid.former else ())
+        return Planned(report, way, [file.name for file in laid.files])
 
 
-def _laid_out(plan: MergePlan, call: Merge, path: Path) -> tuple[MergePlan, Output]:
-    """Return the plan, and the output with the files of the base."""
-    base, dtype = plan.base, MERGE_DTYPES[call.dtype]
-    plan = plan_codes(plan, call.quantized, dtype, parse_words(call.allow))
+def _laid_out(planned: PlannedMerge, call: Merge, path: Path) -> _Laid:
+    """Return the output with the files of the base, whose headers have no room for what a merge says of itself."""
+    base, dtype, former = planned.plan.base, MERGE_DTYPES[call.dtype], planned.former
+    model = former.base.tensors.merged if former else base
+    plan = plan_codes(planned.plan, call.quantized, dtype, parse_words(call.allow))
     output = plan_output(
         base,
         path,
@@ -91,31 +130,37 @@ def _laid_out(plan: MergePlan, call: Merge, path: Path) -> tuple[MergePlan, Outp
         edits=plan.edits,
         container=base.container,
     )
-    files = files_of(base)
-    require_layout(output, files, base)
+    now = files_of(model)
+    names = {shard.place: file.name for shard, file in zip(model.shards, now, strict=True)}
+    if model.given_as_file is not base.given_as_file or {shard.place for shard in base.shards} != names.keys():
+        raise InputError("has other files than the base", culprit=str(path), remedy=ELSEWHERE)
+    files = now if model is base else [file_of(shard, names[shard.place]) for shard in base.shards]
+    require_layout(output, files, model)
     extras = dict(output.extras)
-    if list(output.files) != files:  # a header has no room for what the output would say of its making
+    if [(file.name, file.header) for file in output.files] != [(file.name, file.header) for file in files]:
         extras = {name: data for name, data in extras.items() if not name.endswith(".index.json")}
-    undo = undo_path(path, base.given_as_file)
-    if base.outer:
-        undo = path / base.folder.name / undo.name
-    return plan, replace(output, files=tuple(files), extras=extras, undo=undo, left_behind=())
+    undo = undo_path(path, model.given_as_file)
+    if model.outer:
+        undo = path / model.folder.name / undo.name
+    output = replace(output, files=tuple(files), extras=extras, undo=undo, left_behind=())
+    return _Laid(plan, output, model, now, former)
 
 
-def _require_possible(plan: MergePlan, output: Output, path: Path) -> None:
+def _require_possible(laid: _Laid, path: Path) -> None:
     """Raise InputError for a merge that cannot be done in place, or whose plan is another one in the middle of it."""
-    base = plan.base
+    plan, base = laid.plan, laid.plan.base
     for name in sorted(plan.changed & base.weights.keys()):
         raise InputError("is stored as codes, which cannot be changed in place", culprit=name, remedy=ELSEWHERE)
-    for name in unrestored(plan, output):
-        raise InputError("is replaced by one without rows of numbers", culprit=name, remedy=ELSEWHERE)
+    replaced = laid.former.base.undo.replaced() if laid.former else []
+    for name in (*unrestored(plan, laid.output), *replaced):
+        raise InputError("is replaced, and not by an update of its rows", culprit=name, remedy=ELSEWHERE)
     for name, placements in plan.requested.items():
         if any(p.update.base for p in placements):
             raise InputError("has an update that brings its base's weights along", culprit=name, remedy=ELSEWHERE)
     tie = find_tie(base)
     if tie and tie.embedding in plan.changed and stored_copies(base, tie):
         raise InputError("is stored twice, and both change as one", culprit=tie.embedding, remedy=ELSEWHERE)
-    for adapter, _ in plan.adapters:
+    for adapter in (*(adapter for adapter, _ in plan.adapters), *(laid.former.adapters if laid.former else ())):
         for place in paths_of([adapter.file]):
             if place.resolve().is_relative_to(path.resolve()):
                 message = "is inside the model, which has no name while it changes"
@@ -126,46 +171,85 @@ def _require_possible(plan: MergePlan, output: Output, path: Path) -> None:
 def prepare_merge(call: Merge, model: ModelInPlace) -> Iterator[PlannedChange[MergeReport]]:
     """Open a model that is changed in place, and plan the merge into it."""
     with ExitStack() as opened:
-        planned = plan_call(call, opened, model.model)
-        plan, output = _laid_out(planned.plan, call, model.path)
+        planned = plan_call(call, opened, model)
+        laid = _laid_out(planned, call, model.path)
+        plan, output, former = laid.plan, laid.output, laid.former
         workers, device = call.workers or worker_count(), choose_device(call.device)
         entries = [adapter_entry(*pair) for pair in sort_adapters(plan.adapters)], make_entries(plan, output)
-        identity = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
-        files = list(output.files)
-        read_hashes = partial(hashes_of_tensors, plan.base.shard_of, plan.base.stored, workers)
-        _, read = base_facts(model, identity, files, read_hashes)
+        identity = json.dumps([entries, former.described if former else {}], sort_keys=True)
+        files, read = base_facts(
+            model,
+            hashlib.sha256(identity.encode()).hexdigest(),
+            laid.files,
+            partial(_base_hashes, laid, workers),
+        )
         load = UpdateLoader(device)
+        sources = plan.stored_sources(output.specs)
+        changed = plan_changed_tensors(plan, load, record=True)
         windows = RowWindows(
             output=output,
             former=files,
-            shards=shards_of(plan.base, files),
-            sources=plan.stored_sources(output.specs),
-            changed=plan_changed_tensors(plan, load, record=True),
-            whole=_whole(plan),
-            back=partial(_restored, plan, load),
+            shards=shards_of(laid.model, laid.files),
+            stored={name: laid.model.stored_ref(name) for name in laid.model.stored},
+            sources=sources,
+            changed={**changed, **(former.base.rest(sources, changed) if former else {})},
+            whole=_whole(laid),
+            back=partial(_taken_back, laid, load),
             check=partial(_check, plan, output),
             by_shard=way_of(model) == "shard",
             device=device,
             workers=workers,
         )
-        yield PlannedChange(windows, partial(_finish, call, model, planned, plan, output, read, workers))
+        yield PlannedChange(windows, partial(_finish, call, model, planned, laid, read, workers))
 
 
-def _whole(plan: MergePlan) -> set[str]:
-    """Return the tensors whose rows depend on others: of DoRA's columns, of replaced ones."""
-    return {
+def _base_hashes(laid: _Laid, workers: int) -> dict[str, list[str]]:
+    """Return the hashes of the base's tensors, which a former merge's undo file has."""
+    if laid.former:
+        undo = laid.former.base.undo
+        return {name: undo.base_hashes(name) for name in undo.specs}
+    return hashes_of_tensors(laid.model.shard_of, laid.model.stored, workers)
+
+
+def _whole(laid: _Laid) -> set[str]:
+    """Return the tensors whose rows depend on others: of DoRA's columns, replaced ones, those of other records."""
+    plan = laid.plan
+    whole = {
         name
         for name in plan.changed
         if plan.sources[name].file is not plan.base.shard_of[name]
         or any(not placement.update.additive for placement in plan.placements.get(name, ()))
     }
+    if laid.former:
+        undo = laid.former.base.undo
+        for name in plan.changed & undo.index["tensors"].keys():
+            edges = {edge for p in plan.placements.get(name, ()) for edge in (p.start, p.stop)}
+            if edges != {edge for run in undo.runs(name) for edge in run}:
+                whole.add(name)
+    return whole
 
 
-def _restored(plan: MergePlan, load: UpdateLoader, results: Results) -> dict[str, ChangedTensor]:
-    """Return the tensors that some windows changed, as they are restored from the records."""
-    records, specs = JournalRecords(results), plan.base.specs
-    names = dict.fromkeys(tensor for tensor, *_ in results)
-    return {name: restore_tensor(specs[name], records, name, plan.placements.get(name, ()), load) for name in names}
+def _taken_back(
+    laid: _Laid, load: UpdateLoader, names: Collection[str], results: Results
+) -> tuple[dict[str, ChangedTensor], dict[str, TensorRef]]:
+    """Return the tensors that some windows changed, as they were: restored from the records, and merged as formerly."""
+    plan, records = laid.plan, JournalRecords(results)
+    restored = {
+        name: restore_tensor(plan.base.specs[name], records, name, plan.placements.get(name, ()), load)
+        for name in {tensor for tensor, *_ in results}
+    }
+    if laid.former is None:
+        return restored, {}
+    undo, adapters, model = laid.former.base.undo, laid.former.adapters, laid.model
+    tensors = RestoredTensors(model, undo, restored.__getitem__, restored.keys())
+    back, sources = dict(restored), dict[str, TensorRef]()
+    for name in names:
+        if name in undo.index["tensors"]:
+            file = RestoredRows(tensors, model.shard_of[name]) if name in restored else model.shard_of[name]
+            sources[name] = TensorRef(file, name)
+            placements = read_placements(undo.index, name, undo.specs[name], adapters)
+            back[name] = merge_tensor(sources[name], sources[name], placements, load, record=False)
+    return back, sources
 
 
 def _check(plan: MergePlan, output: Output, item: MapRows, blocks: Sequence[Any]) -> None:
@@ -176,12 +260,12 @@ def _finish(
     call: Merge,
     model: ModelInPlace,
     planned: PlannedMerge,
-    plan: MergePlan,
-    output: Output,
+    laid: _Laid,
     read: dict[str, list[str]],
     workers: int,
 ) -> tuple[MergeReport, list[Move]]:
     """Write the undo file and the small files; return the report, and the moves that put them into their places."""
+    plan, output, former = laid.plan, laid.output, laid.former
     undo = UndoWriter()
     changes: dict[str, list[RoundingStats]] = defaultdict(list)
     for _, results in model.results():
@@ -189,9 +273,9 @@ def _finish(
             undo.add(tensor, start, block.payload, block.sum)
             changes[tensor].append(block.change)
     require_unchanged(adapter.file for adapter, _ in plan.adapters)
-    hashes = TensorHashes(plan.base.shard_of, output.specs)
+    hashes = TensorHashes({}, output.specs)
     hashes.of_read.update(read)
-    hashes.of_written.update(hashes_of_tensors(plan.base.shard_of, plan.written, workers))
+    hashes.of_written.update(hashes_of_tensors(laid.model.shard_of, plan.written, workers))
     assert output.undo
     place = model.folder / "new" / output.undo.name
     model.make_folder(place.parent)
@@ -201,9 +285,13 @@ def _finish(
     disk.sync_folder(place.parent)
     report = build_report(plan, output, os.fspath(call.base), changes, size, dry_run=False)
     report = replace(report, digests=digests_of_merge(plan, output, call, hashes))
-    small: dict[str, bytes | Path | None] = {**output.extras}
+    report = replace(report, replaced=former.names if former else ())
+    small: dict[str, bytes | Path | None] = {}
     if not output.is_file:
-        small |= {name: origin for name, origin in output.side_files.items() if not origin.is_relative_to(model.model)}
+        if former:
+            small |= dict.fromkeys(former.base.undo.index["new_side"])
+        small |= output.extras
+        small |= output.side_files
         if planned.card:
             small[CARD] = planned.card(report)
-    return report, [*stage(model, small), *renamed_undo(model, output.undo, place)]
+    return report, [*stage(model, small), *renamed_undo(model, output.undo, place, replaces=former is not None)]

@@ -16,10 +16,11 @@ from ...adapters.adapter import Adapter
 from ...binding.modules.module_weights import spell_weight
 from ...durable import disk
 from ...durable.fileio import copy_file, sampled, write_file
+from ...durable.in_place import ModelInPlace
 from ...errors import InputError, MachineError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.containers.safetensors_file import TensorFile
-from ...files.folder.side_files import CARD, is_of_whole
+from ...files.folder.side_files import CARD, is_of_whole, undo_path
 from ...files.output.output import Output
 from ...files.weights_file import paths_of
 from ...streaming.restored import RestoredBase, RestoredTensors, restored_files, restored_tensors
@@ -74,8 +75,11 @@ class FormerMerge:
         return {name: self.base.merged_digest() if name == self.name else each for name, each in of_merge.items()}
 
 
-def open_former(call: Merge, opened: ExitStack) -> FormerMerge:
+def open_former(call: Merge, opened: ExitStack, at: ModelInPlace | None = None) -> FormerMerge:
     """Open the base of the merge whose adapters are replaced, and these; `opened` closes their files.
+
+    Args:
+        at: the merged model while it is changed in place.
 
     Raises:
         UsageError: the call has options that a swap cannot have.
@@ -86,10 +90,11 @@ def open_former(call: Merge, opened: ExitStack) -> FormerMerge:
     if call.attest is not None:
         raise UsageError("--replace and --attest exclude each other", remedy="unmerge, then merge with --attest")
     requests = parse_adapters(call.replace, parse_words(call.drop))
-    merged = open_checkpoint(call.base)
+    merged = open_checkpoint(at.model if at else call.base)
     opened.callback(merged.close)
     refuse_adapter(merged, call.base, "the first argument must be a merged model", requests)
-    chain = find_undo(merged, None, WITHOUT_UNDO)
+    beside = undo_path(at.path, is_file=True) if at and merged.given_as_file else None  # it stays at its place
+    chain = find_undo(merged, beside, WITHOUT_UNDO)
     undo = UndoFile(chain[0])
     opened.callback(undo.close)
     adapters = _match(undo, requests, call.alpha, opened, merged)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from ...files.checkpoint import Checkpoint
 from ...files.folder.side_files import CARD, has_card, undo_path
 from ...files.output.model_card import is_unedited
 from ...files.output.output import Output
+from ...files.tensor_ref import TensorRef
 from ...files.weights_file import PlacedTensors, WeightsFile
 from ...streaming.apply import merge_tensor
 from ...streaming.digests import hashes_of_tensors
@@ -26,7 +27,7 @@ from ...streaming.parallel import choose_device, worker_count
 from ...streaming.rewrite import ChangedTensor
 from ...streaming.segment import UpdateLoader
 from ...undo.reader import UndoFile
-from ...undo.records import EDITED, NOT_RESTORED
+from ...undo.records import NOT_RESTORED
 from ...undo.writer import read_placements
 from ...views.unmerge import UnmergeReport
 from ..adapter_requests import parse_adapters
@@ -45,7 +46,7 @@ from ..in_place import (
     stage,
     way_of,
 )
-from ..merged_models import find_undo, match_adapters, require_names
+from ..merged_models import find_undo, match_adapters, require_names, require_unedited
 from .call import Unmerge
 from .command import (
     base_files,
@@ -80,17 +81,15 @@ def _plan(call: Unmerge, path: Path) -> Planned[UnmergeReport]:
         each = _open(call, path, opened)
         files, undo, by = files_of(each.merged), each.undo, call.by
         require_layout(each.output, each.output.files, each.merged)
-        for name, entry in undo.index["tensors"].items():
-            if entry.get("replaced") or "recoded" in entry or name in undo.weights or undo.copied_rows(name):
-                raise InputError("was replaced by the merge", culprit=name, remedy=ELSEWHERE)
+        for name in undo.replaced():
+            raise InputError("was replaced by the merge", culprit=name, remedy=ELSEWHERE)
         if [file.header for file in files] != [file.header for file in each.output.files]:
             if by == "window":
                 remedy = f"leave out --by window, or {ELSEWHERE}"
                 raise InputError("has other headers than the base", culprit=str(path), remedy=remedy)
             by = "shard"
         way = choose_way(each.merged, path, by)
-        undo.require_sound()
-        _check_merged(undo, each.merged, call.workers or worker_count())
+        require_unedited(each.merged, undo, call.workers or worker_count())
         report = report_unmerge(undo, os.fspath(call.merged), each.adapters, each.output, dry_run=True)
         return Planned(report, way, [file.name for file in files])
 
@@ -114,14 +113,6 @@ def _open(call: Unmerge, path: Path, opened: ExitStack, model: ModelInPlace | No
     return _Opened(merged, undo, adapters, replace(output, files=renamed, left_behind=(), carried={}))
 
 
-def _check_merged(undo: UndoFile, merged: Checkpoint, workers: int) -> None:
-    """Raise InputError unless the changed tensors are as the merge wrote them, before one of them changes."""
-    names = [name for name in undo.index["tensors"] if name in merged.stored]
-    for name, found in hashes_of_tensors(merged.shard_of, names, workers).items():
-        if found != undo.merged_hashes(name):
-            raise InputError(EDITED, culprit=name)
-
-
 @contextmanager
 def prepare_unmerge(call: Unmerge, model: ModelInPlace) -> Iterator[PlannedChange[UnmergeReport]]:
     """Open a model that is changed in place, and plan how it is restored."""
@@ -136,6 +127,7 @@ def prepare_unmerge(call: Unmerge, model: ModelInPlace) -> Iterator[PlannedChang
             output=each.output,
             former=former,
             shards=shards_of(each.merged, files),
+            stored={name: each.merged.stored_ref(name) for name in each.merged.stored},
             sources=sources,
             changed=changed,
             whole={name for name in changed if any(not p.update.additive for p in _placements(each, name))},
@@ -152,11 +144,13 @@ def _placements(each: _Opened, name: str) -> list[Placement]:
     return read_placements(each.undo.index, name, each.undo.specs[name], each.adapters)
 
 
-def _merged_again(each: _Opened, load: UpdateLoader, results: Results) -> dict[str, ChangedTensor]:
+def _merged_again(
+    each: _Opened, load: UpdateLoader, names: Collection[str], results: Results
+) -> tuple[dict[str, ChangedTensor], dict[str, TensorRef]]:
     """Return the tensors that some windows restored, as they are merged again: W' is a function of W."""
-    names = dict.fromkeys(tensor for tensor, *_ in results)
     refs = {name: each.merged.stored_ref(name) for name in names}
-    return {name: merge_tensor(ref, ref, _placements(each, name), load, record=False) for name, ref in refs.items()}
+    merged = {name: merge_tensor(ref, ref, _placements(each, name), load, record=False) for name, ref in refs.items()}
+    return merged, {}
 
 
 def _finish(call: Unmerge, model: ModelInPlace, each: _Opened, workers: int) -> tuple[UnmergeReport, list[Move]]:
