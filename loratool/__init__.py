@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckError, InputError, LoratoolError, MachineError, NeedsFlag, UsageError
 
 if TYPE_CHECKING:
+    from . import live
     from .commands.adapter_requests import AdapterPath, Adapters
     from .commands.apply.call import apply
     from .commands.combine.call import combine
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .commands.run.call import run
     from .commands.unmerge.call import unmerge
     from .commands.verify.call import verify, verify_attestation
+    from .live import iter_merged
     from .views.apply import ApplyReport
     from .views.attestation import AttestationReport
     from .views.combine import CombineReport
@@ -67,7 +69,7 @@ if TYPE_CHECKING:
     from .views.unmerge import UnmergeReport
     from .views.verify import VerifyReport
 
-# name -> its module, loaded on first use so that `import loratool` starts without torch
+# name -> its module, empty if it is one; loaded on first use so that `import loratool` starts without torch
 _HOMES = {
     "AdapterPath": "commands.adapter_requests",
     "Adapters": "commands.adapter_requests",
@@ -106,6 +108,8 @@ _HOMES = {
     "inspect": "commands.inspect.call",
     "inspect_files": "commands.inspect.call",
     "inspect_for": "commands.inspect.call",
+    "iter_merged": "live.iterate",
+    "live": "",
     "merge": "commands.merge.call",
     "AdapterModule": "commands.opened",
     "OpenAdapter": "commands.opened",
@@ -189,6 +193,8 @@ __all__ = [
     "inspect",
     "inspect_files",
     "inspect_for",
+    "iter_merged",
+    "live",
     "merge",
     "open_adapter",
     "open_checkpoint",
@@ -212,6 +218,8 @@ if not TYPE_CHECKING:  # a type checker that saw it would take every name for on
         if name in _HOMES:
             from importlib import import_module
 
+            if not _HOMES[name]:
+                return import_module(f".{name}", __name__)
             return getattr(import_module(f".{_HOMES[name]}", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -32,7 +32,7 @@ ORDER = (
     ("undo", "patches", "views"),
     ("streaming", "transform"),
     ("commands",),
-    ("cli",),
+    ("live", "cli"),
 )
 # The same inside a room, by its folders and files; "*" are all that are not named
 INNER: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -63,7 +63,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
 }
 FACES = ("", "__main__")  # the library's and `python -m`'s: they load commands on first use
-MAX_ROOMS, MAX_ARROWS = 14, 72
+MAX_ROOMS, MAX_ARROWS = 15, 82
 # What starts without torch, numpy and our numerics: modules and folders, and those in them that may not.
 LIGHT = (
     "errors durable numerics.spectrum architectures files binding adapters.adapter adapters.updates "
@@ -90,6 +90,7 @@ FULL_PACKAGES = (
     "cli",
     "cli.render",
     "cli.schemas",
+    "live",
 )
 # Where files are changed: everywhere else a call to the system for that is a stray
 WRITERS = ("durable.disk",)
@@ -427,6 +428,7 @@ WIDE = {
     "files.output.plan.plan_output": 10,
     "commands.diff.call.__init__": 11,  # a call that no dataclass can be
     "commands.extract.changes._sort_tensor": 9,
+    "live.handle.merge": 12,  # the options of the command
 }
 
 

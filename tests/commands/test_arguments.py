@@ -22,7 +22,7 @@ from loratool.commands.arguments import arguments_of, parse_count, parse_size
 from loratool.errors import LoratoolError, UsageError
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
-FUNCTIONS = [name for name in loratool.__all__ if name.islower()]
+FUNCTIONS = [name for name in loratool.__all__ if name.islower() and name != "live"]
 
 
 class Bytes:
@@ -113,6 +113,7 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "run": {"recipe": out.parent.parent / "recipe.json", "dry_run": True},
         "open_adapter": {"path": ADAPTER},
         "open_checkpoint": {"path": BASE},
+        "iter_merged": {"base": BASE, "adapters": ADAPTER},
         "write_report": {"report": loratool.count(BASE), "path": out},  # no name of a page
         "read_report": {"path": out.parent.parent / "report.html"},
     }

@@ -133,6 +133,9 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "convert": lambda m, out: loratool.convert(m / "one", out, to="peft", dtype="bf16"),
     "delta": lambda m, out: opened_as_text(loratool.open_adapter(m / "one")),
     "weights": lambda m, out: opened_as_text(loratool.open_checkpoint(m / "coded")),
+    "iter merged": lambda m, out: [
+        (name, x.view(-1).view(torch.uint8).tolist()) for name, x in loratool.iter_merged(m / "base", m / "one")
+    ],
     "count": lambda m, out: loratool.count(m / "base", rank=4),
     "demo": lambda m, out: loratool.demo(out),
     "inspect for a program": lambda m, out: loratool.inspect_for(m / "one", runtime="vllm", base=m / "base"),

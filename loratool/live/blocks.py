@@ -1,0 +1,372 @@
+"""Bring the tensors of a model from one merge to another, in place, block by block; after an error, all the way back.
+
+A block has the rows of one undo record. An item has blocks that cover the same numbers before and after: a worker
+takes the former merge out in a buffer, merges there, and copies the result into the tensor. So nobody finds the base
+in the tensors during a swap. The steps are those of `streaming.apply`, the records those of an undo file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+from ..binding.merge.merge_plan import MergePlan
+from ..binding.modules.placement import Placement
+from ..durable.fileio import word_sum
+from ..durable.interrupts import held_back
+from ..errors import InputError, MachineError
+from ..numerics.arrays import Device, Numbers, bytes_of, like_of
+from ..numerics.forms import FORMS
+from ..numerics.rounding_stats import RoundingStats
+from ..numerics.workspace import Workspace
+from ..streaming.apply import plan_changed_tensors, restore_tensor
+from ..streaming.items import Prepare
+from ..streaming.parallel import map_in_order
+from ..streaming.rewrite import ChangedTensor, RowRange
+from ..streaming.segment import UpdateLoader
+from ..streaming.workers import run_threads
+from ..undo.reader import Record
+from ..undo.records import NOT_RESTORED, RecordedBlock
+from .memory_files import MemoryFile
+from .strided import StridedMemory
+
+Hash = Callable[[memoryview], bytes]  # of the bytes of W in a block
+
+
+def _sha256(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _sum(data: memoryview) -> bytes:
+    return word_sum(data).to_bytes(8, "little")
+
+
+CHECKS: dict[str, Hash] = {"sha256": _sha256, "sum": _sum}
+
+
+@dataclass(frozen=True)
+class KeptRecord:
+    """The record of a block.
+
+    Attributes:
+        payload: as in an undo file.
+        sum: of W', as in an undo file.
+        hash: of W.
+    """
+
+    start: int
+    stop: int
+    payload: bytes
+    sum: int
+    hash: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.payload) + len(self.hash) + 8
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Rows of a tensor that one step changes.
+
+    Attributes:
+        columns: of the tensor as a matrix.
+        hash: what W must have after the step; None if the step is a merge.
+    """
+
+    start: int
+    stop: int
+    columns: int
+    prepare: Prepare
+    hash: bytes | None = None
+
+    @property
+    def first(self) -> int:
+        """The number of the tensor that is the block's first."""
+        return self.start * self.columns
+
+    @property
+    def end(self) -> int:
+        return self.stop * self.columns
+
+    def of(self, numbers: Numbers, first: int) -> Numbers:
+        """Return the block as a matrix, from flat numbers of the tensor that begin at `first`."""
+        return numbers[self.first - first : self.end - first].reshape(self.stop - self.start, self.columns)
+
+
+class _RecordsInMemory:
+    """What `restore_tensor` reads of an undo file, for one tensor."""
+
+    weights: Mapping[str, Any] = {}
+
+    def __init__(self, kept: Sequence[KeptRecord]) -> None:
+        self._kept = kept
+
+    def records(self, tensor: str) -> list[Record]:
+        return [Record(i, len(k.payload), k.sum, k.start, k.stop) for i, k in enumerate(self._kept)]
+
+    def bytes(self, offset: int, length: int) -> bytes:
+        return self._kept[offset].payload
+
+    def copied_rows(self, tensor: str) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merge that is, or is to be, in the tensors of a model.
+
+    Attributes:
+        changed: tensor -> its steps.
+        records: tensor -> its records by their first rows; empty until it is merged.
+        stats: tensor -> the statistics of its blocks.
+    """
+
+    plan: MergePlan
+    changed: Mapping[str, ChangedTensor]
+    records: dict[str, dict[int, KeptRecord]] = field(default_factory=dict)
+    stats: dict[str, list[RoundingStats]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, plan: MergePlan, memory: Mapping[str, StridedMemory]) -> Merged:
+        """Return the merge of a plan, each tensor's steps on the tensor's device."""
+        devices = {memory[name].device for name in plan.changed}
+        steps = {device: plan_changed_tensors(plan, UpdateLoader(device), record=True) for device in devices}
+        return cls(plan, {name: steps[memory[name].device][name] for name in plan.changed if memory[name].spec.size})
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all records."""
+        return sum(kept.nbytes for records in self.records.values() for kept in records.values())
+
+    def placements(self, name: str) -> Sequence[Placement]:
+        """Return the updates that are added to a tensor's own numbers; none if they were replaced."""
+        is_own = self.plan.sources[name] == self.plan.base.ref(name)
+        return self.plan.placements.get(name, ()) if is_own else ()
+
+    def merging(self, name: str) -> list[RowBlock]:
+        """Return the blocks that merge a tensor."""
+        changed = self.changed[name]
+        columns = self.plan.base.specs[name].size // changed.rows
+        return [
+            RowBlock(start, min(start + part.item_rows, part.stop), columns, part.prepare)
+            for part in changed.ranges()
+            if isinstance(part, RowRange)
+            for start in range(part.start, part.stop, part.item_rows)
+        ]
+
+    def restoring(self, name: str, kept: Iterable[KeptRecord], device: Device) -> list[RowBlock]:
+        """Return the blocks that restore W from records of a tensor."""
+        by_row = {each.start: each for each in kept}
+        undo, base = _RecordsInMemory([by_row[row] for row in sorted(by_row)]), self.plan.base.specs[name]
+        tensor = restore_tensor(base, cast(Any, undo), name, self.placements(name), UpdateLoader(device))
+        return [
+            RowBlock(part.start, part.stop, tensor.columns, part.prepare, by_row[part.start].hash)
+            for part in tensor.ranges()
+            if isinstance(part, RowRange)
+        ]
+
+    def needs_all_rows(self, name: str) -> bool:
+        """Return whether each block needs W of the whole tensor: for the norms of its columns."""
+        others = (p for p in self.plan.placements.get(name, ()) if not p.update.additive)
+        return any(p.update.cls.norm_axis(p.update, p.transposed) == 1 for p in others)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Numbers of a tensor that change together.
+
+    Attributes:
+        first, end: of its flat numbers.
+        undo: the blocks that take the former merge out.
+        do: the blocks of the next merge.
+        redo: those of the former merge, to bring it back after an error.
+    """
+
+    name: str
+    first: int
+    end: int
+    undo: tuple[RowBlock, ...] = ()
+    do: tuple[RowBlock, ...] = ()
+    redo: tuple[RowBlock, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Done:
+    item: _Item
+    records: list[KeptRecord]
+    stats: list[RoundingStats]
+
+
+class Mover:
+    """Brings tensors from one merge to the next.
+
+    Args:
+        file: the tensors.
+        hash: a value of CHECKS.
+    """
+
+    def __init__(self, file: MemoryFile, hash: Hash, workers: int) -> None:
+        self._file, self._hash = file, hash
+        on_gpu = any(memory.device.is_gpu for memory in file.memory.values())
+        self._workers = 1 if on_gpu else workers
+
+    def move(self, old: Merged | None, new: Merged | None) -> None:
+        """Bring the tensors from one merge to the next; None is the base.
+
+        Raises:
+            InputError: a tensor was changed since, or the result overflows. The tensors are then as before.
+        """
+        if old:
+            self._require_unchanged(old)
+        done: list[_Done] = []
+        try:
+            self._run(self._items(old, new), done)
+        except BaseException as error:
+            with held_back():
+                self._go_back(done, new, error)
+            raise
+        if new:
+            for each in done:
+                new.records.setdefault(each.item.name, {}).update((kept.start, kept) for kept in each.records)
+                new.stats.setdefault(each.item.name, []).extend(each.stats)
+
+    def _go_back(self, done: Sequence[_Done], new: Merged | None, error: BaseException) -> None:
+        """Undo the finished items of a move that failed."""
+        by_name: dict[str, list[KeptRecord]] = defaultdict(list)
+        for each in done:
+            by_name[each.item.name] += each.records
+        undo = {
+            name: new.restoring(name, kept, self._device(name)) if new and kept else []
+            for name, kept in by_name.items()
+        }
+        items = [replace(each.item, undo=_inside(undo[each.item.name], each.item), do=each.item.redo) for each in done]
+        try:
+            self._run(iter(items), [])
+        except Exception as second:
+            what = f"{second}; so some tensors are not as they were before the first error ({error})"
+            raise MachineError(what, remedy="load the weights again") from error
+
+    def _device(self, name: str) -> Device:
+        return self._file.memory[name].device
+
+    def _require_unchanged(self, merged: Merged) -> None:
+        """Raise InputError for a tensor that does not have the numbers of its merge."""
+        kept = [(name, each) for name, records in merged.records.items() for each in records.values()]
+
+        def is_same(place: tuple[str, KeptRecord]) -> bool:
+            name, each = place
+            memory = self._file.memory[name]
+            rows = merged.changed[name].rows
+            columns = memory.spec.size // rows
+            bits = Numbers.empty(FORMS[memory.spec.dtype], (each.stop - each.start) * columns).bits
+            memory.read(each.start * columns, bits)
+            return word_sum(bytes_of(bits)) == each.sum
+
+        with closing(map_in_order(is_same, kept, self._workers)) as same:
+            changed = dict.fromkeys(name for (name, _), is_kept in zip(kept, same, strict=True) if not is_kept)
+        if changed:
+            others = f", and {len(changed) - 1} tensors more" if len(changed) > 1 else ""
+            what = f"was changed since it was merged{others}"
+            remedy = "set it back, or load the weights again: the record does not fit"
+            raise InputError(what, culprit=next(iter(changed)), remedy=remedy)
+
+    def _items(self, old: Merged | None, new: Merged | None) -> Iterator[_Item]:
+        names = dict.fromkeys([*(old.changed if old else ()), *(new.changed if new else ())])
+        for name in names:
+            here, there = (each if each and name in each.changed else None for each in (old, new))
+            undo = here.restoring(name, here.records[name].values(), self._device(name)) if here else []
+            redo, do = here.merging(name) if here else [], there.merging(name) if there else []
+            if any(each.needs_all_rows(name) for each in (here, there) if each):
+                yield _Item(name, 0, self._file.specs[name].size, tuple(undo), tuple(do), tuple(redo))
+                continue
+            for first, end in _joined((block.first, block.end) for block in (*undo, *do)):
+                item = _Item(name, first, end)
+                yield replace(item, undo=_inside(undo, item), do=_inside(do, item), redo=_inside(redo, item))
+
+    def _run(self, items: Iterator[_Item], done: list[_Done]) -> None:
+        work = partial(_Worker, self._file, self._hash, done)
+        with closing(run_threads(enumerate(items), work, self._workers, ahead=1)) as runs:
+            for _ in runs:
+                pass
+
+
+def _inside(blocks: Iterable[RowBlock], item: _Item) -> tuple[RowBlock, ...]:
+    return tuple(block for block in blocks if item.first <= block.first and block.end <= item.end)
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the union of spans as runs that none of them crosses; spans that only touch are apart."""
+    run: tuple[int, int] | None = None
+    for first, end in sorted(spans):
+        if run and first < run[1]:
+            run = run[0], max(run[1], end)
+        else:
+            yield from [run] if run else ()
+            run = first, end
+    yield from [run] if run else ()
+
+
+class _Worker:
+    """Does one item after another, with buffers of its own."""
+
+    def __init__(self, file: MemoryFile, hash: Hash, done: list[_Done]) -> None:
+        self._file, self._hash, self._done = file, hash, done
+        self._work: dict[Device, Workspace] = {}
+
+    def __call__(self, item: _Item) -> None:
+        memory = self._file.memory[item.name]
+        if memory.device not in self._work:
+            self._work[memory.device] = Workspace(like_of(memory.device))
+        work, form, size = self._work[memory.device], FORMS[memory.spec.dtype], item.end - item.first
+        buffers = (work.numbers(f"live {use}", form, 1, size).reshape(size) for use in ("before", "base", "merged"))
+        before, weights, merged = buffers
+        memory.read(item.first, before.bits)
+        if item.undo:
+            weights.bits[...] = before.bits
+            for block in item.undo:
+                self._restore(item.name, block, block.of(before, item.first), block.of(weights, item.first), work)
+        else:
+            weights = before
+        records, stats = list[KeptRecord](), list[RoundingStats]()
+        if item.do:
+            merged.bits[...] = weights.bits
+            with self._file.showing(item.name, item.first, weights.bits):
+                for block in item.do:
+                    base, out = block.of(weights, item.first), block.of(merged, item.first)
+                    recorded = block.prepare(block.start, block.stop)(base, 0, out, work)
+                    assert isinstance(recorded, RecordedBlock)
+                    _refuse_overflow(item.name, recorded.change, memory.spec.dtype)
+                    assert isinstance(recorded.payload, bytes)
+                    hashed = self._hash(bytes_of(base.host()))
+                    records.append(KeptRecord(block.start, block.stop, recorded.payload, recorded.sum, hashed))
+                    stats.append(recorded.change)
+        else:
+            merged = weights
+        try:
+            memory.write(item.first, merged.bits)
+        except BaseException:
+            memory.write(item.first, before.bits)
+            raise
+        self._done.append(_Done(item, records, stats))
+
+    def _restore(self, name: str, block: RowBlock, merged: Numbers, out: Numbers, work: Workspace) -> None:
+        block.prepare(block.start, block.stop)(merged, 0, out, work)
+        if self._hash(bytes_of(out.host())) != block.hash:
+            raise InputError(NOT_RESTORED, culprit=name)
+
+
+def _refuse_overflow(name: str, stats: RoundingStats, dtype: str) -> None:
+    if stats.overflowed:
+        what = f"{stats.overflowed} weights would become infinite in {dtype}"
+        raise InputError(what, culprit=name, remedy="is this the adapter's base? Or cast the model to a wider type")
+
+
+# Held while a merge begins or ends: the moves of one model must not overlap, and each uses all cores.
+MOVING = threading.RLock()
