@@ -21,7 +21,8 @@ from ..binding.modules.placement import Placement
 from ..durable.fileio import word_sum
 from ..durable.interrupts import held_back
 from ..errors import InputError, MachineError
-from ..numerics.arrays import Device, Numbers, bytes_of, like_of
+from ..files.tensor_ref import TensorRef
+from ..numerics.arrays import Device, Numbers, bytes_of, like_of, sent
 from ..numerics.forms import FORMS
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
@@ -78,6 +79,7 @@ class RowBlock:
     Attributes:
         columns: of the tensor as a matrix.
         hash: what W must have after the step; None if the step is a merge.
+        source: the values that replace W; None if W is the step's input.
     """
 
     start: int
@@ -85,6 +87,7 @@ class RowBlock:
     columns: int
     prepare: Prepare
     hash: bytes | None = None
+    source: TensorRef | None = None
 
     @property
     def first(self) -> int:
@@ -153,9 +156,11 @@ class Merged:
     def merging(self, name: str) -> list[RowBlock]:
         """Return the blocks that merge a tensor."""
         changed = self.changed[name]
-        columns = self.plan.base.specs[name].size // changed.rows
+        spec, source = self.plan.base.specs[name], self.plan.sources[name]
+        columns = spec.size // changed.rows
+        value = None if source == self.plan.base.ref(name) else source.as_stored(spec.dtype)
         return [
-            RowBlock(start, min(start + part.item_rows, part.stop), columns, part.prepare)
+            RowBlock(start, min(start + part.item_rows, part.stop), columns, part.prepare, source=value)
             for part in changed.ranges()
             if isinstance(part, RowRange)
             for start in range(part.start, part.stop, part.item_rows)
@@ -340,7 +345,8 @@ class _Worker:
             with self._file.showing(item.name, item.first, weights.bits):
                 for block in item.do:
                     base, out = block.of(weights, item.first), block.of(merged, item.first)
-                    recorded = block.prepare(block.start, block.stop)(base, 0, out, work)
+                    value = _read(block.source, block, base) if block.source else base
+                    recorded = block.prepare(block.start, block.stop)(value, 0, out, work)
                     assert isinstance(recorded, RecordedBlock)
                     _refuse_overflow(item.name, recorded.change, memory.spec.dtype)
                     assert isinstance(recorded.payload, bytes)
@@ -360,6 +366,13 @@ class _Worker:
         block.prepare(block.start, block.stop)(merged, 0, out, work)
         if self._hash(bytes_of(out.host())) != block.hash:
             raise InputError(NOT_RESTORED, culprit=name)
+
+
+def _read(source: TensorRef, block: RowBlock, like: Numbers) -> Numbers:
+    """Return the values that replace a block, where `like` is."""
+    value = Numbers.empty(source.form, *like.shape)
+    source.read(block.start, value)
+    return Numbers(sent(value.bits, like.bits), value.form)
 
 
 def _refuse_overflow(name: str, stats: RoundingStats, dtype: str) -> None:
