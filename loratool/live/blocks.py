@@ -141,7 +141,8 @@ class Merged:
         """Return the merge of a plan, each tensor's steps on the tensor's device."""
         devices = {memory[name].device for name in plan.changed}
         steps = {device: plan_changed_tensors(plan, UpdateLoader(device), record=True) for device in devices}
-        return cls(plan, {name: steps[memory[name].device][name] for name in plan.changed if memory[name].spec.size})
+        names = (name for name in plan.sources if name in plan.changed and memory[name].spec.size)
+        return cls(plan, {name: steps[memory[name].device][name] for name in names})
 
     @property
     def nbytes(self) -> int:

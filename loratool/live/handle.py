@@ -189,9 +189,10 @@ class LiveMerge:
         try:
             return plan_merge(self._base, weighted, selection, self._options.tied)
         except NeedsFlag as error:
-            if not error.asks_for("--tied"):
+            if "--tied" not in (error.remedy or ""):
                 raise
-            remedy = f'tied="share" changes all sides; to untie them, {WITH_FILES}'
+            share = 'tied="share" changes all sides; ' if "--tied share" in (error.remedy or "") else ""
+            remedy = f"{share}to untie them, {WITH_FILES}"
             raise InputError(error.message, culprit=error.culprit, remedy=remedy) from error
 
 
