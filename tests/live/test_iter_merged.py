@@ -19,6 +19,8 @@ from loratool.errors import InputError, NeedsFlag
 
 BASE, ADAPTER = FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter"
 
+BEYOND = ("ct_mxfp4", "ct_mxfp8")  # they have numbers that bfloat16 does not
+
 
 def hold(base: Path, adapters: Any, out: Path, **options: Any) -> None:
     loratool.merge(base, adapters, out, undo=False, **options)
@@ -63,6 +65,10 @@ def test_a_vocabulary_of_other_rows(tmp_path: Path) -> None:
 def test_codes_stay_codes_and_touched_ones_become_numbers(vector: str, tmp_path: Path) -> None:
     coded_models.write_base(vector, tmp_path / "base")
     adapter, _ = coded_models.write_adapter(tmp_path / "adapter", coded_models.numbers_of(tmp_path / "base"))
+    if vector in BEYOND:
+        with pytest.raises(InputError, match="become infinite in BF16"):
+            dict(loratool.iter_merged(tmp_path / "base", adapter))
+        return
     hold(tmp_path / "base", adapter, tmp_path / "out")
 
 

@@ -1,0 +1,130 @@
+"""Merge in memory beside peft: drift, time and memory. pytest -m slow -s tests/benchmarks/test_live.py"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import loratool
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+RANK, RELATIVE = 16, 0.16  # ||D|| / ||W||, that of trl#6688
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MEBI = 1 << 20
+
+
+def make(layers: int, width: int) -> Any:
+    """Return a Llama in bf16 with random factors around it, in float32, as peft makes them."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8}
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "vocab_size": 2048}
+    with torch.device("cpu"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).bfloat16()
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEAR, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, config)
+    move(wrapped, 1.0)
+    return wrapped
+
+
+def move(model: Any, share: float) -> None:
+    """Replace a share of each factor by random numbers of the size that makes ||D|| / ||W|| RELATIVE."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            A, B = module.lora_A["default"].weight.data, module.lora_B["default"].weight.data
+            std = module.get_base_layer().weight.data.float().std()
+            kept = (1 - share**2) ** 0.5
+            A.mul_(kept).add_(torch.randn_like(A) * share)
+            B.mul_(kept).add_(torch.randn_like(B) * share * RELATIVE * std / RANK**0.5)
+
+
+def linear(model: Any) -> dict[str, Tensor]:
+    return {name: x.detach() for name, x in model.named_parameters() if name.endswith("base_layer.weight")}
+
+
+def drift(model: Any, before: dict[str, Tensor]) -> tuple[float, float]:
+    """Return the share of the weights that differ, and the largest error in mean weights."""
+    now = linear(model)
+    off = sum(int((now[n] != x).sum()) for n, x in before.items()) / sum(x.numel() for x in before.values())
+    worst = max(float((now[n].float() - x.float()).abs().max() / x.float().abs().mean()) for n, x in before.items())
+    return off, worst
+
+
+def resident(field: str) -> int:
+    """Return VmRSS or VmHWM of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
+    """Return a result, its seconds, and the bytes of memory at its peak beyond those before it."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that since now
+    before, start = resident("VmRSS"), time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - start, resident("VmHWM") - before
+
+
+@pytest.mark.parametrize("moving", [False, True], ids=["fixed", "trained"])
+def test_the_drift(moving: bool, tmp_path: Path) -> None:
+    """Of 1 and 100 cycles, with one adapter or one that moves between."""
+    theirs, ours = make(1, 512), make(1, 512)
+    before = {name: x.clone() for name, x in linear(ours).items()}
+    for cycle in range(1, 101):
+        theirs.merge_adapter()
+        theirs.unmerge_adapter()
+        ours.save_pretrained(tmp_path / "adapter")
+        loratool.live.merge(ours, tmp_path / "adapter").unmerge()
+        if cycle in (1, 10, 100):
+            (off, worst), mine = drift(theirs, before), drift(ours, before)
+            print(f"{cycle} cycles, {'trained' if moving else 'fixed'}: peft {off:.1%} off, {worst:.3f}; ours {mine}")
+            assert mine == (0.0, 0.0) and off > 0.1
+        for model in (theirs, ours) if moving else ():
+            torch.manual_seed(cycle)
+            move(model, 0.1)
+
+
+def test_time_and_memory(tmp_path: Path) -> None:
+    """On 0.6 GB of bf16: a merge, a swap, an unmerge, and what the handle holds."""
+    model = make(20, 1024)
+    weights = linear(model)
+    size = sum(x.nbytes for x in weights.values())
+    before = {name: x.clone() for name, x in weights.items()}
+    for name in ("one", "two"):
+        model.save_pretrained(tmp_path / name)
+        move(model, 1.0)
+    print(f"{size / 1e6:.0f} MB of weights in {len(weights)} matrices, rank {RANK}, {torch.get_num_threads()} threads")
+    figures = {}
+    for check in ("sha256", "sum"):
+        one, two = tmp_path / "one", tmp_path / "two"
+        live, merge, at_merge = measured(lambda one=one, check=check: loratool.live.merge(model, one, check=check))
+        held = live.nbytes
+        _, swap, at_swap = measured(lambda live=live, two=two: live.swap(two))
+        _, unmerge, at_unmerge = measured(live.unmerge)
+        peak = max(at_merge, at_swap, at_unmerge)
+        numbers = size / 2
+        print(
+            f"{check}: merge {merge:.2f} s, swap {swap:.2f} s, unmerge {unmerge:.2f} s "
+            f"({merge / numbers * 1e9:.1f}, {swap / numbers * 1e9:.1f}, {unmerge / numbers * 1e9:.1f} ns a weight); "
+            f"peak {peak / MEBI:.0f} MiB, held {held / MEBI:.1f} MiB ({held / size:.2%}); "
+            f"kept {live.report.kept:.4f}"
+        )
+        figures[check] = merge, swap, unmerge, peak, held
+        assert drift(model, before) == (0.0, 0.0)
+    _, merge, peak = measured(model.merge_adapter)
+    _, unmerge, more = measured(model.unmerge_adapter)
+    off, _ = drift(model, before)
+    print(f"peft: merge {merge:.2f} s, unmerge {unmerge:.2f} s, peak {max(peak, more) / MEBI:.0f} MiB; {off:.1%} off")
+    merge, swap, unmerge, peak, held = figures["sum"]
+    assert held <= 0.05 * size and peak <= 0.25 * size
+    assert swap <= 1.2 * (merge + unmerge)
