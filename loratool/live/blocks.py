@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
+import torch
+
 from ..binding.merge.merge_plan import MergePlan
 from ..binding.modules.placement import Placement
 from ..durable.fileio import word_sum
@@ -192,7 +194,6 @@ class _Item:
         first, end: of its flat numbers.
         undo: the blocks that take the former merge out.
         do: the blocks of the next merge.
-        redo: those of the former merge, to bring it back after an error.
     """
 
     name: str
@@ -200,11 +201,20 @@ class _Item:
     end: int
     undo: tuple[RowBlock, ...] = ()
     do: tuple[RowBlock, ...] = ()
-    redo: tuple[RowBlock, ...] = ()
+
+    def of(self, undo: Iterable[RowBlock], do: Iterable[RowBlock]) -> _Item:
+        """Return the item with those of a tensor's blocks that are inside of it."""
+
+        def inside(blocks: Iterable[RowBlock]) -> tuple[RowBlock, ...]:
+            return tuple(block for block in blocks if self.first <= block.first and block.end <= self.end)
+
+        return replace(self, undo=inside(undo), do=inside(do))
 
 
 @dataclass(frozen=True)
 class _Done:
+    """A finished item, without its blocks, which hold their factors."""
+
     item: _Item
     records: list[KeptRecord]
     stats: list[RoundingStats]
@@ -220,8 +230,8 @@ class Mover:
 
     def __init__(self, file: MemoryFile, hash: Hash, workers: int) -> None:
         self._file, self._hash = file, hash
-        on_gpu = any(memory.device.is_gpu for memory in file.memory.values())
-        self._workers = 1 if on_gpu else workers
+        self._gpus = {memory.device for memory in file.memory.values() if memory.device.is_gpu}
+        self._workers = 1 if self._gpus else workers
 
     def move(self, old: Merged | None, new: Merged | None) -> None:
         """Bring the tensors from one merge to the next; None is the base.
@@ -236,25 +246,28 @@ class Mover:
             self._run(self._items(old, new), done)
         except BaseException as error:
             with held_back():
-                self._go_back(done, new, error)
+                self._go_back(done, old, new, error)
             raise
         if new:
             for each in done:
                 new.records.setdefault(each.item.name, {}).update((kept.start, kept) for kept in each.records)
                 new.stats.setdefault(each.item.name, []).extend(each.stats)
 
-    def _go_back(self, done: Sequence[_Done], new: Merged | None, error: BaseException) -> None:
+    def _go_back(self, done: Sequence[_Done], old: Merged | None, new: Merged | None, error: BaseException) -> None:
         """Undo the finished items of a move that failed."""
-        by_name: dict[str, list[KeptRecord]] = defaultdict(list)
+        items: dict[str, list[_Done]] = defaultdict(list)
         for each in done:
-            by_name[each.item.name] += each.records
-        undo = {
-            name: new.restoring(name, kept, self._device(name)) if new and kept else []
-            for name, kept in by_name.items()
-        }
-        items = [replace(each.item, undo=_inside(undo[each.item.name], each.item), do=each.item.redo) for each in done]
+            items[each.item.name].append(each)
+
+        def backwards() -> Iterator[_Item]:
+            for name, some in items.items():
+                kept = [record for each in some for record in each.records]
+                undo = new.restoring(name, kept, self._device(name)) if new and kept else []
+                do = old.merging(name) if old and name in old.changed else []
+                yield from (each.item.of(undo, do) for each in some)
+
         try:
-            self._run(iter(items), [])
+            self._run(backwards(), [])
         except Exception as second:
             what = f"{second}; so some tensors are not as they were before the first error ({error})"
             raise MachineError(what, remedy="load the weights again") from error
@@ -288,23 +301,24 @@ class Mover:
         for name in names:
             here, there = (each if each and name in each.changed else None for each in (old, new))
             undo = here.restoring(name, here.records[name].values(), self._device(name)) if here else []
-            redo, do = here.merging(name) if here else [], there.merging(name) if there else []
-            if any(each.needs_all_rows(name) for each in (here, there) if each):
-                yield _Item(name, 0, self._file.specs[name].size, tuple(undo), tuple(do), tuple(redo))
-                continue
-            for first, end in _joined((block.first, block.end) for block in (*undo, *do)):
-                item = _Item(name, first, end)
-                yield replace(item, undo=_inside(undo, item), do=_inside(do, item), redo=_inside(redo, item))
+            do = there.merging(name) if there else []
+            spans: Iterable[tuple[int, int]] = [(0, self._file.specs[name].size)]
+            if not any(each.needs_all_rows(name) for each in (here, there) if each):
+                spans = _joined((block.first, block.end) for block in (*undo, *do))
+            yield from (_Item(name, first, end).of(undo, do) for first, end in spans)
 
     def _run(self, items: Iterator[_Item], done: list[_Done]) -> None:
+        self._synchronize()
         work = partial(_Worker, self._file, self._hash, done)
         with closing(run_threads(enumerate(items), work, self._workers, ahead=1)) as runs:
             for _ in runs:
                 pass
+        self._synchronize()
 
-
-def _inside(blocks: Iterable[RowBlock], item: _Item) -> tuple[RowBlock, ...]:
-    return tuple(block for block in blocks if item.first <= block.first and block.end <= item.end)
+    def _synchronize(self) -> None:
+        """Wait for all streams of the GPUs: the caller may use others than the worker."""
+        for device in self._gpus:
+            torch.cuda.synchronize(device)
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -361,7 +375,7 @@ class _Worker:
         except BaseException:
             memory.write(item.first, before.bits)
             raise
-        self._done.append(_Done(item, records, stats))
+        self._done.append(_Done(replace(item, undo=(), do=()), records, stats))
 
     def _restore(self, name: str, block: RowBlock, merged: Numbers, out: Numbers, work: Workspace) -> None:
         block.prepare(block.start, block.stop)(merged, 0, out, work)

@@ -18,9 +18,10 @@ from ..binding.modules.selection import Selection
 from ..commands import calls
 from ..commands.adapter_requests import Adapters, parse_adapters
 from ..commands.arguments import ArgumentType, StrPath, checked, parse_words
-from ..commands.inputs import WeightedAdapter, open_adapters, subtract_initial
+from ..commands.inputs import WeightedAdapter, open_adapters, require_residual_base, subtract_initial
 from ..commands.machine import require_ieee
 from ..commands.merge.report import build_report
+from ..durable.interrupts import held_back
 from ..errors import InputError, NeedsFlag, UsageError, brief
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import FLOATS
@@ -133,7 +134,8 @@ class LiveMerge:
                     new, kept = self._planned(adapters, opened)
                     self._mover.move(None, new)
                 except BaseException:
-                    self._mover.move(None, replace(old, records={}, stats={}))
+                    with held_back():
+                        self._mover.move(None, replace(old, records={}, stats={}))
                     raise
             self._settle(new, kept)
 
@@ -171,7 +173,7 @@ class LiveMerge:
         requests = parse_adapters(adapters, parse_words(options.drop))
         loaded = open_adapters(requests, options.alpha, opened, base=self._base)
         weighted: WeightedAdapter = tuple(zip(loaded, (each.weight for each in requests), strict=True))
-        weighted = subtract_initial(weighted, options.initial, options.residual_base, opened)
+        weighted = self._on_the_base(weighted, opened)
         files = [KeptFile(adapter.file) for adapter, _ in weighted]
         weighted = tuple((replace(a, file=file), w) for (a, w), file in zip(weighted, files, strict=True))
         plan = self._plan(weighted, Selection.parse(options.target, options.exclude, options.layers))
@@ -184,6 +186,18 @@ class LiveMerge:
         for adapter, _ in weighted:
             _ = adapter.sha256  # while its file is that of these factors
         return Merged.of(plan, self._file.memory), tuple(files)
+
+    def _on_the_base(self, weighted: WeightedAdapter, opened: ExitStack) -> WeightedAdapter:
+        """Return the adapters, minus the initial one if they were trained on a residual base and this is not it."""
+        options = self._options
+        if options.residual_base:
+            if options.initial is not None:
+                raise UsageError("initial and residual_base exclude each other")
+            return weighted
+        if options.initial is None:
+            origin = self._tensors.config.get("_name_or_path")
+            require_residual_base(self._base, tuple(each for each in weighted if each[0].config.base_model != origin))
+        return subtract_initial(weighted, options.initial, False, opened)
 
     def _plan(self, weighted: WeightedAdapter, selection: Selection) -> MergePlan:
         try:

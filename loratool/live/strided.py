@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..files.dtypes import TORCH_DTYPES, TensorSpec
-from ..numerics.arrays import Array, Device, send
+from ..numerics.arrays import Array, Device
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,7 +39,8 @@ class StridedMemory:
         with torch.inference_mode(self._is_inference):
             done = 0
             for part in _views(self._bits, first, len(out)):
-                send(part.reshape(-1), out[done : done + part.numel()])
+                target = out[done : done + part.numel()]
+                (target if isinstance(target, Tensor) else torch.from_numpy(target)).copy_(part.reshape(-1))
                 done += part.numel()
 
     def write(self, first: int, data: Array) -> None:
