@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -69,6 +70,7 @@ def resident(field: str) -> int:
 def measured(work: Callable[[], Any]) -> tuple[Any, float, int]:
     """Return a result, its seconds, and the bytes of memory at its peak beyond those before it."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is that since now
     before, start = resident("VmRSS"), time.perf_counter()
     result = work()
@@ -96,10 +98,11 @@ def test_the_drift(moving: bool, tmp_path: Path) -> None:
 
 def test_time_and_memory(tmp_path: Path) -> None:
     """On 0.6 GB of bf16: a merge, a swap, an unmerge, and what the handle holds."""
-    model = make(20, 1024)
+    model = make(24, 1024)
     weights = linear(model)
     size = sum(x.nbytes for x in weights.values())
     before = {name: x.clone() for name, x in weights.items()}
+    factors = sum(x.nbytes for name, x in model.named_parameters() if "lora_" in name)
     for name in ("one", "two"):
         model.save_pretrained(tmp_path / name)
         move(model, 1.0)
@@ -116,7 +119,8 @@ def test_time_and_memory(tmp_path: Path) -> None:
         print(
             f"{check}: merge {merge:.2f} s, swap {swap:.2f} s, unmerge {unmerge:.2f} s "
             f"({merge / numbers * 1e9:.1f}, {swap / numbers * 1e9:.1f}, {unmerge / numbers * 1e9:.1f} ns a weight); "
-            f"peak {peak / MEBI:.0f} MiB, held {held / MEBI:.1f} MiB ({held / size:.2%}); "
+            f"peak {peak / MEBI:.0f} MiB, held {held / MEBI:.1f} MiB: "
+            f"records {(held - factors) / size:.2%}, factors {factors / size:.2%} of the weights; "
             f"kept {live.report.kept:.4f}"
         )
         figures[check] = merge, swap, unmerge, peak, held
@@ -126,5 +130,5 @@ def test_time_and_memory(tmp_path: Path) -> None:
     off, _ = drift(model, before)
     print(f"peft: merge {merge:.2f} s, unmerge {unmerge:.2f} s, peak {max(peak, more) / MEBI:.0f} MiB; {off:.1%} off")
     merge, swap, unmerge, peak, held = figures["sum"]
-    assert held <= 0.05 * size and peak <= 0.25 * size
+    assert held - factors <= 0.02 * size and peak <= held + 0.2 * size
     assert swap <= 1.2 * (merge + unmerge)
