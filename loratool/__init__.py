@@ -1,4 +1,4 @@
-"""loratool merges, converts, combines and inspects LoRA adapters and checkpoints: exact, streaming, on files only.
+"""loratool merges, converts, combines and inspects LoRA adapters and checkpoints: exact, streaming, on files.
 
     import loratool
 
@@ -7,8 +7,8 @@
 
 Every command of the command line except `guide` is a function here with the same name and meaning. Each returns a
 frozen report, and raises subclasses of `LoratoolError`; `write_report` makes a page of it, and `read_report` reads it
-back. `open_adapter` and `open_checkpoint` look into files: lazy mappings from names to modules and tensors. The guide
-`python` shows all of it.
+back. `open_adapter` and `open_checkpoint` look into files: lazy mappings from names to modules and tensors.
+The module `live` merges into models in memory, and takes the merge out again. The guide `python` shows all of it.
 """
 
 from __future__ import annotations

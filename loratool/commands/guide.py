@@ -19,6 +19,7 @@ PAGES = {
         "undo",
         "in-place",
         "swap",
+        "live",
         "patches",
         "deltas",
         "qwen3",

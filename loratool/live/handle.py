@@ -203,11 +203,18 @@ class LiveMerge:
         try:
             return plan_merge(self._base, weighted, selection, self._options.tied)
         except NeedsFlag as error:
-            if "--tied" not in (error.remedy or ""):
+            if not self._can_share(weighted, selection):
                 raise
-            share = 'tied="share" changes all sides; ' if "--tied share" in (error.remedy or "") else ""
-            remedy = f"{share}to untie them, {WITH_FILES}"
+            remedy = f'tied="share" changes all sides; to untie them, {WITH_FILES}'
             raise InputError(error.message, culprit=error.culprit, remedy=remedy) from error
+
+    def _can_share(self, weighted: WeightedAdapter, selection: Selection) -> bool:
+        """Return whether a plan succeeds if all sides of tied weights change."""
+        try:
+            plan_merge(self._base, weighted, selection, "share")
+        except (InputError, NeedsFlag):
+            return False
+        return True
 
 
 def _active() -> list[LiveMerge]:

@@ -17,7 +17,7 @@ from ..files.dtypes import TORCH_FLOATS, TensorSpec
 from ..files.weights_file import WeightsFile
 from ..numerics.arrays import Array, Numbers, bytes_of, fetched
 from .strided import StridedMemory, type_name
-from .tensors import LiveTensors, has_memory, place_of
+from .tensors import LiveTensors, has_memory, memory_key
 
 NOWHERE = Path(os.devnull)  # no file is below it
 
@@ -46,7 +46,7 @@ class MemoryFile(WeightsFile):
         """Do nothing: the tensors are the caller's."""
 
     def storage(self, name: str) -> Hashable:
-        return place_of(self._tensors.named[name])
+        return memory_key(self._tensors.named[name])
 
     @contextmanager
     def showing(self, name: str, first: int, bits: Array) -> Iterator[None]:

@@ -47,7 +47,7 @@ class LiveTensors:
 
     def places(self) -> dict[str, Hashable]:
         """Return where each tensor is, by name."""
-        return {name: place_of(x) for name, x in self.named.items()}
+        return {name: memory_key(x) for name, x in self.named.items()}
 
 
 def find_tensors(model: Model) -> LiveTensors:
@@ -67,7 +67,7 @@ def find_tensors(model: Model) -> LiveTensors:
             continue
         if name in named or name in aliases:
             raise InputError("is the name of two tensors", culprit=name, remedy="pass the inner model alone")
-        if x.numel() and (holder := first.setdefault(place_of(x), name)) != name:
+        if x.numel() and (holder := first.setdefault(memory_key(x), name)) != name:
             aliases[name] = holder
         else:
             named[name] = x
@@ -137,7 +137,7 @@ def _config(model: Model) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def place_of(x: Tensor) -> Hashable:
+def memory_key(x: Tensor) -> Hashable:
     """Return a key that is equal for tensors that share all of their memory."""
     if not has_memory(x):
         return id(x)

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import bits, factors, few, weights, write_peft
+from lib.models.peft_models import llama, wrap
 from torch import Tensor, nn
 
 import loratool
 from loratool.errors import InputError, LoratoolError, UsageError
+from loratool.live.blocks import Mover
 from loratool.live.strided import StridedMemory
 from loratool.numerics.merge import RowMerge
 from loratool.undo.records import Restorer
@@ -130,6 +132,28 @@ def test_a_swap_that_fails_at_any_block_keeps_the_former(
     live.swap(other)
     live.unmerge()
     assert same(tensors, before)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_swap_whose_plan_needs_the_base_fails_in_its_second_half(at: int, tmp_path: Path) -> None:
+    """An adapter that brings an embedding is compared with the base's, so the former one is taken out first."""
+    cls, before = type(llama()), llama().bfloat16().state_dict()
+    for name, kind in (("plain", ["q_proj"]), ("words", ["q_proj", "embed_tokens"])):
+        model = cls(llama().config).bfloat16()
+        model.load_state_dict(before)
+        wrap(model, target_modules=kind).save_pretrained(tmp_path / name, save_embedding_layers=True)
+    model = cls(llama().config).bfloat16()
+    model.load_state_dict(before)
+    live = loratool.live.merge(model, tmp_path / "plain")
+    merged, moves = copies(model.state_dict()), list[Any]()
+    with failing(at, *MERGED, broken), pytest.raises(Broken), pytest.MonkeyPatch.context() as patched:
+        real = Mover.move
+        patched.setattr(Mover, "move", lambda self, old, new: (moves.append((old, new)), real(self, old, new)))
+        live.swap(tmp_path / "words")
+    assert [(bool(old), bool(new)) for old, new in moves] == [(True, False), (False, True), (False, True)]
+    assert same(model.state_dict(), merged)
+    live.unmerge()
+    assert same(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("at", [1, 3, 6])
