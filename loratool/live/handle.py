@@ -113,13 +113,12 @@ class LiveMerge:
     def _merge(self, adapters: Adapters) -> None:
         with MOVING, ExitStack() as opened:
             new, kept = self._planned(adapters, opened)
-            self._mover.move(None, new)
-            self._settle(new, kept)
+            self._settle(new, kept, self._bring(None, new))
 
     def _unmerge(self) -> None:
         with MOVING:
             self._mover.move(self._current(), None)
-            self._settle(None, ())
+            self._settle(None, (), self.report)
 
     def _swap(self, adapters: Adapters) -> None:
         with MOVING, ExitStack() as opened:
@@ -127,17 +126,27 @@ class LiveMerge:
             self._file.is_read = False
             new, kept = self._planned(adapters, opened)
             if not self._file.is_read:
-                self._mover.move(old, new)
-            else:  # the plan depends on the base's numbers
-                self._mover.move(old, None)
-                try:
-                    new, kept = self._planned(adapters, opened)
-                    self._mover.move(None, new)
-                except BaseException:
-                    with held_back():
-                        self._mover.move(None, replace(old, records={}, stats={}))
-                    raise
-            self._settle(new, kept)
+                self._settle(new, kept, self._bring(old, new))
+                return
+            self._mover.move(old, None)  # the plan depends on the base's numbers
+            try:
+                new, kept = self._planned(adapters, opened)
+                report = self._bring(None, new)
+            except BaseException:
+                with held_back():
+                    self._mover.move(None, _unrecorded(old))
+                raise
+            self._settle(new, kept, report)
+
+    def _bring(self, old: Merged | None, new: Merged) -> MergeReport:
+        """Bring the tensors to another merge, and return its report. After an error they are as before."""
+        self._mover.move(old, new)
+        try:
+            return _report(new, self._tensors.title)
+        except BaseException:
+            with held_back():
+                self._mover.move(new, _unrecorded(old) if old else None)
+            raise
 
     def _current(self) -> Merged:
         """Return the merge in the tensors; raise an error if it is not there, or not the last."""
@@ -160,12 +169,11 @@ class LiveMerge:
         names = self._merged.changed if self._merged else ()
         return {name: span_of(self._tensors.named[name]) for name in names}
 
-    def _settle(self, merged: Merged | None, kept: tuple[KeptFile, ...]) -> None:
-        self._merged, self._kept = merged, kept
+    def _settle(self, merged: Merged | None, kept: tuple[KeptFile, ...], report: MergeReport) -> None:
+        self._merged, self._kept, self.report = merged, kept, report
         _merges[:] = [weakref.ref(each) for each in _active() if each is not self]
         if merged:
             _merges.append(weakref.ref(self))
-            self.report = _report(merged, self._tensors.title)
 
     def _planned(self, adapters: Adapters, opened: ExitStack) -> tuple[Merged, tuple[KeptFile, ...]]:
         """Return the merge of adapters, and their files with what it needs in memory."""
@@ -215,6 +223,11 @@ class LiveMerge:
         except (InputError, NeedsFlag):
             return False
         return True
+
+
+def _unrecorded(merged: Merged) -> Merged:
+    """Return a merge that is to be done again; its records, which are the same, stay those of the argument."""
+    return replace(merged, records={}, stats={})
 
 
 def _active() -> list[LiveMerge]:

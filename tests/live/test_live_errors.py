@@ -156,6 +156,20 @@ def test_a_swap_whose_plan_needs_the_base_fails_in_its_second_half(at: int, tmp_
     assert same(model.state_dict(), before)
 
 
+def test_a_report_that_fails(adapter: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it there is no handle, and so no way back."""
+    tensors = state()
+    before, live = copies(tensors), loratool.live.merge(tensors, other)
+    merged = copies(tensors)
+    monkeypatch.setattr("loratool.live.handle._report", lambda *args: broken())
+    for call in (lambda: live.swap(adapter), lambda: loratool.live.merge(tensors, adapter)):
+        with pytest.raises(Broken):
+            call()
+        assert same(tensors, merged)
+    live.unmerge()
+    assert same(tensors, before)
+
+
 @pytest.mark.parametrize("at", [1, 3, 6])
 def test_a_write_that_fails(at: int, adapter: Path) -> None:
     tensors = state()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ from lib.models.peft_models import (
 from torch import Tensor
 
 import loratool
+from loratool.errors import NeedsFlag
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # peft's and transformers', of what these tests do on purpose
 
@@ -214,6 +216,25 @@ def test_options_are_those_of_the_merge_of_files(tmp_path: Path) -> None:
         assert [row.weight for row in live.report.adapters] == [0.5, 1.0]
         assert "is kept" in str(live.report) or live.report.document().subject
     assert differing(state, load_model(tmp_path / "base")) == []
+
+
+def test_an_adapter_that_was_started_from_the_base(tmp_path: Path) -> None:
+    """PiSSA: the start is subtracted, or the model is the residual."""
+    base = write_base(tmp_path / "base", llama())
+    cls = transformers.LlamaForCausalLM
+    wrapped = wrap(load(base, cls), target_modules=["q_proj"])
+    wrapped.save_pretrained(tmp_path / "start")
+    wrap(load(base, cls), 7, target_modules=["q_proj"]).save_pretrained(tmp_path / "end")
+    config = tmp_path / "end" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa"}))
+    model = load(base, cls)
+    with pytest.raises(NeedsFlag, match="--initial"):
+        loratool.live.merge(model, tmp_path / "end")
+    for options in ({"initial": tmp_path / "start"}, {"residual_base": True}):
+        loratool.merge(base, tmp_path / "end", tmp_path / "out", force=True, undo=False, **options)
+        with loratool.live.merged(model, tmp_path / "end", **options):
+            assert differing(saved(model, tmp_path / "saved"), load_model(tmp_path / "out")) == []
+    assert differing(saved(model, tmp_path / "saved"), load_model(base)) == []
 
 
 def test_large_tensors_of_several_blocks(tmp_path: Path) -> None:
