@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,14 +24,14 @@ from ..durable.fileio import word_sum
 from ..durable.interrupts import held_back
 from ..errors import InputError, MachineError
 from ..files.tensor_ref import TensorRef
-from ..numerics.arrays import Device, Numbers, bytes_of, like_of, sent
+from ..numerics.arrays import Array, Device, Numbers, bytes_of, like_of, sent
 from ..numerics.forms import FORMS
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
 from ..streaming.apply import plan_changed_tensors, restore_tensor
-from ..streaming.items import Prepare
+from ..streaming.items import Batching, Prepare
 from ..streaming.parallel import map_in_order
-from ..streaming.rewrite import ChangedTensor, RowRange
+from ..streaming.rewrite import BATCH, ChangedTensor, RowRange
 from ..streaming.segment import UpdateLoader
 from ..streaming.workers import run_threads
 from ..undo.reader import Record
@@ -82,6 +82,7 @@ class RowBlock:
         columns: of the tensor as a matrix.
         hash: what W must have after the step; None if the step is a merge.
         source: the values that replace W; None if W is the step's input.
+        batching: if these are all rows of a small tensor.
     """
 
     start: int
@@ -90,6 +91,7 @@ class RowBlock:
     prepare: Prepare
     hash: bytes | None = None
     source: TensorRef | None = None
+    batching: Batching | None = None
 
     @property
     def first(self) -> int:
@@ -163,7 +165,7 @@ class Merged:
         columns = spec.size // changed.rows
         value = None if source == self.plan.base.ref(name) else source.as_stored(spec.dtype)
         return [
-            RowBlock(start, min(start + part.item_rows, part.stop), columns, part.prepare, source=value)
+            RowBlock(start, min(start + part.item_rows, part.stop), columns, part.prepare, None, value, part.batching)
             for part in changed.ranges()
             if isinstance(part, RowRange)
             for start in range(part.start, part.stop, part.item_rows)
@@ -209,6 +211,13 @@ class _Item:
             return tuple(block for block in blocks if self.first <= block.first and block.end <= self.end)
 
         return replace(self, undo=inside(undo), do=inside(do))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Items of small tensors that are alike, which are only merged: one step does all of them."""
+
+    items: tuple[_Item, ...]
 
 
 @dataclass(frozen=True)
@@ -309,11 +318,33 @@ class Mover:
 
     def _run(self, items: Iterator[_Item], done: list[_Done]) -> None:
         self._synchronize()
-        work = partial(_Worker, self._file, self._hash, done)
-        with closing(run_threads(enumerate(items), work, self._workers, ahead=1)) as runs:
-            for _ in runs:
-                pass
+        gate = _Gate()
+        work = partial(_Worker, self._file, self._hash, done, gate)
+        try:
+            with closing(run_threads(enumerate(self._grouped(items)), work, self._workers, ahead=1)) as runs:
+                for _ in runs:
+                    pass
+        except BaseException:
+            with held_back():
+                gate.close()
+            raise
         self._synchronize()
+
+    def _grouped(self, items: Iterable[_Item]) -> Iterator[_Item | _Batch]:
+        """Yield items, but those of small tensors in batches, as `streaming.rewrite` does."""
+        waiting: dict[Hashable, list[_Item]] = {}
+        for item in items:
+            block = item.do[0] if len(item.do) == 1 and not item.undo else None
+            if block is None or block.batching is None:
+                yield item
+                continue
+            memory = self._file.memory[item.name]
+            alike = block.batching.alike, memory.spec.dtype, memory.device, block.stop, block.columns
+            some = waiting.setdefault(alike, [])
+            some.append(item)
+            if (len(some) + 1) * block.batching.size > BATCH:
+                yield _Batch(tuple(waiting.pop(alike)))
+        yield from (_Batch(tuple(some)) for some in waiting.values())
 
     def _synchronize(self) -> None:
         """Wait for all streams of the GPUs: the caller may use others than the worker."""
@@ -333,18 +364,77 @@ def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     yield from [run] if run else ()
 
 
+class _Gate:
+    """Lets items begin until it is closed, which waits for those under way.
+
+    The pool alone does not: an interrupt while it starts a thread leaves one that it does not know.
+    """
+
+    def __init__(self) -> None:
+        self._state, self._inside, self._is_open = threading.Condition(), 0, True
+
+    def enter(self) -> bool:
+        """Return whether an item may begin."""
+        with self._state:
+            self._inside += self._is_open
+            return self._is_open
+
+    def leave(self) -> None:
+        with self._state:
+            self._inside -= 1
+            self._state.notify_all()
+
+    def close(self) -> None:
+        with self._state:
+            self._is_open = False
+            self._state.wait_for(lambda: not self._inside)
+
+
 class _Worker:
     """Does one item after another, with buffers of its own."""
 
-    def __init__(self, file: MemoryFile, hash: Hash, done: list[_Done]) -> None:
-        self._file, self._hash, self._done = file, hash, done
+    def __init__(self, file: MemoryFile, hash: Hash, done: list[_Done], gate: _Gate) -> None:
+        self._file, self._hash, self._done, self._gate = file, hash, done, gate
         self._work: dict[Device, Workspace] = {}
 
-    def __call__(self, item: _Item) -> None:
-        memory = self._file.memory[item.name]
+    def __call__(self, work: _Item | _Batch) -> None:
+        if not self._gate.enter():
+            return
+        try:
+            if isinstance(work, _Batch):
+                self._batch(work.items)
+            else:
+                self._item(work)
+        finally:
+            self._gate.leave()
+
+    def _workspace(self, memory: StridedMemory) -> Workspace:
         if memory.device not in self._work:
             self._work[memory.device] = Workspace(like_of(memory.device))
-        work, form, size = self._work[memory.device], FORMS[memory.spec.dtype], item.end - item.first
+        return self._work[memory.device]
+
+    def _batch(self, items: Sequence[_Item]) -> None:
+        """Merge small tensors, one below the other."""
+        blocks, memories = [item.do[0] for item in items], [self._file.memory[item.name] for item in items]
+        batchings = [block.batching for block in blocks if block.batching]
+        work, form = self._workspace(memories[0]), FORMS[memories[0].spec.dtype]
+        shape = len(items) * blocks[0].stop, blocks[0].columns
+        base, merged = (work.numbers(f"live {use}", form, *shape) for use in ("before", "merged"))
+        parts, results = base.split(len(items)), merged.split(len(items))
+        for memory, part in zip(memories, parts, strict=True):
+            memory.read(0, part.bits.reshape(-1))
+        merged.bits[...] = base.bits
+        recorded = batchings[0].prepare([each.part for each in batchings])(base, 0, merged, work)
+        kept = [
+            self._record(item.name, block, one, part)
+            for item, block, one, part in zip(items, blocks, recorded, parts, strict=True)
+        ]
+        for item, one, part, record, result in zip(items, recorded, parts, kept, results, strict=True):
+            self._write(item, part.bits.reshape(-1), result.bits.reshape(-1), [record], [one.change])
+
+    def _item(self, item: _Item) -> None:
+        memory = self._file.memory[item.name]
+        work, form, size = self._workspace(memory), FORMS[memory.spec.dtype], item.end - item.first
         buffers = (work.numbers(f"live {use}", form, 1, size).reshape(size) for use in ("before", "base", "merged"))
         before, weights, merged = buffers
         memory.read(item.first, before.bits)
@@ -362,18 +452,27 @@ class _Worker:
                     base, out = block.of(weights, item.first), block.of(merged, item.first)
                     value = _read(block.source, block, base) if block.source else base
                     recorded = block.prepare(block.start, block.stop)(value, 0, out, work)
-                    assert isinstance(recorded, RecordedBlock)
-                    _refuse_overflow(item.name, recorded.change, memory.spec.dtype)
-                    assert isinstance(recorded.payload, bytes)
-                    hashed = self._hash(bytes_of(base.host()))
-                    records.append(KeptRecord(block.start, block.stop, recorded.payload, recorded.sum, hashed))
+                    records.append(self._record(item.name, block, recorded, base))
                     stats.append(recorded.change)
         else:
             merged = weights
+        self._write(item, before.bits, merged.bits, records, stats)
+
+    def _record(self, name: str, block: RowBlock, recorded: RecordedBlock, base: Numbers) -> KeptRecord:
+        """Return the record of a merged block, W in `base`; raise InputError if it overflows."""
+        _refuse_overflow(name, recorded.change, base.form.name)
+        assert isinstance(recorded.payload, bytes), "it is in a journal only where files are written"
+        hashed = self._hash(bytes_of(base.host()))
+        return KeptRecord(block.start, block.stop, recorded.payload, recorded.sum, hashed)
+
+    def _write(
+        self, item: _Item, before: Array, merged: Array, records: list[KeptRecord], stats: list[RoundingStats]
+    ) -> None:
+        memory = self._file.memory[item.name]
         try:
-            memory.write(item.first, merged.bits)
+            memory.write(item.first, merged)
         except BaseException:
-            memory.write(item.first, before.bits)
+            memory.write(item.first, before)
             raise
         self._done.append(_Done(replace(item, undo=(), do=()), records, stats))
 
