@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 RANK, RELATIVE = 16, 0.16  # ||D|| / ||W||, that of trl#6688
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MEBI = 1 << 20
+ROUNDS = 3  # the least of each time counts
 
 
 def make(layers: int, width: int) -> Any:
@@ -107,28 +108,31 @@ def test_time_and_memory(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / name)
         move(model, 1.0)
     print(f"{size / 1e6:.0f} MB of weights in {len(weights)} matrices, rank {RANK}, {torch.get_num_threads()} threads")
-    figures = {}
-    for check in ("sha256", "sum"):
-        one, two = tmp_path / "one", tmp_path / "two"
-        live, merge, at_merge = measured(lambda one=one, check=check: loratool.live.merge(model, one, check=check))
-        held = live.nbytes
-        _, swap, at_swap = measured(lambda live=live, two=two: live.swap(two))
-        _, unmerge, at_unmerge = measured(live.unmerge)
-        peak = max(at_merge, at_swap, at_unmerge)
-        numbers = size / 2
-        print(
-            f"{check}: merge {merge:.2f} s, swap {swap:.2f} s, unmerge {unmerge:.2f} s "
-            f"({merge / numbers * 1e9:.1f}, {swap / numbers * 1e9:.1f}, {unmerge / numbers * 1e9:.1f} ns a weight); "
-            f"peak {peak / MEBI:.0f} MiB, held {held / MEBI:.1f} MiB: "
-            f"records {(held - factors) / size:.2%}, factors {factors / size:.2%} of the weights; "
-            f"kept {live.report.kept:.4f}"
-        )
-        figures[check] = merge, swap, unmerge, peak, held
-        assert drift(model, before) == (0.0, 0.0)
-    _, merge, peak = measured(model.merge_adapter)
-    _, unmerge, more = measured(model.unmerge_adapter)
-    off, _ = drift(model, before)
-    print(f"peft: merge {merge:.2f} s, unmerge {unmerge:.2f} s, peak {max(peak, more) / MEBI:.0f} MiB; {off:.1%} off")
-    merge, swap, unmerge, peak, held = figures["sum"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    best: dict[str, list[float]] = {}
+    peak = held = 0
+    for _ in range(ROUNDS):
+        for check in ("sha256", "sum"):
+            live, merge, at_merge = measured(lambda check=check: loratool.live.merge(model, one, check=check))
+            held = live.nbytes
+            _, swap, at_swap = measured(lambda live=live: live.swap(two))
+            _, unmerge, at_unmerge = measured(live.unmerge)
+            peak = max(peak, at_merge, at_swap, at_unmerge)
+            best[check] = [*map(min, zip(best.get(check, [9e9] * 3), (merge, swap, unmerge), strict=True))]
+            assert drift(model, before) == (0.0, 0.0)
+        _, merge, at_merge = measured(model.merge_adapter)
+        _, unmerge, at_unmerge = measured(model.unmerge_adapter)
+        best["peft"] = [*map(min, zip(best.get("peft", [9e9] * 2), (merge, unmerge), strict=True))]
+        (off, _), at_peft = drift(model, before), max(at_merge, at_unmerge)
+        for name, x in weights.items():
+            x.copy_(before[name])
+    for name, times in best.items():
+        each = ", ".join(f"{spent:.2f} s ({spent / size * 2e9:.1f} ns a weight)" for spent in times)
+        print(f"{name}: {'merge, swap, unmerge' if len(times) == 3 else 'merge, unmerge'} {each}")
+    print(f"peak {peak / MEBI:.0f} MiB, peft's {at_peft / MEBI:.0f} MiB, after which {off:.1%} were off")
+    print(
+        f"held {held / MEBI:.1f} MiB: records {(held - factors) / size:.2%} of the weights, factors {factors / size:.2%}"
+    )
+    merge, swap, unmerge = best["sum"]
     assert held - factors <= 0.02 * size and peak <= held + 0.2 * size
-    assert swap <= 1.2 * (merge + unmerge)
+    assert swap <= 1.2 * (merge + unmerge) and merge <= 2 * best["peft"][0]

