@@ -130,9 +130,8 @@ def test_time_and_memory(tmp_path: Path) -> None:
         each = ", ".join(f"{spent:.2f} s ({spent / size * 2e9:.1f} ns a weight)" for spent in times)
         print(f"{name}: {'merge, swap, unmerge' if len(times) == 3 else 'merge, unmerge'} {each}")
     print(f"peak {peak / MEBI:.0f} MiB, peft's {at_peft / MEBI:.0f} MiB, after which {off:.1%} were off")
-    print(
-        f"held {held / MEBI:.1f} MiB: records {(held - factors) / size:.2%} of the weights, factors {factors / size:.2%}"
-    )
+    shares = f"records {(held - factors) / size:.2%} of the weights, factors {factors / size:.2%}"
+    print(f"held {held / MEBI:.1f} MiB: {shares}")
     merge, swap, unmerge = best["sum"]
     assert held - factors <= 0.02 * size and peak <= held + 0.2 * size
     assert swap <= 1.2 * (merge + unmerge) and merge <= 2 * best["peft"][0]
