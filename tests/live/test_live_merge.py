@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bits, factors, few, load_model, slow, weights, write_model, write_peft
+from conftest import FIXTURES, bits, factors, few, load_model, slow, weights, write_model, write_peft
 from lib.models.peft_models import (
     DOWN,
     FAMILIES,
@@ -216,6 +216,20 @@ def test_options_are_those_of_the_merge_of_files(tmp_path: Path) -> None:
         assert [row.weight for row in live.report.adapters] == [0.5, 1.0]
         assert "is kept" in str(live.report) or live.report.document().subject
     assert differing(state, load_model(tmp_path / "base")) == []
+
+
+@pytest.mark.parametrize("family", ["sdxl", "gpt2", "llama"])
+def test_state_dicts_without_a_config(family: str, tmp_path: Path) -> None:
+    """SDXL's fused rows, by kohya's names; GPT-2's transposed weights; real files of small models."""
+    ending = ".safetensors" if family == "sdxl" else ""
+    base, adapter = (FIXTURES / family / f"{name}{ending}" for name in ("base", "adapter"))
+    loratool.merge(base, adapter, tmp_path / f"out{ending}", tied="share")
+    state = load_model(base)
+    before, wanted = copies(state), load_model(tmp_path / f"out{ending}")
+    with loratool.live.merged(state, adapter) as live:
+        assert live.report.changed
+        assert differing(state, wanted) == []
+    assert differing(state, before) == []
 
 
 def test_an_adapter_that_was_started_from_the_base(tmp_path: Path) -> None:
