@@ -109,7 +109,7 @@ def change_in_place(call: Call[R], path: Path, plan: Callable[[], Planned[R]], p
         message = "changes in place are made by one process"
         raise UsageError(message, culprit="torchrun", remedy=f"start loratool alone, or {ELSEWHERE}")
     model = ModelInPlace(path, RESULTS)
-    if model.folder.is_dir():
+    if os.path.isdir(model.folder):
         with model.locked():
             model.open()
             if model.is_changing:

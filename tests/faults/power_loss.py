@@ -134,6 +134,9 @@ class Recorder:
         self._temporary.append(Path(folder.name))
         return folder
 
+    def symlink(self, real: Callable[..., Any], path: Path, new: Path) -> None:
+        raise AssertionError("links are made in temporary folders alone")
+
     def open_nameless(self, real: Callable[..., Any], folder: Path) -> Any:
         file = real(folder)
         self._new(os.fstat(file.fileno()).st_ino)

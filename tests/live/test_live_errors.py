@@ -94,6 +94,14 @@ WAYS: dict[str, tuple[Callable[[], None], type[BaseException]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """Ctrl-C interrupts, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("at", few(range(1, 7), 1, 4, 6))
 @pytest.mark.parametrize("way", WAYS)

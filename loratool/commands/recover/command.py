@@ -37,7 +37,7 @@ def run_recover(call: Recover) -> RecoverReport:
     """End a change in place that was interrupted."""
     path = Path(os.fspath(call.model))
     model = ModelInPlace(path, RESULTS)
-    if not model.folder.is_dir():
+    if not os.path.isdir(model.folder):
         what = "is in the middle of no change in place" if os.path.lexists(path) else "is no file or folder here"
         raise InputError(what, culprit=str(path), remedy="there is nothing to recover")
     with model.locked():

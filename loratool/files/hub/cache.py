@@ -41,7 +41,7 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
             return path
         if former := set_aside(path):
             return former
-        if in_place_folder(path).is_dir():
+        if os.path.isdir(in_place_folder(path)):
             remedy = f"wait for that, or end it with loratool recover {shell_word(path)}"
             raise InputError("is in the middle of a change in place", culprit=text, remedy=remedy)
     if path.is_symlink():

@@ -200,7 +200,7 @@ def check_place(path: Path, is_file: bool, inside: str = "merged", remedy: str =
             message = "is in the way: it is another name of a file, which would be emptied"
             raise UsageError(message, culprit=str(place), remedy="move it away")
     _require_free(journal_path(path), FOLDER)
-    if in_place_folder(path).is_dir():
+    if os.path.isdir(in_place_folder(path)):  # False too for a name that is too long
         remedy = f"end that with loratool recover {shell_word(path)}, or {remedy}"
         raise UsageError("is the name of a model in the middle of a change in place", culprit=str(path), remedy=remedy)
 
