@@ -11,7 +11,7 @@ import filecmp
 import json
 import os
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -255,6 +255,15 @@ def require_changeable(path: Path) -> None:
         if os.path.lexists(place):
             message = "is of a run that writes this model, or that died doing so"
             raise InputError(message, culprit=str(place), remedy="end it with --resume, or remove it")
+
+
+def require_outside(inputs: Iterable[Path], path: Path) -> None:
+    """Raise InputError for an input in a model's folder, or on a way through it, as it has no name while it changes."""
+    model = path.resolve()
+    for place in inputs:
+        if any(each.resolve().is_relative_to(model) for each in (place, *place.parents)):
+            message = "is inside the model, which has no name while it changes"
+            raise InputError(message, culprit=str(place), remedy="move it elsewhere")
 
 
 def choose_way(model: Checkpoint, path: Path, by: str | None) -> str:

@@ -46,6 +46,14 @@ def in_place_folder(path: Path) -> Path:
     return path.with_name(path.name + ".loratool-in-place")
 
 
+def own_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that ends with the model's name, and does not lead through the model, as `model/../model` does."""
+    given = Path(path)
+    if not given.name or given.name == "..":
+        return given.resolve()
+    return given.parent.resolve() / given.name if ".." in given.parts else given
+
+
 def _ended_folders(path: Path) -> Iterator[Path]:
     """Yield the names of which the folder gets the first free one when the change has ended, before it is removed."""
     return (path.with_name(f"{path.name}.loratool-ended-{number}") for number in count(1))

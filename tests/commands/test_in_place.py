@@ -251,6 +251,37 @@ def test_other_inputs_that_are_refused(tmp_path: Path, run: Run, monkeypatch: py
     assert files(model) == files(LLAMA / "base")
 
 
+def test_a_path_that_leads_through_the_model(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter = copied(LLAMA / "base", tmp_path / "model"), LLAMA / "adapter"
+    monkeypatch.chdir(tmp_path)
+    assert run("merge", "model/../model", adapter, "--in-place").exit_code == 0
+    assert run("unmerge", model, adapter, "--in-place").exit_code == 0
+    assert files(model) == files(LLAMA / "base")
+    (model / "inner").mkdir()
+    for folder, name in ((model, "."), (model / "inner", ".."), (tmp_path, "")):
+        monkeypatch.chdir(folder)
+        assert run("merge", name, adapter, "--in-place").exit_code == 2
+    assert run("recover", ".").exit_code == 3
+
+
+def test_inputs_inside_the_model(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = copied(LLAMA / "base", tmp_path / "model")
+    copied(LLAMA / "adapter", model / "inside"), copied(LLAMA / "adapter", tmp_path / "adapter")
+    loratool.merge("model", "adapter", in_place=True)
+    loratool.patch("model", LLAMA / "base", "model/p.patch")
+    before = files(model)
+    for argv in (
+        ("merge", "model", "model/../adapter"),
+        ("unmerge", "model", "model/inside"),
+        ("unmerge", "model", "adapter", "--undo", "model/loratool.undo"),
+        ("apply", "model", "model/p.patch"),
+    ):
+        result = run(*argv, "--in-place")
+        assert result.exit_code == 3 and "is inside the model" in result.stderr, result.stderr
+        assert files(model) == before
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="leases are of Linux")
 @pytest.mark.parametrize("how", ["open", "mapped"])
 def test_a_file_that_a_program_has_open(how: str, tmp_path: Path, run: Run) -> None:

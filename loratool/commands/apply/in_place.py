@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...durable.fileio import write_at
-from ...durable.in_place import ModelInPlace, Move, Range
+from ...durable.in_place import ModelInPlace, Move, Range, own_path
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.folder.side_files import is_patch
@@ -25,7 +25,17 @@ from ...streaming.in_place import WINDOW
 from ...streaming.parallel import Progress, map_in_order, worker_count
 from ...views.apply import ApplyReport
 from ..arguments import parse_paths, parse_words
-from ..in_place import ELSEWHERE, Planned, PlannedChange, base_facts, change_in_place, choose_way, files_of, stage
+from ..in_place import (
+    ELSEWHERE,
+    Planned,
+    PlannedChange,
+    base_facts,
+    change_in_place,
+    choose_way,
+    files_of,
+    require_outside,
+    stage,
+)
 from ..predictions import opened_chain
 from .call import Apply
 from .command import check_chain
@@ -40,7 +50,7 @@ def apply_in_place(call: Apply) -> ApplyReport:
     if call.by == "shard":
         what = "patches change a model in place by windows of bytes"
         raise UsageError(what, culprit="--by", remedy=f"leave it out, or {ELSEWHERE}")
-    path = Path(os.fspath(call.base))
+    path = own_path(call.base)
     return change_in_place(call, path, partial(_plan, call, path), partial(prepare_apply, call))
 
 
@@ -85,6 +95,7 @@ def _is_ours(call: Apply) -> bool:
 
 def _plan(call: Apply, path: Path) -> Planned[ApplyReport]:
     workers = call.workers or worker_count()
+    require_outside(map(Path, parse_paths(call.patches)), path)
     with ExitStack() as opened:
         base = opened.enter_context(closing(open_checkpoint(call.base)))
         way = choose_way(base, path, "window")

@@ -19,7 +19,7 @@ from ...binding.ties.tied_weights import stored_copies
 from ...binding.ties.ties import find_tie
 from ...durable import disk
 from ...durable.fileio import open_new
-from ...durable.in_place import ModelInPlace, Move
+from ...durable.in_place import ModelInPlace, Move, own_path
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import MERGE_DTYPES
@@ -60,6 +60,7 @@ from ..in_place import (
     files_of,
     renamed_undo,
     require_layout,
+    require_outside,
     shards_of,
     stage,
     way_of,
@@ -75,7 +76,7 @@ def merge_in_place(call: Merge) -> MergeReport:
     """Merge adapters into a model where it is; with `replace`, in the place of those of a former merge."""
     if not call.undo:
         raise UsageError("--in-place needs the undo file, which is the way back", culprit="--no-undo")
-    path = Path(os.fspath(call.base))
+    path = own_path(call.base)
     return change_in_place(call, path, partial(_plan, call, path), partial(prepare_merge, call))
 
 
@@ -160,11 +161,8 @@ def _require_possible(laid: _Laid, path: Path) -> None:
     tie = find_tie(base)
     if tie and tie.embedding in plan.changed and stored_copies(base, tie):
         raise InputError("is stored twice, and both change as one", culprit=tie.embedding, remedy=ELSEWHERE)
-    for adapter in (*(adapter for adapter, _ in plan.adapters), *(laid.former.adapters if laid.former else ())):
-        for place in paths_of([adapter.file]):
-            if place.resolve().is_relative_to(path.resolve()):
-                message = "is inside the model, which has no name while it changes"
-                raise InputError(message, culprit=str(place), remedy="move it elsewhere")
+    adapters = (*(adapter for adapter, _ in plan.adapters), *(laid.former.adapters if laid.former else ()))
+    require_outside(paths_of(adapter.file for adapter in adapters), path)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...durable.in_place import ModelInPlace
+from ...durable.in_place import ModelInPlace, own_path
 from ...errors import InputError, shell_word
 from ...streaming.rewrite import RESULTS
 from ...views.recover import RecoverReport
@@ -35,7 +35,7 @@ CHANGES: dict[str, tuple[type[Call[Any]], Prepare]] = {
 
 def run_recover(call: Recover) -> RecoverReport:
     """End a change in place that was interrupted."""
-    path = Path(os.fspath(call.model))
+    path = own_path(call.model)
     model = ModelInPlace(path, RESULTS)
     if not os.path.isdir(model.folder):
         what = "is in the middle of no change in place" if os.path.lexists(path) else "is no file or folder here"

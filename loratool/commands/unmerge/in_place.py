@@ -12,14 +12,14 @@ from pathlib import Path
 from ...adapters.adapter import Adapter
 from ...binding.modules.placement import Placement
 from ...durable.fileio import open_for_reading, sampled
-from ...durable.in_place import ModelInPlace, Move
+from ...durable.in_place import ModelInPlace, Move, own_path
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.folder.side_files import CARD, has_card, undo_path
 from ...files.output.model_card import is_unedited
 from ...files.output.output import Output
 from ...files.tensor_ref import TensorRef
-from ...files.weights_file import PlacedTensors, WeightsFile
+from ...files.weights_file import PlacedTensors, WeightsFile, paths_of
 from ...streaming.apply import merge_tensor
 from ...streaming.digests import hashes_of_tensors
 from ...streaming.in_place import Results, RowWindows
@@ -42,6 +42,7 @@ from ..in_place import (
     files_of,
     renamed_undo,
     require_layout,
+    require_outside,
     shards_of,
     stage,
     way_of,
@@ -72,7 +73,7 @@ def unmerge_in_place(call: Unmerge) -> UnmergeReport:
     """Restore the base of a merge where the merged model is."""
     if call.approximate:
         raise UsageError("--approximate is not exact, so --in-place does not take it", culprit="--approximate")
-    path = Path(os.fspath(call.merged))
+    path = own_path(call.merged)
     return change_in_place(call, path, partial(_plan, call, path), partial(prepare_unmerge, call))
 
 
@@ -80,6 +81,8 @@ def _plan(call: Unmerge, path: Path) -> Planned[UnmergeReport]:
     with ExitStack() as opened:
         each = _open(call, path, opened)
         files, undo, by = files_of(each.merged), each.undo, call.by
+        named = [Path(call.undo)] if call.undo is not None and not each.merged.given_as_file else []
+        require_outside([*paths_of(adapter.file for adapter in each.adapters), *named], path)
         require_layout(each.output, each.output.files, each.merged)
         for name in undo.replaced():
             raise InputError("was replaced by the merge", culprit=name, remedy=ELSEWHERE)
