@@ -8,11 +8,12 @@ call from the journal and goes on.
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 import os
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -25,13 +26,14 @@ from ..durable.in_place import ModelInPlace, Move, holders, open_elsewhere
 from ..durable.interrupts import DEATHS, changing_models, unless_done
 from ..durable.partial import journal_path, partial_path
 from ..errors import InputError, MachineError, NeedsFlag, UsageError, shell_word
-from ..files.checkpoint import Checkpoint
+from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.containers.layouts import read_layout
 from ..files.folder.side_files import undo_files
 from ..files.output.output import Output, OutputFile
 from ..files.weights_file import WeightsFile
+from ..streaming.digests import hashes_of_tensors
 from ..streaming.in_place import WINDOW
-from ..streaming.parallel import Progress
+from ..streaming.parallel import Progress, worker_count
 from ..streaming.ranks import current_job
 from ..streaming.rewrite import RESULTS
 from .adapter_requests import parse_adapters
@@ -41,6 +43,8 @@ from .calls import Call
 R = TypeVar("R")
 
 C = TypeVar("C", bound=Call[Any])
+
+Hashes = dict[str, list[str]]  # a tensor's name -> the hashes of its pieces
 
 ELSEWHERE, COPY = "write another model with -o", "copy it first, and name the copy"
 
@@ -165,6 +169,7 @@ def end_forward(model: ModelInPlace, prepare: Prepare[R], progress: Progress | N
             raise
         except Exception:
             if not model.windows:
+                require_old(model)
                 model.end()
             raise
         model.plan_moves(moves)
@@ -179,6 +184,7 @@ def end_back(model: ModelInPlace, prepare: Prepare[R]) -> None:
     if model.windows:
         with prepare(model) as change:
             change.windows.make_old(model)
+    require_old(model)
     model.end()
 
 
@@ -257,7 +263,7 @@ def require_changeable(path: Path) -> None:
             raise InputError(message, culprit=str(place), remedy="end it with --resume, or remove it")
 
 
-def require_outside(inputs: Iterable[Path], path: Path) -> None:
+def refuse_inside(inputs: Iterable[Path], path: Path) -> None:
     """Raise InputError for an input in a model's folder, or on a way through it, as it has no name while it changes."""
     model = path.resolve()
     for place in inputs:
@@ -347,29 +353,71 @@ def shards_of(model: Checkpoint, files: Sequence[OutputFile]) -> dict[str, Weigh
 
 
 def base_facts(
-    model: ModelInPlace, plan: str, files: Sequence[OutputFile], read: Callable[[], dict[str, list[str]]]
-) -> tuple[list[OutputFile], dict[str, list[str]]]:
-    """Return what is known of a model from before its first window changed: its files, and the hashes of its tensors.
+    model: ModelInPlace,
+    plan: str,
+    files: Sequence[OutputFile],
+    read: Callable[[], tuple[Hashes, Hashes]],
+) -> tuple[list[OutputFile], Hashes]:
+    """Return what is known of a model from before its first window changed: its files, and hashes of the base.
 
     Args:
         plan: what tells this plan from that of other inputs.
         files: as they are now.
-        read: reads the hashes of the pieces of each tensor.
+        read: reads the hashes of the pieces of the base's tensors, as far as they are needed, and of the tensors that
+            change as the model has them.
 
     Raises:
         InputError: the plan is another one than when the change began.
     """
-    place = model.folder / "facts.json"
-    if not model.has_entries:
-        layouts = [[each.name, b64encode(each.header).decode(), dict(each.begin), each.nbytes] for each in files]
-        write_file(place, json.dumps({"plan": plan, "files": layouts, "hashes": read()}).encode())
+    if not model.is_resumed:
+        hashes, old = read()
+        text = json.dumps({"plan": plan, "files": _layouts(files), "hashes": hashes, "old": old}).encode()
+        new = model.facts.with_suffix(".new")  # renamed when it is complete
+        write_file(new, hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+        disk.rename(new, model.facts)
         disk.sync_folder(model.folder)
-    facts: dict[str, Any] = json.loads(place.read_bytes())
+    facts = _read_facts(model)
     if facts["plan"] != plan:
         what = "is in the middle of a change with other inputs: an adapter or a patch has changed since"
         raise InputError(what, culprit=str(model.path), remedy="bring back the former inputs, and recover again")
     former = [OutputFile(name, b64decode(head), begin, nbytes) for name, head, begin, nbytes in facts["files"]]
     return former, facts["hashes"]
+
+
+def _layouts(files: Sequence[OutputFile]) -> list[list[Any]]:
+    return [[each.name, b64encode(each.header).decode(), dict(each.begin), each.nbytes] for each in files]
+
+
+def _read_facts(model: ModelInPlace) -> dict[str, Any]:
+    data = model.facts.read_bytes() if model.facts.exists() else b""
+    total, _, text = data.partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != total:
+        raise model.damaged(model.facts)
+    facts: dict[str, Any] = json.loads(text)
+    return facts
+
+
+def require_old(model: ModelInPlace, names: Collection[str] | None = None) -> None:
+    """Raise InputError unless a model, of which no window is new, is what it was before the change.
+
+    Args:
+        names: of tensors that are not new; by default all.
+    """
+    if not (model.has_entries or model.facts.exists()):
+        return
+    facts = _read_facts(model)
+    with closing(open_checkpoint(model.model)) as now:
+        was = {name: found for name, found in facts["old"].items() if names is None or name in names}
+        found = hashes_of_tensors(now.shard_of, was.keys() & now.stored.keys(), worker_count())
+        wrong = next((name for name in was if found.get(name) != was[name]), None)
+        if wrong is not None or (names is None and _layouts(files_of(now)) != facts["files"]):
+            raise not_recovered(model, wrong)
+
+
+def not_recovered(model: ModelInPlace, tensor: str | None) -> InputError:
+    """Return the error for a model that turns out to be neither old nor new."""
+    what = f"{f'has {tensor}, which ' if tensor else ''}is neither old nor new: its journal was damaged, or its files"
+    return InputError(what, culprit=str(model.folder), remedy="bring back what was damaged, or the model from a copy")
 
 
 def stage(model: ModelInPlace, files: Mapping[str, bytes | Path | None]) -> list[Move]:

@@ -8,6 +8,7 @@ While it changes, the model is in a folder beside its place, so nobody finds it 
         image                    the bytes that the next entry puts into the model's files
         shard-N                  or a whole file, that entry N puts in the place of the former one
         new/, former/            small files that wait for their place, and those that they replace
+        renaming                 there from before the first of these is moved until all are moved back
 
 A step puts a window, some ranges of the model's files, from its old to its new bytes, or back. Its bytes are written to
 the image and synced; then its entry is added and synced, which has what a step back needs (undo records); then the
@@ -18,11 +19,16 @@ image that does not match the last entry was of a window without one: then the l
 When all windows are new, a list of moves is added: renames of small files and undo files, none over another file, each
 with an entry of its own. So they can be taken back as well. At last the model gets its name again.
 
+If entries are lost, the windows of the last ones are new and taken to be old. So after a death the old or the new model
+is proven by hashes before it gets its name, and `renaming` tells that a list of moves was lost.
+
 Not covered: disks that lose what they reported as synced.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,12 +37,12 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import InputError
+from ..errors import InputError, UsageError
 from . import disk
 from .fileio import copy_range, sum_range
 from .journal import Journal, read_head
 from .locks import locked
-from .partial import journal_path
+from .partial import journal_head, journal_path
 
 Range = tuple[str, int, int]  # of a file's bytes: its name in the model's folder, the first byte, the number of bytes
 
@@ -79,6 +85,7 @@ class ModelInPlace:
         windows: the number of each window that is new -> the entry that made it so.
         moves: the moves at the end; None while some windows are old.
         moved: how many of them are done.
+        is_resumed: whether another process has begun it.
     """
 
     def __init__(self, path: Path, kinds: Mapping[str, type]) -> None:
@@ -87,6 +94,7 @@ class ModelInPlace:
         self.windows: dict[int, int] = {}
         self.moves: list[Move] | None = None
         self.moved = 0
+        self.is_resumed = False
         self._log = self.folder / "log"
         self._journal = Journal(self._log, kinds)
         self._opened = ExitStack()
@@ -120,8 +128,23 @@ class ModelInPlace:
         return self.moves is not None and self.moved == len(self.moves)
 
     def head(self) -> dict[str, Any] | None:
-        """Return the head of the journal: None before the change began."""
-        return read_head(self._log)
+        """Return the head of the journal: None before the change began.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        try:
+            head = read_head(self._log)
+        except UsageError as error:
+            raise self.damaged(journal_head(self._log)) from error
+        if head is not None and head.pop("sum", None) != _sum({kind: head[kind] for kind in head.keys() - {"version"}}):
+            raise self.damaged(journal_head(self._log))
+        return head
+
+    def damaged(self, place: Path) -> InputError:
+        """Return the error for a file of the change that is not as it was written."""
+        what = "is damaged, or missing, or of another version of loratool"
+        return InputError(what, culprit=str(place), remedy="bring it back, or the model from a copy")
 
     def begin(self, head: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the head, and take the model from its place.
@@ -132,7 +155,7 @@ class ModelInPlace:
         for left in takewhile(Path.exists, _ended_folders(self.path)):
             with suppress(OSError):  # another process may be removing it
                 disk.remove_folder(left)
-        self._journal.begin(head)
+        self._journal.begin({**head, "sum": _sum(head)})
         disk.open_file(self._image_path, "w+b").close()
         for folder in (journal_path(self._log), self.folder, self.path.absolute().parent):
             disk.sync_folder(folder)
@@ -142,8 +165,12 @@ class ModelInPlace:
     def open(self) -> None:
         """Read the journal, and complete the step of the last entry."""
         if self.head() is None:
+            if self.is_changing:
+                raise self.damaged(journal_head(self._log))
             return
-        self._journal.open()
+        self._journal.open(is_complete=True)
+        if sorted(self._journal.finished) != list(range(len(self._journal.finished))):
+            raise self.damaged(journal_path(self._log) / "0")
         disk.sync_folder(journal_path(self._log))
         last: list[Any] | None = None
         for number in sorted(self._journal.finished):
@@ -152,6 +179,11 @@ class ModelInPlace:
             self._take_in(number, last)
         if not self.is_changing:
             return
+        self.is_resumed = self._entries > 0 or self.facts.exists()
+        if self.moves is None and self._renaming.exists():
+            raise self.damaged(journal_path(self._log) / "0")
+        if not self._image_path.exists():
+            raise self.damaged(self._image_path)
         self._image = self._opened.enter_context(disk.open_file(self._image_path, "r+b"))
         for place in self.folder.glob("shard-*"):
             if int(place.name.partition("-")[2]) >= self._entries:
@@ -169,6 +201,15 @@ class ModelInPlace:
         self._journal.close()
         self._targets.clear()
         self._opened.close()
+
+    @property
+    def facts(self) -> Path:
+        """Return the place of what is to be known of the model as it was."""
+        return self.folder / "facts.json"
+
+    @property
+    def _renaming(self) -> Path:
+        return self.folder / "renaming"
 
     @property
     def _image_path(self) -> Path:
@@ -261,8 +302,15 @@ class ModelInPlace:
     def move(self, is_new: bool) -> None:
         """Do all moves; or take back those that were done, after which none are planned."""
         moves, parent = self.moves or [], self.path.absolute().parent
-        if self.moved < len(moves) and not os.path.lexists(parent / moves[self.moved].source):
-            self._add(["move", self.moved, True])  # it died before it could note that
+        if is_new and moves and not self._renaming.exists():
+            disk.open_file(self._renaming, "w+b").close()
+            disk.sync_folder(self.folder)
+        there = {name for each in moves for name in (each.source, each.target) if os.path.lexists(parent / name)}
+        if not _after(moves, self.moved) <= there:  # it died before it could note the last one
+            done = _after(moves, self.moved + 1) <= there
+            if not (done or _after(moves, self.moved - 1) <= there):
+                raise self.damaged(journal_path(self._log) / "0")
+            self._add(["move", self.moved if done else self.moved - 1, done])
         for number in range(self.moved, len(moves)) if is_new else reversed(range(self.moved)):
             source, target = parent / moves[number].source, parent / moves[number].target
             source, target = (source, target) if is_new else (target, source)
@@ -275,6 +323,9 @@ class ModelInPlace:
             disk.sync_folder(source.parent)
             self._add(["move", number, is_new])
         if not is_new and self.moves is not None:
+            if self._renaming.exists():
+                disk.unlink(self._renaming)
+                disk.sync_folder(self.folder)
             self._add(["moves", None])
 
     def end(self) -> None:
@@ -295,6 +346,21 @@ class ModelInPlace:
     def _sync_names(self) -> None:
         disk.sync_folder(self.path.absolute().parent)
         disk.sync_folder(self.folder)
+
+
+def _after(moves: Sequence[Move], count: int) -> set[str]:
+    """Return the names that are there after so many of the moves."""
+    there, seen = set[str](), set[str]()
+    for each in moves:
+        there |= {each.source} - seen
+        seen |= {each.source, each.target}
+    for each in moves[: max(0, count)]:
+        there = (there - {each.source}) | {each.target}
+    return there
+
+
+def _sum(head: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
 
 
 def open_elsewhere(path: Path) -> bool | None:

@@ -100,12 +100,21 @@ class Journal:
             write_file(new, json.dumps({"version": VERSION, **head}, sort_keys=True).encode())
             disk.rename(new, journal_head(self._path))
 
-    def open(self) -> None:
-        """Read the records of runs that died, and open this rank's file to add records."""
+    def open(self, is_complete: bool = False) -> None:
+        """Read the records of runs that died, and open this rank's file to add records.
+
+        Args:
+            is_complete: each record was synced before the next was begun, so that no record follows a broken one.
+
+        Raises:
+            InputError: one does.
+        """
         own_file = self._folder / str(self._rank)
         for path in sorted(self._folder.iterdir()):
             if path.name.isdecimal():
                 end = self._read(path, is_checked=False)
+                if is_complete and _has_record(path, end):
+                    raise InputError("is damaged", culprit=str(path), remedy="bring it back as it was")
                 self._end = end if path == own_file else self._end
         self._file = self._opened.enter_context(disk.open_file(own_file, "r+b" if own_file.exists() else "w+b"))
         disk.truncate(self._file, self._end)
@@ -228,6 +237,22 @@ class _Data:
     def take(self, nbytes: int) -> StoredBytes:
         self.offset += nbytes
         return StoredBytes(self.file, self.offset - nbytes, nbytes)
+
+
+def _has_record(path: Path, begin: int) -> bool:
+    """Return whether there is a whole record somewhere behind a byte."""
+    with open_for_reading(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        rest = bytearray(size - begin)
+        read_into(file, memoryview(rest), begin)
+        place = rest.find(MARK)
+        while 0 <= place <= len(rest) - HEAD.size:
+            _, length, data, crc = HEAD.unpack_from(rest, place)
+            end = place + HEAD.size + length + data
+            if end <= len(rest) and zlib.crc32(memoryview(rest)[place + HEAD.size : end]) == crc:
+                return True
+            place = rest.find(MARK, place + 1)
+    return False
 
 
 def _crc(file: BinaryIO, start: int, end: int) -> int:

@@ -170,6 +170,52 @@ def test_another_adapter_at_the_same_path_is_refused(tmp_path: Path, run: Run) -
     assert run("recover", left, "--back").exit_code == 0 and files(left) == files(LLAMA / "base")
 
 
+def test_what_was_damaged_meanwhile_is_refused(tmp_path: Path, run: Run) -> None:
+    """The files of the change, cut, with another byte, or gone: never a mixture under the model's name."""
+    left = interrupted(LLAMA / "base", LLAMA / "adapter", tmp_path / "left")
+    folder, sound = tmp_path / "left.loratool-in-place", tmp_path / "sound"
+    copied(folder, sound)
+    for name in ("log.loratool-journal/0", "log.loratool-journal/head.json", "facts.json"):
+        data = (sound / name).read_bytes()
+        places = range(0, len(data), max(1, len(data) // 4))
+        flipped = [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in places]
+        for damaged in (None, *(data[:at] for at in places), *flipped):
+            shutil.rmtree(folder)
+            copied(sound, folder)
+            (folder / name).write_bytes(damaged) if damaged is not None else (folder / name).unlink()
+            for flags in ((), ("--back",)):
+                result = run("recover", left, *flags)
+                assert result.exit_code == 3 and "damaged" in result.stderr, result.stderr
+                assert not left.exists() and (folder / "left").exists()
+
+
+@pytest.mark.parametrize("lost", range(1, 5))
+def test_moves_that_the_journal_lost(lost: int, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, adapter = copied(LLAMA / "base", tmp_path / "model"), LLAMA / "adapter"
+    loratool.merge(model, adapter, in_place=True)
+    before, ends = files(model), list[int]()
+    place = tmp_path / "model.loratool-in-place" / "log.loratool-journal" / "0"
+    add = ModelInPlace._add
+
+    def note(self: ModelInPlace, entry: list[Any]) -> None:
+        ends.append(place.stat().st_size)
+        if entry[:2] == ["move", 3]:
+            raise KeyboardInterrupt
+        add(self, entry)
+
+    monkeypatch.setattr(ModelInPlace, "_add", note)
+    with pytest.raises(KeyboardInterrupt):
+        loratool.merge(model, (adapter, 0.5), in_place=True)
+    monkeypatch.setattr(ModelInPlace, "_add", add)
+    sound = place.read_bytes()
+    place.write_bytes(sound[: ends[-1 - lost]])
+    for flags in ((), ("--back",)):
+        result = run("recover", model, *flags)
+        assert result.exit_code == 3 and "damaged" in result.stderr and not model.exists(), result.stderr
+    place.write_bytes(sound)
+    assert run("recover", model, "--back").exit_code == 0 and files(model) == before
+
+
 def test_an_overflow_in_the_middle_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loratool.streaming.in_place.WINDOW", 100)
     W = {f"{LAYER}.{name}.weight": weights(8, 6, seed=1).half() for name in ("k_proj", "q_proj")}

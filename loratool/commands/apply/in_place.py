@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,19 +21,22 @@ from ...patches.dialects.patch import ForeignChange, ForeignPatch
 from ...patches.model_files import ModelFiles
 from ...patches.side import read_side_file, side_names
 from ...patches.sources import split_span
+from ...streaming.digests import hashes_of_tensors
 from ...streaming.in_place import WINDOW
 from ...streaming.parallel import Progress, map_in_order, worker_count
 from ...views.apply import ApplyReport
 from ..arguments import parse_paths, parse_words
 from ..in_place import (
     ELSEWHERE,
+    Hashes,
     Planned,
     PlannedChange,
     base_facts,
     change_in_place,
     choose_way,
     files_of,
-    require_outside,
+    refuse_inside,
+    require_old,
     stage,
 )
 from ..predictions import opened_chain
@@ -95,7 +98,7 @@ def _is_ours(call: Apply) -> bool:
 
 def _plan(call: Apply, path: Path) -> Planned[ApplyReport]:
     workers = call.workers or worker_count()
-    require_outside(map(Path, parse_paths(call.patches)), path)
+    refuse_inside(map(Path, parse_paths(call.patches)), path)
     with ExitStack() as opened:
         base = opened.enter_context(closing(open_checkpoint(call.base)))
         way = choose_way(base, path, "window")
@@ -139,22 +142,30 @@ def prepare_apply(call: Apply, model: ModelInPlace) -> Iterator[PlannedChange[Ap
         base = opened.enter_context(closing(open_checkpoint(model.model)))
         if not _is_ours(call):
             foreign = _open_foreign(call, base, opened)
-            base_facts(model, foreign.identity, files_of(base), dict)
+            names = [name for name, changes in foreign.changes.items() if changes]
+            base_facts(model, foreign.identity, files_of(base), partial(_hashes, base, names))
+            if model.is_resumed:
+                require_old(model, {name for number, name in enumerate(names) if number not in model.windows})
             windows = ByteWindows([*_foreign_windows(foreign, base)], None)
             yield PlannedChange(windows, partial(_finish_foreign, call, model, foreign))
             return
-        names, workers = parse_paths(call.patches), call.workers or worker_count()
-        chain = opened.enter_context(opened_chain(base, str(model.path), names, call.reverse, is_old=True))
+        paths, workers = parse_paths(call.patches), call.workers or worker_count()
+        chain = opened.enter_context(opened_chain(base, str(model.path), paths, call.reverse, is_old=True))
         identity = hashlib.sha256("".join(patch.digest for patch in chain.patches).encode()).hexdigest()
-        base_facts(model, identity, files_of(base), dict)
+        tensors = [each.name for each in changed_tensors(chain.files, [each.tensor_sizes() for each in chain.patches])]
+        base_facts(model, identity, files_of(base), partial(_hashes, base, tensors))
         can_return = call.reverse or all(patch.reversible for patch in chain.patches)
 
         def back(stack: ExitStack) -> Sequence[ByteWindow]:
-            other = stack.enter_context(opened_chain(base, str(model.path), names, not call.reverse, is_old=True))
+            other = stack.enter_context(opened_chain(base, str(model.path), paths, not call.reverse, is_old=True))
             return [*_windows(other, base, workers)]
 
         windows = ByteWindows([*_windows(chain, base, workers)], back if can_return else None)
         yield PlannedChange(windows, partial(_finish, call, model, chain, base))
+
+
+def _hashes(base: Checkpoint, names: Iterable[str]) -> tuple[Hashes, Hashes]:
+    return {}, hashes_of_tensors(base.shard_of, names, worker_count())
 
 
 def _windows(chain: PatchChain, base: Checkpoint, workers: int) -> Iterator[ByteWindow]:

@@ -7,7 +7,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,11 @@ from ...streaming.digests import TensorHashes, hashes_of_tensors
 from ...streaming.in_place import Results, RowWindows
 from ...streaming.items import MapRows
 from ...streaming.parallel import choose_device, worker_count
-from ...streaming.restored import RestoredRows, RestoredTensors
+from ...streaming.restored import RestoredRows, RestoredTensors, restored_tensors
 from ...streaming.rewrite import ChangedTensor, refuse_overflow
 from ...streaming.segment import UpdateLoader
 from ...undo.journal_records import JournalRecords
+from ...undo.reader import UndoFile
 from ...undo.writer import (
     UndoWriter,
     adapter_entry,
@@ -51,6 +52,7 @@ from ...views.merge import MergeReport
 from ..arguments import parse_words
 from ..in_place import (
     ELSEWHERE,
+    Hashes,
     Planned,
     PlannedChange,
     base_facts,
@@ -58,9 +60,10 @@ from ..in_place import (
     choose_way,
     file_of,
     files_of,
+    not_recovered,
+    refuse_inside,
     renamed_undo,
     require_layout,
-    require_outside,
     shards_of,
     stage,
     way_of,
@@ -162,7 +165,7 @@ def _require_possible(laid: _Laid, path: Path) -> None:
     if tie and tie.embedding in plan.changed and stored_copies(base, tie):
         raise InputError("is stored twice, and both change as one", culprit=tie.embedding, remedy=ELSEWHERE)
     adapters = (*(adapter for adapter, _ in plan.adapters), *(laid.former.adapters if laid.former else ()))
-    require_outside(paths_of(adapter.file for adapter in adapters), path)
+    refuse_inside(paths_of(adapter.file for adapter in adapters), path)
 
 
 @contextmanager
@@ -179,7 +182,7 @@ def prepare_merge(call: Merge, model: ModelInPlace) -> Iterator[PlannedChange[Me
             model,
             hashlib.sha256(identity.encode()).hexdigest(),
             laid.files,
-            partial(_base_hashes, laid, workers),
+            partial(_hashes, laid, workers),
         )
         load = UpdateLoader(device)
         sources = plan.stored_sources(output.specs)
@@ -201,12 +204,14 @@ def prepare_merge(call: Merge, model: ModelInPlace) -> Iterator[PlannedChange[Me
         yield PlannedChange(windows, partial(_finish, call, model, planned, laid, read, workers))
 
 
-def _base_hashes(laid: _Laid, workers: int) -> dict[str, list[str]]:
-    """Return the hashes of the base's tensors, which a former merge's undo file has."""
+def _hashes(laid: _Laid, workers: int) -> tuple[Hashes, Hashes]:
+    """Return the hashes of the base's tensors, which a former merge's undo file has, and of the model's that change."""
     if laid.former:
         undo = laid.former.base.undo
-        return {name: undo.base_hashes(name) for name in undo.specs}
-    return hashes_of_tensors(laid.model.shard_of, laid.model.stored, workers)
+        old = {name: undo.merged_hashes(name) for name in {*laid.plan.written, *undo.index["tensors"]}}
+        return {name: undo.base_hashes(name) for name in undo.specs}, old
+    hashes = hashes_of_tensors(laid.model.shard_of, laid.model.stored, workers)
+    return hashes, {name: hashes[name] for name in laid.plan.written}
 
 
 def _whole(laid: _Laid) -> set[str]:
@@ -254,12 +259,26 @@ def _check(plan: MergePlan, output: Output, item: MapRows, blocks: Sequence[Any]
     refuse_overflow(item.tensor, [block.change for block in blocks], plan.sources, output)
 
 
+def _require_new(model: ModelInPlace, laid: _Laid, place: Path, read: Hashes, workers: int) -> None:
+    """Raise InputError unless the base can be restored from the model: so each window was merged once."""
+    with closing(UndoFile(place)) as undo:
+        tensors = restored_tensors(laid.model, undo, [adapter for adapter, _ in sort_adapters(laid.plan.adapters)])
+        files = {name: RestoredRows(tensors, laid.model.shard_of[name]) for name in undo.index["tensors"]}
+        try:
+            found = hashes_of_tensors(files, files, workers)
+        except InputError as error:  # rows that no record restores
+            raise not_recovered(model, error.culprit) from error
+        for name in files:
+            if found[name] != read[name]:
+                raise not_recovered(model, name)
+
+
 def _finish(
     call: Merge,
     model: ModelInPlace,
     planned: PlannedMerge,
     laid: _Laid,
-    read: dict[str, list[str]],
+    read: Hashes,
     workers: int,
 ) -> tuple[MergeReport, list[Move]]:
     """Write the undo file and the small files; return the report, and the moves that put them into their places."""
@@ -281,6 +300,8 @@ def _finish(
         size = undo.finish(target, plan, output, hashes.of_read, hashes.of_written)
         disk.sync(target)
     disk.sync_folder(place.parent)
+    if model.is_resumed:
+        _require_new(model, laid, place, read, workers)
     report = build_report(plan, output, os.fspath(call.base), changes, size, dry_run=False)
     report = replace(report, digests=digests_of_merge(plan, output, call, hashes))
     report = replace(report, replaced=former.names if former else ())

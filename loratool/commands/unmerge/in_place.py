@@ -34,15 +34,16 @@ from ..adapter_requests import parse_adapters
 from ..arguments import parse_words
 from ..in_place import (
     ELSEWHERE,
+    Hashes,
     Planned,
     PlannedChange,
     base_facts,
     change_in_place,
     choose_way,
     files_of,
+    refuse_inside,
     renamed_undo,
     require_layout,
-    require_outside,
     shards_of,
     stage,
     way_of,
@@ -82,7 +83,7 @@ def _plan(call: Unmerge, path: Path) -> Planned[UnmergeReport]:
         each = _open(call, path, opened)
         files, undo, by = files_of(each.merged), each.undo, call.by
         named = [Path(call.undo)] if call.undo is not None and not each.merged.given_as_file else []
-        require_outside([*paths_of(adapter.file for adapter in each.adapters), *named], path)
+        refuse_inside([*paths_of(adapter.file for adapter in each.adapters), *named], path)
         require_layout(each.output, each.output.files, each.merged)
         for name in undo.replaced():
             raise InputError("was replaced by the merge", culprit=name, remedy=ELSEWHERE)
@@ -123,7 +124,7 @@ def prepare_unmerge(call: Unmerge, model: ModelInPlace) -> Iterator[PlannedChang
         each = _open(call, model.path, opened, model)
         workers, device = call.workers or worker_count(), choose_device(call.device)
         files = files_of(each.merged)
-        former, _ = base_facts(model, sampled(each.undo.file), files, dict)
+        former, _ = base_facts(model, sampled(each.undo.file), files, partial(_hashes, each))
         load = UpdateLoader(device)
         sources, changed = plan_tensors(each.merged, each.undo, each.undo.specs, each.adapters, load)
         windows = RowWindows(
@@ -141,6 +142,11 @@ def prepare_unmerge(call: Unmerge, model: ModelInPlace) -> Iterator[PlannedChang
             workers=workers,
         )
         yield PlannedChange(windows, partial(_finish, call, model, each, workers))
+
+
+def _hashes(each: _Opened) -> tuple[Hashes, Hashes]:
+    names = each.undo.index["tensors"].keys() & each.merged.stored.keys()
+    return {}, {name: each.undo.merged_hashes(name) for name in names}
 
 
 def _placements(each: _Opened, name: str) -> list[Placement]:
