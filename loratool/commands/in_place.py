@@ -288,10 +288,11 @@ def choose_way(model: Checkpoint, path: Path, by: str | None) -> str:
         if status.st_nlink > 1 and by != "shard":
             by_shard = "--by shard changes this name alone"
             raise InputError("has another name, which would change too", culprit=str(shard.path), remedy=by_shard)
-    largest, beside = max(shard.nbytes for shard in model.shards), sum(shard.nbytes for shard in model.shards) // PART
+    largest, total = max(shard.nbytes for shard in model.shards), sum(shard.nbytes for shard in model.shards)
+    beside = total // PART
     free = free_bytes(path.absolute().parent)
     way = by or ("shard" if largest + beside <= free else "window")
-    needed = (largest if way == "shard" else WINDOW) + beside
+    needed = (largest if way == "shard" else min(WINDOW, total)) + beside
     if needed > free:
         message = f"{size(needed)} are needed to change it by {way} and {size(free)} are free"
         raise MachineError(message, culprit=str(path), remedy="free some space")

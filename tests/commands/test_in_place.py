@@ -376,6 +376,11 @@ def test_the_way_follows_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         loratool.merge(copied(LLAMA / "base", tmp_path / "none"), LLAMA / "adapter", in_place=True)
 
 
+def test_a_small_model_needs_little_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loratool.commands.in_place.free_bytes", lambda folder: 1 << 20)
+    loratool.merge(copied(LLAMA / "base", tmp_path / "m"), LLAMA / "adapter", in_place=True, by="window")
+
+
 def test_an_edited_model_is_not_unmerged(tmp_path: Path) -> None:
     model = copied(LLAMA / "base", tmp_path / "model")
     loratool.merge(model, LLAMA / "adapter", in_place=True)
