@@ -203,6 +203,8 @@ def run_function(
     place = options["save_recipe"]
     if options["lock"] and place is None:
         raise click.UsageError("--lock needs --save-recipe")
+    if place is not None and options.get("in_place"):
+        raise click.UsageError("--save-recipe and --in-place exclude each other")
     if place is not None:
         check_recipe_path(Path(place), options["force"], options["dry_run"])
         if (statement := options.get("attest")) and os.path.realpath(statement) == os.path.realpath(place):

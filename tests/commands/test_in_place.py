@@ -263,6 +263,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], tuple[str, ...], int, str]] = {
     "other types": (lambda model: None, ("--dtype", "fp32"), 3, "which no change in place can store"),
     "no undo": (lambda model: None, ("--no-undo",), 2, "the way back"),
     "an output": (lambda model: None, ("-o", "out"), 2, "exclude each other"),
+    "a recipe": (lambda model: None, ("--save-recipe", "recipe.json"), 2, "exclude each other"),
     "to go on": (lambda model: None, ("--resume",), 2, "exclude each other"),
 }
 

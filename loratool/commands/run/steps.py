@@ -148,6 +148,9 @@ def read_step(number: int, values: Any, force: bool = False) -> Step:
             raise _unknown(word, words, f"key of {command}", "keys")
         arguments[words[word].name] = _read_value(word, words[word], value)
     known = arguments_of(function)
+    if arguments.get("in_place"):
+        message = f"{command} in place is no step of a recipe, whose outputs are made again from inputs that stay"
+        raise UsageError(message, remedy="write out: PATH in the place of in-place")
     if "out" in known and arguments.get("out") is None:
         raise UsageError(f"{command} needs an output", remedy="add out: PATH")
     if force and "force" in known:

@@ -195,6 +195,7 @@ def test_what_is_written_is_read_as_it_was(
         ({**MERGE, "adapters": {"path": ADAPTER, "weights": 3}}, "is not an adapter", None),
         ({"command": "merge", "base": BASE, "out": "x"}, "needs adapters", None),
         ({**MERGE, "out": None}, "needs an output", "add out: PATH"),
+        ({**MERGE, "out": None, "in-place": True}, "no step of a recipe", "write out: PATH"),
         ({"command": "merge", "base": BASE, "adapters": ADAPTER}, "needs an output", "add out: PATH"),
         ({"steps": []}, "steps: is not a list of steps", None),
         ({"steps": [1]}, "is not a mapping", None),
