@@ -249,7 +249,8 @@ def _has_record(path: Path, begin: int) -> bool:
         while 0 <= place <= len(rest) - HEAD.size:
             _, length, data, crc = HEAD.unpack_from(rest, place)
             end = place + HEAD.size + length + data
-            if end <= len(rest) and zlib.crc32(memoryview(rest)[place + HEAD.size : end]) == crc:
+            is_one = 0 < length <= LONGEST and end <= len(rest)  # lost sectors are zeros, as is the sum of no bytes
+            if is_one and zlib.crc32(memoryview(rest)[place + HEAD.size : end]) == crc:
                 return True
             place = rest.find(MARK, place + 1)
     return False
