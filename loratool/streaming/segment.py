@@ -278,7 +278,7 @@ class _Deltas:
             InputError: products of its factors are beyond float64.
         """
         matrix, rows, transposed = (
-            update.matrix(placement.expert),
+            placement.sized(update.matrix(placement.expert), self._columns),
             _rows_of(placement, start, stop),
             placement.transposed,
         )

@@ -104,11 +104,33 @@ def test_projections_without_vera(tmp_path: Path, kind: str) -> None:
         ("lokr full", {"r": 0}, "does not say the rank"),
         ("vera", {"r": 4}, "rank 4"),
         ("adalora", {"init_r": 3}, "more ranks"),
+        ("miss", {"r": 5}, "rank 5"),
+        ("miss", {"init_weights": "bat"}, "says init_weights 'bat', but its tensor is not"),
+        ("miss mini", {"mini_r": 4}, "says mini_r 4, but its block is for 3"),
+        ("bone", {"r": 4}, "rank 4"),
     ],
 )
 def test_ranks_of_another_adapter(tmp_path: Path, kind: str, fields: Mapping[str, Any], match: str) -> None:
     adapter = peft(kind)
     other = replace(adapter, config={**adapter.config, **fields})
+    refuse(tmp_path, adapter.layer, other.write(tmp_path / "a"), match)
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles", "match"),
+    [
+        ("miss", {"miss_block": N(4, 11)}, "but the base weight is"),
+        ("miss mini", {"miss_block": N(4, 5)}, "but the base weight is"),
+        ("miss", {"miss_block": N(4, 0)}, "not a block of r by the outputs"),
+        ("miss", {"miss_block": N(4)}, "not a block of r by the outputs"),
+        ("miss", {"miss_block": torch.full((4, 12), torch.inf)}, "nan or inf"),
+        ("bone", {"bone_block": N(3, 4, 4)}, "bone of the variant bat, which multiplies"),
+    ],
+)
+def test_tensors_of_another_size(tmp_path: Path, kind: str, roles: Roles, match: str) -> None:
+    adapter = peft(kind)
+    fields = {"mini_r": 5} if kind == "miss mini" else {}
+    other = replace(adapter, roles={**adapter.roles, **roles}, config={**adapter.config, **fields})
     refuse(tmp_path, adapter.layer, other.write(tmp_path / "a"), match)
 
 

@@ -40,6 +40,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "VERA": ("VeraConfig", {"r": 4, "target_modules": ["q_proj"]}),
     "LOHA": ("LoHaConfig", {**TARGETS, "r": 4}),
     "LOKR": ("LoKrConfig", {**TARGETS, "r": 4}),
+    "MISS": ("MissConfig", {**TARGETS, "r": 4, "init_weights": "mini", "mini_r": 8}),
+    "BONE": ("BoneConfig", {**TARGETS, "r": 4}),
     "OFT": ("OFTConfig", {**TARGETS, "oft_block_size": 8}),
     "BOFT": ("BOFTConfig", {**TARGETS, "boft_block_size": 8}),
 }

@@ -11,6 +11,7 @@ from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
 from .low_rank import LowRank
+from .miss import Bone, MiSS
 from .replace import ReplaceTensor
 from .rows import ReplaceRows
 from .tucker import Tucker
@@ -27,6 +28,8 @@ UPDATES: dict[str, type[Update]] = {
         LoKr,
         AdaLoRA,
         VeRA,
+        MiSS,
+        Bone,
         Experts,
         DoRA,
         IA3,

@@ -289,6 +289,14 @@ class Update(ABC):
         """Return the update of one matrix of a stack."""
         return self
 
+    def sized(self, outputs: int, inputs: int) -> Update:
+        """Return the update of a weight of this size, if its tensors alone do not tell the size.
+
+        Raises:
+            InputError: it changes an element that such a weight does not have.
+        """
+        return self
+
     def terms(self, weight: float, transposed: bool) -> list[Term]:
         """Return products with the sum `weight` times its delta, as (out, in), or as (in, out) if `transposed`."""
         return []

@@ -13,7 +13,7 @@ from functools import partial
 
 from ...adapters.adapter import Adapter
 from ...adapters.updates.replace import ReplaceTensor
-from ...adapters.updates.update import Stack, UpdateSpec
+from ...adapters.updates.update import Stack, Update, UpdateSpec
 from ...architectures.conv1d import stores_transposed
 from ...architectures.experts import PEFT_TAKES_AS_PLAIN, TRANSPOSED_EXPERTS
 from ...architectures.mlx_names import find_share
@@ -57,6 +57,11 @@ class Placement:
     stop: int
     skip: int = 0  # the update's row at `start`
     expert: int | None = None  # number in a stack; None for an update that is not a stack
+
+    def sized(self, update: Update, columns: int) -> Update:
+        """Return the update of a matrix with the size of its part here. columns: of the base tensor."""
+        rows = self.skip + self.stop - self.start
+        return update.sized(columns, rows) if self.transposed else update.sized(rows, columns)
 
 
 def place_update(

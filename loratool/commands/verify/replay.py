@@ -271,7 +271,7 @@ class AdapterDeltas:
         """Return the deltas of additive updates, and the sums inside DoRAs, with tensors rounded to `kind`."""
         if self._block is not block:
             placements = [p for p in block.inside if adds(p)]
-            self._loaded = {id(p): self._loaded.get(id(p)) or self._added(p) for p in placements}
+            self._loaded = {id(p): self._loaded.get(id(p)) or self._added(p, block.width) for p in placements}
             self._block, self._made = block, {}
         if kind not in self._made:
             self._made[kind] = [_bound(block, loaded, kind) for loaded in self._loaded.values()]
@@ -281,10 +281,11 @@ class AdapterDeltas:
         """Return left, right and scale of a delta of the last block, as `_Added.factors`."""
         return self._loaded[id(delta.placement)].of(None).factors(delta.placement, columns)
 
-    def _added(self, placement: Placement) -> _Loaded:
+    def _added(self, placement: Placement, columns: int) -> _Loaded:
         update = self._load(placement).matrix(placement.expert)
         magnitude = update.magnitude.wide().reshape(-1) if isinstance(update, DoRA) else None
-        return _Loaded(placement, update.inner if isinstance(update, DoRA) else update, magnitude)
+        inner = update.inner if isinstance(update, DoRA) else update
+        return _Loaded(placement, placement.sized(inner, columns), magnitude)
 
 
 def _bound(block: ReplayBlock, loaded: _Loaded, kind: Form | None) -> AdapterDelta:

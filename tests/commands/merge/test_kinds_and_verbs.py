@@ -55,6 +55,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "diff": ("full", "norm"),
     "ia3": ("ia3 in", "ia3 conv out", "peft ia3", "peft ia3 conv feedforward"),
     "vera": ("peft vera",),
+    "miss": ("peft miss", "peft miss remainder", "peft miss mini"),
+    "bone": ("peft bone",),
 }
 
 

@@ -56,6 +56,8 @@ WORDS = {
     "dora": "dora",
     "adalora": "adalora",
     "vera": "vera",
+    "miss": "miss",
+    "bone": "bone",
 }
 
 
@@ -125,6 +127,10 @@ SOME_PEFT = [
     ("ia3 feedforward", (FP32, FP16, None), -0.5),
     ("adalora pruned", (BF16, FP32, None), 1.0),
     ("vera", (BF16, FP32, None), 0.7),
+    ("miss", (BF16, FP32, None), 1.0),
+    ("miss remainder", (FP32, BF16, None), 0.7),
+    ("miss mini", (FP16, FP32, None), -0.5),
+    ("bone", (BF16, BF16, None), 1.0),
 ]
 TYPES = [(BF16, FP32, None), (FP16, BF16, None), (FP32, FP16, None), (FP32, FP32, BF16), (BF16, BF16, FP32)]
 WEIGHTS = itertools.cycle([1.0, 0.7, -0.5, 1.0, 2.0, 1 / 3, 1.0])  # none of the lengths that it is zipped with
@@ -372,6 +378,7 @@ REASONS = {
     "oft": BY_A_MATRIX,
     "glora": BY_A_MATRIX,
     "t-lora": ("T-LoRA", "extract"),
+    "miss": BY_A_MATRIX,
     "vera": ("projection", "save_projection=True"),
     "xlora": ("X-?LoRA", ""),
     "lokr": (r"lokr_w2", "extract"),

@@ -46,6 +46,7 @@ Roles = dict[str, Tensor]
 # A layer of the base -> its weight's shape. Kernels are oblong, so that no two axes can be taken for each other.
 SHAPES: dict[str, tuple[int, ...]] = {
     "linear": (25, 6),
+    "even": (12, 8),
     "conv": (10, 6, 3, 2),
     "conv1d": (10, 6, 3),
     "norm": (25,),
@@ -399,6 +400,20 @@ def _vera(n: Numbers) -> Peft:
     return Peft("linear", roles, {"peft_type": "VERA", "r": 3, "save_projection": True}, shared)
 
 
+def _miss(rank: int, **config: Any) -> Callable[[Numbers], Peft]:
+    """Return a maker of MiSS; 8 inputs are two blocks, and a remainder if `rank` is 3."""
+
+    def make(n: Numbers) -> Peft:
+        width = config["mini_r"] if config.get("init_weights") == "mini" else SHAPES["even"][0]
+        return Peft("even", {"miss_block": n(rank, width)}, {"peft_type": "MISS", "r": rank, **config})
+
+    return make
+
+
+def _bone(n: Numbers) -> Peft:
+    return Peft("even", {"bone_block": n(3, SHAPES["even"][0])}, {"peft_type": "BONE", "r": 3, "init_weights": True})
+
+
 # kind -> what makes the adapter
 PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
@@ -421,6 +436,10 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "adalora pruned": _adalora("linear", True),
     "adalora conv": _adalora("conv", False),
     "vera": _vera,
+    "miss": _miss(4),
+    "miss remainder": _miss(3, init_weights=False),
+    "miss mini": _miss(4, init_weights="mini", mini_r=3),
+    "bone": _bone,
 }
 
 
@@ -431,6 +450,10 @@ def _peft_oft(n: Numbers) -> Peft:
 def _peft_boft(n: Numbers) -> Peft:
     roles = {"boft_R": n(1, 3, 2, 2, size=0.1), "boft_s": n.magnitudes(25, 1)}
     return Peft("linear", roles, {"peft_type": "BOFT", "boft_block_size": 2, "boft_block_num": 0})
+
+
+def _bat(n: Numbers) -> Peft:
+    return Peft("even", {"miss_block": n(3, 4, 4)}, {"peft_type": "MISS", "r": 4, "init_weights": "bat"})
 
 
 def _vera_alone(n: Numbers) -> Peft:
@@ -448,6 +471,7 @@ PEFT_REFUSED: dict[str, Callable[[Numbers], Peft]] = {
     "lokr conv1d full": _product("LOKR", "conv1d", lokr, 3),
     "oft": _peft_oft,
     "boft": _peft_boft,
+    "miss bat": _bat,
     "vera without projections": _vera_alone,
     "xlora": _xlora,
 }
