@@ -108,6 +108,8 @@ def test_projections_without_vera(tmp_path: Path, kind: str) -> None:
         ("miss", {"init_weights": "bat"}, "says init_weights 'bat', but its tensor is not"),
         ("miss mini", {"mini_r": 4}, "says mini_r 4, but its block is for 3"),
         ("bone", {"r": 4}, "rank 4"),
+        ("gralora", {"r": 8}, "rank 8"),
+        ("gralora", {"hybrid_r": 1}, "hybrid_r 1, but its tensors have 0"),
     ],
 )
 def test_ranks_of_another_adapter(tmp_path: Path, kind: str, fields: Mapping[str, Any], match: str) -> None:
@@ -124,6 +126,11 @@ def test_ranks_of_another_adapter(tmp_path: Path, kind: str, fields: Mapping[str
         ("miss", {"miss_block": N(4, 0)}, "not a block of r by the outputs"),
         ("miss", {"miss_block": N(4)}, "not a block of r by the outputs"),
         ("miss", {"miss_block": torch.full((4, 12), torch.inf)}, "nan or inf"),
+        ("gralora", {"gralora_A": N(2, 4, 6)}, "not the blocks of a product"),
+        ("gralora", {"gralora_B": N(4, 4, 3)}, "not the blocks of a product"),
+        ("gralora", {"gralora_A": N(2, 5, 4)}, "but the base weight is"),
+        ("gralora", {"gralora_A_general.weight": N(2, 8)}, "one of the general factors"),
+        ("gralora hybrid", {"gralora_A_general.weight": N(2, 8)}, "of another size"),
         ("bone", {"bone_block": N(3, 4, 4)}, "bone of the variant bat, which multiplies"),
     ],
 )

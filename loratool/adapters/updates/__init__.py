@@ -7,6 +7,7 @@ from .add import AddDelta
 from .diff import Diff
 from .dora import DoRA
 from .experts import Experts
+from .gralora import GraLoRA
 from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
@@ -30,6 +31,7 @@ UPDATES: dict[str, type[Update]] = {
         VeRA,
         MiSS,
         Bone,
+        GraLoRA,
         Experts,
         DoRA,
         IA3,

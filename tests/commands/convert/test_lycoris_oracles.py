@@ -39,7 +39,7 @@ def layer_of(base: Base) -> nn.Module:
     """Return the base's layer in torch, in float64."""
     shape = base.weight.shape
     layer: nn.Module
-    if base.layer == "linear":
+    if base.layer in ("linear", "even"):
         layer = nn.Linear(shape[1], shape[0])
     elif base.layer == "conv":
         layer = nn.Conv2d(shape[1], shape[0], (shape[2], shape[3]))
@@ -61,7 +61,7 @@ def model_of(base: Base) -> nn.Module:
 
 
 def inputs_of(base: Base) -> Tensor:
-    shape = {"linear": (4, 6), "conv": (2, 6, 5, 5), "conv1d": (2, 6, 5), "norm": (4, 25)}[base.layer]
+    shape = {"linear": (4, 6), "even": (4, 8), "conv": (2, 6, 5, 5), "conv1d": (2, 6, 5), "norm": (4, 25)}[base.layer]
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -69,7 +69,7 @@ def forward(base: Base, weight: Tensor, bias: Tensor) -> Tensor:
     x = inputs_of(base)
     if base.layer == "norm":
         return F.layer_norm(x, (len(weight),), weight, bias)
-    operator = {"linear": F.linear, "conv": F.conv2d, "conv1d": F.conv1d}[base.layer]
+    operator = {"linear": F.linear, "even": F.linear, "conv": F.conv2d, "conv1d": F.conv1d}[base.layer]
     return operator(x, weight, bias)
 
 
@@ -274,17 +274,18 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
     check(layer(inputs_of(base)), base, updates, tolerance)
 
 
-@pytest.mark.parametrize("kind", ["ia3", "ia3 feedforward", "adalora", "vera"])
+@pytest.mark.parametrize("kind", ["ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid"])
 def test_peft_has_the_same_of_layers_that_store_them_transposed(tmp_path: Path, kind: str) -> None:
     """GPT-2's, whose weight is (in, out)."""
     peft = pytest.importorskip("peft")
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    made, base = peft_of(kind, FP32), base_of("linear", FP32)
+    made = peft_of(kind, FP32)
+    base = base_of(made.layer, FP32)
     adapter = replace(made, config={**made.config, "fan_in_fan_out": True})
-    model, layer = nn.Module(), conv1d(25, 6)
+    model, layer = nn.Module(), conv1d(*SHAPES[made.layer])
     layer.load_state_dict({"weight": base.weight.T, "bias": base.bias})
     model.blocks = nn.ModuleList([nn.Module()])
-    model.blocks[0].add_module("linear", layer)
+    model.blocks[0].add_module(made.layer, layer)
     folder = adapter.write(tmp_path)
     if kind == "vera":
         model.add_module("wide", nn.Linear(8, 28))
@@ -292,7 +293,7 @@ def test_peft_has_the_same_of_layers_that_store_them_transposed(tmp_path: Path, 
         (folder / "adapter_config.json").write_text(json.dumps(fields))
     loaded = peft.PeftModel.from_pretrained(model, folder).double().eval()
     module = loaded.base_model.model.get_submodule(base.path)
-    updates = peft_updates(made, SHAPES["linear"])
+    updates = peft_updates(made, SHAPES[made.layer])
     check(module(inputs_of(base)), base, updates)
     module.merge()
     check(module(inputs_of(base)), base, updates)

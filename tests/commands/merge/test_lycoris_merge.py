@@ -58,6 +58,7 @@ WORDS = {
     "vera": "vera",
     "miss": "miss",
     "bone": "bone",
+    "gralora": "gralora",
 }
 
 
@@ -131,6 +132,7 @@ SOME_PEFT = [
     ("miss remainder", (FP32, BF16, None), 0.7),
     ("miss mini", (FP16, FP32, None), -0.5),
     ("bone", (BF16, BF16, None), 1.0),
+    ("gralora hybrid", (BF16, FP32, None), 0.7),
 ]
 TYPES = [(BF16, FP32, None), (FP16, BF16, None), (FP32, FP16, None), (FP32, FP32, BF16), (BF16, BF16, FP32)]
 WEIGHTS = itertools.cycle([1.0, 0.7, -0.5, 1.0, 2.0, 1 / 3, 1.0])  # none of the lengths that it is zipped with
@@ -314,9 +316,12 @@ class TestHardNumbers:
 class TestTransposed:
     """GPT-2's layers store (in, out); PEFT's factors of them are those of (out, in)."""
 
-    @pytest.mark.parametrize("kind", few(["ia3", "ia3 feedforward", "adalora", "vera"], "ia3", "vera"))
+    KINDS = ("ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid")
+
+    @pytest.mark.parametrize("kind", few([*KINDS], "ia3", "vera"))
     def test_layers_of_gpt2(self, tmp_path: Path, kind: str) -> None:
-        adapter, base = peft_of(kind, FP32), base_of("linear", BF16)
+        adapter = peft_of(kind, FP32)
+        base = base_of(adapter.layer, BF16)
         path = "h.0.attn.c_attn"
         fields = {**adapter.config, "fan_in_fan_out": True, "target_modules": ["c_attn"]}
         if fields.get("feedforward_modules"):
@@ -331,7 +336,7 @@ class TestTransposed:
         save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
         loratool.merge(model, folder, tmp_path / "out")
         merged = load_file(tmp_path / "out" / "model.safetensors")
-        wanted = merged_codes(base, peft_updates(adapter, SHAPES["linear"]))
+        wanted = merged_codes(base, peft_updates(adapter, SHAPES[base.layer]))
         assert count_wrong(merged[f"{path}.weight"].T, wanted[f"{base.path}.weight"]) == 0
         assert count_wrong(merged[f"{path}.bias"], wanted[f"{base.path}.bias"]) == 0
         loratool.unmerge(tmp_path / "out", folder, tmp_path / "back")

@@ -414,6 +414,18 @@ def _bone(n: Numbers) -> Peft:
     return Peft("even", {"bone_block": n(3, SHAPES["even"][0])}, {"peft_type": "BONE", "r": 3, "init_weights": True})
 
 
+def _gralora(k: int, rank: int, hybrid: int = 0) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        out, inp = SHAPES["even"]
+        roles = {"gralora_A": n(k, inp // k, rank), "gralora_B": n(k, rank, out // k, size=0.2)}
+        if hybrid:
+            roles |= {"gralora_A_general.weight": n(hybrid, inp), "gralora_B_general.weight": n(out, hybrid, size=0.2)}
+        config = {"peft_type": "GRALORA", "r": rank, "hybrid_r": hybrid, "gralora_k": k, "alpha": 5}
+        return Peft("even", roles, config)
+
+    return make
+
+
 # kind -> what makes the adapter
 PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
@@ -440,6 +452,8 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "miss remainder": _miss(3, init_weights=False),
     "miss mini": _miss(4, init_weights="mini", mini_r=3),
     "bone": _bone,
+    "gralora": _gralora(2, 4),
+    "gralora hybrid": _gralora(4, 4, 3),
 }
 
 
