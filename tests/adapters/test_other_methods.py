@@ -43,6 +43,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "MISS": ("MissConfig", {**TARGETS, "r": 4, "init_weights": "mini", "mini_r": 8}),
     "BONE": ("BoneConfig", {**TARGETS, "r": 4}),
     "GRALORA": ("GraloraConfig", {**TARGETS, "r": 4, "gralora_k": 2, "hybrid_r": 2, "alpha": 6}),
+    "C3A": ("C3AConfig", {**TARGETS, "block_size": 8}),
     "OFT": ("OFTConfig", {**TARGETS, "oft_block_size": 8}),
     "BOFT": ("BOFTConfig", {**TARGETS, "boft_block_size": 8}),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adalora import AdaLoRA
 from .add import AddDelta
+from .c3a import C3A
 from .diff import Diff
 from .dora import DoRA
 from .experts import Experts
@@ -32,6 +33,7 @@ UPDATES: dict[str, type[Update]] = {
         MiSS,
         Bone,
         GraLoRA,
+        C3A,
         Experts,
         DoRA,
         IA3,

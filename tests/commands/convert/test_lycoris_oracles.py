@@ -61,7 +61,7 @@ def model_of(base: Base) -> nn.Module:
 
 
 def inputs_of(base: Base) -> Tensor:
-    shape = {"linear": (4, 6), "even": (4, 8), "conv": (2, 6, 5, 5), "conv1d": (2, 6, 5), "norm": (4, 25)}[base.layer]
+    shape = {"linear": (4, 6), "even": (4, 6), "conv": (2, 6, 5, 5), "conv1d": (2, 6, 5), "norm": (4, 25)}[base.layer]
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -268,7 +268,8 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
         (folder / "adapter_config.json").write_text(json.dumps(fields))
     loaded = peft.PeftModel.from_pretrained(model, folder).double().eval()
     layer = loaded.base_model.model.get_submodule(base.path)
-    tolerance = 1e-6 if kind.startswith("loha") else TOLERANCE  # peft rounds LoHa's alpha / r to float32
+    # peft rounds LoHa's alpha / r to float32, and transforms C3A's kernel in it
+    tolerance = 1e-6 if kind.startswith(("loha", "c3a")) else TOLERANCE
     check(layer(inputs_of(base)), base, updates, tolerance)
     layer.merge()
     check(layer(inputs_of(base)), base, updates, tolerance)

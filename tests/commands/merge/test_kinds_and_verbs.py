@@ -58,6 +58,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "miss": ("peft miss", "peft miss remainder", "peft miss mini"),
     "bone": ("peft bone",),
     "gralora": ("peft gralora", "peft gralora hybrid"),
+    "c3a": ("peft c3a",),
 }
 
 
@@ -232,7 +233,7 @@ def test_convert_of_pefts_kinds_says_the_rank(row: str, kind: str, tmp_path: Pat
         if made is None:
             continue
         (module,), (note,) = made.modules, made.notes
-        exact = exact or row == "gralora"  # whose factors have the stored numbers, and no products of them
+        exact = exact or row in ("gralora", "c3a")  # whose factors have the stored numbers, and no products of them
         assert (module.how, module.error) == ("expanded", 0) if exact else (0 < module.error < 1e-7)
         assert f"LoRA of rank {module.rank} " in note and close(written(out), sample.D, 1e-15 if exact else 1e-7)
         found = diff(sample.path, out)

@@ -59,6 +59,7 @@ WORDS = {
     "miss": "miss",
     "bone": "bone",
     "gralora": "gralora",
+    "c3a": "c3a",
 }
 
 
@@ -133,6 +134,7 @@ SOME_PEFT = [
     ("miss mini", (FP16, FP32, None), -0.5),
     ("bone", (BF16, BF16, None), 1.0),
     ("gralora hybrid", (BF16, FP32, None), 0.7),
+    ("c3a", (BF16, FP32, None), -0.5),
 ]
 TYPES = [(BF16, FP32, None), (FP16, BF16, None), (FP32, FP16, None), (FP32, FP32, BF16), (BF16, BF16, FP32)]
 WEIGHTS = itertools.cycle([1.0, 0.7, -0.5, 1.0, 2.0, 1 / 3, 1.0])  # none of the lengths that it is zipped with

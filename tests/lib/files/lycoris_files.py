@@ -46,7 +46,7 @@ Roles = dict[str, Tensor]
 # A layer of the base -> its weight's shape. Kernels are oblong, so that no two axes can be taken for each other.
 SHAPES: dict[str, tuple[int, ...]] = {
     "linear": (25, 6),
-    "even": (12, 8),
+    "even": (12, 6),
     "conv": (10, 6, 3, 2),
     "conv1d": (10, 6, 3),
     "norm": (25,),
@@ -401,7 +401,7 @@ def _vera(n: Numbers) -> Peft:
 
 
 def _miss(rank: int, **config: Any) -> Callable[[Numbers], Peft]:
-    """Return a maker of MiSS; 8 inputs are two blocks, and a remainder if `rank` is 3."""
+    """Return a maker of MiSS; 6 inputs are two blocks of `rank` 3, and a remainder of other ranks."""
 
     def make(n: Numbers) -> Peft:
         width = config["mini_r"] if config.get("init_weights") == "mini" else SHAPES["even"][0]
@@ -426,6 +426,11 @@ def _gralora(k: int, rank: int, hybrid: int = 0) -> Callable[[Numbers], Peft]:
     return make
 
 
+def _c3a(n: Numbers) -> Peft:
+    out, inp = SHAPES["even"]
+    return Peft("even", {"c3a_kernel": n(out // 3, inp // 3, 3)}, {"peft_type": "C3A", "block_size": 3})
+
+
 # kind -> what makes the adapter
 PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
@@ -448,12 +453,13 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "adalora pruned": _adalora("linear", True),
     "adalora conv": _adalora("conv", False),
     "vera": _vera,
-    "miss": _miss(4),
-    "miss remainder": _miss(3, init_weights=False),
+    "miss": _miss(3),
+    "miss remainder": _miss(4, init_weights=False),
     "miss mini": _miss(4, init_weights="mini", mini_r=3),
     "bone": _bone,
     "gralora": _gralora(2, 4),
-    "gralora hybrid": _gralora(4, 4, 3),
+    "gralora hybrid": _gralora(3, 3, 2),
+    "c3a": _c3a,
 }
 
 
