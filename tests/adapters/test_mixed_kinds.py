@@ -108,6 +108,7 @@ def test_projections_without_vera(tmp_path: Path, kind: str) -> None:
         ("miss", {"init_weights": "bat"}, "says init_weights 'bat', but its tensor is not"),
         ("miss mini", {"mini_r": 4}, "says mini_r 4, but its block is for 3"),
         ("bone", {"r": 4}, "rank 4"),
+        ("pvera", {"r": 6}, "rank 6"),
         ("gralora", {"r": 8}, "rank 8"),
         ("gralora", {"hybrid_r": 1}, "hybrid_r 1, but its tensors have 0"),
     ],
@@ -133,6 +134,8 @@ def test_ranks_of_another_adapter(tmp_path: Path, kind: str, fields: Mapping[str
         ("gralora hybrid", {"gralora_A_general.weight": N(2, 8)}, "of another size"),
         ("c3a", {"c3a_kernel": N(2, 3, 4)}, "but the base weight is"),
         ("c3a", {"c3a_kernel": N(3, 4)}, "not a table of circulant blocks"),
+        ("pvera", {"pvera_lambda_d": N(3)}, "not a mean and a variance"),
+        ("pvera", {"pvera_lambda_b": N(24)}, "but the base weight is"),
         ("bone", {"bone_block": N(3, 4, 4)}, "bone of the variant bat, which multiplies"),
     ],
 )

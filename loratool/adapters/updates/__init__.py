@@ -14,6 +14,7 @@ from .loha import LoHa
 from .lokr import LoKr
 from .low_rank import LowRank
 from .miss import Bone, MiSS
+from .pvera import PVeRA
 from .replace import ReplaceTensor
 from .rows import ReplaceRows
 from .tucker import Tucker
@@ -30,6 +31,7 @@ UPDATES: dict[str, type[Update]] = {
         LoKr,
         AdaLoRA,
         VeRA,
+        PVeRA,
         MiSS,
         Bone,
         GraLoRA,

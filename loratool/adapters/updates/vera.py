@@ -6,10 +6,10 @@ shows the number of a module's inputs, so an update of VeRA alone has no factors
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import InputError
 from ...files.dtypes import TensorSpec
@@ -32,12 +32,13 @@ class VeRA(Update):
     A: Numbers  # (r, most inputs)
 
     kind = "vera"
+    title: ClassVar = "VeRA"
     roles = ("vera_lambda_b", "vera_lambda_d", "vera_B", "vera_A")
     peft = PeftMethod("VERA", {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"}, shared=roles[2:])
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
-        return (spec.specs["vera_lambda_b"].size, spec.specs["vera_A"].shape[1])
+        return (spec.specs[cls.roles[0]].size, spec.specs[cls.roles[3]].shape[1])
 
     @classmethod
     def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
@@ -50,12 +51,7 @@ class VeRA(Update):
 
     @classmethod
     def require(cls, module: str, roles: Mapping[str, str]) -> None:
-        if not {"vera_B", "vera_A"} <= roles.keys():
-            raise InputError(
-                "is VeRA, but its random matrices are not in the file",
-                culprit=next(iter(roles.values())),
-                remedy="save it with peft with save_projection=True in its config",
-            )
+        require_projections(cls.roles[2:], cls.title, roles)
         super().require(module, roles)
 
     @classmethod
@@ -68,7 +64,7 @@ class VeRA(Update):
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
-        require_rank(spec, config, spec.specs["vera_lambda_d"].size)
+        require_rank(spec, config, spec.specs[cls.roles[2]].shape[1])
         return spec
 
     @classmethod
@@ -83,3 +79,13 @@ class VeRA(Update):
         rights = multiply_exactly(self.d[:, None], self.A)
         terms = [Term(left, right, Fraction(weight)) for left in lefts for right in rights]
         return transposed_terms(terms) if transposed else terms
+
+
+def require_projections(projections: Collection[str], title: str, roles: Mapping[str, str]) -> None:
+    """Raise InputError if a file lacks the random matrices that its modules share."""
+    if not roles.keys() >= set(projections):
+        raise InputError(
+            f"is {title}, but its random matrices are not in the file",
+            culprit=next(iter(roles.values())),
+            remedy="save it with peft with save_projection=True in its config",
+        )

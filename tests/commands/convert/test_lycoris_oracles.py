@@ -262,7 +262,7 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
     adapter = peft_of(kind, dtype)
     base, updates = base_of(adapter.layer, dtype), peft_updates(adapter, SHAPES[adapter.layer])
     folder, model = adapter.write(tmp_path), model_of(base)
-    if kind == "vera":  # the layer of the same model for which its projections are as large as they are
+    if kind in ("vera", "pvera"):  # the layer of the same model for which its projections are as large as they are
         model.add_module("wide", nn.Linear(8, 28))
         fields = {**adapter.config, "target_modules": [base.path, "wide"]}
         (folder / "adapter_config.json").write_text(json.dumps(fields))
@@ -275,7 +275,7 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
     check(layer(inputs_of(base)), base, updates, tolerance)
 
 
-@pytest.mark.parametrize("kind", ["ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid"])
+@pytest.mark.parametrize("kind", ["ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid", "pvera"])
 def test_peft_has_the_same_of_layers_that_store_them_transposed(tmp_path: Path, kind: str) -> None:
     """GPT-2's, whose weight is (in, out)."""
     peft = pytest.importorskip("peft")
@@ -288,7 +288,7 @@ def test_peft_has_the_same_of_layers_that_store_them_transposed(tmp_path: Path, 
     model.blocks = nn.ModuleList([nn.Module()])
     model.blocks[0].add_module(made.layer, layer)
     folder = adapter.write(tmp_path)
-    if kind == "vera":
+    if kind in ("vera", "pvera"):
         model.add_module("wide", nn.Linear(8, 28))
         fields = {**adapter.config, "target_modules": [base.path, "wide"]}
         (folder / "adapter_config.json").write_text(json.dumps(fields))

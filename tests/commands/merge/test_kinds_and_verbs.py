@@ -55,6 +55,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "diff": ("full", "norm"),
     "ia3": ("ia3 in", "ia3 conv out", "peft ia3", "peft ia3 conv feedforward"),
     "vera": ("peft vera",),
+    "pvera": ("peft pvera",),
     "miss": ("peft miss", "peft miss remainder", "peft miss mini"),
     "bone": ("peft bone",),
     "gralora": ("peft gralora", "peft gralora hybrid"),

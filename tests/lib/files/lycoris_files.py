@@ -431,6 +431,14 @@ def _c3a(n: Numbers) -> Peft:
     return Peft("even", {"c3a_kernel": n(out // 3, inp // 3, 3)}, {"peft_type": "C3A", "block_size": 3})
 
 
+def _pvera(n: Numbers) -> Peft:
+    """PVeRA with projections wider and taller than the layer; the second halves have no part in a merge."""
+    out, inp = SHAPES["linear"]
+    roles = {"pvera_lambda_b": n(out, size=0.2), "pvera_lambda_d": n(6)}
+    shared = {"pvera_A": n(6, inp + 2), "pvera_B": n(out + 3, 3)}
+    return Peft("linear", roles, {"peft_type": "PVERA", "r": 3, "save_projection": True}, shared)
+
+
 # kind -> what makes the adapter
 PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
@@ -460,6 +468,7 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "gralora": _gralora(2, 4),
     "gralora hybrid": _gralora(3, 3, 2),
     "c3a": _c3a,
+    "pvera": _pvera,
 }
 
 
@@ -476,9 +485,14 @@ def _bat(n: Numbers) -> Peft:
     return Peft("even", {"miss_block": n(3, 4, 4)}, {"peft_type": "MISS", "r": 4, "init_weights": "bat"})
 
 
-def _vera_alone(n: Numbers) -> Peft:
-    made = _vera(n)
-    return Peft(made.layer, made.roles, {**made.config, "save_projection": False})
+def _alone(make: Callable[[Numbers], Peft]) -> Callable[[Numbers], Peft]:
+    """Return a maker of the adapter without its projections."""
+
+    def alone(n: Numbers) -> Peft:
+        made = make(n)
+        return Peft(made.layer, made.roles, {**made.config, "save_projection": False})
+
+    return alone
 
 
 def _xlora(n: Numbers) -> Peft:
@@ -492,7 +506,8 @@ PEFT_REFUSED: dict[str, Callable[[Numbers], Peft]] = {
     "oft": _peft_oft,
     "boft": _peft_boft,
     "miss bat": _bat,
-    "vera without projections": _vera_alone,
+    "vera without projections": _alone(_vera),
+    "pvera without projections": _alone(_pvera),
     "xlora": _xlora,
 }
 

@@ -3,7 +3,7 @@
 A stored number is the real number that its bits mean. W is flattened to (out, in k), row by row; k are the positions of
 a kernel. For an update with the weight w, W' = W + w (U(W) - W), and `fractions_oracle` rounds it once. U(W) is
 
-- W + D for LoRA (also with `lora_mid`), LoHa, LoKr, AdaLoRA, VeRA, MiSS, Bone, GraLoRA, C3A and GLoRA's added part,
+- W + D for LoRA (also with `lora_mid`), GLoRA's added part, and every other kind of PEFT that `peft_updates` has,
 - (m / n) (W + D) for those with `dora_scale` m, n the norm of a row of W + D, or of an input's columns, whichever m's
   shape tells. n is the square root rounded to 36 bits; the eps that LyCORIS adds to it counts as 0,
 - W + diff and bias + diff_b for full layers, weight + w_norm and bias + b_norm for norms,
@@ -147,6 +147,12 @@ def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> 
     elif kind in ("MISS", "BONE"):
         M = grid(roles["miss_block" if kind == "MISS" else "bone_block"])
         D = np.array([[M[j % M.shape[0], i % M.shape[1]] for j in range(shape[1])] for i in range(shape[0])])
+    elif kind == "PVERA":
+        B = matrix(adapter.shared["pvera_B"])[: shape[0]]
+        half = B.shape[1]
+        A = matrix(adapter.shared["pvera_A"])[:half, : shape[1]]
+        b, d = grid(roles["pvera_lambda_b"]), grid(roles["pvera_lambda_d"])[:half]
+        D = (b[:, None] * B) @ (d[:, None] * A)
     elif kind == "C3A":
         K, D = grid(roles["c3a_kernel"]), np.zeros(shape, dtype=object)
         for i, j in np.ndindex(*shape):
