@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from lib.files.lycoris_files import KINDS, Numbers, Peft, Roles, base_of, peft_of, roles_of, write_lycoris
-from safetensors.torch import load_file
+from lib.oracles.dense_oracle import merged_codes, peft_updates
+from lib.oracles.fractions_oracle import count_wrong
+from safetensors.torch import load_file, save_file
 
 import loratool
 from loratool.adapters.stacked import stack_factors
@@ -109,6 +111,7 @@ def test_projections_without_vera(tmp_path: Path, kind: str) -> None:
         ("miss mini", {"mini_r": 4}, "says mini_r 4, but its block is for 3"),
         ("bone", {"r": 4}, "rank 4"),
         ("pvera", {"r": 6}, "rank 6"),
+        ("randlora", {"r": 6}, "rank 6"),
         ("gralora", {"r": 8}, "rank 8"),
         ("gralora", {"hybrid_r": 1}, "hybrid_r 1, but its tensors have 0"),
     ],
@@ -117,6 +120,23 @@ def test_ranks_of_another_adapter(tmp_path: Path, kind: str, fields: Mapping[str
     adapter = peft(kind)
     other = replace(adapter, config={**adapter.config, **fields})
     refuse(tmp_path, adapter.layer, other.write(tmp_path / "a"), match)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_that_fits_both_ways(tmp_path: Path, transposed: bool) -> None:
+    """RandLoRA has the sides of a weight, and not which is which: a bias tells, and without one nothing does."""
+    adapter, base = peft("randlora"), base_of("linear", FP32)
+    fields = {key: x for key, x in adapter.config.items() if key != "fan_in_fan_out"}
+    folder = replace(adapter, config=fields).write(tmp_path / "a")
+    stored = {f"{base.path}.weight": base.weight.T.contiguous() if transposed else base.weight}
+    save_file({**stored, f"{base.path}.bias": base.bias}, tmp_path / "base.safetensors")
+    loratool.merge(tmp_path / "base.safetensors", folder, tmp_path / "merged.safetensors")
+    found = load_file(tmp_path / "merged.safetensors")[f"{base.path}.weight"]
+    wanted = merged_codes(base, peft_updates(adapter, (25, 6)))[f"{base.path}.weight"]
+    assert count_wrong(found.T if transposed else found, wanted) == 0
+    save_file(stored, tmp_path / "bare.safetensors")
+    with pytest.raises(InputError, match="fits both ways, and nothing tells"):
+        loratool.merge(tmp_path / "bare.safetensors", folder, tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -136,6 +156,10 @@ def test_ranks_of_another_adapter(tmp_path: Path, kind: str, fields: Mapping[str
         ("c3a", {"c3a_kernel": N(3, 4)}, "not a table of circulant blocks"),
         ("pvera", {"pvera_lambda_d": N(3)}, "not a mean and a variance"),
         ("pvera", {"pvera_lambda_b": N(24)}, "but the base weight is"),
+        ("randlora", {"randlora_lambda": N(4, 3)}, "cannot be multiplied"),
+        ("randlora", {"randlora_gamma": N(2, 5)}, "but the base weight is"),
+        ("randlora wide", {"randlora_A": N(4, 2, 6)}, "cannot be multiplied"),
+        ("randlora wide", {"randlora_B": N(7, 3, 4)}, "but the base weight is"),
         ("bone", {"bone_block": N(3, 4, 4)}, "bone of the variant bat, which multiplies"),
     ],
 )

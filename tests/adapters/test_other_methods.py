@@ -45,6 +45,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "GRALORA": ("GraloraConfig", {**TARGETS, "r": 4, "gralora_k": 2, "hybrid_r": 2, "alpha": 6}),
     "C3A": ("C3AConfig", {**TARGETS, "block_size": 8}),
     "PVERA": ("PveraConfig", {"r": 4, "target_modules": ["q_proj"], "save_projection": True}),
+    "RANDLORA": ("RandLoraConfig", {**TARGETS, "r": 4, "save_projection": True}),
     "OFT": ("OFTConfig", {**TARGETS, "oft_block_size": 8}),
     "BOFT": ("BOFTConfig", {**TARGETS, "boft_block_size": 8}),
 }

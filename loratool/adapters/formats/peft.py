@@ -163,9 +163,10 @@ class Peft(Format):
         layers: dict[tuple[str, int], dict[str, str]] = {}
         replaced: dict[str, str] = {}
         named = adapter_names(file.specs)
-        shared = {match[1]: key for key in file.specs if (match := _SHARED.search(key))}
-        for key in (key for key in file.specs if key not in shared.values()):
+        shared = {key: match[1] for key in file.specs if (match := _SHARED.search(key))}
+        for key in (key for key in file.specs if key not in shared):
             _sort_in(key, component, layers, replaced, file, named)
+        shared = _shared_by_all(shared, component, layers)
         if shared and not any(OTHER_ROLES & roles.keys() for roles in layers.values()):
             raise InputError("is for modules that the file does not have", culprit=next(iter(shared.values())))
         updates: dict[str, UpdateSpec] = {}
@@ -177,7 +178,7 @@ class Peft(Format):
             place = depths.index(depth) if depth in depths else 0
             for update in _updates(
                 path,
-                {**roles, **shared} if OTHER_ROLES & roles.keys() else roles,
+                {**shared, **roles} if OTHER_ROLES & roles.keys() else roles,
                 file,
                 config,
                 place,
@@ -321,6 +322,22 @@ def _sort_in(
         _put(replaced, f"{module}.bias", key, file)
     else:
         _put(layers.setdefault((module, depth), {}), role, key, file)
+
+
+def _shared_by_all(
+    names: Mapping[str, str], component: str, layers: Mapping[tuple[str, int], dict[str, str]]
+) -> dict[str, str]:
+    """Return the shared tensors, by name; a module's own copy is added to its roles in `layers`.
+
+    Args:
+        names: key -> name of a shared tensor. RandLoRA is saved with a copy below each module.
+    """
+    shared: dict[str, str] = {}
+    for key, name in names.items():
+        path = WRAPPED.sub("", key).removeprefix(f"{component}." if component else "")
+        own = layers.get((path.partition(f".{name}")[0], 0))
+        (shared if own is None else own)[name] = key
+    return shared
 
 
 def _end_of(path: str) -> tuple[re.Match[str] | None, str]:

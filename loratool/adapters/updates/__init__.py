@@ -15,6 +15,7 @@ from .lokr import LoKr
 from .low_rank import LowRank
 from .miss import Bone, MiSS
 from .pvera import PVeRA
+from .randlora import RandLoRA
 from .replace import ReplaceTensor
 from .rows import ReplaceRows
 from .tucker import Tucker
@@ -32,6 +33,7 @@ UPDATES: dict[str, type[Update]] = {
         AdaLoRA,
         VeRA,
         PVeRA,
+        RandLoRA,
         MiSS,
         Bone,
         GraLoRA,

@@ -296,28 +296,34 @@ def _orient(
         raise _shape_error(adapter, update, spec, base, layout)
     if known is not None:
         return known
-    return fitting[0] if len(fitting) == 1 else _square_orientation(adapter, update.module, specs, all_matches)
+    return fitting[0] if len(fitting) == 1 else _open_orientation(adapter, update.module, base, specs, all_matches)
 
 
-def _square_orientation(
-    adapter: Adapter, module: str, specs: Mapping[str, TensorSpec], all_matches: Mapping[str, Sequence[Match]]
+def _open_orientation(
+    adapter: Adapter,
+    module: str,
+    base: str,
+    specs: Mapping[str, TensorSpec],
+    all_matches: Mapping[str, Sequence[Match]],
 ) -> bool:
-    """Return whether a square matrix of an unknown family is (in, out).
+    """Return whether a matrix of an unknown family is (in, out), if it is square or its update fits both ways.
 
-    The adapter's matrices that are not square decide, first those of the same name; then the config's fan_in_fan_out.
+    Its bias decides, if it is not square; else the adapter's matrices that are not square, first those of the same
+    name; then the config's fan_in_fan_out.
     """
+    sides, told = specs[base].shape, _told_by_bias(base, specs)
+    if told is not None:
+        return told
     siblings: dict[str, bool] = {}
     for other, (match, *_) in all_matches.items():
         shape, update = specs[match.name].shape, adapter.updates[other]
         shape = (match.rows[3], *shape[1:]) if match.rows else shape
-        if (
-            len(shape) == 2
-            and shape[0] != shape[1]
-            and update.rank
-            and not update.cls.stack
-            and update.transposed is None
-        ):
+        if len(shape) != 2 or shape[0] == shape[1] or update.cls.stack or update.transposed is not None:
+            continue
+        if update.rank:
             siblings[other] = shape != update.shape
+        elif (told := _told_by_bias(match.name, specs)) is not None:
+            siblings[other] = told
     last = module.rpartition(".")[2]
     of_same_name = {transposed for other, transposed in siblings.items() if other.rpartition(".")[2] == last}
     if len(of_same_name) == 1:
@@ -327,8 +333,15 @@ def _square_orientation(
     if adapter.config.fan_in_fan_out is not None and not siblings:
         return adapter.config.fan_in_fan_out
     remedy = "give the base's config.json a known model_type"
+    how = "is square" if sides[0] == sides[1] else "fits both ways"
     raise InputError(
-        f"is square, and nothing tells whether the base stores it as (out, in) or (in, out) ({adapter.name})",
+        f"{how}, and nothing tells whether the base stores it as (out, in) or (in, out) ({adapter.name})",
         culprit=module,
         remedy=remedy if siblings else f"say so with fan_in_fan_out in adapter_config.json, or {remedy}",
     )
+
+
+def _told_by_bias(name: str, specs: Mapping[str, TensorSpec]) -> bool | None:
+    """Return whether a matrix is (in, out) by its bias, which is of the outputs; None if nothing tells."""
+    (rows, columns), bias = specs[name].shape, specs.get(f"{name.removesuffix('.weight')}.bias")
+    return None if bias is None or rows == columns or bias.size not in (rows, columns) else bias.size == columns

@@ -39,7 +39,7 @@ def layer_of(base: Base) -> nn.Module:
     """Return the base's layer in torch, in float64."""
     shape = base.weight.shape
     layer: nn.Module
-    if base.layer in ("linear", "even"):
+    if base.layer in ("linear", "even", "wide"):
         layer = nn.Linear(shape[1], shape[0])
     elif base.layer == "conv":
         layer = nn.Conv2d(shape[1], shape[0], (shape[2], shape[3]))
@@ -61,7 +61,14 @@ def model_of(base: Base) -> nn.Module:
 
 
 def inputs_of(base: Base) -> Tensor:
-    shape = {"linear": (4, 6), "even": (4, 6), "conv": (2, 6, 5, 5), "conv1d": (2, 6, 5), "norm": (4, 25)}[base.layer]
+    shape = {
+        "linear": (4, 6),
+        "even": (4, 6),
+        "wide": (4, 8),
+        "conv": (2, 6, 5, 5),
+        "conv1d": (2, 6, 5),
+        "norm": (4, 25),
+    }[base.layer]
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
@@ -69,7 +76,9 @@ def forward(base: Base, weight: Tensor, bias: Tensor) -> Tensor:
     x = inputs_of(base)
     if base.layer == "norm":
         return F.layer_norm(x, (len(weight),), weight, bias)
-    operator = {"linear": F.linear, "even": F.linear, "conv": F.conv2d, "conv1d": F.conv1d}[base.layer]
+    operator = {"linear": F.linear, "even": F.linear, "wide": F.linear, "conv": F.conv2d, "conv1d": F.conv1d}[
+        base.layer
+    ]
     return operator(x, weight, bias)
 
 
@@ -254,6 +263,10 @@ def test_comfyui_has_the_same_formula(kind: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, wanted, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+# kind -> inputs and outputs of the layer of the same model for which its projections are as large as they are
+LARGER = {"vera": (8, 28), "pvera": (8, 28), "randlora": (7, 27), "randlora wide": (10, 6)}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", [kind for kind in PEFT_KINDS if kind != "bone"])  # peft has it no more
 def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
@@ -262,8 +275,8 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
     adapter = peft_of(kind, dtype)
     base, updates = base_of(adapter.layer, dtype), peft_updates(adapter, SHAPES[adapter.layer])
     folder, model = adapter.write(tmp_path), model_of(base)
-    if kind in ("vera", "pvera"):  # the layer of the same model for which its projections are as large as they are
-        model.add_module("wide", nn.Linear(8, 28))
+    if larger := LARGER.get(kind):
+        model.add_module("wide", nn.Linear(*larger))
         fields = {**adapter.config, "target_modules": [base.path, "wide"]}
         (folder / "adapter_config.json").write_text(json.dumps(fields))
     loaded = peft.PeftModel.from_pretrained(model, folder).double().eval()
@@ -275,7 +288,7 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
     check(layer(inputs_of(base)), base, updates, tolerance)
 
 
-@pytest.mark.parametrize("kind", ["ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid", "pvera"])
+@pytest.mark.parametrize("kind", ["ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid", "pvera", "randlora"])
 def test_peft_has_the_same_of_layers_that_store_them_transposed(tmp_path: Path, kind: str) -> None:
     """GPT-2's, whose weight is (in, out)."""
     peft = pytest.importorskip("peft")
@@ -288,8 +301,8 @@ def test_peft_has_the_same_of_layers_that_store_them_transposed(tmp_path: Path, 
     model.blocks = nn.ModuleList([nn.Module()])
     model.blocks[0].add_module(made.layer, layer)
     folder = adapter.write(tmp_path)
-    if kind in ("vera", "pvera"):
-        model.add_module("wide", nn.Linear(8, 28))
+    if larger := LARGER.get(kind):
+        model.add_module("wide", nn.Linear(*larger))
         fields = {**adapter.config, "target_modules": [base.path, "wide"]}
         (folder / "adapter_config.json").write_text(json.dumps(fields))
     loaded = peft.PeftModel.from_pretrained(model, folder).double().eval()

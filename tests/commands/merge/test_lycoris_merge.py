@@ -61,6 +61,7 @@ WORDS = {
     "gralora": "gralora",
     "c3a": "c3a",
     "pvera": "pvera",
+    "randlora": "randlora",
 }
 
 
@@ -137,6 +138,8 @@ SOME_PEFT = [
     ("gralora hybrid", (BF16, FP32, None), 0.7),
     ("c3a", (BF16, FP32, None), -0.5),
     ("pvera", (FP16, FP32, None), 1.0),
+    ("randlora", (BF16, FP32, None), 0.7),
+    ("randlora wide", (FP32, FP32, None), 1.0),
 ]
 TYPES = [(BF16, FP32, None), (FP16, BF16, None), (FP32, FP16, None), (FP32, FP32, BF16), (BF16, BF16, FP32)]
 WEIGHTS = itertools.cycle([1.0, 0.7, -0.5, 1.0, 2.0, 1 / 3, 1.0])  # none of the lengths that it is zipped with
@@ -320,7 +323,7 @@ class TestHardNumbers:
 class TestTransposed:
     """GPT-2's layers store (in, out); PEFT's factors of them are those of (out, in)."""
 
-    KINDS = ("ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid", "pvera")
+    KINDS = ("ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid", "pvera", "randlora")
 
     @pytest.mark.parametrize("kind", few([*KINDS], "ia3", "vera"))
     def test_layers_of_gpt2(self, tmp_path: Path, kind: str) -> None:
@@ -388,6 +391,7 @@ REASONS = {
     "glora": BY_A_MATRIX,
     "t-lora": ("T-LoRA", "extract"),
     "miss": BY_A_MATRIX,
+    "randlora": ("random matrices", "save_projection=True"),
     "pvera": ("projection", "save_projection=True"),
     "vera": ("projection", "save_projection=True"),
     "xlora": ("X-?LoRA", ""),

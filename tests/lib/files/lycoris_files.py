@@ -47,6 +47,7 @@ Roles = dict[str, Tensor]
 SHAPES: dict[str, tuple[int, ...]] = {
     "linear": (25, 6),
     "even": (12, 6),
+    "wide": (5, 8),
     "conv": (10, 6, 3, 2),
     "conv1d": (10, 6, 3),
     "norm": (25,),
@@ -439,6 +440,28 @@ def _pvera(n: Numbers) -> Peft:
     return Peft("linear", roles, {"peft_type": "PVERA", "r": 3, "save_projection": True}, shared)
 
 
+def _randlora(out: int, inp: int, layer: str, copies: bool = False) -> Callable[[Numbers], Peft]:
+    """Return a maker of RandLoRA with larger matrices than the layer needs; `copies`: below the module as well."""
+
+    def make(n: Numbers) -> Peft:
+        low, high = sorted((out, inp))
+        bases = -(-low // 4)
+        roles = {"randlora_lambda": n(4, bases), "randlora_gamma": n(bases, low)}
+        shared = {"randlora_A": n(4, 1, low + 1), "randlora_B": n(high + 2, -(-(low + 1) // 4), 4, size=0.2)}
+        config = {
+            "peft_type": "RANDLORA",
+            "r": 4,
+            "randlora_alpha": 3,
+            "save_projection": True,
+            "fan_in_fan_out": False,
+        }
+        return Peft(
+            layer, {**roles, **({name: x.clone() for name, x in shared.items()} if copies else {})}, config, shared
+        )
+
+    return make
+
+
 # kind -> what makes the adapter
 PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
@@ -469,6 +492,8 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "gralora hybrid": _gralora(3, 3, 2),
     "c3a": _c3a,
     "pvera": _pvera,
+    "randlora": _randlora(*SHAPES["linear"], "linear"),
+    "randlora wide": _randlora(*SHAPES["wide"], "wide", copies=True),
 }
 
 
@@ -508,6 +533,7 @@ PEFT_REFUSED: dict[str, Callable[[Numbers], Peft]] = {
     "miss bat": _bat,
     "vera without projections": _alone(_vera),
     "pvera without projections": _alone(_pvera),
+    "randlora without projections": _alone(_randlora(*SHAPES["linear"], "linear")),
     "xlora": _xlora,
 }
 

@@ -153,6 +153,15 @@ def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> 
         A = matrix(adapter.shared["pvera_A"])[:half, : shape[1]]
         b, d = grid(roles["pvera_lambda_b"]), grid(roles["pvera_lambda_d"])[:half]
         D = (b[:, None] * B) @ (d[:, None] * A)
+    elif kind == "RANDLORA":
+        low, high = sorted(shape)
+        L, G = grid(roles["randlora_lambda"]), grid(roles["randlora_gamma"])
+        A, B = grid(adapter.shared["randlora_A"]), grid(adapter.shared["randlora_B"])
+        (r, n), D = L.shape, np.zeros((high, low), dtype=object)
+        for t in range(r * n):
+            (rho, j), (base, column) = divmod(t, n), divmod(t, r)
+            D = D + np.outer(B[:high, base, column], L[rho, j] * A[rho, 0, :low] * G[j])
+        D = Fraction(config["randlora_alpha"] / r) * (D if low == shape[1] else D.T)
     elif kind == "C3A":
         K, D = grid(roles["c3a_kernel"]), np.zeros(shape, dtype=object)
         for i, j in np.ndindex(*shape):
