@@ -46,6 +46,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "C3A": ("C3AConfig", {**TARGETS, "block_size": 8}),
     "PVERA": ("PveraConfig", {"r": 4, "target_modules": ["q_proj"], "save_projection": True}),
     "RANDLORA": ("RandLoraConfig", {**TARGETS, "r": 4, "save_projection": True}),
+    "SHIRA": ("ShiraConfig", {**TARGETS, "r": 4}),
+    "SUPERTUNING": ("SupertuningConfig", {**TARGETS, "r": 4, "sparsity": 0.9}),
     "OFT": ("OFTConfig", {**TARGETS, "oft_block_size": 8}),
     "BOFT": ("BOFTConfig", {**TARGETS, "boft_block_size": 8}),
 }

@@ -18,6 +18,8 @@ from .pvera import PVeRA
 from .randlora import RandLoRA
 from .replace import ReplaceTensor
 from .rows import ReplaceRows
+from .shira import SHiRA
+from .supertuning import SuperTuning
 from .tucker import Tucker
 from .update import PeftMethod, Update
 from .vera import VeRA
@@ -34,6 +36,8 @@ UPDATES: dict[str, type[Update]] = {
         VeRA,
         PVeRA,
         RandLoRA,
+        SHiRA,
+        SuperTuning,
         MiSS,
         Bone,
         GraLoRA,

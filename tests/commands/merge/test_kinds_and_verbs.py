@@ -56,6 +56,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "ia3": ("ia3 in", "ia3 conv out", "peft ia3", "peft ia3 conv feedforward"),
     "vera": ("peft vera",),
     "pvera": ("peft pvera",),
+    "shira": ("peft shira", "peft shira twice"),
+    "supertuning": ("peft supertuning", "peft supertuning lora"),
     "randlora": ("peft randlora", "peft randlora wide"),
     "miss": ("peft miss", "peft miss remainder", "peft miss mini"),
     "bone": ("peft bone",),

@@ -62,6 +62,8 @@ WORDS = {
     "c3a": "c3a",
     "pvera": "pvera",
     "randlora": "randlora",
+    "shira": "shira",
+    "supertuning": "supertuning",
 }
 
 
@@ -138,6 +140,10 @@ SOME_PEFT = [
     ("gralora hybrid", (BF16, FP32, None), 0.7),
     ("c3a", (BF16, FP32, None), -0.5),
     ("pvera", (FP16, FP32, None), 1.0),
+    ("shira", (BF16, BF16, None), 1.0),
+    ("shira twice", (FP16, FP32, None), 0.7),
+    ("supertuning", (FP32, FP32, None), -0.5),
+    ("supertuning lora", (BF16, FP32, None), 1.0),
     ("randlora", (BF16, FP32, None), 0.7),
     ("randlora wide", (FP32, FP32, None), 1.0),
 ]
@@ -391,6 +397,7 @@ REASONS = {
     "glora": BY_A_MATRIX,
     "t-lora": ("T-LoRA", "extract"),
     "miss": BY_A_MATRIX,
+    "supertuning": ("places of its numbers", "save_precomputed_indices=True"),
     "randlora": ("random matrices", "save_projection=True"),
     "pvera": ("projection", "save_projection=True"),
     "vera": ("projection", "save_projection=True"),

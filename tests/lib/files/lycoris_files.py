@@ -462,6 +462,36 @@ def _randlora(out: int, inp: int, layer: str, copies: bool = False) -> Callable[
     return make
 
 
+def _shira(places: torch.dtype = torch.int32, twice: int = 0) -> Callable[[Numbers], Peft]:
+    """Return a maker of SHiRA; the first `twice` places are there again, and half of them a third time."""
+
+    def make(n: Numbers) -> Peft:
+        out, inp = SHAPES["linear"]
+        flat = torch.randperm(out * inp, generator=n.generator)[: 2 * (out + inp) - twice - twice // 2]
+        flat = torch.cat([flat, flat[:twice], flat[: twice // 2]])
+        indices = torch.stack([flat // inp, flat % inp]).to(places)
+        return Peft("linear", {"shira_weight": n(len(flat)), "shira_indices": indices}, {"peft_type": "SHIRA", "r": 2})
+
+    return make
+
+
+def _supertuning(rank: int | None) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        out, inp = SHAPES["linear"]
+        flat = torch.randperm(out * inp, generator=n.generator)[:40].to(torch.int32)
+        roles = {"supertuning_values": n(40), "supertuning_indices": flat}
+        if rank:
+            roles |= {"supertuning_lora_A.weight": n(rank, inp), "supertuning_lora_B.weight": n(out, rank, size=0.2)}
+        sparsity = 1 - 40.5 / (out * inp)
+        return Peft(
+            "linear",
+            roles,
+            {"peft_type": "SUPERTUNING", "r": rank, "lora_alpha": 5 if rank else None, "sparsity": sparsity},
+        )
+
+    return make
+
+
 # kind -> what makes the adapter
 PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
@@ -493,6 +523,10 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "c3a": _c3a,
     "pvera": _pvera,
     "randlora": _randlora(*SHAPES["linear"], "linear"),
+    "shira": _shira(),
+    "shira twice": _shira(torch.float32, twice=6),
+    "supertuning": _supertuning(None),
+    "supertuning lora": _supertuning(3),
     "randlora wide": _randlora(*SHAPES["wide"], "wide", copies=True),
 }
 
@@ -508,6 +542,12 @@ def _peft_boft(n: Numbers) -> Peft:
 
 def _bat(n: Numbers) -> Peft:
     return Peft("even", {"miss_block": n(3, 4, 4)}, {"peft_type": "MISS", "r": 4, "init_weights": "bat"})
+
+
+def _without_places(n: Numbers) -> Peft:
+    made = _supertuning(None)(n)
+    roles = {role: x for role, x in made.roles.items() if role != "supertuning_indices"}
+    return Peft(made.layer, roles, {**made.config, "save_precomputed_indices": False})
 
 
 def _alone(make: Callable[[Numbers], Peft]) -> Callable[[Numbers], Peft]:
@@ -532,6 +572,7 @@ PEFT_REFUSED: dict[str, Callable[[Numbers], Peft]] = {
     "boft": _peft_boft,
     "miss bat": _bat,
     "vera without projections": _alone(_vera),
+    "supertuning without places": _without_places,
     "pvera without projections": _alone(_pvera),
     "randlora without projections": _alone(_randlora(*SHAPES["linear"], "linear")),
     "xlora": _xlora,

@@ -162,6 +162,18 @@ def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> 
             (rho, j), (base, column) = divmod(t, n), divmod(t, r)
             D = D + np.outer(B[:high, base, column], L[rho, j] * A[rho, 0, :low] * G[j])
         D = Fraction(config["randlora_alpha"] / r) * (D if low == shape[1] else D.T)
+    elif kind in ("SHIRA", "SUPERTUNING"):
+        D, sparse = np.zeros(shape, dtype=object), kind == "SHIRA"
+        value, places = (
+            roles["shira_weight" if sparse else "supertuning_values"],
+            roles["shira_indices" if sparse else "supertuning_indices"],
+        )
+        for at, x in enumerate(finite_reals(value)):
+            place = (int(places[0, at]), int(places[1, at])) if sparse else divmod(int(places[at]), shape[1])
+            D[place] += x
+        if config["r"] and not sparse:
+            A, B = (matrix(roles[f"supertuning_lora_{side}.weight"]) for side in "AB")
+            D = D + Fraction(config["lora_alpha"] / config["r"]) * (B @ A)
     elif kind == "C3A":
         K, D = grid(roles["c3a_kernel"]), np.zeros(shape, dtype=object)
         for i, j in np.ndindex(*shape):
