@@ -48,6 +48,13 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "RANDLORA": ("RandLoraConfig", {**TARGETS, "r": 4, "save_projection": True}),
     "SHIRA": ("ShiraConfig", {**TARGETS, "r": 4}),
     "SUPERTUNING": ("SupertuningConfig", {**TARGETS, "r": 4, "sparsity": 0.9}),
+    "UNILORA": ("UniLoraConfig", {**TARGETS, "r": 4, "theta_d_length": 64, "save_indices": True}),
+    "TINYLORA": ("TinyLoraConfig", {**TARGETS, "r": 2, "u": 8, "weight_tying": 1.0}),
+    "VBLORA": (
+        "VBLoRAConfig",
+        {**TARGETS, "r": 4, "num_vectors": 24, "vector_length": 4, "topk": 3, "save_only_topk_weights": True},
+    ),
+    "DELORA": ("DeloraConfig", {**TARGETS, "r": 4}),
     "OFT": ("OFTConfig", {**TARGETS, "oft_block_size": 8}),
     "BOFT": ("BOFTConfig", {**TARGETS, "boft_block_size": 8}),
 }
@@ -94,7 +101,7 @@ def test_what_peft_leaves_of_prompts(tmp_path: Path, kind: str) -> None:
 
 def test_every_method_that_peft_can_merge_is_tried_below() -> None:
     extracted = {kind for kind, method in OTHER_METHODS.items() if method.outcome == "extracted"}
-    assert {*LAYERS, "LORAS", "NEMO"} == extracted | {*READ} - {"LORA"}
+    assert {*LAYERS, "LORAS", "NEMO", "BEFT"} == extracted | {*READ} - {"LORA"}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind in READ])

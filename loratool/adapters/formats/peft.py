@@ -25,10 +25,11 @@ from ..updates import peft_methods
 from ..updates.add import AddDelta
 from ..updates.dora import DoRA
 from ..updates.experts import Experts
-from ..updates.headers import spec_from_roles
+from ..updates.headers import spec_from_roles, unpaired
 from ..updates.low_rank import LowRank
 from ..updates.replace import ReplaceTensor
 from ..updates.rows import Indices, ReplaceRows
+from ..updates.tinylora import GROUPED, vectors_of
 from ..updates.update import Unpaired, Update, UpdateSpec
 from .content import ONLY_FOR, AdapterContent
 from .format import Capabilities, Format, ReadOptions
@@ -163,22 +164,38 @@ class Peft(Format):
         layers: dict[tuple[str, int], dict[str, str]] = {}
         replaced: dict[str, str] = {}
         named = adapter_names(file.specs)
-        shared = {key: match[1] for key in file.specs if (match := _SHARED.search(key))}
-        for key in (key for key in file.specs if key not in shared):
+        found = [(match[1], key) for key in file.specs if (match := _SHARED.search(key))]
+        vectors = [key for name, key in found if name == GROUPED]
+        of_all = {key: name for name, key in found}
+        for key in (key for key in file.specs if key not in of_all):
             _sort_in(key, component, layers, replaced, file, named)
-        shared = _shared_by_all(shared, component, layers)
-        if shared and not any(OTHER_ROLES & roles.keys() for roles in layers.values()):
-            raise InputError("is for modules that the file does not have", culprit=next(iter(shared.values())))
+        shared = _shared_by_all(of_all, component, layers)
         updates: dict[str, UpdateSpec] = {}
+        if shared and not any(OTHER_ROLES & roles.keys() for roles in layers.values()):
+            name, key = next(iter(shared.items()))
+            remedy = next(method.alone for method in peft_methods().values() if name in method.shared)
+            alone = InputError("is for modules that the file does not have", culprit=key, remedy=remedy)
+            if not options.lenient:
+                raise alone
+            updates[key] = unpaired(key, {name: key}, file, alone)
+        vector_of: dict[str, str] = {}
+        try:
+            vector_of = vectors_of([path for path, _ in layers], vectors) if vectors else {}
+        except InputError as error:
+            if not options.lenient:
+                raise
+            layers = {}
+            updates[vectors[0]] = unpaired(vectors[0], {GROUPED: vectors[0]}, file, error)
         depths_of: dict[str, list[int]] = {}
         for path, depth in sorted((key for key, roles in layers.items() if "A" in roles), reverse=True):
             depths_of.setdefault(path, []).append(depth)
         for (path, depth), roles in layers.items():
             depths = depths_of.get(path, [])
             place = depths.index(depth) if depth in depths else 0
+            of_module = {**shared, GROUPED: vector_of[path]} if vectors else shared
             for update in _updates(
                 path,
-                {**shared, **roles} if OTHER_ROLES & roles.keys() else roles,
+                {**of_module, **roles} if OTHER_ROLES & roles.keys() else roles,
                 file,
                 config,
                 place,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .adalora import AdaLoRA
 from .add import AddDelta
+from .beft import BEFT
 from .c3a import C3A
+from .delora import DeLoRA
 from .diff import Diff
 from .dora import DoRA
 from .experts import Experts
@@ -20,8 +22,11 @@ from .replace import ReplaceTensor
 from .rows import ReplaceRows
 from .shira import SHiRA
 from .supertuning import SuperTuning
+from .tinylora import TinyLoRA
 from .tucker import Tucker
+from .unilora import UniLoRA
 from .update import PeftMethod, Update
+from .vblora import VBLoRA
 from .vera import VeRA
 
 # kind in reports -> class
@@ -42,11 +47,16 @@ UPDATES: dict[str, type[Update]] = {
         Bone,
         GraLoRA,
         C3A,
+        UniLoRA,
+        TinyLoRA,
+        VBLoRA,
+        DeLoRA,
         Experts,
         DoRA,
         IA3,
         Diff,
         AddDelta,
+        BEFT,
         ReplaceTensor,
         ReplaceRows,
     )

@@ -70,7 +70,7 @@ class UpdateSpec:
     @property
     def target(self) -> str:
         """Its name in PEFT's config."""
-        return f"{self.module}.weight" if self.parameter else self.module
+        return f"{self.module}.weight" if self.parameter else self.cls.target(self.module)
 
     @property
     def additive(self) -> bool:
@@ -111,6 +111,7 @@ class PeftMethod:
     alpha: str | None = None  # field of the config
     shared: tuple[str, ...] = ()  # roles, and names, of tensors shared by all modules
     prunes: bool = False  # ranks of modules can differ from the config's
+    alone: str | None = None  # remedy for a file that has the shared tensors alone
 
 
 def require_rank(spec: UpdateSpec, config: AdapterConfig, rank: int) -> None:
@@ -131,6 +132,15 @@ def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
+def finite_numbers(tensors: Mapping[str, str], file: WeightsFile, adapter: str) -> dict[str, Numbers]:
+    """Read tensors by role; raise InputError for one that holds nan or inf. adapter: its name, for the message."""
+    found = {role: file.numbers(name) for role, name in tensors.items()}
+    for role, numbers in found.items():
+        if not numbers.all_finite():
+            raise InputError(f"holds nan or inf; {adapter} is damaged", culprit=tensors[role])
+    return found
+
+
 class Update(ABC):
     """A change of one tensor, with its numbers loaded, in any form."""
 
@@ -148,6 +158,11 @@ class Update(ABC):
     @abstractmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
         """Return the shape of the tensor that it changes."""
+
+    @classmethod
+    def target(cls, module: str) -> str:
+        """Return the module that PEFT's config lists for an update of `module`."""
+        return module
 
     @classmethod
     def rank(cls, spec: UpdateSpec) -> int:
@@ -264,11 +279,7 @@ class Update(ABC):
         Raises:
             InputError: a tensor holds nan or inf.
         """
-        tensors = {role: file.numbers(name) for role, name in spec.tensors.items()}
-        for role, numbers in tensors.items():
-            if not numbers.all_finite():
-                raise InputError(f"holds nan or inf; {adapter} is damaged", culprit=spec.tensors[role])
-        return cls.make(spec, tensors)
+        return cls.make(spec, finite_numbers(spec.tensors, file, adapter))
 
     @classmethod
     @abstractmethod

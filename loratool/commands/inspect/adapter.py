@@ -224,7 +224,7 @@ def _measure(
 
 def _norm_without_factors(adapter: Adapter, spec: UpdateSpec, placed: Sequence[Placed]) -> float | None:
     """Return ||D|| of an update without factors. None if it depends on a base, and there is none."""
-    if spec.cls in (AddDelta, Diff):
+    if issubclass(spec.cls, (AddDelta, Diff)):
         (name,) = spec.tensors.values()
         return math.sqrt(squared_norm(TensorRef(adapter.file, name))) * abs(spec.scale)
     if spec.cls in (ReplaceTensor, ReplaceRows):
@@ -306,7 +306,8 @@ def _config_problems(adapter: Adapter) -> list[str]:
     if unmatched:
         problems.append(f"target_modules does not match {len(unmatched)} modules: {_shortened(unmatched)}")
     listed = [each for each in targets if isinstance(each, str)] if isinstance(targets, list) else []
-    path_ends = {end for module in adapter.updates for end in endings(module)}
+    paths = (path for module, update in adapter.updates.items() for path in (module, update.target))
+    path_ends = {end for path in paths for end in endings(path)}
     unused = [target for target in listed if target not in path_ends]
     if unused and not adapter.config.peft.get("target_parameters"):
         problems.append(f"target_modules has {_shortened(unused)}, which matches no module of the file")

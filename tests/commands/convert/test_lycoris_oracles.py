@@ -272,6 +272,8 @@ LARGER = {"vera": (8, 28), "pvera": (8, 28), "randlora": (7, 27), "randlora wide
 def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     """Loaded by peft from the files, in its forward pass, and merged by it in float64."""
     peft = pytest.importorskip("peft")
+    if kind == "vblora" and dtype != torch.float32:
+        pytest.skip("peft 0.21 makes logits in float32 of the stored weights, and mixes the types")
     adapter = peft_of(kind, dtype)
     base, updates = base_of(adapter.layer, dtype), peft_updates(adapter, SHAPES[adapter.layer])
     folder, model = adapter.write(tmp_path), model_of(base)
@@ -281,14 +283,17 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
         (folder / "adapter_config.json").write_text(json.dumps(fields))
     loaded = peft.PeftModel.from_pretrained(model, folder).double().eval()
     layer = loaded.base_model.model.get_submodule(base.path)
-    # peft rounds LoHa's alpha / r to float32, and transforms C3A's kernel in it
-    tolerance = 1e-6 if kind.startswith(("loha", "c3a")) else TOLERANCE
+    # peft rounds LoHa's alpha / r to float32, transforms C3A's kernel in it, and VB-LoRA's stored weights into logits
+    tolerance = {"loha": 1e-6, "c3a": 1e-6, "vblora": 1e-5}.get(kind.split()[0], TOLERANCE)
     check(layer(inputs_of(base)), base, updates, tolerance)
     layer.merge()
     check(layer(inputs_of(base)), base, updates, tolerance)
 
 
-@pytest.mark.parametrize("kind", ["ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid", "pvera", "randlora"])
+TRANSPOSED = "ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid", "pvera", "randlora"
+
+
+@pytest.mark.parametrize("kind", [*TRANSPOSED, "unilora", "tinylora", "vblora logits"])
 def test_peft_has_the_same_of_layers_that_store_them_transposed(tmp_path: Path, kind: str) -> None:
     """GPT-2's, whose weight is (in, out)."""
     peft = pytest.importorskip("peft")

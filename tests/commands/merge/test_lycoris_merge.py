@@ -64,6 +64,11 @@ WORDS = {
     "randlora": "randlora",
     "shira": "shira",
     "supertuning": "supertuning",
+    "unilora": "unilora",
+    "tinylora": "tinylora",
+    "vblora": "vblora",
+    "delora": "delora",
+    "beft": "beft",
 }
 
 
@@ -146,6 +151,12 @@ SOME_PEFT = [
     ("supertuning lora", (BF16, FP32, None), 1.0),
     ("randlora", (BF16, FP32, None), 0.7),
     ("randlora wide", (FP32, FP32, None), 1.0),
+    ("unilora", (BF16, FP32, None), 1.0),
+    ("tinylora", (FP32, FP32, None), 0.7),
+    ("vblora", (BF16, FP32, None), -0.5),
+    ("vblora logits", (BF16, FP32, None), 1.0),
+    ("delora", (FP32, BF16, None), 1.0),
+    ("beft", (BF16, FP32, None), 0.7),
 ]
 TYPES = [(BF16, FP32, None), (FP16, BF16, None), (FP32, FP16, None), (FP32, FP32, BF16), (BF16, BF16, FP32)]
 WEIGHTS = itertools.cycle([1.0, 0.7, -0.5, 1.0, 2.0, 1 / 3, 1.0])  # none of the lengths that it is zipped with
@@ -326,12 +337,15 @@ class TestHardNumbers:
         check(tmp_path, base, file, [lycoris_updates(roles, SHAPES["linear"])])
 
 
+TRANSPOSED = ["ia3", "ia3 feedforward", "adalora", "vera", "unilora", "tinylora", "vblora", "vblora logits"]
+
+
 class TestTransposed:
     """GPT-2's layers store (in, out); PEFT's factors of them are those of (out, in)."""
 
-    KINDS = ("ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid", "pvera", "randlora")
-
-    @pytest.mark.parametrize("kind", few([*KINDS], "ia3", "vera"))
+    @pytest.mark.parametrize(
+        "kind", few([*TRANSPOSED, "gralora hybrid", "pvera", "randlora"], "ia3", "vera", "vblora logits")
+    )
     def test_layers_of_gpt2(self, tmp_path: Path, kind: str) -> None:
         adapter = peft_of(kind, FP32)
         base = base_of(adapter.layer, BF16)
@@ -401,6 +415,8 @@ REASONS = {
     "randlora": ("random matrices", "save_projection=True"),
     "pvera": ("projection", "save_projection=True"),
     "vera": ("projection", "save_projection=True"),
+    "unilora": ("for modules that the file does not have", "save_indices=True"),
+    "tinylora": ("random matrices", "save_projection=True"),
     "xlora": ("X-?LoRA", ""),
     "lokr": (r"lokr_w2", "extract"),
 }

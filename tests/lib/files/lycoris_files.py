@@ -265,7 +265,8 @@ KINDS: dict[str, tuple[str, Callable[..., Roles]]] = {
     "glora added": ("linear", glora_added),
     "glora added conv": ("conv", glora_added),
 }
-# those that multiply W by a matrix, or by what is not in the file
+# those that multiply W by a matrix, or need what is not in the file; peft mistakes the axes of a `lokr_w2` of
+# three
 REFUSED: dict[str, tuple[str, Callable[..., Roles]]] = {
     "diag-oft": ("linear", diag_oft),
     "diag-oft conv": ("conv", diag_oft),
@@ -492,6 +493,69 @@ def _supertuning(rank: int | None) -> Callable[[Numbers], Peft]:
     return make
 
 
+def _beft(n: Numbers) -> Peft:
+    return Peft("linear", {"beft_bias": n(1, SHAPES["linear"][0])}, {"peft_type": "BEFT"})
+
+
+def _unilora(n: Numbers) -> Peft:
+    (out, inp), rank, length = SHAPES["linear"], 3, 20
+    roles: Roles = {}
+    for side, shape in (("A", (rank, inp)), ("B", (out, rank))):
+        roles[f"unilora_indices_{side}"] = torch.randint(length, shape, generator=n.generator)
+        roles[f"unilora_scales_{side}"] = n.magnitudes(*shape)
+    config = {"peft_type": "UNILORA", "r": rank, "theta_d_length": length, "save_indices": True}
+    return Peft("linear", roles, config, {"unilora_theta_d": n(length)})
+
+
+def _unilora_alone(n: Numbers) -> Peft:
+    made = _unilora(n)
+    return Peft(made.layer, {}, {**made.config, "save_indices": False}, made.shared)
+
+
+def _tinylora(n: Numbers) -> Peft:
+    (out, inp), rank, u = SHAPES["linear"], 2, 5
+    roles = {"tinylora_A": n(rank, inp), "tinylora_B": n(out, rank), "tinylora_P": n(u, rank, rank)}
+    config = {"peft_type": "TINYLORA", "r": rank, "u": u, "weight_tying": 1.0, "save_projection": True}
+    return Peft("linear", roles, config, {"tinylora_v.0": n(u)})
+
+
+def _tinylora_alone(n: Numbers) -> Peft:
+    made = _tinylora(n)
+    roles = {role: x for role, x in made.roles.items() if role != "tinylora_P"}
+    return Peft(made.layer, roles, {**made.config, "save_projection": False}, made.shared)
+
+
+def _vblora(n: Numbers) -> Peft:
+    """VB-LoRA with vectors of 1 number, because the layer's sizes have no other divisor."""
+    (out, inp), rank, count, k = SHAPES["linear"], 2, 7, 3
+    roles: Roles = {}
+    for side, cells in (("A", (rank, inp)), ("B", (out, rank))):
+        drawn = torch.rand((*cells, count), generator=n.generator).argsort(-1)[..., :k]
+        weights = torch.rand((*cells, k), generator=n.generator).add(0.2)
+        roles[f"vblora_logits_{side}_topk_indices"] = drawn.to(torch.uint8)
+        roles[f"vblora_logits_{side}_topk_weights"] = (weights / weights.sum(-1, True))[..., :-1].to(n.dtype)
+    config = {"peft_type": "VBLORA", "r": rank, "num_vectors": count, "vector_length": 1, "topk": k}
+    return Peft("linear", roles, {**config, "save_only_topk_weights": True}, {"vblora_vector_bank": n(count, 1)})
+
+
+def _vblora_logits(n: Numbers) -> Peft:
+    (out, inp), rank, count = SHAPES["linear"], 2, 7
+    roles = {"vblora_logits_A": n(rank, inp, count), "vblora_logits_B": n(out, rank, count)}
+    config = {"peft_type": "VBLORA", "r": rank, "num_vectors": count, "vector_length": 1, "topk": 2}
+    return Peft("linear", roles, config, {"vblora_vector_bank": n(count, 1)})
+
+
+def _delora(n: Numbers) -> Peft:
+    (out, inp), rank = SHAPES["linear"], 3
+    roles = {
+        "delora_A": n(rank, inp),
+        "delora_B": n(out, rank),
+        "delora_lambda": n.magnitudes(1) * 8,
+        "delora_w_norm": n(inp).abs(),
+    }
+    return Peft("linear", roles, {"peft_type": "DELORA", "r": rank, "delora_lambda": 15})
+
+
 # kind -> what makes the adapter
 PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
@@ -528,6 +592,12 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "supertuning": _supertuning(None),
     "supertuning lora": _supertuning(3),
     "randlora wide": _randlora(*SHAPES["wide"], "wide", copies=True),
+    "unilora": _unilora,
+    "tinylora": _tinylora,
+    "vblora": _vblora,
+    "vblora logits": _vblora_logits,
+    "delora": _delora,
+    "beft": _beft,
 }
 
 
@@ -565,7 +635,8 @@ def _xlora(n: Numbers) -> Peft:
     return Peft("linear", {}, {"peft_type": "XLORA", "hidden_size": 6, "adapters": {"0": "one", "1": "two"}}, shared)
 
 
-# those that multiply W by a matrix, or by what is not in the file; peft mistakes the axes of a `lokr_w2` of three
+# those that multiply W by a matrix, or need what is not in the file or no fraction; peft mistakes the axes of a
+# `lokr_w2` of three
 PEFT_REFUSED: dict[str, Callable[[Numbers], Peft]] = {
     "lokr conv1d full": _product("LOKR", "conv1d", lokr, 3),
     "oft": _peft_oft,
@@ -575,6 +646,8 @@ PEFT_REFUSED: dict[str, Callable[[Numbers], Peft]] = {
     "supertuning without places": _without_places,
     "pvera without projections": _alone(_pvera),
     "randlora without projections": _alone(_randlora(*SHAPES["linear"], "linear")),
+    "unilora without indices": _unilora_alone,
+    "tinylora without projections": _tinylora_alone,
     "xlora": _xlora,
 }
 

@@ -144,6 +144,74 @@ def vera(n: Numbers, out: int, inp: int) -> Roles:
     return {"vera_lambda_b": n(out, size=0.2), "vera_lambda_d": n(RANK)}
 
 
+def pvera(n: Numbers, out: int, inp: int) -> Roles:
+    return {"pvera_lambda_b": n(out, size=0.2), "pvera_lambda_d": n(2 * RANK)}
+
+
+def randlora(n: Numbers, out: int, inp: int) -> Roles:
+    low = min(out, inp)
+    return {"randlora_lambda": n(RANK, low // RANK), "randlora_gamma": n(low // RANK, low)}
+
+
+def gralora(n: Numbers, out: int, inp: int) -> Roles:
+    return {"gralora_A": n(2, inp // 2, RANK), "gralora_B": n(2, RANK, out // 2, size=0.2)}
+
+
+def c3a(n: Numbers, out: int, inp: int) -> Roles:
+    return {"c3a_kernel": n(out // 4, inp // 4, 4)}
+
+
+def miss(n: Numbers, out: int, inp: int) -> Roles:
+    return {"miss_block": n(RANK, out)}
+
+
+def bone(n: Numbers, out: int, inp: int) -> Roles:
+    return {"bone_block": n(RANK, out)}
+
+
+def places(n: Numbers, out: int, inp: int, count: int) -> Tensor:
+    """Return so many places of a weight, flat, each once."""
+    return torch.randperm(out * inp, generator=n.generator)[:count]
+
+
+def shira(n: Numbers, out: int, inp: int) -> Roles:
+    flat = places(n, out, inp, out + inp)
+    return {"shira_weight": n(out + inp), "shira_indices": torch.stack([flat // inp, flat % inp]).to(torch.int32)}
+
+
+def supertuning(n: Numbers, out: int, inp: int) -> Roles:
+    return {"supertuning_values": n(20), "supertuning_indices": places(n, out, inp, 20).to(torch.int32)}
+
+
+def unilora(n: Numbers, out: int, inp: int) -> Roles:
+    roles: Roles = {}
+    for side, shape in (("A", (RANK, inp)), ("B", (out, RANK))):
+        roles[f"unilora_indices_{side}"] = torch.randint(20, shape, generator=n.generator)
+        roles[f"unilora_scales_{side}"] = n.magnitudes(*shape)
+    return roles
+
+
+def tinylora(n: Numbers, out: int, inp: int) -> Roles:
+    return {"tinylora_A": n(RANK, inp), "tinylora_B": n(out, RANK), "tinylora_P": n(5, RANK, RANK)}
+
+
+def vblora(n: Numbers, out: int, inp: int) -> Roles:
+    return {"vblora_logits_A": n(RANK, inp // 4, 7), "vblora_logits_B": n(out // 4, RANK, 7)}
+
+
+def delora(n: Numbers, out: int, inp: int) -> Roles:
+    norms = n(inp).abs()
+    return {**lora_of("delora", n, out, inp), "delora_lambda": n.magnitudes(1) * 8, "delora_w_norm": norms}
+
+
+def lora_of(kind: str, n: Numbers, out: int, inp: int) -> Roles:
+    return {f"{kind}_A": n(RANK, inp), f"{kind}_B": n(out, RANK)}
+
+
+def beft(n: Numbers, out: int, inp: int) -> Roles:
+    return {"beft_bias": n(1, out)}
+
+
 def ia3(n: Numbers, out: int, inp: int) -> Roles:
     return {"ia3_l": n.magnitudes(out, 1)}
 
@@ -179,7 +247,7 @@ class Language:
             for role, tensor in self.make(Numbers(self.dtype, i), *shape, **own).items():
                 tensors[f"{module}.{role}"] = tensor
         folder.mkdir(parents=True)
-        named = {f"base_model.{'' if key.startswith('vera_') else 'model.'}{key}": t for key, t in tensors.items()}
+        named = {f"base_model.{'model.' if key.startswith('model.') else ''}{key}": t for key, t in tensors.items()}
         save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         said = {"peft_type": "LORA", "r": RANK, "lora_alpha": 6, "target_modules": sorted(modules)}
         said["peft_version"] = "0.21.2"  # in which experts are stacked
@@ -224,6 +292,24 @@ LANGUAGE: dict[str, Language] = {
     "adalora": Language(LLAMA, adalora, fields={"peft_type": "ADALORA", "init_r": RANK, "total_step": 9}),
     "vera": Language(LLAMA, vera, ("o_proj",), fields={"peft_type": "VERA", "save_projection": True},
                      beside=lambda n: {"vera_A": n(RANK, 16), "vera_B": n(16, RANK)}),
+    "pvera": Language(LLAMA, pvera, ("o_proj",), fields={"peft_type": "PVERA", "save_projection": True},
+                      beside=lambda n: {"pvera_A": n(2 * RANK, 16), "pvera_B": n(16, RANK)}),
+    "randlora": Language(LLAMA, randlora, ("o_proj",), fields={"peft_type": "RANDLORA", "randlora_alpha": 3},
+                         beside=lambda n: {"randlora_A": n(RANK, 1, 16), "randlora_B": n(16, 4, RANK, size=0.2)}),
+    "gralora": Language(LLAMA, gralora, fields={"peft_type": "GRALORA", "gralora_k": 2, "hybrid_r": 0, "alpha": 5}),
+    "c3a": Language(LLAMA, c3a, fields={"peft_type": "C3A", "block_size": 4}),
+    "miss": Language(LLAMA, miss, fields={"peft_type": "MISS"}),
+    "bone": Language(LLAMA, bone, fields={"peft_type": "BONE", "init_weights": True}),
+    "shira": Language(LLAMA, shira, fields={"peft_type": "SHIRA", "r": 1}),
+    "supertuning": Language(LLAMA, supertuning, fields={"peft_type": "SUPERTUNING", "r": None, "lora_alpha": None}),
+    "unilora": Language(LLAMA, unilora, beside=lambda n: {"unilora_theta_d": n(20)},
+                        fields={"peft_type": "UNILORA", "theta_d_length": 20, "save_indices": True}),
+    "tinylora": Language(LLAMA, tinylora, beside=lambda n: {"tinylora_v.0": n(5)},
+                         fields={"peft_type": "TINYLORA", "u": 5, "weight_tying": 1.0, "save_projection": True}),
+    "vblora": Language(LLAMA, vblora, beside=lambda n: {"vblora_vector_bank": n(7, 4)},
+                       fields={"peft_type": "VBLORA", "num_vectors": 7, "vector_length": 4, "topk": 2}),
+    "delora": Language(LLAMA, delora, fields={"peft_type": "DELORA", "delora_lambda": 15}),
+    "beft": Language(BIASED, beft, fields={"peft_type": "BEFT"}),
     "ia3": Language(LLAMA, ia3, fields={"peft_type": "IA3", "feedforward_modules": []}),
     "dora": Language(LLAMA, dora, ("q_proj", "o_proj"), fields={"use_dora": True}),
     "experts": Language(MOE, ends=("self_attn.q_proj",), beside=stack,

@@ -4,6 +4,8 @@ A stored number is the real number that its bits mean. W is flattened to (out, i
 a kernel. For an update with the weight w, W' = W + w (U(W) - W), and `fractions_oracle` rounds it once. U(W) is
 
 - W + D for LoRA (also with `lora_mid`), GLoRA's added part, and every other kind of PEFT that `peft_updates` has,
+- W + D for LoRA (also with `lora_mid`), LoHa, LoKr, AdaLoRA, VeRA, Uni-LoRA, TinyLoRA, VB-LoRA
+  and DeLoRA (with weights and factors rounded to float64) and GLoRA's added part; bias + v for BEFT,
 - (m / n) (W + D) for those with `dora_scale` m, n the norm of a row of W + D, or of an input's columns, whichever m's
   shape tells. n is the square root rounded to 36 bits; the eps that LyCORIS adds to it counts as 0,
 - W + diff and bias + diff_b for full layers, weight + w_norm and bias + b_norm for norms,
@@ -20,9 +22,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal, getcontext
 from fractions import Fraction
 from typing import Any
 
+import mpmath
 import numpy as np
 import torch
 from torch import Tensor
@@ -129,6 +133,35 @@ def lycoris_updates(roles: Mapping[str, Tensor], shape: tuple[int, ...], weight:
     return {"weight": DoRA(D, m, weight, by_columns=inputs, group=math.prod(shape[2:]) if inputs else 1)}
 
 
+def cells(adapter: Peft, side: str) -> Grid:
+    """Return VB-LoRA's weighted sums of the bank's vectors, (rows, columns, length).
+
+    The weights are stored but the last, or they are the softmax of the largest logits, as the nearest float64 numbers.
+    """
+    roles, bank, name = adapter.roles, grid(adapter.shared["vblora_vector_bank"]), f"vblora_logits_{side}"
+    if name not in roles:
+        weights = grid(roles[f"{name}_topk_weights"])
+        weights = np.concatenate([weights, 1 - weights.sum(-1, keepdims=True)], -1)
+        return (weights[..., None] * bank[roles[f"{name}_topk_indices"].long().numpy()]).sum(-2)
+    found = []
+    for cell in roles[name].double().flatten(0, 1).tolist():
+        places = sorted(range(len(cell)), key=lambda place: -cell[place])[: adapter.config["topk"]]
+        with mpmath.workprec(2000):
+            total = mpmath.fsum(mpmath.exp(cell[place]) for place in places)
+            weights = [Fraction(float(mpmath.exp(cell[place]) / total)) for place in places]
+        found.append(sum(weight * bank[place] for weight, place in zip(weights, places, strict=True)))
+    return np.array(found).reshape(*roles[name].shape[:2], -1)
+
+
+def delora_scale(factor: Fraction, row: Grid, column: Grid, rank: int) -> Fraction:
+    """Return lambda / (r |A_k| |B_k|), with norms of 1e-4 or more, as the nearest float64 number."""
+    getcontext().prec = 100
+    squares = [max((x**2).sum(), Fraction(1, 10**8)) for x in (row, column)]
+    product = squares[0] * squares[1]
+    norm = (Decimal(product.numerator) / Decimal(product.denominator)).sqrt()
+    return Fraction(float(Decimal(factor.numerator) / Decimal(factor.denominator) / rank / norm))
+
+
 def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> dict[str, Update]:
     """Return the updates of the layer of an adapter of PEFT, of its `weight` and its `bias`."""
     roles, config, kind = adapter.roles, adapter.config, adapter.config["peft_type"]
@@ -192,6 +225,23 @@ def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> 
         if h:
             D = D + matrix(roles["gralora_B_general.weight"]) @ matrix(roles["gralora_A_general.weight"])
         D = Fraction(config["alpha"] / (r + h)) * D
+    elif kind == "UNILORA":
+        theta = grid(adapter.shared["unilora_theta_d"])
+        B, A = (theta[roles[f"unilora_indices_{s}"].numpy()] * grid(roles[f"unilora_scales_{s}"]) for s in "BA")
+        D = B @ A
+    elif kind == "TINYLORA":
+        v, P = finite_reals(adapter.shared["tinylora_v.0"]), grid(roles["tinylora_P"])
+        D = grid(roles["tinylora_B"]) @ sum(x * p for x, p in zip(v, P, strict=True)) @ grid(roles["tinylora_A"])
+    elif kind == "VBLORA":
+        A, B = (cells(adapter, side) for side in "AB")
+        D = B.transpose(0, 2, 1).reshape(-1, len(A)) @ A.reshape(len(A), -1)
+    elif kind == "DELORA":
+        A, B = grid(roles["delora_A"]), grid(roles["delora_B"])
+        (factor,) = finite_reals(roles["delora_lambda"])
+        c = [delora_scale(factor, A[k], B[:, k], len(A)) for k in range(len(A))]
+        D = (B * c) @ A * finite_reals(roles["delora_w_norm"])
+    elif kind == "BEFT":
+        return {"bias": Add(finite_reals(roles["beft_bias"]), weight)}
     else:
         alpha = config["alpha_pattern"].get(adapter.layer, config["alpha"])
         scale = Fraction(alpha / config["rank_pattern"].get(adapter.layer, config["r"]))

@@ -1,0 +1,241 @@
+"""Hold kinds of PEFT whose modules take their numbers from shared or added vectors against peft's own merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+from conftest import few
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import loratool
+from loratool.adapters.updates.softmax import softmax
+from loratool.errors import InputError
+
+peft = pytest.importorskip("peft")
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+BANK = {"r": 4, "num_vectors": 24, "vector_length": 16, "topk": 3}
+SAVED = {"save_only_topk_weights": True}
+# variant -> the class of peft's config and its arguments
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "unilora": ("UniLoraConfig", {"r": 4, "theta_d_length": 64, "save_indices": True}),
+    "unilora, more numbers than places": ("UniLoraConfig", {"r": 1, "theta_d_length": 150, "save_indices": True}),
+    "unilora, biases": ("UniLoraConfig", {"r": 2, "theta_d_length": 9, "save_indices": True, "bias": "all"}),
+    "tinylora": ("TinyLoraConfig", {"r": 2, "u": 8, "weight_tying": 1.0}),
+    "tinylora, long vector": ("TinyLoraConfig", {"r": 5, "u": 64, "weight_tying": 1.0, "init_weights": "uniform"}),
+    "tinylora, rank of the smaller side": ("TinyLoraConfig", {"r": 40, "u": 3, "weight_tying": 1.0}),
+    "vblora": ("VBLoRAConfig", {**BANK, **SAVED}),
+    "vblora, two vectors": ("VBLoRAConfig", {**BANK, **SAVED, "num_vectors": 300, "topk": 2}),
+    "vblora, one vector": ("VBLoRAConfig", {**BANK, **SAVED, "topk": 1}),
+    "vblora with logits": ("VBLoRAConfig", BANK),
+    "vblora with logits, every vector": ("VBLoRAConfig", {**BANK, "num_vectors": 5, "topk": 5}),
+    "vblora with logits, one vector": ("VBLoRAConfig", {**BANK, "topk": 1}),
+    "delora": ("DeloraConfig", {"r": 4, "delora_lambda": 15}),
+    "delora, patterns": ("DeloraConfig", {"r": 4, "rank_pattern": {"wide": 7}, "lambda_pattern": {"square": 3}}),
+    "beft": ("BeftConfig", {}),
+}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.square = nn.Linear(32, 48), nn.Linear(32, 32)
+        self.norm = nn.LayerNorm(32)
+
+
+def write(folder: Path, variant: str, **fields: Any) -> dict[str, torch.Tensor]:
+    """Write a base and an adapter of it, both in float64; return what peft merges."""
+    torch.manual_seed(3)
+    model = Net().double()
+    folder.mkdir(exist_ok=True)
+    save_file(model.state_dict(), folder / "base.safetensors")
+    name, arguments = VARIANTS[variant]
+    config = getattr(peft, name)(target_modules=["wide", "square"], **{**arguments, **fields})
+    live = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in live.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
+    live.save_pretrained(folder / "adapter")
+    if not config.to_dict().get(
+        "save_only_topk_weights"
+    ):  # peft 0.21 cannot load weights of the top vectors in float64
+        again = Net().double()
+        again.load_state_dict(load_file(folder / "base.safetensors"))
+        live = peft.PeftModel.from_pretrained(again, folder / "adapter", autocast_adapter_dtype=False)
+    merged: dict[str, torch.Tensor] = live.merge_and_unload().state_dict()
+    return merged
+
+
+@pytest.mark.parametrize("variant", few(list(VARIANTS), *(each for each in VARIANTS if "," not in each)))
+def test_merged_and_converted_as_peft_has_it(tmp_path: Path, variant: str) -> None:
+    """Then undone byte for byte, and proven; what is written as LoRA is what peft makes of LoRA."""
+    wanted = write(tmp_path, variant)
+    base, adapter, out = tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors"
+    before = load_file(base)
+    loratool.merge(base, adapter, out)
+    found = load_file(out)
+    for name in wanted:
+        change = (wanted[name] - before[name]).abs().max()
+        assert (found[name] - wanted[name]).abs().max() <= 1e-12 * change, name
+    assert any(not torch.equal(wanted[name], before[name]) for name in wanted)
+    assert loratool.verify(base, adapter, out).status == "proven"
+    loratool.unmerge(out, adapter, tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == base.read_bytes()
+    if variant == "beft":
+        with pytest.raises(InputError, match="beft"):
+            loratool.convert(adapter, tmp_path / "lora", to="peft")
+        return
+    report = loratool.convert(adapter, tmp_path / "lora", to="peft")
+    assert {row.rank for row in report.modules if row.rank} == {*ranks(adapter)}
+    model = Net().double()
+    model.load_state_dict(before)
+    live = peft.PeftModel.from_pretrained(model, tmp_path / "lora").merge_and_unload().state_dict()
+    assert all((live[n] - wanted[n]).abs().max() <= 1e-6 * (wanted[n] - before[n]).abs().max() for n in wanted)
+
+
+def ranks(adapter: Path) -> set[int]:
+    ends = ("unilora_indices_A", "tinylora_A", "vblora_logits_A_topk_indices", "vblora_logits_A", "delora_A")
+    return {len(x) for name, x in load_file(adapter / "adapter_model.safetensors").items() if name.endswith(ends)}
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    """Replace tensors by the ends of their names; None removes one."""
+    file = folder / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for end, value in changes.items():
+        (name,) = (name for name in tensors if name.endswith(f"wide.{end}") or name.endswith(f"model.{end}"))
+        del tensors[name]
+        if value is not None:
+            tensors[name] = value
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "match"),
+    [
+        ("unilora", {"unilora_indices_A": torch.full((4, 32), 64)}, "index 64, where the indices are 0 to 63"),
+        ("unilora", {"unilora_indices_B": torch.full((48, 4), -1)}, "index -1"),
+        ("unilora", {"unilora_indices_A": torch.zeros(4, 32)}, "not one of whole numbers"),
+        ("unilora", {"unilora_indices_A": torch.zeros(3, 32, dtype=torch.int64)}, "cannot be multiplied"),
+        ("unilora", {"unilora_scales_B": torch.zeros(48, 3)}, "cannot be multiplied"),
+        ("unilora", {"unilora_scales_B": None}, "unilora_scales_B"),
+        ("unilora", {"unilora_theta_d": None}, "unilora_theta_d"),
+        ("tinylora", {"tinylora_P": torch.zeros(7, 2, 2)}, "cannot be multiplied"),
+        ("tinylora", {"tinylora_A": torch.zeros(3, 32)}, "cannot be multiplied"),
+        ("tinylora", {"tinylora_P": None}, "save_projection=True"),
+        ("vblora", {"vblora_logits_A_topk_indices": torch.full((4, 2, 3), 24, dtype=torch.uint8)}, "index 24"),
+        ("vblora", {"vblora_logits_A_topk_weights": torch.zeros(4, 2, 3)}, "not of one rank"),
+        ("vblora", {"vblora_logits_B_topk_weights": None}, "topk_weights"),
+        ("vblora with logits", {"vblora_logits_A": torch.zeros(4, 2, 24)}, "equal logits"),
+        ("vblora with logits", {"vblora_logits_A": torch.zeros(4, 2, 23)}, "not of one rank"),
+        ("vblora with logits", {"vblora_logits_B": None}, "vblora_logits_B"),
+        ("delora", {"delora_A": torch.zeros(3, 32)}, "cannot be multiplied"),
+        ("delora", {"delora_lambda": torch.zeros(2)}, "cannot be multiplied"),
+        ("delora", {"delora_lambda": torch.full((1,), torch.inf)}, "nan or inf"),
+        ("delora", {"delora_w_norm": None}, "delora_w_norm"),
+        ("beft", {"beft_bias": torch.zeros(2, 24)}, "not one row"),
+        ("beft", {"beft_bias": torch.zeros(1, 47)}, "adds"),
+    ],
+)  # fmt: skip
+def test_what_fits_no_definition_is_refused(tmp_path: Path, variant: str, changes: Any, match: str) -> None:
+    write(tmp_path, variant)
+    edited(tmp_path, **changes)
+    with pytest.raises(InputError, match=match):
+        loratool.merge(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("variant", ["unilora", "tinylora", "vblora", "delora"])
+def test_a_rank_that_the_config_does_not_say_is_refused(tmp_path: Path, variant: str) -> None:
+    write(tmp_path, variant)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "r": 9}))
+    with pytest.raises(InputError, match="rank 9"):
+        loratool.merge(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
+
+
+class Stack(nn.Module):
+    """More layers than ten, whose numbers are not in the order of letters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(6, 5), "k": nn.Linear(6, 4)}) for _ in range(11))
+
+
+@pytest.mark.parametrize("tying", [0.0, 0.6, 0.5, 0.9])
+def test_groups_of_tinylora_where_numbers_tell_the_order(tmp_path: Path, tying: float) -> None:
+    torch.manual_seed(1)
+    model = Stack().double()
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file(model.state_dict(), base)
+    for targets in (["q"], ["q", "k"]):
+        again = Stack().double()
+        again.load_state_dict(load_file(base))
+        config = peft.TinyLoraConfig(target_modules=targets, u=3, weight_tying=tying, init_weights="uniform")
+        live = peft.get_peft_model(again, config, autocast_adapter_dtype=False)
+        live.save_pretrained(tmp_path / "a")
+        wanted = live.merge_and_unload().state_dict()
+        if targets == ["q"]:
+            loratool.merge(base, tmp_path / "a", out)
+            found = load_file(out)
+            change = max((wanted[name] - before).abs().max() for name, before in load_file(base).items())
+            assert all((found[name] - wanted[name]).abs().max() <= 1e-12 * change for name in wanted)
+        else:
+            with pytest.raises(InputError, match=r"vectors of groups(.|\n)*merge it with peft"):
+                loratool.merge(base, tmp_path / "a", tmp_path / "no.safetensors")
+            report: Any = loratool.inspect(tmp_path / "a")
+            assert any("vectors of groups" in problem for problem in report.problems)
+
+
+def test_mica_is_plain_lora(tmp_path: Path) -> None:
+    """Also in float32, the only type in which peft starts it."""
+    torch.manual_seed(2)
+    model, base, out = Net(), tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_file(model.state_dict(), base)
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["wide", "square"], init_lora_weights="mica")
+    live = peft.get_peft_model(model, config)
+    for parameter in live.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    live.save_pretrained(tmp_path / "adapter")
+    wanted, before = live.merge_and_unload().state_dict(), load_file(base)
+    loratool.merge(base, tmp_path / "adapter", out)
+    found = load_file(out)
+    assert all((found[n] - x).abs().max() <= 1e-6 * (x - before[n]).abs().max() for n, x in wanted.items())
+    assert not torch.equal(found["wide.weight"], before["wide.weight"])
+    loratool.unmerge(out, tmp_path / "adapter", tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == base.read_bytes()
+
+
+@pytest.mark.parametrize("topk", [None, 0, 25, True, 2.0])
+def test_a_number_of_vectors_that_the_bank_lacks_is_refused(tmp_path: Path, topk: Any) -> None:
+    write(tmp_path, "vblora with logits")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "topk": topk}))
+    with pytest.raises(InputError, match="topk"):
+        loratool.merge(tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [[0.0, 0.0, 0.0], [1.0, -1e300, 0.5], [3e38, 1.0], [5e-324, 0.0], [1e-30, -1e-30, 7.0], [709.0, 0.0, -40.0]],
+)
+def test_weights_are_the_nearest_numbers(logits: list[float]) -> None:
+    """By mpmath's powers of 4000 bits."""
+    with mpmath.workprec(4000):
+        powers = [mpmath.exp(mpmath.mpf(x) - max(logits)) for x in logits]
+        assert softmax(logits) == [float(power / mpmath.fsum(powers)) for power in powers]
+
+
+def test_factors_of_zero_are_no_change(tmp_path: Path) -> None:
+    """DeLoRA's norms have a least value, so that a factor of zeros has a scale."""
+    write(tmp_path, "delora")
+    edited(tmp_path, delora_A=torch.zeros(4, 32))
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    loratool.merge(base, tmp_path / "adapter", out)
+    assert torch.equal(load_file(out)["wide.weight"], load_file(base)["wide.weight"])
