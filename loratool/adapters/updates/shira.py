@@ -13,14 +13,13 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
-from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec
+from .indices import read_integers, require_integers
+from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec, finite_numbers
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
     from ...numerics.decide import Delta
     from ...numerics.forms import Positions
-
-STORED_AS = {"I32": "<i4", "I64": "<i8", "F32": "<f4"}  # type of places -> numpy's; PEFT saves floats on Windows
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class SHiRA(Update):
     def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str) -> SHiRA:
         value, indices = (spec.tensors[role] for role in cls.roles)
         rows, columns = read_integers(file, indices)
-        return cls(read_finite(file, value, adapter), Places(indices, rows, columns))
+        return cls(finite_numbers({"value": value}, file, adapter)["value"], Places(indices, rows, columns))
 
     @classmethod
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> SHiRA:
@@ -100,35 +99,6 @@ class SHiRA(Update):
         rows, columns = self.places.rows, self.places.columns
         places, width = ((columns, rows), self.outputs) if transposed else ((rows, columns), self.inputs)
         return sparse_rows(self.value, *places, width, weight)
-
-
-def require_integers(spec: TensorSpec, name: str) -> None:
-    """Raise InputError for a type that does not hold places."""
-    if spec.dtype not in STORED_AS:
-        raise InputError(f"is {spec.dtype}, not of {', '.join(STORED_AS)}: it holds no places", culprit=name)
-
-
-def read_integers(file: WeightsFile, name: str) -> Positions:
-    """Read a tensor of places, in its shape.
-
-    Raises:
-        InputError: one is negative, or no integer.
-    """
-    import numpy as np
-
-    spec = file.specs[name]
-    stored = np.frombuffer(file.read(name), STORED_AS[spec.dtype]).reshape(spec.shape)
-    if not ((stored >= 0) & (stored < 2**62) & (np.floor(stored) == stored)).all():
-        raise InputError("holds negative numbers or fractions, which are no places", culprit=name)
-    return stored.astype(np.intp)
-
-
-def read_finite(file: WeightsFile, name: str, adapter: str) -> Numbers:
-    """Read the numbers of a tensor; raise InputError for nan or inf."""
-    numbers = file.numbers(name)
-    if not numbers.all_finite():
-        raise InputError(f"holds nan or inf; {adapter} is damaged", culprit=name)
-    return numbers
 
 
 def sparse_rows(value: Numbers, rows: Positions, columns: Positions, width: int, weight: float) -> RowsOfDelta:

@@ -15,9 +15,10 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
-from .shira import read_finite, read_integers, require_integers, sparse_rows
+from .indices import read_integers, require_integers
+from .shira import sparse_rows
 from .tucker import transposed_terms
-from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec, require_rank
+from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec, finite_numbers, require_rank
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
@@ -103,9 +104,8 @@ class SuperTuning(Update):
 
     @classmethod
     def load(cls, spec: UpdateSpec, file: WeightsFile, adapter: str) -> SuperTuning:
-        numbers = {
-            role: read_finite(file, name, adapter) for role, name in spec.tensors.items() if role != cls.roles[1]
-        }
+        names = {role: name for role, name in spec.tensors.items() if role != cls.roles[1]}
+        numbers = finite_numbers(names, file, adapter)
         indices = spec.tensors[cls.roles[1]]
         A, B = (numbers.get(role) for role in FACTORS)
         return cls(numbers[cls.roles[0]], FlatPlaces(indices, read_integers(file, indices)), A, B, spec.scale)
