@@ -272,8 +272,11 @@ def refuse_inside(inputs: Iterable[Path], path: Path) -> None:
             raise InputError(message, culprit=str(place), remedy="move it elsewhere")
 
 
-def choose_way(model: Checkpoint, path: Path, by: str | None) -> str:
+def choose_way(model: Checkpoint, path: Path, by: str | None, new: Sequence[OutputFile] = ()) -> str:
     """Return how the files are changed: by shard or by window.
+
+    Args:
+        new: the files with their new headers, which only files that are written anew can have; by default they stay.
 
     Raises:
         InputError: a weights file is a link, has another name, or cannot be written; or files are of torch.
@@ -288,6 +291,11 @@ def choose_way(model: Checkpoint, path: Path, by: str | None) -> str:
         if status.st_nlink > 1 and by != "shard":
             by_shard = "--by shard changes this name alone"
             raise InputError("has another name, which would change too", culprit=str(shard.path), remedy=by_shard)
+    if new and [file.header for file in new] != [file.header for file in files_of(model)]:
+        if by == "window":
+            remedy = f"leave out --by window, or {ELSEWHERE}"
+            raise InputError("has other headers than the base", culprit=str(path), remedy=remedy)
+        by = "shard"
     largest, total = max(shard.nbytes for shard in model.shards), sum(shard.nbytes for shard in model.shards)
     beside = total // PART
     free = free_bytes(path.absolute().parent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,17 @@ from ..binding.modules.module_weights import recorded_weights, spell_weight
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.folder.sentence_transformers import DENSE
-from ..files.folder.side_files import is_of_tokenizer, matches, undo_files, undo_path
+from ..files.folder.side_files import (
+    CARD,
+    LeftBehind,
+    has_card,
+    is_of_tokenizer,
+    is_of_whole,
+    matches,
+    undo_files,
+    undo_path,
+)
+from ..files.output.model_card import is_unedited
 from ..files.output.output import CONTAINERS
 from ..files.output.undo_places import undo_chain
 from ..numerics.merge import ARITHMETIC_VERSION
@@ -23,6 +33,8 @@ from ..undo.reader import UndoFile, belongs
 from ..undo.records import EDITED
 from .adapter_requests import AdapterRequest
 from .inputs import open_adapters, share_hashes
+
+REPLACED, OF_THE_MERGE = "replaced by the base's", "the base has none"  # a file that a merge wrote, or a user since
 
 
 def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None, remedy: str) -> list[Path]:
@@ -129,6 +141,21 @@ def require_unedited(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
     for name, found in hashes_of_tensors(merged.shard_of, names, workers).items():
         if found != undo.merged_hashes(name):
             raise InputError(EDITED, culprit=name)
+
+
+def replaced_files(merged: Checkpoint, undo: UndoFile) -> Iterator[LeftBehind]:
+    """Yield the merged model's side files that differ from the base's, as a user may have edited them.
+
+    It omits an index, which each merge rewrites, and an unedited card.
+    """
+    names = {*undo.side, *undo.index["new_side"], CARD} if merged.has_side_files else set()
+    for name in sorted(name for name in names if not name.endswith(".index.json")):
+        path, was = (merged.root if is_of_whole(name) else merged.folder) / name, undo.side.get(name)
+        if not path.is_file() or (was is not None and path.stat().st_size == len(was) and path.read_bytes() == was):
+            continue
+        if name != CARD or not has_card(merged.root) or not is_unedited(path.read_bytes()):
+            place = path.relative_to(merged.root).as_posix()
+            yield LeftBehind(place, path.stat().st_size, OF_THE_MERGE if was is None else REPLACED)
 
 
 def require_names(merged: Checkpoint, undo: UndoFile, files: Iterable[str]) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
 
 import torch
 
@@ -34,7 +33,7 @@ from ..streaming.parallel import map_in_order
 from ..streaming.rewrite import BATCH, ChangedTensor, RowRange
 from ..streaming.segment import UpdateLoader
 from ..streaming.workers import run_threads
-from ..undo.reader import Record
+from ..undo.kept_records import KeptRecords
 from ..undo.records import NOT_RESTORED, RecordedBlock
 from .memory_files import MemoryFile
 from .strided import StridedMemory
@@ -107,24 +106,6 @@ class RowBlock:
         return numbers[self.first - first : self.end - first].reshape(self.stop - self.start, self.columns)
 
 
-class _RecordsInMemory:
-    """What `restore_tensor` reads of an undo file, for one tensor."""
-
-    weights: Mapping[str, Any] = {}
-
-    def __init__(self, kept: Sequence[KeptRecord]) -> None:
-        self._kept = kept
-
-    def records(self, tensor: str) -> list[Record]:
-        return [Record(i, len(k.payload), k.sum, k.start, k.stop) for i, k in enumerate(self._kept)]
-
-    def bytes(self, offset: int, length: int) -> bytes:
-        return self._kept[offset].payload
-
-    def copied_rows(self, tensor: str) -> None:
-        return None
-
-
 @dataclass(frozen=True)
 class Merged:
     """A merge that is, or is to be, in the tensors of a model.
@@ -174,8 +155,9 @@ class Merged:
     def restoring(self, name: str, kept: Iterable[KeptRecord], device: Device) -> list[RowBlock]:
         """Return the blocks that restore W from records of a tensor."""
         by_row = {each.start: each for each in kept}
-        undo, base = _RecordsInMemory([by_row[row] for row in sorted(by_row)]), self.plan.base.specs[name]
-        tensor = restore_tensor(base, cast(Any, undo), name, self.placements(name), UpdateLoader(device))
+        undo = KeptRecords((name, each.start, each.stop, each.payload, each.sum) for each in by_row.values())
+        base = self.plan.base.specs[name]
+        tensor = restore_tensor(base, undo, name, self.placements(name), UpdateLoader(device))
         return [
             RowBlock(part.start, part.stop, tensor.columns, part.prepare, by_row[part.start].hash)
             for part in tensor.ranges()

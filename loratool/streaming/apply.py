@@ -26,7 +26,7 @@ from ..numerics.merge import RowMerge
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
 from ..numerics.workspace import Workspace
 from ..undo.checks import record_rows
-from ..undo.journal_records import RecordSource
+from ..undo.kept_records import RecordSource
 from ..undo.reader import Record, UndoFile
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
 from .items import Batching, Step

@@ -118,6 +118,27 @@ def test_a_swap_is_the_merge_of_the_new_adapter(
     assert files(model) == files(base)
 
 
+@pytest.mark.parametrize("verb", ["unmerge", "swap", "swap with an output"])
+def test_a_users_edit_that_is_replaced_is_named(verb: str, tmp_path: Path, run: Run) -> None:
+    """And one of a file that stays is not."""
+    base, adapter, model = LLAMA / "base", LLAMA / "adapter", tmp_path / "model"
+    assert run("merge", base, adapter, "-o", model).exit_code == 0
+    config = model / "config.json"
+    config.write_text(config.read_text().replace("{", '{"edited": true, ', 1))
+    (model / "README.md").write_text("mine")
+    out = [] if verb != "swap with an output" else ["-o", tmp_path / "out"]
+    swap = ["merge", model, f"{adapter}:0.5", "--replace", adapter]
+    argv = ["unmerge", model, adapter, "--in-place"] if verb == "unmerge" else [*swap, *(out or ["--in-place"])]
+    for flags in (["--dry-run"], []):
+        result = run(*argv, *flags)
+        assert result.exit_code == 0, result.stderr
+        assert "config.json" in result.stdout and "replaced by the base's" in result.stdout
+        assert ("README.md" in result.stdout) is (verb != "unmerge")
+    made = tmp_path / "out" if out else model
+    assert (made / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert ((made / "README.md").read_text() == "mine") is (verb == "unmerge")
+
+
 def test_a_dry_run_changes_nothing(tmp_path: Path, run: Run) -> None:
     model = copied(LLAMA / "base", tmp_path / "model")
     result = run("merge", model, LLAMA / "adapter", "--in-place", "--dry-run")

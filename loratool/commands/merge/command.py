@@ -79,6 +79,7 @@ from ..cards import (
 )
 from ..collector import without_gc
 from ..inputs import is_of_mlx, open_inputs, require_residual_base, share_hashes, subtract_initial
+from ..merged_models import replaced_files
 from .call import Merge
 from .replaced import FormerMerge, open_former
 from .report import build_report
@@ -291,11 +292,13 @@ def write_merged(
     )
     read = (*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters))
     read += like.shards if like else ()
+    left = replaced_files(former.base.tensors.merged, former.base.undo) if former else ()
     read += tuple(adapter.file for adapter in former.adapters) if former else ()
     if former:
         output = former.carry_undo(output)
     output = replace(
         output,
+        left_behind=(*output.left_behind, *left),
         side_files={**output.side_files, **beside.files},
         inputs=read,
         configs=(*output.configs, *(adapter.config for adapter, _ in plan.adapters)),

@@ -37,7 +37,7 @@ from ...streaming.parallel import choose_device, worker_count
 from ...streaming.restored import RestoredRows, RestoredTensors, restored_tensors
 from ...streaming.rewrite import ChangedTensor, refuse_overflow
 from ...streaming.segment import UpdateLoader
-from ...undo.journal_records import JournalRecords
+from ...undo.kept_records import KeptRecords
 from ...undo.reader import UndoFile
 from ...undo.writer import (
     UndoWriter,
@@ -68,7 +68,7 @@ from ..in_place import (
     stage,
     way_of,
 )
-from ..merged_models import require_unedited
+from ..merged_models import replaced_files, require_unedited
 from .call import Merge
 from .command import PlannedMerge, check_factors, describe_merge, digests_of_merge, plan_call
 from .replaced import FormerMerge
@@ -103,14 +103,9 @@ def _plan(call: Merge, path: Path) -> Planned[MergeReport]:
     with ExitStack() as opened:
         laid = _laid_out(plan_call(call, opened), call, path)
         _require_possible(laid, path)
-        workers, by = call.workers or worker_count(), call.by
+        workers = call.workers or worker_count()
         check_factors(laid.plan, workers)
-        if [file.header for file in laid.files] != [file.header for file in laid.output.files]:
-            if by == "window":
-                remedy = f"leave out --by window, or {ELSEWHERE}"
-                raise InputError("has other headers than the base", culprit=str(path), remedy=remedy)
-            by = "shard"
-        way = choose_way(laid.model, path, by)
+        way = choose_way(laid.model, path, call.by, laid.output.files)
         if laid.former:
             require_unedited(laid.model, laid.former.base.undo, workers)
         largest = largest_undo(laid.plan, laid.output) if call.dry_run else None
@@ -146,7 +141,8 @@ def _laid_out(planned: PlannedMerge, call: Merge, path: Path) -> _Laid:
     undo = undo_path(path, model.given_as_file)
     if model.outer:
         undo = path / model.folder.name / undo.name
-    output = replace(output, files=tuple(files), extras=extras, undo=undo, left_behind=())
+    left = tuple(replaced_files(model, former.base.undo)) if former else ()
+    output = replace(output, files=tuple(files), extras=extras, undo=undo, left_behind=left)
     return _Laid(plan, output, model, now, former)
 
 
@@ -236,7 +232,8 @@ def _taken_back(
     laid: _Laid, load: UpdateLoader, names: Collection[str], results: Results
 ) -> tuple[dict[str, ChangedTensor], dict[str, TensorRef]]:
     """Return the tensors that some windows changed, as they were: restored from the records, and merged as formerly."""
-    plan, records = laid.plan, JournalRecords(results)
+    plan = laid.plan
+    records = KeptRecords((name, start, stop, each.payload, each.sum) for name, start, stop, (each,) in results)
     restored = {
         name: restore_tensor(plan.base.specs[name], records, name, plan.placements.get(name, ()), load)
         for name in {tensor for tensor, *_ in results}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -31,12 +31,9 @@ from ...files.folder.side_files import (
     CARD,
     LeftBehind,
     encode_json,
-    has_card,
-    is_of_whole,
     provenance,
     undo_path,
 )
-from ...files.output.model_card import is_unedited
 from ...files.output.output import CONTAINERS, Output, OutputFile
 from ...files.output.paths import check_output_path, check_undo_files, output_path
 from ...files.output.plan import plan_output, put_inside
@@ -59,12 +56,10 @@ from ..adapter_requests import AdapterRequest, parse_adapters
 from ..arguments import parse_words
 from ..cards import described_call, input_word
 from ..inputs import open_adapters, refuse_adapter, share_hashes
-from ..merged_models import find_undo, match_adapters, require_names, require_written
+from ..merged_models import find_undo, match_adapters, replaced_files, require_names, require_written
 from .call import Unmerge
 
 WITHOUT_UNDO = "give the undo file with --undo, or use --approximate, which is not exact"
-
-REPLACED, OF_THE_MERGE = "replaced by the base's", "the base has none"  # a file that a merge wrote, or a user since
 
 
 def run_unmerge(call: Unmerge) -> UnmergeReport:
@@ -192,22 +187,7 @@ def plan_restored(
     )
     output = put_inside(output, merged)
     left = [each for each in output.left_behind if each.name not in ours]
-    return replace(output, left_behind=(*left, *(() if is_file else _replaced(merged, undo))))
-
-
-def _replaced(merged: Checkpoint, undo: UndoFile) -> Iterator[LeftBehind]:
-    """Yield the merged model's side files that differ from the base's, as a user may have edited them.
-
-    It omits an index, which each merge rewrites, and an unedited card.
-    """
-    names = {*undo.side, *undo.index["new_side"], CARD} if merged.has_side_files else set()
-    for name in sorted(name for name in names if not name.endswith(".index.json")):
-        path, was = (merged.root if is_of_whole(name) else merged.folder) / name, undo.side.get(name)
-        if not path.is_file() or (was is not None and path.stat().st_size == len(was) and path.read_bytes() == was):
-            continue
-        if name != CARD or not has_card(merged.root) or not is_unedited(path.read_bytes()):
-            place = path.relative_to(merged.root).as_posix()
-            yield LeftBehind(place, path.stat().st_size, OF_THE_MERGE if was is None else REPLACED)
+    return replace(output, left_behind=(*left, *(() if is_file else replaced_files(merged, undo))))
 
 
 def _new_index(files: Sequence[OutputFile], prefix: str) -> dict[str, bytes]:

@@ -48,7 +48,7 @@ from ..in_place import (
     stage,
     way_of,
 )
-from ..merged_models import find_undo, match_adapters, require_names, require_unedited
+from ..merged_models import find_undo, match_adapters, replaced_files, require_names, require_unedited
 from .call import Unmerge
 from .command import (
     base_files,
@@ -81,21 +81,16 @@ def unmerge_in_place(call: Unmerge) -> UnmergeReport:
 def _plan(call: Unmerge, path: Path) -> Planned[UnmergeReport]:
     with ExitStack() as opened:
         each = _open(call, path, opened)
-        files, undo, by = files_of(each.merged), each.undo, call.by
+        undo = each.undo
         named = [Path(call.undo)] if call.undo is not None and not each.merged.given_as_file else []
         refuse_inside([*paths_of(adapter.file for adapter in each.adapters), *named], path)
         require_layout(each.output, each.output.files, each.merged)
         for name in undo.replaced():
             raise InputError("was replaced by the merge", culprit=name, remedy=ELSEWHERE)
-        if [file.header for file in files] != [file.header for file in each.output.files]:
-            if by == "window":
-                remedy = f"leave out --by window, or {ELSEWHERE}"
-                raise InputError("has other headers than the base", culprit=str(path), remedy=remedy)
-            by = "shard"
-        way = choose_way(each.merged, path, by)
+        way = choose_way(each.merged, path, call.by, each.output.files)
         require_unedited(each.merged, undo, call.workers or worker_count())
         report = report_unmerge(undo, os.fspath(call.merged), each.adapters, each.output, dry_run=True)
-        return Planned(report, way, [file.name for file in files])
+        return Planned(report, way, [file.name for file in each.output.files])
 
 
 def _open(call: Unmerge, path: Path, opened: ExitStack, model: ModelInPlace | None = None) -> _Opened:
@@ -114,7 +109,9 @@ def _open(call: Unmerge, path: Path, opened: ExitStack, model: ModelInPlace | No
     output = plan_restored(merged, undo, chain, files, path, merged.given_as_file)
     names = [file.name for file in files_of(merged)]
     renamed = output.files if not merged.given_as_file else (replace(output.files[0], name=names[0]),)
-    return _Opened(merged, undo, adapters, replace(output, files=renamed, left_behind=(), carried={}))
+    stays = () if CARD in undo.side else (CARD,)  # an edited card: only the merge's own is removed
+    left = tuple(file for file in replaced_files(merged, undo) if file.name not in stays)
+    return _Opened(merged, undo, adapters, replace(output, files=renamed, left_behind=left, carried={}))
 
 
 @contextmanager
