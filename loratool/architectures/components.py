@@ -55,6 +55,7 @@ def _adapter_prefixes() -> dict[str, tuple[str, ...]]:
         "lora_unet__": ("unet",),  # VideoX-Fun's
         "lora_unet_unet_": ("unet",),  # in published files that were converted wrongly: no path begins with unet
         "lora_transformer_": ("unet",),
+        "oft_unet_": ("unet",),
         "lora_te_": ("text_encoder",),
         "lora_te1_": ("text_encoder",),
         "lora_te2_": ("text_encoder_2",),

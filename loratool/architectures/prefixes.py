@@ -45,6 +45,7 @@ KOHYA_COMPONENTS = {
     "lora_te2_": "text_encoder_2_",
     "lora_te3_": "text_encoder_3_",
     "lora_te_": "text_encoder_",
+    "oft_unet_": "unet_",  # of kohya's OFT
     "lycoris_": "",
 }
 

@@ -137,7 +137,7 @@ def guess_codes(merged: Numbers, x: Reals | None, first: int, grid: CodeGrid, wo
     def exact(i: int, j: int) -> float:
         if (stored[i, j] & form.size) >= form.inf:
             return 0.0
-        by = Fraction(1) if x.factor is None else x.factor.exact((first + i, j)[x.factor.axis])
+        by = Fraction(1) if x.factor is None else x.factor.exact_at(first + i, j)
         return _as_float((fraction(stored[i, j], form) - x.delta.exact(first + i, j)) / by) if by else 0.0
 
     guesses, doubt = _decide(grid, size, parts())
@@ -149,10 +149,10 @@ def guess_codes(merged: Numbers, x: Reals | None, first: int, grid: CodeGrid, wo
 
 
 def _factor(x: Reals, rows: slice) -> Wide | None:
-    """Return a for some rows, (rows, 1) or (1, n); None if it is 1."""
+    """Return a for some rows, (rows, 1), (1, n) or (rows, n); None if it is 1."""
     if x.factor is None:
         return None
-    return x.factor.value[rows, None] if x.factor.axis == 0 else x.factor.value[None]
+    return x.factor.of_rows_in(rows)[0]
 
 
 def _ends(low: Wide, high: Wide) -> tuple[Wide, Wide]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, Kind, Numbers, narrow
+from .arrays import ON_CPU, Array, Kind, Numbers, narrow
 from .error_free import two_product, two_sum
 from .forms import Bits, Form, Positions, Wide, fraction, rounded, signed, wide
 
@@ -107,6 +107,16 @@ class Factor:
         index = (i, j)[self.axis]
         return self.value.take(index), self.error.take(index)
 
+    def exact_at(self, i: int, j: int) -> Fraction:
+        """Return the number of row i and column j."""
+        return self.exact((i, j)[self.axis])
+
+    def of_rows_in(self, rows: slice) -> tuple[Wide, Wide]:
+        """Return values and errors of some rows, (rows, 1) or (1, n)."""
+        if self.axis == 0:
+            return self.value[rows, None], self.error[rows, None]
+        return self.value[None], self.error[None]
+
     def times(self, high: Wide, low: Wide, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         """Return the product with pairs at rows i and columns j as a pair, and a bound, 0 where that is exact."""
         index = (i, j)[self.axis]
@@ -142,6 +152,37 @@ class Factor:
         return cls(axis, value, error, tail, size, lambda k: numbers[k])
 
 
+class Entries:
+    """A `Factor` with a number for each weight, 1 + C for a delta C of the same rows."""
+
+    def __init__(self, delta: Delta) -> None:
+        self.axis, self._delta = 2, delta
+        dense = delta.dense(np.float64, ON_CPU)
+        self.value = np.empty(delta.shape)
+        dense.fill(slice(0, delta.shape[0]), 1.0, self.value)
+        self.error = (dense.errors + (1 + dense.sizes) * (2 * U))[:, None] * SLACK * np.ones((1, delta.shape[1]))
+
+    def at(self, i: Positions, j: Positions) -> tuple[Wide, Wide]:
+        return self.value[i, j], self.error[i, j]
+
+    def exact_at(self, i: int, j: int) -> Fraction:
+        return 1 + self._delta.exact(i, j)
+
+    def of_rows_in(self, rows: slice) -> tuple[Wide, Wide]:
+        return self.value[rows], self.error[rows]
+
+    def times(self, high: Wide, low: Wide, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        more, less, bound = self._delta.nearer(i, j)
+        value, e = two_sum(np.ones(len(i)), more)
+        tail, rounding = two_sum(e, less)
+        high, low = two_sum(high, low)
+        product, rest = two_product(high, value)
+        size = np.abs(high) + np.abs(low)
+        rest = rest + (low * value + high * tail)
+        off = size * (bound + np.abs(rounding) + np.abs(value) * PAIR + np.abs(tail) * (8 * U)) * SLACK + LEAST
+        return product, rest, off
+
+
 @dataclass(frozen=True)
 class Reals:
     """X = a * W + sign * D for some rows of a weight.
@@ -153,13 +194,13 @@ class Reals:
     """
 
     delta: Delta
-    factor: Factor | None = None
+    factor: Factor | Entries | None = None
     sign: int = 1
     steps: Counter[str] = field(default_factory=Counter)
 
     def exact(self, weight: Fraction, i: int, j: int) -> Fraction:
         """Return X of one weight."""
-        a = Fraction(1) if self.factor is None else self.factor.exact((i, j)[self.factor.axis])
+        a = Fraction(1) if self.factor is None else self.factor.exact_at(i, j)
         return a * weight + self.sign * self.delta.exact(i, j)
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
@@ -169,7 +210,7 @@ class Reals:
 
     def keeps(self, i: int, j: int) -> bool:
         """Return whether D = 0 and a = 1, so that W's own bits stay."""
-        a = 1 if self.factor is None else self.factor.exact((i, j)[self.factor.axis])
+        a = 1 if self.factor is None else self.factor.exact_at(i, j)
         return a == 1 and self.delta.exact(i, j) == 0
 
 
@@ -218,7 +259,7 @@ def decide(x: Reals, bits: Bits, form: Form, i: Positions, j: Positions, to: For
         weight, (more, rounding) = weight[undecided], np.zeros((2, len(undecided)))
         if x.factor:
             weight, more, rounding = x.factor.times(plain[undecided], np.zeros(len(undecided)), rows, columns)
-            unchanged &= x.factor.value.take((rows, columns)[x.factor.axis]) == 1
+            unchanged &= x.factor.at(rows, columns)[0] == 1
         total, rest = two_sum(weight, x.sign * high)
         more, e1 = two_sum(more, x.sign * low)
         rest, e2 = two_sum(rest, more)

@@ -88,8 +88,7 @@ class DenseRows:
         self.matrices = self._products.products.matrices if self._products else 1
         self.factor = x.factor
         if x.factor:
-            value = sent(x.factor.value.astype(self.kind), like)
-            self._a = value[:, None] if x.factor.axis == 0 else value[None]
+            self._a = sent(x.factor.of_rows_in(slice(None))[0].astype(self.kind), like)
 
     def height(self, base: Numbers) -> int:
         """Return the number of rows of a tile of a block; several matrices are one tile."""
@@ -128,9 +127,9 @@ class DenseRows:
         units = self.unit + (UNIT_OF[np.float32] if self.out.itemsize <= 2 else UNIT_OF[np.float64])
         scale, inexact = 1.0, 0.0
         if self.factor:
-            part = here if self.factor.axis == 0 else slice(None)
-            scale = float(np.abs(self.factor.value[part]).max(initial=0.0))
-            inexact = float(self.factor.error[part].max(initial=0.0)) + LEAST_OF[self.kind]  # as a small factor is cast
+            values, errors = self.factor.of_rows_in(here)
+            scale = float(np.abs(values).max(initial=0.0))
+            inexact = float(errors.max(initial=0.0)) + LEAST_OF[self.kind]  # as a small factor is cast
         rounding = units * (3 if self.factor else 1) * (largest * scale + size) * 1.001 + largest * inexact + 2.0**-120
         slight = not self.factor and size < 2.0**-12 * largest
         shift, span = MARGIN * (error + rounding), MARGIN * (2 * error + 3 * rounding)
@@ -149,7 +148,7 @@ class DenseRows:
         squared = dots_of_rows(flat, flat)
         self.delta.fill(slice(row, row + len(base)), shift, change)
         if self.factor:
-            total *= self._a[row : row + len(base)] if self.factor.axis == 0 else self._a
+            total *= self._a[row : row + len(base)] if len(self._a) > 1 else self._a
         total += change
         return total, change, squared
 

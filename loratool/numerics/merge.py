@@ -195,8 +195,7 @@ class RowMerge:
         """Copy W's inf and nan, except where a is 0; mark other non-finite results as undecided. Return the sums."""
         not_finite = ~base.is_finite()
         if self.x.factor:
-            a = self.x.factor.value
-            a = sent(a[first : first + len(base), None] if self.x.factor.axis == 0 else a[None], base.bits)
+            a = sent(self.x.factor.of_rows_in(slice(first, first + len(base)))[0], base.bits)
             not_finite &= a != 0
         if out.form == base.form:
             out.bits[...] = where(not_finite, base.bits, out.bits)

@@ -146,6 +146,77 @@ class Sum:
         return sum((delta.exact(i, j) for delta in self.deltas), Fraction(0))
 
 
+@dataclass(frozen=True)
+class RowsOf:
+    """Rows start:stop of another delta."""
+
+    delta: Delta
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stop - self.start, self.delta.shape[1]
+
+    @property
+    def largest(self) -> float:
+        return self.delta.largest
+
+    def dense(self, kind: Kind, like: Array) -> DenseDelta:
+        inner, start = self.delta.dense(kind, like), self.start
+
+        def fill(rows: slice, shift: float, out: Array) -> None:
+            first = start + (rows.start or 0)
+            inner.fill(slice(first, first + len(out)), shift, out)
+
+        return DenseDelta(inner.sizes[start : self.stop], inner.errors[start : self.stop], fill)
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        return self.delta.near(i + self.start, j)
+
+    def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        return self.delta.nearer(i + self.start, j)
+
+    def exact(self, i: int, j: int) -> Fraction:
+        return self.delta.exact(i + self.start, j)
+
+
+@dataclass(frozen=True)
+class Negated:
+    """D = -D1."""
+
+    delta: Delta
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.delta.shape
+
+    @property
+    def largest(self) -> float:
+        return self.delta.largest
+
+    def dense(self, kind: Kind, like: Array) -> DenseDelta:
+        inner = self.delta.dense(kind, like)
+
+        def fill(rows: slice, shift: float, out: Array) -> None:
+            inner.fill(rows, 0.0, out)
+            out *= -1
+            out += shift
+
+        return DenseDelta(inner.sizes, inner.errors, fill)
+
+    def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        high, low, bound = self.delta.near(i, j)
+        return -high, -low, bound
+
+    def nearer(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
+        high, low, bound = self.delta.nearer(i, j)
+        return -high, -low, bound
+
+    def exact(self, i: int, j: int) -> Fraction:
+        return -self.delta.exact(i, j)
+
+
 def _add(parts: Sequence[tuple[Wide, Wide, Wide]]) -> tuple[Wide, Wide, Wide]:
     high, low, bound = parts[0]
     for more, less, more_bound in parts[1:]:

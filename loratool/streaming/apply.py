@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..binding.merge.merge_plan import MergePlan
 from ..binding.modules.placement import Placement
+from ..binding.modules.resolve import rows_together
 from ..files.codecs.codec import Parts, StoredTensor
 from ..files.dtypes import FLOATS, TensorSpec
 from ..files.tensor_ref import TensorRef
@@ -67,7 +68,7 @@ def merge_tensor(
     """
     rows = placements[0].rows if placements else source.spec.shape[0]
     columns = source.spec.size // max(1, rows)
-    height = record_rows(columns, bool(base and base.weight))
+    height = record_rows(columns, bool(base and base.weight), rows_together(placements))
     replaced = base if base != source else None
     shared = min(rows, replaced.spec.shape[0]) if replaced else 0
     codes = source if record and base == source and source.weight else None
@@ -122,6 +123,10 @@ def _merge(segment: RowSegment, record: bool, codes: TensorRef | None, start: in
             return segment.merge(base, start + row, out, work)
         x, norms = segment.reals_of(start + row, start + row + len(base), base, work)
         recorder = Recorder(base.form, _rows_of(codes, start + row, base.shape[1]) if codes else None, work)
+        if segment.mixes:
+            stats = RowMerge(x, base.form, out.form, base.bits).apply(base, 0, out, work)
+            recorder.predicted(base, out, segment.undone(start + row, start + row + len(base), out), work)
+            return recorder.result(stats, out)
         if norms is not None and (segment.norms_of_rows or start + row == segment.start):
             recorder.head(norms)
         stats = RowMerge(x, base.form, out.form, base.bits).apply(base, 0, out, work, recorder)
@@ -255,10 +260,12 @@ def _restore(
         with restorer.damage():
             if segment is None:
                 restorer.replaced(merged, out, work)
+            elif segment.mixes:
+                restorer.predicted(merged, segment.undone(start + row, start + row + len(merged), merged), out, work)
             else:
                 norms = None
                 if segment.norms_of_rows:
-                    norms = restorer.norms(len(merged))
+                    norms = restorer.norms(len(merged) * segment.count_row_norms())
                 elif segment.norms_of_columns and start == segment.start:
                     restorer.norms(segment.count_column_norms())
                 x, _ = segment.reals_of(start + row, start + row + len(merged), None, work, norms)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.low_rank import LowRank
-from ..adapters.updates.update import RowsOfDelta, Update
+from ..adapters.updates.update import Projected, RowsOfDelta, Update
 from ..binding.modules.placement import Placement
 from ..errors import InputError
 from ..files.tensor_ref import TensorRef
@@ -20,10 +20,11 @@ from ..numerics.composed import Scaled
 from ..numerics.decide import Delta, Factor, Reals
 from ..numerics.forms import Wide
 from ..numerics.merge import RowMerge
-from ..numerics.norms import column_norms, magnitude_ratio, row_norms
+from ..numerics.mixed import Mixing
+from ..numerics.norms import column_norms, magnitude_ratio, row_norms, row_products
 from ..numerics.products import Products, Term
 from ..numerics.rounding_stats import RoundingStats
-from ..numerics.stored import Sum, Zero
+from ..numerics.stored import RowsOf, Sum, Zero
 from ..numerics.workspace import Workspace
 
 KEPT_STACKS = 2  # updates of all experts of a layer that are kept in memory
@@ -60,6 +61,7 @@ class RowSegment:
     Attributes:
         stored_norms: takes a count and reads so many norms of DoRA's columns from the undo file; set where there is no
             W to compute them from.
+        mixes: numbers of W mix, so that W is predicted from W' and not bounded by it.
     """
 
     def __init__(
@@ -79,13 +81,20 @@ class RowSegment:
         assert len(others) <= 1, "resolve.refuse_second_nonadditive lets no second one through"
         self._other = others[0] if others else None
         self._norm_axis = self._other and self._other.update.cls.norm_axis(self._other.update, self._other.transposed)
+        self._projects = self._other is not None and self._other.update.cls.projects
+        self.mixes = self._other is not None and self._other.update.cls.mixes
         self._lock = threading.Lock()
         self._loaded: _LoadedUpdates | None = None
 
     @property
     def norms_of_rows(self) -> bool:
-        """Return whether each row needs its norm."""
-        return self._norm_axis == 0
+        """Return whether each row needs its norm, or other numbers that W has to be read for."""
+        return self._norm_axis == 0 or self._projects
+
+    def count_row_norms(self) -> int:
+        """Return how many numbers of each row there are."""
+        projected = self._get().projected
+        return projected.U.shape[1] if projected else 1
 
     @property
     def norms_of_columns(self) -> bool:
@@ -127,8 +136,7 @@ class RowSegment:
         x.delta.dense(np.float64, ON_CPU).fill(slice(0, len(base)), 0.0, change)
         if x.factor is None:
             return wide + change, None
-        a = x.factor.value
-        a = a[:, None] if x.factor.axis == 0 else a[None]
+        a, _ = x.factor.of_rows_in(slice(0, len(base)))
         with np.errstate(all="ignore"):
             return np.where(a == 0, 0.0, a * wide) + change, a
 
@@ -148,8 +156,19 @@ class RowSegment:
         other, update = self._other, loaded.update
         if other is None or update is None:
             return Reals(loaded.deltas.rows(first, last)), None
+        if loaded.mixing:
+            assert base is not None
+            return Reals(loaded.deltas.rows(first, last, beside=self._mixed(loaded.mixing, start, base))), None
         if self.norms_of_columns:
             return Reals(loaded.deltas.rows(first, last), loaded.factor), loaded.norms
+        if loaded.projected:
+            if norms is None:
+                assert base is not None
+                self._require_finite(base, "a product with them is needed")
+                norms = row_products(base, loaded.projected.U)
+            left = Numbers.of(norms.reshape(last - first, -1))
+            change = Products([Term(left, loaded.projected.K, loaded.projected.scale)])
+            return Reals(loaded.deltas.rows(first, last, beside=change.rows(0, last - first))), norms
         if self.norms_of_rows:
             if norms is None:
                 assert base is not None
@@ -157,17 +176,44 @@ class RowSegment:
                 norms = self._in_range(row_norms(loaded.plain.rows(first, last), base, work))
             ratio, factor = magnitude_ratio(self._magnitude(update, start, stop), norms, other.weight, 0)
             return Reals(loaded.deltas.rows(first, last, ratio), factor), norms
-        value, factor = update.moved(other.weight, other.transposed, _rows_of(other, start, stop), self.columns)
-        return Reals(loaded.deltas.rows(first, last, beside=value), factor), None
+        rows = _rows_of(other, start, stop)
+        value, moved = update.moved(other.weight, other.transposed, rows, self.columns)
+        return Reals(loaded.deltas.rows(first, last, beside=value), moved), None
+
+    def _mixed(self, mixing: Mixing, start: int, base: Numbers) -> Delta:
+        """Return the change of rows from row `start` on by an update that mixes, whose blocks may have more rows."""
+        assert self._other
+        together, stop = self._other.together, start + len(base)
+        first = start - (start - self.start) % together
+        last = min(self.stop, stop + (self.start - stop) % together)
+        if (first, last) != (start, stop):
+            assert self._source
+            base = self._source.read_matrix(self._other.rows, first, last)
+        self._require_finite(base, "numbers mix")
+        change = mixing.change(base, _rows_of(self._other, first, last).start)
+        return change if (first, last) == (start, stop) else RowsOf(change, start - first, stop - first)
+
+    def undone(self, start: int, stop: int, merged: Numbers) -> Reals:
+        """Return what to subtract from W' of rows start:stop, whole blocks, to be near W, of an update that mixes.
+
+        Raises:
+            ValueError: a row has inf or nan.
+        """
+        loaded, other = self._get(), self._other
+        assert loaded.mixing and other
+        if not merged.all_finite():
+            raise ValueError("is for finite numbers")
+        undone = loaded.mixing.undone(merged, _rows_of(other, start, stop).start)
+        return Reals(loaded.deltas.rows(start - self.start, stop - self.start, beside=undone))
 
     def _magnitude(self, update: Update, start: int, stop: int) -> Numbers:
         assert self._other and isinstance(update, DoRA)
         return update.magnitude.reshape(-1)[_rows_of(self._other, start, stop)]
 
-    def _require_finite(self, base: Numbers) -> None:
+    def _require_finite(self, base: Numbers, why: str = "DoRA needs their norms") -> None:
         if not base.all_finite():
             name = self._source.name if self._source else ""
-            raise InputError("has rows with inf or nan, but DoRA needs their norms", culprit=name)
+            raise InputError(f"has rows with inf or nan, but {why}", culprit=name)
 
     def _in_range(self, norms: Wide) -> Wide:
         if not np.isfinite(norms).all():
@@ -188,7 +234,20 @@ class RowSegment:
             loaded.deltas.add(placement, self._load(placement), placement.weight, self.start, self.stop)
         if other is None:
             return loaded
-        update = loaded.update = self._load(other)
+        update = loaded.update = other.sized(self._load(other).matrix(other.expert), self.columns)
+        if update.projects:
+            try:
+                loaded.projected = update.projected(other.weight)
+            except ValueError as error:
+                raise InputError(str(error), culprit=other.update.module) from error
+            loaded.deltas.add(other, update, other.weight, self.start, self.stop)
+            return loaded
+        if update.mixes:
+            try:
+                loaded.mixing = update.mixing(other.weight, other.transposed)
+            except ValueError as error:
+                raise InputError(str(error), culprit=other.update.module) from error
+            return loaded
         if isinstance(update, DoRA):
             loaded.plain.add(other, update.inner, 1.0, self.start, self.stop)
             if self.norms_of_columns:
@@ -326,3 +385,5 @@ class _LoadedUpdates:
         self.update: Update | None = None  # the one that is not additive
         self.factor: Factor | None = None  # of DoRA's columns
         self.norms: Wide | None = None  # of DoRA's columns
+        self.mixing: Mixing | None = None  # of an update that mixes
+        self.projected: Projected | None = None  # of one that projects

@@ -205,7 +205,7 @@ def _by_halves(
     if x.factor:
         a, error = x.factor.at(i, j)
         for k in np.flatnonzero(np.abs(a) <= error):
-            exact = x.factor.exact(int((i, j)[x.factor.axis][k]))  # which float64 may not hold
+            exact = x.factor.exact_at(int(i[k]), int(j[k]))  # which float64 may not hold
             a[k] = (exact > 0) - (exact < 0)
         falls, stands = a < 0, a == 0
     holds_zero = stands | (decide(x, np.zeros(len(i), form.bits_type), form, i, j, form) == result)

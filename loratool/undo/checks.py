@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
+from math import lcm, prod
 from typing import Any
 
 from ..files.containers.indexed_file import are_hashes, is_count, is_number, is_place, require
@@ -16,10 +16,15 @@ RECORD = 1 << 22  # weights of a record; at least one row
 SHARED = 8  # the most rows of codes that can share bytes (AWQ)
 
 
-def record_rows(columns: int, coded: bool = False) -> int:
-    """Return the rows of a record. If the weight is stored as codes (`coded`), records do not share bytes of it."""
-    rows = max(1, RECORD // max(1, columns))
-    return max(SHARED, rows // SHARED * SHARED) if coded else rows
+def record_rows(columns: int, coded: bool = False, together: int = 1) -> int:
+    """Return the rows of a record: blocks of `together` rows.
+
+    If the weight is stored as codes (`coded`), records do not share bytes of it.
+    """
+    unit = SHARED if coded else 1
+    if together > 1:
+        unit = lcm(unit, together)
+    return max(unit, RECORD // max(1, columns) // unit * unit)
 
 
 def spec_of(entry: Iterable[Any]) -> TensorSpec:
@@ -191,7 +196,11 @@ def tiles_of(name: str, entry: Mapping[str, Any], was: TensorSpec | None, codes:
         runs = [] if is_replaced(entry) else coded_tiling(name, spec, was, codes, placements)
     else:
         runs, copied = tiling(name, spec, was, placements)
-    return Tiles(runs, record_rows(spec.size // max(1, counted_rows(entry)), bool(codes)), copied)
+    rows, together = counted_rows(entry), 1
+    if "together" in entry:
+        together = entry["together"]
+        require(is_count(together) and 0 < together <= rows, f"{name}: rows that mix")
+    return Tiles(runs, record_rows(spec.size // max(1, rows), bool(codes), together), copied)
 
 
 def is_recorded(entry: Mapping[str, Any], tiles: Tiles) -> bool:

@@ -12,7 +12,9 @@ runs of more than two numbers, and so on. This is as short as one place after th
 write.
 
 For float64, and for tensors that were replaced, a record is the difference between W's place and one that the reader
-computes too (`undo.differences`). Weights that are stored as codes have differences too (`CodedRows`). DoRA's norms (in
+computes too (`undo.differences`). Weights that are stored as codes have differences too (`CodedRows`). Where an update
+mixes the numbers of W, as a rotation does, W' does not bound a single W. Then W is predicted, as RN(W' - E) with E by
+the inverse matrices, and a record has the steps from there, by one of the bodies of a patch. DoRA's norms (in
 float64) and scales among the codes come before the data that depend on them.
 """
 
@@ -31,7 +33,7 @@ from ..durable.fileio import word_sum
 from ..durable.journal import StoredBytes
 from ..errors import InputError
 from ..files.codecs.codec import CodeFormat, Parts
-from ..numerics.arrays import Array, Numbers, bytes_of, fetched, narrow, positions, put, sent, take, widen
+from ..numerics.arrays import Array, Numbers, bytes_of, empty, fetched, narrow, positions, put, sent, take, widen
 from ..numerics.code_grid import guess_codes
 from ..numerics.code_levels import Codes
 from ..numerics.decide import LEAST, Reals, decide
@@ -47,10 +49,12 @@ from ..numerics.forms import (
     place,
     wide,
 )
-from ..numerics.merge import TOGETHER, Tile
+from ..numerics.merge import TOGETHER, RowMerge, Tile
 from ..numerics.passes.blocks import EVERY, RunEntries, restore_block
 from ..numerics.rounding_stats import RoundingStats
+from ..numerics.stored import Negated
 from ..numerics.workspace import Workspace
+from ..patches.bodies.steps import pack_steps, unpack_steps
 from .candidates import Runs, every, find_runs
 from .differences import Reader, pack_code_differences, pack_differences
 
@@ -284,6 +288,16 @@ class Recorder:
         else:
             self._payloads[0] += pack_differences(place(take_all(base), self._form) - place(take_all(out), self._form))
 
+    def predicted(self, base: Numbers, out: Numbers, undone: Reals, work: Workspace) -> None:
+        """Record a block whose numbers mix. undone: what to subtract from W' to be near W."""
+        if self._rows:
+            self._record_codes(out, undone, 0)
+        elif self._form.precision == 53:
+            apart = place(take_all(base), self._form) - place(guess_double(out, undone, 0), self._form)
+            self._payloads[0] += pack_differences(apart)
+        else:
+            self._payloads[0] += pack_steps(_predicted(out, undone, self._form, work), take_all(base), self._form)
+
     def _record_codes(self, out: Numbers, x: Reals | None, first: int) -> None:
         assert self._rows and self._work
         rows, self._codes = self._rows, self._rows.read(len(out))
@@ -424,6 +438,13 @@ def _planes(index: IntArray, count: IntArray, ends: Positions) -> Iterator[tuple
         bit += 1
 
 
+def _predicted(merged: Numbers, undone: Reals, form: Form, work: Workspace) -> Bits:
+    """Return RN(W' - E) as bit patterns, flat. undone: E."""
+    guess = Numbers(empty(form.bits_type, *merged.shape, like=merged.bits), form)
+    RowMerge(Reals(Negated(undone.delta)), merged.form, form, merged.bits).apply(merged, 0, guess, work)
+    return take_all(guess)
+
+
 def guess_double(merged: Numbers, x: Reals, first: int) -> Bits:
     """Return a guess of a float64 W that writer and reader both compute: RN(W' - D), or W' if a is not 1."""
     form, bits = merged.form, take_all(merged)
@@ -560,6 +581,16 @@ class Restorer:
         index = _from_planes(data[read:], count)
         raw: Bits = index.astype(f"u{np.dtype(self._form.bits_type).itemsize}").view(self._form.bits_type)
         put(out, flat, np.where(count == all_numbers, raw, number(start + index, self._form)))
+
+    def predicted(self, merged: Numbers, undone: Reals, out: Any, work: Workspace) -> None:
+        """Write W, or its codes, into `out`, for a block that `Recorder.predicted` recorded."""
+        if self._rows:
+            self._to_codes(self._rows, merged, undone, out, work)
+        elif self._form.precision == 53:
+            self._from_guess(guess_double(merged, undone, 0), out)
+        else:
+            guess = _predicted(merged, undone, self._form, work)
+            _put_all(unpack_steps(guess, self._reader.take(self._reader.rest), self._form), out)
 
     def _from_entries(self, entries: RunEntries, merged: Numbers, x: Reals, out: Numbers) -> None:
         for some, _, runs in _find_unknown(entries, merged, x, 0, self._form):

@@ -37,7 +37,7 @@ from ..adapters.updates.update import UpdateSpec
 from ..binding.merge.merge_plan import MergePlan
 from ..binding.modules.module_weights import record_weights
 from ..binding.modules.placement import Placement
-from ..binding.modules.resolve import refuse_second_nonadditive
+from ..binding.modules.resolve import refuse_second_nonadditive, rows_together
 from ..durable.fileio import copy_range, open_for_reading, write_at
 from ..durable.journal import StoredBytes
 from ..errors import InputError, NeedsFlag
@@ -178,6 +178,7 @@ def _largest_records(plan: MergePlan, name: str, entry: Mapping[str, Any], tiles
     for p in plan.placements.get(name, ()) if not is_replaced(entry) else ():
         axis = None if p.update.additive else p.update.cls.norm_axis(p.update, p.transposed)
         norms = max(norms, 8 * rows if axis == 0 else 8 * columns * len(tiles.runs) if axis == 1 else 0)
+        norms = max(norms, 8 * rows * p.update.cls.projections(p.update, columns))
     count = rows * columns
     if name in base.weights:
         return norms + _largest_codes(base, name, count, records)
@@ -289,7 +290,10 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
     if (source.name, source.file) != (stored, base.shard_of[stored]):
         entry["replaced"] = True
     else:
-        entry["placements"] = sorted((_placement(p, numbers) for p in plan.placements.get(base_name, ())), key=repr)
+        placements = plan.placements.get(base_name, ())
+        entry["placements"] = sorted((_placement(p, numbers) for p in placements), key=repr)
+        if (together := rows_together(placements)) > 1:
+            entry["together"] = together
     return entry
 
 
@@ -318,6 +322,7 @@ def read_placements(
             raise InputError(f"has no {value or module}, which the undo file names", culprit=adapter.name)
         if value is None:
             update = adapter.updates[module]
+            update = update.cls.of_tensor(update, spec.shape)
             place[0] = bool(place[0]) is not update.along_inputs
         else:
             update = UpdateSpec(ReplaceTensor, module, {"value": value}, {"value": adapter.file.specs[value]})

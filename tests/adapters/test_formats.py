@@ -191,7 +191,7 @@ def test_inits_that_changed_the_base_are_told(tmp_path: Path, init: str) -> None
         assert base_mutating_init(adapter.config) is None
 
 
-@pytest.mark.parametrize("kind", ["OFT", "BOFT", "XLORA", "PREFIX_TUNING", "BOTTLENECK"])
+@pytest.mark.parametrize("kind", ["PSOFT", "XLORA", "PREFIX_TUNING", "BOTTLENECK"])
 def test_other_peft_types_are_refused_by_name(tmp_path: Path, kind: str | None) -> None:
     with pytest.raises(InputError, match=f"is an? {kind} adapter"):
         open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}, peft_type=kind))

@@ -432,8 +432,7 @@ def test_an_alpha_that_float32_cannot_hold_goes_into_the_factors(alpha: float, t
 
 # What LyCORIS leaves in kohya's names -> the method that is named, or None where no name tells it
 LYCORIS = {
-    "oft_blocks": "OFT",
-    "oft_diag": "OFT",
+    "q_layer.weight": "T-LoRA",
     "lora_odd": None,
 }
 

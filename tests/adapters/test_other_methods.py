@@ -55,6 +55,10 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
         {**TARGETS, "r": 4, "num_vectors": 24, "vector_length": 4, "topk": 3, "save_only_topk_weights": True},
     ),
     "DELORA": ("DeloraConfig", {**TARGETS, "r": 4}),
+    "HRA": ("HRAConfig", {**TARGETS, "r": 4}),
+    "HIRA": ("HiraConfig", {**TARGETS, "r": 4}),
+    "GLORA": ("GloraConfig", {**TARGETS, "r": 4}),
+    "ROAD": ("RoadConfig", {**TARGETS, "group_size": 8}),
     "OFT": ("OFTConfig", {**TARGETS, "oft_block_size": 8}),
     "BOFT": ("BOFTConfig", {**TARGETS, "boft_block_size": 8}),
 }

@@ -75,7 +75,8 @@ class Kohya(Format):
             if options.alpha is not None and value is not None and options.alpha != value:
                 raise UsageError(f"--alpha {options.alpha:g} contradicts the file's {stored} = {value:g}", culprit=name)
             value = options.alpha if value is None else value
-            stored_config = AdapterConfig(alpha=value or None, rank_is_alpha=True)
+            alpha = value if "oft_blocks" in roles else value or None  # there a bound, and no scale
+            stored_config = AdapterConfig(alpha=alpha, rank_is_alpha=True)
             for spec in module_updates(module, roles, file, stored_config, f"{module}_bias", options.lenient):
                 if spec.module in updates:
                     raise InputError(f"{name} has two updates for it", culprit=spec.module)

@@ -23,8 +23,6 @@ BIAS_ROLES = ("diff_b", "bias")
 # roles -> (the method that has them, why it cannot be merged)
 REFUSED = {
     ("reshape",): ("ComfyUI's LoRA of a model that has grown", "changes the shape of its weight"),
-    ("oft_blocks", "rescale"): ("OFT", "multiplies the weight by a matrix"),
-    ("a1", "a2"): ("GLoRA with a part that multiplies", "multiplies the weight by a matrix"),
     ("q_layer", "p_layer", "lambda_layer"): ("T-LoRA", "has other factors at each step of the diffusion"),
 }
 
@@ -72,7 +70,7 @@ def _of_weight(
     module: str, roles: Mapping[str, str], file: WeightsFile, config: AdapterConfig, lenient: bool
 ) -> UpdateSpec:
     _refuse_methods(roles)
-    if {"b1", "b2"} <= roles.keys():  # GLoRA without the part that multiplies is LoRA
+    if {"b1", "b2"} <= roles.keys() and not {"a1", "a2"} & roles.keys():  # GLoRA without its first part is LoRA
         rest = {role: name for role, name in roles.items() if role not in ("b1", "b2")}
         if {"A", "B"} & rest.keys():
             raise InputError("has factors of GLoRA and of LoRA", culprit=module)

@@ -81,8 +81,6 @@ OTHER_METHODS = {
     "PROMPT": OtherMethod("prompt or prefix tuning", "neither", _INPUTS, ("prompt_embeddings",)),
     "REFT": OtherMethod("ReFT", "neither", "edits hidden states, and no weight could hold that", ("refts.",)),
     "XLORA": OtherMethod("X-LoRA", "neither", "mixes adapters depending on its input, and no weight could hold that"),
-    "OFT": OtherMethod("OFT", "extracted", _MULTIPLIES, ("oft_",), _BY_PEFT),
-    "BOFT": OtherMethod("BOFT", "extracted", _MULTIPLIES, ("boft_",), _BY_PEFT),
     "LORAS": OtherMethod(
         "a variant of LoRA ((IA)3, VeRA, DoRA, gates), or LoRA without a config, in AdapterHub's format",
         "extracted",

@@ -5,20 +5,28 @@ from __future__ import annotations
 from .adalora import AdaLoRA
 from .add import AddDelta
 from .beft import BEFT
+from .boft import BOFT
 from .c3a import C3A
 from .delora import DeLoRA
 from .diff import Diff
 from .dora import DoRA
 from .experts import Experts
+from .glora import GLoRA
 from .gralora import GraLoRA
+from .hira import HiRA
+from .hra import HRA
 from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
 from .low_rank import LowRank
-from .miss import Bone, MiSS
+from .lycoris_glora import LycorisGLoRA
+from .miss import Bat, Bone, MiSS
+from .oft import OFT
+from .oft_blocks import OFTBlocks
 from .pvera import PVeRA
 from .randlora import RandLoRA
 from .replace import ReplaceTensor
+from .road import RoAd
 from .rows import ReplaceRows
 from .shira import SHiRA
 from .supertuning import SuperTuning
@@ -52,6 +60,15 @@ UPDATES: dict[str, type[Update]] = {
         VBLoRA,
         DeLoRA,
         Experts,
+        OFT,
+        OFTBlocks,
+        BOFT,
+        Bat,
+        RoAd,
+        HRA,
+        LycorisGLoRA,
+        HiRA,
+        GLoRA,
         DoRA,
         IA3,
         Diff,

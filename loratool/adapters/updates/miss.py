@@ -1,8 +1,10 @@
 """Add a block of numbers over and over along the inputs, MiSS: D[i, j] = M[j mod r, i] (Kang and Yin, 2024).
 
 Defined by `peft/tuners/miss/layer.py`; the variant `mini` repeats a narrower block along the outputs too. Bone is MiSS
-under the name that PEFT 0.14 to 0.18 had for it. Only the base shows the number of a module's inputs. The variant `bat`
-has blocks of three axes and is another update: it multiplies the weight.
+under the name that PEFT 0.14 to 0.18 had for it. Only the base shows the number of a module's inputs.
+
+The variant `bat` of both has blocks M_o of three axes, (out / r, r, r). It multiplies the weight: for rows o of r and
+columns c of r, X_oc = W_oc + W_oc M_o + M_o.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from typing import TYPE_CHECKING
 
 from ...errors import InputError, brief
 from ...files.dtypes import TensorSpec
+from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
 from .tucker import transposed_terms
 from .update import Detail, PeftMethod, Update, UpdateSpec, require_rank
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
+    from ...numerics.mixed import Mixing
     from ...numerics.products import Term
 
 
@@ -41,6 +45,20 @@ class MiSS(Update):
     peft = PeftMethod("MISS", {"miss_block": "miss_block"})
 
     @classmethod
+    def from_headers(
+        cls,
+        module: str,
+        roles: Mapping[str, str],
+        file: WeightsFile,
+        config: AdapterConfig,
+        transposed: bool | None = None,
+        lenient: bool = False,
+    ) -> UpdateSpec:
+        is_bat = all(len(file.specs[name].shape) == 3 for role, name in roles.items() if role in cls.roles)
+        read = Bat.from_headers if is_bat else super().from_headers
+        return read(module, roles, file, config, transposed, lenient)
+
+    @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
         return spec.specs[cls.roles[0]].shape[1:]
 
@@ -56,12 +74,6 @@ class MiSS(Update):
     @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
         shape = specs[cls.roles[0]].shape
-        if len(shape) == 3:
-            raise InputError(
-                f"is {cls.kind} of the variant bat, which multiplies the weight by a matrix",
-                culprit=module,
-                remedy="merge it with peft, and `loratool extract` the change",
-            )
         if len(shape) != 2 or not shape[0] * shape[1]:
             raise InputError(f"is {shape}, not a block of r by the outputs", culprit=roles[cls.roles[0]])
 
@@ -111,3 +123,69 @@ class Bone(MiSS):
     kind = "bone"
     roles = ("bone_block",)
     peft = PeftMethod("BONE", {"bone_block": "bone_block"})
+
+
+@dataclass(frozen=True)
+class Bat(Update):
+    """An update of MiSS or Bone that multiplies the weight."""
+
+    block: Numbers  # (out / r, r, r)
+
+    kind = "bat"
+    roles = ()
+    optional = ("miss_block", "bone_block")
+    additive = False
+    mixes = True
+
+    @classmethod
+    def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
+        return _block_of(spec).shape
+
+    @classmethod
+    def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
+        count, r, _ = _block_of(spec).shape
+        return len(shape) == 2 and shape[0] == count * r and shape[1] % r == 0 < shape[1]
+
+    @classmethod
+    def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
+        count, r, _ = _block_of(spec).shape
+        return count * r, None
+
+    @classmethod
+    def together(cls, spec: UpdateSpec, transposed: bool) -> int:
+        return _block_of(spec).shape[1] if transposed else 1
+
+    @classmethod
+    def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
+        (shape,) = (spec.shape for spec in specs.values())
+        if shape[1] != shape[2] or not all(shape):
+            raise InputError(f"is {shape}, not square blocks", culprit=next(iter(roles.values())))
+
+    @classmethod
+    def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
+        require_rank(spec, config, _block_of(spec).shape[1])
+        variant = config.peft.get("init_weights", "bat")
+        if variant != "bat":
+            raise InputError(
+                f"the config says init_weights {brief(variant)}, but its tensor is of the variant bat",
+                culprit=spec.module,
+                remedy="the config is of another adapter",
+            )
+        return replace(spec, transposed=False)
+
+    @classmethod
+    def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> Bat:
+        (block,) = tensors.values()
+        return cls(block)
+
+    def mixing(self, weight: float, transposed: bool) -> Mixing:
+        from ...numerics.mixed import Mixing
+
+        count, r, _ = self.block.shape
+        mixing = Mixing(self.block.wide()[:, None], 1, weight, added=self.block.reshape(count * r, r))
+        return mixing.T if transposed else mixing
+
+
+def _block_of(spec: UpdateSpec) -> TensorSpec:
+    (block,) = spec.specs.values()
+    return block

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...errors import InputError, LoratoolError
@@ -19,8 +20,9 @@ from ..config import AdapterConfig
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
-    from ...numerics.decide import Delta, Factor
+    from ...numerics.decide import Delta, Entries, Factor
     from ...numerics.forms import Wide
+    from ...numerics.mixed import Mixing
     from ...numerics.products import Term
 
 
@@ -114,6 +116,15 @@ class PeftMethod:
     alone: str | None = None  # remedy for a file that has the shared tensors alone
 
 
+@dataclass(frozen=True)
+class Projected:
+    """The change scale * (W U) K, W U being numbers of 36 bits for each row of W."""
+
+    U: Numbers  # (in * kernel, p)
+    K: Numbers  # (p, in * kernel)
+    scale: Fraction
+
+
 def require_rank(spec: UpdateSpec, config: AdapterConfig, rank: int) -> None:
     """Raise InputError if the config and the tensors have different ranks: either scale would be a guess."""
     stated = config.rank_of(spec.module)
@@ -153,6 +164,8 @@ class Update(ABC):
     stack: ClassVar[bool] = False  # it changes a stack of matrices
     flattened: ClassVar[bool] = False  # its columns may include a kernel of a size that its tensors do not show
     in_stored_layout: ClassVar[bool] = False  # it changes a tensor in the stored layout, whether transposed or not
+    projects: ClassVar[bool] = False  # its change has a product of the weight (`projected`), beside its terms
+    mixes: ClassVar[bool] = False  # it multiplies the weight by matrices, so that its numbers mix (`mixing`)
 
     @classmethod
     @abstractmethod
@@ -292,6 +305,21 @@ class Update(ABC):
         return None
 
     @classmethod
+    def of_tensor(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> UpdateSpec:
+        """Return the update of a base's tensor of this shape, if one that `mixes` is another one for other shapes."""
+        return spec
+
+    @classmethod
+    def projections(cls, spec: UpdateSpec, columns: int) -> int:
+        """Return of how many numbers of a row of W the change depends, beside W. columns: of the base."""
+        return 0
+
+    @classmethod
+    def together(cls, spec: UpdateSpec, transposed: bool) -> int:
+        """Return how many rows mix, as the base stores them: its own are in blocks of so many."""
+        return 1
+
+    @classmethod
     def without_norm(cls, spec: UpdateSpec) -> UpdateSpec:
         """Return the additive update inside a decomposition; any other spec unchanged."""
         return spec
@@ -316,7 +344,9 @@ class Update(ABC):
         """Return the rest of its delta, beside `terms`, as a function of a range of rows (columns if `transposed`)."""
         return None
 
-    def moved(self, weight: float, transposed: bool, rows: slice, columns: int) -> tuple[Delta | None, Factor]:
+    def moved(
+        self, weight: float, transposed: bool, rows: slice, columns: int
+    ) -> tuple[Delta | None, Factor | Entries]:
         """Return D and a of X = a W + D of an update that is not additive and needs no norms.
 
         Args:
@@ -327,6 +357,14 @@ class Update(ABC):
             TypeError: the kind is additive or needs norms.
         """
         raise TypeError(f"{self.kind} says what it does by terms, a delta or norms")
+
+    def projected(self, weight: float) -> Projected:
+        """Return the change of an update that `projects`, beside its terms."""
+        raise TypeError(f"{self.kind} has no product of the weight")
+
+    def mixing(self, weight: float, transposed: bool) -> Mixing:
+        """Return the change of an update that `mixes`, as the base stores the weight."""
+        raise TypeError(f"{self.kind} does not multiply the weight by matrices")
 
     def factors(self) -> tuple[Wide, Wide] | None:
         """Return (B (E, out, r), A (E, r, in)) in float64, with the scale in B; None if it is not a product."""

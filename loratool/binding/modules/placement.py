@@ -58,6 +58,11 @@ class Placement:
     skip: int = 0  # the update's row at `start`
     expert: int | None = None  # number in a stack; None for an update that is not a stack
 
+    @property
+    def together(self) -> int:
+        """How many rows the update mixes; its own rows are in blocks of so many."""
+        return self.update.cls.together(self.update, self.transposed)
+
     def sized(self, update: Update, columns: int) -> Update:
         """Return the update of a matrix with the size of its part here. columns: of the base tensor."""
         rows = self.skip + self.stop - self.start
@@ -92,6 +97,8 @@ def place_update(
     target = adapter.file.specs[update.base] if update.base else spec
     if target.shape != spec.shape:
         _check_rows_alone_differ(adapter, target, spec, match.name)
+    if update.cls.mixes:
+        update = update.cls.of_tensor(update, target.shape)
     rows = target.shape[0] if target.shape else 1
     if update.cls is ReplaceTensor and weight != 1 and (not spec.shape or spec.dtype not in FLOATS):
         raise InputError(f"is {spec}, which cannot be replaced in part: its weight must be 1", culprit=match.name)

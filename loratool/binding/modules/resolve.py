@@ -6,6 +6,7 @@ other lacks. Prefixes are not guessed: the base's names must resolve all paths o
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -144,6 +145,9 @@ def _select_matches(selection: Selection, matches: Mapping[str, Sequence[Match]]
 
 def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> None:
     """Raise InputError for two updates of the same rows if one is not additive: their order would matter."""
+    for placement in placements:
+        if placement.update.cls.mixes:
+            _require_whole_blocks(name, placement, placements)
     if len(placements) < 2:
         return
     last: Placement | None = None
@@ -153,6 +157,29 @@ def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> Non
             remedy = "merge them one after the other" if last.adapter is not placement.adapter else None
             raise InputError(f"{what} do not add up", culprit=name, remedy=remedy)
         last = placement
+
+
+def _require_whole_blocks(name: str, placement: Placement, placements: Sequence[Placement]) -> None:
+    """Raise InputError if an update that mixes rows has not all rows of a block here, or another ends inside of one."""
+    together, rows = placement.together, placement.stop - placement.start
+    whose = f"{placement.update.module} of {placement.adapter.name} mixes blocks of {together} rows"
+    own = placement.update.cls.flat(placement.update)[int(placement.transposed)]
+    if placement.skip % together or (rows % together and own is not None and placement.skip + rows != own):
+        remedy = "pass a base that has the module as one tensor"
+        raise InputError(f"{whose}, and only a part of one is in the tensor", culprit=name, remedy=remedy)
+    edges = {edge for p in placements for edge in (p.start, p.stop)}
+    if any((edge - placement.start) % together for edge in edges if placement.start < edge < placement.stop):
+        remedy = "merge them one after the other"
+        raise InputError(f"{whose}, and another update changes a part of one", culprit=name, remedy=remedy)
+
+
+def rows_together(placements: Sequence[Placement]) -> int:
+    """Return of how many rows the blocks are into which all updates of a tensor divide their rows."""
+    together = 1
+    for placement in placements:
+        if placement.update.cls.mixes:
+            together = math.lcm(together, placement.together)
+    return together
 
 
 def resolve_modules(

@@ -358,7 +358,7 @@ def _prepare(
     here = slice(first, first + len(source))
     factors, factor_errors = np.ones(len(source)), np.zeros(len(source))
     unknown, of_product = 0.0, np.zeros(1)
-    if x.factor:
+    if isinstance(x.factor, Factor):
         factors = np.ascontiguousarray(x.factor.value[here])
         factor_errors = bounds.factor_errors(x.factor, here)
         relative = factor_errors / np.abs(factors)

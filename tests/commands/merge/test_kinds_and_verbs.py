@@ -68,6 +68,15 @@ KINDS: dict[str, tuple[str, ...]] = {
     "vblora": ("peft vblora", "peft vblora logits"),
     "delora": ("peft delora",),
     "beft": ("peft beft",),
+    "oft": ("peft oft", "peft oft cayley", "peft oft conv", "peft oft 0.15", "peft oft 0.13"),
+    "oft_blocks": ("diag-oft", "boft"),
+    "boft": ("peft boft", "peft boft factors"),
+    "bat": ("peft miss bat",),
+    "road": ("peft road", "peft road 4"),
+    "hra": ("peft hra", "peft hra conv GS"),
+    "hira": ("peft hira", "peft hira conv"),
+    "glora": ("peft glora", "peft glora constant"),
+    "lycoris_glora": ("glora", "glora conv"),
 }
 
 

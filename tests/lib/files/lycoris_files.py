@@ -59,6 +59,7 @@ CONTAINERS = {
     "dotted": ("transformer.", False),
     "bare": ("", False),
 }
+KOHYAS_OFT = ("oft_unet_", True)  # of sd-scripts' OFT alone
 # what LyCORIS's trainer for kohya leaves in a file's header
 METADATA = {
     "ss_network_module": "lycoris.kohya",
@@ -205,13 +206,23 @@ def glora(n: Numbers, out: int, *inp: int) -> Roles:
     }
 
 
-def diag_oft(n: Numbers, out: int, *inp: int) -> Roles:
+def diag_oft(n: Numbers, out: int, *inp: int, alpha: float = 0.0) -> Roles:
     rescale = n.magnitudes(out, *(1 for _ in inp))
-    return {"oft_blocks": n(out // 5, 5, 5, size=0.1), "rescale": rescale, "alpha": n.number(0.0)}
+    return {"oft_blocks": n(out // 5, 5, 5, size=0.1), "rescale": rescale, "alpha": n.number(alpha)}
+
+
+def diag_oft_bound(n: Numbers, out: int, *inp: int) -> Roles:
+    return diag_oft(n, out, *inp, alpha=0.01)
+
+
+def kohya_oft(n: Numbers, out: int, *inp: int) -> Roles:
+    return {"oft_blocks": n(out // 5, 5, 5, size=0.1), "alpha": n.number(0.03)}
 
 
 def boft(n: Numbers, out: int, *inp: int) -> Roles:
-    return {"oft_blocks": n(2, out // 5, 5, 5, size=0.1), "alpha": n.number(0.0)}
+    """Make BOFT with blocks of half of the outputs, and two factors."""
+    rescale = n.magnitudes(out, *(1 for _ in inp))
+    return {"oft_blocks": n(2, 2, out // 2, out // 2, size=0.1), "rescale": rescale, "alpha": n.number(0.0)}
 
 
 def tlora(n: Numbers, out: int, *inp: int) -> Roles:
@@ -264,15 +275,15 @@ KINDS: dict[str, tuple[str, Callable[..., Roles]]] = {
     "dora lokr tucker in": ("conv", dora(lokr_tucker, inputs=True)),
     "glora added": ("linear", glora_added),
     "glora added conv": ("conv", glora_added),
-}
-# those that multiply W by a matrix, or need what is not in the file; peft mistakes the axes of a `lokr_w2` of
-# three
-REFUSED: dict[str, tuple[str, Callable[..., Roles]]] = {
-    "diag-oft": ("linear", diag_oft),
-    "diag-oft conv": ("conv", diag_oft),
-    "boft": ("linear", boft),
     "glora": ("linear", glora),
     "glora conv": ("conv", glora),
+    "diag-oft": ("linear", diag_oft),
+    "diag-oft bound": ("linear", diag_oft_bound),
+    "diag-oft conv": ("conv", diag_oft),
+    "boft": ("even", boft),
+}
+# those that need what is not in the file; peft mistakes the axes of a `lokr_w2` of three
+REFUSED: dict[str, tuple[str, Callable[..., Roles]]] = {
     "t-lora": ("linear", tlora),
 }
 
@@ -307,7 +318,7 @@ def roles_of(kind: str, dtype: torch.dtype, seed: int = 0) -> Roles:
 
 
 def module_name(path: str, container: str) -> str:
-    prefix, flat = CONTAINERS[container]
+    prefix, flat = CONTAINERS.get(container, KOHYAS_OFT)
     return prefix + (path.replace(".", "_") if flat else path)
 
 
@@ -556,6 +567,85 @@ def _delora(n: Numbers) -> Peft:
     return Peft("linear", roles, {"peft_type": "DELORA", "r": rank, "delora_lambda": 15})
 
 
+def _oft(layer: str, blocks: int, b: int, **config: Any) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        roles = {"oft_R.weight": n(blocks, b * (b - 1) // 2, size=0.2)}
+        return Peft(layer, roles, {"peft_type": "OFT", "r": 0, "oft_block_size": b, **config})
+
+    return make
+
+
+def _old_oft(scaled: bool, **config: Any) -> Callable[[Numbers], Peft]:
+    """Return a maker of PEFT 0.15's OFT, or without scales of 0.13's, whose last block is cut."""
+
+    def make(n: Numbers) -> Peft:
+        roles: Roles = {"oft_r": n(2, 3, 3, size=0.3)} if scaled else {"oft_r": n(4, 7, 7, size=0.2)}
+        if scaled:
+            roles["oft_s"] = n.magnitudes(SHAPES["linear"][0], 1)
+        return Peft("linear", roles, {"peft_type": "OFT", "r": 2 if scaled else 4, "peft_version": None, **config})
+
+    return make
+
+
+def _boft(layer: str, factors: int, blocks: int, b: int) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        roles = {"boft_R": n(factors, blocks, b, b, size=0.2), "boft_s": n.magnitudes(SHAPES[layer][0], 1)}
+        return Peft(layer, roles, {"peft_type": "BOFT", "boft_block_size": b, "boft_block_num": 0})
+
+    return make
+
+
+def _bat(kind: str) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        role = f"{kind.lower()}_block"
+        return Peft("even", {role: n(4, 3, 3, size=0.2)}, {"peft_type": kind, "r": 3, "init_weights": "bat"})
+
+    return make
+
+
+def _road(variant: str, count: int) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        roles = {"road_theta": n(count), "road_alpha": n.magnitudes(count)}
+        return Peft("even", roles, {"peft_type": "ROAD", "variant": variant, "group_size": 4})
+
+    return make
+
+
+def _hra(layer: str, apply_gs: bool) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        inputs = math.prod(SHAPES[layer][1:])
+        return Peft(layer, {"hra_u": n(inputs, 2)}, {"peft_type": "HRA", "r": 2, "apply_GS": apply_gs})
+
+    return make
+
+
+def _hira(layer: str) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        out, *inp = SHAPES[layer]
+        ones = (1,) * (len(inp) - 1)
+        roles = {"hira_A": n(3, *inp, size=0.3), "hira_B": n(out, 3, *ones, size=0.3)}
+        return Peft(layer, roles, {"peft_type": "HIRA", "r": 3})
+
+    return make
+
+
+def _glora_of_peft(paths: str) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        out, inp = SHAPES["linear"]
+        roles: Roles = {}
+        for path in "AB":
+            if paths == "lora":
+                roles |= {f"glora_{path}.Xd": n(out, 3, size=0.3), f"glora_{path}.Xu": n(3, inp, size=0.3)}
+            else:
+                roles[f"glora_{path}.X"] = n(out, 1, size=0.3) if paths == "vector" else n(1, size=0.3)
+        for path in "DE":
+            roles[f"glora_{path}.X"] = n(1, size=0.3) if paths == "constant" else n(out, size=0.3)
+        roles["glora_C.zeros"] = torch.zeros(inp, 1, dtype=n.dtype)
+        return Peft("linear", roles, {"peft_type": "GLORA", "r": 3, "config_A_B": paths, "config_C": "none"})
+
+    return make
+
+
 # kind -> what makes the adapter
 PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
@@ -598,20 +688,30 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "vblora logits": _vblora_logits,
     "delora": _delora,
     "beft": _beft,
+    "oft": _oft("linear", 2, 3),
+    "oft cayley": _oft("linear", 2, 3, use_cayley_neumann=False),
+    "oft shared": _oft("linear", 1, 3, block_share=True),
+    "oft coft": _oft("linear", 2, 3, coft=True, eps=0.2, use_cayley_neumann=False),
+    "oft three terms": _oft("linear", 2, 3, num_cayley_neumann_terms=3),
+    "oft 0.17": _oft("linear", 2, 3, peft_version=None),
+    "oft conv": _oft("conv", 12, 3),
+    "oft 0.15": _old_oft(True, coft=True, eps=0.3),
+    "oft 0.13": _old_oft(False, coft=True, eps=0.02),
+    "boft": _boft("linear", 1, 3, 2),
+    "boft factors": _boft("wide", 3, 4, 2),
+    "miss bat": _bat("MISS"),
+    "bone bat": _bat("BONE"),
+    "road": _road("road_1", 6),
+    "road 2": _road("road_2", 12),
+    "road 4": _road("road_4", 24),
+    "hra": _hra("linear", False),
+    "hra conv GS": _hra("conv", True),
+    "hira": _hira("linear"),
+    "hira conv": _hira("conv"),
+    "glora": _glora_of_peft("lora"),
+    "glora vector": _glora_of_peft("vector"),
+    "glora constant": _glora_of_peft("constant"),
 }
-
-
-def _peft_oft(n: Numbers) -> Peft:
-    return Peft("linear", {"oft_R.weight": n(2, 3, size=0.1)}, {"peft_type": "OFT", "r": 0, "oft_block_size": 3})
-
-
-def _peft_boft(n: Numbers) -> Peft:
-    roles = {"boft_R": n(1, 3, 2, 2, size=0.1), "boft_s": n.magnitudes(25, 1)}
-    return Peft("linear", roles, {"peft_type": "BOFT", "boft_block_size": 2, "boft_block_num": 0})
-
-
-def _bat(n: Numbers) -> Peft:
-    return Peft("even", {"miss_block": n(3, 4, 4)}, {"peft_type": "MISS", "r": 4, "init_weights": "bat"})
 
 
 def _without_places(n: Numbers) -> Peft:
@@ -639,9 +739,6 @@ def _xlora(n: Numbers) -> Peft:
 # `lokr_w2` of three
 PEFT_REFUSED: dict[str, Callable[[Numbers], Peft]] = {
     "lokr conv1d full": _product("LOKR", "conv1d", lokr, 3),
-    "oft": _peft_oft,
-    "boft": _peft_boft,
-    "miss bat": _bat,
     "vera without projections": _alone(_vera),
     "supertuning without places": _without_places,
     "pvera without projections": _alone(_pvera),

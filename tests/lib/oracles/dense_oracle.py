@@ -3,6 +3,7 @@
 A stored number is the real number that its bits mean. W is flattened to (out, in k), row by row; k are the positions of
 a kernel. For an update with the weight w, W' = W + w (U(W) - W), and `fractions_oracle` rounds it once. U(W) is
 
+- what `mixed_oracle` says of kinds that multiply W,
 - W + D for LoRA (also with `lora_mid`), GLoRA's added part, and every other kind of PEFT that `peft_updates` has,
 - W + D for LoRA (also with `lora_mid`), LoHa, LoKr, AdaLoRA, VeRA, Uni-LoRA, TinyLoRA, VB-LoRA
   and DeLoRA (with weights and factors rounded to float64) and GLoRA's added part; bias + v for BEFT,
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from lib.files.lycoris_files import Base, Peft
 from lib.oracles.fractions_oracle import Add, DoRA, Update, finite_reals, merge_codes
+from lib.oracles.mixed_oracle import Mixed, lycoris_glora, oft_blocks, peft_mixed
 
 Grid = Any  # a numpy array of fractions
 
@@ -126,6 +128,10 @@ def lycoris_updates(roles: Mapping[str, Tensor], shape: tuple[int, ...], weight:
     if "on_input" in roles:
         factors = [1 + v for v in finite_reals(roles["weight"])]
         return {"weight": Multiply(spread(factors, shape, bool(roles["on_input"])), weight)}
+    if "oft_blocks" in roles:
+        return {"weight": Mixed(oft_blocks(roles), weight)}
+    if "a1.weight" in roles:
+        return {"weight": Mixed(lycoris_glora(roles, scale_of(roles, len(roles["b2.weight"]))), weight)}
     D = list(change_of(roles).flat)
     if (m := roles.get("dora_scale")) is None:
         return {"weight": Add(D, weight)}
@@ -165,6 +171,8 @@ def delora_scale(factor: Fraction, row: Grid, column: Grid, rank: int) -> Fracti
 def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> dict[str, Update]:
     """Return the updates of the layer of an adapter of PEFT, of its `weight` and its `bias`."""
     roles, config, kind = adapter.roles, adapter.config, adapter.config["peft_type"]
+    if mixed := peft_mixed(kind, roles, config, weight):
+        return mixed
     if kind == "IA3":
         factors = finite_reals(roles["ia3_l"])
         if config["feedforward_modules"]:

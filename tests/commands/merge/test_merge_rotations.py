@@ -1,0 +1,203 @@
+"""Hold rotations of other programs than PEFT and LyCORIS by their definitions, and what becomes of rotated rows.
+
+Of kohya's OFT, of OneTrainer's and of musubi-tuner's forks, whose files have no config.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lib.files.lycoris_files import SHAPES, Numbers, Roles, base_of, kohya_oft, write_lycoris
+from lib.oracles.fractions_oracle import Update, codes, count_wrong, finite_reals, merge_codes
+from lib.oracles.mixed_oracle import Mixed, by_columns, grid, nearest, oft_blocks, root, unit
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import loratool
+from loratool.errors import InputError
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def check(folder: Path, layer: str, adapter: Path, update: Update) -> None:
+    base = base_of(layer, BF16)
+    model, merged, back = (folder / f"{name}.safetensors" for name in ("base", "merged", "back"))
+    base.write(model)
+    loratool.merge(model, adapter, merged)
+    name = f"{base.path}.weight"
+    wanted = merge_codes(base.weight, BF16, [update])
+    assert wanted is not None and wanted != codes(base.weight)
+    assert count_wrong(load_file(merged)[name], wanted) == 0
+    assert loratool.verify(model, adapter, merged).status == "proven"
+    loratool.unmerge(merged, adapter, back)
+    assert back.read_bytes() == model.read_bytes()
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+@pytest.mark.parametrize("alpha", [0.03, 1e-3, 10.0])
+def test_kohyas_oft(tmp_path: Path, layer: str, alpha: float) -> None:
+    """Its alpha bounds the norm of all blocks."""
+    roles = kohya_oft(Numbers(FP32), *SHAPES[layer])
+    roles["alpha"] = torch.tensor(alpha)
+    file = write_lycoris(tmp_path / "a.safetensors", {base_of(layer, BF16).path: roles}, "kohya's OFT")
+    check(tmp_path, layer, file, Mixed(oft_blocks(roles, is_kohyas=True)))
+
+
+def test_an_alpha_of_0_leaves_nothing_of_kohyas_oft(tmp_path: Path) -> None:
+    base, roles = base_of("linear", FP32), {**kohya_oft(Numbers(FP32), 25, 6), "alpha": torch.tensor(0.0)}
+    file = write_lycoris(tmp_path / "a.safetensors", {base.path: roles}, "kohya's OFT")
+    model, out = base.write(tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
+    loratool.merge(model, file, out)
+    change = load_file(out)[f"{base.path}.weight"].double() - base.weight.double()
+    assert 0 <= change.abs().max() < 1e-7
+
+
+def test_kohyas_oft_needs_its_alpha(tmp_path: Path) -> None:
+    roles = kohya_oft(Numbers(FP32), *SHAPES["linear"])
+    base = base_of("linear", BF16)
+    file = write_lycoris(tmp_path / "a.safetensors", {base.path: {"oft_blocks": roles["oft_blocks"]}}, "kohya's OFT")
+    with pytest.raises(InputError, match="alpha"):
+        loratool.merge(base.write(tmp_path / "base.safetensors"), file, tmp_path / "out.safetensors")
+
+
+def series(block: Tensor, b: int, factor: Any = 1) -> Any:
+    """Return R - I of the series of five terms."""
+    Q = 0 * unit(b)
+    Q[np.triu_indices(b, 1)] = [x * factor for x in finite_reals(block)]
+    Q = Q - Q.T
+    Q2 = Q.dot(Q)
+    return nearest(2 * (Q + Q2 + Q2.dot(Q)) + Q2.dot(Q2))
+
+
+@pytest.mark.parametrize("container", ["kohya", "dotted"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_onetrainers_oft(tmp_path: Path, layer: str, scaled: bool, container: str) -> None:
+    """It turns the kernels of a convolution the other way round."""
+    b, inputs = 3, int(np.prod(SHAPES[layer][1:]))
+    numbers = Numbers(FP32)(inputs // b, b * (b - 1) // 2, size=0.2)
+    roles: Roles = {"oft_R.weight": numbers}
+    if scaled:
+        roles["oft_R.scaled_oft"] = torch.tensor(True)
+    file = write_lycoris(tmp_path / "a.safetensors", {base_of(layer, BF16).path: roles}, container)
+    factor = 1 / (2 * root(unit(1)[0, 0] * (b - 1))) if scaled else 1
+    R = [series(block, b, factor) for block in numbers]
+    turned = R if layer == "conv" else [each.T for each in R]
+    check(tmp_path, layer, file, Mixed(lambda W: by_columns(W, turned)))
+
+
+def test_settings_in_tensors(tmp_path: Path) -> None:
+    """Forks of musubi-tuner write COFT's bound beside the numbers, and an alpha without a meaning."""
+    b, numbers = 3, Numbers(FP32)(2, 3, size=0.2)
+    settings = {"oft_block_size": 3, "oft_block_share": 0, "oft_coft": 1, "coft_eps": 0.25, "scaled_oft": 0}
+    roles: Roles = {"oft_R.weight": numbers, "alpha": torch.tensor(3.0)}
+    roles |= {f"{name}_metadata": torch.tensor(float(value)) for name, value in settings.items()}
+    file = write_lycoris(tmp_path / "a.safetensors", {base_of("linear", BF16).path: roles}, "kohya")
+    R = []
+    for block in numbers:
+        norm = root(2 * (grid(block) ** 2).sum())
+        R.append(series(block, b, min(unit(1)[0, 0], unit(1)[0, 0] / 4 / root(unit(1)[0, 0] * 2) / norm)))
+    check(tmp_path, "linear", file, Mixed(lambda W: by_columns(W, [each.T for each in R])))
+
+
+def peft_folder(folder: Path, tensors: Roles, **config: Any) -> Path:
+    folder.mkdir()
+    save_file({f"base_model.model.{name}": x for name, x in tensors.items()}, folder / "adapter_model.safetensors")
+    fields = {"target_modules": ["linear"], "peft_version": "0.21.2", "fan_in_fan_out": False, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_an_adapter_that_adds_beside_one_that_rotates(tmp_path: Path) -> None:
+    """Both are of W, and W comes back."""
+    base, n = base_of("linear", BF16), Numbers(FP32)
+    model = base.write(tmp_path / "base.safetensors")
+    numbers = n(2, 3, size=0.2)
+    one = peft_folder(tmp_path / "oft", {f"{base.path}.oft_R.weight": numbers}, peft_type="OFT", oft_block_size=3)
+    A, B = n(2, 6), n(25, 2, size=0.2)
+    factors = {f"{base.path}.lora_A.weight": A, f"{base.path}.lora_B.weight": B}
+    two = peft_folder(tmp_path / "lora", factors, peft_type="LORA", r=2, lora_alpha=2)
+    loratool.merge(model, [(one, 0.5), (two, 1.0)], tmp_path / "out.safetensors")
+    R = [series(block, 3).T for block in numbers]
+    both = Mixed(lambda W: W + (by_columns(W, R) - W) / 2 + grid(B).dot(grid(A)))
+    wanted = merge_codes(base.weight, BF16, [both])
+    assert wanted and count_wrong(load_file(tmp_path / "out.safetensors")[f"{base.path}.weight"], wanted) == 0
+    loratool.unmerge(tmp_path / "out.safetensors", [(one, 0.5), (two, 1.0)], tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == model.read_bytes()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    """It would spoil all numbers that it is mixed with."""
+    base = base_of("linear", BF16)
+    base.weight[3, 2] = value
+    numbers = {f"{base.path}.oft_R.weight": Numbers(FP32)(2, 3)}
+    adapter = peft_folder(tmp_path / "oft", numbers, peft_type="OFT", oft_block_size=3)
+    with pytest.raises(InputError, match="inf or nan, but numbers mix"):
+        loratool.merge(base.write(tmp_path / "base.safetensors"), adapter, tmp_path / "out.safetensors")
+    assert not [*tmp_path.glob("out*")]
+
+
+def test_blocks_that_were_not_trained_keep_their_bits(tmp_path: Path) -> None:
+    base = base_of("linear", BF16)
+    base.weight[:, 0] = -0.0
+    numbers = Numbers(FP32)(2, 3)
+    numbers[0] = 0.0
+    names = {f"{base.path}.oft_R.weight": numbers}
+    adapter = peft_folder(tmp_path / "oft", names, peft_type="OFT", oft_block_size=3)
+    model, out = base.write(tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
+    loratool.merge(model, adapter, out)
+    merged = load_file(out)[f"{base.path}.weight"]
+    assert codes(merged[:, :3].contiguous()) == codes(base.weight[:, :3].contiguous())
+    assert not torch.equal(merged[:, 3:], base.weight[:, 3:])
+    loratool.unmerge(out, adapter, tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == model.read_bytes()
+
+
+def test_a_rotation_that_has_no_inverse_is_undone(tmp_path: Path) -> None:
+    """R of Cayley's transform next to -1, at half its weight: W is then predicted badly, and still restored."""
+    base = base_of("linear", BF16)
+    numbers = torch.full((2, 3), 3e6)
+    names = {f"{base.path}.oft_R.weight": numbers}
+    config = {"peft_type": "OFT", "oft_block_size": 3, "use_cayley_neumann": False}
+    adapter = peft_folder(tmp_path / "oft", names, **config)
+    model, out = base.write(tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
+    for weight in (0.5, 1.0):
+        loratool.merge(model, (adapter, weight), out, force=True)
+        assert loratool.verify(model, (adapter, weight), out).status == "proven"
+        loratool.unmerge(out, (adapter, weight), tmp_path / "back.safetensors", force=True)
+        assert (tmp_path / "back.safetensors").read_bytes() == model.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("shape", "config", "match"),
+    [
+        ((2, 4), {}, "not upper triangles"),
+        ((3, 3), {}, "but the base weight is"),
+        ((2, 0), {}, "not upper triangles"),
+        ((2, 3), {"num_cayley_neumann_terms": 0}, "terms of a series"),
+        ((2, 3), {"num_cayley_neumann_terms": 1e3}, "terms of a series"),
+        ((2, 3), {"coft": True, "eps": -1}, "bound of coft"),
+        ((2, 3), {"peft_type": "BOFT"}, "only the config tells the series"),
+    ],
+)
+def test_what_fits_no_definition_is_refused(tmp_path: Path, shape: Any, config: Any, match: str) -> None:
+    base = base_of("linear", BF16)
+    names = {f"{base.path}.oft_R.weight": torch.ones(shape)}
+    adapter = peft_folder(tmp_path / "oft", names, **{"peft_type": "OFT", "oft_block_size": 3, **config})
+    with pytest.raises(InputError, match=match):
+        loratool.merge(base.write(tmp_path / "base.safetensors"), adapter, tmp_path / "out.safetensors")
+
+
+def test_pefts_oft_without_its_config_is_refused(tmp_path: Path) -> None:
+    base = base_of("linear", BF16)
+    names = {f"{base.path}.oft_R.weight": torch.ones(2, 3)}
+    adapter = peft_folder(tmp_path / "oft", names, peft_type="OFT")
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match="only the config tells the series"):
+        loratool.merge(base.write(tmp_path / "base.safetensors"), adapter, tmp_path / "out.safetensors")
