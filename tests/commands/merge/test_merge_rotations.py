@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import few
 from lib.files.lycoris_files import SHAPES, Numbers, Roles, base_of, kohya_oft, write_lycoris
+from lib.models import coded_models
 from lib.oracles.fractions_oracle import Update, codes, count_wrong, finite_reals, merge_codes
 from lib.oracles.mixed_oracle import Mixed, by_columns, grid, nearest, oft_blocks, root, unit
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
@@ -201,3 +203,124 @@ def test_pefts_oft_without_its_config_is_refused(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="only the config tells the series"):
         loratool.merge(base.write(tmp_path / "base.safetensors"), adapter, tmp_path / "out.safetensors")
+
+
+OUT, IN, LAYERS = 44, 24, 3
+# kind -> tensors of a module of (OUT, IN), and fields of the config
+WAYS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
+    "oft": ({"oft_R.weight": (3, 28)}, {"peft_type": "OFT"}),
+    "oft 0.13": ({"oft_r": (4, 12, 12)}, {"peft_type": "OFT", "peft_version": None}),
+    "boft": ({"boft_R": (3, 4, 6, 6), "boft_s": (OUT, 1)}, {"peft_type": "BOFT"}),
+    "bat": ({"miss_block": (11, 4, 4)}, {"peft_type": "MISS", "r": 4, "init_weights": "bat"}),
+    "road": ({"road_theta": (OUT,), "road_alpha": (OUT,)}, {"peft_type": "ROAD", "variant": "road_2", "group_size": 4}),
+    "hra": ({"hra_u": (IN, 3)}, {"peft_type": "HRA", "r": 3}),
+    "hira": ({"hira_A": (3, IN), "hira_B": (OUT, 3)}, {"peft_type": "HIRA", "r": 3}),
+    "glora": ({"glora_A.X": (OUT, 1), "glora_B.Xd": (OUT, 2), "glora_B.Xu": (2, IN)}, {"peft_type": "GLORA"}),
+}
+
+
+def write_pair(folder: Path, kind: str, seed: int = 0) -> tuple[Path, Path]:
+    """Write a base folder and an adapter of all its layers."""
+    base, n = folder / "base", Numbers(FP32, seed)
+    shapes, config = WAYS[kind]
+    paths = [f"model.layers.{i}.mlp.up_proj" for i in range(LAYERS)]
+    if not base.exists():
+        base.mkdir()
+        weights = Numbers(BF16, 100)
+        tensors = {f"{path}.weight": weights(OUT, IN, size=0.3) for path in paths}
+        save_file({**tensors, "model.norm.weight": weights(IN)}, base / "model.safetensors", {"format": "pt"})
+        (base / "config.json").write_text(json.dumps({"model_type": "llama", "dtype": "bfloat16"}))
+    made = {f"{path}.{role}": n(*shape, size=0.2) for path in paths for role, shape in shapes.items()}
+    for name, x in made.items():
+        if name.endswith(("road_alpha", "boft_s")):
+            x += 1
+    return base, peft_folder(folder / f"{kind} {seed}", made, **{**config, "target_modules": ["up_proj"]})
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".json")}
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_records_of_few_rows(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many records, threads and blocks, whose ends the blocks of an update need not divide: the same bytes."""
+    base, adapter = write_pair(tmp_path, kind)
+    loratool.merge(base, adapter, tmp_path / "whole")
+    monkeypatch.setattr("loratool.undo.checks.RECORD", 7 * IN)
+    monkeypatch.setattr("loratool.commands.verify.replay.ROWS", 5)
+    loratool.merge(base, adapter, tmp_path / "parts")
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+    assert loratool.verify(base, adapter, tmp_path / "parts").status == "proven"
+    loratool.unmerge(tmp_path / "parts", adapter, tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(base)
+
+
+@pytest.mark.parametrize("kind", WAYS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_into_another_type(tmp_path: Path, kind: str, dtype: Any) -> None:
+    base, adapter = write_pair(tmp_path, kind)
+    loratool.merge(base, adapter, tmp_path / "out", dtype=dtype, undo=False)
+    assert loratool.verify(base, adapter, tmp_path / "out").status == "proven"
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_in_place_and_in_memory(tmp_path: Path, kind: str) -> None:
+    base, one = write_pair(tmp_path, kind)
+    _, two = write_pair(tmp_path, kind, seed=1)
+    wanted = {}
+    for number, adapter in enumerate((one, two)):
+        loratool.merge(base, adapter, tmp_path / f"merged{number}")
+        wanted[adapter] = load_file(tmp_path / f"merged{number}" / "model.safetensors")
+    before = files_of(base)
+
+    tensors = load((base / "model.safetensors").read_bytes())
+    live = loratool.live.merge(tensors, one)
+    assert all(torch.equal(tensors[name], x) for name, x in wanted[one].items())
+    live.swap(two)
+    assert all(torch.equal(tensors[name], x) for name, x in wanted[two].items())
+    live.unmerge()
+    assert all(torch.equal(tensors[name], x) for name, x in load((base / "model.safetensors").read_bytes()).items())
+
+    for by in ("window", "shard"):
+        loratool.merge(base, one, in_place=True, by=by)
+        assert all(
+            torch.equal(load((base / "model.safetensors").read_bytes())[name], x) for name, x in wanted[one].items()
+        )
+        loratool.merge(base, two, replace=one, in_place=True, by=by)
+        assert all(
+            torch.equal(load((base / "model.safetensors").read_bytes())[name], x) for name, x in wanted[two].items()
+        )
+        loratool.unmerge(base, two, in_place=True, by=by)
+        assert files_of(base) == before
+
+
+@pytest.mark.parametrize("kind", WAYS)
+@pytest.mark.parametrize(
+    "vector", few(["bnb_nf4_nested", "gptq_v1_4bit_act_order", "fp8_blocks", "mlx_affine5_64"], "bnb_nf4_nested")
+)
+def test_coded_bases(tmp_path: Path, kind: str, vector: str) -> None:
+    """W is the nearest code to what is predicted, and the undo file has the difference."""
+    base = coded_models.write_base(vector, tmp_path / "coded")
+    numbers = coded_models.sized(coded_models.numbers_of(base))
+    n, made = Numbers(FP32), {}
+    shapes, config = WAYS[kind]
+    for name, W in numbers.items():
+        out, inp = W.shape
+        sizes = {OUT: out, IN: inp}
+        for role, shape in shapes.items():
+            made[f"{name.removesuffix('.weight')}.{role}"] = n(*of_size(kind, role, shape, sizes), size=0.1)
+    config = {**config, "target_modules": "all-linear", **({"r": 2} if kind == "bat" else {"group_size": 2})}
+    adapter = peft_folder(tmp_path / "adapter", made, **config)
+    for quantized in ("dequantize", "requantize"):
+        loratool.merge(base, adapter, tmp_path / quantized, quantized=quantized, allow="lossy")
+        loratool.unmerge(tmp_path / quantized, adapter, tmp_path / f"{quantized} back")
+        assert coded_models.files_of(tmp_path / f"{quantized} back") == coded_models.files_of(base)
+
+
+def of_size(kind: str, role: str, shape: tuple[int, ...], sizes: dict[int, int]) -> tuple[int, ...]:
+    """Return the shape for a layer of other sizes, in blocks of 2."""
+    out, inp = sizes[OUT], sizes[IN]
+    special = {"oft": (inp // 2, 1), "oft 0.13": (out // 2, 2, 2), "bat": (out // 2, 2, 2)}
+    if role == "boft_R":
+        return (1, inp // 2, 2, 2)
+    return special.get(kind) or tuple(sizes.get(side, side) for side in shape)
