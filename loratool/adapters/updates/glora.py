@@ -41,6 +41,7 @@ class GLoRA(Update):
     optional = PATHS
     peft = PeftMethod("GLORA", {role: role for role in PATHS})
     additive = False
+    in_turn = False
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ class HiRA(Update):
     optional = (*PAIRS[0], *PAIRS[1])
     peft = PeftMethod("HIRA", {role: role for role in optional})
     additive = False
+    in_turn = False
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:

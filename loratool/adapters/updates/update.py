@@ -161,6 +161,7 @@ class Update(ABC):
     suffixes: ClassVar[Mapping[str, str]] = {}  # suffix of LyCORIS's name for a tensor -> role
     peft: ClassVar[PeftMethod | None] = None
     additive: ClassVar[bool] = True  # a tensor can have any number of such updates, which are summed; else only one
+    in_turn: ClassVar[bool] = True  # its program merges several that are not additive one after the other
     stack: ClassVar[bool] = False  # it changes a stack of matrices
     flattened: ClassVar[bool] = False  # its columns may include a kernel of a size that its tensors do not show
     in_stored_layout: ClassVar[bool] = False  # it changes a tensor in the stored layout, whether transposed or not

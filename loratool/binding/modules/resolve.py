@@ -155,6 +155,8 @@ def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> Non
         if last and placement.start < last.stop:
             what = f"{last.update.kind} of {last.adapter.name} and {placement.update.kind} of {placement.adapter.name}"
             remedy = "merge them one after the other" if last.adapter is not placement.adapter else None
+            if not (last.update.cls.in_turn and placement.update.cls.in_turn):
+                remedy = "peft sums their changes of the base: merge them with it, and `loratool extract` the change"
             raise InputError(f"{what} do not add up", culprit=name, remedy=remedy)
         last = placement
 

@@ -324,3 +324,13 @@ def of_size(kind: str, role: str, shape: tuple[int, ...], sizes: dict[int, int])
     if role == "boft_R":
         return (1, inp // 2, 2, 2)
     return special.get(kind) or tuple(sizes.get(side, side) for side in shape)
+
+
+@pytest.mark.parametrize(("kind", "remedy"), [("oft", "one after the other"), ("hira", "peft sums their changes")])
+def test_two_that_do_not_add_up(tmp_path: Path, kind: str, remedy: str) -> None:
+    """PEFT merges rotations in turn; of HiRA and GLoRA it sums the changes of the base."""
+    base, one = write_pair(tmp_path, kind)
+    _, two = write_pair(tmp_path, kind, seed=1)
+    with pytest.raises(InputError, match="do not add up") as refused:
+        loratool.merge(base, [one, two], tmp_path / "out")
+    assert remedy in str(refused.value.remedy)
