@@ -311,7 +311,6 @@ ERRORS = {
     "the config says rank ..., but A is": "merge demo/base of-another -o x",
     "was initialized on ..., from which its factors": "merge demo/base pissa -o x",
     "is a ... adapter, which adds keys and values": "merge demo/base prefix -o x",
-    "is an OFT adapter, which multiplies weights by a matrix": "merge demo/base oft -o x",
     "is an adapter, but the first argument": "merge demo/adapter demo/base -o x",
     "is a model, not an adapter": "merge demo/base demo/tuned -o x",
     "... of ... modules are not in the base": "merge demo/base demo/gpt2/adapter -o x",
@@ -358,7 +357,7 @@ printf 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
 cp demo/adapter/adapter_config.json pointer
 printf '<!DOCTYPE html><html>' > page.safetensors
 printf 'PK\003\004 and no more than this' > cut.bin
-for name in cut shorter unreadable nan without-config without-alpha of-another prefix oft; do
+for name in cut shorter unreadable nan without-config without-alpha of-another prefix; do
   cp -r demo/adapter $name
 done
 head -c 100000 demo/adapter/adapter_model.safetensors > cut/adapter_model.safetensors
@@ -370,7 +369,6 @@ rm without-config/adapter_config.json
 sed -i.old 's/, *"lora_alpha": 16//; s/"r": 8,/"r": 8/; /"lora_alpha"/d' without-alpha/adapter_config.json
 sed -i.old 's/"r": 8/"r": 16/' of-another/adapter_config.json
 sed -i.old 's/"LORA"/"PREFIX_TUNING"/' prefix/adapter_config.json
-sed -i.old 's/"LORA"/"OFT"/' oft/adapter_config.json
 for name in unfinished stale without-index; do cp -r demo/base $name; done
 rm unfinished/model-00002-of-00002.safetensors without-index/model.safetensors.index.json
 sed -i.old 's/"model.norm.weight": "model-00002/"model.norm.weight": "model-00001/' stale/model.safetensors.index.json

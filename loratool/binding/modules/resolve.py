@@ -164,15 +164,17 @@ def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> Non
 def _require_whole_blocks(name: str, placement: Placement, placements: Sequence[Placement]) -> None:
     """Raise InputError if an update that mixes rows has not all rows of a block here, or another ends inside of one."""
     together, rows = placement.together, placement.stop - placement.start
-    whose = f"{placement.update.module} of {placement.adapter.name} mixes blocks of {together} rows"
+    whose = f"{placement.update.module} of {placement.adapter.name}"
     own = placement.update.cls.flat(placement.update)[int(placement.transposed)]
     if placement.skip % together or (rows % together and own is not None and placement.skip + rows != own):
         remedy = "pass a base that has the module as one tensor"
-        raise InputError(f"{whose}, and only a part of one is in the tensor", culprit=name, remedy=remedy)
+        message = f"{whose} mixes blocks of {together} rows, and only a part of one is in the tensor"
+        raise InputError(message, culprit=name, remedy=remedy)
     edges = {edge for p in placements for edge in (p.start, p.stop)}
     if any((edge - placement.start) % together for edge in edges if placement.start < edge < placement.stop):
         remedy = "merge them one after the other"
-        raise InputError(f"{whose}, and another update changes a part of one", culprit=name, remedy=remedy)
+        message = f"{whose} mixes blocks of {together} rows, and another update changes a part of one"
+        raise InputError(message, culprit=name, remedy=remedy)
 
 
 def rows_together(placements: Sequence[Placement]) -> int:
