@@ -1,7 +1,8 @@
 """Add a Kronecker product, LoKr: D = scale * w1 (x) w2, each full or a product of factors (w2 with a Tucker core).
 
 Defined by Edalati et al., KronA, 2022; files by LyCORIS (`lycoris/modules/lokr.py`) and PEFT
-(`peft/tuners/lokr/layer.py`). A flattened convolution is a plain Kronecker product with w2 flattened likewise.
+(`peft/tuners/lokr/layer.py`). A flattened convolution is a plain Kronecker product with w2 flattened likewise. PEFT
+trains a convolution of one axis with a complete w2 in another order: each tap of D is that tap of w2 (x) w1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
 from .tucker import sum_terms, tucker_factors
-from .update import PeftMethod, RowsOfDelta, Update, UpdateSpec, require_rank
+from .update import Detail, PeftMethod, RowsOfDelta, Update, UpdateSpec, require_rank
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from ...numerics.forms import Wide
 
 ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+
+
+@dataclass(frozen=True)
+class ByTaps(Detail):
+    """Each tap is w2 (x) w1, as torch.kron has it for a w2 of three axes."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class LoKr(Update):
     w2_b: Numbers | None  # (r, d * kernel), with a core (r, d)
     t2: Numbers | None  # (r, r, *kernel)
     scale: float  # alpha / r; 1 in LyCORIS if both sides are full
+    by_taps: bool = False
 
     kind = "lokr"
     roles = ()
@@ -103,19 +110,17 @@ class LoKr(Update):
         elif not config.rank_is_alpha and (stated is None or stated < 1):
             raise InputError("the config does not say the rank that divides alpha", culprit=spec.module)
         if stated and w2 and len(w2.shape) in (3, 5):
-            # PEFT's torch.kron takes w1's inputs for another axis (peft/tuners/lokr/layer.py)
-            raise InputError(
-                f"has lokr_w2 of {w2.shape}, of a convolution of one or three axes, which peft computes differently",
-                culprit=spec.module,
-                remedy="merge it with peft, and `loratool extract` the change",
-            )
+            if len(w2.shape) == 5 or "lokr_w1" not in spec.specs:
+                reason = f"has lokr_w2 of {w2.shape}, for a convolution that peft does not make so"
+                raise InputError(reason, culprit=spec.module)
+            spec = replace(spec, transposed=False, detail=ByTaps())
         rank = stated or stored
         return replace(spec, scale=config.scale_of(spec.module, rank) if rank else 1.0)
 
     @classmethod
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> LoKr:
         w1, w1_a, w1_b, w2, w2_a, w2_b, t2 = (tensors.get(role) for role in ROLES)
-        return cls(w1, w1_a, w1_b, w2, w2_a, w2_b, t2, spec.scale)
+        return cls(w1, w1_a, w1_b, w2, w2_a, w2_b, t2, spec.scale, isinstance(spec.detail, ByTaps))
 
     def _first(self) -> tuple[Wide, Wide]:
         """Return factors of w1."""
@@ -128,14 +133,34 @@ class LoKr(Update):
         from ...numerics.composed import Kron
 
         scale = Fraction(self.scale) * Fraction(weight)
+        if self.by_taps:
+            return lambda start, stop: self._rows_by_taps(start, stop, scale)
         left = _delta_of(self.w1, self.w1_a, self.w1_b, None, transposed)
         right = _delta_of(self.w2, self.w2_a, self.w2_b, self.t2, transposed)
         return lambda start, stop: Kron(left, right, scale, slice(start, stop))
+
+    def _rows_by_taps(self, start: int, stop: int, scale: Fraction) -> Delta:
+        """Return rows of D[(c, a), (d, b, tap)] = scale * w1[a, b] * w2[c, d, tap]."""
+        import numpy as np
+
+        from ...numerics.composed import Hadamard
+        from ...numerics.stored import Stored
+
+        assert self.w1 is not None and self.w2 is not None
+        (outer, inner), (_, inputs, taps) = self.w1.shape, self.w2.shape
+        i, (d, b, tap) = np.arange(start, stop), np.indices((inputs, inner, taps)).reshape(3, -1)
+        w1, w2 = self.w1[i % outer][:, b], self.w2.matrix[i // outer][:, d * taps + tap]
+        return Hadamard(Stored(w1, 1.0), Stored(w2, 1.0), scale)
 
     def factors(self) -> tuple[Wide, Wide]:
         import numpy as np
 
         (B1, A1), (B2, A2) = self._first(), self._second()
+        if self.by_taps:
+            assert self.w2 is not None
+            A = A2.reshape(len(A2), 1, -1, 1, self.w2.shape[2]) * A1[:, None, :, None]
+            B, A = np.kron(B2, B1).astype(np.float64, copy=False), A.reshape(len(A1) * len(A2), -1)
+            return B[None] * self.scale, A[None]
         B, A = (np.kron(*sides).astype(np.float64, copy=False) for sides in ((B1, B2), (A1, A2)))
         return B[None] * self.scale, A[None]
 

@@ -437,7 +437,7 @@ REASONS = {
     "unilora": ("for modules that the file does not have", "save_indices=True"),
     "tinylora": ("random matrices", "save_projection=True"),
     "xlora": ("X-?LoRA", ""),
-    "lokr": (r"lokr_w2", "extract"),
+    "lokr": (r"lokr_w2 of \(5, 3, 3\)", ""),
 }
 
 

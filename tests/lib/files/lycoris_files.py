@@ -282,7 +282,7 @@ KINDS: dict[str, tuple[str, Callable[..., Roles]]] = {
     "diag-oft conv": ("conv", diag_oft),
     "boft": ("even", boft),
 }
-# those that need what is not in the file; peft mistakes the axes of a `lokr_w2` of three
+# those that need what is not in the file
 REFUSED: dict[str, tuple[str, Callable[..., Roles]]] = {
     "t-lora": ("linear", tlora),
 }
@@ -660,6 +660,7 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "lokr conv w2": _product("LOKR", "conv", lokr_two, 2),
     "lokr tucker": _product("LOKR", "conv", lokr_tucker, 2, use_effective_conv2d=True),
     "lokr conv1d tucker": _product("LOKR", "conv1d", lokr_peft1d, 2, use_effective_conv2d=True),
+    "lokr conv1d full": _product("LOKR", "conv1d", lokr, 3),
     "ia3": _peft_ia3("linear", False),
     "ia3 feedforward": _peft_ia3("linear", True),
     "ia3 conv": _peft_ia3("conv", False),
@@ -735,10 +736,9 @@ def _xlora(n: Numbers) -> Peft:
     return Peft("linear", {}, {"peft_type": "XLORA", "hidden_size": 6, "adapters": {"0": "one", "1": "two"}}, shared)
 
 
-# those that multiply W by a matrix, or need what is not in the file or no fraction; peft mistakes the axes of a
-# `lokr_w2` of three
+# those that need what is not in the file, or no fraction
 PEFT_REFUSED: dict[str, Callable[[Numbers], Peft]] = {
-    "lokr conv1d full": _product("LOKR", "conv1d", lokr, 3),
+    "lokr conv1d w1": _product("LOKR", "conv1d", lokr_one, 2, decompose_both=True),
     "vera without projections": _alone(_vera),
     "supertuning without places": _without_places,
     "pvera without projections": _alone(_pvera),

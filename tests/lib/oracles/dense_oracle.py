@@ -253,7 +253,11 @@ def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> 
     else:
         alpha = config["alpha_pattern"].get(adapter.layer, config["alpha"])
         scale = Fraction(alpha / config["rank_pattern"].get(adapter.layer, config["r"]))
-        D = scale * (loha_matrix(roles) if kind == "LOHA" else np.kron(*lokr_matrices(roles)[:2]))
+        if kind == "LOKR" and "lokr_w2" in roles and roles["lokr_w2"].dim() == 3:  # peft has the sides of each tap so
+            one, taps = lokr_matrices(roles)[0], np.moveaxis(grid(roles["lokr_w2"]), 2, 0)
+            D = scale * np.stack([np.kron(tap, one) for tap in taps], axis=2)
+        else:
+            D = scale * (loha_matrix(roles) if kind == "LOHA" else np.kron(*lokr_matrices(roles)[:2]))
     return {"weight": Add(list(D.flat), weight)}
 
 
