@@ -66,7 +66,7 @@ def expand(state: Transformed, left: Sequence[str] = ()) -> Transformed:
     family, by_name = detect_family(modules), {source_module.module: source_module for source_module in modules}
     planned = {m: _planned(source, m, _kernel(source.updates[m], by_name.get(m), family)) for m in kinds}
     changed = with_factors(state, planned)
-    adapter = replace(changed.adapter, config=_config(source, changed.adapter.updates))
+    adapter = replace(changed.adapter, config=config_of_lora(source, changed.adapter.updates))
     return replace(changed, adapter=adapter, notes=(*state.notes, *_notes(adapter, kinds)))
 
 
@@ -114,7 +114,7 @@ def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> Made:
     inner = update.cls.without_norm(update)
     out, columns = inner.cls.flat(inner)
     assert out is not None and columns is not None, "a kind with factors knows its sizes"
-    rank, name_of = inner.rank, _namer(source, inner)
+    rank, name_of = inner.rank, namer(source, inner)
     sides = {
         "A": TensorSpec("F32", (rank, columns // math.prod(kernel), *kernel)),
         "B": TensorSpec("F32", (out, rank, *(1 for _ in kernel))),
@@ -137,7 +137,7 @@ def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> Made:
     return Made(lora, make, (module,), "expanded")
 
 
-def _namer(source: Adapter, inner: UpdateSpec) -> Callable[[str], str]:
+def namer(source: Adapter, inner: UpdateSpec) -> Callable[[str], str]:
     """Return a function from a factor's role to its name in the format, with the prefix of the module's tensors."""
     stored = next(iter(inner.tensors.values()))
     prefix = stored[: max(0, stored.find(inner.module))]
@@ -162,7 +162,8 @@ def _loss(inner: UpdateSpec, true: tuple[Wide, Wide], rounded: tuple[Numbers, Nu
     return loss_between((true[0] * inner.scale, true[1]), (B * scale, A))
 
 
-def _config(source: Adapter, updates: Mapping[str, UpdateSpec]) -> AdapterConfig:
+def config_of_lora(source: Adapter, updates: Mapping[str, UpdateSpec]) -> AdapterConfig:
+    """Return the config of an adapter whose updates have become LoRA, or DoRA of it."""
     both = {u.target: (u.rank, alpha_for_scale(u.scale, u.rank)) for u in updates.values() if u.rank}
     alphas = {alpha for _, alpha in both.values()}
     alone = alphas.pop() if len(alphas) == 1 else None

@@ -30,8 +30,8 @@ from ..binding.modules.image_modules import (
 from ..binding.modules.selection import Selection
 from ..durable.journal import Journal
 from ..errors import InputError, NeedsFlag, UsageError
+from .change_to_lora import change_to_lora, low_rank, needs_weight
 from .delta_factors import RESULTS
-from .dora_to_lora import dora_to_lora
 from .expand import expand
 from .finish import finish, plain
 from .for_runtime import plan_for_runtime, prepare_for_runtime
@@ -105,13 +105,13 @@ def _plan_low_rank(
         state, request, base = prepare_for_runtime(state, request)
         if loaded_by(request.runtime or "").key == Peft.key:
             request = replace(request, to=Peft.key)
-            return plan_for_runtime(_without_dora(state, request, folder, opened), request, base)
+            return plan_for_runtime(_without_weights(state, request, folder, opened), request, base)
     names_class = _names_class(source, request) and of_language
     _check_options(source, target, request, names_class)
     if target.family is not None:
         refuse_unknown_blocks(source, target.modules, target.family)
         state = _without_initial(state, [source_module.module for source_module in target.wanted], request)
-    state = _without_dora(state, request, folder, opened)
+    state = _without_weights(state, request, folder, opened)
     if target.family is not None:
         return _plan_image(state, target, target.family, request, source)
     if target.is_single:
@@ -171,11 +171,11 @@ def _names_class(source: Adapter, request: ConvertRequest) -> bool:
 def _check_options(source: Adapter, target: TargetModel, request: ConvertRequest, names_class: bool) -> None:
     """Raise UsageError for an option without effect, and InputError for a format of other models."""
     source_can, to = FORMATS[source.format].can, FORMATS[request.to].can
-    dora = request.plain and any(source_module.update.cls is DoRA for source_module in target.wanted)
+    needed = request.plain and any(needs_weight(update) for update in source.updates.values())
     is_image = target.family is not None
     may_be_image = is_image or not target.is_single
     uses_base = (
-        request.layout or names_class or dora or may_be_image or source_can.depends_on_base or to.depends_on_base
+        request.layout or names_class or needed or may_be_image or source_can.depends_on_base or to.depends_on_base
     )
     if target.family is not None and to.depends_on_base:
         message = f"is of {FAMILIES[target.family].title}, and {request.to}'s files are for language models"
@@ -187,7 +187,7 @@ def _check_options(source: Adapter, target: TargetModel, request: ConvertRequest
     if request.base is not None and not uses_base:
         raise UsageError(
             "--base is for the names of a language model's class with --to peft, for formats of a program's own model, "
-            "for --layout, with --plain for DoRA, and for modules that several image models have"
+            "for --layout, with --plain for kinds that need the weight, and for modules that several image models have"
         )
     if is_image and request.architecture is not None and request.architecture not in FAMILIES:
         message = f"--architecture of an image model's adapter is one of {', '.join(FAMILIES)}"
@@ -240,8 +240,10 @@ def plan_one_model(state: Transformed, request: ConvertRequest, names_class: boo
     return plan_gguf(state, request) if to.can.named_by_model else finish(state, request)
 
 
-def _without_dora(state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack) -> Transformed:
-    """Return LoRA in place of DoRA if the output does not support DoRA, with the requested rank, or else its own.
+def _without_weights(state: Transformed, request: ConvertRequest, folder: Path, opened: ExitStack) -> Transformed:
+    """Return LoRA in place of updates that need the weight, with the requested rank, or else their own.
+
+    DoRA stays if the output supports it.
 
     Args:
         folder: for the nameless journal of the factors; `opened` closes it.
@@ -249,23 +251,28 @@ def _without_dora(state: Transformed, request: ConvertRequest, folder: Path, ope
     Raises:
         NeedsFlag: the base's weights are missing.
     """
-    dora = [module for module, update in selected(state.adapter, request.exclude).items() if update.cls is DoRA]
-    if not dora or (not request.plain and DoRA in FORMATS[request.to].can.kinds):
+    keeps = not request.plain and DoRA in FORMATS[request.to].can.kinds
+    updates = selected(state.adapter, request.exclude)
+    found = [m for m, update in updates.items() if needs_weight(update) and not (keeps and update.cls is DoRA)]
+    if not found:
         return state
-    message = f"is DoRA, whose change depends on the base ({len(dora)} modules)"
+    kind = "DoRA" if updates[found[0]].cls is DoRA else updates[found[0]].kind
+    message = f"is {kind}, whose change depends on the base ({len(found)} modules)"
     if request.layout:
         first = "first loratool convert with --plain --base BASE, without --layout"
-        raise InputError(message, culprit=dora[0], remedy=first)
+        raise InputError(message, culprit=found[0], remedy=first)
     missing = [] if request.plain or request.runtime else ["--plain"]
+    if request.rank is None and any(not low_rank(updates[module]) for module in found):
+        missing.append("--rank R")
     if request.base is None or request.base.is_config:
         missing.append("--base BASE with the model and its weights")
     if missing or request.base is None:
-        raise NeedsFlag(message, culprit=dora[0], flags=" ".join(missing))
+        raise NeedsFlag(message, culprit=found[0], flags=" ".join(missing))
     base = request.base.open("--base is the model under it")
     journal = Journal(folder / "factors", RESULTS)
     opened.callback(journal.close)
     journal.open_nameless()
-    return dora_to_lora(state, base, request.rank, journal)
+    return change_to_lora(state, base, request.rank, journal)
 
 
 def _without_initial(state: Transformed, modules: Sequence[str], request: ConvertRequest) -> Transformed:

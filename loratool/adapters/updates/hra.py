@@ -60,6 +60,10 @@ class HRA(Update):
         return None, spec.specs["hra_u"].shape[0]
 
     @classmethod
+    def change_rank(cls, spec: UpdateSpec) -> int:
+        return spec.specs["hra_u"].shape[1]
+
+    @classmethod
     def projections(cls, spec: UpdateSpec, columns: int) -> int:
         return spec.specs["hra_u"].shape[1]
 

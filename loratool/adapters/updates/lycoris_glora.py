@@ -53,6 +53,10 @@ class LycorisGLoRA(Update):
         return spec.specs[_sides(spec.specs)[3]].shape[0]
 
     @classmethod
+    def change_rank(cls, spec: UpdateSpec) -> int:
+        return 2 * cls.divisor(spec) if len(spec.shape) == 2 else 0
+
+    @classmethod
     def projections(cls, spec: UpdateSpec, columns: int) -> int:
         return columns // spec.shape[1] * cls.divisor(spec)
 
@@ -88,8 +92,10 @@ class LycorisGLoRA(Update):
 
 
 def _fit(A1: tuple[int, ...], A2: tuple[int, ...], B1: tuple[int, ...], B2: tuple[int, ...]) -> bool:
+    """Return whether shapes are those of factors; a rank above the sides would be that of the other order."""
     flat = all(math.prod(shape[2:]) == 1 for shape in (A1, A2, B1)) and min(map(len, (A1, A2, B1, B2))) > 1
-    return flat and A1[1] == A2[0] > 0 and A1[0] == A2[1] == B2[1] and B1[1] == B2[0] > 0
+    inside = flat and 0 < A1[1] <= A1[0] and 0 < B1[1] <= B1[0]
+    return inside and A1[1] == A2[0] and A1[0] == A2[1] == B2[1] and B1[1] == B2[0]
 
 
 def _sides(specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
 from .rotations import are_small, root, rotations, skew_parts, squares, upper_triangles
-from .update import Detail, PeftMethod, Update, UpdateSpec, finite_numbers
+from .update import Detail, Fault, PeftMethod, Update, UpdateSpec, finite_numbers
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
@@ -105,6 +105,14 @@ class OFT(Update):
         if isinstance(rotation, Rotation) and rotation.turns_kernels and len(shape) > 2:
             return replace(spec, detail=replace(rotation, turned=True))
         return spec
+
+    @classmethod
+    def misread(cls, spec: UpdateSpec) -> Mapping[Fault, UpdateSpec]:
+        assert isinstance(spec.detail, Rotation)
+        faults: dict[Fault, Rotation] = {"turned": replace(spec.detail, turned=not spec.detail.turned)}
+        if spec.detail.eps:
+            faults["unbound"] = replace(spec.detail, eps=0.0)
+        return {fault: replace(spec, detail=detail) for fault, detail in faults.items()}
 
     @classmethod
     def together(cls, spec: UpdateSpec, transposed: bool) -> int:

@@ -21,7 +21,7 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
 from .rotations import butterfly, cayley, root, rotations, skew_parts, squares
-from .update import Detail, Update, UpdateSpec
+from .update import Detail, Fault, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
@@ -37,6 +37,7 @@ class Bound(Detail):
 
     alpha: float
     is_kohyas: bool
+    turned: bool = False  # R in place of its transpose, as some program may take it
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,21 @@ class OFTBlocks(Update):
     @classmethod
     def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
         return _outputs(spec), None
+
+    @classmethod
+    def misread(cls, spec: UpdateSpec) -> Mapping[Fault, UpdateSpec]:
+        bound = spec.detail
+        assert isinstance(bound, Bound)
+        faults: dict[Fault, UpdateSpec] = {}
+        if len(spec.specs["oft_blocks"].shape) == 3:
+            faults["turned"] = replace(spec, detail=replace(bound, turned=True))
+        if bound.alpha or bound.is_kohyas:
+            faults["unbound"] = replace(spec, detail=replace(bound, alpha=0.0, is_kohyas=False))
+            faults["bound by alpha"] = replace(spec, detail=replace(bound, alpha=bound.alpha / _outputs(spec)))
+        if "rescale" in spec.specs:
+            of_blocks = {"oft_blocks": spec.tensors["oft_blocks"]}
+            faults["unscaled"] = replace(spec, tensors=of_blocks, specs={"oft_blocks": spec.specs["oft_blocks"]})
+        return faults
 
     @classmethod
     def together(cls, spec: UpdateSpec, transposed: bool) -> int:
@@ -102,7 +118,9 @@ class OFTBlocks(Update):
         *several, k, b, _ = self.value.shape
         Q = skew_parts(self.value.reshape(math.prod(several) * k, b, b))
         factor = self._factor(sum(squares(Q), Fraction(0)), k * b)
-        M = self._butterfly(Q, several[0], b, factor) if several else rotations(Q, None, [factor]).swapaxes(1, 2)
+        M = self._butterfly(Q, several[0], b, factor) if several else rotations(Q, None, [factor])
+        if not several and not self.bound.turned:
+            M = M.swapaxes(1, 2)
         scales = None if self.scales is None else self.scales.wide()
         mixing = Mixing(M[:, None], 0, weight, scales, is_rotation=True)
         return mixing.T if transposed else mixing

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ...errors import InputError, LoratoolError
 from ...files.dtypes import TensorSpec
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ...numerics.mixed import Mixing
     from ...numerics.products import Term
 
+
+# What is wrong in how a program reads an update
+Fault = Literal["turned", "unbound", "unscaled", "bound by alpha"]
 
 RowsOfDelta = Callable[[int, int], "Delta"]  # (start, stop) -> the delta of these rows
 
@@ -306,6 +309,11 @@ class Update(ABC):
         return None
 
     @classmethod
+    def change_rank(cls, spec: UpdateSpec) -> int:
+        """Return the rank of the change of a weight, if it is low but needs the weight; else 0."""
+        return 0
+
+    @classmethod
     def of_tensor(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> UpdateSpec:
         """Return the update of a base's tensor of this shape, if one that `mixes` is another one for other shapes."""
         return spec
@@ -319,6 +327,11 @@ class Update(ABC):
     def together(cls, spec: UpdateSpec, transposed: bool) -> int:
         """Return how many rows mix, as the base stores them: its own are in blocks of so many."""
         return 1
+
+    @classmethod
+    def misread(cls, spec: UpdateSpec) -> Mapping[Fault, UpdateSpec]:
+        """Return what programs take the update for that have it wrong."""
+        return {}
 
     @classmethod
     def without_norm(cls, spec: UpdateSpec) -> UpdateSpec:

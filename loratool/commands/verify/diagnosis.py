@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from ...adapters.updates.update import Fault
 from ...binding.merge.merge_plan import MergePlan
 from ...binding.modules.placement import Placement
 from ...files.tensor_ref import TensorRef
@@ -52,6 +53,10 @@ def _transposed(placement: Placement) -> Placement | None:
     return replace(placement, transposed=not placement.transposed) if rows == columns else placement
 
 
+def _misread(fault: Fault) -> Callable[[Placement], Placement | None]:
+    return lambda p: replace(p, update=p.update.cls.misread(p.update).get(fault, p.update))
+
+
 # Fault -> what the delta is multiplied by
 FACTORS: dict[str, Callable[[Placement], float]] = {
     "the delta is not applied": lambda p: 0.0,
@@ -62,6 +67,7 @@ FACTORS: dict[str, Callable[[Placement], float]] = {
     "the scale alpha / r is missing": lambda p: 1 / p.update.scale if p.update.scale else 1.0,
     "the scale alpha / r is applied twice": lambda p: p.update.scale,
     "the delta is negated: subtracted": lambda p: -1.0,
+    "the weight of the adapter is applied twice": lambda p: p.weight,
 }
 
 # Fault -> the placement that was merged instead, None for none. Among faults with equal predictions the first counts.
@@ -69,6 +75,10 @@ FAULTS: dict[str, Callable[[Placement], Placement | None]] = {
     **{fault: _scaled(factor) for fault, factor in FACTORS.items()},
     "the delta is not applied": lambda p: None,
     "the delta is transposed": _transposed,
+    "the rotations are turned the other way": _misread("turned"),
+    "the bound on the rotations is ignored": _misread("unbound"),
+    "the rotations are bound by alpha, not by alpha times the outputs": _misread("bound by alpha"),
+    "the scales of the outputs are ignored": _misread("unscaled"),
     "the magnitudes of DoRA are ignored": lambda p: replace(p, update=p.update.cls.without_norm(p.update)),
 }
 

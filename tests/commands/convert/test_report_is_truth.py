@@ -33,7 +33,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import any_widths, load_model, only_families
-from lib.models.converted_sources import IMAGE, LANGUAGE, Source, split, write_family, write_image
+from lib.models.converted_sources import IMAGE, LANGUAGE, NEED_WEIGHTS, Source, split, write_family, write_image
 from lib.models.image_layouts import MODELS
 from safetensors.torch import save_file
 from torch import Tensor
@@ -48,7 +48,7 @@ from loratool.architectures.families import FAMILIES
 from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.commands.choices import QKV_LAYOUTS
 from loratool.commands.convert.adapter import CONVERT_DTYPES
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, NeedsFlag
 from loratool.files.dtypes import FACTOR_DTYPES, SAFETENSORS
 from loratool.files.output.output import CONTAINERS
 from loratool.views.convert import ConvertReport, ModuleConvert
@@ -187,7 +187,7 @@ def convert(case: Case, folder: Path, out: Path, **more: Any) -> ConvertReport:
     way, source = ways_of(case.source)[case.way], source_of(case.source, folder)
     options = {**way.options, "dtype": case.dtype, "force": True, **more}
     options |= {"rank": case.rank} if case.rank else {}
-    if way.base or (options.get("plain") and "dora" in case.source):
+    if way.base or (options.get("plain") and NEED_WEIGHTS & {*case.source.split()}):
         options["base"] = source.base
     report: Any = loratool.convert(source.adapter, out, **options)
     assert isinstance(report, ConvertReport)
@@ -196,9 +196,14 @@ def convert(case: Case, folder: Path, out: Path, **more: Any) -> ConvertReport:
 
 @cache
 def natural_ranks(case: Case, folder: Path) -> dict[str, int]:
-    """Return the rank of each module without --rank."""
+    """Return the rank of each module without --rank, or where it needs one, at most."""
     out = output_of(case, folder)
-    return {row.name: row.rank for row in convert(case, folder, out, dry_run=True).modules}
+    try:
+        report = convert(case, folder, out, dry_run=True)
+    except NeedsFlag as error:
+        assert "--rank R" in str(error.remedy)
+        report = convert(case, folder, out, dry_run=True, rank=1 << 20)
+    return {row.name: row.rank for row in report.modules}
 
 
 def output_of(case: Case, folder: Path) -> Path:

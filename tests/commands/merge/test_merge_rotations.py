@@ -6,6 +6,8 @@ Of kohya's OFT, of OneTrainer's and of musubi-tuner's forks, whose files have no
 from __future__ import annotations
 
 import json
+import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import few
-from lib.files.lycoris_files import SHAPES, Numbers, Roles, base_of, kohya_oft, write_lycoris
+from lib.files.lycoris_files import SHAPES, Numbers, Roles, base_of, kohya_oft, roles_of, write_lycoris
 from lib.models import coded_models
 from lib.oracles.fractions_oracle import Update, codes, count_wrong, finite_reals, merge_codes
 from lib.oracles.mixed_oracle import Mixed, by_columns, grid, nearest, oft_blocks, root, unit
@@ -21,7 +23,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 import loratool
-from loratool.errors import InputError
+from loratool.errors import InputError, NeedsFlag
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -334,3 +336,92 @@ def test_two_that_do_not_add_up(tmp_path: Path, kind: str, remedy: str) -> None:
     with pytest.raises(InputError, match="do not add up") as refused:
         loratool.merge(base, [one, two], tmp_path / "out")
     assert remedy in str(refused.value.remedy)
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_the_best_lora_of_a_rank_with_the_base(tmp_path: Path, kind: str) -> None:
+    """The error is that of the merged models; HRA's change has the rank of its vectors."""
+    base, adapter = write_pair(tmp_path, kind)
+    with pytest.raises(NeedsFlag, match="whose change depends on the base") as flagged:
+        loratool.convert(adapter, tmp_path / "no", to="peft")
+    assert ("--rank R" in str(flagged.value.remedy)) == (kind != "hra")
+    for rank in (4, 24, None)[: 3 if kind == "hra" else 2]:
+        made = loratool.convert(adapter, tmp_path / f"lora {rank}", to="peft", plain=True, base=base, rank=rank)
+        found = []
+        for number, each in enumerate((adapter, tmp_path / f"lora {rank}")):
+            out = tmp_path / f"{rank} {number}"
+            loratool.merge(base, each, out, dtype="fp32", undo=False)
+            found.append(load_file(out / "model.safetensors"))
+        before = load((base / "model.safetensors").read_bytes())
+        for row in made.modules:
+            name = f"{row.name}.weight"
+            W, X, Y = (x[name].double() for x in (before, *found))
+            assert math.isclose(float((Y - X).norm() / (X - W).norm()), row.error, rel_tol=1e-4, abs_tol=1e-6)
+            S = torch.linalg.svdvals(X - W)
+            assert math.isclose(float(S[row.rank :].norm() / S.norm()), row.error, rel_tol=1e-3, abs_tol=1e-6)
+
+
+def test_a_turned_bias_is_no_lora(tmp_path: Path) -> None:
+    base = base_of("even", BF16)
+    names = {f"{base.path}.{role}": torch.ones(12) for role in ("road_theta", "road_alpha")}
+    config = {"peft_type": "ROAD", "variant": "road_2", "group_size": 4, "target_modules": ["even"]}
+    adapter = peft_folder(tmp_path / "road", names, **config)
+    model = base.write(tmp_path / "base.safetensors")
+    with pytest.raises(InputError, match="is a bias, whose change no LoRA holds"):
+        loratool.convert(adapter, tmp_path / "out", to="peft", plain=True, base=model, rank=4)
+
+
+# fault -> the kind, and what another program makes of it
+MISTAKES: dict[str, tuple[str, Any]] = {
+    "the rotations are turned the other way": ("diag-oft", lambda f, roles: turned(roles)),
+    "the scales of the outputs are ignored": ("diag-oft", lambda f, roles: oft_blocks({**roles, "rescale": None})),
+    "the bound on the rotations is ignored": (
+        "diag-oft bound",
+        lambda f, roles: oft_blocks({**roles, "alpha": torch.tensor(0.0)}),
+    ),
+    "the rotations are bound by alpha, not by alpha times the outputs": (
+        "diag-oft bound",
+        lambda f, roles: oft_blocks({**roles, "alpha": roles["alpha"] / 25}),
+    ),
+    "the weight of the adapter is applied twice": (
+        "diag-oft",
+        lambda f, roles: lambda W: W + (f(W) - W) * Fraction(0.7),
+    ),
+}
+
+
+def turned(roles: Roles) -> Any:
+    """Return the rotations as R where R.T is meant: those of -Q."""
+    return oft_blocks({**roles, "oft_blocks": -roles["oft_blocks"]})
+
+
+@pytest.mark.parametrize("fault", MISTAKES)
+def test_verify_names_what_other_programs_make_of_it(tmp_path: Path, fault: str) -> None:
+    kind, mistake = MISTAKES[fault]
+    base, roles = base_of("linear", FP32), roles_of(kind, FP32)
+    file = write_lycoris(tmp_path / "a.safetensors", {base.path: roles}, "kohya")
+    wrong = Mixed(mistake(oft_blocks(roles), roles), 0.7)
+    codes_of_wrong = merge_codes(base.weight, FP32, [wrong])
+    weight = torch.tensor(codes_of_wrong, dtype=torch.int64).to(torch.uint32).view(torch.float32).reshape(25, 6)
+    save_file({f"{base.path}.weight": weight, f"{base.path}.bias": base.bias}, tmp_path / "merged.safetensors")
+    model = base.write(tmp_path / "base.safetensors")
+    report = loratool.verify(model, (file, 0.7), tmp_path / "merged.safetensors")
+    (row,) = (each for each in report.tensors if each.verdict == "wrong")
+    assert row.detail == fault
+
+
+def test_an_old_file_of_glora(tmp_path: Path) -> None:
+    """Its sides have each other's names; of square ones nothing tells which they are."""
+    base, roles = base_of("linear", FP32), roles_of("glora", FP32)
+    names = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
+    old = {f"{names[role[:2]]}.weight" if role[:2] in names else role: x for role, x in roles.items()}
+    model, merged = base.write(tmp_path / "base.safetensors"), []
+    for number, each in enumerate((roles, old)):
+        file = write_lycoris(tmp_path / f"{number}.safetensors", {base.path: each}, "kohya")
+        loratool.merge(model, file, tmp_path / f"merged{number}.safetensors", undo=False)
+        merged.append((tmp_path / f"merged{number}.safetensors").read_bytes())
+    assert merged[0] == merged[1] != model.read_bytes()
+    square = {f"{role}.weight": torch.ones(6, 6) for role in names}
+    file = write_lycoris(tmp_path / "square.safetensors", {base.path: square}, "kohya")
+    with pytest.raises(InputError, match="an old file of GLoRA or a new one"):
+        loratool.merge(model, file, tmp_path / "out.safetensors")

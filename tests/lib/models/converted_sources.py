@@ -216,6 +216,38 @@ def ia3(n: Numbers, out: int, inp: int) -> Roles:
     return {"ia3_l": n.magnitudes(out, 1)}
 
 
+def oft(n: Numbers, out: int, inp: int) -> Roles:
+    return {"oft_R.weight": n(inp // 4, 6, size=0.2)}
+
+
+def boft(n: Numbers, out: int, inp: int) -> Roles:
+    return {"boft_R": n(1, inp // 4, 4, 4, size=0.2), "boft_s": n.magnitudes(out, 1)}
+
+
+def bat(n: Numbers, out: int, inp: int) -> Roles:
+    return {"miss_block": n(out // RANK, RANK, RANK, size=0.1)}
+
+
+def road(n: Numbers, out: int, inp: int) -> Roles:
+    return {"road_theta": n(out, size=0.2), "road_alpha": n.magnitudes(out)}
+
+
+def hra(n: Numbers, out: int, inp: int) -> Roles:
+    return {"hra_u": n(inp, RANK)}
+
+
+def hira(n: Numbers, out: int, inp: int) -> Roles:
+    return lora_of("hira", n, out, inp)
+
+
+def glora(n: Numbers, out: int, inp: int) -> Roles:
+    return {"glora_A.X": n(out, 1, size=0.2), "glora_B.Xd": n(out, 2, size=0.1), "glora_B.Xu": n(2, inp)}
+
+
+def diag_oft(n: Numbers, out: int, *inp: int) -> Roles:
+    return {"oft_blocks": n(out // 4, 4, 4, size=0.1), "rescale": n.magnitudes(out, *(1 for _ in inp))}
+
+
 def without_alpha(make: Callable[..., Roles]) -> Callable[..., Roles]:
     """Return a maker of roles as PEFT has them, whose alpha is in the config."""
     return lambda n, *shape: {role: tensor for role, tensor in make(n, *shape).items() if role != "alpha"}
@@ -311,6 +343,13 @@ LANGUAGE: dict[str, Language] = {
     "delora": Language(LLAMA, delora, fields={"peft_type": "DELORA", "delora_lambda": 15}),
     "beft": Language(BIASED, beft, fields={"peft_type": "BEFT"}),
     "ia3": Language(LLAMA, ia3, fields={"peft_type": "IA3", "feedforward_modules": []}),
+    "oft": Language(LLAMA, oft, fields={"peft_type": "OFT", "oft_block_size": 4}),
+    "boft": Language(LLAMA, boft, fields={"peft_type": "BOFT"}),
+    "bat": Language(LLAMA, bat, fields={"peft_type": "MISS", "init_weights": "bat"}),
+    "road": Language(LLAMA, road, fields={"peft_type": "ROAD", "variant": "road_2", "group_size": 4}),
+    "hra": Language(LLAMA, hra, fields={"peft_type": "HRA"}),
+    "hira": Language(LLAMA, hira, fields={"peft_type": "HIRA"}),
+    "glora": Language(LLAMA, glora, fields={"peft_type": "GLORA"}),
     "dora": Language(LLAMA, dora, ("q_proj", "o_proj"), fields={"use_dora": True}),
     "experts": Language(MOE, ends=("self_attn.q_proj",), beside=stack,
                         fields={"target_parameters": [f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"]}),
@@ -331,7 +370,11 @@ IMAGE: dict[str, tuple[Callable[..., Roles], Callable[..., Roles]]] = {
     "dora in": (files.dora(files.lora, inputs=True), files.dora(files.lora_mid, inputs=True)),
     "diff": (files.diff_alone, files.diff_alone),
     "ia3": (files.ia3_out, files.ia3_in),
+    "oft_blocks": (diag_oft, diag_oft),
+    "lycoris_glora": (files.glora, files.glora),
 }
+# kinds, the first words of a source, whose change depends on the weight
+NEED_WEIGHTS = {"dora", "ia3", "oft", "boft", "bat", "road", "hra", "hira", "glora", "oft_blocks", "lycoris_glora"}
 
 
 def write_image(folder: Path, model: str, kind: str, dtype: torch.dtype = torch.float32) -> Source:

@@ -226,7 +226,7 @@ def test_what_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
         loratool.convert(dora, tmp_path / "b", to="peft", plain=True, base=nan)
     plain = tmp_path / "plain"
     loratool.convert(dora, plain, to="peft", plain=True, base=base)
-    with pytest.raises(UsageError, match="with --plain for DoRA"):
+    with pytest.raises(UsageError, match="with --plain for kinds that need the weight"):
         loratool.convert(plain, tmp_path / "b", to="peft", plain=True, base=base)
     with pytest.raises(UsageError, match="--base is for the names"):
         loratool.convert(plain, tmp_path / "b.safetensors", to="loralib", base=base)
