@@ -180,7 +180,8 @@ class Peft(Format):
             updates[key] = unpaired(key, {name: key}, file, alone)
         vector_of: dict[str, str] = {}
         try:
-            vector_of = vectors_of([path for path, _ in layers], vectors) if vectors else {}
+            matrices = {path: roles.get("tinylora_P") for (path, _), roles in layers.items()}
+            vector_of = vectors_of(matrices, vectors, file, fields.get("projection_seed", 42)) if vectors else {}
         except InputError as error:
             if not options.lenient:
                 raise

@@ -9,12 +9,13 @@ from typing import Any
 import mpmath
 import pytest
 import torch
-from conftest import few
+from conftest import few, slow
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loratool
 from loratool.adapters.updates.softmax import softmax
+from loratool.adapters.updates.tinylora import COMPARED, DRAWN, _start
 from loratool.errors import InputError
 
 peft = pytest.importorskip("peft")
@@ -120,8 +121,9 @@ def edited(folder: Path, **changes: Any) -> None:
     ("variant", "changes", "match"),
     [
         ("unilora", {"unilora_indices_A": torch.full((4, 32), 64)}, "index 64, where the indices are 0 to 63"),
-        ("unilora", {"unilora_indices_B": torch.full((48, 4), -1)}, "index -1"),
-        ("unilora", {"unilora_indices_A": torch.zeros(4, 32)}, "not one of whole numbers"),
+        ("unilora", {"unilora_indices_B": torch.full((48, 4), -1)}, "negative numbers"),
+        ("unilora", {"unilora_indices_A": torch.full((4, 32), 0.5)}, "fractions"),
+        ("unilora", {"unilora_indices_A": torch.zeros(4, 32).half()}, "not one of whole numbers"),
         ("unilora", {"unilora_indices_A": torch.zeros(3, 32, dtype=torch.int64)}, "cannot be multiplied"),
         ("unilora", {"unilora_scales_B": torch.zeros(48, 3)}, "cannot be multiplied"),
         ("unilora", {"unilora_scales_B": None}, "unilora_scales_B"),
@@ -164,32 +166,77 @@ class Stack(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(6, 5), "k": nn.Linear(6, 4)}) for _ in range(11))
+        self.layers = nn.ModuleList(nn.ModuleDict({"v": nn.Linear(6, 5), "k": nn.Linear(6, 4)}) for _ in range(11))
 
 
-@pytest.mark.parametrize("tying", [0.0, 0.6, 0.5, 0.9])
-def test_groups_of_tinylora_where_numbers_tell_the_order(tmp_path: Path, tying: float) -> None:
+def write_groups(folder: Path, targets: list[str], tying: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Write a base in float64 and an adapter of TinyLoRA; return what peft merges in float64."""
     torch.manual_seed(1)
     model = Stack().double()
+    save_file(model.state_dict(), folder / "base.safetensors")
+    config = peft.TinyLoraConfig(target_modules=targets, u=3, weight_tying=tying, init_weights="uniform")
+    live = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, x in [*live.named_parameters(), *live.named_buffers()]:
+        if "tinylora_" in name:
+            x.data = x.data.to(dtype)
+    live.save_pretrained(folder / "a")
+    merged: dict[str, torch.Tensor] = live.double().merge_and_unload().state_dict()
+    return merged
+
+
+# tying, targets: "v" is before "k" in the class, unlike in the order of letters
+GROUPS = [(tying, targets) for tying in (0.0, 0.6, 0.5, 0.9) for targets in (["v"], ["v", "k"])]
+
+
+@pytest.mark.parametrize("dtype", few((torch.float64, torch.float32, torch.bfloat16, torch.float16), torch.float32))
+@pytest.mark.parametrize(("tying", "targets"), GROUPS[:4] + [slow(*each) for each in GROUPS[4:]])
+def test_random_matrices_of_tinylora_tell_the_groups(
+    tmp_path: Path, tying: float, targets: list[str], dtype: torch.dtype
+) -> None:
+    wanted = write_groups(tmp_path, targets, tying, dtype)
     base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
-    save_file(model.state_dict(), base)
-    for targets in (["q"], ["q", "k"]):
-        again = Stack().double()
-        again.load_state_dict(load_file(base))
-        config = peft.TinyLoraConfig(target_modules=targets, u=3, weight_tying=tying, init_weights="uniform")
-        live = peft.get_peft_model(again, config, autocast_adapter_dtype=False)
-        live.save_pretrained(tmp_path / "a")
-        wanted = live.merge_and_unload().state_dict()
-        if targets == ["q"]:
-            loratool.merge(base, tmp_path / "a", out)
-            found = load_file(out)
-            change = max((wanted[name] - before).abs().max() for name, before in load_file(base).items())
-            assert all((found[name] - wanted[name]).abs().max() <= 1e-12 * change for name in wanted)
-        else:
-            with pytest.raises(InputError, match=r"vectors of groups(.|\n)*merge it with peft"):
-                loratool.merge(base, tmp_path / "a", tmp_path / "no.safetensors")
-            report: Any = loratool.inspect(tmp_path / "a")
-            assert any("vectors of groups" in problem for problem in report.problems)
+    loratool.merge(base, tmp_path / "a", out)
+    found = load_file(out)
+    change = max((wanted[name] - before).abs().max() for name, before in load_file(base).items())
+    assert all((found[name] - wanted[name]).abs().max() <= 1e-12 * change for name in wanted)
+    assert loratool.verify(base, tmp_path / "a", out).status == "proven"
+    loratool.unmerge(out, tmp_path / "a", tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == base.read_bytes()
+
+
+@pytest.mark.parametrize("targets", [["v"], ["v", "k"]])
+@pytest.mark.parametrize("damage", ["seed", "no seed", "module", "one matrix", "two alike"])
+def test_groups_of_tinylora_that_nothing_tells_are_refused(tmp_path: Path, targets: list[str], damage: str) -> None:
+    """Numbers in paths tell the order where no random matrix does, and never against one."""
+    wanted = write_groups(tmp_path, targets, 0.5, torch.float32)
+    path, file = tmp_path / "a" / "adapter_config.json", tmp_path / "a" / "adapter_model.safetensors"
+    tensors, name = load_file(file), "base_model.model.layers.{}.v.tinylora_P"
+    if damage == "seed":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "projection_seed": 7}))
+    elif damage == "no seed":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "projection_seed": "7"}))
+    elif damage == "module":
+        tensors = {key: x for key, x in tensors.items() if ".layers.3." not in key}
+    elif damage == "one matrix":
+        tensors[name.format(4)] += 1
+    else:
+        tensors[name.format(4)] = tensors[name.format(5)].clone()
+    save_file(tensors, file)
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    if targets == ["v"] and "seed" in damage:
+        loratool.merge(base, tmp_path / "a", out)
+        assert all((load_file(out)[name] - x).abs().max() <= 1e-12 for name, x in wanted.items())
+        return
+    with pytest.raises(InputError, match=r"vectors of groups(.|\n)*merge it with peft"):
+        loratool.merge(base, tmp_path / "a", out)
+    report: Any = loratool.inspect(tmp_path / "a")
+    assert any("vectors of groups" in problem for problem in report.problems)
+
+
+@pytest.mark.parametrize("size", [80, 81, 96, 257, 4096])
+def test_a_draw_starts_as_a_longer_one(size: int) -> None:
+    long = torch.normal(0.0, 0.5, (size,), generator=torch.Generator().manual_seed(11)).double().numpy()
+    assert (_start(11, 4, DRAWN)[:COMPARED] == long[:COMPARED]).all()
 
 
 def test_mica_is_plain_lora(tmp_path: Path) -> None:
