@@ -27,11 +27,12 @@ from ...errors import InputError, brief
 from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
-from .rotations import are_small, root, rotations, skew_parts, squares, upper_triangles
-from .update import Detail, Fault, PeftMethod, Update, UpdateSpec, finite_numbers
+from .rotations import are_small, defect, root, rotations, skew_parts, squares, upper_triangles
+from .update import Detail, Fault, PeftMethod, Rotated, Update, UpdateSpec, finite_numbers
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
+    from ...numerics.forms import Wide
     from ...numerics.mixed import Mixing
 
 TERMS = 5  # of the series in files without a config
@@ -189,25 +190,32 @@ class OFT(Update):
     def sized(self, outputs: int, inputs: int) -> OFT:
         return replace(self, outputs=outputs, inputs=inputs)
 
+    def rotated(self) -> Rotated:
+        R, kept = self._rotations()
+        return Rotated(defect(R), any(each < 1 for each in kept))
+
     def mixing(self, weight: float, transposed: bool) -> Mixing:
         from ...numerics.mixed import Mixing
 
-        is_old = len(self.value.shape) == 3
-        Q = skew_parts(self.value) if is_old else upper_triangles(self.value, _size(self.value.shape[1]) or 0)
-        normed = [self.value.wide()] if is_old else Q
-        factors = [Fraction(-1, 2) if is_old else Fraction(1)]
-        if self.rotation.is_scaled:
-            factors = [1 / (2 * root(Fraction(Q[0].shape[-1] - 1)))]
-        if self.rotation.eps:
-            bound = Fraction(self.rotation.eps) ** 2 / len(Q[0])
-            factors = [factors[0] * min(Fraction(1), root(bound / x) if x else Fraction(1)) for x in squares(normed)]
-        R = rotations(Q, self.rotation.coefficients, factors)
+        R, _ = self._rotations()
         M = R if self.rotation.turned else R.swapaxes(1, 2)
         scales = None if self.scales is None else self.scales.wide()
-        of_outputs = is_old and self.scales is None
+        of_outputs = len(self.value.shape) == 3 and self.scales is None
         is_rotation = self.rotation.coefficients is None or are_small(R)
         mixing = Mixing(M[:, None] if of_outputs else M[None], 1 - of_outputs, weight, scales, is_rotation=is_rotation)
         return mixing.T if transposed else mixing
+
+    def _rotations(self) -> tuple[Wide, list[Fraction]]:
+        """Return R - I of each block, and the share of its numbers that a bound keeps."""
+        is_old = len(self.value.shape) == 3
+        Q = skew_parts(self.value) if is_old else upper_triangles(self.value, _size(self.value.shape[1]) or 0)
+        factor, kept = Fraction(-1, 2) if is_old else Fraction(1), [Fraction(1)]
+        if self.rotation.is_scaled:
+            factor = 1 / (2 * root(Fraction(Q[0].shape[-1] - 1)))
+        if self.rotation.eps:
+            bound, normed = Fraction(self.rotation.eps) ** 2 / len(Q[0]), [self.value.wide()] if is_old else Q
+            kept = [min(Fraction(1), root(bound / x)) if x else Fraction(1) for x in squares(normed)]
+        return rotations(Q, self.rotation.coefficients, [factor * each for each in kept]), kept
 
 
 def _key(spec: UpdateSpec) -> str:

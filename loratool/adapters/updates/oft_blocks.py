@@ -21,7 +21,7 @@ from ...errors import InputError
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
 from .rotations import butterfly, cayley, root, rotations, skew_parts, squares
-from .update import Detail, Fault, Update, UpdateSpec
+from .update import Detail, Fault, Rotated, Update, UpdateSpec
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
@@ -111,6 +111,11 @@ class OFTBlocks(Update):
         assert isinstance(spec.detail, Bound)
         scales = tensors.get("rescale")
         return cls(tensors["oft_blocks"], None if scales is None else scales.reshape(scales.size), spec.detail)
+
+    def rotated(self) -> Rotated:
+        *_, k, b, _ = self.value.shape
+        Q = skew_parts(self.value.reshape(self.value.size // (b * b), b, b))
+        return Rotated(0.0, self._factor(sum(squares(Q), Fraction(0)), k * b) < 1)
 
     def mixing(self, weight: float, transposed: bool) -> Mixing:
         from ...numerics.mixed import Mixing

@@ -70,6 +70,14 @@ def are_small(R: Wide) -> bool:
     return all(math.fsum((matrix * matrix).reshape(-1).tolist()) < SMALL for matrix in R)
 
 
+def defect(R: Wide) -> float:
+    """Return the largest Frobenius norm of R.T R - 1. R: R - I, (n, b, b)."""
+    import numpy as np
+
+    T = R.swapaxes(1, 2)
+    return float(np.sqrt(np.square(R + T + T @ R).sum((1, 2))).max(initial=0.0))
+
+
 def cayley(Q: Any) -> Any:
     """Return (I + Q)(I - Q)^-1 - I of `numerics.derived.Matrices`."""
     one = Q.unit()

@@ -120,6 +120,19 @@ class PeftMethod:
 
 
 @dataclass(frozen=True)
+class Rotated:
+    """What `inspect` says of rotations.
+
+    Attributes:
+        defect: the largest ||R.T R - 1|| of a block.
+        is_bound: a bound makes one of them smaller.
+    """
+
+    defect: float
+    is_bound: bool
+
+
+@dataclass(frozen=True)
 class Projected:
     """The change scale * (W U) K, W U being numbers of 36 bits for each row of W."""
 
@@ -379,6 +392,10 @@ class Update(ABC):
     def mixing(self, weight: float, transposed: bool) -> Mixing:
         """Return the change of an update that `mixes`, as the base stores the weight."""
         raise TypeError(f"{self.kind} does not multiply the weight by matrices")
+
+    def rotated(self) -> Rotated | None:
+        """Return what its rotations are like, of a kind that has any."""
+        return None
 
     def factors(self) -> tuple[Wide, Wide] | None:
         """Return (B (E, out, r), A (E, r, in)) in float64, with the scale in B; None if it is not a product."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from functools import partial
 
 import numpy as np
@@ -25,7 +25,7 @@ from ...adapters.updates.diff import Diff
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows, indices_of
-from ...adapters.updates.update import Update, UpdateSpec
+from ...adapters.updates.update import Rotated, Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...binding.modules.image_modules import image_family
 from ...binding.modules.misfits import nearest_names
@@ -51,6 +51,8 @@ from ..inputs import refuse_adapter
 NEAREST_SHOWN = 8  # missing modules for which similar names are searched: a search takes milliseconds
 
 NAMES_SHOWN = 4
+
+EXACT = 1e-12  # a rotation of derived numbers is no farther from orthogonal
 
 
 def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> AdapterInspection:
@@ -104,7 +106,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         base_model=adapter.config.base_model,
         coverage=coverage,
         problems=tuple(problems),
-        notes=(*notes, *named, *adapter.notes, *coded),
+        notes=(*notes, *named, *adapter.notes, *coded, *_notes_on_rotations(adapter)),
         extras=adapter.extras,
         metadata=training,
         trigger_words=trigger_words(training),
@@ -166,6 +168,22 @@ def _faults(adapter: Adapter) -> list[str]:
         else f"{len(names):,} of {total:,} modules, like {names[0]}: {fault}"
         for fault, names in modules.items()
     ]
+
+
+def _notes_on_rotations(adapter: Adapter) -> Iterator[str]:
+    """Yield how far rotations are from orthogonal, as those by a series are, and where a bound makes them smaller."""
+    found = dict[str, Rotated]()
+    for module, update in adapter.updates.items():
+        if update.cls.mixes and not update.fault:
+            with suppress(InputError):  # which is a problem of its own
+                rotated = adapter.load(update).rotated()
+                found |= {module: rotated} if rotated else {}
+    worst = max(found, key=lambda module: found[module].defect, default="")
+    if worst and found[worst].defect > EXACT:
+        yield f"its rotations R are not orthogonal: ||R.T R - 1|| is up to {found[worst].defect:.2g}, in {worst}"
+    bound = [module for module, rotated in found.items() if rotated.is_bound]
+    if bound:
+        yield f"the bound on rotations makes them smaller in {len(bound):,} of {len(found):,} modules"
 
 
 def _coded_note(base: Checkpoint, weights: Mapping[str, Sequence[Placed]]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import loratool
 from loratool.errors import InputError, NeedsFlag
+from loratool.views.inspect_adapter import AdapterInspection
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -425,3 +426,32 @@ def test_an_old_file_of_glora(tmp_path: Path) -> None:
     file = write_lycoris(tmp_path / "square.safetensors", {base.path: square}, "kohya")
     with pytest.raises(InputError, match="an old file of GLoRA or a new one"):
         loratool.merge(model, file, tmp_path / "out.safetensors")
+
+
+def notes_of(adapter: Path) -> str:
+    report = loratool.inspect(adapter)
+    assert isinstance(report, AdapterInspection) and not report.problems
+    return "\n".join(report.notes)
+
+
+@pytest.mark.parametrize("cayley", [False, True])
+def test_inspect_says_how_far_a_series_is_from_a_rotation(tmp_path: Path, cayley: bool) -> None:
+    base, numbers = base_of("linear", FP32), Numbers(FP32)(2, 3, size=0.2)
+    names = {f"{base.path}.oft_R.weight": numbers}
+    config = {"peft_type": "OFT", "oft_block_size": 3, "use_cayley_neumann": not cayley}
+    said = notes_of(peft_folder(tmp_path / "oft", names, **config))
+    if cayley:
+        assert not said
+        return
+    worst = 0.0
+    for block in numbers:
+        R = torch.tensor(np.array(series(block, 3) + unit(3), dtype=np.float64))
+        worst = max(worst, float((R.T @ R - torch.eye(3)).norm()))
+    assert f"||R.T R - 1|| is up to {worst:.2g}, in {base.path}" in said
+
+
+@pytest.mark.parametrize(("alpha", "active"), [(0.01, True), (10.0, False)])
+def test_inspect_says_where_a_bound_is_active(tmp_path: Path, alpha: float, active: bool) -> None:
+    base, roles = base_of("linear", FP32), {**roles_of("diag-oft", FP32), "alpha": torch.tensor(alpha)}
+    said = notes_of(write_lycoris(tmp_path / "a.safetensors", {base.path: roles}, "kohya"))
+    assert ("makes them smaller in 1 of 1 modules" in said) == active
