@@ -167,7 +167,7 @@ class Merged:
     def needs_all_rows(self, name: str) -> bool:
         """Return whether each block needs W of the whole tensor: for the norms of its columns."""
         others = (p for p in self.plan.placements.get(name, ()) if not p.update.additive)
-        return any(p.update.cls.norm_axis(p.update, p.transposed) == 1 for p in others)
+        return any(p.update.cls.reads_columns or p.update.cls.norm_axis(p.update, p.transposed) == 1 for p in others)
 
 
 @dataclass(frozen=True)

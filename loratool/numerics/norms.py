@@ -229,6 +229,36 @@ def row_products(base: Numbers, right: Numbers) -> Wide:
     return low
 
 
+def column_products(left: Numbers, blocks: Blocks, columns: int) -> Wide:
+    """Return L @ W, (p, n), rounded as by `row_products`, for a weight that is read by blocks of rows.
+
+    Args:
+        left: L, (p, rows), rows counted from the first of the weight.
+    """
+    total, rest = np.zeros((2, len(left), columns))
+    errors, off = np.zeros(len(left)), 0.0
+
+    def parts() -> Iterable[ProductRows]:
+        for first, base in blocks():
+            base = Numbers(base.host(), base.form)
+            yield Products([Term(left[:, first : first + len(base)], base, Fraction(1))]).rows(0, len(left))
+
+    for part in parts():
+        dense, about = part.dense(np.float64, ON_CPU), np.empty(part.shape)
+        dense.fill(slice(0, len(left)), 0.0, about)
+        total, e = two_sum(total, about)
+        rest, errors = rest + e, errors + dense.errors
+        off += U * float(np.abs(rest).max(initial=0.0))
+    low, high = _short_ends(total, (errors[:, None] + off) * SLACK + np.abs(rest) + np.abs(total) * U)
+    i, j = np.nonzero(low != high)
+    exact = [Fraction(0)] * len(i)
+    for part in parts() if len(i) else ():
+        exact = [x + part.exact(int(a), int(b)) for x, a, b in zip(exact, i, j, strict=True)]
+    low[i, j] = [_short(x) for x in exact]
+    low[np.abs(low) < LEAST] = 0.0
+    return low
+
+
 def _short_ends(x: Wide, error: Wide) -> tuple[Wide, Wide]:
     """Round both ends of intervals to NORM_BITS bits, by integers."""
     drop = 53 - NORM_BITS

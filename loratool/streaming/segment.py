@@ -21,7 +21,7 @@ from ..numerics.decide import Delta, Factor, Reals
 from ..numerics.forms import Wide
 from ..numerics.merge import RowMerge
 from ..numerics.mixed import Mixing
-from ..numerics.norms import column_norms, magnitude_ratio, row_norms, row_products
+from ..numerics.norms import column_norms, column_products, magnitude_ratio, row_norms, row_products
 from ..numerics.products import Products, Term
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.stored import RowsOf, Sum, Zero
@@ -29,6 +29,7 @@ from ..numerics.workspace import Workspace
 
 KEPT_STACKS = 2  # updates of all experts of a layer that are kept in memory
 NORM_ROWS = 256  # rows read at a time for the norms of columns
+READ_ROWS = 1024  # for other numbers of columns
 
 
 class UpdateLoader:
@@ -82,6 +83,7 @@ class RowSegment:
         self._other = others[0] if others else None
         self._norm_axis = self._other and self._other.update.cls.norm_axis(self._other.update, self._other.transposed)
         self._projects = self._other is not None and self._other.update.cls.projects
+        self._reads_columns = self._other is not None and self._other.update.cls.reads_columns
         self.mixes = self._other is not None and self._other.update.cls.mixes
         self._lock = threading.Lock()
         self._loaded: _LoadedUpdates | None = None
@@ -98,8 +100,8 @@ class RowSegment:
 
     @property
     def norms_of_columns(self) -> bool:
-        """Return whether all rows need the norms of the columns."""
-        return self._norm_axis == 1
+        """Return whether all rows need the norms of the columns, or other numbers of them."""
+        return self._norm_axis == 1 or self._reads_columns
 
     @property
     def is_low_rank(self) -> bool:
@@ -235,6 +237,9 @@ class RowSegment:
         if other is None:
             return loaded
         update = loaded.update = other.sized(self._load(other).matrix(other.expert), self.columns)
+        if update.reads_columns:
+            self._add_read(loaded, other, update)
+            return loaded
         if update.projects:
             try:
                 loaded.projected = update.projected(other.weight)
@@ -261,6 +266,24 @@ class RowSegment:
             else:
                 loaded.deltas.scaled(loaded.plain, None)
         return loaded
+
+    def _add_read(self, loaded: _LoadedUpdates, placement: Placement, update: Update) -> None:
+        """Add the terms of an update that depends on numbers of each column."""
+        left, source = update.reading(), self._source
+
+        def blocks() -> Iterator[tuple[int, Numbers]]:
+            assert source
+            for start in range(placement.start, placement.stop, READ_ROWS):
+                rows = source.read_matrix(placement.rows, start, min(start + READ_ROWS, placement.stop))
+                self._require_finite(rows, "a product with them is needed")
+                yield start - placement.start, rows
+
+        stored = self.stored_norms
+        numbers = stored(len(left) * self.columns) if stored else column_products(left, blocks, self.columns)
+        loaded.norms = numbers.reshape(-1)
+        rows = _rows_of(placement, self.start, self.stop)
+        terms = update.terms_of(numbers.reshape(len(left), self.columns), placement.weight)
+        loaded.deltas.terms += [Term(t.left[rows], t.right, t.scale) for t in terms]
 
     def _column_norms(self, placement: Placement, update: Update, together: int) -> Wide:
         """Return ||W + D|| of each group of `together` columns, over all rows of the tensor."""

@@ -27,7 +27,7 @@ from ..files.tensor_ref import TensorRef
 from ..numerics.arrays import ON_CPU, Numbers, doubled, widen
 from ..numerics.forms import F32, Single, Wide
 from ..numerics.linalg import norm
-from ..numerics.norms import row_products
+from ..numerics.norms import column_products, row_products
 from ..numerics.svd import row_blocks
 from ..numerics.tensors import numbers_of
 from .delta_factors import DeltaFactors, SvdChoices, factor_delta
@@ -169,6 +169,10 @@ def _change(update: Update, W: Single, module: str) -> Single:
     D = np.zeros(W.shape)
     if update.mixes:
         update.mixing(1.0, False).change(weight, 0).dense(np.float64, ON_CPU).fill(slice(0, rows), 0.0, D)
+    elif update.reads_columns:
+        left = update.reading()
+        for term in update.terms_of(column_products(left, lambda: [(0, weight)], columns), 1.0):
+            D += float(term.scale) * (numbers_of(term.left).wide() @ numbers_of(term.right).wide())
     elif update.projects:
         projected = update.projected(1.0)
         D += float(projected.scale) * (row_products(weight, projected.U) @ projected.K.wide())

@@ -179,6 +179,8 @@ def _largest_records(plan: MergePlan, name: str, entry: Mapping[str, Any], tiles
         axis = None if p.update.additive else p.update.cls.norm_axis(p.update, p.transposed)
         norms = max(norms, 8 * rows if axis == 0 else 8 * columns * len(tiles.runs) if axis == 1 else 0)
         norms = max(norms, 8 * rows * p.update.cls.projections(p.update, columns))
+        if p.update.cls.reads_columns:
+            norms = max(norms, 8 * columns * p.update.cls.change_rank(p.update) * len(tiles.runs))
     count = rows * columns
     if name in base.weights:
         return norms + _largest_codes(base, name, count, records)

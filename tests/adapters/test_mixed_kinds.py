@@ -111,6 +111,12 @@ def test_projections_without_vera(tmp_path: Path, kind: str) -> None:
         ("miss bat", {"init_weights": True}, "says init_weights True, but its tensor is of the variant bat"),
         ("miss bat", {"r": 4}, "rank 4"),
         ("hra", {"r": 3}, "rank 3"),
+        ("deft", {"r": 3}, "rank 3"),
+        ("deft", {"decomposition_method": "qr"}, "whose signs are those of a program's LAPACK"),
+        ("deft", {"fan_in_fan_out": True}, "DEFT of a Conv1D"),
+        ("peanut", {"r": 4}, "rank 4"),
+        ("peanut", {"act_fn": "gelu"}, "only relu is supported"),
+        ("peanut", {"scaling": "much"}, "says scaling 'much'"),
         ("hira", {"r": 4}, "rank 4"),
         ("road", {"group_size": 5}, "in groups of 5"),
         ("road", {"variant": "road_3"}, "variant 'road_3'"),
@@ -200,6 +206,12 @@ def test_a_weight_that_fits_both_ways(tmp_path: Path, transposed: bool) -> None:
         ("glora", {"glora_C.Xd": N(6, 3), "glora_C.Xu": N(3, 1)}, "adds a product with the weight to the bias"),
         ("glora", {"glora_C.zeros": N(6, 1)}, "is not 0"),
         ("glora vector", {"glora_A.X": N(24, 1)}, "of several sizes"),
+        ("deft", {"deft_R": N(3, 6)}, "cannot be multiplied"),
+        ("deft", {"deft_P": N(24, 2)}, "but the base weight is"),
+        ("deft para", {"deft_R": N(2, 6)}, "its R contradicts para"),
+        ("peanut", {"peanut_B.weight": N(25, 2)}, "make no network"),
+        ("peanut deep", {"peanut_encoders.0.weight": N(3, 2)}, "make no network"),
+        ("peanut", {"peanut_decoders.0.weight": N(3, 3)}, "make no network"),
         ("glora vector", {"glora_A.X": N(24, 1), "glora_B.X": N(24, 1)}, "but the base weight is"),
     ],
 )
@@ -266,14 +278,17 @@ def test_adalora_that_pruned_a_module_away(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_every_tensor_counts(tmp_path: Path) -> None:
-    """Without any one of them a merge differs or is refused; only LoKr of two whole matrices needs no alpha."""
+    """Without any one of them a merge differs or is refused; only LoKr of two whole matrices needs no alpha, and a
+    rotation none of 0.
+    """
+    without_alpha = ("lokr full", "lokr conv full", "lokr conv1d full", "diag-oft", "diag-oft conv", "boft")
     for kind, (layer, _) in KINDS.items():
         base, roles, merged = base_of(layer, FP32), roles_of(kind, FP32), []
         model = base.write(tmp_path / "base.safetensors")
         for without in (None, *roles):
             rest = {role: x for role, x in roles.items() if role != without}
             file = write_lycoris(tmp_path / "a.safetensors", {base.path: rest}, "bare")
-            if without == "alpha" and kind in ("lokr full", "lokr conv full", "lokr conv1d full"):
+            if without == "alpha" and kind in without_alpha:
                 continue
             try:
                 loratool.merge(model, file, tmp_path / "out.safetensors", undo=False, force=True)

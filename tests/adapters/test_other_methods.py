@@ -58,6 +58,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "HRA": ("HRAConfig", {**TARGETS, "r": 4}),
     "HIRA": ("HiraConfig", {**TARGETS, "r": 4}),
     "GLORA": ("GloraConfig", {**TARGETS, "r": 4}),
+    "DEFT": ("DeftConfig", {**TARGETS, "r": 4}),
+    "PEANUT": ("PeanutConfig", {**TARGETS, "r": 4, "depth": 1}),
     "ROAD": ("RoadConfig", {**TARGETS, "group_size": 8}),
     "OFT": ("OFTConfig", {**TARGETS, "oft_block_size": 8}),
     "BOFT": ("BOFTConfig", {**TARGETS, "boft_block_size": 8}),

@@ -7,6 +7,7 @@ from .add import AddDelta
 from .beft import BEFT
 from .boft import BOFT
 from .c3a import C3A
+from .deft import DEFT
 from .delora import DeLoRA
 from .diff import Diff
 from .dora import DoRA
@@ -23,6 +24,7 @@ from .lycoris_glora import LycorisGLoRA
 from .miss import Bat, Bone, MiSS
 from .oft import OFT
 from .oft_blocks import OFTBlocks
+from .peanut import PEANuT
 from .pvera import PVeRA
 from .randlora import RandLoRA
 from .replace import ReplaceTensor
@@ -69,6 +71,8 @@ UPDATES: dict[str, type[Update]] = {
         LycorisGLoRA,
         HiRA,
         GLoRA,
+        DEFT,
+        PEANuT,
         DoRA,
         IA3,
         Diff,

@@ -181,6 +181,7 @@ class Update(ABC):
     stack: ClassVar[bool] = False  # it changes a stack of matrices
     flattened: ClassVar[bool] = False  # its columns may include a kernel of a size that its tensors do not show
     in_stored_layout: ClassVar[bool] = False  # it changes a tensor in the stored layout, whether transposed or not
+    reads_columns: ClassVar[bool] = False  # its change depends on numbers of each column (`reading`)
     projects: ClassVar[bool] = False  # its change has a product of the weight (`projected`), beside its terms
     mixes: ClassVar[bool] = False  # it multiplies the weight by matrices, so that its numbers mix (`mixing`)
 
@@ -388,6 +389,14 @@ class Update(ABC):
     def projected(self, weight: float) -> Projected:
         """Return the change of an update that `projects`, beside its terms."""
         raise TypeError(f"{self.kind} has no product of the weight")
+
+    def reading(self) -> Numbers:
+        """Return L, (p, out), of an update that `reads_columns`: its change depends on the numbers F = L W."""
+        raise TypeError(f"{self.kind} does not read columns of the weight")
+
+    def terms_of(self, F: Wide, weight: float) -> list[Term]:
+        """Return the terms of the change of an update that `reads_columns`. F: (p, in)."""
+        raise TypeError(f"{self.kind} does not read columns of the weight")
 
     def mixing(self, weight: float, transposed: bool) -> Mixing:
         """Return the change of an update that `mixes`, as the base stores the weight."""

@@ -115,6 +115,16 @@ def place_update(
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
     if update.along_inputs:
         _require_whole(update, match, target)
+    if (
+        update.cls.reads_columns
+        and match.rows
+        and (match.rows[2], match.rows[1] - match.rows[0]) != (0, update.shape[0])
+    ):
+        raise InputError(
+            f"has a part of the rows of {update.module}, whose {update.kind} depends on all of them",
+            culprit=match.name,
+            remedy="pass a base that has the module as one tensor",
+        )
     if match.rows:
         return _place_rows(adapter, update, weight, match.name, match.rows, target)
     if match.expert is not None or (len(target.shape) == 3 and update.cls.stack):

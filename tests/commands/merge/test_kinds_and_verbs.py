@@ -77,6 +77,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "hira": ("peft hira", "peft hira conv"),
     "glora": ("peft glora", "peft glora constant"),
     "lycoris_glora": ("glora", "glora conv"),
+    "deft": ("peft deft", "peft deft para"),
+    "peanut": ("peft peanut", "peft peanut deep"),
 }
 
 

@@ -74,7 +74,7 @@ WORDS = {
 }
 # and by all words, where the first is another program's too
 WORDS_OF_ALL = {"glora added": "lora", "glora added conv": "lora", "miss bat": "bat", "bone bat": "bat"}
-WORDS_OF_PEFT = {each: each for each in ("oft", "boft", "road", "hra", "hira", "glora")}
+WORDS_OF_PEFT = {each: each for each in ("oft", "boft", "road", "hra", "hira", "glora", "deft", "peanut")}
 
 
 def id_of(value: object) -> str | None:
@@ -180,6 +180,8 @@ SOME_PEFT = [
     ("hira", (BF16, FP32, None), 0.7),
     ("glora", (BF16, FP32, None), 1.0),
     ("glora constant", (FP32, FP16, None), -0.5),
+    ("deft", (BF16, FP32, None), 0.7),
+    ("peanut deep", (BF16, FP32, None), 1.0),
 ]
 TYPES = [(BF16, FP32, None), (FP16, BF16, None), (FP32, FP16, None), (FP32, FP32, BF16), (BF16, BF16, FP32)]
 WEIGHTS = itertools.cycle([1.0, 0.7, -0.5, 1.0, 2.0, 1 / 3, 1.0])  # none of the lengths that it is zipped with

@@ -218,6 +218,8 @@ WAYS: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
     "road": ({"road_theta": (OUT,), "road_alpha": (OUT,)}, {"peft_type": "ROAD", "variant": "road_2", "group_size": 4}),
     "hra": ({"hra_u": (IN, 3)}, {"peft_type": "HRA", "r": 3}),
     "hira": ({"hira_A": (3, IN), "hira_B": (OUT, 3)}, {"peft_type": "HIRA", "r": 3}),
+    "deft": ({"deft_P": (OUT, 3), "deft_R": (3, IN)}, {"peft_type": "DEFT", "r": 3}),
+    "peanut": ({"peanut_A.weight": (3, OUT), "peanut_B.weight": (OUT, 3)}, {"peft_type": "PEANUT", "r": 3}),
     "glora": ({"glora_A.X": (OUT, 1), "glora_B.Xd": (OUT, 2), "glora_B.Xu": (2, IN)}, {"peft_type": "GLORA"}),
 }
 
@@ -345,7 +347,7 @@ def test_the_best_lora_of_a_rank_with_the_base(tmp_path: Path, kind: str) -> Non
     base, adapter = write_pair(tmp_path, kind)
     with pytest.raises(NeedsFlag, match="whose change depends on the base") as flagged:
         loratool.convert(adapter, tmp_path / "no", to="peft")
-    assert ("--rank R" in str(flagged.value.remedy)) == (kind != "hra")
+    assert ("--rank R" in str(flagged.value.remedy)) == (kind not in ("hra", "deft", "peanut"))
     for rank in (4, 24, None)[: 3 if kind == "hra" else 2]:
         made = loratool.convert(adapter, tmp_path / f"lora {rank}", to="peft", plain=True, base=base, rank=rank)
         found = []

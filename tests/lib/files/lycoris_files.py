@@ -646,6 +646,27 @@ def _glora_of_peft(paths: str) -> Callable[[Numbers], Peft]:
     return make
 
 
+def _deft(**config: Any) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        out, inp = SHAPES["linear"]
+        roles = {"deft_P": n(out, 2, size=0.3), **({} if config.get("para") else {"deft_R": n(2, inp, size=0.3)})}
+        return Peft("linear", roles, {"peft_type": "DEFT", "r": 2, "decomposition_method": "relu", **config})
+
+    return make
+
+
+def _peanut(depth: int) -> Callable[[Numbers], Peft]:
+    def make(n: Numbers) -> Peft:
+        out, _ = SHAPES["linear"]
+        roles = {"peanut_A.weight": n(3, out, size=0.3), "peanut_B.weight": n(out, 3, size=0.3)}
+        for side in ("encoders", "decoders"):
+            roles |= {f"peanut_{side}.{i}.weight": n(3, 3) for i in range(depth)}
+        config = {"peft_type": "PEANUT", "r": 3, "depth": depth, "act_fn": "relu", "scaling": 0.7}
+        return Peft("linear", roles, config)
+
+    return make
+
+
 # kind -> what makes the adapter
 PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
@@ -712,6 +733,10 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "glora": _glora_of_peft("lora"),
     "glora vector": _glora_of_peft("vector"),
     "glora constant": _glora_of_peft("constant"),
+    "deft": _deft(alpha=3),
+    "deft para": _deft(para=True),
+    "peanut": _peanut(0),
+    "peanut deep": _peanut(2),
 }
 
 

@@ -244,6 +244,14 @@ def glora(n: Numbers, out: int, inp: int) -> Roles:
     return {"glora_A.X": n(out, 1, size=0.2), "glora_B.Xd": n(out, 2, size=0.1), "glora_B.Xu": n(2, inp)}
 
 
+def deft(n: Numbers, out: int, inp: int) -> Roles:
+    return {"deft_P": n(out, RANK, size=0.2), "deft_R": n(RANK, inp, size=0.2)}
+
+
+def peanut(n: Numbers, out: int, inp: int) -> Roles:
+    return {"peanut_A.weight": n(RANK, out, size=0.2), "peanut_B.weight": n(out, RANK, size=0.2)}
+
+
 def diag_oft(n: Numbers, out: int, *inp: int) -> Roles:
     return {"oft_blocks": n(out // 4, 4, 4, size=0.1), "rescale": n.magnitudes(out, *(1 for _ in inp))}
 
@@ -349,6 +357,8 @@ LANGUAGE: dict[str, Language] = {
     "road": Language(LLAMA, road, fields={"peft_type": "ROAD", "variant": "road_2", "group_size": 4}),
     "hra": Language(LLAMA, hra, fields={"peft_type": "HRA"}),
     "hira": Language(LLAMA, hira, fields={"peft_type": "HIRA"}),
+    "deft": Language(LLAMA, deft, fields={"peft_type": "DEFT"}),
+    "peanut": Language(LLAMA, peanut, fields={"peft_type": "PEANUT"}),
     "glora": Language(LLAMA, glora, fields={"peft_type": "GLORA"}),
     "dora": Language(LLAMA, dora, ("q_proj", "o_proj"), fields={"use_dora": True}),
     "experts": Language(MOE, ends=("self_attn.q_proj",), beside=stack,
@@ -375,6 +385,7 @@ IMAGE: dict[str, tuple[Callable[..., Roles], Callable[..., Roles]]] = {
 }
 # kinds, the first words of a source, whose change depends on the weight
 NEED_WEIGHTS = {"dora", "ia3", "oft", "boft", "bat", "road", "hra", "hira", "glora", "oft_blocks", "lycoris_glora"}
+NEED_WEIGHTS |= {"deft", "peanut"}
 
 
 def write_image(folder: Path, model: str, kind: str, dtype: torch.dtype = torch.float32) -> Source:

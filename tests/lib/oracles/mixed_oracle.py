@@ -1,7 +1,8 @@
 """Say what kinds that multiply a weight make of it, by the definition alone, in Python's fractions.
 
 X = f(W) for the whole weight, as (out, in k). Derived numbers are the nearest float64 numbers of their real values:
-the entries of R - I of OFT, BOFT and RoAd, and of T U.T of HRA. W U of HRA, and W A1 of LyCORIS's GLoRA, have 36 bits.
+the entries of R - I of OFT, BOFT and RoAd, and of T U.T of HRA. W U of HRA, W A1 of LyCORIS's GLoRA, relu(P).T W of
+DEFT and what goes into PEANuT's relu have 36 bits.
 For an update with the weight w, X = W + w (f(W) - W). Sources: `peft/tuners/{oft,boft,hra,road,miss,hira,glora}/
 layer.py`, those of PEFT 0.13, 0.15 and 0.17, `lycoris/modules/{diag_oft,boft,glora}.py`, sd-scripts' `networks/oft.py`.
 """
@@ -270,7 +271,7 @@ def peft_mixed(
         f = oft(roles, config)
     elif kind == "BOFT":
         f = boft(roles)
-    elif kind in ("MISS", "BONE") and config["init_weights"] == "bat":
+    elif kind in ("MISS", "BONE") and config.get("init_weights") == "bat":
         f = bat(grid(next(iter(roles.values()))))
     elif kind == "HRA":
         f = hra(grid(roles["hra_u"]), config["apply_GS"])
@@ -282,9 +283,48 @@ def peft_mixed(
         return {"weight": Mixed(f, weight), "bias": Mixed(f_of_column(f), weight)}
     elif kind == "GLORA":
         return glora(roles, weight)
+    elif kind == "DEFT":
+        f = deft(roles, config)
+    elif kind == "PEANUT":
+        f = peanut(roles, config)
     else:
         return None
     return {"weight": Mixed(f, weight)}
+
+
+def shorts(x: Grid) -> Grid:
+    return np.vectorize(short, otypes=[object])(x)
+
+
+def relu(x: Grid) -> Grid:
+    return np.vectorize(lambda each: max(each, Fraction(0)), otypes=[object])(x)
+
+
+def deft(roles: Mapping[str, Tensor], config: Mapping[str, Any]) -> Callable[[Grid], Grid]:
+    P = grid(roles["deft_P"])
+    R = Fraction(0)
+    if not config.get("para"):
+        R = grid(roles["deft_R"]) * Fraction(config["alpha"] / config["r"] if config.get("alpha") else 1)
+    return lambda W: W + P.dot(R - shorts(relu(P).T.dot(W)))
+
+
+def peanut(roles: Mapping[str, Tensor], config: Mapping[str, Any]) -> Callable[[Grid], Grid]:
+    A, B = grid(roles["peanut_A.weight"]), grid(roles["peanut_B.weight"])
+    encoders, decoders = (
+        [grid(x) for role, x in sorted(roles.items()) if role.startswith(f"peanut_{side}")]
+        for side in ("encoders", "decoders")
+    )
+
+    def f(W: Grid) -> Grid:
+        H, kept = relu(shorts(A.dot(W))).T, []
+        for encoder in encoders:
+            kept.append(H)
+            H = relu(shorts(H.dot(encoder.T)))
+        for decoder in decoders:
+            H = nearest(relu(shorts(H.dot(decoder.T))) + kept.pop())
+        return W + Fraction(config["scaling"]) * B.dot(H.T)
+
+    return f
 
 
 def f_of_column(f: Callable[[Grid], Grid]) -> Callable[[Grid], Grid]:
