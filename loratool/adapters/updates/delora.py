@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,7 @@ class DeLoRA(Update):
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
         require_rank(spec, config, cls.rank(spec))
-        return spec
+        return replace(spec, transposed=False)  # PEFT has it for nn.Linear alone
 
     @classmethod
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> DeLoRA:

@@ -10,6 +10,7 @@ import mpmath
 import pytest
 import torch
 from conftest import few, slow
+from lib.models.peft_tables import Net, peft, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,91 +19,7 @@ from loratool.adapters.updates.softmax import softmax
 from loratool.adapters.updates.tinylora import COMPARED, DRAWN, _start
 from loratool.errors import InputError
 
-peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.filterwarnings("ignore")]
-
-BANK = {"r": 4, "num_vectors": 24, "vector_length": 16, "topk": 3}
-SAVED = {"save_only_topk_weights": True}
-# variant -> the class of peft's config and its arguments
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "unilora": ("UniLoraConfig", {"r": 4, "theta_d_length": 64, "save_indices": True}),
-    "unilora, more numbers than places": ("UniLoraConfig", {"r": 1, "theta_d_length": 150, "save_indices": True}),
-    "unilora, biases": ("UniLoraConfig", {"r": 2, "theta_d_length": 9, "save_indices": True, "bias": "all"}),
-    "tinylora": ("TinyLoraConfig", {"r": 2, "u": 8, "weight_tying": 1.0}),
-    "tinylora, long vector": ("TinyLoraConfig", {"r": 5, "u": 64, "weight_tying": 1.0, "init_weights": "uniform"}),
-    "tinylora, rank of the smaller side": ("TinyLoraConfig", {"r": 40, "u": 3, "weight_tying": 1.0}),
-    "vblora": ("VBLoRAConfig", {**BANK, **SAVED}),
-    "vblora, two vectors": ("VBLoRAConfig", {**BANK, **SAVED, "num_vectors": 300, "topk": 2}),
-    "vblora, one vector": ("VBLoRAConfig", {**BANK, **SAVED, "topk": 1}),
-    "vblora with logits": ("VBLoRAConfig", BANK),
-    "vblora with logits, every vector": ("VBLoRAConfig", {**BANK, "num_vectors": 5, "topk": 5}),
-    "vblora with logits, one vector": ("VBLoRAConfig", {**BANK, "topk": 1}),
-    "delora": ("DeloraConfig", {"r": 4, "delora_lambda": 15}),
-    "delora, patterns": ("DeloraConfig", {"r": 4, "rank_pattern": {"wide": 7}, "lambda_pattern": {"square": 3}}),
-    "beft": ("BeftConfig", {}),
-}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide, self.square = nn.Linear(32, 48), nn.Linear(32, 32)
-        self.norm = nn.LayerNorm(32)
-
-
-def write(folder: Path, variant: str, **fields: Any) -> dict[str, torch.Tensor]:
-    """Write a base and an adapter of it, both in float64; return what peft merges."""
-    torch.manual_seed(3)
-    model = Net().double()
-    folder.mkdir(exist_ok=True)
-    save_file(model.state_dict(), folder / "base.safetensors")
-    name, arguments = VARIANTS[variant]
-    config = getattr(peft, name)(target_modules=["wide", "square"], **{**arguments, **fields})
-    live = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-    for parameter in live.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
-    live.save_pretrained(folder / "adapter")
-    if not config.to_dict().get(
-        "save_only_topk_weights"
-    ):  # peft 0.21 cannot load weights of the top vectors in float64
-        again = Net().double()
-        again.load_state_dict(load_file(folder / "base.safetensors"))
-        live = peft.PeftModel.from_pretrained(again, folder / "adapter", autocast_adapter_dtype=False)
-    merged: dict[str, torch.Tensor] = live.merge_and_unload().state_dict()
-    return merged
-
-
-@pytest.mark.parametrize("variant", few(list(VARIANTS), *(each for each in VARIANTS if "," not in each)))
-def test_merged_and_converted_as_peft_has_it(tmp_path: Path, variant: str) -> None:
-    """Then undone byte for byte, and proven; what is written as LoRA is what peft makes of LoRA."""
-    wanted = write(tmp_path, variant)
-    base, adapter, out = tmp_path / "base.safetensors", tmp_path / "adapter", tmp_path / "out.safetensors"
-    before = load_file(base)
-    loratool.merge(base, adapter, out)
-    found = load_file(out)
-    for name in wanted:
-        change = (wanted[name] - before[name]).abs().max()
-        assert (found[name] - wanted[name]).abs().max() <= 1e-12 * change, name
-    assert any(not torch.equal(wanted[name], before[name]) for name in wanted)
-    assert loratool.verify(base, adapter, out).status == "proven"
-    loratool.unmerge(out, adapter, tmp_path / "back.safetensors")
-    assert (tmp_path / "back.safetensors").read_bytes() == base.read_bytes()
-    if variant == "beft":
-        with pytest.raises(InputError, match="beft"):
-            loratool.convert(adapter, tmp_path / "lora", to="peft")
-        return
-    report = loratool.convert(adapter, tmp_path / "lora", to="peft")
-    assert {row.rank for row in report.modules if row.rank} == {*ranks(adapter)}
-    model = Net().double()
-    model.load_state_dict(before)
-    live = peft.PeftModel.from_pretrained(model, tmp_path / "lora").merge_and_unload().state_dict()
-    assert all((live[n] - wanted[n]).abs().max() <= 1e-6 * (wanted[n] - before[n]).abs().max() for n in wanted)
-
-
-def ranks(adapter: Path) -> set[int]:
-    ends = ("unilora_indices_A", "tinylora_A", "vblora_logits_A_topk_indices", "vblora_logits_A", "delora_A")
-    return {len(x) for name, x in load_file(adapter / "adapter_model.safetensors").items() if name.endswith(ends)}
 
 
 def edited(folder: Path, **changes: Any) -> None:
