@@ -31,7 +31,7 @@ from ..numerics.norms import column_products, row_products
 from ..numerics.svd import row_blocks
 from ..numerics.tensors import numbers_of
 from .delta_factors import DeltaFactors, SvdChoices, factor_delta
-from .expand import config_of_lora, namer
+from .expand import config_of_lora, is_embedding, namer
 from .lazy import Made, Tensors, Transformed, only, with_factors
 from .log import Loss
 
@@ -88,7 +88,8 @@ def change_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journ
             D = _change(loaded.sized(*W.shape), W, module)
         factors = factor_delta(module, "linear", tuple(D.shape), (D,), wanted, 0, SvdChoices())
         stored = journal.add(number, (module, 0, 0), "", factors)
-        planned[module] = _plan_module(source, update, stored, _loss(D, stored), kernel)
+        swapped = is_embedding(source, module) and not places[0][1].transposed
+        planned[module] = _plan_module(source, update, stored, _loss(D, stored), kernel, swapped)
     config = source.config
     if config.peft.get("use_dora"):
         source = replace(source, config=replace(config, peft={**config.peft, "use_dora": False}))
@@ -102,24 +103,32 @@ def change_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journ
 
 
 def _plan_module(
-    source: Adapter, update: UpdateSpec, factors: DeltaFactors, loss: Loss, kernel: tuple[int, ...]
+    source: Adapter, update: UpdateSpec, factors: DeltaFactors, loss: Loss, kernel: tuple[int, ...], swapped: bool
 ) -> Made:
-    """Return the module as LoRA, with its loss. kernel: of a convolution."""
+    """Return the module as LoRA, with its loss.
+
+    Args:
+        kernel: of a convolution.
+        swapped: the adapter has the factors of the transpose.
+    """
     rank, name_of = max(1, factors.known), namer(source, update)
     _, out, inputs = factors.sizes
     sides = {
-        "A": TensorSpec("F32", (rank, inputs // math.prod(kernel), *kernel)),
-        "B": TensorSpec("F32", (out, rank, *(1 for _ in kernel))),
+        "A": TensorSpec("F32", (rank, out) if swapped else (rank, inputs // math.prod(kernel), *kernel)),
+        "B": TensorSpec("F32", (inputs, rank) if swapped else (out, rank, *(1 for _ in kernel))),
     }
 
     def make() -> tuple[Tensors, Loss]:
         if not factors.known:
             return {role: Numbers.of(np.zeros(spec.shape, np.float32)) for role, spec in sides.items()}, loss
-        pair = zip("AB", factors.tensors(factors.known, F32), strict=True)
-        return {role: side.reshape(*sides[role].shape) for role, side in pair}, loss
+        A, B = factors.tensors(factors.known, F32)
+        pair = {"A": B.T, "B": A.T} if swapped else {"A": A, "B": B}
+        return {role: side.reshape(*sides[role].shape) for role, side in pair.items()}, loss
 
     tensors = {role: update.tensors.get(role, name_of(role)) for role in "AB"}
     plain = replace(update, cls=LowRank, tensors=tensors, specs=sides, scale=1.0, detail=None)
+    if is_embedding(source, update.module):
+        plain = replace(plain, transposed=True)
     return Made(plain, make, (update.module,), resized=True)
 
 

@@ -26,6 +26,7 @@ from ..adapters.updates.update import UpdateSpec
 from ..architectures.families import FAMILIES
 from ..architectures.families.lookup import kernel_of
 from ..architectures.families.table import DENOISERS
+from ..architectures.roles import weight_role
 from ..binding.modules.image_modules import SourceModule, detect_family, read_source_modules
 from ..binding.modules.selection import Selection
 from ..errors import InputError, NeedsFlag, shell_word
@@ -114,21 +115,25 @@ def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> Made:
     inner = update.cls.without_norm(update)
     out, columns = inner.cls.flat(inner)
     assert out is not None and columns is not None, "a kind with factors knows its sizes"
-    rank, name_of = inner.rank, namer(source, inner)
+    rank, embedding, name_of = inner.rank, is_embedding(source, module), namer(source, inner)
     sides = {
-        "A": TensorSpec("F32", (rank, columns // math.prod(kernel), *kernel)),
-        "B": TensorSpec("F32", (out, rank, *(1 for _ in kernel))),
+        "A": TensorSpec("F32", (rank, out) if embedding else (rank, columns // math.prod(kernel), *kernel)),
+        "B": TensorSpec("F32", (columns, rank) if embedding else (out, rank, *(1 for _ in kernel))),
     }
     alpha = alpha_for_scale(inner.scale, rank)
     lora = replace(
-        inner, cls=LowRank, tensors={r: name_of(r) for r in sides}, specs=sides, scale=alpha / rank, detail=None
-    )
+        inner, cls=LowRank, tensors={r: name_of(r) for r in sides}, specs=sides, scale=alpha / rank, detail=None,
+        transposed=True if embedding else inner.transposed,
+    )  # fmt: skip
     scale = lora.scale
 
     def make() -> tuple[Tensors, Loss]:
         true = _exact_factors(source, module)
         sides = dict(zip("BA", round_factors(module, true, F32), strict=True))
-        shaped = {role: side.reshape(*lora.specs[role].shape) for role, side in sides.items()}
+        if embedding:
+            shaped = {"A": sides["B"].T, "B": sides["A"].T}
+        else:
+            shaped = {role: side.reshape(*lora.specs[role].shape) for role, side in sides.items()}
         beside = {role: source.file.numbers(name) for role, name in update.tensors.items() if role == "magnitude"}
         return {**shaped, **beside}, _loss(inner, true, (sides["B"], sides["A"]), scale)
 
@@ -137,11 +142,17 @@ def _planned(source: Adapter, module: str, kernel: tuple[int, ...]) -> Made:
     return Made(lora, make, (module,), "expanded")
 
 
+def is_embedding(source: Adapter, module: str) -> bool:
+    """Return whether a format has the transpose's factors of a module, with names of their own, as PEFT has."""
+    return "embedding_A" in FORMATS[source.format].ends and weight_role(module, 2, True) == "embedding"
+
+
 def namer(source: Adapter, inner: UpdateSpec) -> Callable[[str], str]:
     """Return a function from a factor's role to its name in the format, with the prefix of the module's tensors."""
+    sort = "embedding_" if is_embedding(source, inner.module) else ""
     stored = next(iter(inner.tensors.values()))
     prefix = stored[: max(0, stored.find(inner.module))]
-    return lambda role: prefix + FORMATS[source.format].tensor_name(inner.module, role)
+    return lambda role: prefix + FORMATS[source.format].tensor_name(inner.module, sort + role)
 
 
 def _exact_factors(source: Adapter, module: str) -> tuple[Wide, Wide]:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, final
+from typing import Any, BinaryIO, ClassVar, final
 
 from ...architectures.prefixes import PEFT_PREFIX, WRAPPERS, module_path
 from ...durable.fileio import require_free_space, write_file
@@ -104,7 +104,7 @@ class Peft(Format):
         folder=True,
         starts=True,
     )
-    ends = PLAIN_ENDS
+    ends: ClassVar = {**PLAIN_ENDS, "embedding_A": "lora_embedding_A", "embedding_B": "lora_embedding_B"}
 
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether there are keys of LoRA or of another method of PEFT's.
@@ -229,7 +229,9 @@ class Peft(Format):
                     name = self.tensor_name(wrappers[module], role)
                 elif role in self.ends:
                     # other formats have transposed factors only for embeddings
-                    name = f"{module}.lora_embedding_{role}" if update.transposed else self.tensor_name(module, role)
+                    name = self.tensor_name(
+                        module, f"embedding_{role}" if update.transposed and role in ("A", "B") else role
+                    )
                 elif owner in updates and updates[owner].rank:
                     name = f"{owner}.base_layer.{parameter}"
                 else:

@@ -457,3 +457,25 @@ def test_inspect_says_where_a_bound_is_active(tmp_path: Path, alpha: float, acti
     base, roles = base_of("linear", FP32), {**roles_of("diag-oft", FP32), "alpha": torch.tensor(alpha)}
     said = notes_of(write_lycoris(tmp_path / "a.safetensors", {base.path: roles}, "kohya"))
     assert ("makes them smaller in 1 of 1 modules" in said) == active
+
+
+@pytest.mark.parametrize("kind", ["oft", "hira"])
+def test_an_embedding_becomes_a_lora_that_peft_applies(tmp_path: Path, kind: str) -> None:
+    n, path = Numbers(FP32), "model.embed_tokens"
+    base, tensors = tmp_path / "base.safetensors", {f"{path}.weight": n(20, 8, size=0.3)}
+    save_file(tensors, base)
+    made = {
+        "oft": {f"{path}.oft_embedding_R.weight": n(2, 6, size=0.2)},
+        "hira": {f"{path}.hira_embedding_A": n(3, 20), f"{path}.hira_embedding_B": n(8, 3)},
+    }[kind]
+    config = {"peft_type": kind.upper(), "target_modules": ["embed_tokens"], "oft_block_size": 4}
+    adapter = peft_folder(tmp_path / "adapter", made, **config)
+    loratool.convert(adapter, tmp_path / "lora", to="peft", plain=True, base=base, rank=8)
+    model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(20, 8)})})
+    model.load_state_dict(tensors)
+    peft = pytest.importorskip("peft")
+    wanted = peft.PeftModel.from_pretrained(model, tmp_path / "lora").merge_and_unload().state_dict()[f"{path}.weight"]
+    loratool.merge(base, adapter, tmp_path / "out.safetensors")
+    found = load_file(tmp_path / "out.safetensors")[f"{path}.weight"]
+    change = (found - tensors[f"{path}.weight"]).norm()
+    assert change > 0.1 and (found - wanted).norm() < 1e-5 * change
