@@ -38,14 +38,14 @@ ORDER = (
 # The same inside a room, by its folders and files; "*" are all that are not named
 INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     "files": (
-        ("dtypes",),
+        ("dtypes", "layer_numbers"),
         ("weights_file",),
         ("containers", "digest"),
         ("codecs", "folder"),
         ("states", "tensor_ref"),
         ("hub",),
         ("checkpoint", "imatrix_file"),
-        ("relaid", "tensor_compare"),
+        ("relaid", "repeated_layers", "tensor_compare"),
         ("gguf_model", "output"),
     ),
     "binding": (("modules",), ("names",), ("ties",), ("weights",), ("merge",)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -32,6 +32,7 @@ class AdapterConfig:
     other_fields: Mapping[str, Any] = field(default_factory=dict)  # all fields of another format's config
     rank_is_alpha: bool = False  # a missing alpha means the rank
     base_mutating_inits: Mapping[str, str] = field(default_factory=dict)  # component of a diffusers file -> init
+    layers: tuple[int, ...] = ()  # of the base, by their numbers in the model that repeats them; empty if none does
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -85,6 +86,17 @@ class AdapterConfig:
                 flags="--alpha A",
             )
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def layer_runs(numbers: Iterable[int]) -> str:
+    """Return numbers of layers in their order, as runs: 0-2,1-3."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def is_in_listed_module(entry: str, module: str) -> bool:

@@ -21,6 +21,7 @@ from ..adapters.updates.low_rank import LowRank
 from ..architectures.components import WEIGHED, weighed_component
 from ..architectures.mlx_names import FORMAT, mlx_names
 from ..architectures.ties import GGUF_HEAD
+from ..binding.merge.repeated_layers import with_repeated_layers
 from ..binding.modules.module_weights import resolve_weights
 from ..binding.ties.ties import find_tie
 from ..durable.fileio import sha256_file
@@ -48,26 +49,29 @@ def open_inputs(
     alpha: float | None,
     opened: ExitStack,
     verb: str | None = None,
+    deeper: bool = False,
 ) -> tuple[Checkpoint, WeightedAdapter]:
     """Open a base and the adapters with their weights; `opened` closes their files.
 
     Args:
         base: if it is open already, the caller closes it.
         verb: as `refuse_adapter`'s.
+        deeper: if the adapters are for a model that repeats layers of the base, return that model in its place.
 
     Raises:
-        InputError: `open_base` or `open_adapters` refuses a file.
+        InputError: `open_base`, `open_adapters` or `with_repeated_layers` refuses a file.
     """
     checkpoint = base
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = open_base(checkpoint, "the first argument must be the base model", opened, requests, verb)
     _refuse_scaled(checkpoint)
     try:
-        adapters = open_adapters(requests, alpha, opened, base=checkpoint)
+        adapters = open_adapters(requests, alpha, opened, base=checkpoint, deeper=deeper)
     except ModelGiven as error:
         words = command_line("extract", checkpoint.path, error.culprit or "")
         error.remedy = f"to extract an adapter from a full fine-tune: {words}"
         raise
+    checkpoint = with_repeated_layers(checkpoint, adapters)
     return checkpoint, tuple(zip(adapters, (each.weight for each in requests), strict=True))
 
 
@@ -230,6 +234,7 @@ def open_adapters(
     model: Mapping[str, Any] | None = None,
     base: Checkpoint | None = None,
     has_base_option: bool = False,
+    deeper: bool = False,
 ) -> list[Adapter]:
     """Open the adapters of a command. `opened` closes their files.
 
@@ -239,6 +244,7 @@ def open_adapters(
         model: the config.json of the base, if the command has a base and `base` is not given.
         base: the model that they are, or were, applied to. If it is a GGUF file, they get its names.
         has_base_option: whether the command has --base, which an error may ask for.
+        deeper: as `open_adapter`'s.
 
     Raises:
         NeedsFlag: an adapter has no alpha, and none was given; or as `leave_out`.
@@ -252,11 +258,12 @@ def open_adapters(
     for request in requests:
         with nullcontext() if has_base_option else without_base_option():
             try:
-                adapter = open_adapter(request.path, alpha if len(requests) == 1 else None, model=model)
+                known = alpha if len(requests) == 1 else None
+                adapter = open_adapter(request.path, known, model=model, deeper=deeper)
             except NeedsFlag:
                 if alpha is None:
                     raise
-                adapter, used = open_adapter(request.path, alpha, model=model), True
+                adapter, used = open_adapter(request.path, alpha, model=model, deeper=deeper), True
         opened.callback(adapter.file.close)
         adapters.append(adapter)
     if alpha is not None and not used:

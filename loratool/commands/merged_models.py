@@ -12,6 +12,7 @@ from ..adapters.adapter import Adapter
 from ..binding.modules.module_weights import recorded_weights, spell_weight
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
+from ..files.dtypes import TensorSpec
 from ..files.folder.sentence_transformers import DENSE
 from ..files.folder.side_files import (
     CARD,
@@ -26,6 +27,7 @@ from ..files.folder.side_files import (
 from ..files.output.model_card import is_unedited
 from ..files.output.output import CONTAINERS
 from ..files.output.undo_places import undo_chain
+from ..files.repeated_layers import repeat_layers
 from ..numerics.merge import ARITHMETIC_VERSION
 from ..streaming.digests import hashes_of_tensors
 from ..undo.checks import prefix_of
@@ -77,7 +79,7 @@ def match_adapters(
             culprit=str(undo.path),
             remedy="use the version of loratool that merged",
         )
-    adapters = open_adapters(requests, alpha, opened, base=merged)
+    adapters = open_adapters(requests, alpha, opened, base=merged, deeper=undo.layers is not None)
     left = list(share_hashes(zip(adapters, [each.weight for each in requests], strict=True), "merged adapter"))
     matched = []
     for recorded in undo.index["adapters"]:
@@ -122,16 +124,40 @@ def _missing_adapter(
     )
 
 
+def as_in_base(merged: Checkpoint, undo: UndoFile) -> Checkpoint:
+    """Return a merged model with the base's layers alone, under the base's numbers; itself if no layer is repeated.
+
+    Raises:
+        InputError: another layer has not the tensors that the merge wrote.
+    """
+    if undo.layers is None:
+        return merged
+    for name, spec in undo.copies.items():
+        if merged.stored.get(name) != spec:
+            raise _not_written(name, merged.stored.get(name), spec)
+    for name in merged.stored:
+        if undo.layers.number_of(name) not in (None, *undo.layers.numbers) and name not in undo.copies:
+            raise _not_written(name)
+    return repeat_layers(merged, undo.layers, merged.config)
+
+
 def require_written(merged: Checkpoint, undo: UndoFile) -> None:
     """Raise InputError if a tensor has another type or shape than the merge wrote, or was added since."""
     written = undo.merged_specs
     for name in merged.stored:
         if name not in written:
-            raise InputError("is not in the output of the merge: the merged model was edited since", culprit=name)
+            raise _not_written(name)
     for name, expected in written.items():
         if merged.stored.get(name) != expected:
-            stored = merged.stored.get(name, "missing")
-            raise InputError(f"is {stored}, but the merge wrote {expected}: it was edited since", culprit=name)
+            raise _not_written(name, merged.stored.get(name), expected)
+
+
+def _not_written(name: str, stored: TensorSpec | None = None, expected: TensorSpec | None = None) -> InputError:
+    """Return the error for a tensor that a merge did not write, or wrote with another type or shape."""
+    if expected is None:
+        return InputError("is not in the output of the merge: the merged model was edited since", culprit=name)
+    message = f"is {stored or 'missing'}, but the merge wrote {expected}: it was edited since"
+    return InputError(message, culprit=name)
 
 
 def require_unedited(merged: Checkpoint, undo: UndoFile, workers: int) -> None:

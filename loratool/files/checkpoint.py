@@ -58,6 +58,7 @@ from .folder.sentence_transformers import transformer_folder
 from .folder.side_files import LeftBehind, classify_side_files
 from .folder.weight_changes import refuse_change, refuse_change_folder, refuse_described_change
 from .hub.cache import resolve
+from .layer_numbers import RepeatedLayers
 from .states.training_states import find_state, opener, refuse_rank_file
 from .tensor_ref import TensorRef
 from .weights_file import WeightsFile
@@ -96,6 +97,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     config: dict[str, Any]  # config.json; empty without one
     prefix: str = ""  # of a pipeline's component: its folder and a slash, before its tensors' names
     parts: tuple[Checkpoint, ...] = ()  # a pipeline's components, with weights or without
+    layers: RepeatedLayers | None = None  # of a view that repeats those of another model
+    stored_model: Checkpoint | None = None  # the model that such a view shows
 
     def __post_init__(self) -> None:
         shard_of = {name: shard for shard in self.shards for name in shard.specs}
@@ -208,6 +211,15 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def root(self) -> Path:
         """Return the folder of the complete model, with its card."""
         return self.outer or self.folder
+
+    @property
+    def original(self) -> Checkpoint:
+        """Return the model that is stored: the checkpoint itself, or the one whose layers it repeats."""
+        return self.stored_model or self
+
+    def stored_name(self, name: str) -> str:
+        """Return the name of a tensor in `original`."""
+        return self.layers.stored_name(name) if self.layers else name
 
     @property
     def models(self) -> tuple[Checkpoint, ...]:

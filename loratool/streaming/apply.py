@@ -46,7 +46,7 @@ def plan_changed_tensors(plan: MergePlan, load: UpdateLoader, record: bool) -> d
         base = plan.base.ref(name) if name in plan.base.specs else None
         is_decoded = name in plan.decoded and record  # otherwise it is cast
         if source.spec.size and (placements or is_decoded or (base and base != source and _has_rows(base.spec))):
-            changed[name] = merge_tensor(base, source, placements, load, record)
+            changed[name] = merge_tensor(base, source, placements, load, record and plan.restores_base(name))
     return changed
 
 
@@ -141,7 +141,7 @@ def _batching(segment: RowSegment, record: bool) -> Batching | None:
     size = max(rows * columns, segment.rank * (rows + columns))
     if size > SMALL or not segment.is_low_rank:
         return None
-    return Batching(segment.alike(), size, segment, partial(_merge_batch, record))
+    return Batching((segment.alike(), record), size, segment, partial(_merge_batch, record))
 
 
 def _merge_batch(record: bool, segments: Sequence[RowSegment]) -> Step:

@@ -256,8 +256,7 @@ class RestoredBase:
 
     def merged_digest(self) -> str:
         """Return the digest of the merged model."""
-        specs = self.undo.merged_specs
-        return digest_of((name, specs[name], self.undo.merged_hashes(name)) for name in sorted(specs))
+        return digest_of((name, *each) for name, each in sorted(self.undo.merged_tensors().items()))
 
     def rest(self, sources: Mapping[str, TensorRef], changed: Mapping[str, ChangedTensor]) -> dict[str, ChangedTensor]:
         """Return the tensors of an output that are restored and nothing else, as `rewrite` takes them.

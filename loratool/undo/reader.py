@@ -29,6 +29,7 @@ from ..files.dtypes import TensorSpec
 from ..files.folder.model_folder import INDEX_NAMES, PICKLES
 from ..files.folder.sentence_transformers import DENSE
 from ..files.folder.side_files import CARD, SMALL_TEXT, UNDO_MARK, is_of_tokenizer, matches
+from ..files.layer_numbers import RepeatedLayers
 from ..files.weights_file import PlacedTensors, WeightsFile, read_parts
 from ..numerics.passes.hashes import sha256_each
 from .checks import (
@@ -100,6 +101,8 @@ class UndoFile(IndexedFile):
         written: the same of changed tensors, as the merge wrote them.
         weights: the changed weights that it stores as codes.
         layouts: that of each of the base's shards; None for a torch file.
+        layers: the base's layers in the merged model, if that repeats them.
+        copies: tensors of the merged model's other layers.
         side: name of a side file of the base -> its content.
 
     Raises:
@@ -134,6 +137,7 @@ class UndoFile(IndexedFile):
         self.weights = self._find_weights()
         changed = {tensor for weight in self.weights.values() for tensor in weight.tensors} | index["tensors"].keys()
         self.untouched = frozenset(self.specs.keys() - changed)
+        self._check_layers()
         self._check_entries()
         self._read_hashes(self.blob(index["hashes"]))
         self._payload, self._payload_bytes = self.blob(index["payload"]), stop - len(UNDO.first_line)
@@ -228,11 +232,33 @@ class UndoFile(IndexedFile):
             require(recipe and (replaced or bool(entry["placements"]) or bool(weight)), f"{name}: no recipe")
         return self._tiles(name)
 
+    def _check_layers(self) -> None:
+        """Check the base's layers in a merged model that repeats them, and the tensors of its other layers."""
+        self.layers: RepeatedLayers | None = None
+        self.copies: dict[str, TensorSpec] = {}
+        self._of_copies: dict[str, bytes] = {}  # hashes
+        entry = self.index.get("layers")
+        if entry is None:
+            return
+        path, numbers = entry["path"], entry["numbers"]
+        require(isinstance(path, str) and path.endswith("."), "the path of its layers")
+        require(isinstance(numbers, list) and all(map(is_count, numbers)), "the numbers of its layers")
+        require(len(set(numbers)) == len(numbers) > 0, "a layer twice")
+        self.layers = RepeatedLayers(path, tuple(numbers))
+        names = {*self.specs, *self.index["tensors"]}
+        require(max(filter(None, map(self.layers.number_of, names)), default=0) < len(numbers), "a layer too many")
+        coded = self.weights or any("recoded" in each for each in self.index["tensors"].values())
+        require(not coded, "codes in repeated layers")
+        for name, spec in entry["copies"].items():
+            self.copies[name] = checked_spec(spec)
+            require(self.layers.number_of(name) not in (None, *numbers), f"{name} is not a copy")
+
     def _read_hashes(self, data: bytes) -> None:
-        """Read the hashes of the pieces of the base's tensors, and of the changed ones as the merge wrote them."""
+        """Read the hashes of the pieces of the base's tensors, and of others of the merged model as it was written."""
         changed = {name: spec_of(entry["spec"]) for name, entry in self.index["tensors"].items()}
         read = 0
-        for specs, hashes in ((self.specs, self.hashes), (changed, self.written)):
+        parts = ((self.specs, self.hashes), (changed, self.written), (self.copies, self._of_copies))
+        for specs, hashes in parts:
             for name in sorted(specs):
                 size = 32 * -(-specs[name].nbytes // PIECE)
                 hashes[name] = data[read : read + size]
@@ -345,19 +371,27 @@ class UndoFile(IndexedFile):
 
     @property
     def merged_specs(self) -> dict[str, TensorSpec]:
-        """Return the stored tensors of the merged model."""
+        """Return the stored tensors of the merged model, those of repeated layers under the base's names."""
         codes = {tensor for weight in self.weights.values() for tensor in weight.tensors}
         changed = {name: spec_of(entry["spec"]) for name, entry in self.index["tensors"].items()}
         return {name: spec for name, spec in {**self.specs, **changed}.items() if name in changed or name not in codes}
 
+    def merged_tensors(self) -> dict[str, tuple[TensorSpec, list[str]]]:
+        """Return all tensors of the merged model, by their names there, with the hashes of their pieces."""
+        tensors = {name: (spec, self.merged_hashes(name)) for name, spec in self.merged_specs.items()}
+        if self.layers:
+            tensors = {self.layers.stored_name(name): each for name, each in tensors.items()}
+        return tensors | {name: (spec, _split(self._of_copies[name])) for name, spec in self.copies.items()}
+
     def belongs_to(self, model: WeightsFile) -> bool:
         """Return whether the weights are those that the merge wrote, comparing hashes of all bytes."""
-        if model.specs != self.merged_specs:
+        tensors = self.merged_tensors()
+        if model.specs != {name: spec for name, (spec, _) in tensors.items()}:
             return False
         pieces = [(name, *place) for name, spec in model.specs.items() for place in pieces_of(spec)]
         for start in range(0, len(pieces), 2):
             pair = pieces[start : start + 2]
-            expected = [self.merged_hashes(name)[first // PIECE] for name, first, _ in pair]
+            expected = [tensors[name][1][first // PIECE] for name, first, _ in pair]
             if sha256_each([read_parts(model, *each) for each in pair]) != expected:
                 return False
         return True
@@ -373,5 +407,5 @@ class UndoFile(IndexedFile):
         return _split(self.hashes[name])
 
     def merged_hashes(self, name: str) -> list[str]:
-        """Return the hashes of the pieces of a tensor of the merged model."""
+        """Return the hashes of the pieces of a tensor of the merged model, by its name in `merged_specs`."""
         return _split(self.written[name] if name in self.written else self.hashes[name])

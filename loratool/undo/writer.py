@@ -28,6 +28,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,12 +47,14 @@ from ..files.containers.indexed_file import TRAILER, index_text, is_readable, pa
 from ..files.digest import pieces_of
 from ..files.dtypes import DTYPES, TensorSpec
 from ..files.folder.side_files import CARD, has_card, is_of_whole
+from ..files.layer_numbers import RepeatedLayers
 from ..files.output.model_card import shown_name
 from ..files.output.output import Output
 from ..files.weights_file import WeightsFile, copy_bytes
 from .checks import Tiles, bytes_before, counted_rows, is_replaced, kept_names, recoded_shape, spec_of, tiles_of
 from .differences import UNIT, WIDEST
 from .reader import UNDO
+from .restorable import RestorableMerge, restorable_merge
 from .table import ROW, hash_payload
 
 PENDING = struct.Struct("<QIQQQ")  # of a record: first row, number of its journal, offset there, bytes, sum
@@ -84,16 +87,18 @@ class UndoWriter:
             read: a stored tensor of the base -> the hashes of its pieces.
             written: a changed tensor of the output -> the same.
         """
+        base = plan.base
         write_at(target, memoryview(UNDO.first_line), 0)
         position, rows = len(UNDO.first_line), bytearray()
-        index = make_index(plan, output)
+        merge = restorable_merge(plan, output)
+        index, plan = make_index(merge), merge.plan
         journals = list(self._journals)
         for name, entry in sorted(index["tensors"].items()):
             entry["row"] = len(rows) // ROW.size
             tiles = _tiles(plan, name, entry)
             for tensor, first in _unchanged(plan, name, entry, tiles):
                 position = _copy(plan.base, tensor, first, target, position, rows)
-            records = sorted(PENDING.iter_unpack(self._records.get(name, b"")))
+            records = sorted(PENDING.iter_unpack(self._records.get(merge.names[name], b"")))
             if [start for start, *_ in records] != [start for start, _ in tiles.records()]:
                 raise AssertionError(f"{name}: its records are incomplete, or those of another tensor")
             for _, journal, offset, nbytes, words in records:
@@ -101,11 +106,10 @@ class UndoWriter:
                 rows += ROW.pack(nbytes, words)
                 position += nbytes
         index["table"] = bytes(rows)
-        index["hashes"] = b"".join(
-            bytes.fromhex("".join(hashes[name]))
-            for hashes, names in ((read, plan.base.stored), (written, index["tensors"]))
-            for name in sorted(names)
-        )
+        hashes = [read[name] for name in sorted(plan.base.stored)]
+        hashes += [written[merge.names[name]] for name in sorted(index["tensors"])]
+        hashes += [written.get(name) or read[base.stored_name(name)] for name in sorted(merge.copies)]
+        index["hashes"] = bytes.fromhex("".join(chain.from_iterable(hashes)))
         first = len(UNDO.first_line)
         index["payload"] = hash_payload(output.path, target, first, position - first)
         return write_end(target, position, index, _blobs(index), UNDO)
@@ -122,9 +126,11 @@ def largest_undo(plan: MergePlan, output: Output) -> int:
     Raises:
         NeedsFlag: its index would be too large for the reader.
     """
-    index, size, rows = make_index(plan, output), len(UNDO.first_line) + TRAILER.size, 0
-
-    pieces = sum(len(pieces_of(spec)) for spec in plan.base.stored.values())
+    merge = restorable_merge(plan, output)
+    index, size, rows = make_index(merge), len(UNDO.first_line) + TRAILER.size, 0
+    pieces = sum(len(pieces_of(output.specs[name])) for name in merge.copies)
+    plan, output = merge.plan, merge.output
+    pieces += sum(len(pieces_of(spec)) for spec in plan.base.stored.values())
     for name, entry in index["tensors"].items():
         tiles = _tiles(plan, name, entry)
         unchanged = [_bytes_from(plan.base, *each) for each in _unchanged(plan, name, entry, tiles)]
@@ -215,9 +221,9 @@ def adapter_entry(adapter: Adapter, weight: float) -> dict[str, Any]:
     return {**entry, **record_weights(adapter.module_weights)}
 
 
-def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
+def make_index(merge: RestorableMerge) -> dict[str, Any]:
     """Return the index without records, with the content of headers and side files where their places will be."""
-    base = plan.base
+    plan, output, base = merge.plan, merge.output, merge.plan.base
     adapters = sort_adapters(plan.adapters)
     inner = f"{base.folder.name}/" if base.outer else ""
     extras = {name.removeprefix(inner) for name in output.extras}
@@ -239,8 +245,15 @@ def make_index(plan: MergePlan, output: Output) -> dict[str, Any]:
         "new_side": sorted(names - side.keys()),
         "tensors": tensors,
         **({"declared": {part.prefix: part.declared for part in base.models}} if coded else {}),
+        **({"layers": _layers(merge.layers, merge.copies)} if merge.layers else {}),
         **({} if card is None else {"card": packer().compress(card), "card_bytes": len(card)}),
     }
+
+
+def _layers(layers: RepeatedLayers, copies: Mapping[str, TensorSpec]) -> dict[str, Any]:
+    """Return the index's entry of repeated layers."""
+    specs = {name: [spec.dtype, list(spec.shape)] for name, spec in copies.items()}
+    return {"path": layers.path, "numbers": list(layers.numbers), "copies": specs}
 
 
 def _shard(shard: WeightsFile) -> dict[str, Any]:

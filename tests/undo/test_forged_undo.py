@@ -37,7 +37,7 @@ from lib.files.undo_bytes import (
     with_blob,
     with_table,
 )
-from lib.models.undo_models import write_replaced_codes, write_resized, write_torch
+from lib.models.undo_models import write_deeper, write_replaced_codes, write_resized, write_torch
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -72,7 +72,7 @@ def read_case(base: Path, adapter: Adapters, merged: Path, way: str = "mixed") -
 def cases(folder: Path) -> dict[str, Case]:
     gpt2, sdxl, llama = (FIXTURES / name for name in ("gpt2", "sdxl", "llama"))
     resized, pickled = write_resized(folder / "resized"), write_torch(folder / "torch")
-    replaced = write_replaced_codes(folder / "replaced")
+    replaced, deeper = write_replaced_codes(folder / "replaced"), write_deeper(folder / "deeper")
     return {
         "llama": read_case(llama / "base", llama / "adapter", folder / "llama"),
         "gpt2": read_case(gpt2 / "base" / "model.safetensors", gpt2 / "adapter", folder / "gpt2.safetensors"),
@@ -83,6 +83,7 @@ def cases(folder: Path) -> dict[str, Case]:
         ),
         "resized": read_case(resized / "base", resized / "adapter", folder / "cut"),
         "torch": read_case(pickled / "base", pickled / "adapter", folder / "pickled"),
+        "deeper": read_case(deeper / "base", deeper / "adapter", folder / "repeated"),
         "fp8": read_case(llama / "fp8", llama / "adapter", folder / "decoded"),
         "codes": read_case(llama / "fp8", llama / "adapter", folder / "recoded", "requantize"),
         "replaced codes": read_case(replaced / "base", replaced / "adapter", folder / "of-numbers"),

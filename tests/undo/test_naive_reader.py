@@ -13,6 +13,7 @@ import torch
 from conftest import FIXTURES, factors, load_model, weights, write_model
 from lib.files import gguf_bytes
 from lib.files.ggml_blocks import blocks_of
+from lib.models.undo_models import write_deeper
 from lib.oracles.naive_undo_reader import Coded, restore
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -111,6 +112,17 @@ def test_a_reader_that_was_written_from_the_guide(tmp_path: Path) -> None:
     told = dict(zip("0123", (numbers(each, rows) for each in (plain, *others, values)), strict=True))
     found = read_back(tmp_path / "out", {name: codes(x) for name, x in load_model(tmp_path / "out").items()}, told)
     assert found == {name: codes(x) for name, x in base.items() if name != "same"}
+
+
+def test_it_restores_the_layers_that_a_model_repeats(tmp_path: Path) -> None:
+    folder = write_deeper(tmp_path)
+    loratool.merge(folder / "base", folder / "adapter", tmp_path / "out")
+    tensors = load_model(folder / "adapter/adapter_model.safetensors")
+    factors = numbers({name.removeprefix(PREFIX): x for name, x in tensors.items()}, {})
+    told = {"adapter": {module: {**each, "scale": Fraction(1)} for module, each in factors.items()}}
+    merged, base = ({name: codes(x) for name, x in load_model(tmp_path / each).items()} for each in ("out", "base"))
+    changed = "model.layers.0.x.weight"  # the other layer has a copy without an update
+    assert read_back(tmp_path / "out", merged, told) == {changed: base[changed]}
 
 
 # The numbers of codes before scale and zero point, by the formats' definitions; of other formats their codecs tell them

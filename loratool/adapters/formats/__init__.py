@@ -187,6 +187,7 @@ def open_adapter(
     enabled: Sequence[bool] | None = None,
     model: Mapping[str, Any] | None = None,
     runtime: str = "",
+    deeper: bool = False,
 ) -> Adapter:
     """Open an adapter in any known format: a folder, a file, or a repo id.
 
@@ -199,9 +200,11 @@ def open_adapter(
         enabled: as `ReadOptions.enabled_slices`.
         model: the base's config.json, for formats whose row order depends on it.
         runtime: a key of RUNTIMES that the adapter is read for; adapters for that runtime alone are accepted.
+        deeper: accept an adapter for a model that repeats layers of its base.
 
     Raises:
-        InputError: no format claims the file, its format cannot read it, or it is for one runtime alone.
+        InputError: no format claims the file, its format cannot read it, it is for one runtime alone, or for a deeper
+            model.
         NeedsFlag: the file lacks something that an option could give.
         UsageError: `alpha` contradicts the file, or this format has no `enabled`.
     """
@@ -240,6 +243,13 @@ def open_adapter(
                     f"is only for {only_for}: the rows of its queries and keys are in that runtime's order",
                     culprit=os.fspath(name),
                     remedy="use the adapter that it was converted from",
+                )
+            if adapter.config.layers and not deeper:
+                raise InputError(
+                    "is for a model that repeats layers of its base (layer_replication), which only a merge into a "
+                    "new model makes",
+                    culprit=os.fspath(name),
+                    remedy=f"merge it: loratool merge BASE {shell_word(os.fspath(name))} -o MERGED",
                 )
             return replace(adapter, extras=extras, notes=(*notes, *adapter.notes), only_for=only_for)
         if is_biases(file.specs):

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from ...architectures.config_tensors import MAX_LAYERS
 from ...errors import InputError, UsageError, brief, shell_word, with_article
 from ...files.folder.model_folder import read_json_file
 from ...files.weights_file import WeightsFile
@@ -39,7 +40,6 @@ NESTED = ("rank_pattern", "lora_parameters", "config")
 
 # Field -> its effect on the arithmetic. A field that is null, false or empty does not count.
 REFUSED_FIELDS = {
-    "layer_replication": "its layers are replicas that share the base's weights",
     "alora_invocation_tokens": "an activated LoRA (aLoRA) acts on a part of the prompt only, so it can never be merged",
     "use_qalora": "QA-LoRA's A sees an averaged input",
     "lora_nums": "LoRAMoE and HydraLoRA mix several pairs of factors depending on their input",
@@ -177,7 +177,25 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
         fan_in_fan_out=_flag(name, fields, "fan_in_fan_out"),
         base_model=named_base(fields.get("base_model_name_or_path")),
         peft=dict(fields),
+        layers=_layers(name, kind, fields.get("layer_replication")),
     )
+
+
+def _layers(name: str, kind: str, ranges: Any) -> tuple[int, ...]:
+    """Return the numbers of the base's layers in PEFT's ranges [start, stop], which end before `stop`."""
+    if not ranges:
+        return ()
+    if kind not in ("LORA", "ADALORA"):
+        raise InputError(f"its config sets layer_replication, which {with_article(kind)} adapter has not", culprit=name)
+    is_list = isinstance(ranges, list) and all(isinstance(each, list) and len(each) == 2 for each in ranges)
+    if not is_list or not all(type(n) is int for each in ranges for n in each):
+        raise InputError(f"its config sets layer_replication to {brief(ranges)}, not to ranges of layers", culprit=name)
+    for start, stop in ranges:
+        if not 0 <= start < stop:
+            raise InputError(f"its config's layer_replication has no layer in {brief([start, stop])}", culprit=name)
+    if sum(stop - start for start, stop in ranges) > MAX_LAYERS:
+        raise InputError(f"its config's layer_replication has more than {MAX_LAYERS:,} layers", culprit=name)
+    return tuple(number for start, stop in ranges for number in range(start, stop))
 
 
 def _flag(name: str, fields: Mapping[str, Any], field: str) -> bool | None:

@@ -276,9 +276,10 @@ def _better(base: Checkpoint, touched: int, pulled: Sequence[str]) -> str:
     return f"; {what}"
 
 
-def note_of_a_file(edits: OutputEdits) -> tuple[str, ...]:
+def note_of_a_file(edits: OutputEdits, base: Checkpoint) -> tuple[str, ...]:
     """Return a note for an output that is a single file without its config."""
     wrong = [
+        *(["the layers"] if base.layers else []),
         *(["what is quantized"] if any(edits.configs.values()) else []),
         *(["the class and its labels"] if edits.top else []),
     ]

@@ -14,6 +14,7 @@ from ...architectures.prefixes import module_path
 from ...errors import InputError
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
+from ...files.layer_numbers import RepeatedLayers
 from ...files.output.output import OutputEdits
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
@@ -25,6 +26,7 @@ from ..ties.shared_tensors import bindable, resolve_shared
 from ..ties.tied_weights import ResolvedTie, resolve_tie, vocabulary_edits
 from ..ties.ties import Tie, find_tie, vocabulary_names
 from .classifier_heads import ClassChoice, class_edits
+from .repeated_layers import notes_on_layers
 
 NO_CHOICE = ClassChoice()
 
@@ -69,6 +71,17 @@ class MergePlan:
         if self.like:
             stored = {name: self.like.weights[name].tensors[0] for name in self.encoded}
         return {stored.get(name, name): name for name in self.changed}
+
+    @cached_property
+    def base_layers(self) -> RepeatedLayers | None:
+        """The base's layers among those of a model that repeats them: the copies that an undo file restores."""
+        return self.base.layers.least_changed(self.written) if self.base.layers else None
+
+    def restores_base(self, name: str) -> bool:
+        """Return whether an undo file restores the base from a tensor of the output, not from another copy."""
+        if self.base_layers is None:
+            return True
+        return self.base_layers.number_of(name) in (None, *self.base_layers.numbers)
 
     @property
     def coded(self) -> Collection[str]:
@@ -139,7 +152,7 @@ def plan_merge(
         untied=tuple(name for name in resolved.untied if name not in base.specs),
         warnings=warnings,
         edits=edits,
-        notes=(*notes_on_base(base, [adapter for adapter, _ in adapters]), *named.notes),
+        notes=(*notes_on_base(base, [adapter for adapter, _ in adapters]), *notes_on_layers(base), *named.notes),
     )
 
 

@@ -212,7 +212,7 @@ def run_convert_model(call: ConvertModel) -> CheckpointConvertReport:
         shared = find_shared_storage(base, removed)
         edits = OutputEdits(shared=shared, skipped_tensors=omitted_names(base, shared), removed=removed)
         edits, notes = _decode(base, edits, chosen)
-        notes += (*hub.notes, *(note_of_a_file(edits) if is_file else ()))
+        notes += (*hub.notes, *(note_of_a_file(edits, base) if is_file else ()))
         origin = provenance("convert", {"dtype": chosen, "to": naming or container}, opened.metadata.get("loratool"))
         output = plan_output(
             base, path, is_file, origin, (), chosen, parse_size(call.max_shard_size), edits, container=container

@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 
 from ...adapters.adapter import Adapter
+from ...adapters.config import layer_runs
 from ...adapters.formats import FORMATS
 from ...adapters.formats.peft_config import base_mutating_init
 from ...adapters.image_metadata import read_training, trigger_words
@@ -27,6 +28,7 @@ from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import Rotated, Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
+from ...binding.merge.repeated_layers import with_repeated_layers
 from ...binding.modules.image_modules import image_family
 from ...binding.modules.misfits import nearest_names
 from ...binding.modules.resolve import Binding, absent_from_adapter, bind, resolve_modules
@@ -70,6 +72,11 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         problems: list[str] = []
         coverage = binding = None
         problems += _faults(adapter)
+        if checkpoint is not None and opened is not None:
+            try:
+                checkpoint = with_repeated_layers(checkpoint, [adapter])
+            except InputError as error:
+                problems.append(error.message)
         if adapter.only_for:
             problems.append(f"it is only for {adapter.only_for}: no other command accepts it")
         if checkpoint is not None:
@@ -90,6 +97,9 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
     problems += _zero_updates(details) + _config_problems(adapter)
     init = base_mutating_init(adapter.config)
     notes = [f"initialized with {init}: merge it with --initial or --residual-base"] if init else []
+    if layers := adapter.config.layers:
+        runs = layer_runs(layers)
+        notes.append(f"for a model of {len(layers)} layers, its base's {runs} (layer_replication): a merge writes it")
     ranks = {update.rank for update in adapter.updates.values() if update.rank}
     training = file_metadata(paths_of([adapter.file]))
     return AdapterInspection(

@@ -65,7 +65,11 @@ def run_inspect(
                 report = _inspect_method(os.fspath(call.path), file, fields, key, method)
                 return _with_digest(report, file.members, call)
         adapter = open_adapter(
-            call.path, call.alpha, lenient=True, model=None if call.base is None else read_config(call.base)
+            call.path,
+            call.alpha,
+            lenient=True,
+            model=None if call.base is None else read_config(call.base),
+            deeper=True,
         )
         try:
             from .adapter import inspect_adapter

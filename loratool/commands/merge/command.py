@@ -26,6 +26,7 @@ from ...binding.merge.classifier_heads import ClassChoice
 from ...binding.merge.coded_bases import note_of_a_file, plan_codes, require_undoable
 from ...binding.merge.likeness import plan_like
 from ...binding.merge.merge_plan import MergePlan, plan_merge
+from ...binding.merge.repeated_layers import require_all_layers
 from ...binding.merge.tokenizer import choose_tokenizer
 from ...binding.merge.trained_modules import take_trained_modules
 from ...binding.modules.module_weights import spell_weight
@@ -217,7 +218,9 @@ def plan_call(call: Merge, opened: ExitStack, at: ModelInPlace | None = None) ->
     former = open_former(call, opened, at) if call.replace is not None else None
     try:
         base = former.base.checkpoint if former else at.model if at else call.base
-        checkpoint, loaded = open_inputs(base, requests, call.alpha, opened, "merge")
+        checkpoint, loaded = open_inputs(
+            base, requests, call.alpha, opened, "merge", deeper=not (former or call.in_place)
+        )
     except NeedsFlag as error:
         if error.asks_for("--alpha"):  # or raise what would be raised if it were known: that of a wrong base, say
             run_merge(replace(call, alpha=1.0, dry_run=True))
@@ -272,7 +275,7 @@ def write_merged(
             raise NeedsFlag(message, culprit=str(like.path), flags="--no-undo")
     else:
         plan = plan_codes(plan, call.quantized, dtype, parse_words(call.allow))
-    plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits) if is_file else ())))
+    plan = replace(plan, warnings=(*plan.warnings, *(note_of_a_file(plan.edits, plan.base) if is_file else ())))
     inputs = paths_of([*plan.base.shards, *(adapter.file for adapter, _ in plan.adapters)])
     inputs += paths_of(like.shards) if like else []
     inputs += former.paths if former else []
@@ -307,7 +310,7 @@ def write_merged(
     )
     _check_undo(plan, output)
     if call.digest:
-        tensors_of(plan.base.shards)  # or a name has no digest
+        tensors_of(plan.base.original.shards)  # or a name has no digest
     check_undo_files(output, inputs, call.force or call.dry_run)
     largest = None
     if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
@@ -378,6 +381,7 @@ def _check_undo(plan: MergePlan, output: Output) -> None:
     if output.undo is None:
         return
     require_undoable(plan)
+    require_all_layers(plan.base)
     if plan.base.has_side_files and has_card(plan.base.root):
         packer()
     for shard in plan.base.shards:
@@ -438,7 +442,7 @@ def _execute(
         hashes = None
         if undo or call.digest or former:
             copied = {name for name, spec in output.specs.items() if _is_copied(plan, sources.get(name), name, spec)}
-            read = former.base.to_hash if former else plan.base.shard_of
+            read = former.base.to_hash if former else plan.base.original.shard_of
             hashes = TensorHashes(read, output.specs.keys() - (copied - plan.written.keys()))
         if former:
             tensors |= former.base.rest(sources, tensors)
@@ -486,10 +490,14 @@ def digests_of_merge(plan: MergePlan, output: Output, call: Merge, hashes: Tenso
     adapters = {adapter.name: digest_of_files(adapter.file.members) for adapter, _ in plan.adapters}
     if hashes is None:
         return adapters
-    written = {name: hashes.of_written.get(name) or hashes.of_read.get(name, []) for name in output.specs}
-    stored = tensors_of(plan.base.shards)
+    base = plan.base.original
+    written = {
+        name: hashes.of_written.get(name) or hashes.of_read.get(plan.base.stored_name(name), [])
+        for name in output.specs
+    }
+    stored = tensors_of(base.shards)
     return {
-        os.fspath(call.base): digest_of((name, plan.base.stored[name], hashes.of_read[name]) for name in stored),
+        os.fspath(call.base): digest_of((name, base.stored[name], hashes.of_read[name]) for name in stored),
         **adapters,
         str(output.path): digest_of((name, output.specs[name], written[name]) for name in sorted(written)),
     }

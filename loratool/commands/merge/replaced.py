@@ -129,6 +129,9 @@ def _match(
 def _require_plain(merged: Checkpoint, undo: UndoFile, call: Merge) -> None:
     """Raise InputError unless the weights that the merge changed are plain numbers in safetensors files."""
     remedy = f"unmerge, then merge: {command_line('unmerge', call.base, _words(call))}"
+    if undo.layers:
+        message = "repeats layers of its base (layer_replication), which --replace does not read"
+        raise InputError(message, culprit=os.fspath(call.base), remedy=remedy)
     kinds = {layout.container if layout else "torch" for layout in undo.layouts} - {"safetensors"}
     if kinds or not all(isinstance(shard, TensorFile) for shard in merged.shards):
         kind = kinds.pop() if kinds else "torch"

@@ -56,7 +56,7 @@ from ..adapter_requests import AdapterRequest, parse_adapters
 from ..arguments import parse_words
 from ..cards import described_call, input_word
 from ..inputs import open_adapters, refuse_adapter, share_hashes
-from ..merged_models import find_undo, match_adapters, replaced_files, require_names, require_written
+from ..merged_models import as_in_base, find_undo, match_adapters, replaced_files, require_names, require_written
 from .call import Unmerge
 
 WITHOUT_UNDO = "give the undo file with --undo, or use --approximate, which is not exact"
@@ -97,17 +97,19 @@ def run_unmerge(call: Unmerge) -> UnmergeReport:
             resume=call.resume,
         )
         check_undo_files(output, inputs, call.force or call.dry_run)
+        with_base_names = as_in_base(checkpoint, record)
         sources, tensors = plan_tensors(
-            checkpoint, record, output.specs, used, UpdateLoader(choose_device(call.device))
+            with_base_names, record, output.specs, used, UpdateLoader(choose_device(call.device))
         )
         if current_job().rank == 0:  # before it writes, for all: the others wait for it in `rewrite`
-            _check_the_rest(checkpoint, record, call.workers or worker_count())
+            _check_the_rest(checkpoint, with_base_names, record, call.workers or worker_count())
         if call.dry_run:
             output.require_own_journal()
         else:
             where, workers = choose_device(call.device), call.workers or worker_count()
             hashes = TensorHashes(
-                {name: checkpoint.shard_of[name] for name in record.untouched}, record.specs.keys() - record.untouched
+                {name: with_base_names.shard_of[name] for name in record.untouched},
+                record.specs.keys() - record.untouched,
             )
             finish = partial(_check_hashes, record, hashes)
             with closing(rewrite(output, sources, tensors, where, workers, call.progress, finish, hashes)) as items:
@@ -242,11 +244,12 @@ def _recoded_parts(merged: Checkpoint, undo: UndoFile, name: str) -> Parts:
     return merged.parts_of(recoded["weight"])
 
 
-def _check_the_rest(merged: Checkpoint, undo: UndoFile, workers: int) -> None:
+def _check_the_rest(merged: Checkpoint, with_base_names: Checkpoint, undo: UndoFile, workers: int) -> None:
     """Raise InputError if tensors were edited of which some bytes are in no undo record."""
-    names = undo.unrecorded()
+    names, tensors = undo.unrecorded(), undo.merged_tensors()
+    names = [with_base_names.stored_name(name) for name in names] + [*undo.copies]
     pieces = [(merged.shard_of[name], name, *place) for name in names for place in pieces_of(merged.stored[name])]
-    expected = (sha256 for name in names for sha256 in undo.merged_hashes(name))
+    expected = (sha256 for name in names for sha256 in tensors[name][1])
     for (_, name, *_), found, sha256 in zip(pieces, hash_pieces(pieces, workers), expected, strict=True):
         if found != sha256:
             raise InputError(EDITED, culprit=name)
@@ -263,12 +266,12 @@ def _check_hashes(undo: UndoFile, hashes: TensorHashes, _: object) -> dict[str, 
 
 def digests_of_unmerge(undo: UndoFile, report: UnmergeReport, adapters: Sequence[Adapter]) -> dict[str, str]:
     """Return the digests of the merged model, of the adapters and of the base, by the names in the report."""
-    merged = undo.merged_specs
+    merged = undo.merged_tensors()
     files = [member for adapter in adapters for member in adapter.file.members]
     if not has_digest((*merged, *undo.specs, *chain.from_iterable(file.specs for file in files))):
         return {}
     return {
-        report.merged: digest_of((name, merged[name], undo.merged_hashes(name)) for name in sorted(merged)),
+        report.merged: digest_of((name, *each) for name, each in sorted(merged.items())),
         **{adapter.name: digest_of_files(adapter.file.members) for adapter in adapters},
         report.out: digest_of((name, undo.specs[name], undo.base_hashes(name)) for name in sorted(undo.specs)),
     }
@@ -290,7 +293,7 @@ def report_unmerge(
         adapters=tuple(adapter.name for adapter in adapters),
         restored=len(changed),
         copied=len(output.specs) - len(stored),
-        removed=tuple(tensor for tensor in undo.index["tensors"] if tensor not in changed),
+        removed=(*(tensor for tensor in undo.index["tensors"] if tensor not in changed), *undo.copies),
         files=tuple(file.name for file in output.files),
         exact_files=None not in undo.layouts,
         not_copied=output.not_copied,

@@ -103,6 +103,9 @@ def _open(call: Unmerge, path: Path, opened: ExitStack, model: ModelInPlace | No
     chain = find_undo(merged, named, "give the undo file with --undo")
     undo = UndoFile(chain[0])
     opened.callback(undo.close)
+    if undo.layers:
+        message = "repeats layers of its base (layer_replication), and no change in place can remove them"
+        raise InputError(message, culprit=str(path), remedy=ELSEWHERE)
     adapters = match_adapters(undo, requests, call.alpha, opened, merged)
     files = base_files(undo)
     require_names(merged, undo, [file.name for file in files])

@@ -24,6 +24,7 @@ from ...adapters.adapter import Adapter
 from ...architectures.config_tensors import declared_class
 from ...architectures.ties import COPIES
 from ...binding.merge.merge_plan import MergePlan, plan_merge
+from ...binding.merge.repeated_layers import notes_on_layers
 from ...binding.modules.module_weights import spell_weight
 from ...binding.modules.selection import Selection
 from ...binding.names.base_names import notes_on_base
@@ -111,7 +112,7 @@ def run_verify(call: Verify) -> VerifyReport:
     """Prove that `merged` is `base` with `adapters` added, or report what is wrong."""
     with ExitStack() as opened:
         checkpoint, weighted = open_inputs(
-            call.base, parse_adapters(call.adapters, parse_words(call.drop)), call.alpha, opened
+            call.base, parse_adapters(call.adapters, parse_words(call.drop)), call.alpha, opened, deeper=True
         )
         if call.initial is None:
             require_residual_base(checkpoint, weighted)
@@ -247,7 +248,7 @@ def _report(
         warnings=(*plan.warnings, *_notes(findings.values())),
         left_out=tuple(name for adapter, _ in plan.adapters for name in adapter.excluded),
         adapters=tuple(_spelled(adapter, weight) for adapter, weight in plan.adapters),
-        notes=tuple(notes_on_base(plan.base, [adapter for adapter, _ in plan.adapters])),
+        notes=(*notes_on_base(plan.base, [adapter for adapter, _ in plan.adapters]), *notes_on_layers(plan.base)),
         sha256={adapter.name: adapter.sha256 for adapter, _ in plan.adapters},
     )
 

@@ -103,7 +103,7 @@ def plan_output(
         files, extras = (*files, *planned), {**extras, **index}
         config = edits.configs.get(part.prefix, part.config)
         config = edited_config({**config, **edits.top}, edits.config, TORCH_FLOATS[dtype] if dtype else None)
-        if config != part.config and f"{part.prefix}config.json" in side_files and not base.is_gguf:
+        if config != part.original.config and f"{part.prefix}config.json" in side_files and not base.is_gguf:
             extras[f"{part.prefix}config.json"] = encode_json(config)
             del side_files[f"{part.prefix}config.json"]
     for name in side_files.keys() & edits.extras.keys():

@@ -42,6 +42,15 @@ def write_replaced_codes(folder: Path) -> Path:
     return folder
 
 
+def write_deeper(folder: Path) -> Path:
+    """Write two layers, and an adapter for a model that has each twice; it changes both copies of the first."""
+    state = {f"model.layers.{i}.{name}.weight": weights(6, 4, seed=i) for i in range(2) for name in ("x", "y")}
+    write_model(folder / "base", {**state, "model.z": weights(3)}, {"model_type": "llama", "num_hidden_layers": 2})
+    modules = {f"model.layers.{i}.x": factors(6, 4, 2, seed=i) for i in range(3)}
+    write_peft(folder / "adapter", modules, layer_replication=[[0, 2], [0, 2]])
+    return folder
+
+
 def write_mixed(folder: Path, dora: bool = False) -> Path:
     """Write weights of all float types that a merge changes, and one that it copies."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}

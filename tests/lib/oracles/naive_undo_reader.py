@@ -133,6 +133,9 @@ def restore(data, merged, adapters, coded=None, sizes=None):
     assert hashlib.sha256(data[at:-56]).digest() == digest
     index, found = json.loads(data[at:-56]), {}
     table, sizes = read_table(data, index["table"]), sizes or read_sizes(data, index["shards"])
+    layers = index.get("layers", {"copies": {}})
+    copies = {name: merged[name] for name in layers["copies"]}
+    merged = {in_base(name, layers): numbers for name, numbers in merged.items() if name not in copies}
     for name, entry in index["tensors"].items():
         (kind, shape), placements, row = entry["spec"], entry["placements"], entry["row"]
         name, shape = (entry["recoded"][key] for key in ("weight", "shape")) if "recoded" in entry else (name, shape)
@@ -163,21 +166,31 @@ def restore(data, merged, adapters, coded=None, sizes=None):
         found[name] = W
     told = {name for name, each in (coded or {}).items() if each.scales}  # their bytes are blocks of codes and scales
     known = [{name: each[name] for name in each.keys() - told} for each in (found, merged)]
-    check_hashes(blob(data, index["hashes"]), index["tensors"], sizes, *known)
+    check_hashes(blob(data, index["hashes"]), index["tensors"], sizes, *known, layers["copies"], copies)
     payload = data[16 : index["table"][0]]
     pieces = (payload[at : at + (1 << 24)] for at in range(0, len(payload), 1 << 24))
     assert blob(data, index["payload"]) == b"".join(hashlib.sha256(piece).digest() for piece in pieces)
     return found
 
 
-def check_hashes(hashes, entries, base, found, merged):
+def in_base(name, layers):
+    """Return the base's name of a tensor of a merged model that repeats layers, and is not a copy."""
+    if "path" not in layers or not name.startswith(layers["path"]):
+        return name
+    number, rest = name[len(layers["path"]) :].split(".", 1)
+    return f"{layers['path']}{layers['numbers'].index(int(number))}.{rest}"
+
+
+def nbytes(spec):
+    return prod(spec[1]) * FORMS[spec[0]][0] // 8
+
+
+def check_hashes(hashes, entries, base, found, merged, specs, copies):
     """Compare the hashes of all pieces with those of the bytes that are known: not of codes that share bytes."""
-    changed = {
-        name: base[name] if "recoded" in entry else prod(entry["spec"][1]) * FORMS[entry["spec"][0]][0] // 8
-        for name, entry in entries.items()
-    }
+    changed = {name: base[name] if "recoded" in entry else nbytes(entry["spec"]) for name, entry in entries.items()}
+    others = {name: nbytes(spec) for name, spec in specs.items()}
     copied = {name: numbers for name, numbers in merged.items() if name not in entries}
-    for sizes, contents in ((base, copied | found), (changed, merged)):
+    for sizes, contents in ((base, copied | found), (changed, merged), (others, copies)):
         for name in sorted(sizes):
             count, content = -(-sizes[name] // 2**24), contents.get(name)
             if content and sizes[name] % len(content) == 0:
