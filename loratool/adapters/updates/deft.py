@@ -76,7 +76,8 @@ class DEFT(Update):
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
         fields, rank = config.peft, spec.specs["deft_P"].shape[1]
-        require_rank(spec, config, rank)
+        if config.rank_of(spec.module) != rank != cls.flat(spec)[0]:  # PEFT's rank is at most that of the outputs
+            require_rank(spec, config, rank)
         method, para, alpha = fields.get("decomposition_method"), fields.get("para", False), fields.get("alpha")
         if fields.get("peft_type") != cls.peft.type:
             raise InputError("only the config tells the projection of DEFT", culprit=spec.module)
