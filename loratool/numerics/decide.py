@@ -160,10 +160,10 @@ class Entries:
         dense = delta.dense(np.float64, ON_CPU)
         self.value = np.empty(delta.shape)
         dense.fill(slice(0, delta.shape[0]), 1.0, self.value)
-        self.error = (dense.errors + (1 + dense.sizes) * (2 * U))[:, None] * SLACK * np.ones((1, delta.shape[1]))
+        self.error = ((dense.errors + (1 + dense.sizes) * (2 * U)) * SLACK)[:, None]  # of each row
 
     def at(self, i: Positions, j: Positions) -> tuple[Wide, Wide]:
-        return self.value[i, j], self.error[i, j]
+        return self.value.reshape(-1).take(i * self.value.shape[1] + j), self.error[:, 0].take(i)
 
     def exact_at(self, i: int, j: int) -> Fraction:
         return 1 + self._delta.exact(i, j)

@@ -50,14 +50,6 @@ class Mixed:
         self.largest = max(self._largest, float(np.abs(matrices).max(initial=0.0)))
 
     @cached_property
-    def _lines(self) -> Bits:
-        """The runs of b numbers of W that mix, one below the other."""
-        if self._axis:
-            return self._bits.reshape(-1, self._size)
-        blocks = self._bits.reshape(-1, self._size, self._bits.shape[1]).swapaxes(1, 2)
-        return np.ascontiguousarray(blocks).reshape(-1, self._size)
-
-    @cached_property
     def _factors(self) -> Wide:
         """The columns of the matrices if columns mix, else the rows, one below the other."""
         M = self._matrices.swapaxes(2, 3) if self._axis else self._matrices
@@ -134,9 +126,13 @@ class Mixed:
         """Return the numbers of W and of M whose products D sums, (count, b) each."""
         b = self._size
         p, q = self._of_rows(i), j // b if self._matrices.shape[1] > 1 else np.zeros_like(j)
-        line = i * (self._bits.shape[1] // b) + j // b if self._axis else i // b * self._bits.shape[1] + j
         place = (p * self._matrices.shape[1] + q) * b + (j if self._axis else i) % b
-        return wide(self._lines.take(line, 0), self._form), self._factors.take(place, 0)
+        columns = self._bits.shape[1]
+        if self._axis:
+            bits = self._bits.reshape(-1, b).take(i * (columns // b) + j // b, 0)
+        else:
+            bits = self._bits.reshape(-1).take((i // b * b * columns + j)[:, None] + np.arange(b) * columns)
+        return wide(bits, self._form), self._factors.take(place, 0)
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         found, bound = np.empty(len(i)), np.empty(len(i))

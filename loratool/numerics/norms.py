@@ -18,12 +18,12 @@ from math import isqrt
 
 import numpy as np
 
-from .arrays import ON_CPU, Array, Numbers, fetched, matmul, sent, widen
+from .arrays import Array, Numbers, fetched, matmul, sent, widen
 from .decide import LEAST, SLACK, Delta, Factor, U
 from .dense import TILE
 from .error_free import two_product, two_sum
 from .forms import Wide, exponent, fraction, integers, power, wide
-from .products import ProductRows, Products, Term, norms
+from .products import ProductRows, norms
 from .tensors import AnyNumbers, numbers_of
 from .workspace import Workspace
 
@@ -204,78 +204,6 @@ def _pair_squares(delta: Delta, base: Numbers, line: Line) -> tuple[Fraction, Fr
     total = math.fsum(np.concatenate([square, e, 2 * sums * rest]))
     off = (math.fsum(error) + int((~zero).sum()) * LEAST + U * abs(total)) * SLACK
     return Fraction(total) - Fraction(off), Fraction(total) + Fraction(off)
-
-
-def row_products(base: Numbers, right: Numbers) -> Wide:
-    """Return W @ right, each number rounded to NORM_BITS bits, half away from 0; below LEAST they count as 0.
-
-    Args:
-        base: W, (rows, n), finite.
-        right: (n, p).
-    """
-    base = Numbers(base.host(), base.form)
-    rows = Products([Term(base, right, Fraction(1))]).rows(0, len(base))
-    dense, about = rows.dense(np.float64, ON_CPU), np.empty(rows.shape)
-    dense.fill(slice(0, len(base)), 0.0, about)
-    low, high = _short_ends(about, dense.errors[:, None])
-    i, j = np.nonzero(low != high)
-    if len(i):
-        total, rest, bound = rows.nearer(i, j)
-        ends = _short_ends(total, (np.abs(rest) + bound) * SLACK + np.abs(total) * U)
-        low[i, j] = ends[0]
-        for a, b in ((int(i[k]), int(j[k])) for k in np.flatnonzero(ends[0] != ends[1])):
-            low[a, b] = _short(rows.exact(a, b))
-    low[np.abs(low) < LEAST] = 0.0
-    return low
-
-
-def column_products(left: Numbers, blocks: Blocks, columns: int) -> Wide:
-    """Return L @ W, (p, n), rounded as by `row_products`, for a weight that is read by blocks of rows.
-
-    Args:
-        left: L, (p, rows), rows counted from the first of the weight.
-    """
-    total, rest = np.zeros((2, len(left), columns))
-    errors, off = np.zeros(len(left)), 0.0
-
-    def parts() -> Iterable[ProductRows]:
-        for first, base in blocks():
-            base = Numbers(base.host(), base.form)
-            yield Products([Term(left[:, first : first + len(base)], base, Fraction(1))]).rows(0, len(left))
-
-    for part in parts():
-        dense, about = part.dense(np.float64, ON_CPU), np.empty(part.shape)
-        dense.fill(slice(0, len(left)), 0.0, about)
-        total, e = two_sum(total, about)
-        rest, errors = rest + e, errors + dense.errors
-        off += U * float(np.abs(rest).max(initial=0.0))
-    low, high = _short_ends(total, (errors[:, None] + off) * SLACK + np.abs(rest) + np.abs(total) * U)
-    i, j = np.nonzero(low != high)
-    exact = [Fraction(0)] * len(i)
-    for part in parts() if len(i) else ():
-        exact = [x + part.exact(int(a), int(b)) for x, a, b in zip(exact, i, j, strict=True)]
-    low[i, j] = [_short(x) for x in exact]
-    low[np.abs(low) < LEAST] = 0.0
-    return low
-
-
-def _short_ends(x: Wide, error: Wide) -> tuple[Wide, Wide]:
-    """Round both ends of intervals to NORM_BITS bits, by integers."""
-    drop = 53 - NORM_BITS
-    low, high = (
-        ((np.ascontiguousarray(end).view(np.int64) + (1 << (drop - 1))) >> drop << drop).view(np.float64)
-        for end in (x - error, x + error)
-    )
-    return np.where(np.isfinite(x) & np.isfinite(error), low, np.nan), high
-
-
-def _short(x: Fraction) -> float:
-    """Return a number rounded to NORM_BITS bits, half away from 0."""
-    if not x:
-        return 0.0
-    unit = power(exponent(x) - NORM_BITS + 1)
-    rounded = (abs(x) / unit + Fraction(1, 2)).__floor__() * unit
-    return float(rounded if x > 0 else -rounded)
 
 
 def short_root(x: Fraction) -> Fraction:

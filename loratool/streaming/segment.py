@@ -21,9 +21,10 @@ from ..numerics.decide import Delta, Factor, Reals
 from ..numerics.forms import Wide
 from ..numerics.merge import RowMerge
 from ..numerics.mixed import Mixing
-from ..numerics.norms import column_norms, column_products, magnitude_ratio, row_norms, row_products
+from ..numerics.norms import column_norms, magnitude_ratio, row_norms
 from ..numerics.products import Products, Term
 from ..numerics.rounding_stats import RoundingStats
+from ..numerics.short_products import column_products, row_products
 from ..numerics.stored import RowsOf, Sum, Zero
 from ..numerics.workspace import Workspace
 

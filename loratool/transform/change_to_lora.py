@@ -27,7 +27,7 @@ from ..files.tensor_ref import TensorRef
 from ..numerics.arrays import ON_CPU, Numbers, doubled, widen
 from ..numerics.forms import F32, Single, Wide
 from ..numerics.linalg import norm
-from ..numerics.norms import column_products, row_products
+from ..numerics.short_products import column_products, row_products
 from ..numerics.svd import row_blocks
 from ..numerics.tensors import numbers_of
 from .delta_factors import DeltaFactors, SvdChoices, factor_delta

@@ -2,7 +2,7 @@
 
 So X = W - (W U) T U.T, where the inverse of T has, above the diagonal, U.T U, and on it half of that; with `apply_GS`,
 T = 2 (U.T U)^-1 (`peft/tuners/hra/layer.py`). K = -T U.T has the nearest float64 numbers, and W U numbers of 36 bits
-(`numerics.norms`), as many as U has columns for each row of W; an undo file has them.
+(`numerics.short_products`), as many as U has columns for each row of W; an undo file has them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A1 is (in, r), A2 (r, in), B1 (out, r), B2 (r, in), s alpha / r (`lycoris/modules/glora.py`). In a convolution A1 and A2
 act on the channels at each place of the kernel. Old files have A1 as `a2` and so on, which the shapes tell
-(ComfyUI, `comfy/weight_adapter/glora.py`). W A1 has numbers of 36 bits (`numerics.norms`); an undo file has them.
+(ComfyUI, `comfy/weight_adapter/glora.py`). W A1 has numbers of 36 bits (`numerics.short_products`); an undo file has
+them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 H = relu(W.T A.T), (in, r). Each encoder E makes relu(H E.T) of it, and each decoder D relu(H D.T) plus what went into
 the encoder, the last first (`peft/tuners/peanut/layer.py`). A W, and what goes into relu, have numbers of 36 bits
-(`numerics.norms`), a sum is one of float64. An undo file has A W, r numbers for each column of W. Other functions than
-relu are refused.
+(`numerics.short_products`), a sum is one of float64. An undo file has A W, r numbers for each column of W. Other
+functions than relu are refused.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class PEANuT(Update):
         import numpy as np
 
         from ...numerics.arrays import Numbers
-        from ...numerics.norms import row_products
         from ...numerics.products import Term
+        from ...numerics.short_products import row_products
 
         def layer(H: Wide, matrix: Numbers) -> Wide:
             return np.maximum(row_products(Numbers.of(H), matrix.T), 0.0)
