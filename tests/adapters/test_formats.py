@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import loratool
 from loratool.adapters.config import AdapterConfig
 from loratool.adapters.formats import FORMATS, is_adapter, open_adapter
-from loratool.adapters.formats.peft_config import BASE_MUTATING_INITS, REFUSED_FIELDS, base_mutating_init
+from loratool.adapters.formats.other_methods import OTHER_METHODS
+from loratool.adapters.formats.peft_config import BASE_MUTATING_INITS, base_mutating_init
 from loratool.adapters.patterns import Patterns
 from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.numerics.tensors import tensor_of
@@ -163,11 +164,22 @@ class TestBareFile:
             open_adapter(kohya, alpha=1)
 
 
-@pytest.mark.parametrize("field", REFUSED_FIELDS)
-def test_what_plain_lora_cannot_express_is_refused_by_its_field(tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "kind"),
+    [
+        ("alora_invocation_tokens", "ALORA"),
+        ("arrow_config", "ARROW"),
+        ("kasa_config", "KASA"),
+        ("lora_nums", "LORAMOE"),
+        ("use_qalora", "QALORA"),
+    ],
+)
+def test_what_plain_lora_cannot_express_is_refused_by_its_field(tmp_path: Path, field: str, kind: str) -> None:
     """Every switch of LoraConfig that changes the arithmetic."""
-    with pytest.raises(InputError, match=f"sets {field}: "):
+    method = OTHER_METHODS[kind]
+    with pytest.raises(InputError, match=rf"{kind} adapter \(its config sets {field}\), which {method.reason}"):
         open_adapter(write_peft(tmp_path / "a", {Q: factors(6, 4, 2)}, **{field: True}))
+    open_adapter(write_peft(tmp_path / "b", {Q: factors(6, 4, 2)}, **{field: False}))
 
 
 def test_a_default_config_of_peft_is_not_refused(tmp_path: Path) -> None:

@@ -30,8 +30,17 @@ PROMPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "MULTITASK_PROMPT_TUNING": ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 5, "num_tasks": 2}),
     "ADAPTION_PROMPT": ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}),
     "CPT": ("CPTConfig", {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]}),
+    "CARTRIDGE": ("CartridgeConfig", {"num_virtual_tokens": 4}),
 }
 TARGETS = {"target_modules": ["q_proj", "down_proj"]}
+# what no weight could hold, though its tensors are of layers
+ROUTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "LILY": ("LilyConfig", {**TARGETS, "r": 4, "num_B": 2, "stride_A": 1}),
+    "POLY": ("PolyConfig", {**TARGETS, "r": 4}),
+    "SHADOW": ("ShadowConfig", {}),
+    "ALORA": ("LoraConfig", {**TARGETS, "alora_invocation_tokens": [1, 2]}),
+    "QALORA": ("LoraConfig", {**TARGETS, "use_qalora": True}),
+}
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "IA3": ("IA3Config", {**TARGETS, "feedforward_modules": ["down_proj"]}),
     "LN_TUNING": ("LNTuningConfig", {"target_modules": ["input_layernorm"]}),
@@ -61,6 +70,11 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "DEFT": ("DeftConfig", {**TARGETS, "r": 4}),
     "PEANUT": ("PeanutConfig", {**TARGETS, "r": 4, "depth": 1}),
     "ROAD": ("RoadConfig", {**TARGETS, "group_size": 8}),
+    "KASA": ("LoraConfig", {**TARGETS, "r": 4, "kasa_config": {"beta": 1e-4}}),
+    "OSF": ("OSFConfig", {**TARGETS, "effective_rank": 8}),
+    "FROD": ("FrodConfig", TARGETS),
+    "PSOFT": ("PsoftConfig", {**TARGETS, "r": 6}),
+    "ADAMSS": ("AdamssConfig", {**TARGETS, "r": 8, "num_subspaces": 3}),
     "OFT": ("OFTConfig", {**TARGETS, "oft_block_size": 8}),
     "BOFT": ("BOFTConfig", {**TARGETS, "boft_block_size": 8}),
 }
@@ -77,7 +91,9 @@ def saved_by_peft(kind: str, folder: Path) -> Any:
     import peft
     from transformers import AutoModelForCausalLM
 
-    name, fields = {**PROMPTS, **LAYERS}[kind]
+    name, fields = {**PROMPTS, **ROUTED, **LAYERS}[kind]
+    if kind == "ADAMSS":
+        pytest.importorskip("sklearn", reason="peft clusters with scikit-learn")
     if not hasattr(peft, name):
         pytest.skip(f"peft {peft.__version__} has no {name}")
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
@@ -103,6 +119,45 @@ def test_what_peft_leaves_of_prompts(tmp_path: Path, kind: str) -> None:
     assert (report.tensors, report.parameters, report.nbytes) == counted(tmp_path / "a")
     with pytest.raises(InputError, match=OTHER_METHODS[kind].reason):
         loratool.merge(BASE, tmp_path / "a", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_what_peft_cannot_merge_either(tmp_path: Path, kind: str) -> None:
+    live = saved_by_peft(kind, tmp_path / "a")
+    if kind != "QALORA":  # peft only has it on GPTQ's layers: on others it is plain LoRA
+        with pytest.raises((NotImplementedError, AttributeError, RuntimeError, ValueError, TypeError)):
+            live.merge_and_unload()
+    assert_refused(tmp_path / "a", kind)
+
+
+def assert_refused(folder: Path, kind: str) -> None:
+    method, report = OTHER_METHODS[kind], report_of(folder)
+    assert (report.method, report.outcome) == (kind, "neither") and "not supported" not in report.verdict
+    with pytest.raises(InputError) as error:
+        loratool.merge(BASE, folder, folder.parent / "out")
+    assert method.reason in str(error.value) and error.value.remedy == method.remedy
+
+
+def test_routers_of_peft(tmp_path: Path) -> None:
+    """Each of the adapters that they choose from lies beside them, and is merged by itself."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    def model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, use_cache=False)
+
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **TARGETS)
+    for name in "01":
+        peft.get_peft_model(model(), config).save_pretrained(tmp_path / name)
+    each = {name: str(tmp_path / name) for name in "01"}
+    routed = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, xlora_depth=2, adapters=each)
+    peft.get_peft_model(model(), routed).save_pretrained(tmp_path / "xlora")
+    assert_refused(tmp_path / "xlora", "XLORA")
+    chosen = peft.create_arrow_model(model(), list(each.values()), peft.ArrowConfig(top_k=2))
+    chosen.save_pretrained(tmp_path / "arrow")
+    assert_refused(tmp_path / "arrow/arrow_router", "ARROW")
+    for beside in (tmp_path / "0", tmp_path / "arrow/task_1"):  # peft saves no factors of the former beside X-LoRA
+        assert loratool.merge(BASE, beside, tmp_path / "merged", force=True).changed == 6
 
 
 def test_every_method_that_peft_can_merge_is_tried_below() -> None:

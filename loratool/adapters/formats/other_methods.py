@@ -48,13 +48,17 @@ _INPUTS = "adds inputs, and no weight could hold them"
 
 _KEYS = "adds keys and values to every layer, and no weight could hold them"
 
-_UNSUPPORTED = "is not supported yet"
+_MIXES = "mixes matrices depending on its input, and no weight could hold that"
 
-_MULTIPLIES = "multiplies weights by a matrix"
+_UNSUPPORTED = "is not supported yet"
 
 _EXTRACT = "`loratool extract BASE MODEL` makes an adapter of the change"
 
 _BY_PEFT = f"merge it with peft (merge_and_unload), save the model, and {_EXTRACT}"
+
+_BY_PEFT_THERE = _BY_PEFT.replace(" (merge_and_unload)", " (merge_and_unload) where it was trained", 1)
+
+_ONE_BY_ONE = "each of the adapters that it chooses from can be merged by itself"
 
 _BY_ADAPTERS = (
     "merge it with adapters (merge_adapter, exact for LoRA), save the model without its .loras. tensors, and "
@@ -80,7 +84,32 @@ OTHER_METHODS = {
     ),
     "PROMPT": OtherMethod("prompt or prefix tuning", "neither", _INPUTS, ("prompt_embeddings",)),
     "REFT": OtherMethod("ReFT", "neither", "edits hidden states, and no weight could hold that", ("refts.",)),
-    "XLORA": OtherMethod("X-LoRA", "neither", "mixes adapters depending on its input, and no weight could hold that"),
+    "XLORA": OtherMethod("X-LoRA", "neither", _MIXES, ("internal_xlora_classifier.",), _ONE_BY_ONE),
+    "ARROW": OtherMethod("Arrow", "neither", _MIXES, (), _ONE_BY_ONE),
+    "LORAMOE": OtherMethod("LoRAMoE or HydraLoRA", "neither", _MIXES),
+    "LILY": OtherMethod("Lily", "neither", _MIXES, ("lily_A.", "lily_B.", "lily_router.")),
+    "POLY": OtherMethod(
+        "Poly",
+        "neither",
+        "mixes matrices depending on the task of its input, and no weight could hold that",
+        ("poly_lora_", "poly_router."),
+    ),
+    "ALORA": OtherMethod(
+        "an activated LoRA (aLoRA)", "neither", "acts on a part of the prompt only, and no weight could hold that"
+    ),
+    "SHADOW": OtherMethod(
+        "Shadow",
+        "neither",
+        "runs a second network beside the layers, and no weight could hold that",
+        ("shadow_update_gate.", "shadow_backbone."),
+    ),
+    "QALORA": OtherMethod(
+        "QA-LoRA",
+        "neither",
+        "takes averages of groups of its inputs, and PEFT, which defines it, merges it nowhere",
+        (),
+        "if each lora_A is as wide as its layer, peft made it plain LoRA: set use_qalora to false in the config",
+    ),
     "LORAS": OtherMethod(
         "a variant of LoRA ((IA)3, VeRA, DoRA, gates), or LoRA without a config, in AdapterHub's format",
         "extracted",
@@ -88,7 +117,41 @@ OTHER_METHODS = {
         ("loras.",),
         _BY_ADAPTERS,
     ),
-    "KASA": OtherMethod("KaSA", "neither", "truncates the base", ("lora_diag",)),
+    "KASA": OtherMethod(
+        "KaSA",
+        "extracted",
+        "removes the smallest singular parts of each weight, and what an SVD finds differs by machine",
+        ("lora_diag",),
+        _BY_PEFT,
+    ),
+    "OSF": OtherMethod(
+        "OSF",
+        "extracted",
+        "replaces the smallest singular parts of each weight, and what an SVD finds differs by machine",
+        ("osf_svd_params.",),
+        _BY_PEFT,
+    ),
+    "FROD": OtherMethod(
+        "FRoD",
+        "extracted",
+        "solves equations as wide as each weight, and the result differs by machine",
+        ("frod_lambda_", "frod_V."),
+        _BY_PEFT,
+    ),
+    "PSOFT": OtherMethod(
+        "PSOFT",
+        "extracted",
+        "turns the largest singular vectors of each weight, and their signs, which decide, differ by machine",
+        ("psoft_R.",),
+        _BY_PEFT_THERE,
+    ),
+    "ADAMSS": OtherMethod(
+        "AdaMSS",
+        "extracted",
+        "changes clusters of rows that a search finds in each weight, and they are not in the file",
+        ("adamss_",),
+        _BY_PEFT_THERE,
+    ),
     "NEMO": OtherMethod(
         "LoRA in NeMo's and Megatron's own names",
         "extracted",
@@ -124,6 +187,15 @@ BIASES = OtherMethod(
 
 # A file with only extras.
 EMBEDDINGS = OtherMethod("only embeddings of tokens (textual inversion)", "neither", _INPUTS)
+
+# A field of PEFT's config that is set (not null, false or empty) -> a key of OTHER_METHODS
+METHOD_FIELDS = {
+    "alora_invocation_tokens": "ALORA",
+    "arrow_config": "ARROW",
+    "kasa_config": "KASA",
+    "lora_nums": "LORAMOE",
+    "use_qalora": "QALORA",
+}
 
 # AdapterHub's `architecture` -> a key of OTHER_METHODS, for configs of tensors without a mark.
 _ARCHITECTURES = {"": "BOTTLENECK", "lora": "LORAS", "mtl_lora": "LORAS", "reft": "REFT"}
@@ -165,6 +237,8 @@ def refused_tensor(tensor: str, name: str) -> InputError:
 def peft_type(fields: Mapping[str, Any]) -> Any:
     """Return the method that a config names: a `peft_type`, a key of OTHER_METHODS, or None."""
     kind = fields.get("peft_type")
+    if found := next((method for field, method in METHOD_FIELDS.items() if fields.get(field)), None):
+        return found if kind in (None, *READ) else kind
     if kind is None and isinstance(nested := fields.get("config"), dict):  # AdapterHub nests a config
         architecture = str(nested.get("architecture") or "")
         if is_adapterhub_lora(fields):

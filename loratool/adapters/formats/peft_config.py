@@ -24,7 +24,7 @@ from ..updates.replace import ReplaceTensor
 from ..updates.rows import ReplaceRows
 from ..updates.update import UpdateSpec
 from .content import NewModule
-from .other_methods import READ, method_of_peft_type, peft_type
+from .other_methods import METHOD_FIELDS, READ, method_of_peft_type, peft_type
 from .run_states import verl_fields
 
 CONFIG_NAME = "adapter_config.json"
@@ -37,15 +37,6 @@ SCALING = ("lora_alpha", "alpha_pattern", "use_rslora")
 RANKS = ("r", "rank", "init_r", "target_r")
 FLAGS = ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias")
 NESTED = ("rank_pattern", "lora_parameters", "config")
-
-# Field -> its effect on the arithmetic. A field that is null, false or empty does not count.
-REFUSED_FIELDS = {
-    "alora_invocation_tokens": "an activated LoRA (aLoRA) acts on a part of the prompt only, so it can never be merged",
-    "use_qalora": "QA-LoRA's A sees an averaged input",
-    "lora_nums": "LoRAMoE and HydraLoRA mix several pairs of factors depending on their input",
-    "arrow_config": "Arrow routes between several adapters",
-    "kasa_config": "KaSA truncates the base",
-}
 
 # PEFT lists all of these; a classifier has some of them, depending on its class.
 CLASSIFIERS = ("classifier", "score", "qa_outputs")
@@ -134,7 +125,7 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
     """Check a config's fields and return those that decide rank and scale.
 
     Raises:
-        InputError: the config is not of LoRA, sets one of REFUSED_FIELDS, or a field has a wrong type.
+        InputError: the config is of a method that is not read, or a field has a wrong type.
         UsageError: `alpha` contradicts the config.
     """
     if "lora_parameters" in fields or "fine_tune_type" in fields:
@@ -150,11 +141,9 @@ def parse_config(name: str, fields: Mapping[str, Any], alpha: float | None) -> A
         )
     if kind not in READ:
         method = method_of_peft_type(str(kind))
-        method_name = with_article(str(kind))
-        raise InputError(f"is {method_name} adapter, which {method.reason}", culprit=name, remedy=method.remedy)
-    for field, reason in REFUSED_FIELDS.items():
-        if fields.get(field):
-            raise InputError(f"its config sets {field}: {reason}", culprit=name)
+        field = next((each for each, key in METHOD_FIELDS.items() if key == kind and fields.get(each)), None)
+        what = f"is {with_article(str(kind))} adapter{f' (its config sets {field})' if field else ''}"
+        raise InputError(f"{what}, which {method.reason}", culprit=name, remedy=method.remedy)
     peft_method = peft_methods().get(kind)
     named = peft_method.alpha if peft_method else "lora_alpha"
     stored = _number(name, fields, named, (int, float)) if named else None
