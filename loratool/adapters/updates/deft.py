@@ -1,8 +1,8 @@
 """Project outputs away and add others, DEFT (2025): X = W + P (s R - F) with F = relu(P).T W, s = alpha / r or 1.
 
 With `para`, PaRa (Chen et al., 2024), R is 0. F has numbers of 36 bits (`numerics.short_products`), r for each column
-of W; an undo file has them. The projection by a QR decomposition (`decomposition_method="qr"`), whose signs are LAPACK's, is
-refused (`peft/tuners/deft/layer.py`).
+of W; an undo file has them. The projection by a QR decomposition (`decomposition_method="qr"`), whose signs are
+LAPACK's, is refused (`peft/tuners/deft/layer.py`).
 """
 
 from __future__ import annotations
