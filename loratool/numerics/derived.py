@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Numbers
 from .decide import SLACK, U
 from .error_free import two_product, two_sum
 from .forms import F64, Wide, integers
@@ -213,11 +212,6 @@ class Fixed:
         scale = 1 << UNIT
         flat = [int(x) / scale for x in self.numbers.reshape(-1)]  # Python rounds such a quotient once
         return np.array(flat, np.float64).reshape(self.numbers.shape)
-
-
-def exact(x: Numbers) -> list[Wide]:
-    """Return stored matrices, (n, p, q), as arguments of `derived_numbers`."""
-    return [x.wide()]
 
 
 def derived_numbers(function: Callable[..., Any], *inputs: Sequence[Wide]) -> Wide:
