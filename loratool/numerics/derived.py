@@ -25,7 +25,7 @@ from .error_free import two_product, two_sum
 from .forms import F64, Wide, integers
 
 LEAST = 2.0**-200  # smaller derived numbers count as 0
-KEPT = 88  # bits of the largest number in a matrix that its slices have
+KEPT = 76  # bits of the largest number in a matrix that its slices have, and more for longer sums
 UNIT = 256  # bits behind the point of integers
 REACH = 180  # matrices whose largest number is beyond 2**-180 and 2**180 are computed in integers
 STEPS = 12  # of Newton's method at most; each doubles the right bits of an inverse
@@ -101,8 +101,9 @@ class Pairs:
 
     def __matmul__(self, other: Pairs) -> Pairs:
         count = self.high.shape[2]
-        bits = (53 - math.ceil(math.log2(max(2, count)))) // 2
-        slices = -(-KEPT // bits)
+        length = math.ceil(math.log2(max(2, count)))
+        bits = (53 - length) // 2
+        slices = -(-(KEPT + 4 * length) // bits)  # as an inverse adds up the errors of two products
         X, Y = (_power_above(_largest(np.abs(x.high))) for x in (self, other))
         left, right = _sliced(self, X, bits, slices), _sliced(other, Y, bits, slices)
         shape = max(len(self.high), len(other.high)), self.high.shape[1], other.high.shape[2]
