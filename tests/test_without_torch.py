@@ -32,7 +32,7 @@ from loratool.files.output.output import CONTAINERS
 
 LLAMA, GPT2, SDXL = (FIXTURES / name for name in ("llama", "gpt2", "sdxl"))
 
-# Runs the commands of a JSON list, and prints the exit code of each with the places in loratool that import torch
+# Runs the commands of a JSON list on stdin; prints the exit code of each with the places in loratool that import torch
 BLOCKED = """
 import json, sys, traceback
 places = []
@@ -45,7 +45,7 @@ class NoTorch:
 sys.meta_path.insert(0, NoTorch())
 from loratool.cli import _run
 results = []
-for argv in json.loads(sys.argv[1]):
+for argv in json.loads(sys.stdin.read()):
     results.append([argv, _run(argv), places[:]])
     places.clear()
 print(json.dumps(results))
@@ -56,7 +56,8 @@ def run_without_torch(*commands: tuple[object, ...]) -> list[tuple[list[str], in
     """Run commands in one process that cannot import torch: each with its exit code and where it imports torch."""
     listed = json.dumps([[str(word) for word in argv] for argv in commands])
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", BLOCKED, listed], capture_output=True, text=True, env=environment)
+    run = [sys.executable, "-c", BLOCKED]
+    done = subprocess.run(run, input=listed, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results: list[tuple[list[str], int, list[list[str]]]] = json.loads(done.stdout.splitlines()[-1])
     return results
@@ -254,7 +255,8 @@ def test_language_models_adapters_of_each_kind(tmp_path: Path) -> None:
             options.append((*PLAIN, "--initial", str(before)))
         cases += [(kind, source.adapter, words) for words in options]
     done = converted(tmp_path, cases)
-    assert {kind for kind, _ in done} == LANGUAGE.keys() - {"vera", "ia3"}
+    without_factors = "vera pvera randlora shira supertuning fourierft waveft miss bone beft ia3".split()
+    assert {kind for kind, _ in done} == LANGUAGE.keys() - {*without_factors}
     assert {words[: words.index("--base")] for _, words in done if "--base" in words} == {*WITH_BASE, PLAIN}
     assert any("--initial" in words for _, words in done)
 
@@ -263,7 +265,9 @@ def test_image_models_adapters_of_each_kind(tmp_path: Path) -> None:
     sources = {kind: write_image(tmp_path / kind.replace(" ", ""), "sdxl", kind).adapter for kind in IMAGE}
     options = (("--to", "diffusers"), ("--to", "kohya", "--dtype", "bf16"), ("--to", "diffusers", *PLAIN[2:]))
     done = converted(tmp_path, [(*source, words) for source in sources.items() for words in options])
-    assert {kind for kind, _ in done} == IMAGE.keys() - {"diff", "ia3"} and {words for _, words in done} == {*options}
+    assert {kind for kind, _ in done} == IMAGE.keys() - {"diff", "ia3", "oft_blocks", "lycoris_glora"} and {
+        words for _, words in done
+    } == {*options}
 
 
 def test_adapters_of_each_kind(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import ON_CPU, Array, Kind, empty, sent
+from .arrays import ON_CPU, Array, Kind, Numbers, empty, sent
 from .decide import LEAST, SLACK, Delta, DenseDelta, Factor, U, anything
 from .error_free import two_product
 from .forms import Positions, Wide
 from .products import LEAST_OF, UNIT_OF, split_scale
+from .stored import Stored
 
 Mask = npt.NDArray[np.bool_]
 Pair = tuple[Wide, Wide, Wide]  # high, low and a bound, as `Delta.near` has them
@@ -35,7 +36,8 @@ class _Multiplied(ABC):
         self._first, self._second, self._scale = first, second, scale
         significand, e, _ = self._split = split_scale(scale)
         self._in_range = abs(e) <= SCALES or not scale
-        self._factor = float(np.ldexp(significand, e)) if self._in_range and scale else 0.0
+        with np.errstate(all="ignore"):
+            self._factor = float(np.ldexp(significand, e)) if scale else 0.0  # beyond float64 it is inf or 0
 
     @cached_property
     def largest(self) -> float:
@@ -156,6 +158,11 @@ class Kron(_Multiplied):
         p, q = self._second.shape
         i = self._rows.take(i)
         return i // p, j // q, i % p, j % q
+
+
+def multiple(delta: Delta, scale: Fraction) -> Kron:
+    """Return scale * D."""
+    return Kron(Stored(Numbers.of(np.ones((1, 1), np.float32)), 1.0), delta, scale, slice(0, delta.shape[0]))
 
 
 class Scaled:

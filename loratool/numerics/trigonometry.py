@@ -1,12 +1,18 @@
-"""Compute cosines and sines to some 300 bits, by integers."""
+"""Compute cosines and sines by integers to some 300 bits, of which the C library has no part."""
 
 from __future__ import annotations
 
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
+
+import numpy as np
+
+from .forms import Wide
 
 BITS = 320  # behind the point
 LARGEST = 1 << 128  # angle, beyond all numbers of float32
+COSINES = {0: 1.0, 2: 0.5, 3: 0.0, 4: -0.5, 6: -1.0, 8: -0.5, 9: 0.0, 10: 0.5}  # twelfths of a turn -> cosine
+KEPT_TABLES = 8
 
 
 def cos_sin(angle: Fraction) -> tuple[Fraction, Fraction]:
@@ -25,6 +31,31 @@ def cos_sin(angle: Fraction) -> tuple[Fraction, Fraction]:
     cosine, sine = _series(rest, 0), _series(rest, 1)
     pair = ((cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine))[quarters % 4]
     return Fraction(pair[0], 1 << BITS), Fraction(pair[1], 1 << BITS)
+
+
+@lru_cache(KEPT_TABLES)
+def cosines_and_sines(count: int) -> tuple[Wide, Wide]:
+    """Return the cosines and the sines of m / count of a turn, for m from 0 up to, and without, `count`.
+
+    Each is the float64 number nearest to its real value. By Niven's theorem these are rational only where they are 0,
+    1/2 or 1 in size, at twelfths of a turn. All others are irrational, so none is a tie.
+    """
+    first = cos_sin(Fraction(2 * _pi(2 * BITS), count << 2 * BITS))
+    first_c, first_s = (int(x * (1 << BITS)) for x in first)
+    c, s = 1 << BITS, 0
+    found: tuple[list[float], list[float]] = [], []
+    for m in range(count // 2 + 1):
+        twelfths, between = divmod(12 * m, count)
+        for value, into, shift in ((c, found[0], 0), (s, found[1], 9)):
+            known = None if between else COSINES.get((twelfths + shift) % 12)
+            into.append(value / (1 << BITS) if known is None else known)
+        c, s = (c * first_c - s * first_s) >> BITS, (s * first_c + c * first_s) >> BITS
+    half = np.array(found)
+    back = half[:, count - len(half[0]) : 0 : -1]  # m and count - m have one cosine, and opposite sines
+    cosines, sines = np.concatenate([half, [back[0], 0 - back[1]]], axis=1)
+    for table in (cosines, sines):
+        table.flags.writeable = False  # the cache has them
+    return cosines, sines
 
 
 def _series(x: int, first: int) -> int:

@@ -128,6 +128,22 @@ def test_projections_without_vera(tmp_path: Path, kind: str) -> None:
         ("randlora", {"r": 6}, "rank 6"),
         ("gralora", {"r": 8}, "rank 8"),
         ("gralora", {"hybrid_r": 1}, "hybrid_r 1, but its tensors have 0"),
+        ("fourierft", {"n_frequency": 21}, "says n_frequency 21, but it has 20 numbers"),
+        ("fourierft", {"scaling": None}, "only the config tells its scaling"),
+        ("fourierft", {"scaling": "150"}, "scaling is '150', not a finite number"),
+        ("fourierft", {"scaling": True}, "scaling is True, not a finite number"),
+        ("fourierft", {"scaling": torch.inf}, "not a finite number"),
+        ("fourierft", {"scaling": torch.nan}, "not a finite number"),
+        ("fourierft", {"scaling": 10**400}, "not a finite number"),
+        ("fourierft", {"random_loc_seed": None}, "only the config tells its random_loc_seed"),
+        ("fourierft", {"random_loc_seed": 777.0}, "random_loc_seed is 777.0, not one of torch's"),
+        ("waveft", {"random_loc_seed": 2**64}, "not one of torch's"),
+        ("waveft", {"random_loc_seed": -(2**63) - 1}, "not one of torch's"),
+        ("waveft", {"use_idwt": None}, "only the config tells its use_idwt"),
+        ("waveft", {"use_idwt": 1}, "use_idwt is 1, not true or false"),
+        ("waveft", {"wavelet_family": None}, "only the config tells its wavelet_family"),
+        ("waveft", {"wavelet_family": "coif5"}, "wavelet_family is 'coif5', and known are db1"),
+        ("waveft", {"wavelet_family": ["db1"]}, "and known are db1"),
     ],
 )
 def test_ranks_of_another_adapter(tmp_path: Path, kind: str, fields: Mapping[str, Any], match: str) -> None:
@@ -178,7 +194,7 @@ def test_a_weight_that_fits_both_ways(tmp_path: Path, transposed: bool) -> None:
         ("shira", {"shira_indices": torch.full((2, 62), 6)}, r"names the element \(6, 6\) of a weight of \(25, 6\)"),
         ("shira", {"shira_indices": torch.full((2, 62), -1)}, "negative numbers or fractions"),
         ("shira", {"shira_indices": torch.full((2, 62), 0.5)}, "negative numbers or fractions"),
-        ("shira", {"shira_indices": torch.zeros((2, 62), dtype=torch.int16)}, "is I16, not of I32, I64, F32"),
+        ("shira", {"shira_indices": torch.zeros((2, 62), dtype=torch.float16)}, "has dtype F16, not one of whole"),
         ("shira", {"shira_weight": torch.full((62,), torch.nan)}, "nan or inf"),
         ("supertuning", {"supertuning_values": N(41)}, r"\(41,\) numbers at \(40,\) places"),
         ("supertuning", {"supertuning_indices": torch.full((40,), 150)}, "names the element 150 of a weight"),
@@ -213,17 +229,32 @@ def test_a_weight_that_fits_both_ways(tmp_path: Path, transposed: bool) -> None:
         ("peanut deep", {"peanut_encoders.0.weight": N(3, 2)}, "make no network"),
         ("peanut", {"peanut_decoders.0.weight": N(3, 3)}, "make no network"),
         ("glora vector", {"glora_A.X": N(24, 1), "glora_B.X": N(24, 1)}, "but the base weight is"),
+        ("fourierft", {"fourierft_spectrum": N(20, 1)}, "not a list of numbers"),
+        ("fourierft", {"fourierft_spectrum": N(0)}, "not a list of numbers"),
+        ("fourierft", {"fourierft_spectrum": N(151)}, "but the base weight is"),
+        ("fourierft", {"fourierft_spectrum": torch.full((20,), torch.nan)}, "nan or inf"),
+        ("fourierft", {"fourierft_spectrum": torch.full((20,), 1e-40, dtype=torch.float64)}, "beyond 2"),
+        ("waveft", {"waveft_spectrum": N(151)}, "but the base weight is"),
+        ("waveft", {"waveft_spectrum": torch.full((30,), torch.inf)}, "nan or inf"),
+        ("waveft", {"waveft_spectrum": torch.full((30,), 1e40, dtype=torch.float64)}, "beyond 2"),
     ],
 )
 def test_tensors_of_another_size(tmp_path: Path, kind: str, roles: Roles, match: str) -> None:
     adapter = peft(kind)
-    fields = {"mini_r": 5} if kind == "miss mini" else {}
+    fields = {"mini_r": 5} if kind == "miss mini" else {"n_frequency": None}
     other = replace(adapter, roles={**adapter.roles, **roles}, config={**adapter.config, **fields})
     refuse(tmp_path, adapter.layer, other.write(tmp_path / "a"), match)
 
 
 @pytest.mark.parametrize(
-    ("kind", "match"), [("lokr full", "rank"), ("ia3 conv", "only the config"), ("adalora", "init_r")]
+    ("kind", "match"),
+    [
+        ("lokr full", "rank"),
+        ("ia3 conv", "only the config"),
+        ("adalora", "init_r"),
+        ("fourierft", "only the config tells its scaling"),
+        ("waveft", "only the config tells its scaling"),
+    ],
 )
 def test_what_only_a_config_says(tmp_path: Path, kind: str, match: str) -> None:
     """No value of --alpha would make it mergeable, so that none is asked for."""

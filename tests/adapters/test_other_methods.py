@@ -63,6 +63,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
         "VBLoRAConfig",
         {**TARGETS, "r": 4, "num_vectors": 24, "vector_length": 4, "topk": 3, "save_only_topk_weights": True},
     ),
+    "FOURIERFT": ("FourierFTConfig", {**TARGETS, "n_frequency": 50}),
+    "WAVEFT": ("WaveFTConfig", {**TARGETS, "n_frequency": 90, "wavelet_family": "sym4"}),
     "DELORA": ("DeloraConfig", {**TARGETS, "r": 4}),
     "HRA": ("HRAConfig", {**TARGETS, "r": 4}),
     "HIRA": ("HiraConfig", {**TARGETS, "r": 4}),

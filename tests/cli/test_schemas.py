@@ -105,8 +105,8 @@ inspect {tmp}/signed --digest --files                                           
 inspect {llama}/adapter --for vllm --base {llama}/base                                       RuntimeInspection 0
 inspect {tmp}/kinds --for sglang                                                              RuntimeInspection 1
 convert {llama}/adapter --for sglang --base {llama}/base -o {tmp}/sglang                      ConvertReport 0
-inspect {tmp}/oft                                                                             MethodReport 0
-inspect {tmp}/oft --strict                                                                    MethodReport 1
+inspect {tmp}/psoft                                                                           MethodReport 0
+inspect {tmp}/psoft --strict                                                                  MethodReport 1
 run {tmp}/wrong.json --dry-run                                                                RunReport 0
 run {tmp}/wrong.json                                                                          RunReport 1
 resize {tmp}/small --rank 2 -o {tmp}/pinned --save-recipe {tmp}/pinned.json --lock            ResizeReport 0
@@ -195,9 +195,9 @@ def make_inputs(tmp: Path) -> None:
     (tmp / "wrong.json").write_text(json.dumps({**verify, "merged": str(LLAMA / "base")}))
     shutil.copytree(LLAMA / "adapter", tmp / "signed")
     write_signature(tmp / "signed", "gone")
-    (tmp / "oft").mkdir()
-    save_file({"base_model.model.x.oft_R.weight": weights(2, 1)}, tmp / "oft" / "adapter_model.safetensors")
-    (tmp / "oft" / "adapter_config.json").write_text('{"peft_type": "OFT", "target_modules": ["x"]}')
+    (tmp / "psoft").mkdir()
+    save_file({"base_model.model.x.psoft_R.weight": weights(2, 1)}, tmp / "psoft" / "adapter_model.safetensors")
+    (tmp / "psoft" / "adapter_config.json").write_text('{"peft_type": "PSOFT", "target_modules": ["x"]}')
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def test_the_change_of_each_kind(kind: str, tmp_path: Path) -> None:
     file = write_lycoris(tmp_path / "adapter.safetensors", {"a.q": roles})
     with loratool.open_adapter(file) as adapter:
         module = next(each for name, each in adapter.items() if "bias" not in name)
-        if module.kind in ("dora", "ia3"):
+        if module.kind in ("dora", "ia3", "oft_blocks", "lycoris_glora"):
             with pytest.raises(InputError, match=f"is {module.kind}: its delta depends on the weight\nmerge it"):
                 module.delta()
         elif module.kind == "diff":
@@ -72,13 +72,18 @@ def test_the_change_of_each_kind(kind: str, tmp_path: Path) -> None:
                 _ = module.A
 
 
+NEEDS_THE_WEIGHT = (
+    "ia3 vera pvera randlora fourierft waveft miss bone shira oft boft bat road hra hira glora deft peanut"
+).split()
+
+
 @pytest.mark.parametrize("kind", PEFT_KINDS)
 def test_the_change_of_each_kind_of_peft(kind: str, tmp_path: Path) -> None:
     made = peft_of(kind, torch.float32)
     (update, *_) = peft_updates(made, SHAPES[made.layer]).values()
     with loratool.open_adapter(made.write(tmp_path / "adapter")) as adapter:
         module = next(iter(adapter.values()))
-        if kind == "supertuning" or module.kind in ("ia3", "vera", "pvera", "randlora", "miss", "bone", "shira"):
+        if kind == "supertuning" or module.kind in NEEDS_THE_WEIGHT:
             with pytest.raises(InputError, match=f"is {module.kind}: its delta depends on the weight('s size)?\n"):
                 module.delta()
         else:

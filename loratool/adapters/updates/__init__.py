@@ -12,6 +12,7 @@ from .delora import DeLoRA
 from .diff import Diff
 from .dora import DoRA
 from .experts import Experts
+from .fourierft import FourierFT
 from .glora import GLoRA
 from .gralora import GraLoRA
 from .hira import HiRA
@@ -38,6 +39,7 @@ from .unilora import UniLoRA
 from .update import PeftMethod, Update
 from .vblora import VBLoRA
 from .vera import VeRA
+from .waveft import WaveFT
 
 # kind in reports -> class
 UPDATES: dict[str, type[Update]] = {
@@ -53,6 +55,8 @@ UPDATES: dict[str, type[Update]] = {
         RandLoRA,
         SHiRA,
         SuperTuning,
+        FourierFT,
+        WaveFT,
         MiSS,
         Bone,
         GraLoRA,

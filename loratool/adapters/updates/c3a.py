@@ -60,17 +60,11 @@ class C3A(Update):
         return cls(tensors["c3a_kernel"], spec.scale)
 
     def delta(self, weight: float, transposed: bool) -> RowsOfDelta:
-        import numpy as np
-
-        from ...numerics.arrays import Numbers
-        from ...numerics.composed import Kron
+        from ...numerics.composed import multiple
         from ...numerics.stored import Stored
 
-        one = Stored(Numbers.of(np.ones((1, 1), np.float32)), 1.0)  # by which `Kron` multiplies, beside the scale
         scale = Fraction(self.scale) * Fraction(weight)
-        return lambda start, stop: Kron(
-            one, Stored(self._rows(start, stop, transposed), 1.0), scale, slice(0, stop - start)
-        )
+        return lambda start, stop: multiple(Stored(self._rows(start, stop, transposed), 1.0), scale)
 
     def factors(self) -> tuple[Wide, Wide]:
         down, _, size = self.kernel.shape

@@ -96,19 +96,11 @@ def _squares(matrix: Numbers) -> list[Fraction]:
     """Return the sum of the squares of each row."""
     import numpy as np
 
+    from ...numerics.error_free import exact_sum
     from ...numerics.exact_factors import multiply_exactly
 
     parts = np.concatenate([part.wide() for part in multiply_exactly(matrix, matrix)], axis=1)
-    return [_total(row) for row in parts.tolist()]
-
-
-def _total(values: list[float]) -> Fraction:
-    """Return an exact sum; each round subtracts the rounded sum of what is left."""
-    total = Fraction(0)
-    while part := math.fsum(values):
-        total += Fraction(part)
-        values.append(-part)
-    return total
+    return [exact_sum(row) for row in parts.tolist()]
 
 
 def nearest_root(x: Fraction) -> float:

@@ -179,6 +179,7 @@ class Update(ABC):
     additive: ClassVar[bool] = True  # a tensor can have any number of such updates, which are summed; else only one
     in_turn: ClassVar[bool] = True  # its program merges several that are not additive one after the other
     stack: ClassVar[bool] = False  # it changes a stack of matrices
+    of_whole: ClassVar[bool] = False  # its change of some rows depends on how many rows the module has
     flattened: ClassVar[bool] = False  # its columns may include a kernel of a size that its tensors do not show
     in_stored_layout: ClassVar[bool] = False  # it changes a tensor in the stored layout, whether transposed or not
     reads_columns: ClassVar[bool] = False  # its change depends on numbers of each column (`reading`)
@@ -418,6 +419,10 @@ class Update(ABC):
         """
         factors = self.factors()
         return None if factors is None else of_product(*factors)
+
+    def absolute(self) -> Update:
+        """Return an update whose delta is, element by element, the sum of the sizes of this one's summands, or more."""
+        return self.map(abs)
 
     def map(self, function: Callable[[Numbers], Numbers]) -> Update:
         """Return the update with a function applied to each of its `Numbers`."""

@@ -139,6 +139,12 @@ def _place_rows(
 ) -> list[Placement]:
     """Place a module on some rows of a tensor; both are (out, in), and a 1x1 convolution counts as linear."""
     start, stop, skip, count = covered
+    if update.cls.of_whole and (skip, stop - start) != (0, count):
+        raise InputError(
+            f"has {stop - start} of the {count} rows of {update.module}, whose change depends on all of them",
+            culprit=base,
+            remedy="pass a base that has the module as a tensor of its own, or in rows that follow each other",
+        )
     if not update.cls.fits(update, (count, *spec.shape[1:])) or (update.cls.stack and update.experts != 1):
         error = _shape_error(
             adapter, update, spec, base, f", and it is {count} of its rows" if count != spec.shape[0] else ""

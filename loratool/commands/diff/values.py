@@ -48,7 +48,9 @@ def _values_of(spec: UpdateSpec) -> dict[str, str]:
 
 def _meaning(spec: UpdateSpec) -> object:
     """Return the properties, besides shapes, that two updates must share so that their values compare."""
-    return spec.cls.norm_axis(spec, False) if spec.rank else spec.detail
+    if spec.rank:
+        return spec.cls.norm_axis(spec, False)
+    return spec.detail, 1.0 if spec.cls is AddDelta else spec.scale  # which scales what is compared
 
 
 def _value_diff(

@@ -218,7 +218,7 @@ class _Loaded:
         """Return the sum with tensors rounded to `kind` and then, if `absolute`, without signs."""
         if (kind, absolute) not in self.cache:
             update = self.added if kind is None else self.added.map(lambda each: rounded_to(each.wide(), kind))
-            update = update.map(abs) if absolute else update
+            update = update.absolute() if absolute else update
             how = self.placement.weight, self.placement.transposed
             self.cache[kind, absolute] = _Added(update, update.terms(*how), update.delta(*how))
         return self.cache[kind, absolute]

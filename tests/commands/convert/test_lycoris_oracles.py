@@ -283,8 +283,9 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
         (folder / "adapter_config.json").write_text(json.dumps(fields))
     loaded = peft.PeftModel.from_pretrained(model, folder).double().eval()
     layer = loaded.base_model.model.get_submodule(base.path)
-    # peft rounds LoHa's alpha / r to float32, transforms C3A's kernel in it, and VB-LoRA's stored weights into logits
-    tolerance = {"loha": 1e-6, "c3a": 1e-6, "vblora": 1e-5}.get(kind.split()[0], TOLERANCE)
+    # peft rounds LoHa's alpha / r to float32, and transforms in it C3A's and FourierFT's numbers, and VB-LoRA's stored
+    # weights into logits
+    tolerance = {"loha": 1e-6, "c3a": 1e-6, "vblora": 1e-5, "fourierft": 1e-6}.get(kind.split()[0], TOLERANCE)
     check(layer(inputs_of(base)), base, updates, tolerance)
     layer.merge()
     check(layer(inputs_of(base)), base, updates, tolerance)
@@ -293,7 +294,9 @@ def test_peft_loads_the_folder_and_makes_the_same(tmp_path: Path, kind: str, dty
 TRANSPOSED = "ia3", "ia3 feedforward", "adalora", "vera", "gralora hybrid", "pvera", "randlora"
 
 
-@pytest.mark.parametrize("kind", [*TRANSPOSED, "unilora", "tinylora", "vblora logits"])
+@pytest.mark.parametrize(
+    "kind", [*TRANSPOSED, "unilora", "tinylora", "vblora logits", "waveft", "waveft longer", "waveft plain"]
+)
 def test_peft_has_the_same_of_layers_that_store_them_transposed(tmp_path: Path, kind: str) -> None:
     """GPT-2's, whose weight is (in, out)."""
     peft = pytest.importorskip("peft")

@@ -79,6 +79,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "lycoris_glora": ("glora", "glora conv"),
     "deft": ("peft deft", "peft deft para"),
     "peanut": ("peft peanut", "peft peanut deep"),
+    "fourierft": ("peft fourierft", "peft fourierft even"),
+    "waveft": ("peft waveft", "peft waveft longer", "peft waveft plain"),
 }
 
 

@@ -71,6 +71,8 @@ WORDS = {
     "vblora": "vblora",
     "delora": "delora",
     "beft": "beft",
+    "fourierft": "fourierft",
+    "waveft": "waveft",
 }
 # and by all words, where the first is another program's too
 WORDS_OF_ALL = {"glora added": "lora", "glora added conv": "lora", "miss bat": "bat", "bone bat": "bat"}
@@ -182,6 +184,11 @@ SOME_PEFT = [
     ("glora constant", (FP32, FP16, None), -0.5),
     ("deft", (BF16, FP32, None), 0.7),
     ("peanut deep", (BF16, FP32, None), 1.0),
+    ("fourierft", (BF16, FP32, None), 1.0),
+    ("fourierft even", (FP32, BF16, None), 0.7),
+    ("waveft", (BF16, FP32, None), 0.7),
+    ("waveft longer", (FP16, FP32, None), 1.0),
+    ("waveft plain", (FP32, BF16, None), -0.5),
 ]
 TYPES = [(BF16, FP32, None), (FP16, BF16, None), (FP32, FP16, None), (FP32, FP32, BF16), (BF16, BF16, FP32)]
 WEIGHTS = itertools.cycle([1.0, 0.7, -0.5, 1.0, 2.0, 1 / 3, 1.0])  # none of the lengths that it is zipped with
@@ -362,14 +369,30 @@ class TestHardNumbers:
         check(tmp_path, base, file, [lycoris_updates(roles, SHAPES["linear"])])
 
 
-TRANSPOSED = ["ia3", "ia3 feedforward", "adalora", "vera", "unilora", "tinylora", "vblora", "vblora logits"]
+TRANSPOSED = [
+    "ia3",
+    "ia3 feedforward",
+    "adalora",
+    "vera",
+    "unilora",
+    "tinylora",
+    "vblora",
+    "vblora logits",
+    "fourierft",
+]
 
 
 class TestTransposed:
     """GPT-2's layers store (in, out); PEFT's factors of them are those of (out, in)."""
 
     @pytest.mark.parametrize(
-        "kind", few([*TRANSPOSED, "gralora hybrid", "pvera", "randlora"], "ia3", "vera", "vblora logits")
+        "kind",
+        few(
+            [*TRANSPOSED, "gralora hybrid", "pvera", "randlora", "waveft", "waveft longer", "waveft plain"],
+            "ia3",
+            "fourierft",
+            "waveft longer",
+        ),
     )
     def test_layers_of_gpt2(self, tmp_path: Path, kind: str) -> None:
         adapter = peft_of(kind, FP32)

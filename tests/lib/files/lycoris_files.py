@@ -667,6 +667,27 @@ def _peanut(depth: int) -> Callable[[Numbers], Peft]:
     return make
 
 
+def _fourierft(layer: str, count: int) -> Callable[[Numbers], Peft]:
+    """Return a maker of FourierFT; its frequencies are drawn by a seed."""
+
+    def make(n: Numbers) -> Peft:
+        config = {"peft_type": "FOURIERFT", "n_frequency": count, "scaling": 30.0, "random_loc_seed": 777}
+        return Peft(layer, {"fourierft_spectrum": n(count)}, {**config, "fan_in_fan_out": False})
+
+    return make
+
+
+def _waveft(layer: str, count: int, wavelet: str | None) -> Callable[[Numbers], Peft]:
+    """Return a maker of WaveFT; without a wavelet the numbers are those of the weight."""
+
+    def make(n: Numbers) -> Peft:
+        own = {"wavelet_family": wavelet or "db1", "use_idwt": wavelet is not None, "fan_in_fan_out": False}
+        config = {"peft_type": "WAVEFT", "n_frequency": count, "scaling": 0.3, "random_loc_seed": -5}
+        return Peft(layer, {"waveft_spectrum": n(count)}, {**config, **own})
+
+    return make
+
+
 # kind -> what makes the adapter
 PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "loha": _product("LOHA", "linear", loha, 3),
@@ -737,6 +758,11 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "deft para": _deft(para=True),
     "peanut": _peanut(0),
     "peanut deep": _peanut(2),
+    "fourierft": _fourierft("linear", 20),
+    "fourierft even": _fourierft("wide", 40),
+    "waveft": _waveft("linear", 30, "db1"),
+    "waveft longer": _waveft("even", 9, "db2"),
+    "waveft plain": _waveft("linear", 50, None),
 }
 
 

@@ -208,6 +208,14 @@ def lora_of(kind: str, n: Numbers, out: int, inp: int) -> Roles:
     return {f"{kind}_A": n(RANK, inp), f"{kind}_B": n(out, RANK)}
 
 
+def fourierft(n: Numbers, out: int, inp: int) -> Roles:
+    return {"fourierft_spectrum": n(20)}
+
+
+def waveft(n: Numbers, out: int, inp: int) -> Roles:
+    return {"waveft_spectrum": n(20)}
+
+
 def beft(n: Numbers, out: int, inp: int) -> Roles:
     return {"beft_bias": n(1, out)}
 
@@ -318,6 +326,7 @@ def stack(n: Numbers) -> Roles:
     }
 
 
+DRAWN = {"n_frequency": 20, "random_loc_seed": 777}
 ALL, SINGLES = (*ATTENTION, *MLP), ("experts.0.gate_proj", "experts.0.up_proj", "experts.0.down_proj")
 LANGUAGE: dict[str, Language] = {
     "lora": Language(LLAMA, ends=ALL),
@@ -349,6 +358,9 @@ LANGUAGE: dict[str, Language] = {
     "vblora": Language(LLAMA, vblora, beside=lambda n: {"vblora_vector_bank": n(7, 4)},
                        fields={"peft_type": "VBLORA", "num_vectors": 7, "vector_length": 4, "topk": 2}),
     "delora": Language(LLAMA, delora, fields={"peft_type": "DELORA", "delora_lambda": 15}),
+    "fourierft": Language(LLAMA, fourierft, fields={"peft_type": "FOURIERFT", "scaling": 150.0, **DRAWN}),
+    "waveft": Language(LLAMA, waveft, fields={"peft_type": "WAVEFT", "scaling": 0.5, "wavelet_family": "db2",
+                                              "use_idwt": True, **DRAWN}),
     "beft": Language(BIASED, beft, fields={"peft_type": "BEFT"}),
     "ia3": Language(LLAMA, ia3, fields={"peft_type": "IA3", "feedforward_modules": []}),
     "oft": Language(LLAMA, oft, fields={"peft_type": "OFT", "oft_block_size": 4}),

@@ -5,8 +5,8 @@ a kernel. For an update with the weight w, W' = W + w (U(W) - W), and `fractions
 
 - what `mixed_oracle` says of kinds that multiply W,
 - W + D for LoRA (also with `lora_mid`), GLoRA's added part, and every other kind of PEFT that `peft_updates` has,
-- W + D for LoRA (also with `lora_mid`), LoHa, LoKr, AdaLoRA, VeRA, Uni-LoRA, TinyLoRA, VB-LoRA
-  and DeLoRA (with weights and factors rounded to float64) and GLoRA's added part; bias + v for BEFT,
+- W + D for LoRA (also with `lora_mid`), LoHa, LoKr, AdaLoRA, VeRA, Uni-LoRA, TinyLoRA, VB-LoRA, DeLoRA and FourierFT
+  (with weights, factors and cosines rounded to float64) and GLoRA's added part; bias + v for BEFT,
 - (m / n) (W + D) for those with `dora_scale` m, n the norm of a row of W + D, or of an input's columns, whichever m's
   shape tells. n is the square root rounded to 36 bits; the eps that LyCORIS adds to it counts as 0,
 - W + diff and bias + diff_b for full layers, weight + w_norm and bias + b_norm for norms,
@@ -20,6 +20,7 @@ is alpha / r still. AdaLoRA's is lora_alpha / (init_r + 1e-5), whatever ranks we
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -168,6 +169,63 @@ def delora_scale(factor: Fraction, row: Grid, column: Grid, rank: int) -> Fracti
     return Fraction(float(Decimal(factor.numerator) / Decimal(factor.denominator) / rank / norm))
 
 
+def drawn_places(config: Mapping[str, Any], count: int, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return the places of FourierFT's and WaveFT's numbers, as torch draws them."""
+    generator = torch.Generator().manual_seed(config["random_loc_seed"])
+    flat = torch.randperm(math.prod(shape), generator=generator)[:count].tolist()
+    return [divmod(place, shape[1]) for place in flat]
+
+
+def turned(of: Any, part: int, count: int) -> Fraction:
+    """Return the cosine or sine of a part of a turn as the nearest float64 number."""
+    with mpmath.workprec(300):
+        value = float(of(2 * mpmath.pi * part / count))
+    return Fraction(value if abs(value) > 1e-60 else 0.0)
+
+
+def cosines(adapter: Peft, shape: tuple[int, ...]) -> Grid:
+    """Return FourierFT's sum of cosines, of which each is cos a cos b - sin a sin b."""
+    values, D = finite_reals(adapter.roles["fourierft_spectrum"]), np.zeros(shape, dtype=object)
+    (down, down_s), (across, across_s) = (
+        [[turned(of, k, count) for k in range(count)] for of in (mpmath.cos, mpmath.sin)] for count in shape
+    )
+    for s, (u, v) in zip(values, drawn_places(adapter.config, len(values), shape), strict=True):
+        for x, y in np.ndindex(*shape):
+            a, b = u * x % shape[0], v * y % shape[1]
+            D[x, y] += s * (down[a] * across[b] - down_s[a] * across_s[b])
+    return Fraction(adapter.config["scaling"] / math.prod(shape)) * D
+
+
+def wavelet_filters(name: str) -> tuple[list[Fraction], list[Fraction]]:
+    """Return the low and the high filter of Haar's wavelet, or of Daubechies' next, by their formulas."""
+    with mpmath.workprec(300):
+        two, three = mpmath.sqrt(2), mpmath.sqrt(3)
+        low = [1 / two] * 2 if name == "db1" else [x / (4 * two) for x in (1 + three, 3 + three, 3 - three, 1 - three)]
+        numbers = [Fraction(float(x)) for x in low]
+    return numbers, [(-1) ** k * x for k, x in enumerate(reversed(numbers))]
+
+
+def wavelets(adapter: Peft, shape: tuple[int, ...]) -> Grid:
+    """Return WaveFT's change: each number spreads its filters' products, and the next number's are two places on."""
+    values, config = finite_reals(adapter.roles["waveft_spectrum"]), adapter.config
+    places, scale = drawn_places(config, len(values), shape), Fraction(config["scaling"])
+    D = np.zeros(shape, dtype=object)
+    if not config["use_idwt"]:
+        for s, place in zip(values, places, strict=True):
+            D[place] += scale * s
+        return D
+    filters = wavelet_filters(config["wavelet_family"])
+    more = len(filters[0]) - 2
+    height, width = ((side + more + 1) // 2 for side in shape)
+    for s, (row, column) in zip(values, places, strict=True):
+        (lower, t), (right, q) = divmod(row + more // 2, height), divmod(column + more // 2, width)
+        for (x, f), (y, g) in itertools.product(enumerate(filters[right]), enumerate(filters[lower])):
+            i, j = 2 * t + x - more, 2 * q + y - more
+            if 0 <= i < shape[0] and 0 <= j < shape[1]:
+                D[i, j] += scale * s * f * g
+    return D
+
+
 def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> dict[str, Update]:
     """Return the updates of the layer of an adapter of PEFT, of its `weight` and its `bias`."""
     roles, config, kind = adapter.roles, adapter.config, adapter.config["peft_type"]
@@ -248,6 +306,10 @@ def peft_updates(adapter: Peft, shape: tuple[int, ...], weight: float = 1.0) -> 
         (factor,) = finite_reals(roles["delora_lambda"])
         c = [delora_scale(factor, A[k], B[:, k], len(A)) for k in range(len(A))]
         D = (B * c) @ A * finite_reals(roles["delora_w_norm"])
+    elif kind == "FOURIERFT":
+        D = cosines(adapter, shape)
+    elif kind == "WAVEFT":
+        D = wavelets(adapter, shape)
     elif kind == "BEFT":
         return {"bias": Add(finite_reals(roles["beft_bias"]), weight)}
     else:
