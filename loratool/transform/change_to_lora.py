@@ -1,4 +1,4 @@
-"""Convert updates whose change depends on the weight to plain LoRA, with the base: the best factors of a rank.
+"""Convert updates whose change depends on the weight or its size to plain LoRA, with the base: the best of a rank.
 
 Of DoRA, W' - W = (g - 1) W + g s B A, row by row, with g = m / ||W + s B A||, has no low rank, so this is an
 approximation, as it is of rotations. One matrix is in memory at a time; the factors are stored in a journal, as in
@@ -27,6 +27,7 @@ from ..files.tensor_ref import TensorRef
 from ..numerics.arrays import ON_CPU, Numbers, doubled, widen
 from ..numerics.forms import F32, Single, Wide
 from ..numerics.linalg import norm
+from ..numerics.products import Term
 from ..numerics.short_products import column_products, row_products
 from ..numerics.svd import row_blocks
 from ..numerics.tensors import numbers_of
@@ -41,8 +42,8 @@ ROUNDING = 2.0**-21  # a loss from float32's rounding is smaller, and a loss fro
 
 
 def needs_weight(update: UpdateSpec) -> bool:
-    """Return whether the change of an update depends on the weight."""
-    return not update.additive and not update.cls.in_stored_layout
+    """Return whether the change of an update depends on the weight, or on a size that only the weight tells."""
+    return not update.cls.in_stored_layout and (not update.additive or None in update.cls.flat(update))
 
 
 def low_rank(update: UpdateSpec) -> int:
@@ -173,25 +174,27 @@ def _columns(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list
 def _change(update: Update, W: Single, module: str) -> Single:
     """Return W' - W of a weight (out, in). update: of this size."""
     weight, (rows, columns) = Numbers.of(W), W.shape
-    if not weight.all_finite():
+    if not update.additive and not weight.all_finite():
         raise InputError("has rows with inf or nan, which would spoil others", culprit=module)
-    D = np.zeros(W.shape)
-    if update.mixes:
+    D, terms = np.zeros(W.shape), list[Term]()
+    if update.additive:
+        terms = update.terms(1.0, False)
+        if of_rows := update.delta(1.0, False):
+            of_rows(0, rows).dense(np.float64, ON_CPU).fill(slice(0, rows), 0.0, D)
+    elif update.mixes:
         update.mixing(1.0, False).change(weight, 0).dense(np.float64, ON_CPU).fill(slice(0, rows), 0.0, D)
     elif update.reads_columns:
-        left = update.reading()
-        for term in update.terms_of(column_products(left, lambda: [(0, weight)], columns), 1.0):
-            D += float(term.scale) * (numbers_of(term.left).wide() @ numbers_of(term.right).wide())
+        terms = update.terms_of(column_products(update.reading(), lambda: [(0, weight)], columns), 1.0)
     elif update.projects:
-        projected = update.projected(1.0)
+        projected, terms = update.projected(1.0), update.terms(1.0, False)
         D += float(projected.scale) * (row_products(weight, projected.U) @ projected.K.wide())
-        for term in update.terms(1.0, False):
-            D += float(term.scale) * (numbers_of(term.left).wide() @ numbers_of(term.right).wide())
     else:
         value, factor = update.moved(1.0, False, slice(0, rows), columns)
         if value is not None:
             value.dense(np.float64, ON_CPU).fill(slice(0, rows), 0.0, D)
         D += (factor.of_rows_in(slice(0, rows))[0] - 1) * doubled(W)
+    for term in terms:
+        D += float(term.scale) * (numbers_of(term.left).wide() @ numbers_of(term.right).wide()[:, :columns])
     return D.astype(np.float32)
 
 

@@ -66,7 +66,7 @@ class SuperTuning(Update):
 
     @classmethod
     def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
-        return (spec.shape[0], spec.shape[1]) if FACTORS[0] in spec.specs else (None, None)
+        return None, None
 
     @classmethod
     def require(cls, module: str, roles: Mapping[str, str]) -> None:

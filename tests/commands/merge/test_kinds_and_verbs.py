@@ -263,6 +263,21 @@ def test_convert_of_pefts_kinds_says_the_rank(row: str, kind: str, tmp_path: Pat
         assert isinstance(found, AdapterDiff) and found.same and found.relative < 1e-7
 
 
+@pytest.mark.parametrize(
+    ("row", "kind"), cases(lambda row, kind: kind.startswith("peft ") and ROWS[row][CONVERT] == "with a base")
+)
+def test_convert_with_a_base_keeps_the_best_of_a_rank(row: str, kind: str, tmp_path: Path) -> None:
+    sample = Sample(kind, tmp_path)
+    change = sample.changes[0].flatten(1)
+    act = lambda: convert(sample.path, tmp_path / "lora", to="peft", plain=True, base=sample.base, rank=3)  # noqa: E731
+    made = outcome(act, not sample.changes[1].any())  # no LoRA holds a changed bias
+    if made is not None:
+        U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+        assert close(written(tmp_path / "lora"), U[:, :3] * S[:3] @ Vh[:3], 1e-5)
+        (module,) = made.modules
+        assert math.isclose(module.error, float(S[3:].norm() / S.norm()), rel_tol=1e-4, abs_tol=1e-6)
+
+
 IMAGE = {
     "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (32, 32),
     "down_blocks.0.resnets.0.conv1": (32, 32, 3, 3),
