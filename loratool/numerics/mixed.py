@@ -128,11 +128,17 @@ class Mixed:
         p, q = self._of_rows(i), j // b if self._matrices.shape[1] > 1 else np.zeros_like(j)
         place = (p * self._matrices.shape[1] + q) * b + (j if self._axis else i) % b
         columns = self._bits.shape[1]
+        run = i * (columns // b) + j // b if self._axis else i // b * columns + j
+        return wide(self._bit_runs.take(run, 0), self._form), self._factors.take(place, 0)
+
+    @cached_property
+    def _bit_runs(self) -> Bits:
+        """W's numbers that mix, side by side, (runs, b)."""
+        b = self._size
         if self._axis:
-            bits = self._bits.reshape(-1, b).take(i * (columns // b) + j // b, 0)
-        else:
-            bits = self._bits.reshape(-1).take((i // b * b * columns + j)[:, None] + np.arange(b) * columns)
-        return wide(bits, self._form), self._factors.take(place, 0)
+            return self._bits.reshape(-1, b)
+        turned = self._bits.reshape(-1, b, self._bits.shape[1]).swapaxes(1, 2)
+        return np.ascontiguousarray(turned).reshape(-1, b)
 
     def near(self, i: Positions, j: Positions) -> tuple[Wide, Wide, Wide]:
         found, bound = np.empty(len(i)), np.empty(len(i))
