@@ -180,8 +180,9 @@ class Peft(Format):
             updates[key] = unpaired(key, {name: key}, file, alone)
         vector_of: dict[str, str] = {}
         try:
-            matrices = {path: roles.get("tinylora_P") for (path, _), roles in layers.items()}
-            vector_of = vectors_of(matrices, vectors, file, fields.get("projection_seed", 42)) if vectors else {}
+            if vectors:
+                matrices = {path: roles.get("tinylora_P") for (path, _), roles in layers.items()}
+                vector_of = vectors_of(matrices, vectors, file, fields.get("projection_seed", 42))
         except InputError as error:
             if not options.lenient:
                 raise
