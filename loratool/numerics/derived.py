@@ -104,7 +104,7 @@ class Pairs:
         length = math.ceil(math.log2(max(2, count)))
         bits = (53 - length) // 2
         slices = -(-(KEPT + 4 * length) // bits)  # as an inverse adds up the errors of two products
-        X, Y = (_power_above(_largest(np.abs(x.high))) for x in (self, other))
+        X, Y = (power_above(_largest(np.abs(x.high))) for x in (self, other))
         left, right = _sliced(self, X, bits, slices), _sliced(other, Y, bits, slices)
         shape = max(len(self.high), len(other.high)), self.high.shape[1], other.high.shape[2]
         high, low, lost = np.zeros(shape), np.zeros(shape), np.zeros(shape[0])
@@ -270,7 +270,7 @@ def _size(x: Pairs) -> Wide:
     return size
 
 
-def _power_above(x: Wide) -> Wide:
+def power_above(x: Wide) -> Wide:
     """Return powers of two that are larger, 1 for 0."""
     powers: Wide = np.ldexp(1.0, np.frexp(np.where(x > 0, x, 0.5))[1])
     return powers

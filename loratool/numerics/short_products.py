@@ -1,8 +1,8 @@
 """Multiply a weight by small matrices, each number of the product rounded to 36 bits (`norms.NORM_BITS`).
 
 The numbers that an update depends on beside the weight, such as W U, are inputs of X like DoRA's norms. The product is
-summed by chunks whose sums have a small bound, and these in pairs of numbers. Where both ends of the interval round to
-one number of 36 bits, that is the number. The others, one in thirty, are summed again from exact products.
+the exact one of the first bits and a small one of the rest, with its bound. Where both ends of the interval round to
+one number of 36 bits, that is the number. The few others are summed again from exact products.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 from .arrays import Numbers
 from .decide import LEAST, SLACK, U
+from .derived import power_above
 from .error_free import two_product, two_sum
 from .forms import Wide, exponent, power
 from .norms import NORM_BITS, Blocks
 
-CHUNK = 32  # numbers summed by a GEMM
 TOGETHER = 1 << 20  # products of doubtful numbers at a time
 Sums = tuple[Wide, Wide, Wide]  # high, low and a bound
 
@@ -56,7 +56,7 @@ def column_products(left: Numbers, blocks: Blocks, columns: int) -> Wide:
             yield L[:, first : first + len(base)], Numbers(base.host(), base.form).wide()
 
     for x, W in parts():
-        sums = _added(sums, _products(x, W))
+        sums = _added(sums, _turned(_products(W.T, x.T)))
     low, high = _short_ends(sums)
     i, j = np.nonzero(low != high)
     if len(i):
@@ -81,6 +81,10 @@ def _zeros(*shape: int) -> Sums:
     return np.zeros(shape), np.zeros(shape), np.zeros(shape)
 
 
+def _turned(x: Sums) -> Sums:
+    return x[0].T, x[1].T, x[2].T
+
+
 def _added(x: Sums, y: Sums) -> Sums:
     """Return the sum of sums."""
     high, e = two_sum(x[0], y[0])
@@ -91,25 +95,37 @@ def _added(x: Sums, y: Sums) -> Sums:
 
 @np.errstate(all="ignore")
 def _products(x: Wide, y: Wide) -> Sums:
-    """Return x @ y by chunks."""
-    count = -(-x.shape[1] // CHUNK)
-    if pad := count * CHUNK - x.shape[1]:
-        x, y = np.pad(x, ((0, 0), (0, pad))), np.pad(y, ((0, pad), (0, 0)))
-    left, right = x.reshape(len(x), count, CHUNK).swapaxes(0, 1), y.reshape(count, CHUNK, y.shape[1])
-    sizes = np.sqrt(np.einsum("cik,cik->ci", left, left)), np.sqrt(np.einsum("ckj,ckj->cj", right, right))
-    high, low, error = np.zeros((3, len(x), y.shape[1]))
-    for part in left @ right:
-        high, e = two_sum(high, part)
-        low += e
-        error += np.abs(e)
-    bound = ((CHUNK + 2) * U * (sizes[0].T @ sizes[1]) + count * U * error) * SLACK + LEAST
-    return high, low, bound
+    """Return x @ y. The products of the numbers' first bits add up to float64 numbers in any order.
+
+    Args:
+        x: (m, n). A few of its rows are cut at a time.
+        y: (n, p), the smaller matrix.
+    """
+    bits = (52 - (x.shape[1] - 1).bit_length()) // 2  # n products of such numbers are below 2**52 units
+    y1, y2, _ = (each.T for each in _cut(y.T, bits))
+    sizes = np.sqrt(np.square(y2).sum(0)) + np.sqrt(np.square(y).sum(0)) * 2.0**-bits
+    sums = np.zeros((3, len(x), y.shape[1]))
+    for part in _parts(len(x), 8 * x.shape[1]):
+        x1, x2, most = _cut(x[part], bits)
+        sums[0, part], sums[1, part] = x1 @ y1, x1 @ y2 + x2 @ y
+        sums[2, part] = (x.shape[1] + 4) * U * SLACK * x.shape[1] ** 0.5 * most * sizes + LEAST
+    return sums[0], sums[1], sums[2]
+
+
+def _cut(x: Wide, bits: int) -> tuple[Wide, Wide, Wide]:
+    """Return the numbers of rows cut to as many bits as in the row's largest, the rest, and 2**k above it, (m, 1)."""
+    most = power_above(np.maximum(x.max(1, initial=0.0), -x.min(1, initial=0.0)))[:, None]
+    shift = most * (1.5 * 2.0 ** (52 - bits))
+    first = x + shift
+    first -= shift
+    return first, x - first, most
 
 
 @np.errstate(all="ignore")
 def _dots(x: Wide, y: Wide) -> Sums:
     """Return the dot products of rows of x and y, (k, n), from exact products."""
     total, rest = two_product(x, y)
+    is_small = ((np.abs(total) < LEAST) & (x != 0) & (y != 0)).any(1)
     low, size = rest.sum(1), np.abs(rest).sum(1)
     while total.shape[1] > 1:
         half = total.shape[1] // 2
@@ -118,7 +134,7 @@ def _dots(x: Wide, y: Wide) -> Sums:
             sums[:, 0], more = two_sum(sums[:, 0], total[:, -1])
             low, size = low + more, size + np.abs(more)
         low, size, total = low + e.sum(1), size + np.abs(e).sum(1), sums
-    bound = (x.shape[1] + 64) * U * size * SLACK + LEAST
+    bound = np.where((size > 0) | is_small, (x.shape[1] + 64) * U * size * SLACK + LEAST, 0.0)  # else it is exact
     usual = np.isfinite(total[:, 0]) & (size < 2.0**500)
     return total[:, 0], low, np.where(usual, bound, np.inf)
 
@@ -132,7 +148,8 @@ def _short_ends(sums: Sums) -> tuple[Wide, Wide]:
     """Round both ends of intervals to NORM_BITS bits, by integers; nan where nothing is known."""
     total, low, bound = sums
     total, rest = two_sum(total, low)
-    off, drop = (np.abs(rest) + bound) * SLACK + np.abs(total) * U, 53 - NORM_BITS
+    off, drop = (np.abs(rest) + bound) * SLACK, 53 - NORM_BITS
+    off += np.where(off > 0, np.abs(total) * U, 0.0)  # without any, ties are decided
     first, last = (
         ((np.ascontiguousarray(end).view(np.int64) + (1 << (drop - 1))) >> drop << drop).view(np.float64)
         for end in (total - off, total + off)

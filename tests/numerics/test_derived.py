@@ -109,6 +109,18 @@ def test_products_of_36_bits(form: Form) -> None:
     assert not row_products(doubled, cancelled).any()
 
 
+@pytest.mark.parametrize("reach", [0, 3, 60, 120])
+@pytest.mark.parametrize("form", [F32, F64])
+def test_products_of_few_bits_and_of_all_sizes(form: Form, reach: int) -> None:
+    """So that ties are many, and sums cancel or lose numbers."""
+    g = np.random.default_rng(reach)
+    drawn = lambda *shape: g.integers(-9, 10, shape) * 2.0 ** g.integers(-reach, reach + 1, shape)  # noqa: E731
+    W, U = rounded_to(drawn(40, 9), F32), rounded_to(drawn(9, 3) + 2.0**-37 * drawn(9, 3) * (form is F64), form)
+    wanted = [[float(short(each)) for each in row] for row in fractions(W.wide()).dot(fractions(U.wide()))]
+    assert row_products(W, U).tolist() == wanted
+    assert column_products(U.T, lambda: [(0, W.T[:5]), (5, W.T[5:])], 40).T.tolist() == wanted
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("form", ["BF16", "F64"])
 @pytest.mark.parametrize("shape", [(1, 3), (1, 1), (4, 1), (1, 3, "cut")])
