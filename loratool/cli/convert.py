@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..architectures.runtimes.table import RUNTIMES
+from ..architectures.runtimes.table import PROGRAMS
 from ..commands.arguments import arguments_of
 from ..commands.choices import QKV_LAYOUTS
 from ..commands.convert.command import convert as function
@@ -65,6 +65,6 @@ to its maker's, with rows split or concatenated as needed.
 
 for parameter in convert.params:
     if parameter.name == "to":
-        parameter.type = _Choice(arguments_of(function)["to"].type.choices, "--for", RUNTIMES)
+        parameter.type = _Choice(arguments_of(function)["to"].type.choices, "--for", PROGRAMS)
     if parameter.name == "runtime":
-        parameter.type = _Choice(RUNTIMES, "--layout", QKV_LAYOUTS)
+        parameter.type = _Choice(PROGRAMS, "--layout", QKV_LAYOUTS)

@@ -21,7 +21,17 @@ WrittenFormat = Literal[ScaledFormat, "loralib"]
 ReadFormat = Literal[WrittenFormat, "cloneofsimo", "adapterhub", "torchtune", "litgpt"]
 ModelForm = Literal["safetensors", "torch", "gguf", "diffusers", "single-file"]
 RuntimeName = Literal[
-    "transformers", "vllm", "sglang", "trtllm", "tgi", "lmdeploy", "exllamav3", "llama.cpp", "ollama", "mlx"
+    "transformers",
+    "vllm",
+    "sglang",
+    "trtllm",
+    "tgi",
+    "lmdeploy",
+    "exllamav3",
+    "llama.cpp",
+    "ollama",
+    "mlx",
+    "comfyui",
 ]
 
 

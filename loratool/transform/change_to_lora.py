@@ -81,7 +81,7 @@ def change_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journ
             for match in matches[module]
             for placement in place_update(alone, module, 1.0, match, base.specs, base.model_types, matches)
         ]
-        loaded, W = source.load(update), _read(source, update, base, places)
+        loaded, W = source.load(update), read_weight(source, update, base, places)
         kernel = base.specs[places[0][0]].shape[2:]
         if isinstance(loaded, DoRA):
             D = _dora_delta(loaded, W, update.along_inputs, module)
@@ -146,7 +146,7 @@ def _loss(D: Single, factors: DeltaFactors) -> Loss:
     return replace(loss, cut=is_cut)
 
 
-def _read(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Single:
+def read_weight(source: Adapter, update: UpdateSpec, base: Checkpoint, places: list[tuple[str, Placement]]) -> Single:
     """Read the module's weight W, (out, in), from all tensors that hold rows of it."""
     rows, columns = max(p.skip + p.stop - p.start for _, p in places), _columns(source, update, base, places)
     out, width = (columns, rows) if places[0][1].transposed else (rows, columns)

@@ -79,7 +79,8 @@ def plan_image(
     stays.pop("loratool", None)
     config, described = to.describe(family, stays, modules)
     planned = replace(settled, config=config, metadata=described, family=family)
-    return noted(planned, *alpha_notes(request.to, rows(settled)), *to.notes(family, modules))
+    notes = () if request.runtime else to.notes(family, modules)  # of what programs apply otherwise
+    return noted(planned, *alpha_notes(request.to, rows(settled)), *notes)
 
 
 def _folded(adapter: Adapter, request: ConvertRequest) -> list[str]:

@@ -19,6 +19,7 @@ from ..adapters.formats.peft_config import base_mutating_init_of
 from ..adapters.updates.dora import DoRA
 from ..architectures.families import FAMILIES
 from ..architectures.families.table import DENOISERS
+from ..architectures.runtimes.table import IMAGE_RUNTIMES
 from ..binding.modules.image_modules import (
     KNOWN,
     SourceModule,
@@ -34,6 +35,7 @@ from .change_to_lora import change_to_lora, low_rank, needs_weight
 from .delta_factors import RESULTS
 from .expand import expand
 from .finish import finish, plain
+from .for_image_program import finish_for_image_program, prepare_for_image_program
 from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import plan_image
 from .image_base import FamilyChoice, choose_family
@@ -99,9 +101,16 @@ def _plan_low_rank(
     source, base = state.adapter, None
     target = _find_target_model(source, request, family)
     of_language = target.is_single and target.family is None
-    if request.runtime:
+    program = IMAGE_RUNTIMES.get(request.runtime or "")
+    if program:
+        if target.family is None:
+            message = f"is not an adapter of a known image model ({KNOWN}), and --for {program.key} is for these"
+            raise InputError(message, culprit=source.name)
+        request = prepare_for_image_program(source, program, request, target.family, target.wanted)
+    elif request.runtime:
         if not of_language:
-            raise UsageError("--for is for adapters of language models", remedy="--to has the formats of image models")
+            image = ", ".join(IMAGE_RUNTIMES)
+            raise UsageError(f"--for {request.runtime} is for adapters of language models", remedy=f"name one of {image}")
         state, request, base = prepare_for_runtime(state, request)
         if loaded_by(request.runtime or "").key == Peft.key:
             request = replace(request, to=Peft.key)
@@ -113,7 +122,8 @@ def _plan_low_rank(
         state = _without_initial(state, [source_module.module for source_module in target.wanted], request)
     state = _without_weights(state, request, folder, opened)
     if target.family is not None:
-        return _plan_image(state, target, target.family, request, source)
+        planned = _plan_image(state, target, target.family, request, source)
+        return finish_for_image_program(planned, program, request) if program else planned
     if target.is_single:
         return plan_one_model(state, request, names_class)
     if not any(update.rank for update in source.updates.values()):

@@ -81,7 +81,7 @@ def written_formats() -> dict[str, Format]:
 
 
 def loaded_by(runtime: str) -> Format:
-    """Return the format that a runtime (a key of RUNTIMES) reads; by default the usual format of a model."""
+    """Return the format that a runtime (a key of PROGRAMS) reads; by default the usual format of a model."""
     return next((each for each in FORMATS.values() if runtime in each.loaded_by), usual_format("model"))
 
 
@@ -199,7 +199,7 @@ def open_adapter(
         format: a key of FORMATS, instead of the first format that claims the names.
         enabled: as `ReadOptions.enabled_slices`.
         model: the base's config.json, for formats whose row order depends on it.
-        runtime: a key of RUNTIMES that the adapter is read for; adapters for that runtime alone are accepted.
+        runtime: a key of PROGRAMS that the adapter is read for; adapters for that runtime alone are accepted.
         deeper: accept an adapter for a model that repeats layers of its base.
 
     Raises:
@@ -240,7 +240,7 @@ def open_adapter(
             only_for = (file.metadata or {}).get(ONLY_FOR, "")
             if only_for and not lenient and only_for != runtime:
                 raise InputError(
-                    f"is only for {only_for}: the rows of its queries and keys are in that runtime's order",
+                    f"is only for {only_for}: its numbers are in the order, or for the formula, of that program",
                     culprit=os.fspath(name),
                     remedy="use the adapter that it was converted from",
                 )

@@ -31,6 +31,7 @@ class Comfy(DottedFormat):
         kinds=frozenset({LowRank, DoRA}), writes=True, components="many", alpha="tensor", input_norms=True
     )
     ends = ALPHA_ENDS
+    loaded_by = ("comfyui",)
 
     def claims(self, names: Iterable[str]) -> bool:
         names = list(names)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
 
 
-# Key in a file's metadata: the runtime whose row order it has; other programs would misread it
+# Key in a file's metadata: the program whose row order or formula it is for; others would misread it
 ONLY_FOR = "loratool_only_for"
 
 

@@ -67,8 +67,7 @@ class Diffusers(DottedFormat):
         scaled = [module for module in modules.values() if module.alpha != module.rank]
         if not scaled:
             return ()
-        remedy = "--plain --base BASE" if any(module.dora for module in modules.values()) else "--plain"
-        what = (
-            f"the alphas of {len(scaled)} modules are only in the metadata, which diffusers reads and ComfyUI does not"
-        )
-        return (f"{what}: it takes 1 as their scale; `loratool convert {remedy}` puts the scales into the factors",)
+        remedy = "--for comfyui --base BASE" if any(module.dora for module in modules.values()) else "--plain"
+        what = f"the alphas of {len(scaled)} modules are only in the metadata, which diffusers reads"
+        others = "ComfyUI and kohya's convert_flux_lora do not, and take 1 as their scale"
+        return (f"{what}; {others}: `loratool convert {remedy}` writes what they apply in full",)

@@ -74,7 +74,7 @@ class Format(ABC):
     can: ClassVar[Capabilities]
     ends: ClassVar[Mapping[str, str]] = {}  # role -> suffix of the names of new tensors
     container: ClassVar[str] = "safetensors"  # a key of CONTAINERS
-    loaded_by: ClassVar[tuple[str, ...]] = ()  # keys of RUNTIMES that read it instead of a model's default format
+    loaded_by: ClassVar[tuple[str, ...]] = ()  # keys of PROGRAMS that read it instead of a model's default format
 
     @abstractmethod
     def claims(self, names: Iterable[str]) -> bool:

@@ -123,10 +123,8 @@ def output_norm_notes(modules: Mapping[str, NewModule]) -> tuple[str, ...]:
     count = sum(module.dora and not module.along_inputs for module in modules.values())
     if not count:
         return ()
-    what = (
-        f"ComfyUI applies DoRA along outputs ({count} modules) differently: it divides by the norm of the base's weight"
-    )
-    return (f"{what} without the change; `loratool convert --plain --base BASE` writes LoRA, which is the same there",)
+    what = f"ComfyUI and Forge divide DoRA along outputs ({count} modules) by the norm of the base's weight alone"
+    return (f"{what}; `loratool convert --for comfyui --base BASE` writes magnitudes that undo that",)
 
 
 def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]) -> dict[str, str]:

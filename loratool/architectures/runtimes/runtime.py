@@ -94,3 +94,24 @@ class Runtime:
     # by the class in config.json, or `type:class`; others are unknown
     classes: Mapping[str, Served] = field(default_factory=dict)
     without: frozenset[str] = frozenset()  # classes that it serves without adapters
+
+
+# How a program applies DoRA's norms: those of W + D, as merge does, or those of W
+Norms = Literal["sum", "base", "none"]
+
+
+@dataclass(frozen=True)
+class ImageRuntime:
+    """A program that loads adapters of image models."""
+
+    key: str  # for --for
+    title: str
+    version: str  # that was checked
+    checked: Literal["run", "read"]  # its functions were run, or its source was read
+    dora: Norms  # of DoRA along the outputs; "none" if it applies no DoRA
+    along_inputs: bool  # it applies DoRA along the inputs
+    metadata_alpha: bool  # it reads alphas in diffusers' metadata
+    families: frozenset[str] | None = None  # keys of FAMILIES that it loads; None for all that its format has files of
+    # key of FAMILIES -> expression for the paths of the modules that it adapts, in the format's naming; others: all
+    modules: Mapping[str, str] = field(default_factory=dict)
+    encoders: Mapping[str, tuple[str, ...]] | None = None  # key of FAMILIES -> components of text encoders; None for all

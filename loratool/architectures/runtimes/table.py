@@ -7,7 +7,8 @@ source. `transform.for_runtime` follows the rows, and the guide `runtimes` print
 from __future__ import annotations
 
 from . import sglang, vllm
-from .runtime import BOTH, FEATURES, LLAMA, Runtime, Served
+from .image_programs import IMAGE_RUNTIMES
+from .runtime import BOTH, FEATURES, LLAMA, ImageRuntime, Runtime, Served
 
 
 def _reads(outcomes: str) -> dict[str, str]:
@@ -152,3 +153,5 @@ RUNTIMES: dict[str, Runtime] = {
         ),
     )
 }
+
+PROGRAMS: dict[str, Runtime | ImageRuntime] = {**RUNTIMES, **IMAGE_RUNTIMES}  # of --for

@@ -20,7 +20,7 @@ from ...adapters.updates import UPDATES
 from ...adapters.updates.update import Unpaired
 from ...adapters.weight_kinds import WEIGHT_KINDS
 from ...architectures.runtimes import runtime as runtimes
-from ...architectures.runtimes.table import RUNTIMES
+from ...architectures.runtimes.table import PROGRAMS
 from ...binding.merge.choices import WAYS
 from ...commands import choices, namings
 from ...commands.convert import checkpoint as convert_checkpoint
@@ -61,7 +61,7 @@ WORDS: dict[str, Sequence[str]] = {
     "format": tuple(FORMATS),
     "source_format": tuple(FORMATS),
     "outcome": tuple(OUTCOMES),
-    "runtime": tuple(RUNTIMES),
+    "runtime": tuple(PROGRAMS),
     "Finding.outcome": tuple(runtimes.OUTCOMES),
     "Finding.what": tuple(FINDINGS),
     "RuntimeInspection.checked": ("run", "read"),

@@ -21,7 +21,7 @@ from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.single_file import write_card
 from ...adapters.image_metadata import about_training, former_metadata
 from ...architectures.runtimes.runtime import Runtime
-from ...architectures.runtimes.table import RUNTIMES
+from ...architectures.runtimes.table import IMAGE_RUNTIMES, RUNTIMES
 from ...binding.modules.selection import Selection, parse_patterns
 from ...durable.fileio import write_file
 from ...durable.partial import partial_folder
@@ -91,7 +91,7 @@ def run_convert(call: Convert) -> ConvertReport:
             if Path(model.path).name != "config.json":
                 refuse_own_names(open_base(model.path, "--base must be the model under it", opened))
             opened.enter_context(without_base_option(model.path))
-        opened.enter_context(_whole_base(call.runtime))
+        opened.enter_context(_whole_base(call.runtime if call.runtime in RUNTIMES else None))
         opened.enter_context(one_thread())
         request = ConvertRequest(
             to=to,
@@ -135,7 +135,7 @@ def _format_for(runtime: str, to: str | None, layout: str | None, architecture: 
     if to is not None:
         raise UsageError("--for and --to exclude each other: a runtime determines the format")
     for option, value in (("layout", layout), ("architecture", architecture)):
-        if value is not None:
+        if value is not None and not (runtime in IMAGE_RUNTIMES and option == "architecture"):
             raise UsageError(f"--{option} and --for exclude each other: a runtime determines what it reads")
     return loaded_by(runtime).key
 

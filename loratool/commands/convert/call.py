@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from ...adapters.formats import FORMATS, written_formats
-from ...architectures.runtimes.table import RUNTIMES
+from ...architectures.runtimes.table import PROGRAMS
 from ...files.dtypes import FACTOR_DTYPES
 from ...files.output.output import CONTAINERS
 from .. import calls
@@ -49,8 +49,7 @@ class Convert(Call["ConvertReport"]):
         initial: The adapter before training. With --plain or --for, it is subtracted from a PiSSA-like adapter.
         rank: With --plain or --for: truncate modules of a higher rank to this one. DoRA keeps its own rank by default.
         layout: How a language model's modules are stored. {meanings}.
-        runtime: Write a language model's adapter so that this program applies it in full. Use it instead of --to. One
-            of {words}.
+        runtime: Write the adapter so that this program applies it in full. Use it instead of --to. One of {words}.
         base: The model under the adapter. Needed for DoRA with --plain, and for sizes with --layout and the
             formats gguf and mlx (its config.json is enough). With --to peft, modules get the names of its class. With
             --for, it is the served model. It decides the family of an image model's adapter.
@@ -77,7 +76,7 @@ class Convert(Call["ConvertReport"]):
     initial: Annotated[StrPath | None, Opt("About the inputs", "ADAPTER")] = None
     rank: Annotated[Positive | None, Opt("Rank and method", "N")] = None
     layout: Annotated[Annotated[Literal["split", "fused"], one_of(QKV_LAYOUTS)] | None, Opt("Output")] = None
-    runtime: Annotated[Annotated[RuntimeName, one_of(RUNTIMES)] | None, Opt("Output", "RUNTIME")] = None
+    runtime: Annotated[Annotated[RuntimeName, one_of(PROGRAMS)] | None, Opt("Output", "RUNTIME")] = None
     base: Annotated[StrPath | None, Opt("About the inputs", "BASE")] = None
     architecture: calls.Architecture = None
     rename: Annotated[Words, Opt("Output", "PATTERN=PATH")] = ()

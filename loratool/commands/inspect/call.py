@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from ...architectures.runtimes.table import RUNTIMES
+from ...architectures.runtimes.table import PROGRAMS
 from .. import calls
 from ..arguments import Opt, StrPath, one_of
 from ..calls import Call, function_of
@@ -100,7 +100,7 @@ class InspectFor(Call["RuntimeInspection"]):
 
     path: StrPath
     _: KW_ONLY
-    runtime: Annotated[RuntimeName, one_of(RUNTIMES), Opt("Checks", "RUNTIME")]
+    runtime: Annotated[RuntimeName, one_of(PROGRAMS), Opt("Checks", "RUNTIME")]
     base: StrPath | None = None
     alpha: calls.Alpha = None
 
