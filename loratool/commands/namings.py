@@ -32,6 +32,11 @@ RuntimeName = Literal[
     "ollama",
     "mlx",
     "comfyui",
+    "forge",
+    "invokeai",
+    "sd-scripts",
+    "musubi",
+    "diffusers",
 ]
 
 

@@ -26,14 +26,13 @@ from ..numerics.products import Products
 from ..numerics.stored import Zero
 from ..numerics.workspace import Workspace
 from .change_to_lora import read_weight
-from .lazy import Made, Tensors, stored_tensors, with_factors
+from .lazy import Made, S, Tensors, stored_tensors, with_factors
 from .log import NO_LOSS, Loss
-from .numbers import Settled
 
 EPS = 2.0**-23  # the program adds float32's epsilon to a norm
 
 
-def to_base_norms(state: Settled, modules: Sequence[str], base: Checkpoint) -> Settled:
+def to_base_norms(state: S, modules: Sequence[str], base: Checkpoint) -> S:
     """Return the adapter with magnitudes in float32 for norms of W alone.
 
     Args:

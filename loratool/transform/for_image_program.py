@@ -30,7 +30,7 @@ from .request import ConvertRequest, selected
 
 def require_family(runtime: ImageRuntime, family: str, name: str) -> None:
     """Raise InputError for a family that a program loads no adapters of. name: of the adapter."""
-    if runtime.families is not None and family not in runtime.families:
+    if family not in runtime.families and not runtime.newer:
         known = ", ".join(FAMILIES[key].title for key in FAMILIES if key in runtime.families)
         message = f"is of {FAMILIES[family].title}, and {runtime.title} {runtime.version} loads adapters of {known}"
         raise InputError(message, culprit=name)
@@ -44,18 +44,17 @@ def unloaded_modules(
     Args:
         to: a key of FORMATS, the format that the program reads.
     """
-    encoders = None if runtime.encoders is None else runtime.encoders.get(family, ())
-    rest = []
+    first, *_ = (each.name for each in FAMILIES[family].components)
+    loaded, rest = (first, *runtime.components.get(family, ())), []
     for source in settle_components(sources, FAMILIES[family]):
-        is_encoder = source.component not in DENOISERS
-        if is_encoder and encoders is not None and source.component not in encoders:
-            yield source.module, "of a text encoder whose adapters it does not load"
-        elif not is_encoder:
+        if source.component not in loaded and not runtime.every_component:
+            yield source.module, f"of {source.component}, whose adapters it does not load from such a file"
+        elif source.component in DENOISERS:
             rest.append(source)
     if expression := runtime.modules.get(family):
         for target in plan_target_modules(rest, family, FORMATS[to].naming(family)) if rest else ():
             if not re.fullmatch(expression, target.path):
-                yield from ((part.source.module, f"part of {target.path}, which it leaves") for part in target.parts)
+                yield from ((part.source.module, "outside of the blocks that it adapts") for part in target.parts)
 
 
 def divides_otherwise(runtime: ImageRuntime, update: UpdateSpec) -> bool:
@@ -103,6 +102,9 @@ def prepare_for_image_program(
 
 def finish_for_image_program(planned: Settled, runtime: ImageRuntime, request: ConvertRequest) -> Settled:
     """Return the planned output with the magnitudes of a program that divides DoRA by the norms of W."""
+    if planned.family not in runtime.families:
+        title = FAMILIES[planned.family or ""].title
+        planned = noted(planned, f"{runtime.title} {runtime.version} has no {title}: newer ones were not checked")
     others = [m for m, update in planned.adapter.updates.items() if divides_otherwise(runtime, update)]
     if not others:
         return planned

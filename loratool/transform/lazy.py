@@ -258,7 +258,7 @@ def without_bases(state: Transformed) -> Transformed:
     return replace(state, adapter=replace(state.adapter, updates=updates))
 
 
-def with_factors(state: Transformed, planned: Mapping[str, Made]) -> Transformed:
+def with_factors(state: S, planned: Mapping[str, Made]) -> S:
     """Return the adapter with new factors for some modules; the names of modules and tensors stay."""
     if not planned:
         return state

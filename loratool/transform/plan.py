@@ -19,7 +19,7 @@ from ..adapters.formats.peft_config import base_mutating_init_of
 from ..adapters.updates.dora import DoRA
 from ..architectures.families import FAMILIES
 from ..architectures.families.table import DENOISERS
-from ..architectures.runtimes.table import IMAGE_RUNTIMES
+from ..architectures.runtimes.image_programs import IMAGE_RUNTIMES
 from ..binding.modules.image_modules import (
     KNOWN,
     SourceModule,
@@ -109,8 +109,8 @@ def _plan_low_rank(
         request = prepare_for_image_program(source, program, request, target.family, target.wanted)
     elif request.runtime:
         if not of_language:
-            image = ", ".join(IMAGE_RUNTIMES)
-            raise UsageError(f"--for {request.runtime} is for adapters of language models", remedy=f"name one of {image}")
+            message = f"--for {request.runtime} is for adapters of language models"
+            raise UsageError(message, remedy=f"name one of {', '.join(IMAGE_RUNTIMES)}")
         state, request, base = prepare_for_runtime(state, request)
         if loaded_by(request.runtime or "").key == Peft.key:
             request = replace(request, to=Peft.key)

@@ -34,6 +34,7 @@ class Diffusers(DottedFormat):
         starts=True,
     )
     ends = PLAIN_ENDS
+    loaded_by = ("diffusers",)
 
     def claims(self, names: Iterable[str]) -> bool:
         return has_dotted_factors(names)

@@ -46,6 +46,7 @@ class Kohya(Format):
         zero_alpha_is_rank=True,
     )
     ends = ALPHA_ENDS
+    loaded_by = ("forge", "invokeai", "sd-scripts", "musubi")
 
     def claims(self, names: Iterable[str]) -> bool:
         return any(name.startswith(KOHYA_PREFIXES) for name in names)

@@ -96,7 +96,7 @@ class Runtime:
     without: frozenset[str] = frozenset()  # classes that it serves without adapters
 
 
-# How a program applies DoRA's norms: those of W + D, as merge does, or those of W
+# The norms that a program divides DoRA by: of W + D, as merge does, or of W; "none" if it applies no DoRA
 Norms = Literal["sum", "base", "none"]
 
 
@@ -108,10 +108,14 @@ class ImageRuntime:
     title: str
     version: str  # that was checked
     checked: Literal["run", "read"]  # its functions were run, or its source was read
-    dora: Norms  # of DoRA along the outputs; "none" if it applies no DoRA
+    dora: Norms  # of DoRA along the outputs
     along_inputs: bool  # it applies DoRA along the inputs
-    metadata_alpha: bool  # it reads alphas in diffusers' metadata
-    families: frozenset[str] | None = None  # keys of FAMILIES that it loads; None for all that its format has files of
-    # key of FAMILIES -> expression for the paths of the modules that it adapts, in the format's naming; others: all
-    modules: Mapping[str, str] = field(default_factory=dict)
-    encoders: Mapping[str, tuple[str, ...]] | None = None  # key of FAMILIES -> components of text encoders; None for all
+    kinds: frozenset[str]  # of updates beside DoRA that it applies as merge does, if it reads the names
+    families: frozenset[str]  # keys of FAMILIES that it loads adapters of
+    newer: bool = False  # newer versions load adapters of other families by the same rules
+    # key of FAMILIES -> components beside the denoiser that it loads
+    components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    every_component: bool = False  # it loads all that its format has names for
+    # key of FAMILIES -> expression for the paths, in the format's naming, of the denoiser's modules that it adapts
+    modules: Mapping[str, str] = field(default_factory=dict)  # if a family is missing: all
+    metadata_alpha: bool = False  # it reads alphas in diffusers' metadata

@@ -20,8 +20,9 @@ from ...adapters.formats import FORMATS, holds_adapter, loaded_by, open_adapter,
 from ...adapters.formats.content import AdapterContent
 from ...adapters.formats.single_file import write_card
 from ...adapters.image_metadata import about_training, former_metadata
+from ...architectures.runtimes.image_programs import IMAGE_RUNTIMES
 from ...architectures.runtimes.runtime import Runtime
-from ...architectures.runtimes.table import IMAGE_RUNTIMES, RUNTIMES
+from ...architectures.runtimes.table import RUNTIMES
 from ...binding.modules.selection import Selection, parse_patterns
 from ...durable.fileio import write_file
 from ...durable.partial import partial_folder

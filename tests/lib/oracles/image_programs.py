@@ -70,7 +70,9 @@ def comfyui(
     used: set[str] = set()
     for key, patch in patches.items():
         name, offset = (key[0], key[1]) if isinstance(key, tuple) else (key, None)
-        every[name] = comfy.lora.calculate_weight([(strength, patch, 1.0, offset, None)], every[name], name, every[name].dtype)
+        every[name] = comfy.lora.calculate_weight(
+            [(strength, patch, 1.0, offset, None)], every[name], name, every[name].dtype
+        )
         used |= getattr(patch, "loaded_keys", set())
     unused = {name for name in loaded if name not in used and not name.endswith((".alpha", ".dora_scale"))}
     return (
