@@ -99,7 +99,7 @@ def _plan_low_rank(
 ) -> Settled:
     """Plan the conversion of an adapter whose kinds with factors are LoRA, DoRA of LoRA, and Experts."""
     source, base = state.adapter, None
-    target = _find_target_model(source, request, family)
+    target = find_target_model(source, request, family)
     of_language = target.is_single and target.family is None
     program = IMAGE_RUNTIMES.get(request.runtime or "")
     if program:
@@ -141,7 +141,7 @@ def _plan_low_rank(
     )
 
 
-def _find_target_model(source: Adapter, request: ConvertRequest, family: str | None) -> TargetModel:
+def find_target_model(source: Adapter, request: ConvertRequest, family: str | None) -> TargetModel:
     """Find the model of an adapter by its modules' names and, if several models have such names, by --base.
 
     Raises:

@@ -41,7 +41,7 @@ OTHERS = {
 }
 
 # The subjects of a finding
-FINDINGS = (*FEATURES, *OTHERS, "format", "kind", "start", "targets", "rank", "rows", "missing", "limit")
+FINDINGS = (*FEATURES, *OTHERS, "format", "kind", "start", "targets", "rank", "rows", "missing", "limit", "scale")
 
 
 def require_served(runtime: Runtime, base: Checkpoint | None) -> Served:

@@ -18,6 +18,7 @@ from ...adapters.formats.peft_config import CONFIG_NAME, base_mutating_init
 from ...adapters.updates.dora import DoRA
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.classes import text_model_at
+from ...architectures.runtimes.image_programs import IMAGE_RUNTIMES
 from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...files.checkpoint import Checkpoint, read_config
@@ -31,6 +32,7 @@ from ...transform.to_class import to_class
 from ...views.inspect_runtime import Finding, RuntimeInspection
 from ..inputs import open_model, without_base_option
 from .call import InspectFor
+from .for_image_program import inspect_for_image_program
 
 # What the language models of wrappers were named before transformers 4.52
 _OLD = "language_model.model."
@@ -38,6 +40,8 @@ _OLD = "language_model.model."
 
 def run_inspect_for(call: InspectFor) -> RuntimeInspection:
     """Report from headers what a runtime does with an adapter."""
+    if program := IMAGE_RUNTIMES.get(call.runtime):
+        return inspect_for_image_program(call, program)
     row = RUNTIMES[call.runtime]
     with ExitStack() as opened:
         config = read_config(call.base) if call.base is not None else {}
