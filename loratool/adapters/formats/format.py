@@ -75,6 +75,7 @@ class Format(ABC):
     ends: ClassVar[Mapping[str, str]] = {}  # role -> suffix of the names of new tensors
     container: ClassVar[str] = "safetensors"  # a key of CONTAINERS
     loaded_by: ClassVar[tuple[str, ...]] = ()  # keys of PROGRAMS that read it instead of a model's default format
+    also_loaded_by: ClassVar[tuple[str, ...]] = ()  # others that look for all of its names, and get another format
 
     @abstractmethod
     def claims(self, names: Iterable[str]) -> bool:

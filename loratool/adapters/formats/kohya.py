@@ -47,6 +47,7 @@ class Kohya(Format):
     )
     ends = ALPHA_ENDS
     loaded_by = ("forge", "invokeai", "sd-scripts", "musubi")
+    also_loaded_by = ("comfyui",)
 
     def claims(self, names: Iterable[str]) -> bool:
         return any(name.startswith(KOHYA_PREFIXES) for name in names)

@@ -52,7 +52,6 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             dora="base",
             along_inputs=True,
             kinds=_LORA | {"diff", "loha", "lokr", "lycoris_glora"},
-            reads=frozenset({"comfy", "kohya"}),
             families=_COMFYUI,
             newer=True,
             every_component=True,
@@ -65,7 +64,6 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             dora="base",
             along_inputs=True,
             kinds=_LORA | {"diff", "loha", "lokr", "lycoris_glora"},
-            reads=frozenset({"kohya"}),
             families=frozenset({"chroma", "flux", "sd1", "sd2", "sd3", "sdxl"}),
             components=_KOHYA_ENCODERS,
         ),
@@ -77,7 +75,6 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             dora="none",  # it takes every dora_scale for magnitudes of the inputs
             along_inputs=True,
             kinds=_LORA,
-            reads=frozenset({"kohya"}),
             families=frozenset({"flux", "sd1", "sd2", "sdxl"}),
             components={**_CLIPS, "flux": ("text_encoder",)},
             modules={"flux": _STREAMS, "sd1": _UNET_BLOCKS, "sd2": _UNET_BLOCKS, "sdxl": _SGM_BLOCKS},
@@ -90,7 +87,6 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             dora="none",
             along_inputs=False,
             kinds=frozenset({"lora"}),
-            reads=frozenset({"kohya"}),
             families=frozenset({"anima", "chroma", "flux", "hunyuan_image", "lumina2", "sd1", "sd2", "sd3", "sdxl"}),
             components=_KOHYA_ENCODERS,
             modules={
@@ -110,7 +106,6 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             dora="none",
             along_inputs=False,
             kinds=frozenset({"lora"}),
-            reads=frozenset({"kohya"}),
             families=frozenset(
                 """flux flux2 hunyuan_video hunyuan_video15 ideogram4 kandinsky5 krea2 qwen_image wan z_image""".split()
             ),
@@ -134,7 +129,6 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             dora="sum",
             along_inputs=False,
             kinds=frozenset({"lora"}),
-            reads=frozenset({"diffusers"}),
             families=_DIFFUSERS,
             components={
                 **_CLIPS,

@@ -111,7 +111,6 @@ class ImageRuntime:
     dora: Norms  # of DoRA along the outputs
     along_inputs: bool  # it applies DoRA along the inputs
     kinds: frozenset[str]  # of updates beside DoRA that it applies as merge does, if it reads the names
-    reads: frozenset[str]  # keys of FORMATS, whose names it looks for
     families: frozenset[str]  # keys of FAMILIES that it loads adapters of
     newer: bool = False  # newer versions load adapters of other families by the same rules
     # key of FAMILIES -> components beside the denoiser that it loads

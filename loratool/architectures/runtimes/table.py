@@ -6,6 +6,9 @@ source. `transform.for_runtime` follows the rows, and the guide `runtimes` print
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
+
 from . import sglang, vllm
 from .image_programs import IMAGE_RUNTIMES
 from .runtime import BOTH, FEATURES, LLAMA, ImageRuntime, Runtime, Served
@@ -154,4 +157,4 @@ RUNTIMES: dict[str, Runtime] = {
     )
 }
 
-PROGRAMS: dict[str, Runtime | ImageRuntime] = {**RUNTIMES, **IMAGE_RUNTIMES}  # of --for
+PROGRAMS: Mapping[str, Runtime | ImageRuntime] = ChainMap({}, IMAGE_RUNTIMES, RUNTIMES)  # of --for

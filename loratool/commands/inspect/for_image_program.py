@@ -1,4 +1,4 @@
-"""Tell what a program for image models does with an adapter as it is: names, scales, kinds, DoRA's norms."""
+"""Find what a program for image models would not apply of an unconverted adapter: names, scales, kinds, norms."""
 
 from __future__ import annotations
 
@@ -55,10 +55,15 @@ def inspect_for_image_program(call: InspectFor, row: ImageRuntime) -> RuntimeIns
         )
 
 
+def _looks_for(row: ImageRuntime, key: str) -> bool:
+    """Return whether a program looks for all names of a format. key: of FORMATS."""
+    return row.key in (*FORMATS[key].loaded_by, *FORMATS[key].also_loaded_by)
+
+
 def _of_format(adapter: Adapter, row: ImageRuntime) -> Iterator[Finding]:
     """Yield the findings on the file: its spelling, the place of its alphas, its init."""
     can = FORMATS[adapter.format].can
-    if adapter.format not in row.reads:
+    if not _looks_for(row, adapter.format):
         says = f"the format is {adapter.format}, whose names it may not know"
         yield Finding("format", "ignores", says, f"convert --for writes {loaded_by(row.key).key}'s")
     scaled = tuple(m for m, u in adapter.updates.items() if u.cls.divisor(u) and u.scale != 1)
@@ -97,7 +102,7 @@ def _of_names(adapter: Adapter, row: ImageRuntime, family: str, sources: Sequenc
         yield Finding(
             "never", "ignores", f"modules are {reason}", "convert --for with --exclude leaves them out", modules
         )
-    if adapter.format not in row.reads:
+    if not _looks_for(row, adapter.format):
         return
     to, known = FORMATS[adapter.format], settle_components(sources, FAMILIES[family])
     loaded = [source for source in known if source.module not in unloaded]

@@ -382,7 +382,7 @@ class TestRefused:
                 loratool.convert(start, tmp_path / "b", runtime="vllm", base=base, **options)
         with pytest.raises(UsageError, match="is none of transformers, vllm"):
             loratool.convert(start, tmp_path / "b", runtime="kohya", base=base)
-        with pytest.raises(UsageError, match="--for is for adapters of language models"):
+        with pytest.raises(UsageError, match="--for vllm is for adapters of language models"):
             loratool.convert(FIXTURES / "sdxl" / "adapter.safetensors", tmp_path / "b", runtime="vllm")
 
 

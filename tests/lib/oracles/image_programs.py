@@ -1,14 +1,13 @@
 """Load adapters with the code of the programs that image adapters are made for, and return the weights that they make.
 
-The checkouts are in the folder that LORATOOL_PROGRAMS names, each under the name that `find_program` is given; what
-they import beside torch is in an oracle's folder. Their README has the commits. Nothing of theirs is here.
+The checkouts are in PROGRAMS, each under the name that `find_program` is given; what they import beside torch is in an
+oracle's folder. Nothing of theirs is here.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import oracle_folder
+from conftest import PROGRAMS, oracle_folder
 from torch import Tensor, nn
 
 PACKAGES = "einops torchsde trampoline torchvision toml voluptuous imagesize opencv-python-headless"
@@ -27,10 +26,9 @@ PACKAGES = "einops torchsde trampoline torchvision toml voluptuous imagesize ope
 
 def find_program(name: str, inside: str = "") -> Path:
     """Put a program's checkout, or a folder inside, first in the path and return it; else skip."""
-    named = os.environ.get("LORATOOL_PROGRAMS")
-    if not named or not (Path(named) / name).is_dir():
-        pytest.skip(f"needs a checkout of {name} in the folder that LORATOOL_PROGRAMS names")
-    folder = Path(named) / name / inside
+    folder = PROGRAMS / name / inside
+    if not folder.is_dir():
+        pytest.skip(f"needs a checkout of {name} in {PROGRAMS}, or in the folder that LORATOOL_PROGRAMS names")
     for path in (oracle_folder("image_programs", PACKAGES), str(folder)):
         if path not in sys.path:
             sys.path.append(path)
@@ -180,6 +178,8 @@ def sd_scripts(family: str, tensors: Mapping[str, Tensor], lora: Mapping[str, Te
     network = importlib.import_module(f"networks.{NETWORKS[family]}")
     model = model_of(tensors, CLASSES[family])
     encoders = [nn.Module()] if family == "lumina2" else []
-    made, state = network.create_network_from_weights(1.0, None, None, encoders, model, weights_sd=dict(lora), for_inference=True)
+    made, state = network.create_network_from_weights(
+        1.0, None, None, encoders, model, weights_sd=dict(lora), for_inference=True
+    )
     made.merge_to(encoders or None, model, state, torch.float32, "cpu")
     return {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight")}
