@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
+from typing import Any
 
 from . import sglang, vllm
 from .image_programs import IMAGE_RUNTIMES
@@ -157,4 +158,4 @@ RUNTIMES: dict[str, Runtime] = {
     )
 }
 
-PROGRAMS: Mapping[str, Runtime | ImageRuntime] = ChainMap({}, IMAGE_RUNTIMES, RUNTIMES)  # of --for
+PROGRAMS: Mapping[str, Runtime | ImageRuntime] = ChainMap[str, Any]({}, IMAGE_RUNTIMES, RUNTIMES)  # of --for

@@ -12,7 +12,7 @@ from ...adapters.formats.peft_config import base_mutating_init
 from ...architectures.families import FAMILIES
 from ...architectures.runtimes.runtime import ImageRuntime
 from ...binding.modules.image_modules import KNOWN, SourceModule, settle_components
-from ...errors import InputError
+from ...errors import InputError, NeedsFlag
 from ...transform.for_image_program import divides_otherwise, ignores_norm, require_family, unloaded_modules
 from ...transform.module_map import plan_target_modules
 from ...transform.plan import find_target_model
@@ -30,9 +30,12 @@ def inspect_for_image_program(call: InspectFor, row: ImageRuntime) -> RuntimeIns
         adapter = open_adapter(call.path, call.alpha, model=model, runtime=call.runtime)
         opened.callback(adapter.file.close)
         to = loaded_by(row.key).key
-        target = find_target_model(
-            FORMATS[adapter.format].with_standard_names(adapter), ConvertRequest(to, base=base), None
-        )
+        named = FORMATS[adapter.format].with_standard_names(adapter)
+        try:
+            target = find_target_model(named, ConvertRequest(to, base=base), None)
+        except NeedsFlag as error:  # its flag is one of convert
+            why = "with the model, whose family decides"
+            raise NeedsFlag(error.message, culprit=error.culprit, flags="--base BASE", why=why) from error
         if target.family is None:
             raise InputError(f"is not an adapter of a known image model ({KNOWN})", culprit=adapter.name)
         require_family(row, target.family, adapter.name)
