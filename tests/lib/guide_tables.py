@@ -142,7 +142,13 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "json": {"envelope": envelope, "error": error_keys, "reports": reports},
     "merging": {"side files": side_files},
-    "runtimes": {"applied": matrix.applied, "outcomes": outcomes, "programs": matrix.runtimes},
+    "runtimes": {
+        "applied": matrix.applied,
+        "outcomes": outcomes,
+        "programs": matrix.runtimes,
+        "image programs": matrix.image_programs,
+        "image families": matrix.image_families,
+    },
 }
 
 

@@ -23,6 +23,8 @@ from lib.files import gguf_bytes
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import FORMATS, loaded_by, written_formats
 from loratool.adapters.updates import UPDATES
+from loratool.architectures.families import FAMILIES
+from loratool.architectures.runtimes.image_programs import IMAGE_RUNTIMES
 from loratool.architectures.runtimes.runtime import FEATURES
 from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.files.output.output import CONTAINERS
@@ -294,11 +296,33 @@ def runtimes() -> str:
     return markdown.table(("`--for`", "program", "version", "known", "written as"), rows)
 
 
+NORMS = {"sum": "applied", "base": "applied, by magnitudes for it", "none": "made LoRA"}
+
+
+def image_programs() -> str:
+    """Return the version and what each program for image models does with DoRA as Markdown, from IMAGE_RUNTIMES."""
+    rows = []
+    for row in IMAGE_RUNTIMES.values():
+        inputs = "applied" if row.along_inputs else "made LoRA"
+        rows.append((f"`{row.key}`", row.version, row.checked, loaded_by(row.key).key, NORMS[row.dora], inputs))
+    columns = ("`--for`", "version", "known", "written as", "DoRA along outputs", "along inputs")
+    return markdown.table(columns, rows)
+
+
+def image_families() -> str:
+    """Return the families that each program for image models loads adapters of as Markdown, from IMAGE_RUNTIMES."""
+    titles = {
+        row.key: ", ".join(family.title for key, family in FAMILIES.items() if key in row.families)
+        for row in IMAGE_RUNTIMES.values()
+    }
+    return "".join(markdown.bullet(f"`{key}`: {families}") for key, families in titles.items())
+
+
 # Software that we did not write, and the test that holds a format to it. Of adapters by keys of FORMATS
 ADAPTERS_CHECKED = {
     "cloneofsimo": ("cloneofsimo's own file", "adapters/test_old_formats.py"),
     "kohya": ("diffusers", "commands/convert/test_convert_image_oracles.py"),
-    "comfy": ("ComfyUI's formulas", "commands/convert/test_lycoris_oracles.py"),
+    "comfy": ("ComfyUI", "commands/convert/test_image_programs.py"),
     "diffusers": ("diffusers", "commands/convert/test_convert_image_oracles.py"),
     "adapterhub": ("adapters", "adapters/test_trainers_adapterhub.py"),
     "gguf": ("gguf, llama.cpp's converters", "adapters/test_gguf_names.py"),
