@@ -90,7 +90,7 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             families=frozenset({"anima", "chroma", "flux", "hunyuan_image", "lumina2", "sd1", "sd2", "sd3", "sdxl"}),
             components=_KOHYA_ENCODERS,
             modules={
-                "chroma": _STREAMS,
+                "chroma": rf"{_STREAMS}|(?:img|txt)_in",
                 "flux": r"(?!final_layer\.).*",
                 "hunyuan_image": _STREAMS,
                 "sd1": _UNET_BLOCKS,

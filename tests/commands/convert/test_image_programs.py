@@ -6,9 +6,12 @@ linear layer, no two of which share an A; PEFT's merge, or its formula, is what 
 
 from __future__ import annotations
 
+import importlib
+import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from lib.models.dit_spellings import Subject, merged_by_peft, telling_widths
 from lib.oracles import image_programs as programs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import loratool
 from loratool import InputError, NeedsFlag
@@ -162,3 +165,116 @@ def test_sd_scripts_applies_what_is_written_for_it(case: str, tmp_path: Path) ->
     wanted = expected(subject, naming, excluded)
     assert {name for name, tensor in wanted.items() if name.endswith(".weight") and tensor.dim() == 2} == found.keys()
     require_equal(found, {name: wanted[name] for name in found})
+
+
+def digitless(name: str) -> str:
+    return re.sub(r"\d+", "N", name)
+
+
+# family -> sd-scripts' network, and what makes its model, of its real size where the code has no other
+SD_MODELS: dict[str, tuple[str, str]] = {
+    "flux": ("lora_flux", "flux_models.Flux(flux_models.configs['dev'].params)"),
+    "chroma": ("lora_flux", "chroma_models.Chroma(chroma_models.chroma_params)"),
+    "sd3": (
+        "lora_sd3",
+        "sd3_models.create_sd3_mmdit(sd3_models.SD3Params(patch_size=2, depth=24, num_patches=36864, "
+        "pos_embed_max_size=192, adm_in_channels=2048, qk_norm=None, x_block_self_attn_layers=[], "
+        "context_embedder_in_features=4096, context_embedder_out_features=1536, model_type='medium'))",
+    ),
+    "lumina2": ("lora_lumina", "lumina_models.NextDiT_2B_GQA_patch2_Adaln_Refiner()"),
+    "hunyuan_image": ("lora_hunyuan_image", "hunyuan_image_models.HYImageDiffusionTransformer()"),
+    "anima": (
+        "lora_anima",
+        "anima_models.Anima(240, 240, 128, 16, 16, 2, 1, model_channels=2048, num_blocks=28, num_heads=16, "
+        "pos_emb_cls='rope3d', use_adaln_lora=True)",
+    ),
+}
+MUSUBI_MODELS: dict[str, tuple[str, str, str]] = {
+    "wan": ("lora_wan", "wan.modules.model", "WanModel(dim=64, ffn_dim=128, num_heads=4, num_layers=2, text_dim=32)"),
+    "flux": ("lora_flux", "flux.flux_models", "Flux(configs_flux_dev_context.params)"),
+    "flux2": ("lora_flux_2", "flux_2.flux2_models", "Flux2(Flux2Params())"),
+    "qwen_image": ("lora_qwen_image", "qwen_image.qwen_image_model", "QwenImageTransformer2DModel(num_layers=2)"),
+    "z_image": ("lora_zimage", "zimage.zimage_model", "ZImageTransformer2DModel(n_layers=2)"),
+    "hunyuan_video": (
+        "lora",
+        "hunyuan_model.models",
+        "HYVideoDiffusionTransformer(4096, 768, attn_mode='torch', mm_double_blocks_depth=2, "
+        "mm_single_blocks_depth=2, guidance_embed=True)",
+    ),
+    "hunyuan_video15": (
+        "lora_hv_1_5",
+        "hunyuan_video_1_5.hunyuan_video_1_5_models",
+        "HunyuanVideo_1_5_DiffusionTransformer()",
+    ),
+    "kandinsky5": ("lora_kandinsky", "kandinsky5.models.dit", "DiffusionTransformer3D()"),
+    "ideogram4": ("lora_ideogram4", "ideogram4.ideogram4_model", "Ideogram4Transformer(Ideogram4Config(num_layers=2))"),
+    "krea2": (
+        "lora_krea2",
+        "krea2.krea2_mmdit",
+        "SingleStreamDiT(SingleMMDiTConfig(features=512, tdim=64, txtdim=64, heads=4, multiplier=4, layers=2, patch=2, "
+        "channels=16, txtlayers=2, txtheads=4, txtkvheads=4))",
+    ),
+}
+
+
+def looked_for(model: nn.Module, network_of: Callable[[dict[str, Tensor]], Any]) -> tuple[set[str], set[str]]:
+    """Return the names of a model's layers, and of those among them that a network of its weights adapts."""
+    layers = {f"lora_unet_{n.replace('.', '_')}": m for n, m in model.named_modules() if is_layer(m)}
+    state = {}
+    for name, layer in layers.items():
+        out, inputs = layer.weight.shape[:2]
+        state |= {f"{name}.lora_down.weight": torch.empty(1, inputs), f"{name}.lora_up.weight": torch.empty(out, 1)}
+        state[f"{name}.alpha"] = torch.tensor(1.0, device="cpu")
+    return {*layers}, {lora.lora_name for lora in network_of(state).unet_loras}
+
+
+def is_layer(module: nn.Module) -> bool:
+    return type(module).__name__ in ("Linear", "Conv2d", "Conv3d")
+
+
+def require_row(case: str, runtime: str, tmp_path: Path, every: set[str], adapted: set[str]) -> None:
+    """Require that a row's expression selects the layers that a program's network adapts, under our names."""
+    subject = Subject(case, tmp_path)
+    expression = IMAGE_RUNTIMES[runtime].modules.get(subject.family.key, ".*")
+    paths = [name.removesuffix(".weight") for name in subject.namings[NAMES[subject.family.kohya]]]
+    ours = {digitless(f"lora_unet_{path.replace('.', '_')}"): path for path in paths}
+    known = {digitless(name) for name in every}
+    layers = {flat: path for flat, path in ours.items() if flat in known}
+    names = {digitless(name) for name in adapted}
+    assert {flat for flat, path in layers.items() if re.fullmatch(expression, path)} == names & layers.keys()
+    assert names <= layers.keys() or subject.family.key == "anima"
+
+
+@pytest.mark.parametrize("family", SD_MODELS)
+def test_the_rows_of_sd_scripts_are_its_networks(family: str, tmp_path: Path) -> None:
+    programs.find_program("sd-scripts")
+    name, expression = SD_MODELS[family]
+    module = expression.partition(".")[0]
+    space = {module: importlib.import_module(f"library.{module}")}
+    network = importlib.import_module(f"networks.{name}")
+    encoders = [nn.Module()] if family in ("lumina2", "anima") else []
+
+    def network_of(state: dict[str, Tensor]) -> Any:
+        return network.create_network_from_weights(1.0, None, None, encoders, model, weights_sd=state)[0]
+
+    with torch.device("meta"):
+        model = eval(expression, space)
+        found = looked_for(model, network_of)
+    require_row(family, "sd-scripts", tmp_path, *found)
+
+
+@pytest.mark.parametrize("family", MUSUBI_MODELS)
+def test_the_rows_of_musubi_are_its_networks(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs.find_program("musubi", "src")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")  # a module of Wan's asks for it
+    name, module, expression = MUSUBI_MODELS[family]
+    network = importlib.import_module(f"musubi_tuner.networks.{name}")
+    space = vars(importlib.import_module(f"musubi_tuner.{module}"))
+
+    def network_of(state: dict[str, Tensor]) -> Any:
+        return network.create_arch_network_from_weights(1.0, state, unet=model)
+
+    with torch.device("meta"):
+        model = eval(expression, dict(space))
+        found = looked_for(model, network_of)
+    require_row(family, "musubi", tmp_path, *found)
