@@ -7,23 +7,25 @@ divides by other norms, and becomes LoRA for one that applies none.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..adapters.adapter import Adapter
-from ..adapters.formats import FORMATS
+from ..adapters.formats import FORMATS, loaded_by
 from ..adapters.formats.content import ONLY_FOR
+from ..adapters.formats.format import Format
 from ..adapters.updates.dora import DoRA
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.families import FAMILIES
 from ..architectures.families.table import DENOISERS
+from ..architectures.runtimes.image_programs import IMAGE_RUNTIMES
 from ..architectures.runtimes.runtime import ImageRuntime
 from ..binding.modules.image_modules import SourceModule, settle_components
 from ..binding.names.peft_names import exclude_all
 from ..errors import InputError, NeedsFlag
 from .base_norms import to_base_norms
 from .lazy import noted
-from .module_map import plan_target_modules
+from .module_map import TargetModule, plan_target_modules
 from .numbers import Settled
 from .request import ConvertRequest, selected
 
@@ -55,6 +57,34 @@ def unloaded_modules(
         for target in plan_target_modules(rest, family, FORMATS[to].naming(family)) if rest else ():
             if not re.fullmatch(expression, target.path):
                 yield from ((part.source.module, "outside of the blocks that it adapts") for part in target.parts)
+
+
+def notes_on_names(
+    to: Format, family: str, sources: list[SourceModule], targets: Mapping[str, TargetModule]
+) -> Iterator[str]:
+    """Yield a note for each program that reads a format but looks for other names of some modules.
+
+    Args:
+        targets: the modules of the output by their names.
+    """
+    for key in to.also_loaded_by:
+        row = IMAGE_RUNTIMES[key]
+        if family in row.families and not FAMILIES[family].up_attention:  # a UNet's are looked for in both namings
+            own = {each.path for each in plan_target_modules(sources, family, loaded_by(key).naming(family))}
+            if others := [name for name, target in targets.items() if target.path not in own]:
+                what = f"{row.title} looks for other names of {len(others)} modules, like {others[0]}"
+                yield f"{what}, and ignores these; `loratool convert --for {key}` writes its names"
+
+
+def is_known_kind(runtime: ImageRuntime, update: UpdateSpec) -> bool:
+    """Return whether a program applies an update's kind as a merge does, apart from DoRA's norms."""
+    kind = update.cls.without_norm(update).kind
+    unread = any(
+        kind == of_kind and name.endswith(end) and axes in (0, len(update.specs[role].shape))
+        for (of_kind, end), axes in runtime.unread.items()
+        for role, name in update.tensors.items()
+    )
+    return kind in runtime.kinds and not unread
 
 
 def divides_otherwise(runtime: ImageRuntime, update: UpdateSpec) -> bool:

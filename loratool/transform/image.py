@@ -20,6 +20,7 @@ from ..architectures.families.table import DENOISERS
 from ..binding.modules.image_modules import SourceModule, find_unknown_modules
 from ..binding.modules.selection import Selection
 from ..errors import InputError, NeedsFlag, shell_word
+from .for_image_program import notes_on_names
 from .lazy import Transformed, noted
 from .module_map import TargetModule, plan_target_modules
 from .numbers import Settled, alpha_for_scale, cut_ranks, fold, settle, single
@@ -79,7 +80,9 @@ def plan_image(
     stays.pop("loratool", None)
     config, described = to.describe(family, stays, modules)
     planned = replace(settled, config=config, metadata=described, family=family)
-    notes = () if request.runtime else to.notes(family, modules)  # of what programs apply otherwise
+    notes = []  # on what programs apply in another way, or not
+    if not request.runtime:
+        notes = [*to.notes(family, modules), *notes_on_names(to, family, wanted, names)]
     return noted(planned, *alpha_notes(request.to, rows(settled)), *notes)
 
 

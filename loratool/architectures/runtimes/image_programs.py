@@ -17,6 +17,10 @@ _COMFYUI = frozenset(
     omnigen2 pixart qwen_image sd1 sd2 sd3 sdxl wan""".split()
 )
 
+# LoKr's core, whose product has strides that its code does not expect; LoKr of a convolution of one axis; the part of
+# GLoRA that is LoRA, without the other
+_UNREAD = {("lokr", ".lokr_t2"): 0, ("lokr", ".lokr_w2"): 3, ("lora", ".b1.weight"): 0}
+
 # Modules of a UNet outside of its blocks have other classes than those that the networks look for
 _SGM_BLOCKS = r"(?!input_blocks\.0\.0$)(?:input_blocks|middle_block|output_blocks)\..*"
 _UNET_BLOCKS = r"(?:down_blocks|mid_block|up_blocks)\..*"
@@ -52,6 +56,7 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             dora="base",
             along_inputs=True,
             kinds=_LORA | {"diff", "loha", "lokr", "lycoris_glora"},
+            unread=_UNREAD,
             families=_COMFYUI,
             newer=True,
             every_component=True,
@@ -64,6 +69,7 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             dora="base",
             along_inputs=True,
             kinds=_LORA | {"diff", "loha", "lokr", "lycoris_glora"},
+            unread=_UNREAD,
             families=frozenset({"chroma", "flux", "sd1", "sd2", "sd3", "sdxl"}),
             components=_KOHYA_ENCODERS,
         ),

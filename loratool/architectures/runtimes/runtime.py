@@ -112,6 +112,8 @@ class ImageRuntime:
     along_inputs: bool  # it applies DoRA along the inputs
     kinds: frozenset[str]  # of updates beside DoRA that it applies as merge does, if it reads the names
     families: frozenset[str]  # keys of FAMILIES that it loads adapters of
+    # kind and end of a tensor's name -> its number of axes, where the kind with it is not applied; 0 for any
+    unread: Mapping[tuple[str, str], int] = field(default_factory=dict)
     newer: bool = False  # newer versions load adapters of other families by the same rules
     # key of FAMILIES -> components beside the denoiser that it loads
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

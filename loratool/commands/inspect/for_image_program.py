@@ -13,7 +13,13 @@ from ...architectures.families import FAMILIES
 from ...architectures.runtimes.runtime import ImageRuntime
 from ...binding.modules.image_modules import KNOWN, SourceModule, settle_components
 from ...errors import InputError, NeedsFlag
-from ...transform.for_image_program import divides_otherwise, ignores_norm, require_family, unloaded_modules
+from ...transform.for_image_program import (
+    divides_otherwise,
+    ignores_norm,
+    is_known_kind,
+    require_family,
+    unloaded_modules,
+)
 from ...transform.module_map import plan_target_modules
 from ...transform.plan import find_target_model
 from ...transform.request import ConvertRequest
@@ -89,8 +95,7 @@ def _of_updates(adapter: Adapter, row: ImageRuntime) -> Iterator[Finding]:
         outcome = "misreads" if row.along_inputs else "ignores"
         says = f"DoRA's magnitudes would be {what} without a warning"
         yield Finding("dora", outcome, says, "convert --for with --base makes it plain LoRA", others)
-    kinds = {module: update.cls.without_norm(update).kind for module, update in updates}
-    if unknown := {module: kind for module, kind in kinds.items() if kind not in row.kinds}:
+    if unknown := {m: u.cls.without_norm(u).kind for m, u in updates if not is_known_kind(row, u)}:
         named = " and ".join(dict.fromkeys(unknown.values()))
         says = f"it is {named}, which is not known to be applied as a merge does"
         remedy = "convert --for makes LoRA of kinds with factors; a merge applies all"
@@ -109,7 +114,8 @@ def _of_names(adapter: Adapter, row: ImageRuntime, family: str, sources: Sequenc
         return
     to, known = FORMATS[adapter.format], settle_components(sources, FAMILIES[family])
     loaded = [source for source in known if source.module not in unloaded]
-    targets = plan_target_modules(loaded, family, to.naming(family)) if loaded else ()
+    own = to if FAMILIES[family].up_attention else loaded_by(row.key)  # a UNet's are looked for in both namings
+    targets = plan_target_modules(loaded, family, own.naming(family)) if loaded else ()
     names = {to.module_name(target.component, target.path, family) for target in targets}
     if others := tuple(source.module for source in loaded if source.module not in names):
         says = f"modules have other names than those that it is known to look for, like {min(names)}"

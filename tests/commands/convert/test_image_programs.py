@@ -10,11 +10,14 @@ import importlib
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import FIXTURES
+from lib.files import lycoris_files
 from lib.models import dit_models
 from lib.models.dit_spellings import Subject, merged_by_peft, telling_widths
 from lib.oracles import image_programs as programs
@@ -24,8 +27,10 @@ from torch import Tensor, nn
 
 import loratool
 from loratool import InputError, NeedsFlag
+from loratool.adapters.formats import open_adapter
 from loratool.architectures.families.table import Naming
 from loratool.architectures.runtimes.image_programs import IMAGE_RUNTIMES
+from loratool.transform.for_image_program import divides_otherwise, is_known_kind
 
 pytestmark = pytest.mark.slow
 
@@ -278,3 +283,62 @@ def test_the_rows_of_musubi_are_its_networks(family: str, tmp_path: Path, monkey
         model = eval(expression, dict(space))
         found = looked_for(model, network_of)
     require_row(family, "musubi", tmp_path, *found)
+
+
+@pytest.mark.parametrize("case", cases("comfyui"))
+def test_comfyui_reads_kohyas_names_too(case: str, tmp_path: Path) -> None:
+    """Except where it has names of its own, which `inspect --for comfyui` tells."""
+    subject = Subject(case, tmp_path).other
+    naming, out = naming_in_comfy(subject), subject.place(".safetensors")
+    report = loratool.convert(subject.adapter("diffusers"), out, to="kohya", base=subject.base_in("component"))
+    found, _, unused = programs.comfyui(load_file(out), subject.renamed(naming, subject.base))
+    findings = loratool.inspect_for(out, runtime="comfyui", base=subject.base_in("component")).findings
+    assert {name.partition(".")[0] for name in unused} == {module for each in findings for module in each.modules}
+    assert any("--for comfyui" in note for note in report.notes) == bool(findings)
+    if not findings:
+        require_equal(found, expected(subject, naming))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in lycoris_files.KINDS if kind != "boft"])
+def test_kinds_in_comfyui(kind: str, tmp_path: Path) -> None:
+    """Those of the row are applied as a merge applies them, and others are not."""
+    layer, _ = lycoris_files.KINDS[kind]
+    base = lycoris_files.base_of(layer, torch.float32)
+    adapter = lycoris_files.write_lycoris(
+        tmp_path / "a.safetensors", {base.path: lycoris_files.roles_of(kind, base.dtype)}
+    )
+    loratool.merge(base.write(tmp_path / "b.safetensors"), adapter, tmp_path / "m.safetensors", undo=False)
+    merged, plain = load_file(tmp_path / "m.safetensors"), load_file(tmp_path / "b.safetensors")
+    found, _, _ = programs.comfyui(load_file(adapter), plain)
+    off = max(float((found[n] - W).abs().max() / (W - plain[n]).abs().max().clamp(min=1e-9)) for n, W in merged.items())
+    opened, row = open_adapter(adapter), IMAGE_RUNTIMES["comfyui"]
+    with closing(opened.file):
+        updates = opened.updates.values()
+        is_applied = all(is_known_kind(row, each) and not divides_otherwise(row, each) for each in updates)
+    assert is_applied == (off < 1e-5), off
+
+
+def test_a_unet_and_two_clips_in_comfyui(tmp_path: Path) -> None:
+    adapter, base = FIXTURES / "sdxl" / "adapter.safetensors", tmp_path / "base.safetensors"
+    save_file({n: W.float() for n, W in load_file(FIXTURES / "sdxl" / "base.safetensors").items()}, base)
+    loratool.convert(adapter, tmp_path / "a.safetensors", runtime="comfyui")
+    loratool.merge(base, adapter, tmp_path / "m.safetensors", undo=False)
+    plain, merged = ({in_comfyui(n): W for n, W in load_file(p).items()} for p in (base, tmp_path / "m.safetensors"))
+    denoiser = {n.removeprefix("diffusion_model."): W for n, W in plain.items() if n.startswith("diffusion_model.")}
+    fused, v = "clip_g.transformer.text_model.encoder.layers.0.self_attn.in_proj.weight", slice(64, 96)
+    clips = {n: W for n, W in plain.items() if n.startswith("clip_l.")}
+    clips[fused.replace("in_proj", "v_proj")] = plain[fused][v]
+    found, encoders, unused = programs.comfyui(load_file(tmp_path / "a.safetensors"), denoiser, clips)
+    assert not unused and len(encoders) == 2
+    require_equal(found, {n: merged[f"diffusion_model.{n}"] for n in denoiser})
+    wanted = {n: merged[n] for n in clips if n in merged}
+    require_equal(encoders, wanted | {fused.replace("in_proj", "v_proj"): merged[fused][v]})
+
+
+def in_comfyui(name: str) -> str:
+    """Return ComfyUI's name of a tensor of SDXL's single file."""
+    name = name.removeprefix("model.").replace("conditioner.embedders.0.", "clip_l.")
+    name = name.replace(
+        "conditioner.embedders.1.model.transformer.resblocks.", "clip_g.transformer.text_model.encoder.layers."
+    )
+    return name.replace("attn.in_proj_weight", "self_attn.in_proj.weight")
