@@ -342,3 +342,71 @@ def in_comfyui(name: str) -> str:
         "conditioner.embedders.1.model.transformer.resblocks.", "clip_g.transformer.text_model.encoder.layers."
     )
     return name.replace("attn.in_proj_weight", "self_attn.in_proj.weight")
+
+
+_DIT = {"hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 4, "depth": 2, "depth_single_blocks": 2, "qkv_bias": True}
+_STREAMS = {**_DIT, "axes_dim": [4, 6, 6], "context_in_dim": 16, "in_channels": 16, "theta": 10000}
+_HUNYUAN = {**_STREAMS, "vec_in_dim": 8, "image_model": "hunyuan_video", "out_channels": 16, "patch_size": [1, 2, 2]}
+_WAN = {"dim": 64, "ffn_dim": 128, "num_heads": 4, "num_layers": 2, "text_dim": 16, "freq_dim": 16}
+# case -> ComfyUI's module and class of the denoiser, and a small config of it
+COMFY_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "flux": ("flux.model", "Flux", {**_STREAMS, "vec_in_dim": 8, "image_model": "flux", "out_channels": 16, "patch_size": 2,
+                                    "guidance_embed": True}),
+    "chroma": ("chroma.model", "Chroma", {**_STREAMS, "image_model": "chroma", "out_channels": 16, "patch_size": 2,
+                                          "in_dim": 64, "out_dim": 64, "hidden_dim": 64, "n_layers": 2}),
+    "sd3": ("modules.diffusionmodules.mmdit", "OpenAISignatureMMDITWrapper",
+            {"input_size": None, "pos_embed_scaling_factor": None, "pos_embed_offset": None, "pos_embed_max_size": 8,
+             "patch_size": 2, "in_channels": 16, "depth": 2, "num_patches": 64, "adm_in_channels": 16,
+             "context_embedder_config": {"target": "torch.nn.Linear",
+                                         "params": {"in_features": 16, "out_features": 128}}}),
+    "wan": ("wan.model", "WanModel", {**_WAN, "model_type": "t2v"}),
+    "wan/i2v": ("wan.model", "WanModel", {**_WAN, "model_type": "i2v"}),
+    "wan/vace": ("wan.model", "VaceWanModel", {**_WAN, "vace_layers": 2, "vace_in_dim": 96}),
+    "qwen_image": ("qwen_image.model", "QwenImageTransformer2DModel", {"num_layers": 2, "image_model": "qwen_image"}),
+    "hunyuan_video": ("hunyuan_video.model", "HunyuanVideo",
+                      {**_HUNYUAN, "guidance_embed": True, "byt5": False, "meanflow": False}),
+    "hunyuan_image": ("hunyuan_video.model", "HunyuanVideo",
+                      {**_HUNYUAN, "guidance_embed": False, "byt5": True, "meanflow": False, "vec_in_dim": None,
+                       "patch_size": [2, 2], "axes_dim": [8, 8]}),
+    "lumina2": ("lumina.model", "NextDiT",
+                {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "cap_feat_dim": 16, "axes_dims": [4, 6, 6],
+                 "axes_lens": [8, 8, 8], "qk_norm": True, "image_model": "lumina2"}),
+    "auraflow": ("aura.mmdit", "MMDiT", {"max_seq": 64, "n_layers": 6, "cond_seq_dim": 32}),
+    "ltx": ("lightricks.model", "LTXVModel", {"num_layers": 2, "image_model": "ltxv"}),
+    "hidream": ("hidream.model", "HiDreamImageTransformer2DModel",
+                {"patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 2, "num_single_layers": 2,
+                 "attention_head_dim": 16, "num_attention_heads": 4, "caption_channels": [16, 16], "text_emb_dim": 16,
+                 "num_routed_experts": 4, "num_activated_experts": 2, "axes_dims_rope": (4, 6, 6),
+                 "max_resolution": (8, 8), "llama_layers": [0, 1], "image_model": "hidream"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMFY_MODELS)
+def test_comfyuis_own_models_have_the_names(case: str, tmp_path: Path) -> None:
+    """The other tests of ComfyUI take names from our tables."""
+    make = programs.comfy_class(*COMFY_MODELS[case][:2])
+    options = {"dtype": None, "device": "meta", "operations": programs.comfy_operations()}
+    with torch.device("meta"):
+        theirs = {digitless(name) for name in make(**COMFY_MODELS[case][2], **options).state_dict()}
+    subject = Subject(case, tmp_path)
+    ours = {digitless(name) for name, pieces in subject.namings[naming_in_comfy(subject)].items()
+            if pieces[0].name.removesuffix(".weight") in subject.factors}  # fmt: skip
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize(("family", "made"), [("sd1", "original_unet.UNet2DConditionModel(64, 8, 768)"),
+                                             ("sdxl", "sdxl_original_unet.SdxlUNet2DConditionModel()")])  # fmt: skip
+def test_the_rows_of_sd_scripts_are_its_unets(family: str, made: str) -> None:
+    programs.find_program("sd-scripts")
+    module = made.partition(".")[0]
+    network = importlib.import_module("networks.lora")
+    encoders = [nn.Module() for _ in IMAGE_RUNTIMES["sd-scripts"].components[family]]
+    with torch.device("meta"):
+        model = eval(made, {module: importlib.import_module(f"library.{module}")})
+        every, adapted = looked_for(
+            model,
+            lambda state: network.create_network_from_weights(1.0, None, None, encoders, model, weights_sd=state)[0],
+        )
+    paths = {f"lora_unet_{n.replace('.', '_')}": n for n, m in model.named_modules() if is_layer(m)}
+    expression = IMAGE_RUNTIMES["sd-scripts"].modules[family]
+    assert {flat for flat, path in paths.items() if re.fullmatch(expression, path)} == adapted < every

@@ -183,3 +183,15 @@ def sd_scripts(family: str, tensors: Mapping[str, Tensor], lora: Mapping[str, Te
     )
     made.merge_to(encoders or None, model, state, torch.float32, "cpu")
     return {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight")}
+
+
+def comfy_class(module: str, name: str) -> Any:
+    """Return ComfyUI's class of a denoiser. module: below `comfy/ldm`."""
+    _comfy()
+    return getattr(importlib.import_module(f"comfy.ldm.{module}"), name)
+
+
+def comfy_operations() -> Any:
+    """Return the layers that ComfyUI's models are made of."""
+    _comfy()
+    return importlib.import_module("comfy.ops").disable_weight_init
