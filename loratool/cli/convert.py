@@ -50,6 +50,7 @@ to its maker's, with rows split or concatenated as needed.
   loratool convert unet/ --to single-file -o unet.safetensors
   loratool convert ink.safetensors --to diffusers -o ink-diffusers.safetensors
   loratool convert flux.safetensors --to kohya --exclude 'text_encoder*'
+  loratool convert ink.safetensors --for comfyui -o ink-comfyui.safetensors
   loratool convert pissa/ --to peft --plain --initial start/ -o exact/
   loratool convert dora/ --to peft --plain --base base/ --rank 32 -o plain/
   loratool convert phi/ --to peft --layout split --base phi-base/ -o llama/

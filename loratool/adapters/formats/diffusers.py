@@ -70,5 +70,5 @@ class Diffusers(DottedFormat):
             return ()
         remedy = "--for comfyui --base BASE" if any(module.dora for module in modules.values()) else "--plain"
         what = f"the alphas of {len(scaled)} modules are only in the metadata, which diffusers reads"
-        others = "ComfyUI and kohya's convert_flux_lora do not, and take 1 as their scale"
+        others = "ComfyUI and sd-scripts do not, and take 1 as their scale"
         return (f"{what}; {others}: `loratool convert {remedy}` writes what they apply in full",)

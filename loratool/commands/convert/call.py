@@ -52,7 +52,8 @@ class Convert(Call["ConvertReport"]):
         runtime: Write the adapter so that this program applies it in full. Use it instead of --to. One of {words}.
         base: The model under the adapter. Needed for DoRA with --plain, and for sizes with --layout and the
             formats gguf and mlx (its config.json is enough). With --to peft, modules get the names of its class. With
-            --for, it is the served model. It decides the family of an image model's adapter.
+            --for, it is the served model, or the one that DoRA's magnitudes are for. It decides the family of an image
+            model's adapter.
         rename: Rename a language model's modules first. OLD=NEW replaces the end of a path (wq=q_proj). A glob keeps
             what its wildcards match (h.*.attn=layers.*.self_attn). re:EXPRESSION has groups \\1, \\2.
 

@@ -350,8 +350,8 @@ _HUNYUAN = {**_STREAMS, "vec_in_dim": 8, "image_model": "hunyuan_video", "out_ch
 _WAN = {"dim": 64, "ffn_dim": 128, "num_heads": 4, "num_layers": 2, "text_dim": 16, "freq_dim": 16}
 # case -> ComfyUI's module and class of the denoiser, and a small config of it
 COMFY_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "flux": ("flux.model", "Flux", {**_STREAMS, "vec_in_dim": 8, "image_model": "flux", "out_channels": 16, "patch_size": 2,
-                                    "guidance_embed": True}),
+    "flux": ("flux.model", "Flux", {**_STREAMS, "vec_in_dim": 8, "image_model": "flux", "out_channels": 16,
+                                    "patch_size": 2, "guidance_embed": True}),
     "chroma": ("chroma.model", "Chroma", {**_STREAMS, "image_model": "chroma", "out_channels": 16, "patch_size": 2,
                                           "in_dim": 64, "out_dim": 64, "hidden_dim": 64, "n_layers": 2}),
     "sd3": ("modules.diffusionmodules.mmdit", "OpenAISignatureMMDITWrapper",
