@@ -133,6 +133,11 @@ ROWS = {
     "deft, para": Row("DeftConfig", {"r": 4, "para": True}, close=1e-5),
     "peanut": Row("PeanutConfig", {"r": 4, "scaling": 0.7}, close=1e-9),
     "peanut, deep": Row("PeanutConfig", {"r": 4, "depth": 2}, close=1e-9),
+    # peft computes FourierFT in float32
+    "fourierft": Row("FourierFTConfig", {"n_frequency": 40}, ("wide", "square"), close=1e-5),
+    "waveft": Row("WaveFTConfig", {"n_frequency": 40}),
+    "waveft, longer": Row("WaveFTConfig", {"n_frequency": 40, "wavelet_family": "db3"}),
+    "waveft, places": Row("WaveFTConfig", {"n_frequency": 40, "use_idwt": False}),
     "beft": Row("BeftConfig", {}),
     "tokens": Row("TrainableTokensConfig", {"token_indices": [5, 0, 23]}, ("embed_tokens",)),
     "norms": Row("LNTuningConfig", {}, ("norm",)),
