@@ -107,7 +107,7 @@ def _wanted(
     to, can, selection = request.to, FORMATS[request.to].can, Selection(request.exclude or ("",))
     wanted = [source for source in sources if source.module not in impossible and not selection.selects(source.module)]
     if can.components == "one":
-        wanted, more = _one_component(wanted)
+        wanted, more = one_component(wanted)
         impossible = impossible + more
     columns = next((s.module for s in wanted if s.update.along_inputs and not can.input_norms), None)
     if columns:
@@ -145,7 +145,7 @@ def _has_kernel(source: SourceModule) -> bool:
     return math.prod(source.update.specs["A"].shape[2:]) != 1
 
 
-def _one_component(sources: list[SourceModule]) -> tuple[list[SourceModule], list[str]]:
+def one_component(sources: list[SourceModule]) -> tuple[list[SourceModule], list[str]]:
     """Return the modules of the denoiser, or else of the first text encoder, and the names of the others.
 
     A PEFT adapter is for one model only.

@@ -57,7 +57,7 @@ def plan_target_modules(sources: list[SourceModule], family: str, naming: Naming
         NeedsFlag: DoRA could not be split or fused.
     """
     settled = settle_components(sources, FAMILIES[family])
-    spans = [(source, table := _table_of(source, family), _spans(source, table)) for source in settled]
+    spans = [(source, table := table_of(source, family), _spans(source, table)) for source in settled]
     _refuse_twice(spans)
     of_denoiser = [module_spans for source, _, module_spans in spans if source.component in DENOISERS]
     part_rows = {span.module: span.module_rows for module_spans in of_denoiser for span in module_spans}
@@ -101,7 +101,7 @@ def _refuse_twice(spans: Iterable[tuple[SourceModule, ModelFamily | None, tuple[
             others.append((span.skip, stop))
 
 
-def _table_of(source: SourceModule, family: str) -> ModelFamily | None:
+def table_of(source: SourceModule, family: str) -> ModelFamily | None:
     """Return the table of a module's names; None for a module that keeps its name."""
     if source.component in DENOISERS:
         return FAMILIES[family]

@@ -17,6 +17,7 @@ from ..adapters.formats.format import Format
 from ..adapters.formats.peft_config import config_of, listed_as_parameters
 from ..adapters.updates.add import AddDelta
 from ..adapters.updates.dora import DoRA
+from ..adapters.updates.oft import OFT
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import Update, UpdateSpec
 from ..files.dtypes import TensorSpec
@@ -50,11 +51,13 @@ def in_format(state: Settled, to: Format) -> Settled:
 
 
 def rows(state: Settled) -> tuple[ModuleConvert, ...]:
-    """Return the report's row of each module with factors, from the log alone."""
+    """Return the report's row of each module with factors or rotations, from the log alone."""
     can, report_rows = FORMATS[state.adapter.format].can, []
     restated = can.alpha == "tensor" or (is_restated(state.adapter) and can.alpha == "config")
     for module, update in state.adapter.updates.items():
         change = state.log[module]
+        if update.cls is OFT:
+            report_rows.append(ModuleConvert(module, change.sources, change.how, 0, 0.0, change.loss.relative))
         if update.rank and change.sources:  # zeros that a runtime needs have no sources
             alpha = alpha_for_scale(update.scale, update.rank)
             written_scale = (single(alpha) if can.alpha == "tensor" else alpha) / update.rank  # as a reader computes it

@@ -47,6 +47,7 @@ from .rename import rename_modules
 from .request import INITIAL, WHAT_INITIAL, ConvertRequest, select_updates, selected
 from .to_class import to_class
 from .to_gguf import plan_gguf, require_copies
+from .to_oft import keeps_oft, plan_oft
 
 NAMED_INITS = ("pissa", "olora")  # inits that their name alone describes; others need a config too
 
@@ -87,9 +88,12 @@ def plan_convert(
         NeedsFlag: unsupported modules must be excluded, or the base is needed.
         InputError: no program could load the result.
     """
+    source = state.adapter
     if request.rename:
         state = rename_modules(state, request.rename)
         request = replace(request, rename=())
+    if keeps_oft(state.adapter, request):
+        return plan_oft(state, request, source)
     state = expand(state, request.exclude)
     return _plan_low_rank(state, request, folder, opened, family)
 

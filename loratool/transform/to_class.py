@@ -17,6 +17,7 @@ from ..adapters.formats.peft import Peft, wrappers_of
 from ..adapters.placed_factors import Place, lay_A, lay_B, place_pairs, starts
 from ..adapters.updates.experts import Experts
 from ..adapters.updates.low_rank import LowRank
+from ..adapters.updates.oft import OFT
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.rows import Indices
 from ..adapters.updates.update import Stack, UpdateSpec
@@ -110,7 +111,9 @@ def to_class(state: Transformed, base: Checkpoint, architecture: str | None) -> 
     places = _place(state.adapter, base, architecture, state.adapter.updates)
     moved = _moved(state, places)
     parameters = {u.target for u in moved.adapter.updates.values() if u.cls.stack or u.parameter}
-    named = sorted(u.target for u in moved.adapter.updates.values() if u.rank and u.target not in parameters)
+    named = sorted(
+        u.target for u in moved.adapter.updates.values() if (u.rank or u.cls is OFT) and u.target not in parameters
+    )
     return with_fields(moved, target_modules=target_modules(base, ClassNames(base, architecture), named))
 
 

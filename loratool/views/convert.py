@@ -24,10 +24,11 @@ class ModuleConvert:
     Attributes:
         sources: the modules of the adapter that it is made from.
         how: bitwise the same change, if it is `exact` (the very factors), `split`, `fused` or `swapped` (other
-            rows: `module_map.TargetModule`), `folded` (the scale in the factors) or `expanded` (factors of another kind
-            multiplied out to LoRA's); not so if it is `rounded` (a scale or type that it could not have) or
-            `truncated` to a rank.
-        error: ||D' - D|| / ||D||, for D' as written; 0 for the same change.
+            rows: `module_map.TargetModule`), `folded` (the scale, or the direction of a rotation, in the numbers) or
+            `expanded` (factors of another kind multiplied out to LoRA's); not so if it is `rounded` (a scale or type
+            that it could not have) or `truncated` to a rank.
+        rank, alpha: 0 for rotations.
+        error: ||D' - D|| / ||D||, for D' as written; 0 for the same change. Of rotations R it is that of R - 1.
     """
 
     name: str
@@ -66,8 +67,8 @@ class ConvertReport(WritingReport):
 COLUMNS: tuple[Category[ModuleConvert] | Measure[ModuleConvert], ...] = (
     Category(q.HOW, lambda row: row.how, priority=1),
     Category(q.FROM_MODULES, lambda row: _sources(row), priority=4),
-    Category(q.RANK, lambda row: str(row.rank), priority=6, right=True, alone=True),
-    Category(q.ALPHA, lambda row: f"{row.alpha:g}", priority=7, right=True),
+    Category(q.RANK, lambda row: str(row.rank or "-"), priority=6, right=True, alone=True),
+    Category(q.ALPHA, lambda row: f"{row.alpha:g}" if row.rank else "-", priority=7, right=True),
     Measure(q.ERROR, lambda row: row.error or None, share, priority=2),
 )
 
@@ -113,5 +114,6 @@ def _verdict(report: ConvertReport) -> str:
         exact = f"{count - len(errors):,} of {plural(count, 'module')} exact"
         return f"{exact}, {inexact}: the largest error is {share(max(errors))}"
     if all(row.how == "exact" for row in report.modules):
-        return f"{plural(count, 'module')}, factors copied byte for byte"
+        what = "factors" if any(row.rank for row in report.modules) else "rotations"
+        return f"{plural(count, 'module')}, {what} copied byte for byte"
     return f"{plural(count, 'module')}, their deltas equal bit for bit"

@@ -27,6 +27,7 @@ from ..updates.dora import DoRA
 from ..updates.experts import Experts
 from ..updates.headers import spec_from_roles, unpaired
 from ..updates.low_rank import LowRank
+from ..updates.oft import OFT
 from ..updates.replace import ReplaceTensor
 from ..updates.rows import Indices, ReplaceRows
 from ..updates.tinylora import GROUPED, vectors_of
@@ -96,7 +97,7 @@ class Peft(Format):
     key = "peft"
     title = "PEFT: a folder or a file of one component, in diffusers' names"
     can = Capabilities(
-        kinds=frozenset({LowRank, Experts, DoRA, AddDelta, ReplaceTensor, ReplaceRows}),
+        kinds=frozenset({LowRank, Experts, DoRA, AddDelta, ReplaceTensor, ReplaceRows, OFT}),
         writes=True,
         components="one",
         alpha="config",

@@ -86,7 +86,7 @@ class OFT(Update):
 
     @classmethod
     def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
-        n, b = _blocks(spec)
+        n, b = blocks_of(spec)
         side = shape[0] if _of_outputs(spec) else math.prod(shape[1:])
         if len(shape) < 2 or ("oft_s" in spec.specs and spec.specs["oft_s"].size != shape[0]):
             return False
@@ -96,7 +96,7 @@ class OFT(Update):
 
     @classmethod
     def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
-        n, b = _blocks(spec)
+        n, b = blocks_of(spec)
         outputs = spec.specs["oft_s"].size if "oft_s" in spec.specs else None
         return outputs, None if n == 1 or _of_outputs(spec) else n * b
 
@@ -117,7 +117,7 @@ class OFT(Update):
 
     @classmethod
     def together(cls, spec: UpdateSpec, transposed: bool) -> int:
-        return 1 if _of_outputs(spec) is transposed else _blocks(spec)[1]
+        return 1 if _of_outputs(spec) is transposed else blocks_of(spec)[1]
 
     @classmethod
     def require(cls, module: str, roles: Mapping[str, str]) -> None:
@@ -205,24 +205,38 @@ class OFT(Update):
         mixing = Mixing(M[:, None] if of_outputs else M[None], 1 - of_outputs, weight, scales, is_rotation=is_rotation)
         return mixing.T if transposed else mixing
 
+    def multiplied_out(self) -> Wide:
+        """Return the numbers of triangles that need no division and no bound for these rotations, in float64."""
+        factor, kept = self._factors(self._skew())
+        return self.value.wide() * [[float(factor * each)] for each in kept]
+
     def _rotations(self) -> tuple[Wide, list[Fraction]]:
         """Return R - I of each block, and the share of its numbers that a bound keeps."""
+        Q = self._skew()
+        factor, kept = self._factors(Q)
+        return rotations(Q, self.rotation.coefficients, [factor * each for each in kept]), kept
+
+    def _skew(self) -> list[Wide]:
         is_old = len(self.value.shape) == 3
-        Q = skew_parts(self.value) if is_old else upper_triangles(self.value, _size(self.value.shape[1]) or 0)
+        return skew_parts(self.value) if is_old else upper_triangles(self.value, _size(self.value.shape[1]) or 0)
+
+    def _factors(self, Q: list[Wide]) -> tuple[Fraction, list[Fraction]]:
+        """Return the factor of all numbers, and the share that a bound keeps of those of each block."""
+        is_old = len(self.value.shape) == 3
         factor, kept = Fraction(-1, 2) if is_old else Fraction(1), [Fraction(1)]
         if self.rotation.is_scaled:
             factor = 1 / (2 * root(Fraction(Q[0].shape[-1] - 1)))
         if self.rotation.eps:
             bound, normed = Fraction(self.rotation.eps) ** 2 / len(Q[0]), [self.value.wide()] if is_old else Q
             kept = [min(Fraction(1), root(bound / x)) if x else Fraction(1) for x in squares(normed)]
-        return rotations(Q, self.rotation.coefficients, [factor * each for each in kept]), kept
+        return factor, kept
 
 
 def _key(spec: UpdateSpec) -> str:
     return next(role for role in (*TRIANGLES, "oft_r") if role in spec.specs)
 
 
-def _blocks(spec: UpdateSpec) -> tuple[int, int]:
+def blocks_of(spec: UpdateSpec) -> tuple[int, int]:
     """Return how many blocks there are, and the size of one."""
     shape = spec.specs[_key(spec)].shape
     return shape[0], (shape[1] if len(shape) == 3 else _size(shape[1])) or 0
@@ -248,7 +262,7 @@ def _eps(spec: UpdateSpec, fields: Mapping[str, Any]) -> float:
     eps = fields.get("eps", 6e-5)
     if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
         raise InputError(f"the config says eps {brief(eps)}, not the bound of coft", culprit=spec.module)
-    return float(eps) * (_blocks(spec)[1] ** 2 if _of_outputs(spec) else 1)
+    return float(eps) * (blocks_of(spec)[1] ** 2 if _of_outputs(spec) else 1)
 
 
 def _coefficients(spec: UpdateSpec, fields: Mapping[str, Any]) -> tuple[int, ...]:

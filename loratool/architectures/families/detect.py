@@ -27,7 +27,7 @@ def detect(modules: Iterable[tuple[str, str, tuple[int, ...]]], numbered: bool =
     decide, then whether all blocks of a known model are present.
 
     Args:
-        modules: (component, path in any naming, shape of the matrix, empty if unknown).
+        modules: (component, path in any naming, shape of the matrix, empty if unknown, with 0 for unknown rows).
         numbered: a prefix numbers the first text encoder, as in families with several.
     """
     every = list(modules)
@@ -71,7 +71,7 @@ def _fits(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]
         return named or all(locate(family, path) for path in paths)
     if not all(locate(family, path) for path in paths):  # first, as one path of another model decides it
         return False
-    shapes = [(path, shape) for _, path, shape in modules if len(shape) > 1]
+    shapes = [(path, shape) for _, path, shape in modules if len(shape) > 1 and shape[0]]
     return all(
         shape[0] == ratio * shape[1]
         for end, ratio in family.ratios.items()

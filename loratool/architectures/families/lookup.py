@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 
 from .table import Fused, ModelFamily, Naming, Rows, Run
@@ -79,6 +80,16 @@ def kernel_of(family: ModelFamily, path: str) -> tuple[int, ...]:
     names = to_diffusers(family, path)
     kernels = family.kernels.items()
     return next((kernel for end, kernel in kernels for name in names if f".{name}".endswith(f".{end}")), ())
+
+
+def complete_parts(located: Located) -> tuple[str, ...]:
+    """Return diffusers' modules that a module consists of; empty if it lacks rows of one, or its size decides."""
+    shares = []
+    for _, fused in located.rows:
+        runs = _runs(fused)
+        shares.append({run.module: sum(Fraction(1, r.parts) for r in runs if r.module == run.module) for run in runs})
+    is_complete = all(share == shares[0] and set(share.values()) == {1} for share in shares)
+    return tuple(shares[0]) if shares and is_complete else ()
 
 
 def parts_of(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
-from ...adapters.updates.update import UpdateSpec
+from ...adapters.updates.update import Update, UpdateSpec
 from ...architectures.components import component_of, components_of
 from ...architectures.families import ENCODERS, FAMILIES
 from ...architectures.families.detect import SHARED, detect, families_with, has_sizes
@@ -31,13 +31,18 @@ class SourceModule:
 KNOWN = "loratool guide image-models lists them"  # remedy in messages on unknown image families
 
 
-def read_source_modules(adapter: Adapter) -> tuple[list[SourceModule], list[str]]:
-    """Return the modules with low-rank factors, and the names of modules that no image format can store."""
+def read_source_modules(adapter: Adapter, kinds: Collection[type[Update]] = ()) -> tuple[list[SourceModule], list[str]]:
+    """Return the modules with low-rank factors, and the names of modules that no image format can store.
+
+    Args:
+        kinds: kinds without factors that count as well.
+    """
     sources, impossible = [], []
     for module, update in adapter.updates.items():
         component, path = component_of(module)
         dotted = dotted_path(path) if adapter.flattened or "." not in path else path
-        if not update.rank or update.cls.stack or (dotted is None and adapter.flattened):
+        is_read = update.rank or update.cls in kinds
+        if not is_read or update.cls.stack or (dotted is None and adapter.flattened):
             impossible.append(module)
             continue
         dotted = dotted or path
@@ -54,7 +59,7 @@ def dotted_path(flat: str) -> str | None:
 
 def _which_clip(update: UpdateSpec, path: str) -> str:
     """Return the component of a CLIP module without one in its name: SDXL's second CLIP is wider than all others."""
-    width = update.shape[0 if path.endswith("fc2") else 1]
+    width = update.cls.flat(update)[0 if path.endswith("fc2") else 1]
     return "text_encoder_2" if width == BIGG_WIDTH else "text_encoder"
 
 
@@ -117,8 +122,11 @@ def _modules(sources: Iterable[SourceModule]) -> list[tuple[str, str, tuple[int,
 
 
 def _matrix_shape(update: UpdateSpec) -> tuple[int, ...]:
-    """Return the shape of the matrix that an update changes; empty if the update has only one side of it."""
-    return update.shape if len(update.shape) > 1 and None not in update.cls.flat(update) else ()
+    """Return the shape of the matrix that an update changes, with 0 for unknown rows; empty if only they are known."""
+    rows, columns = update.cls.flat(update)
+    if rows is None and columns is not None:
+        return 0, columns
+    return update.shape if len(update.shape) > 1 and None not in (rows, columns) else ()
 
 
 def detect_family(sources: Sequence[SourceModule]) -> str | None:
