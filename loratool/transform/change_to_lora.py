@@ -81,8 +81,8 @@ def change_to_lora(state: Transformed, base: Checkpoint, rank: int | None, journ
             for match in matches[module]
             for placement in place_update(alone, module, 1.0, match, base.specs, base.model_types, matches)
         ]
-        loaded, W = source.load(update), read_weight(source, update, base, places)
-        kernel = base.specs[places[0][0]].shape[2:]
+        shape, W = base.specs[places[0][0]].shape, read_weight(source, update, base, places)
+        loaded, kernel = source.load(update.cls.of_tensor(update, shape)), shape[2:]
         if isinstance(loaded, DoRA):
             D = _dora_delta(loaded, W, update.along_inputs, module)
         else:

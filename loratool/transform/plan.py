@@ -103,7 +103,9 @@ def _plan_low_rank(
 ) -> Settled:
     """Plan the conversion of an adapter whose kinds with factors are LoRA, DoRA of LoRA, and Experts."""
     source, base = state.adapter, None
-    target = find_target_model(source, request, family)
+    if request.plain and not any(update.rank for update in selected(source, request.exclude).values()):
+        state = _without_weights(state, request, folder, opened)  # factors tell the model
+    target = find_target_model(state.adapter, request, family)
     of_language = target.is_single and target.family is None
     program = IMAGE_RUNTIMES.get(request.runtime or "")
     if program:
@@ -122,7 +124,7 @@ def _plan_low_rank(
     names_class = _names_class(source, request) and of_language
     _check_options(source, target, request, names_class)
     if target.family is not None:
-        refuse_unknown_blocks(source, target.modules, target.family)
+        refuse_unknown_blocks(state.adapter, target.modules, target.family)
         state = _without_initial(state, [source_module.module for source_module in target.wanted], request)
     state = _without_weights(state, request, folder, opened)
     if target.family is not None:

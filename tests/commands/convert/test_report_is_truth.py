@@ -44,6 +44,7 @@ from loratool.adapters.formats import FORMATS, loaded_by, open_adapter, usual_fo
 from loratool.adapters.stacked import stack_factors
 from loratool.adapters.updates import UPDATES
 from loratool.adapters.updates.dora import DoRA
+from loratool.adapters.updates.oft import OFT
 from loratool.architectures.families import FAMILIES
 from loratool.architectures.runtimes.table import RUNTIMES
 from loratool.commands.choices import QKV_LAYOUTS
@@ -298,6 +299,8 @@ class Comparison:
             update = read.updates.get(row.name)
             if update is None:
                 continue
+            if not update.rank and (row.rank, row.alpha) == (0, 0.0):
+                continue
             rank = max(each.rank for each in rows) if self.to.can.one_scale else row.rank
             if update.rank != rank:
                 yield "rank", f"{row.name}: said rank {row.rank}, is {update.rank}"
@@ -308,11 +311,12 @@ class Comparison:
 
     def _counts(self, read: Adapter) -> Iterator[tuple[str, str]]:
         named = {row.name for row in self.report.modules}
-        factors = {module: update for module, update in read.updates.items() if update.rank}
+        factors = {module: update for module, update in read.updates.items() if update.rank or update.cls is OFT}
         for module in named - factors.keys():
             yield "count", f"{module}: said to be there, is not among {sorted(factors)[:3]}, ..."
         for module in factors.keys() - named:
-            if any(side.any() for side in stack_factors(read.load(factors[module]))[:1]):
+            loaded = read.load(factors[module])
+            if isinstance(loaded, OFT) or any(side.any() for side in stack_factors(loaded)[:1]):
                 yield "count", f"{module}: is there, said nowhere"
 
     def _errors(self, read: Adapter, two: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:

@@ -247,7 +247,7 @@ def test_what_stands_beside_factors_is_kept_and_added_up(tmp_path: Path) -> None
     assert torch.allclose(load_file(tmp_path / "sum.safetensors")[key], 1.5 * roles["diff_b"])
 
 
-@pytest.mark.parametrize(("row", "kind"), cases(lambda row, kind: kind.startswith("peft ")))
+@pytest.mark.parametrize(("row", "kind"), cases(lambda row, kind: kind.startswith("peft ") and row != "oft"))
 def test_convert_of_pefts_kinds_says_the_rank(row: str, kind: str, tmp_path: Path) -> None:
     rounds = row in ("tinylora", "vblora", "delora")  # their factors are long sums, or have powers or roots
     for dtype, exact in ((NARROW, not rounds), (WIDE, False)):
@@ -264,7 +264,8 @@ def test_convert_of_pefts_kinds_says_the_rank(row: str, kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("row", "kind"), cases(lambda row, kind: kind.startswith("peft ") and ROWS[row][CONVERT] == "with a base")
+    ("row", "kind"),
+    cases(lambda row, kind: kind.startswith("peft ") and ROWS[row][CONVERT] in ("with a base", "OFT, base")),
 )
 def test_convert_with_a_base_keeps_the_best_of_a_rank(row: str, kind: str, tmp_path: Path) -> None:
     sample = Sample(kind, tmp_path)

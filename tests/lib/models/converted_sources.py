@@ -7,6 +7,7 @@ kohya's. Names and shapes of a kind are those of `lycoris_files.py` and of PEFT'
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,6 +265,10 @@ def diag_oft(n: Numbers, out: int, *inp: int) -> Roles:
     return {"oft_blocks": n(out // 4, 4, 4, size=0.1), "rescale": n.magnitudes(out, *(1 for _ in inp))}
 
 
+def onetrainers_oft(n: Numbers, out: int, *inp: int) -> Roles:
+    return {"oft_R.weight": n(math.prod(inp) // 4, 6, size=0.2)}
+
+
 def without_alpha(make: Callable[..., Roles]) -> Callable[..., Roles]:
     """Return a maker of roles as PEFT has them, whose alpha is in the config."""
     return lambda n, *shape: {role: tensor for role, tensor in make(n, *shape).items() if role != "alpha"}
@@ -392,6 +397,7 @@ IMAGE: dict[str, tuple[Callable[..., Roles], Callable[..., Roles]]] = {
     "dora in": (files.dora(files.lora, inputs=True), files.dora(files.lora_mid, inputs=True)),
     "diff": (files.diff_alone, files.diff_alone),
     "ia3": (files.ia3_out, files.ia3_in),
+    "oft": (onetrainers_oft, onetrainers_oft),
     "oft_blocks": (diag_oft, diag_oft),
     "lycoris_glora": (files.glora, files.glora),
 }
