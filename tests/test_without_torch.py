@@ -263,7 +263,12 @@ def test_language_models_adapters_of_each_kind(tmp_path: Path) -> None:
 
 def test_image_models_adapters_of_each_kind(tmp_path: Path) -> None:
     sources = {kind: write_image(tmp_path / kind.replace(" ", ""), "sdxl", kind).adapter for kind in IMAGE}
-    options = (("--to", "diffusers"), ("--to", "kohya", "--dtype", "bf16"), ("--to", "diffusers", *PLAIN[2:]))
+    options = (
+        ("--to", "diffusers"),
+        ("--to", "kohya", "--dtype", "bf16"),
+        ("--to", "diffusers", *PLAIN[2:]),
+        ("--to", "peft"),
+    )
     done = converted(tmp_path, [(*source, words) for source in sources.items() for words in options])
     assert {kind for kind, _ in done} == IMAGE.keys() - {"diff", "ia3", "oft_blocks", "lycoris_glora"} and {
         words for _, words in done

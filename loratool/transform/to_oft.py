@@ -36,7 +36,7 @@ from ..errors import InputError, NeedsFlag, UsageError
 from ..numerics.arrays import rounded_to
 from ..numerics.forms import FORMS
 from .image import one_component
-from .image_base import OFFERED, choose_family
+from .image_base import OFFERED, FamilyChoice, choose_family
 from .lazy import Made, Tensors, Transformed, only, restated, with_modules
 from .log import NO_LOSS, Loss
 from .module_map import table_of
@@ -50,8 +50,8 @@ SERIES = "0.18.0"  # the first PEFT whose series is that of OneTrainer's files
 
 INSTEAD = "--plain --base BASE --rank R"  # makes LoRA of it
 
-# Layers that are linear in some models of a family and convolutions in others
-EITHER = {"cogvideox": ("patch_embed.proj",)}
+# Ends of layers in diffusers' names: in groups, which PEFT's OFT has not, or a convolution in some models only
+UNFIT = {"sana": "ff.conv_depth", "cogvideox": "patch_embed.proj"}
 
 
 def keeps_oft(source: Adapter, request: ConvertRequest) -> bool:
@@ -89,11 +89,14 @@ def _of_peft(state: Transformed, request: ConvertRequest, opened: Adapter) -> Se
     old = next((module for module, update in state.adapter.updates.items() if "oft_r" in update.specs), None)
     if old:
         raise NeedsFlag("is OFT of PEFT up to 0.15, which PEFT no longer loads", culprit=old, flags=INSTEAD)
+    of_diffusers = "_class_name" in request.model  # whose names the modules have
+    if request.architecture is not None and (of_diffusers or request.architecture in FAMILIES):
+        raise UsageError("--architecture is for the names of a language model's class, and PEFT's OFT keeps others")
     if request.architecture is not None and request.base is None:
         raise NeedsFlag("--architecture is a class of the model", flags="--base BASE", why="with the model")
     if _modules(state.adapter) != _modules(opened):
         state = replace(state, adapter=restated(state.adapter))
-    if request.base is not None:
+    if request.base is not None and not of_diffusers:
         base = request.base.open("--base is the model whose class the adapter is for")
         state = to_class(state, base, request.architecture)
     config, rank = state.adapter.config.peft, opened.config.peft.get("r")
@@ -110,7 +113,8 @@ def _of_image_model(state: Transformed, request: ConvertRequest) -> Settled:
     """Plan another program's OFT of one component of an image model, in diffusers' names."""
     source = state.adapter
     sources, impossible = read_source_modules(source, (OFT,))
-    family = _choose_family(source, sources, request)
+    choice = _choose_family(source, sources, request)
+    family = choice.key or ""
     sources, more = one_component(sources)
     places = {each.module: _place(each, family) for each in sources}
     impossible += [*more, *find_unknown_modules(sources, family)]
@@ -148,7 +152,8 @@ def _of_image_model(state: Transformed, request: ConvertRequest) -> Settled:
         "modules_to_save": None,
         "peft_version": SERIES,
     }
-    return replace(settled, config=config, metadata={**metadata, "format": "pt"}, family=family)
+    metadata["format"] = "pt"
+    return replace(settled, config=config, metadata=metadata, family=family, is_certain=choice.is_certain)
 
 
 @dataclass(frozen=True)
@@ -166,13 +171,13 @@ def _place(source: SourceModule, family: str) -> _Place | None:
     paths = complete_parts(located) if located else (source.path,)
     kernel = kernel_of(FAMILIES[family], source.path) if source.component in DENOISERS else ()
     is_square = kernel in ((), kernel[:1] * 2)  # PEFT has no other convolutions
-    if not paths or not is_square or {*EITHER.get(family, ())} & {*paths}:
+    if not paths or not is_square or paths[0].endswith(UNFIT.get(family, "no module")):
         return None
     return _Place(paths, kernel)
 
 
-def _choose_family(source: Adapter, sources: list[SourceModule], request: ConvertRequest) -> str:
-    """Return the image family, a key of FAMILIES: the only one that fits, or any if all have the modules alike.
+def _choose_family(source: Adapter, sources: list[SourceModule], request: ConvertRequest) -> FamilyChoice:
+    """Return the image family: the only one that fits, or any of them if all have the modules alike.
 
     Raises:
         NeedsFlag: only the user can know the family.
@@ -186,7 +191,7 @@ def _choose_family(source: Adapter, sources: list[SourceModule], request: Conver
     if request.architecture is not None and request.architecture not in FAMILIES:
         raise UsageError(f"--architecture of an image model's adapter is one of {', '.join(FAMILIES)}", culprit=name)
     if request.architecture is not None or request.base is not None:
-        return choose_family(name, sources, request, likely).key or likely[0]
+        return choose_family(name, sources, request, likely)
     is_told = bool(FAMILIES[likely[0]].up_attention) or has_known_sizes(sources, likely[0])
     possible = likely if is_told else fitting_families(sources)
     first, *rest = ([_place(each, key) for each in sources] for key in possible)
@@ -194,7 +199,7 @@ def _choose_family(source: Adapter, sources: list[SourceModule], request: Conver
         could = " or of ".join(FAMILIES[key].title for key in possible[:2])
         options = " or ".join(f"--architecture {key}" for key in possible[:OFFERED])
         raise NeedsFlag(f"can be of {could} by its names, whose layers differ", culprit=name, flags=options)
-    return possible[0]
+    return FamilyChoice(possible[0], is_certain=not rest)
 
 
 def _plan_module(source: Adapter, module: str, path: str, place: _Place, eps: float) -> Made:

@@ -245,6 +245,12 @@ REFUSED: dict[str, tuple[Roles, dict[str, Any], type[LoratoolError], str]] = {
     "family": (oft(f"lora_unet_{BLOCK.replace('.', '_')}_proj_in"), {"architecture": None}, NeedsFlag, "can be of"),
     "unknown": (oft("lora_unet_my_layer"), {"architecture": None}, InputError, "not an adapter of a known"),
     "3 axes": (oft("lora_unet_patch_embedding", 64), {"architecture": "wan"}, NeedsFlag, "cannot be carried to peft"),
+    "groups": (
+        oft("lora_unet_transformer_blocks_0_ff_conv_depth", 9, 3),
+        {"architecture": "sana"},
+        NeedsFlag,
+        "cannot be",
+    ),
     "either": (oft("lora_unet_patch_embed_proj", 64), {"architecture": "cogvideox"}, NeedsFlag, "cannot be carried"),
     "part": (
         oft("lora_unet_double_blocks_0_img_mlp_gate_proj", 64),
