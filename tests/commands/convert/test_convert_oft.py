@@ -297,3 +297,35 @@ def test_the_remedy_makes_lora(tmp_path: Path) -> None:
     loratool.convert(tmp_path / "a.safetensors", tmp_path / "out", **options)
     theirs = pefts(tmp_path / "out", shapes, base)
     assert farthest(ours(tmp_path, tmp_path / "a.safetensors"), theirs, base) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("width", "family", "how"), [(768, "sd1", "folded"), (1024, "sd2", "exact"), (2048, "sdxl", "exact")]
+)
+def test_the_widths_tell_the_family(tmp_path: Path, width: int, family: str, how: str) -> None:
+    """SD 1's projections are convolutions."""
+    stem = f"lora_unet_{BLOCK.replace('.', '_')}_"
+    tensors = {**oft(f"{stem}proj_in", 64), **oft(f"{stem}transformer_blocks_0_attn2_to_k", width)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    report: Any = loratool.convert(tmp_path / "a.safetensors", tmp_path / "out", to="peft")
+    assert report.family == family
+    assert {row.name: row.how for row in report.modules}[f"{BLOCK}.proj_in"] == how
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "oft_unet_"])
+def test_rotations_of_outputs_become_lora(tmp_path: Path, prefix: str) -> None:
+    """LyCORIS's diag-OFT and kohya's OFT, which PEFT's OFT cannot be."""
+    shapes = {LINEAR: (12, 24), FED: (12, 48)}
+    base, n = base_of(tmp_path, shapes), Numbers(torch.float32)
+    roles: Roles = {}
+    for path in shapes:
+        module = prefix + path.replace(".", "_")
+        roles |= {f"{module}.oft_blocks": n(3, 4, 4, size=0.2), f"{module}.alpha": torch.tensor(0.05)}
+    save_file(roles, tmp_path / "a.safetensors")
+    with pytest.raises(NeedsFlag) as refused:
+        loratool.convert(tmp_path / "a.safetensors", tmp_path / "out", to="peft")
+    assert str(refused.value.remedy).startswith("add --plain --rank R --base BASE")
+    options: dict[str, Any] = {"to": "peft", "plain": True, "base": tmp_path / "base.safetensors", "rank": 12}
+    loratool.convert(tmp_path / "a.safetensors", tmp_path / "out", **options)
+    theirs = pefts(tmp_path / "out", shapes, base)
+    assert farthest(ours(tmp_path, tmp_path / "a.safetensors"), theirs, base) < 1e-6
