@@ -221,7 +221,8 @@ def _plan_module(source: Adapter, module: str, path: str, place: _Place, eps: fl
         assert isinstance(loaded, OFT)
         numbers = loaded.multiplied_out() if has_factor else loaded.value.wide()
         value = rounded_to(-numbers if turned else numbers, FORMS[spec.dtype])
-        return {role: value}, _loss(loaded, replace(loaded, value=value, rotation=detail))
+        loss = _loss(loaded, replace(loaded, value=value, rotation=detail)) if has_factor else NO_LOSS
+        return {role: value}, loss
 
     how = "split" if len(place.paths) > 1 else "folded" if turned or has_factor else "exact"
     return Made(made, make, (module,), how, numbers=turned or has_factor)
