@@ -20,6 +20,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from ..adapters.adapter import Adapter
+from ..binding.modules.beside import reading_weights
+from ..binding.modules.placement import Placement
 from ..durable import disk
 from ..durable.fileio import copy_file, free_bytes, size, write_file
 from ..durable.in_place import ModelInPlace, Move, holders, open_elsewhere
@@ -36,6 +39,8 @@ from ..streaming.in_place import WINDOW
 from ..streaming.parallel import Progress, worker_count
 from ..streaming.ranks import current_job
 from ..streaming.rewrite import RESULTS
+from ..undo.reader import UndoFile
+from ..undo.writer import read_placements
 from .adapter_requests import parse_adapters
 from .arguments import parse_paths, parse_words
 from .calls import Call
@@ -270,6 +275,19 @@ def refuse_inside(inputs: Iterable[Path], path: Path) -> None:
         if any(each.resolve().is_relative_to(model) for each in (place, *place.parents)):
             message = "is inside the model, which has no name while it changes"
             raise InputError(message, culprit=str(place), remedy="move it elsewhere")
+
+
+def require_own_rows(placements: Mapping[str, Iterable[Placement]]) -> None:
+    """Raise InputError for a tensor whose change depends on another one, which may have changed before."""
+    for name in reading_weights(placements):
+        what = "changes by a product with its module's weight, which changes too"
+        raise InputError(what, culprit=name, remedy=ELSEWHERE)
+
+
+def former_placements(undo: UndoFile, adapters: Sequence[Adapter]) -> dict[str, list[Placement]]:
+    """Return the placements of the merge that an undo file is of. adapters: in the order of its index."""
+    names = undo.index["tensors"].keys() & undo.specs.keys()
+    return {name: read_placements(undo.index, name, undo.specs[name], adapters) for name in sorted(names)}
 
 
 def choose_way(model: Checkpoint, path: Path, by: str | None, new: Sequence[OutputFile] = ()) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..binding.merge.merge_plan import MergePlan, plan_merge
+from ..binding.modules.beside import reading_weights
 from ..binding.modules.placement import Placement
 from ..binding.modules.selection import Selection
 from ..commands import calls
@@ -256,6 +257,9 @@ def _refuse_other_tensors(plan: MergePlan, tensors: LiveTensors) -> None:
     base = plan.base
     if plan.added:
         raise InputError("is not in the model, and would be added", culprit=plan.added[0], remedy=WITH_FILES)
+    if reading := reading_weights(plan.placements):
+        what = "changes by a product with its module's weight, which changes too"
+        raise InputError(what, culprit=reading[0], remedy=f"exclude it, or {WITH_FILES}")
     for name in plan.edits.specs:
         if plan.edits.specs[name] != base.specs.get(name):
             what = f"would become {plan.edits.specs[name]}; it is {base.specs.get(name)}"

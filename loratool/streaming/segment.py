@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -29,6 +30,7 @@ from ..numerics.stored import RowsOf, Sum, Zero
 from ..numerics.workspace import Workspace
 
 KEPT_STACKS = 2  # updates of all experts of a layer that are kept in memory
+ONE = Numbers.of(np.ones((1, 1), np.float32))
 NORM_ROWS = 256  # rows read at a time for the norms of columns
 READ_ROWS = 1024  # for other numbers of columns
 
@@ -84,6 +86,7 @@ class RowSegment:
         self._other = others[0] if others else None
         self._norm_axis = self._other and self._other.update.cls.norm_axis(self._other.update, self._other.transposed)
         self._projects = self._other is not None and self._other.update.cls.projects
+        self._reads_weight = self._other is not None and self._other.update.cls.reads_weight(self._other.update)
         self._reads_columns = self._other is not None and self._other.update.cls.reads_columns
         self.mixes = self._other is not None and self._other.update.cls.mixes
         self._lock = threading.Lock()
@@ -92,7 +95,7 @@ class RowSegment:
     @property
     def norms_of_rows(self) -> bool:
         """Return whether each row needs its norm, or other numbers that W has to be read for."""
-        return self._norm_axis == 0 or self._projects
+        return self._norm_axis == 0 or self._projects or bool(self._reads_weight)
 
     def count_row_norms(self) -> int:
         """Return how many numbers of each row there are."""
@@ -172,16 +175,23 @@ class RowSegment:
             left = Numbers.of(norms.reshape(last - first, -1))
             change = Products([Term(left, loaded.projected.K, loaded.projected.scale)])
             return Reals(loaded.deltas.rows(first, last, beside=change.rows(0, last - first))), norms
-        if self.norms_of_rows:
+        rows, beside = _rows_of(other, start, stop), list[Delta]()
+        if loaded.weighed is not None:
+            if norms is None:
+                assert other.beside, "a plan has the rows of the weight, and an undo file the products"
+                norms = row_products(other.beside.read(rows), loaded.weighed)
+            left = Numbers.of(norms.reshape(-1, 1))
+            beside = [Products([Term(left, ONE, Fraction(other.weight))]).rows(0, last - first)]
+        elif self.norms_of_rows:
             if norms is None:
                 assert base is not None
                 self._require_finite(base)
                 norms = self._in_range(row_norms(loaded.plain.rows(first, last), base, work))
             ratio, factor = magnitude_ratio(self._magnitude(update, start, stop), norms, other.weight, 0)
             return Reals(loaded.deltas.rows(first, last, ratio), factor), norms
-        rows = _rows_of(other, start, stop)
         value, moved = update.moved(other.weight, other.transposed, rows, self.columns)
-        return Reals(loaded.deltas.rows(first, last, beside=value), moved), None
+        added = [*([value] if value else []), *beside]
+        return Reals(loaded.deltas.rows(first, last, beside=Sum(added) if beside else value), moved), norms
 
     def _mixed(self, mixing: Mixing, start: int, base: Numbers) -> Delta:
         """Return the change of rows from row `start` on by an update that mixes, whose blocks may have more rows."""
@@ -247,6 +257,9 @@ class RowSegment:
             except ValueError as error:
                 raise InputError(str(error), culprit=other.update.module) from error
             loaded.deltas.add(other, update, other.weight, self.start, self.stop)
+            return loaded
+        if self._reads_weight:
+            loaded.weighed = update.weighed()
             return loaded
         if update.mixes:
             try:
@@ -411,3 +424,4 @@ class _LoadedUpdates:
         self.norms: Wide | None = None  # of DoRA's columns
         self.mixing: Mixing | None = None  # of an update that mixes
         self.projected: Projected | None = None  # of one that projects
+        self.weighed: Numbers | None = None  # of one of a bias that reads the weight

@@ -1,8 +1,9 @@
-"""Multiply and shift each weight, PEFT's GLoRA: X = W * (1 + A) + B, and the bias becomes b * (1 + D) + E.
+"""Multiply and shift each weight, PEFT's GLoRA: X = W * (1 + A) + B, and the bias becomes b * (1 + D) + E + W C.
 
 Chavan et al., 2023; `peft/tuners/glora/layer.py`. A and B are `Xd` (out, r) @ `Xu` (r, in), or `X`, a column (out, 1)
-or one number; D and E are an `X`, (out,) or one number. A path without them is 0. A path C would add W C to the bias,
-and is refused. LyCORIS's GLoRA is another method.
+or one number; D and E are an `X`, (out,) or one number; C is `Xd` (in, r) @ `Xu` (r, 1) or `X`, (in, 1). A path without
+them is 0. C, if it is a product, and W C have numbers of 36 bits (`numerics.short_products`); W C is in the undo file
+of the bias, as the weight has changed when it is undone. LyCORIS's GLoRA is another method.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class GLoRA(Update):
 
     @classmethod
     def shape(cls, spec: UpdateSpec) -> tuple[int, ...]:
-        return next(iter(spec.specs.values())).shape
+        return next(iter(spec.specs.values())).shape if _is_of_weight(spec) else (cls.flat(spec)[0] or 1,)
 
     @classmethod
     def fits(cls, spec: UpdateSpec, shape: tuple[int, ...]) -> bool:
@@ -57,27 +58,20 @@ class GLoRA(Update):
     @classmethod
     def flat(cls, spec: UpdateSpec) -> tuple[int | None, int | None]:
         if not _is_of_weight(spec):
-            return _common(each.size for each in spec.specs.values()), None
+            return _common(each.size for role, each in spec.specs.items() if role[6] in "DE"), None
         sides = {role: each.shape for role, each in spec.specs.items() if role[6] in "AB"}
         outputs = _common(shape[0] for role, shape in sides.items() if not role.endswith("Xu"))
         return outputs, _common(shape[1] for role, shape in sides.items() if role.endswith(("Xu", "zeros")))
 
     @classmethod
     def require(cls, module: str, roles: Mapping[str, str]) -> None:
-        for path in "AB":
+        for path in "ABC":
             if (f"glora_{path}.Xd" in roles) is not (f"glora_{path}.Xu" in roles):
                 raise InputError(f"one of the factors of path {path} of {module} is missing", culprit=module)
-        name = next((roles[role] for role in ("glora_C.Xd", "glora_C.X") if role in roles), None)
-        if name:
-            raise InputError(
-                "is a path of GLoRA that adds a product with the weight to the bias, which is not supported",
-                culprit=name,
-                remedy="merge it with peft (merge_and_unload), and `loratool extract BASE MODEL` the change",
-            )
 
     @classmethod
     def check(cls, module: str, roles: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> None:
-        for path in "AB":
+        for path in "ABC":
             if f"glora_{path}.Xd" in specs:
                 left, right = (specs[f"glora_{path}.{end}"].shape for end in ENDS[:2])
                 if len(left) != 2 or len(right) != 2 or left[1] != right[0]:
@@ -88,8 +82,11 @@ class GLoRA(Update):
                 raise InputError(f"its paths A and B are of several sizes: {', '.join(map(str, wide))}", culprit=module)
         for role in (role for role in specs if role.endswith(".X")):
             shape = specs[role].shape
-            if shape != (1,) and (len(shape) != 2 or shape[1] != 1 if role[6] in "AB" else len(shape) != 1):
+            is_column = len(shape) == 2 and shape[1] == 1
+            if shape != (1,) and not (is_column if role[6] in "ABC" else len(shape) == 1):
                 raise InputError(f"is {shape}, neither a column nor one number", culprit=roles[role])
+        if "glora_C.Xu" in specs and specs["glora_C.Xu"].shape[1] != 1:
+            raise InputError(f"is {specs['glora_C.Xu'].shape}, not a column", culprit=roles["glora_C.Xu"])
 
     @classmethod
     def describe(cls, spec: UpdateSpec, config: AdapterConfig) -> UpdateSpec:
@@ -109,9 +106,26 @@ class GLoRA(Update):
 
     @classmethod
     def of_bias(cls, spec: UpdateSpec, bias: str) -> UpdateSpec | None:
-        tensors = {role: name for role, name in spec.tensors.items() if role[6] in "DE" and role.endswith("X")}
+        tensors = {role: name for role, name in spec.tensors.items() if role[6] in "CDE" and ".X" in role}
         specs = {role: spec.specs[role] for role in tensors}
         return replace(spec, module=bias, tensors=tensors, specs=specs, detail=OfBias(), base=None) if tensors else None
+
+    @classmethod
+    def reads_weight(cls, spec: UpdateSpec) -> tuple[str, int] | None:
+        C = spec.specs.get("glora_C.Xd", spec.specs.get("glora_C.X"))
+        return None if _is_of_weight(spec) or C is None else (spec.module.removesuffix(".bias"), C.shape[0])
+
+    @classmethod
+    def projections(cls, spec: UpdateSpec, columns: int) -> int:
+        return int(cls.reads_weight(spec) is not None)
+
+    def weighed(self) -> Numbers:
+        from ...numerics.arrays import Numbers
+        from ...numerics.short_products import row_products
+
+        if "glora_C.X" in self.paths:
+            return self.paths["glora_C.X"].reshape(-1, 1)
+        return Numbers.of(row_products(self.paths["glora_C.Xd"], self.paths["glora_C.Xu"]))
 
     def sized(self, outputs: int, inputs: int) -> GLoRA:
         return replace(self, outputs=outputs, inputs=inputs)

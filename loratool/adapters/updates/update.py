@@ -339,6 +339,11 @@ class Update(ABC):
         return 0
 
     @classmethod
+    def reads_weight(cls, spec: UpdateSpec) -> tuple[str, int] | None:
+        """Return the module on whose weight its change of a bias depends, and the weight's inputs, or None."""
+        return None
+
+    @classmethod
     def together(cls, spec: UpdateSpec, transposed: bool) -> int:
         """Return how many rows mix, as the base stores them: its own are in blocks of so many."""
         return 1
@@ -398,6 +403,10 @@ class Update(ABC):
     def terms_of(self, F: Wide, weight: float) -> list[Term]:
         """Return the terms of the change of an update that `reads_columns`. F: (p, in)."""
         raise TypeError(f"{self.kind} does not read columns of the weight")
+
+    def weighed(self) -> Numbers:
+        """Return C, (in, 1), of an update of a bias that `reads_weight`: it adds W C, beside what `moved` says."""
+        raise TypeError(f"{self.kind} does not read the weight of its module")
 
     def mixing(self, weight: float, transposed: bool) -> Mixing:
         """Return the change of an update that `mixes`, as the base stores the weight."""

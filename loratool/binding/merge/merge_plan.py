@@ -18,6 +18,7 @@ from ...files.layer_numbers import RepeatedLayers
 from ...files.output.output import OutputEdits
 from ...files.tensor_compare import same_values
 from ...files.tensor_ref import TensorRef
+from ..modules.beside import beside_weights
 from ..modules.placement import Placement
 from ..modules.resolve import Binding, absent_from_adapter, bind, refuse_second_nonadditive
 from ..modules.selection import Selection
@@ -146,7 +147,7 @@ def plan_merge(
         adapters=adapters,
         requested=resolved.placements,
         sources=sources,
-        placements=placements,
+        placements=beside_weights(placements, sources),
         excluded=(*(name for adapter, _ in adapters for name in adapter.excluded), *binding.excluded),
         added=tuple(binding.added),
         untied=tuple(name for name in resolved.untied if name not in base.specs),

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ...adapters.adapter import Adapter
 from ...adapters.updates.replace import ReplaceTensor
@@ -22,6 +23,10 @@ from ...architectures.roles import EMBEDDINGS, HEADS, LATENT_INPUTS
 from ...architectures.ties import MASKED_HEADS
 from ...errors import InputError
 from ...files.dtypes import FLOATS, TORCH_FLOATS, TensorSpec
+from ...files.tensor_ref import TensorRef
+
+if TYPE_CHECKING:
+    from ...numerics.arrays import Numbers
 
 # The last names of modules with one row for each token or label.
 SIZED = EMBEDDINGS | HEADS | {head.rpartition(".")[2] for head in MASKED_HEADS}
@@ -45,6 +50,26 @@ class Match:
 
 
 @dataclass(frozen=True)
+class RowsOfWeight:
+    """The rows of a module's weight that belong to those of its bias."""
+
+    source: TensorRef
+    rows: int  # all rows of the matrix
+    first: int  # its row for the update's first
+
+    def read(self, rows: slice) -> Numbers:
+        """Return W of some of the update's rows.
+
+        Raises:
+            InputError: they have inf or nan.
+        """
+        W = self.source.read_matrix(self.rows, self.first + rows.start, self.first + rows.stop)
+        if not W.all_finite():
+            raise InputError("has rows with inf or nan, but a product with them is needed", culprit=self.source.name)
+        return W
+
+
+@dataclass(frozen=True)
 class Placement:
     """An update, or one expert of it, on some rows of a base tensor with flattened trailing dimensions."""
 
@@ -57,6 +82,7 @@ class Placement:
     stop: int
     skip: int = 0  # the update's row at `start`
     expert: int | None = None  # number in a stack; None for an update that is not a stack
+    beside: RowsOfWeight | None = None  # of an update that `reads_weight`, where there is a W
 
     @property
     def together(self) -> int:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ...adapters.adapter import Adapter
 from ...files.checkpoint import Checkpoint
 from ...files.tensor_ref import TensorRef
+from ..modules.beside import beside_weights
 from ..modules.placement import Placement
 from ..modules.resolve import Binding, bind
 from ..modules.selection import Selection
@@ -31,8 +32,8 @@ def bind_adapter(base: Checkpoint, adapter: Adapter, selection: Selection) -> Bi
 def placed_modules(base: Checkpoint, binding: Binding) -> dict[str, list[Placed]]:
     """Return bound module -> its changes, by the names of the base's files, except codes of unsupported formats."""
     stored, by_module = stored_names(base, find_tie(base)), dict[str, list[Placed]]()
-    for name, placements in binding.placements.items():
-        weight = base.ref(stored.get(name, name))
+    weights = {name: base.ref(stored.get(name, name)) for name in binding.placements}
+    for name, placements in beside_weights(binding.placements, weights).items():
         for placement in placements:
-            by_module.setdefault(placement.update.module, []).append(Placed(weight, placement, placements))
+            by_module.setdefault(placement.update.module, []).append(Placed(weights[name], placement, placements))
     return by_module

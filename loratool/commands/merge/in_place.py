@@ -60,10 +60,12 @@ from ..in_place import (
     choose_way,
     file_of,
     files_of,
+    former_placements,
     not_recovered,
     refuse_inside,
     renamed_undo,
     require_layout,
+    require_own_rows,
     shards_of,
     stage,
     way_of,
@@ -157,6 +159,9 @@ def _require_possible(laid: _Laid, path: Path) -> None:
     for name, placements in plan.requested.items():
         if any(p.update.base for p in placements):
             raise InputError("has an update that brings its base's weights along", culprit=name, remedy=ELSEWHERE)
+    require_own_rows(plan.placements)
+    if laid.former:
+        require_own_rows(former_placements(laid.former.base.undo, laid.former.adapters))
     tie = find_tie(base)
     if tie and tie.embedding in plan.changed and stored_copies(base, tie):
         raise InputError("is stored twice, and both change as one", culprit=tie.embedding, remedy=ELSEWHERE)

@@ -41,9 +41,11 @@ from ..in_place import (
     change_in_place,
     choose_way,
     files_of,
+    former_placements,
     refuse_inside,
     renamed_undo,
     require_layout,
+    require_own_rows,
     shards_of,
     stage,
     way_of,
@@ -87,6 +89,7 @@ def _plan(call: Unmerge, path: Path) -> Planned[UnmergeReport]:
         require_layout(each.output, each.output.files, each.merged)
         for name in undo.replaced():
             raise InputError("was replaced by the merge", culprit=name, remedy=ELSEWHERE)
+        require_own_rows(former_placements(undo, each.adapters))
         way = choose_way(each.merged, path, call.by, each.output.files)
         require_unedited(each.merged, undo, call.workers or worker_count())
         report = report_unmerge(undo, os.fspath(call.merged), each.adapters, each.output, dry_run=True)

@@ -75,7 +75,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "road": ("peft road", "peft road 4"),
     "hra": ("peft hra", "peft hra conv GS"),
     "hira": ("peft hira", "peft hira conv"),
-    "glora": ("peft glora", "peft glora constant"),
+    "glora": ("peft glora", "peft glora constant", "peft glora weighed"),
     "lycoris_glora": ("glora", "glora conv"),
     "deft": ("peft deft", "peft deft para"),
     "peanut": ("peft peanut", "peft peanut deep"),

@@ -34,6 +34,7 @@ from lib.files.lycoris_files import (
 )
 from lib.oracles.dense_oracle import lycoris_updates, merged_codes, peft_updates
 from lib.oracles.fractions_oracle import Add, Update, codes, count_wrong, finite_reals, merge_codes
+from lib.oracles.mixed_oracle import told
 from safetensors.torch import load_file, save_file
 
 import loratool
@@ -93,7 +94,7 @@ def check(
     loratool.merge(model, adapters, merged, dtype=NAMES[out] if out else "keep", undo=out is None)
     found = load_file(merged)
     for end, tensor in (("weight", base.weight), ("bias", base.bias)):
-        changes = [each[end] for each in updates if end in each]
+        changes = [told(each[end], base.weight) for each in updates if end in each]
         wanted = merge_codes(tensor, out or base.dtype, changes)
         name = f"{base.path}.{end}"
         assert wanted is not None and count_wrong(found[name], wanted) == 0, name
@@ -182,6 +183,8 @@ SOME_PEFT = [
     ("hira", (BF16, FP32, None), 0.7),
     ("glora", (BF16, FP32, None), 1.0),
     ("glora constant", (FP32, FP16, None), -0.5),
+    ("glora weighed", (BF16, FP32, None), 0.7),
+    ("glora weighed vector", (FP32, FP16, None), -0.5),
     ("deft", (BF16, FP32, None), 0.7),
     ("peanut deep", (BF16, FP32, None), 1.0),
     ("fourierft", (BF16, FP32, None), 1.0),

@@ -629,7 +629,7 @@ def _hira(layer: str) -> Callable[[Numbers], Peft]:
     return make
 
 
-def _glora_of_peft(paths: str) -> Callable[[Numbers], Peft]:
+def _glora_of_peft(paths: str, weighed: str = "none") -> Callable[[Numbers], Peft]:
     def make(n: Numbers) -> Peft:
         out, inp = SHAPES["linear"]
         roles: Roles = {}
@@ -640,8 +640,13 @@ def _glora_of_peft(paths: str) -> Callable[[Numbers], Peft]:
                 roles[f"glora_{path}.X"] = n(out, 1, size=0.3) if paths == "vector" else n(1, size=0.3)
         for path in "DE":
             roles[f"glora_{path}.X"] = n(1, size=0.3) if paths == "constant" else n(out, size=0.3)
-        roles["glora_C.zeros"] = torch.zeros(inp, 1, dtype=n.dtype)
-        return Peft("linear", roles, {"peft_type": "GLORA", "r": 3, "config_A_B": paths, "config_C": "none"})
+        if weighed == "lora":
+            roles |= {"glora_C.Xd": n(inp, 3, size=0.3), "glora_C.Xu": n(3, 1, size=0.3)}
+        elif weighed == "vector":
+            roles["glora_C.X"] = n(inp, 1, size=0.3)
+        else:
+            roles["glora_C.zeros"] = torch.zeros(inp, 1, dtype=n.dtype)
+        return Peft("linear", roles, {"peft_type": "GLORA", "r": 3, "config_A_B": paths, "config_C": weighed})
 
     return make
 
@@ -754,6 +759,8 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "glora": _glora_of_peft("lora"),
     "glora vector": _glora_of_peft("vector"),
     "glora constant": _glora_of_peft("constant"),
+    "glora weighed": _glora_of_peft("lora", "lora"),
+    "glora weighed vector": _glora_of_peft("vector", "vector"),
     "deft": _deft(alpha=3),
     "deft para": _deft(para=True),
     "peanut": _peanut(0),

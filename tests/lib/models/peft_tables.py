@@ -127,6 +127,11 @@ ROWS = {
     "glora": Row("GloraConfig", {"r": 4, "config_C": "none"}),
     "glora, vectors": Row("GloraConfig", {"config_A_B": "vector", "config_C": "none", "config_D_E": "vector"}),
     "glora, constants": Row("GloraConfig", {"config_A_B": "constant", "config_C": "none"}),
+    "glora, bias by the weight": Row("GloraConfig", {"r": 4}, close=1e-9),  # W C has 36 bits
+    "glora, bias by the weight and a vector": Row(
+        "GloraConfig", {"config_A_B": "constant", "config_C": "vector", "config_D_E": "vector"}, close=1e-9
+    ),
+    "glora, bias by the weight alone": Row("GloraConfig", {"r": 4, "config_D_E": "none"}, close=1e-9),
     # peft computes these in float32
     "deft": Row("DeftConfig", {"r": 4}, close=1e-5),
     "deft, alpha": Row("DeftConfig", {"r": 4, "alpha": 7}, close=1e-5),

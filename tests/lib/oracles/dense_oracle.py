@@ -35,7 +35,7 @@ from torch import Tensor
 
 from lib.files.lycoris_files import Base, Peft
 from lib.oracles.fractions_oracle import Add, DoRA, Update, finite_reals, merge_codes
-from lib.oracles.mixed_oracle import Mixed, lycoris_glora, oft_blocks, peft_mixed
+from lib.oracles.mixed_oracle import Mixed, lycoris_glora, oft_blocks, peft_mixed, told
 
 Grid = Any  # a numpy array of fractions
 
@@ -330,7 +330,7 @@ def merged_codes(base: Base, updates: Mapping[str, Update], out: torch.dtype | N
     """
     found = {}
     for end, tensor in (("weight", base.weight), ("bias", base.bias)):
-        changes = [updates[end]] if end in updates else []
+        changes = [told(updates[end], base.weight)] if end in updates else []
         wanted = merge_codes(tensor, out or tensor.dtype, changes)
         assert wanted is not None
         found[f"{base.path}.{end}"] = wanted

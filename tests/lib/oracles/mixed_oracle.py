@@ -1,8 +1,8 @@
 """Say what kinds that multiply a weight make of it, by the definition alone, in Python's fractions.
 
 X = f(W) for the whole weight, as (out, in k). Derived numbers are the nearest float64 numbers of their real values:
-the entries of R - I of OFT, BOFT and RoAd, and of T U.T of HRA. W U of HRA, W A1 of LyCORIS's GLoRA, relu(P).T W of
-DEFT and what goes into PEANuT's relu have 36 bits.
+the entries of R - I of OFT, BOFT and RoAd, and of T U.T of HRA. W U of HRA, W A1 of LyCORIS's GLoRA, W C and C of
+PEFT's, relu(P).T W of DEFT and what goes into PEANuT's relu have 36 bits.
 For an update with the weight w, X = W + w (f(W) - W). Sources: `peft/tuners/{oft,boft,hra,road,miss,hira,glora}/
 layer.py`, those of PEFT 0.13, 0.15 and 0.17, `lycoris/modules/{diag_oft,boft,glora}.py`, sd-scripts' `networks/oft.py`.
 """
@@ -37,6 +37,21 @@ class Mixed:
         before = np.array(W, dtype=object).reshape(-1, columns)
         change = Fraction(self.weight) * (self.f(before) - before)
         return [Fraction(1)] * len(W), list(change.flat)
+
+
+@dataclass(frozen=True)
+class OfWeight:
+    """The update of a bias that depends on the weight W, (out, in)."""
+
+    of: Callable[[Grid], Mixed]
+
+    def parts(self, W: list[Fraction | None], columns: int) -> tuple[list[Fraction], list[Fraction]]:
+        raise AssertionError("`of` says what it is")
+
+
+def told(update: Any, weight: Tensor) -> Any:
+    """Return an update of a bias for a weight."""
+    return update.of(grid(weight).reshape(len(weight), -1)) if isinstance(update, OfWeight) else update
 
 
 def grid(x: Tensor) -> Grid:
@@ -339,6 +354,14 @@ def glora(roles: Mapping[str, Tensor], weight: float) -> dict[str, Update]:
 
     A, B, D, E = (path(name) for name in "ABDE")
     found: dict[str, Update] = {"weight": Mixed(lambda W: W * (1 + A) + B, weight)}
-    if any(role.startswith(("glora_D", "glora_E")) for role in roles):
+    C = path("C")
+    if "glora_C.Xd" in roles or "glora_C.X" in roles:
+
+        def of(W: Grid) -> Mixed:
+            added = shorts(W.dot(shorts(C))).reshape(-1)
+            return Mixed(lambda b: (b.reshape(-1) * (1 + D) + E + added).reshape(b.shape), weight)
+
+        found["bias"] = OfWeight(of)
+    elif any(role.startswith(("glora_D", "glora_E")) for role in roles):
         found["bias"] = Mixed(lambda b: (b.reshape(-1) * (1 + D) + E).reshape(b.shape), weight)
     return found
