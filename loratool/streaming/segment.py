@@ -32,6 +32,7 @@ from ..numerics.workspace import Workspace
 KEPT_STACKS = 2  # updates of all experts of a layer that are kept in memory
 ONE = Numbers.of(np.ones((1, 1), np.float32))
 NORM_ROWS = 256  # rows read at a time for the norms of columns
+READ_NUMBERS = 1 << 20  # of a weight at a time beside the rows of its bias
 READ_ROWS = 1024  # for other numbers of columns
 
 
@@ -179,7 +180,8 @@ class RowSegment:
         if loaded.weighed is not None:
             if norms is None:
                 assert other.beside, "a plan has the rows of the weight, and an undo file the products"
-                norms = row_products(other.beside.read(rows), loaded.weighed)
+                blocks = other.beside.blocks(rows, READ_NUMBERS)
+                norms = np.concatenate([row_products(W, loaded.weighed) for W in blocks])
             left = Numbers.of(norms.reshape(-1, 1))
             beside = [Products([Term(left, ONE, Fraction(other.weight))]).rows(0, last - first)]
         elif self.norms_of_rows:

@@ -7,7 +7,7 @@ is guessed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -57,16 +57,19 @@ class RowsOfWeight:
     rows: int  # all rows of the matrix
     first: int  # its row for the update's first
 
-    def read(self, rows: slice) -> Numbers:
-        """Return W of some of the update's rows.
+    def blocks(self, rows: slice, most: int) -> Iterator[Numbers]:
+        """Yield W of some of the update's rows, about `most` numbers at a time.
 
         Raises:
             InputError: they have inf or nan.
         """
-        W = self.source.read_matrix(self.rows, self.first + rows.start, self.first + rows.stop)
-        if not W.all_finite():
-            raise InputError("has rows with inf or nan, but a product with them is needed", culprit=self.source.name)
-        return W
+        step = max(1, most * self.rows // max(1, self.source.spec.size))
+        for start in range(self.first + rows.start, self.first + rows.stop, step):
+            W = self.source.read_matrix(self.rows, start, min(start + step, self.first + rows.stop))
+            if not W.all_finite():
+                what = "has rows with inf or nan, but a product with them is needed"
+                raise InputError(what, culprit=self.source.name)
+            yield W
 
 
 @dataclass(frozen=True)
