@@ -302,16 +302,19 @@ class RowSegment:
         loaded.deltas.terms += [Term(t.left[rows], t.right, t.scale) for t in terms]
 
     def _column_norms(self, placement: Placement, update: Update, together: int) -> Wide:
-        """Return ||W + D|| of each group of `together` columns, over all rows of the tensor."""
+        """Return ||W + D|| of each group of `together` columns, over all rows of the module."""
         source, deltas = self._source, _Deltas(self.columns)
         assert source
-        deltas.add(placement, update, 1.0, 0, placement.rows)
+        runs = placement.runs or ((placement.start, placement.stop, placement.skip),)
+        count = sum(stop - start for start, stop, _ in runs)
+        deltas.add(replace(placement, start=0, stop=count, skip=0), update, 1.0, 0, count)
 
         def blocks() -> Iterator[tuple[int, Numbers]]:
-            for start in range(0, placement.rows, NORM_ROWS):
-                rows = source.read_matrix(placement.rows, start, min(start + NORM_ROWS, placement.rows))
-                self._require_finite(rows)
-                yield start, Numbers(sent(rows.bits, self._load.like), rows.form)
+            for start, stop, skip in runs:
+                for first in range(start, stop, NORM_ROWS):
+                    rows = source.read_matrix(placement.rows, first, min(first + NORM_ROWS, stop))
+                    self._require_finite(rows)
+                    yield skip + first - start, Numbers(sent(rows.bits, self._load.like), rows.form)
 
         return self._in_range(column_norms(deltas.rows, blocks, Workspace(self._load.like), together))
 

@@ -86,6 +86,8 @@ class Placement:
     skip: int = 0  # the update's row at `start`
     expert: int | None = None  # number in a stack; None for an update that is not a stack
     beside: RowsOfWeight | None = None  # of an update that `reads_weight`, where there is a W
+    # of DoRA along the inputs on some rows: (start, stop, skip) of all rows of the module, whose norms it needs
+    runs: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def together(self) -> int:
@@ -142,8 +144,7 @@ def place_update(
     if update.cls.in_stored_layout and not match.rows:
         _check_value(adapter, update, target, match.name)
         return [Placement(adapter, update, weight, False, rows, 0, rows)]
-    if update.along_inputs:
-        _require_whole(update, match, target)
+    runs = _whole_runs(update, match, target, all_matches[module]) if update.along_inputs else ()
     if (
         update.cls.reads_columns
         and match.rows
@@ -155,7 +156,7 @@ def place_update(
             remedy="pass a base that has the module as one tensor",
         )
     if match.rows:
-        return _place_rows(adapter, update, weight, match.name, match.rows, target)
+        return _place_rows(adapter, update, weight, match.name, match.rows, target, runs)
     if match.expert is not None or (len(target.shape) == 3 and update.cls.stack):
         return _place_experts(adapter, update, weight, match, target, model_types)
     transposed = _orient(adapter, update, match.name, target, specs, model_types, all_matches)
@@ -164,7 +165,13 @@ def place_update(
 
 
 def _place_rows(
-    adapter: Adapter, update: UpdateSpec, weight: float, base: str, covered: tuple[int, int, int, int], spec: TensorSpec
+    adapter: Adapter,
+    update: UpdateSpec,
+    weight: float,
+    base: str,
+    covered: tuple[int, int, int, int],
+    spec: TensorSpec,
+    runs: tuple[tuple[int, int, int], ...],
 ) -> list[Placement]:
     """Place a module on some rows of a tensor; both are (out, in), and a 1x1 convolution counts as linear."""
     start, stop, skip, count = covered
@@ -187,26 +194,33 @@ def _place_rows(
             )
         raise error
     expert = 0 if update.cls.stack else None
-    return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip, expert)]
+    return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip, expert, runs)]
 
 
-def _require_whole(update: UpdateSpec, match: Match, spec: TensorSpec) -> None:
-    """Raise InputError for a DoRA along the inputs on a slice or a fused matrix: its norms need all rows."""
+def _whole_runs(
+    update: UpdateSpec, match: Match, spec: TensorSpec, matches: Sequence[Match]
+) -> tuple[tuple[int, int, int], ...]:
+    """Return the (start, stop, skip) of a DoRA along the inputs in a tensor, which must have all rows of its module.
+
+    The result is empty if the module is the whole tensor.
+
+    Raises:
+        InputError: some rows are in another tensor, so that no norm can be computed, or the number of inputs differs.
+    """
     rows, size = (*spec.shape, 1)[0], update.specs["magnitude"].size
+    axis = 1 if match.rows or not update.transposed else 0
+    if spec.shape[axis : axis + 1] != (size,):
+        raise InputError(f"is {spec.shape}, but {update.module} has {size} magnitudes of inputs", culprit=match.name)
     if match.rows in (None, (0, rows, 0, rows)):
-        axis = 0 if update.transposed else 1
-        if spec.shape[axis : axis + 1] != (size,):
-            raise InputError(
-                f"is {spec.shape}, but {update.module} has {size} magnitudes of inputs", culprit=match.name
-            )
-        return
-    subject = f"{update.module}, which is DoRA along the inputs: its norms are those of"
-    if update.shape[0] > rows:
-        message, remedy = f"is a part of {subject} the complete module", "as single files have fused ones"
-    else:
-        message, remedy = f"has among its rows those of {subject} that part", "as diffusers' folders have the parts"
-    remedy = f"pass a base that has the module as a tensor of its own, {remedy}"
-    raise InputError(message, culprit=match.name, remedy=remedy)
+        return ()
+    runs = tuple(each.rows[:3] for each in matches if each.name == match.name and each.rows)
+    if sum(stop - start for start, stop, _ in runs) == update.shape[0]:
+        return runs
+    raise InputError(
+        f"is a part of {update.module}, which is DoRA along the inputs: its norms are those of the complete module",
+        culprit=match.name,
+        remedy="pass a base that has the module in one tensor, as single files have fused ones",
+    )
 
 
 def _shape_error(adapter: Adapter, update: UpdateSpec, spec: TensorSpec, base: str, layout: str = "") -> ShapeError:

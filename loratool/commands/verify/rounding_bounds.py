@@ -176,13 +176,13 @@ class Predictions:
         """Return the interval of the norms of V, (rows, 1), or (1, n) if the base stores (in, out)."""
         if norm_axis(delta.placement) == 0:
             return bound_norms(self._sum(block, way, delta).squares(1), block.base.shape[1], way)
-        key, together = (id(delta.placement), way), columns_of_a_norm(delta.placement, block.base.shape[1])
+        key, together = (id(delta.placement.update), way), columns_of_a_norm(delta.placement, block.base.shape[1])
         if key not in self._column_norms:
             squares = [
                 self._sum(each, way, part).squares(0, together)
                 for each in self._replay.blocks(self._found)
                 for part in self.deltas.of(each, way.factors)
-                if part.placement is delta.placement
+                if part.placement.update is delta.placement.update  # in any of its runs of rows
             ]
             self._column_norms[key] = bound_norms(sum(squares[1:], squares[0]), self._replay.rows * together, way)
         return self._column_norms[key]

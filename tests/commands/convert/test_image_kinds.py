@@ -176,13 +176,29 @@ class TestDoRAAlongInputs:
     def bases(self) -> dict[str, Base]:
         return {layer.maker: base_of(layer, FP32, i) for i, layer in enumerate(MODELS["flux"][0])}
 
-    def test_a_part_is_refused_on_the_fused_matrix(self, tmp_path: Path) -> None:
-        adapter = self.adapter(tmp_path, self.QKV.diffusers[0], 8, 8)
-        base = write_single(tmp_path / "base.safetensors", "flux", self.bases())
-        with pytest.raises(InputError, match="norms are those of that part") as refused:
-            loratool.merge(base, adapter, tmp_path / "out.safetensors")
-        assert refused.value.remedy and "diffusers' folders" in refused.value.remedy
-        loratool.merge(write_folder(tmp_path / "base", "flux", self.bases()), adapter, tmp_path / "out")
+    @pytest.mark.parametrize("weight", [1.0, 0.5])
+    @pytest.mark.parametrize("diffusers", ["norm_out.linear", QKV.diffusers[1]])
+    def test_rows_of_a_fused_matrix_get_the_bytes_of_their_own(
+        self, diffusers: str, weight: float, tmp_path: Path
+    ) -> None:
+        layer = next(each for each in MODELS["flux"][0] if diffusers in each.diffusers)
+        rows = dict(layer.pieces())[diffusers]
+        adapter = self.adapter(tmp_path, diffusers, len(rows), 8)
+        single = write_single(tmp_path / "base.safetensors", "flux", self.bases())
+        merged = {}
+        for base in (single, write_folder(tmp_path / "base", "flux", self.bases())):
+            out = tmp_path / f"out-{base.name}"
+            loratool.merge(base, (adapter, weight), out)
+            merged[base.name] = read(out, "flux")
+            assert loratool.verify(base, (adapter, weight), out).status == "proven"
+            loratool.unmerge(out, (adapter, weight), back := tmp_path / f"back-{base.name}")
+            assert [each.read_bytes() for each in weights_in(back)] == [each.read_bytes() for each in weights_in(base)]
+        fused = merged["base.safetensors"][f"model.diffusion_model.{layer.maker}.weight"]
+        assert torch.equal(fused[rows], merged["base"][f"transformer/{diffusers}.weight"])
+        W = self.bases()[layer.maker].weight
+        assert not torch.equal(fused[rows], W[rows])
+        others = [row for row in range(len(W)) if row not in rows]
+        assert torch.equal(fused[others], W[others])
 
     def test_the_whole_is_refused_on_its_parts(self, tmp_path: Path) -> None:
         adapter = self.adapter(tmp_path, self.QKV.maker, 24, 8)
