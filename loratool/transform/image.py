@@ -15,7 +15,9 @@ from ..adapters.formats import FORMATS, written_formats
 from ..adapters.formats.content import NewModule
 from ..adapters.formats.format import Format
 from ..adapters.image_metadata import former_metadata
+from ..adapters.updates.add import AddDelta
 from ..adapters.updates.dora import DoRA
+from ..architectures.families import FAMILIES
 from ..architectures.families.table import DENOISERS
 from ..binding.modules.image_modules import SourceModule, find_unknown_modules
 from ..binding.modules.selection import Selection
@@ -23,11 +25,12 @@ from ..errors import InputError, NeedsFlag, shell_word
 from .for_image_program import notes_on_names
 from .lazy import Transformed, noted
 from .module_map import TargetModule, plan_target_modules
-from .numbers import Settled, alpha_for_scale, cut_ranks, fold, settle, single
+from .numbers import Settled, alpha_for_scale, cut_ranks, fold, fold_biases, settle, single
 from .output import rows
-from .refusals import cannot_convert
+from .refusals import cannot_convert, no_factors
 from .regroup import regroup
 from .request import INITIAL, WHAT_INITIAL, ConvertRequest, alpha_notes
+from .value_modules import CARRIED, ValueModule, end_of, plan_carried, read_value_modules, settle_values
 
 
 def plan_image(
@@ -52,7 +55,16 @@ def plan_image(
         InputError: nothing is left, or two modules would become one.
     """
     to = FORMATS[request.to]
-    wanted = _wanted(state.adapter.name, request, sources, impossible + find_unknown_modules(sources, family))
+    if request.plain or "diff_b" in to.value_ends:  # a difference of a bias has no scale
+        state = fold_biases(state)
+    values = _values(state.adapter, request, family)
+    carried = {value.source.module for each in values.values() for value in each}
+    impossible = [module for module in impossible if module not in carried]
+    if not sources and not carried:
+        raise no_factors(state.adapter)
+    wanted = _wanted(
+        state.adapter.name, request, sources, impossible + find_unknown_modules(sources, family), bool(carried)
+    )
     targets = plan_target_modules(wanted, family, to.naming(family))
     for target in targets:
         module = target.parts[0].source.module
@@ -64,18 +76,22 @@ def plan_image(
         name = to.module_name(target.component, target.path, family)
         if names.setdefault(name, target) is not target:
             raise InputError("two modules of the adapter would become this one", culprit=name)
-    state = regroup(state, names, to=to)
+    beside = plan_carried(state.adapter, values, family, to, names)
+    state = regroup(state, names, to=to, beside=beside)
     if request.rank is not None:
         state = cut_ranks(state, request.rank)
     settled = settle(fold(state, _folded(state.adapter, request)), request.dtype)
     modules = {}
     for module, update in settled.adapter.updates.items():
+        if not update.rank:
+            continue
         alpha = alpha_for_scale(update.scale, update.rank)
         init = init_of(names[module].parts[0].source.module)
         modules[module] = NewModule(
             names[module].component, update.rank, alpha, update.cls is DoRA, update.along_inputs, init
         )
     _refuse_mixed(to, modules)
+    _refuse_scaled_biases(settled.adapter)
     stays = former_metadata(metadata, new_ranks=request.rank is not None)
     stays.pop("loratool", None)
     config, described = to.describe(family, stays, modules)
@@ -86,6 +102,25 @@ def plan_image(
     return noted(planned, *alpha_notes(request.to, rows(settled)), *notes)
 
 
+def _values(adapter: Adapter, request: ConvertRequest, family: str) -> dict[str, list[ValueModule]]:
+    """Return the updates without factors that the format has names for, by `end_of`."""
+    to, selection = FORMATS[request.to], Selection(request.exclude or ("",))
+    values: dict[str, list[ValueModule]] = {}
+    for value in settle_values(read_value_modules(adapter, CARRIED), FAMILIES[family]):
+        if not selection.selects(value.source.module) and (end := end_of(value, family, to, adapter)):
+            values.setdefault(end, []).append(value)
+    return values
+
+
+def _refuse_scaled_biases(adapter: Adapter) -> None:
+    """Raise NeedsFlag for a bias whose scale is not that of the factors beside it, which readers apply to both."""
+    for module, update in adapter.updates.items():
+        owner = adapter.updates.get(module.removesuffix(".bias"))
+        if update.cls is AddDelta and owner and update.scale != owner.scale:
+            message = f"is added {update.scale:g} times, and the factors beside it have a scale of {owner.scale:g}"
+            raise NeedsFlag(message, culprit=module, flags="--plain")
+
+
 def _folded(adapter: Adapter, request: ConvertRequest) -> list[str]:
     """Return the modules whose scale must be folded into the factors.
 
@@ -94,6 +129,8 @@ def _folded(adapter: Adapter, request: ConvertRequest) -> list[str]:
     """
     can, to_fold = FORMATS[request.to].can, []
     for module, update in adapter.updates.items():
+        if not update.rank:
+            continue
         alpha = abs(single(alpha_for_scale(update.scale, update.rank))) if can.alpha == "tensor" else 1.0
         unwritable = alpha == math.inf or (alpha == 0 and (can.zero_alpha_is_rank or update.scale != 0))
         if request.plain or can.alpha == "none" or unwritable:
@@ -102,7 +139,7 @@ def _folded(adapter: Adapter, request: ConvertRequest) -> list[str]:
 
 
 def _wanted(
-    name: str, request: ConvertRequest, sources: list[SourceModule], impossible: list[str]
+    name: str, request: ConvertRequest, sources: list[SourceModule], impossible: list[str], has_values: bool
 ) -> list[SourceModule]:
     to, can, selection = request.to, FORMATS[request.to].can, Selection(request.exclude or ("",))
     wanted = [source for source in sources if source.module not in impossible and not selection.selects(source.module)]
@@ -121,7 +158,7 @@ def _wanted(
         what = f"cannot be carried to {to}{' as plain LoRA' if request.plain else ''}"
         exclude = "" if len(unsupported) < 4 else f"--exclude {shell_word(_prefixes(unsupported))}"
         raise cannot_convert(name, what, unsupported, exclude)
-    if not wanted:
+    if not wanted and not has_values:
         raise InputError("nothing is left to convert", culprit=name)
     return wanted
 

@@ -186,7 +186,12 @@ def with_scales(
 def fold(state: Transformed, modules: Collection[str] | None = None) -> Transformed:
     """Multiply B, and trained biases beside the factors, by the scale, so that alpha equals the rank."""
     folded = with_scales(state, lambda update: (1.0, update.scale), modules)
-    return with_factors(folded, _folded_biases(folded.adapter)) if modules is None else folded
+    return fold_biases(folded) if modules is None else folded
+
+
+def fold_biases(state: Transformed) -> Transformed:
+    """Multiply trained biases beside the factors by their scale."""
+    return with_factors(state, _folded_biases(state.adapter))
 
 
 def _folded_biases(source: Adapter) -> dict[str, Made]:

@@ -51,14 +51,14 @@ def in_format(state: Settled, to: Format) -> Settled:
 
 
 def rows(state: Settled) -> tuple[ModuleConvert, ...]:
-    """Return the report's row of each module with factors or rotations, from the log alone."""
+    """Return the report's row of each module with factors or rotations, of an image model's also of others."""
     can, report_rows = FORMATS[state.adapter.format].can, []
     restated = can.alpha == "tensor" or (is_restated(state.adapter) and can.alpha == "config")
     for module, update in state.adapter.updates.items():
         change = state.log[module]
-        if update.cls is OFT:
+        if update.cls is OFT or (state.family and not update.rank):
             report_rows.append(ModuleConvert(module, change.sources, change.how, 0, 0.0, change.loss.relative))
-        if update.rank and change.sources:  # zeros that a runtime needs have no sources
+        elif update.rank and change.sources:  # zeros that a runtime needs have no sources
             alpha = alpha_for_scale(update.scale, update.rank)
             written_scale = (single(alpha) if can.alpha == "tensor" else alpha) / update.rank  # as a reader computes it
             rounded = abs(written_scale / update.scale - 1.0) if restated and update.scale else 0.0
@@ -90,7 +90,7 @@ def content(state: Settled, model: Mapping[str, Any] | None = None) -> AdapterCo
     specs |= {name: adapter.file.specs[name] for name in bases}
     alphas = {}
     if to.can.alpha == "tensor":
-        alphas = {to.tensor_name(module, "alpha"): module for module in adapter.updates}
+        alphas = {to.tensor_name(module, "alpha"): module for module, update in adapter.updates.items() if update.rank}
         specs |= dict.fromkeys(alphas, TensorSpec("F32", ()))
     numbers = _Tensors(adapter)
 

@@ -42,12 +42,13 @@ from .image_base import FamilyChoice, choose_family
 from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
 from .lazy import Transformed, noted, only
 from .numbers import Settled, one_scale, subtract_start
-from .refusals import ONLY_MERGED
+from .refusals import no_factors
 from .rename import rename_modules
 from .request import INITIAL, WHAT_INITIAL, ConvertRequest, select_updates, selected
 from .to_class import to_class
 from .to_gguf import plan_gguf, require_copies
 from .to_oft import keeps_oft, plan_oft
+from .value_modules import CARRIED, read_value_modules
 
 NAMED_INITS = ("pissa", "olora")  # inits that their name alone describes; others need a config too
 
@@ -133,12 +134,7 @@ def _plan_low_rank(
     if target.is_single:
         return plan_one_model(state, request, names_class)
     if not any(update.rank for update in source.updates.values()):
-        kinds = " and ".join(sorted({update.cls.kind for update in source.updates.values()}))
-        raise InputError(
-            f"has no low-rank factors to convert, only whole changes ({kinds})",
-            culprit=source.name,
-            remedy=ONLY_MERGED,
-        )
+        raise no_factors(source)
     raise InputError(
         f"is not an adapter of a known image model ({KNOWN}): it has modules like "
         + min(source.updates, default="none")
@@ -154,6 +150,8 @@ def find_target_model(source: Adapter, request: ConvertRequest, family: str | No
         NeedsFlag: several models fit, and there is no base.
     """
     modules, _ = read_source_modules(source)
+    if not modules and "diff" in FORMATS[request.to].value_ends:
+        modules = [value.source for value in read_value_modules(source, CARRIED) if value.is_matrix]
     selection = Selection(request.exclude or ("",))
     wanted = [source_module for source_module in modules if not selection.selects(source_module.module)]
     is_single = all(FORMATS[key].can.components == "one" for key in (source.format, request.to))

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..adapters.adapter import Adapter
 from ..adapters.updates.update import UpdateSpec
 from ..errors import InputError, NeedsFlag, shell_word
 
 # the remedy for changes without factors
 ONLY_MERGED = "merge it into its base; then loratool extract BASE MERGED makes an adapter from the merged model"
+
+
+def no_factors(source: Adapter) -> InputError:
+    """Return the error for an adapter of whole changes alone, which a format cannot hold."""
+    kinds = " and ".join(sorted({update.cls.kind for update in source.updates.values()}))
+    message = f"has no low-rank factors to convert, only whole changes ({kinds})"
+    return InputError(message, culprit=source.name, remedy=ONLY_MERGED)
 
 
 def cannot_convert(

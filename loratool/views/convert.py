@@ -114,6 +114,6 @@ def _verdict(report: ConvertReport) -> str:
         exact = f"{count - len(errors):,} of {plural(count, 'module')} exact"
         return f"{exact}, {inexact}: the largest error is {share(max(errors))}"
     if all(row.how == "exact" for row in report.modules):
-        what = "factors" if any(row.rank for row in report.modules) else "rotations"
+        what = "factors" if all(row.rank for row in report.modules) else "tensors"
         return f"{plural(count, 'module')}, {what} copied byte for byte"
     return f"{plural(count, 'module')}, their deltas equal bit for bit"

@@ -16,7 +16,7 @@ from .content import NewModule
 from .dotted import DottedFormat, has_dotted_factors
 from .format import Capabilities
 from .kohya import network_metadata, output_norm_notes, text_model_path
-from .suffixes import ALPHA_ENDS
+from .suffixes import ALPHA_ENDS, VALUE_ENDS
 
 PREFIXES = ("diffusion_model.", "text_encoders.")
 
@@ -32,6 +32,7 @@ class Comfy(DottedFormat):
     )
     ends = ALPHA_ENDS
     loaded_by = ("comfyui",)
+    value_ends = VALUE_ENDS
 
     def claims(self, names: Iterable[str]) -> bool:
         names = list(names)

@@ -6,7 +6,7 @@ Defined by diffusers: `loaders/lora_base.py` (`_lora_loadable_modules`, `LORA_AD
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import DENOISERS
@@ -35,6 +35,7 @@ class Diffusers(DottedFormat):
     )
     ends = PLAIN_ENDS
     loaded_by = ("diffusers",)
+    value_ends: ClassVar[Mapping[str, str]] = {"bias": "lora_B.bias", "norm": "weight"}
 
     def claims(self, names: Iterable[str]) -> bool:
         return has_dotted_factors(names)

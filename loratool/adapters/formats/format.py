@@ -73,6 +73,9 @@ class Format(ABC):
     title: ClassVar[str]  # for the help of --to
     can: ClassVar[Capabilities]
     ends: ClassVar[Mapping[str, str]] = {}  # role -> suffix of the names of new tensors
+    flattened: ClassVar[bool] = False  # modules' names have `_` for the dots of their paths
+    # what an image model's module has without factors, a key of VALUE_ENDS -> suffix of the name of its new tensor
+    value_ends: ClassVar[Mapping[str, str]] = {}
     container: ClassVar[str] = "safetensors"  # a key of CONTAINERS
     loaded_by: ClassVar[tuple[str, ...]] = ()  # keys of PROGRAMS that read it instead of a model's default format
     also_loaded_by: ClassVar[tuple[str, ...]] = ()  # others that look for all of its names, and get another format

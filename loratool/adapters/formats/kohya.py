@@ -27,7 +27,9 @@ from .content import NewModule
 from .format import Capabilities, Format, ReadOptions
 from .module_updates import module_updates
 from .other_methods import refused_tensor
-from .suffixes import ALPHA_ENDS, split_suffix, suffix_of
+from .suffixes import ALPHA_ENDS, VALUE_ENDS, split_suffix, suffix_of
+
+WITHOUT_FACTORS = "lycoris.kohya"  # sd-scripts' module of a network whose changes have no factors
 
 
 @final
@@ -48,6 +50,8 @@ class Kohya(Format):
     ends = ALPHA_ENDS
     loaded_by = ("forge", "invokeai", "sd-scripts", "musubi")
     also_loaded_by = ("comfyui",)
+    value_ends = VALUE_ENDS
+    flattened = True
 
     def claims(self, names: Iterable[str]) -> bool:
         return any(name.startswith(KOHYA_PREFIXES) for name in names)
@@ -132,10 +136,11 @@ def output_norm_notes(modules: Mapping[str, NewModule]) -> tuple[str, ...]:
 def network_metadata(family: str, former: Mapping[str, str], modules: Mapping[str, NewModule]) -> dict[str, str]:
     """Return the metadata of sd-scripts, from which web interfaces read a file's rank, alpha and base."""
     version = former.get("ss_base_model_version", FAMILIES[family].kohya_version or None)
+    sides = rank_and_alpha((each.rank for each in modules.values()), (each.alpha for each in modules.values()))
     return {
         **former,
-        "ss_network_module": FAMILIES[family].kohya_network,
-        **rank_and_alpha((each.rank for each in modules.values()), (each.alpha for each in modules.values())),
+        "ss_network_module": FAMILIES[family].kohya_network if modules else WITHOUT_FACTORS,
+        **(sides if modules else {}),
         **({"ss_base_model_version": version} if version else {}),
     }
 

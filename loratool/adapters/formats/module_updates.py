@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ...architectures.families.table import CONTROL_NORMS
 from ...errors import InputError
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
@@ -49,6 +50,8 @@ def module_updates(
             raise InputError(f"has no partner: the A factor of {module} is missing or empty", culprit=key)
         scale = config.scale_of(module, rank[0]) if rank and rank[0] else 1.0
         yield UpdateSpec(AddDelta, bias, {"value": key}, {"value": file.specs[key]}, scale)
+    if weight_roles.keys() == {"weight"} and module.endswith(CONTROL_NORMS):  # diffusers' new weight of a norm
+        weight_roles = {"set": weight_roles["weight"]}
     if "set" in weight_roles:  # ComfyUI's full weight, which replaces the base's
         if len(weight_roles) > 1:
             raise InputError("is there beside factors, which it would undo", culprit=weight_roles["set"])

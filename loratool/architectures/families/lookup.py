@@ -151,6 +151,18 @@ def names_maker(family: ModelFamily, path: str) -> bool:
     return located is not None and path in (*located.maker, *located.comfy) and path not in located.diffusers
 
 
+def names_scale(family: ModelFamily, path: str) -> bool:
+    """Return whether the maker's name for the weight of a norm ends in `.scale`."""
+    return NUMBER.sub("#", path) in _scaled(family)
+
+
+@lru_cache(maxsize=256)
+def _scaled(family: ModelFamily) -> frozenset[str]:
+    stems = ((block, stem) for block in family.blocks for stem in (block.maker, block.comfy_stem or block.maker))
+    names = (*(_join(stem, name) for block, stem in stems for name in block.tensors), *family.outside_tensors)
+    return frozenset(PLACE.sub("#", name.removesuffix(".scale")) for name in names if name.endswith(".scale"))
+
+
 def names_of(family: ModelFamily, blocks: int = 2) -> Mapping[str, Located]:
     """Return every flattened name of a family with its module, for the first `blocks` blocks of each stack."""
     if family.up_attention:

@@ -27,6 +27,10 @@ class Naming(Enum):
 # The components that are denoisers, with the modules of the family's table
 DENOISERS = ("unet", "transformer_2", "unconditional_transformer")
 
+# Ends of the paths of the norms whose new weights diffusers reads beside factors, as of Flux's control adapters
+# (`loaders/lora_pipeline.py`: FluxLoraLoaderMixin)
+CONTROL_NORMS = (".norm_q", ".norm_k", ".norm_added_q", ".norm_added_k")
+
 # Ends of the paths of the projections in diffusers' attention over image and text at once
 JOINT_ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0", ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
+from ...adapters.updates.diff import Diff
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.backbones import BACKBONES
@@ -220,7 +221,7 @@ def _resolve_image(
     for module, update in adapter.updates.items():
         components, path = components_of(module)
         flat = adapter.flattened or "." not in path
-        of = path.removesuffix(SCALE) if update.cls is ReplaceTensor else path
+        of = path.removesuffix(SCALE) if update.cls in (ReplaceTensor, Diff) else path
         candidates = (modules.find(each, of, flat) for each in components or ("unet", "text_encoder"))
         where = next(filter(None, candidates), ())
         if where and (update.additive or not update.cls.in_stored_layout):

@@ -189,6 +189,7 @@ def _large_losses(settled: Settled, modules: Sequence[ModuleConvert]) -> Iterato
 
     The total loss is weighted by the size of the changes.
     """
+    modules = [row for row in modules if row.rank]
     weak = [row for row in modules if row.error > 1 - KEPT_ENOUGH]
     if not weak:
         return

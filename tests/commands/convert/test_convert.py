@@ -481,14 +481,13 @@ def test_the_metadata_is_the_formats_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "to"),
     [
-        "lora_unet_double_blocks_0_img_attn_proj",
-        "diffusion_model.double_blocks.0.img_attn.proj",
-        "model.layers.0.mlp.up",
+        ("lora_unet_double_blocks_0_img_attn_proj", "diffusers"),
+        ("diffusion_model.double_blocks.0.img_attn.proj", "peft"),
+        *(("model.layers.0.mlp.up", to) for to in ("kohya", "comfy", "diffusers", "peft")),
     ],
 )
-@pytest.mark.parametrize("to", ["kohya", "comfy", "diffusers", "peft"])
 def test_whole_changes_alone_have_nothing_to_convert(name: str, to: str, tmp_path: Path) -> None:
     """The reason is the file's, not the model's, which may be known; and the remedy is a way to LoRA."""
     save_file({f"{name}.diff": torch.ones(4, 4), f"{name}.diff_b": torch.ones(4)}, tmp_path / "a.safetensors")
