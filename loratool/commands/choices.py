@@ -24,6 +24,7 @@ OPEN_FILES = {
 
 MERGE_ALLOW = {
     "lossy": "requantize codes of fewer than 8 bits, which keep almost nothing of a delta",
+    "widen": "add columns of zeros to an image model's input, for adapters of a control image",
     **OPEN_FILES,
 }
 

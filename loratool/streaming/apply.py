@@ -69,7 +69,7 @@ def merge_tensor(
     rows = placements[0].rows if placements else source.spec.shape[0]
     columns = source.spec.size // max(1, rows)
     height = record_rows(columns, bool(base and base.weight), rows_together(placements))
-    replaced = base if base != source else None
+    replaced = base if base and base != source and base.spec.shape[1:] == source.spec.shape[1:] else None
     shared = min(rows, replaced.spec.shape[0]) if replaced else 0
     codes = source if record and base == source and source.weight else None
 

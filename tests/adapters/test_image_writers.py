@@ -7,6 +7,7 @@ kind, so that its merge is compared with the plain spelling's bit for bit.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import load_model, spread
 from lib.models.image_layouts import FLUX, base_of, write_folder, write_single
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
@@ -346,15 +347,69 @@ def test_two_prefixes_of_one_module(bases: tuple[Path, Path], tmp_path: Path) ->
         merged(bases[0], write(tmp_path / "a", case), tmp_path / "m.safetensors")
 
 
+CONTROL = {**pair(PROJ, lora_B__bias=BIAS), **{f"img_in.lora_{side}.weight": x for side, x in
+           (("A", numbers(RANK, 8, seed=8)), ("B", numbers(8, RANK, seed=9)))}, f"{NORM}.scale": SCALE}  # fmt: skip
+
+
 @pytest.mark.parametrize("i", [0, 1])
 def test_a_control_lora_needs_a_base_of_more_inputs(
     i: int, bases: tuple[Path, Path], tmp_path: Path, run: Callable[..., Any]
 ) -> None:
-    tensors = {**pair(PROJ), "img_in.lora_A.weight": numbers(RANK, 8), "img_in.lora_B.weight": numbers(8, RANK)}
-    result = run("merge", bases[i], write(tmp_path / "a", Case(tensors, {})), "-o", tmp_path / "m")
-    assert result.exit_code == 3 and ("img_in.weight", "x_embedder.weight")[i] in result.stderr
-    assert "8 inputs" in result.stderr and "4 columns of zeros" in result.stderr
+    adapter = write(tmp_path / "a", Case(CONTROL, {}))
+    result = run("merge", bases[i], adapter, "-o", tmp_path / "m")
+    assert result.exit_code == 4 and ("img_in.weight", "x_embedder.weight")[i] in result.stderr
+    assert "has 4 inputs, and an adapter 8" in result.stderr and "--allow widen" in result.stderr
     assert not (tmp_path / "m").exists()
+
+
+def copied(base: Path, folder: Path) -> Path:
+    to = folder / "copy" / base.name
+    to.parent.mkdir()
+    return shutil.copytree(base, to) if base.is_dir() else Path(shutil.copy(base, to))
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_a_widened_base_is_as_if_it_had_columns_of_zeros(i: int, bases: tuple[Path, Path], tmp_path: Path) -> None:
+    """The bytes are those of a merge into a base that was padded by hand; unmerge gives the plain base's."""
+    base, adapter = copied(bases[i], tmp_path), write(tmp_path / "a", Case(CONTROL, {}))
+    files = [base] if base.is_file() else sorted(each for each in base.rglob("*") if each.is_file())
+    former = {each.relative_to(base): each.read_bytes() for each in files}
+    config = base / "transformer" / "config.json"
+    if base.is_dir():
+        config.write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "in_channels": 4}))
+        former[config.relative_to(base)] = config.read_bytes()
+    out, back = (tmp_path / (f"{name}.safetensors" if base.is_file() else name) for name in ("out", "back"))
+    loratool.merge(base, adapter, out, allow="widen")
+    weights = base if base.is_file() else next((base / "transformer").glob("*.safetensors"))
+    by_hand, name = load_file(weights), ("model.diffusion_model.img_in.weight", "x_embedder.weight")[i]
+    by_hand[name] = torch.cat([by_hand[name], torch.zeros(8, 4, dtype=by_hand[name].dtype)], 1)
+    save_file(by_hand, tmp_path / "padded.safetensors")
+    usual = merged(tmp_path / "padded.safetensors", adapter, tmp_path / "usual.safetensors")
+    found = load_file(out if base.is_file() else out / "transformer" / weights.name)
+    assert found[name].shape == (8, 8) and all(torch.equal(found[each], tensor) for each, tensor in usual.items())
+    assert loratool.verify(base, adapter, out).status == "proven"
+    assert loratool.verify(base, adapter, base).status == "wrong"
+    if base.is_dir():
+        written = json.loads((out / "transformer" / "config.json").read_text())
+        assert (written["in_channels"], written["out_channels"]) == (8, 4)
+    loratool.unmerge(out, adapter, back)
+    assert {each: (back / each if base.is_dir() else back).read_bytes() for each in former} == former
+    loratool.merge(out, {adapter: -1.0}, tmp_path / (f"again{out.suffix}"), undo=False)  # a wide base needs no flag
+
+
+def test_a_widened_base_in_place(bases: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = copied(bases[0], tmp_path), write(tmp_path / "a", Case(CONTROL, {}))
+    former = base.read_bytes()
+    with pytest.raises(LoratoolError, match="in place"):
+        loratool.merge(base, adapter, in_place=True, allow="widen")
+    assert base.read_bytes() == former
+
+
+def test_a_config_that_says_another_number_of_inputs(bases: tuple[Path, Path], tmp_path: Path) -> None:
+    base = copied(bases[1], tmp_path)
+    (base / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel", "in_channels": 6}')
+    with pytest.raises(InputError, match="has 4 inputs, and in_channels of its config.json is 6"):
+        loratool.merge(base, write(tmp_path / "a", Case(CONTROL, {})), tmp_path / "m", allow="widen")
 
 
 # Wan's modules under diffusers' names, with what tells the family

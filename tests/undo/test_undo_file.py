@@ -222,6 +222,7 @@ def test_the_runs_that_records_tile() -> None:
     assert tiling("x", empty, empty, [placement(8, 0, 8)]) == ([], None)
     assert tiling("x", F32, F32, []) == ([(0, 8)], None)
     assert tiling("x", TensorSpec("F32", (5, 4)), F32, []) == ([(0, 5)], 5)
+    assert tiling("x", TensorSpec("F32", (8, 5)), F32, []) == ([], 0)  # widened
     assert tiling("x", TensorSpec("I64", (3,)), TensorSpec("I64", (3,)), []) == ([], 0)
     assert coded_tiling("x", BF16, values, codes, two) == [(0, 2), (2, 4), (4, 6), (6, 8)]
     assert coded_tiling("x", BF16, values, codes, []) == [(0, 8)]
@@ -230,7 +231,9 @@ def test_the_runs_that_records_tile() -> None:
     for spec, was, placements in (
         (BF16, F32, two),
         (F32, F32, [placement(9, 0, 4)]),
-        (TensorSpec("F32", (8, 5)), F32, []),
+        (TensorSpec("F32", (8, 3)), F32, []),
+        (TensorSpec("F32", (9, 5)), F32, []),
+        (TensorSpec("F32", (8, 5)), F32, [placement(8, 0, 8)]),
     ):
         with pytest.raises(ValueError, match="x"):
             tiling("x", spec, was, placements)

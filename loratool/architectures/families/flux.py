@@ -71,6 +71,7 @@ FAMILY = ModelFamily(
         "final_layer.adaLN_modulation.1": swapped("norm_out.linear"),
     },
     diffusers_class="FluxTransformer2DModel",
+    control_input="x_embedder",
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),

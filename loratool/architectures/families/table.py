@@ -129,6 +129,8 @@ class ModelFamily:
     # For a UNet, whose blocks `unet` numbers: whether each upsampling block has attention.
     up_attention: tuple[bool, ...] = ()
     components: tuple[Component, ...] = ()  # the denoiser first
+    # diffusers' module for the latent image, after whose inputs a control adapter has its own
+    control_input: str = ""
     conv1d: tuple[str, ...] = ()  # ends of paths whose weight is stored as (in, out)
     marks: tuple[str, ...] = ()  # every base's names contain one of these
     telling: str = ""  # a regular expression for diffusers' paths that only this family has

@@ -11,7 +11,7 @@ from ...adapters.adapter import Adapter
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.update import UpdateSpec
 from ...architectures.prefixes import module_path
-from ...errors import InputError
+from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint
 from ...files.dtypes import TensorSpec
 from ...files.layer_numbers import RepeatedLayers
@@ -28,6 +28,7 @@ from ..ties.tied_weights import ResolvedTie, resolve_tie, vocabulary_edits
 from ..ties.ties import Tie, find_tie, vocabulary_names
 from .classifier_heads import ClassChoice, class_edits
 from .repeated_layers import notes_on_layers
+from .widened import Widened, find_widened
 
 NO_CHOICE = ClassChoice()
 
@@ -107,12 +108,15 @@ def plan_merge(
     selection: Selection,
     tied: str,
     choice: ClassChoice = NO_CHOICE,
+    widen: bool | None = None,
 ) -> MergePlan:
     """Plan a merge from names, shapes and headers.
 
     Args:
         tied: a key of TIED.
         choice: the class and the labels for the output's config.
+        widen: add columns of zeros to an image model's input for a control adapter; False to name the flag that allows
+            it, None to refuse such an adapter.
 
     Raises:
         InputError: a pattern matches nothing, an update does not fit the base or a second update, its weight is
@@ -121,17 +125,23 @@ def plan_merge(
     """
     tie = find_tie(base)
     specs, coded = bindable(base, tie)
+    widened = Widened() if widen is None else find_widened(base, [adapter for adapter, _ in adapters])
+    specs = {**specs, **widened.specs}
     names = " and ".join(adapter.name for adapter, _ in adapters)
     modules = [module for adapter, _ in adapters for module in adapter.updates]
     selection.require_used([*modules, *map(module_path, base.specs)], f"{names} or the base")
     binding = bind(specs, base.configs, adapters, selection, coded)
     _refuse_quantized(base, binding)
+    for name, spec in widened.specs.items() if not widen else ():
+        message = f"has {base.specs[name].shape[1]} inputs, and an adapter {spec.shape[1]}, as for a control image"
+        raise NeedsFlag(message, culprit=name, flags="--allow widen", why="to add columns of zeros")
     resolved = resolve_tie(base, tie, resolve_shared(base, binding.placements), tied)
-    sources, placements = _resolve_row_sources(base, tie, resolved)
+    sources, placements = _resolve_row_sources(base, tie, resolved, widened.sources(base))
     for name, (adapter, update) in binding.added.items():
         sources[name] = TensorRef(adapter.file, update.tensors["value"])
     named = class_edits(base, [adapter for adapter, weight in adapters if weight > 0], sources, choice)
     edits, warned = _plan_edits(base, tie, resolved, sources, named.fields)
+    edits = replace(edits, configs={**edits.configs, **widened.configs})
     warnings = (*resolved.warnings, *warned, *named.warnings)
     warnings += tuple(note for adapter, _ in adapters for note in adapter.notes)
     for adapter, _ in adapters:
@@ -173,10 +183,10 @@ def _refuse_quantized(base: Checkpoint, binding: Binding) -> None:
 
 
 def _resolve_row_sources(
-    base: Checkpoint, tie: Tie | None, resolved: ResolvedTie
+    base: Checkpoint, tie: Tie | None, resolved: ResolvedTie, widened: Mapping[str, TensorRef]
 ) -> tuple[dict[str, TensorRef], dict[str, tuple[Placement, ...]]]:
     """Return the source of each tensor's rows, and the placements to apply to them."""
-    sources = {name: base.ref(name) for name in base.specs}
+    sources = {name: base.ref(name) for name in base.specs} | {**widened}
     placements = {}
     if tie and resolved.untied:
         _share_replacement(tie, resolved, sources)
@@ -296,6 +306,6 @@ def _plan_edits(
     if tie and resolved.untied and not tie.keeps_flag:
         config["tie_word_embeddings"] = False
     others = [name for name in specs if name in base.specs and name not in words]
-    sized = [name for name in others if specs[name].shape != base.specs[name].shape and "id2label" not in top]
+    sized = [name for name in others if specs[name].shape[:1] != base.specs[name].shape[:1] and "id2label" not in top]
     notes = tuple(f"{name} has {specs[name].shape[0]} rows now; set num_labels to that when loading" for name in sized)
     return OutputEdits(specs, config, top), notes

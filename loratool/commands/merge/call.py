@@ -73,7 +73,7 @@ class Merge(Call["MergeReport"]):
     quantized: Annotated[Literal["mixed", "dequantize", "requantize"], one_of(WAYS), Opt("Output")] = "mixed"
     like: Annotated[StrPath | None, Opt("Output", "QUANTIZED")] = None
     allow: Annotated[
-        Literal["lossy", "open-files"] | Sequence[Literal["lossy", "open-files"]],
+        Literal["lossy", "widen", "open-files"] | Sequence[Literal["lossy", "widen", "open-files"]],
         words_of(MERGE_ALLOW),
         Opt("Output"),
     ] = ()

@@ -236,7 +236,8 @@ def plan_call(call: Merge, opened: ExitStack, at: ModelInPlace | None = None) ->
     choose_device(call.device)  # is refused before the plan
     selection = Selection.parse(call.target, call.exclude, call.layers)
     choice = ClassChoice(call.architecture, parse_words(call.labels))
-    plan = without_gc(plan_merge)(checkpoint, loaded, selection, call.tied, choice)
+    widen = "widen" in parse_words(call.allow)
+    plan = without_gc(plan_merge)(checkpoint, loaded, selection, call.tied, choice, widen)
     plan = choose_tokenizer(plan, call.tokenizer, is_file=place[1])
     plan = take_trained_modules(plan, is_file=place[1])
     inputs = [input_word(call.base), *map(weighted_word, sort_adapters(loaded[: len(requests)]))]  # no initial one

@@ -121,7 +121,8 @@ def run_verify(call: Verify) -> VerifyReport:
         opened.callback(merged.close)
         refuse_adapter(merged, call.merged, "the last argument must be the merged model")
         _refuse_quantized(checkpoint, merged)
-        plan = plan_merge(checkpoint, weighted, Selection.parse(call.target, call.exclude, call.layers), call.tied)
+        selection = Selection.parse(call.target, call.exclude, call.layers)
+        plan = plan_merge(checkpoint, weighted, selection, call.tied, widen=True)
         read = [*checkpoint.shards, *(adapter.file for adapter, _ in weighted), *merged.shards]
         sizes = {name: merged.specs[name].nbytes for name in plan.sources if name in merged.specs}
         inputs, job = [input_word(call.base), *map(weighted_word, weighted), input_word(call.merged)], current_job()

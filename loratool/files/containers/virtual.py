@@ -71,3 +71,18 @@ class VirtualFile(WeightsFile):
 
     def read_numbers(self, name: str, first: int, out: npt.NDArray[Any]) -> None:
         self.read_bytes(name, first * out.itemsize, out.reshape(-1).view("u1").data)
+
+
+def with_zero_columns(file: WeightsFile, name: str, columns: int) -> VirtualFile:
+    """Return a file of one matrix of another, with zeros after its columns up to `columns`."""
+    spec = file.specs[name]
+
+    def load(name: str) -> Numbers:
+        import numpy as np
+
+        from ...numerics.arrays import Numbers
+
+        stored = file.numbers(name)
+        return Numbers(np.pad(stored.bits, ((0, 0), (0, columns - stored.shape[1]))), stored.form)
+
+    return VirtualFile(file, {name: TensorSpec(spec.dtype, (spec.shape[0], columns))}, load, {})
