@@ -166,3 +166,40 @@ def test_comfyui_applies_it(kind: str, tmp_path: Path) -> None:
     for name, tensor in found.items():
         assert torch.allclose(tensor, expected[prefix + name], atol=1e-6), name
         assert kind == "control" or not torch.equal(tensor, denoiser[name]) or name.endswith("bias")
+
+
+def test_diffusers_widens_and_applies_it(tmp_path: Path) -> None:
+    """A control adapter for more inputs than the model has, with biases and new weights of norms."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / "base")
+    tensors, n = {}, Numbers(FP32)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            inputs = 8 if name == "x_embedder" else module.in_features
+            tensors[f"transformer.{name}.lora_A.weight"] = n(3, inputs)
+            tensors[f"transformer.{name}.lora_B.weight"] = n(module.out_features, 3)
+            tensors[f"transformer.{name}.lora_B.bias"] = n(module.out_features)
+        elif name.endswith(("norm_q", "norm_k", "norm_added_q", "norm_added_k")):
+            tensors[f"transformer.{name}.weight"] = n(*module.weight.shape)
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(NeedsFlag, match="x_embedder.weight: has 4 inputs, and an adapter 8"):
+        loratool.merge(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out")
+    loratool.merge(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out", allow="widen")
+    ours = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "out")
+    assert (ours.config.in_channels, ours.config.out_channels) == (8, 4)
+    pipe = diffusers.FluxPipeline(None, None, None, None, None, None, model)
+    pipe.load_lora_weights(tmp_path / "a.safetensors")
+    pipe.fuse_lora()
+    model.unload_lora()  # of the pipeline it would also take back the norms
+    theirs = model.state_dict()
+    assert theirs.keys() == ours.state_dict().keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.allclose(theirs[name], tensor, atol=1e-5), name
+    loratool.unmerge(tmp_path / "out", tmp_path / "a.safetensors", tmp_path / "back")
+    for file in (tmp_path / "base").iterdir():
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
