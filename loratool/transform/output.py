@@ -20,10 +20,12 @@ from ..adapters.updates.dora import DoRA
 from ..adapters.updates.oft import OFT
 from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import Update, UpdateSpec
+from ..architectures.families import FAMILIES
+from ..architectures.families.lookup import locate
 from ..files.dtypes import TensorSpec
 from ..files.tensor_ref import TensorRef
 from ..numerics.arrays import Numbers, rounded_to
-from ..numerics.forms import F32
+from ..numerics.forms import F32, F64
 from ..views.convert import ModuleConvert
 from .lazy import Transformed, with_modules
 from .numbers import Settled, alpha_for_scale, single
@@ -92,9 +94,13 @@ def content(state: Settled, model: Mapping[str, Any] | None = None) -> AdapterCo
     if to.can.alpha == "tensor":
         alphas = {to.tensor_name(module, "alpha"): module for module, update in adapter.updates.items() if update.rank}
         specs |= dict.fromkeys(alphas, TensorSpec("F32", ()))
+    reshaped = _reshaped(state, to)
+    specs |= dict.fromkeys(reshaped, TensorSpec(INTEGERS.name, (2,)))
     numbers = _Tensors(adapter)
 
     def load(name: str) -> Numbers:
+        if name in reshaped:
+            return Numbers(np.array(reshaped[name], INTEGERS.bits_type), INTEGERS)
         if name in alphas:
             update = adapter.updates[alphas[name]]
             value = rounded_to(np.array(alpha_for_scale(update.scale, update.rank)), F32)
@@ -105,6 +111,26 @@ def content(state: Settled, model: Mapping[str, Any] | None = None) -> AdapterCo
     config = fields(adapter) if state.config is None else state.config
     metadata = state.metadata if state.family else {**state.metadata, "format": "pt"}
     return AdapterContent(specs, load, config, metadata, model or {})
+
+
+INTEGERS = F64._replace(name="I64")  # numbers whose bits are integers
+
+
+def _reshaped(state: Settled, to: Format) -> dict[str, tuple[int, ...]]:
+    """Return the tensor that tells ComfyUI to widen the input of an image model for a control adapter, with the shape.
+
+    It is empty for an adapter of a model without a control image.
+    """
+    family = FAMILIES.get(state.family or "")
+    located = locate(family, family.control_input) if family and family.control_input else None
+    if not family or not located or "reshape" not in to.value_ends:
+        return {}
+    (path,) = located.names(to.naming(family.key))
+    module = to.module_name("unet", path, family.key)
+    update = state.adapter.updates.get(module)
+    if not update or not update.rank or update.shape[1] == family.control_columns:
+        return {}
+    return {f"{module}.{to.value_ends['reshape']}": update.shape}
 
 
 class _Tensors:

@@ -271,7 +271,7 @@ REFUSED: dict[str, tuple[Case, type[LoratoolError], str]] = {
         r"lora_C: is not a LoRA tensor",
     ),
     "a base that has grown": (
-        Case({**pair(f"diffusion_model.{PROJ}"), f"diffusion_model.{PROJ}.reshape_weight": torch.tensor([8, 8])}, {}),
+        Case({**pair(f"diffusion_model.{PROJ}"), f"diffusion_model.{PROJ}.reshape_weight": torch.tensor([8, 12])}, {}),
         InputError,
         r"reshape_weight: is a tensor of ComfyUI's LoRA of a model that has grown",
     ),

@@ -6,10 +6,12 @@ A module can have an update of its weight and one of its bias. Defined by LyCORI
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 
 from ...architectures.families.table import CONTROL_NORMS
 from ...errors import InputError
+from ...files.dtypes import TensorSpec
 from ...files.weights_file import WeightsFile
 from ..config import AdapterConfig
 from ..updates.add import AddDelta
@@ -42,6 +44,8 @@ def module_updates(
         InputError: the roles are of no kind that can be merged, or as `spec_from_roles`.
     """
     weight_roles = {role: name for role, name in roles.items() if role not in BIAS_ROLES}
+    if "reshape" in weight_roles and _is_reshaped(weight_roles, file):
+        del weight_roles["reshape"]
     if key := roles.get("diff_b"):
         yield UpdateSpec(Diff, bias, {"diff": key}, {"diff": file.specs[key]}, transposed=False)
     if key := roles.get("bias"):  # PEFT's bias of the layer that has B as weight
@@ -67,6 +71,16 @@ def module_updates(
         if not lenient:
             raise
         yield unpaired(module, weight_roles, file, error)
+
+
+def _is_reshaped(roles: Mapping[str, str], file: WeightsFile) -> bool:
+    """Return whether the shape to which ComfyUI widens a weight is that of the change, which says it too."""
+    spec, sides = file.specs[roles["reshape"]], (roles.get("B"), roles.get("A"))
+    if spec != TensorSpec("I64", (2,)) or None in sides:
+        return False
+    rows, columns = (file.specs[name or ""].shape for name in sides)
+    shape = struct.unpack("<qq", file.read(roles["reshape"]))
+    return len(rows) == len(columns) == 2 and shape == (rows[0], columns[1])
 
 
 def _of_weight(

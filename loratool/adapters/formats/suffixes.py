@@ -43,8 +43,15 @@ SUFFIXES: Mapping[str, str] = {
 ALPHA_ENDS = {"A": "lora_down.weight", "B": "lora_up.weight", "magnitude": "dora_scale", "alpha": "alpha"}
 PLAIN_ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # changes without factors -> suffix of a new tensor's name: differences of a weight, of its bias, of a norm's weight and
-# its bias (LyCORIS, ComfyUI), and a new weight (ComfyUI)
-VALUE_ENDS = {"diff": "diff", "diff_b": "diff_b", "w_norm": "w_norm", "b_norm": "b_norm", "set": "set_weight"}
+# its bias (LyCORIS, ComfyUI), a new weight, and the shape to which columns of zeros widen the base's (ComfyUI)
+VALUE_ENDS = {
+    "diff": "diff",
+    "diff_b": "diff_b",
+    "w_norm": "w_norm",
+    "b_norm": "b_norm",
+    "set": "set_weight",
+    "reshape": "reshape_weight",
+}
 # suffixes of XLabs' names, after the path of an attention processor
 PROCESSOR_SUFFIXES: Mapping[str, str] = {".down.weight": "A", ".up.weight": "B"}
 PROCESSOR = re.compile(r".*\.processor\.(?:qkv|proj)_lora[12]?")

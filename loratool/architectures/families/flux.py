@@ -72,6 +72,7 @@ FAMILY = ModelFamily(
     },
     diffusers_class="FluxTransformer2DModel",
     control_input="x_embedder",
+    control_columns=64,
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te1_", "text_encoders.clip_l.transformer.", "text_encoder.", "clip"),

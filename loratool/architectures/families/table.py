@@ -131,6 +131,7 @@ class ModelFamily:
     components: tuple[Component, ...] = ()  # the denoiser first
     # diffusers' module for the latent image, after whose inputs a control adapter has its own
     control_input: str = ""
+    control_columns: int = 0  # its inputs in models without a control image
     conv1d: tuple[str, ...] = ()  # ends of paths whose weight is stored as (in, out)
     marks: tuple[str, ...] = ()  # every base's names contain one of these
     telling: str = ""  # a regular expression for diffusers' paths that only this family has

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,9 @@ def bases(folder: Path, family: str = "flux") -> Iterator[Path]:
     yield write_folder(folder / "folder", family, weights)
 
 
-def merged(base: Path, adapter: Path) -> dict[str, Tensor]:
+def merged(base: Path, adapter: Path, **options: Any) -> dict[str, Tensor]:
     out = adapter.with_name(f"{adapter.stem}-{base.stem}{base.suffix}")
-    loratool.merge(base, adapter, out, undo=False)
+    loratool.merge(base, adapter, out, undo=False, **options)
     return load_model(out if base.is_file() else out / "transformer")
 
 
@@ -79,7 +80,7 @@ def test_a_difference_of_some_rows_is_zero_in_the_others(tmp_path: Path) -> None
     assert torch.equal(found[rows], change) and not found[len(rows) :].any()
 
 
-def control(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+def control(folder: Path, inputs: int = IN.shape[1]) -> tuple[Path, dict[str, Tensor]]:
     """Write an adapter like Black Forest Labs' control ones: factors, biases beside them, and new weights of norms."""
     tensors = {}
     for i, layer in enumerate(FLUX):
@@ -87,7 +88,7 @@ def control(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         if len(layer.shape) == 1:
             tensors[f"{layer.maker}.scale"] = n(*layer.shape)
             continue
-        lora = files.lora(n, *layer.shape)
+        lora = files.lora(n, layer.shape[0], inputs if layer is IN else layer.shape[1])
         tensors |= {
             f"{layer.maker}.lora_{side}.weight": lora[f"lora_{word}.weight"]
             for side, word in (("A", "down"), ("B", "up"))
@@ -109,6 +110,19 @@ def test_a_control_adapter_for_comfyui(tmp_path: Path) -> None:
     for base in bases(tmp_path):
         one, two = (merged(base, tmp_path / f"{name}.safetensors") for name in "ab")
         assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("inputs", [64, 128])
+def test_comfyui_is_told_the_shape_of_a_wider_input(inputs: int, tmp_path: Path) -> None:
+    lora = files.lora(Numbers(FP32), 8, inputs)
+    save_file({f"lora_unet_img_in.{end}": x for end, x in lora.items()}, tmp_path / "a.safetensors")
+    loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfy", architecture="flux")
+    found = load_file(tmp_path / "b.safetensors").get("diffusion_model.img_in.reshape_weight")
+    assert (found is None) is (inputs == 64) and (found is None or found.tolist() == [8, inputs])
+    loratool.convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="kohya", architecture="flux")
+    again = load_file(tmp_path / "c.safetensors")
+    assert torch.equal(again["lora_unet_img_in.lora_up.weight"], lora["lora_up.weight"])
+    assert ("lora_unet_img_in.reshape_weight" in again) is (inputs != 64)
 
 
 def test_a_control_adapter_for_diffusers(tmp_path: Path) -> None:
@@ -150,22 +164,22 @@ def test_factors_and_a_difference_of_one_module_are_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["differences", "control"])
+@pytest.mark.parametrize("kind", ["differences", "control", "wide control"])
 def test_comfyui_applies_it(kind: str, tmp_path: Path) -> None:
     programs = pytest.importorskip("lib.oracles.image_programs", reason="has ComfyUI's code")
-    if kind == "control":
-        adapter, _ = control(tmp_path)
+    if "control" in kind:
+        adapter, _ = control(tmp_path, 8 if "wide" in kind else 4)
     else:
         adapter = tmp_path / "a.safetensors"
         save_file(differences(FLUX, "diffusers", "transformer."), adapter)
     loratool.convert(adapter, tmp_path / "b.safetensors", to="comfy", architecture="flux")
     base = next(bases(tmp_path))
-    expected, prefix = merged(base, adapter), "model.diffusion_model."
+    expected, prefix = merged(base, adapter, allow="widen"), "model.diffusion_model."
     denoiser = {name.removeprefix(prefix): tensor for name, tensor in load_file(base).items()}
     found, *_ = programs.comfyui(load_file(tmp_path / "b.safetensors"), denoiser, model_class="Flux")
     for name, tensor in found.items():
         assert torch.allclose(tensor, expected[prefix + name], atol=1e-6), name
-        assert kind == "control" or not torch.equal(tensor, denoiser[name]) or name.endswith("bias")
+        assert "control" in kind or not torch.equal(tensor, denoiser[name]) or name.endswith("bias")
 
 
 def test_diffusers_widens_and_applies_it(tmp_path: Path) -> None:
