@@ -194,7 +194,7 @@ def _place_rows(
             )
         raise error
     expert = 0 if update.cls.stack else None
-    return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip, expert, runs)]
+    return [Placement(adapter, update, weight, False, spec.shape[0], start, stop, skip, expert, runs=runs)]
 
 
 def _whole_runs(
