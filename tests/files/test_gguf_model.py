@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] 
         {}, lambda t: t.update({"output_norm.weight": tensor(26, (32,), bytes(128))}), "I32, which is not read"
     ),
     "codes that are not read": (
-        {}, lambda t: t.update({"output.weight": tensor(19, (2, 256), bytes(100))}), "IQ1_S, which is not read"
+        {}, lambda t: t.update({"output.weight": tensor(15, (2, 256), bytes(584))}), "Q8_K, which is not read"
     ),
 }  # fmt: skip
 

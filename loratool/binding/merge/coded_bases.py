@@ -185,6 +185,11 @@ def _refuse_lossy(plan: MergePlan, touched: Collection[str], allow: Collection[s
             message = "is replaced by an adapter's own values, which have no codes"
             raise InputError(message, culprit=name, remedy="use --quantized mixed")
         _require_whole_bytes(plan, name, "add --quantized mixed --no-undo")
+        if not weight.format.rounds_alone(weight):
+            message = (
+                f"has codes for runs of numbers ({weight.kind}), so that no number can be rounded to its nearest code"
+            )
+            raise InputError(message, culprit=name, remedy="use --quantized mixed")
         if code_bits(weight) < COARSE and LOSSY not in allow:
             raise NeedsFlag(
                 f"has codes of {code_bits(weight)} bits ({weight.kind}), in which almost nothing of a delta "

@@ -442,6 +442,10 @@ class CodeFormat(Codec):
     def from_ordinals(self, parts: Parts, ordinals: Codes) -> Codes:
         """Return the codes of ordinals; raise IndexError for an ordinal without a code."""
 
+    def rounds_alone(self, weight: StoredWeight) -> bool:
+        """Return whether a number can get its nearest code, whatever codes its neighbors have."""
+        return True
+
     def quantizer(self, parts: Parts) -> Quantizer | None:
         """Return a quantizer to the format of `parts`; None if it needs more than the weight's numbers."""
         return None

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from .codec import Codes, Wide
     from .gguf_blocks import BlockLayout, Blocks
 
-# Supported types -> the bits of a code. Of the others, IQ1 to IQ3 have codebooks that were found by search, and Q8_1
-# and Q8_K are for intermediate results and never stored.
+# Supported types -> the bits of a code. Q8_1 and Q8_K are for intermediate results and never stored.
 BITS = {
     "Q8_0": 8, "Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6,
     "IQ4_NL": 4, "IQ4_XS": 4, "MXFP4": 4, "NVFP4": 4, "TQ1_0": 2, "TQ2_0": 2, "Q1_0": 1, "Q2_0": 2,
+    "IQ1_S": 1, "IQ1_M": 1, "IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 2, "IQ3_XXS": 3, "IQ3_S": 3,
 }  # fmt: skip
+
+# Types whose codes stand for runs of numbers: no number can change alone
+IN_RUNS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 
 
 class GgmlBlocks(ScaledCodes):
@@ -57,9 +60,10 @@ class GgmlBlocks(ScaledCodes):
         return Blocks(parts.weight.spec.shape[-1], self.layout(parts))
 
     def layout(self, parts: Parts) -> BlockLayout:
-        from .gguf_blocks import LAYOUTS
+        from . import gguf_blocks, gguf_runs
 
-        return LAYOUTS[parts.codes_spec.dtype]
+        kind = parts.codes_spec.dtype
+        return gguf_runs.LAYOUTS[kind] if kind in IN_RUNS else gguf_blocks.LAYOUTS[kind]
 
     def levels(self, parts: Parts) -> Levels:
         return self.layout(parts).levels
@@ -93,6 +97,9 @@ class GgmlBlocks(ScaledCodes):
                 scale = scale * factor[:, None]
                 bias = None if bias is None else bias * factor[:, None]
         return Scales(scale, columns // scale.shape[1], bias=bias)
+
+    def rounds_alone(self, weight: StoredWeight) -> bool:
+        return weight.kind not in IN_RUNS
 
     def quantizer(self, parts: Parts) -> Quantizer | None:
         from .gguf_quantizer import ENCODERS, BlockQuantizer

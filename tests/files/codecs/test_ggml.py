@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lib.files.ggml_blocks import HALVES, KINDS, NUMBERS, blocks_of
+from lib.files.ggml_blocks import HALVES, IN_RUNS, KINDS, NUMBERS, blocks_of
 from lib.files.gguf_bytes import floats, tensor, write
 from lib.files.one_weight import codec_of, numbers, only, possible_codes, rewrite_nearest, written
 from lib.oracles.llama_cpp import tree
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
+from loratool.files.codecs import gguf, gguf_blocks, gguf_runs
 from loratool.files.codecs.gguf import BITS
-from loratool.files.codecs.gguf_blocks import LAYOUTS
 from loratool.files.dtypes import BLOCK_TYPES, GGML_TYPES
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -37,7 +37,9 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def test_the_tables_are_of_the_same_types() -> None:
-    assert set(KINDS) == set(BITS) == set(LAYOUTS) <= set(BLOCK_TYPES)
+    layouts = {**gguf_blocks.LAYOUTS, **gguf_runs.LAYOUTS}
+    assert set(KINDS) == set(BITS) == set(layouts) <= set(BLOCK_TYPES)
+    assert set(IN_RUNS) == set(gguf.IN_RUNS) == set(gguf_runs.LAYOUTS)
 
 
 def test_each_number_is_that_of_the_definition(kind: str, tmp_path: Path) -> None:
@@ -72,6 +74,7 @@ def test_rows_are_read_and_written_by_themselves(kind: str, tmp_path: Path) -> N
 USED = {"TQ1_0": {0, 1, 2}, "TQ2_0": {0, 1, 2}}
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in IN_RUNS])
 def test_nearest_codes_come_back_from_their_bytes(kind: str, tmp_path: Path) -> None:
     """Also of bytes that several of them share; gguf-py reads the same numbers in all tries."""
     parts = only(opened(tmp_path, kind, blocks_of(kind, 6), (2, 3 * BLOCK_TYPES[kind][0])))
@@ -96,6 +99,14 @@ def test_a_code_that_no_writer_uses_is_read_and_comes_back(tmp_path: Path) -> No
     ((_, data),) = codec.places(parts, 0, codes)
     assert data == blocks.tobytes()
     assert codec.nearest(parts, 0, numbers(parts)).max() == 2
+
+
+def test_a_scale_in_nibbles_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    blocks = blocks_of("IQ1_M", 4)
+    blocks[3, 49:56:2] = blocks[3, 49:56:2] & 15 | np.array([0, 0, 12, 7], np.uint8) << 4  # 0x7c00
+    parts = only(opened(tmp_path, "IQ1_M", blocks, (2, 512)))
+    with pytest.raises(InputError, match=r"x.weight: holds scales that are nan or infinite"):
+        codec_of(parts).check(parts)
 
 
 def test_scales_that_are_no_numbers_are_refused(kind: str, tmp_path: Path) -> None:
@@ -142,11 +153,11 @@ def test_a_vector_has_no_codes(tmp_path: Path) -> None:
     assert not checkpoint.weights and checkpoint.faults["x.weight"] == "has codes, but is a vector"
 
 
-@pytest.mark.parametrize("codebook", sorted(BLOCK_TYPES.keys() - BITS.keys()))
-def test_types_with_codebooks_are_known_and_not_read(codebook: str, tmp_path: Path) -> None:
-    size, nbytes = BLOCK_TYPES[codebook]
-    checkpoint = opened(tmp_path, codebook, np.zeros((4, nbytes), np.uint8), (2, 2 * size))
-    assert checkpoint.coded["x.weight"].format == f"GGUF {codebook}" and checkpoint.coded["x.weight"].size == 4 * size
+@pytest.mark.parametrize("unread", sorted(BLOCK_TYPES.keys() - BITS.keys()))
+def test_types_of_no_file_are_known_and_not_read(unread: str, tmp_path: Path) -> None:
+    size, nbytes = BLOCK_TYPES[unread]
+    checkpoint = opened(tmp_path, unread, np.zeros((4, nbytes), np.uint8), (2, 2 * size))
+    assert checkpoint.coded["x.weight"].format == f"GGUF {unread}" and checkpoint.coded["x.weight"].size == 4 * size
 
 
 def _gguf_py() -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 
 from loratool.files.dtypes import BLOCK_TYPES
 
@@ -78,6 +80,73 @@ def q6_k(b: bytes, i: int) -> int:
     return nibble(b, i, 64) | crumb(b, i, 128) << 4
 
 
+@cache
+def grid(kind: str) -> list[list[int]]:
+    """gguf-py's list of runs of a type, from llama.cpp's."""
+    listed = getattr(pytest.importorskip("gguf").quants, kind)
+    listed.init_grid()
+    found: list[list[int]] = listed.grid.reshape(listed.grid_shape).astype(int).tolist()
+    return found
+
+
+def word(b: bytes, at: int, size: int) -> int:
+    return int.from_bytes(b[at : at + size], "little")
+
+
+def parity_sign(seven: int, i: int) -> int:
+    """The sign i of 8, of which the last makes the number of negative ones even."""
+    eight = seven | seven.bit_count() % 2 << 7
+    return -1 if eight >> i & 1 else 1
+
+
+def iq2_xxs(b: bytes, i: int) -> Fraction:
+    at, run = 2 + i // 32 * 8, i % 32 // 8
+    signs = word(b, at + 4, 4)
+    scale = half(b, 0) * (Fraction(1, 2) + (signs >> 28)) / 4
+    return scale * grid("IQ2_XXS")[b[at + run]][i % 8] * parity_sign(signs >> 7 * run & 127, i % 8)
+
+
+def iq2_xs(b: bytes, i: int) -> Fraction:
+    both = word(b, 2 + i // 8 * 2, 2)
+    scale = half(b, 0) * (Fraction(1, 2) + (b[66 + i // 32] >> 4 * (i // 16 % 2) & 15)) / 4
+    return scale * grid("IQ2_XS")[both & 511][i % 8] * parity_sign(both >> 9, i % 8)
+
+
+def iq2_s(b: bytes, i: int) -> Fraction:
+    run = i // 8
+    index = b[2 + run] | (b[66 + run // 4] >> 2 * (run % 4) & 3) << 8
+    scale = half(b, 0) * (Fraction(1, 2) + (b[74 + i // 32] >> 4 * (i // 16 % 2) & 15)) / 4
+    return scale * grid("IQ2_S")[index][i % 8] * (-1 if b[34 + run] >> i % 8 & 1 else 1)
+
+
+def iq3_xxs(b: bytes, i: int) -> Fraction:
+    signs = word(b, 66 + i // 32 * 4, 4)
+    scale = half(b, 0) * (Fraction(1, 2) + (signs >> 28)) / 2
+    return scale * grid("IQ3_XXS")[b[2 + i // 4]][i % 4] * parity_sign(signs >> 7 * (i % 32 // 8) & 127, i % 8)
+
+
+def iq3_s(b: bytes, i: int) -> Fraction:
+    run = i // 4
+    index = b[2 + run] | (b[66 + run // 8] >> run % 8 & 1) << 8
+    scale = half(b, 0) * (1 + 2 * (b[106 + i // 64] >> 4 * (i // 32 % 2) & 15))
+    return scale * grid("IQ3_S")[index][i % 4] * (-1 if b[74 + i // 8] >> i % 8 & 1 else 1)
+
+
+def iq1_s(b: bytes, i: int) -> Fraction:
+    run, high = i // 8, word(b, 34 + i // 32 * 2, 2)
+    number = grid("IQ1_S")[b[2 + run] | (high >> 3 * (run % 4) & 7) << 8][i % 8]
+    return half(b, 0) * (2 * (high >> 12 & 7) + 1) * (number + Fraction(-1 if high >> 15 else 1, 8))
+
+
+def iq1_m(b: bytes, i: int) -> Fraction:
+    run, words = i // 8, [word(b, 48 + 2 * k, 2) for k in range(4)]
+    high = b[32 + run // 2] >> 4 * (run % 2) & 15
+    number = grid("IQ1_S")[b[run] | (high & 7) << 8][i % 8]
+    d = half(sum((w >> 12) << 4 * k for k, w in enumerate(words)).to_bytes(2, "little"), 0)
+    scale = d * (2 * (words[i // 64] >> 3 * (i // 16 % 4) & 7) + 1)
+    return scale * (number + Fraction(-1 if high & 8 else 1, 8))
+
+
 # The number i of a block
 NUMBERS: dict[str, Callable[[bytes, int], Fraction]] = {
     "Q8_0": lambda b, i: half(b, 0) * struct.unpack_from("<b", b, 2 + i)[0],
@@ -98,16 +167,21 @@ NUMBERS: dict[str, Callable[[bytes, int], Fraction]] = {
     "TQ2_0": lambda b, i: half(b, 64) * (crumb(b, i) - 1),
     "Q1_0": lambda b, i: half(b, 0) * (2 * (b[2 + i // 8] >> i % 8 & 1) - 1),
     "Q2_0": lambda b, i: half(b, 0) * ((b[2 + i // 4] >> 2 * (i % 4) & 3) - 1),
-}
+    "IQ1_S": iq1_s, "IQ1_M": iq1_m, "IQ2_XXS": iq2_xxs, "IQ2_XS": iq2_xs, "IQ2_S": iq2_s, "IQ3_XXS": iq3_xxs,
+    "IQ3_S": iq3_s,
+}  # fmt: skip
 
 # Where blocks have float16 scales
 HALVES = {
     "Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q2_K": [80, 82], "Q3_K": [108],
     "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "MXFP4": [], "NVFP4": [],
     "TQ1_0": [52], "TQ2_0": [64], "Q1_0": [0], "Q2_0": [0],
+    "IQ1_S": [0], "IQ1_M": [], "IQ2_XXS": [0], "IQ2_XS": [0], "IQ2_S": [0], "IQ3_XXS": [0], "IQ3_S": [0],
 }  # fmt: skip
 
 KINDS = list(NUMBERS)
+
+IN_RUNS = [kind for kind in KINDS if kind.startswith(("IQ1", "IQ2", "IQ3"))]  # whose numbers share codes
 
 
 def blocks_of(kind: str, count: int, seed: int = 0, usual: bool = True) -> Array:
@@ -120,6 +194,10 @@ def blocks_of(kind: str, count: int, seed: int = 0, usual: bool = True) -> Array
         for first, last, step in ((0, 48, 1), (48, 52, 3)):
             digits = draw.integers(0, 243 // step, (count, last - first)) * step
             blocks[:, first:last] = -(-digits * 256 // 243)
+    if kind == "IQ1_M" and usual:  # a float16 in four nibbles
+        scales = draw.normal(size=count).astype("<f2").view("<u2")
+        for k in range(4):
+            blocks[:, 49 + 2 * k] = blocks[:, 49 + 2 * k] & 15 | (scales >> 4 * k & 15).astype(np.uint8) << 4
     if kind == "TQ2_0" and usual:  # writers write no code 3
         both = blocks[:, :64] & (blocks[:, :64] >> 1) & 0b01010101
         blocks[:, :64] &= ~(both * 3)
