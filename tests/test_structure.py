@@ -77,7 +77,8 @@ LIGHT = (
 ).split()
 HEAVY = (
     "binding.weights.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
-    "files.codecs.fp8_fresh files.codecs.gguf_blocks files.codecs.gguf_quantizer files.hub.download"
+    "files.codecs.fp8_fresh files.codecs.gguf_blocks files.codecs.gguf_quantizer files.codecs.gguf_runs "
+    "files.hub.download"
 ).split()
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub"}
 # Packages that hold more than a docstring: tables and faces.

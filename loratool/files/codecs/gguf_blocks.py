@@ -137,24 +137,24 @@ class Ternary(BlockLayout):
         return np.concatenate((*parts, heads), axis=1)
 
 
-def halves(data: Codes) -> Wide:
+def fp16_numbers(data: Codes) -> Wide:
     """Return float16 numbers, (n, bytes / 2), as float64."""
     with np.errstate(invalid="ignore"):  # damaged ones may be signaling nan
         return np.ascontiguousarray(data).view("<f2").astype(np.float64)
 
 
 def _one(head: Codes) -> tuple[Wide, None]:
-    return halves(head), None
+    return fp16_numbers(head), None
 
 
 def _with_least(head: Codes) -> tuple[Wide, Wide]:
     """A scale and the least number."""
-    both = halves(head)
+    both = fp16_numbers(head)
     return both[:, :1], both[:, 1:]
 
 
 def _q2_k(head: Codes) -> tuple[Wide, Wide]:
-    both = halves(head[:, 16:])
+    both = fp16_numbers(head[:, 16:])
     return both[:, :1] * (head[:, :16] & 15), -(both[:, 1:] * (head[:, :16] >> 4))
 
 
@@ -163,19 +163,19 @@ def _q3_k(head: Codes) -> tuple[Wide, None]:
     low = (head[:, None, :8] >> np.array([[0], [4]], np.uint8)) & 15
     high = (head[:, None, 8:12] >> np.array([[0], [2], [4], [6]], np.uint8)) & 3
     scales = low.reshape(-1, 16) | high.reshape(-1, 16) << 4
-    return halves(head[:, 12:]) * (scales.astype(np.float64) - 32), None
+    return fp16_numbers(head[:, 12:]) * (scales.astype(np.float64) - 32), None
 
 
 def _q45_k(head: Codes) -> tuple[Wide, Wide]:
     """8 scales and 8 mins of 6 bits: 0..3 in a byte each; the two spare bits of these are the high bits of 4..7."""
-    both, scale, least, low = halves(head[:, :4]), head[:, 4:8], head[:, 8:12], head[:, 12:]
+    both, scale, least, low = fp16_numbers(head[:, :4]), head[:, 4:8], head[:, 8:12], head[:, 12:]
     scales = np.concatenate((scale & 63, (low & 15) | (scale >> 6) << 4), axis=1)
     mins = np.concatenate((least & 63, low >> 4 | (least >> 6) << 4), axis=1)
     return both[:, :1] * scales, -(both[:, 1:] * mins)
 
 
 def _q6_k(head: Codes) -> tuple[Wide, None]:
-    return halves(head[:, 16:]) * np.ascontiguousarray(head[:, :16]).view(np.int8), None
+    return fp16_numbers(head[:, 16:]) * np.ascontiguousarray(head[:, :16]).view(np.int8), None
 
 
 def _iq4_xs(head: Codes) -> tuple[Wide, None]:
@@ -183,7 +183,7 @@ def _iq4_xs(head: Codes) -> tuple[Wide, None]:
     index = np.arange(8, dtype=np.uint8)
     high = (head[:, 2 + index // 4] >> (2 * (index % 4)).astype(np.uint8)) & 3
     low = (head[:, 4 + index // 2] >> (4 * (index % 2)).astype(np.uint8)) & 15
-    return halves(head[:, :2]) * ((low | high << 4).astype(np.float64) - 32), None
+    return fp16_numbers(head[:, :2]) * ((low | high << 4).astype(np.float64) - 32), None
 
 
 def _e8m0(head: Codes) -> tuple[Wide, None]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...numerics.code_levels import Codes, Table
 from ...numerics.forms import Wide
-from .gguf_blocks import BlockLayout, Head, halves
+from .gguf_blocks import BlockLayout, Head, fp16_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,31 +265,31 @@ def _times(scale: Wide, factors: Codes) -> tuple[Wide, None]:
 
 def _iq2_scales(blocks: Codes) -> tuple[Wide, None]:
     """A half and 4 bits, of 16 numbers each."""
-    return _times(halves(blocks[:, :2]) / 4, _bits(blocks[:, -8:], 4) + 0.5)
+    return _times(fp16_numbers(blocks[:, :2]) / 4, _bits(blocks[:, -8:], 4) + 0.5)
 
 
 def _word_scales(divisor: int, first: int, step: int) -> Head:
     """A half and the 4 highest bits of words. first, step: of these among all words after the scale."""
 
     def scales(blocks: Codes) -> tuple[Wide, None]:
-        return _times(halves(blocks[:, :2]) / divisor, (_words(blocks[:, 2:], "<u4")[:, first::step] >> 28) + 0.5)
+        return _times(fp16_numbers(blocks[:, :2]) / divisor, (_words(blocks[:, 2:], "<u4")[:, first::step] >> 28) + 0.5)
 
     return scales
 
 
 def _iq3_s_scales(blocks: Codes) -> tuple[Wide, None]:
-    return _times(halves(blocks[:, :2]), 2.0 * _bits(blocks[:, 106:], 4) + 1)
+    return _times(fp16_numbers(blocks[:, :2]), 2.0 * _bits(blocks[:, 106:], 4) + 1)
 
 
 def _iq1_s_scales(blocks: Codes) -> tuple[Wide, None]:
-    return _times(halves(blocks[:, :2]), 2.0 * (_words(blocks[:, 34:], "<u2") >> 12 & 7) + 1)
+    return _times(fp16_numbers(blocks[:, :2]), 2.0 * (_words(blocks[:, 34:], "<u2") >> 12 & 7) + 1)
 
 
 def _iq1_m_scales(blocks: Codes) -> tuple[Wide, None]:
     """Four words have the block's scale in their highest four bits, and below them four factors of three bits."""
     words = _words(blocks[:, 48:], "<u2")
     scale = np.bitwise_or.reduce(words >> 12 << np.array([0, 4, 8, 12], np.uint16), axis=1)
-    return _times(halves(_words(scale, "u1").reshape(-1, 2)), 2.0 * _bits(words, 3)[:, :, :4] + 1)
+    return _times(fp16_numbers(_words(scale, "u1").reshape(-1, 2)), 2.0 * _bits(words, 3)[:, :, :4] + 1)
 
 
 def _with_negatives(*sizes: float) -> Table:
