@@ -122,7 +122,66 @@ CLASSES: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "wan": [
         ("WanTransformer3DModel", {"num_layers": 1, "image_dim": 8, "added_kv_proj_dim": 5120, "pos_embed_seq_len": 4}),
         ("WanVACETransformer3DModel", {"num_layers": 2, "vace_layers": [0, 1]}),
+        ("SkyReelsV2Transformer3DModel", {"num_layers": 1, "num_attention_heads": 12, "ffn_dim": 8960}),
+        ("ChronoEditTransformer3DModel", {"num_layers": 1}),
+        ("AnyFlowFARTransformer3DModel", {"num_layers": 1}),
+        ("HeliosTransformer3DModel", {"num_layers": 1}),
     ],
+    "ace_step": [("AceStepTransformer1DModel", {"num_hidden_layers": 1})],
+    "bria_fibo2": [("BriaFibo2Transformer2DModel", {"n_layers": 1, "injection_layer_ids": (0,)})],
+    "cogview3": [("CogView3PlusTransformer2DModel", {"num_layers": 1})],
+    "cosmos3": [
+        (
+            "Cosmos3OmniTransformer",
+            {"num_hidden_layers": 1, "action_gen": True, "action_dim": 32, "sound_gen": True, "sound_dim": 64},
+        ),
+    ],
+    "dit": [("DiTTransformer2DModel", {"num_layers": 1})],
+    "easyanimate": [
+        ("EasyAnimateTransformer3DModel", {"in_channels": 16, "out_channels": 16, "patch_size": 2, "num_layers": 1}),
+    ],
+    "joyimage": [
+        ("JoyImageEditTransformer3DModel", {"num_layers": 1}),
+        ("JoyImageEditPlusTransformer3DModel", {"num_layers": 1}),
+    ],
+    "kandinsky6": [("Kandinsky6Transformer3DModel", {"num_text_blocks": 1, "num_visual_blocks": 1})],
+    "kandinsky6_sr": [("Kandinsky6SRTransformer3DModel", {"num_visual_blocks": 1})],
+    "latte": [
+        (
+            "LatteTransformer3DModel",
+            {
+                "attention_head_dim": 72,
+                "in_channels": 4,
+                "out_channels": 8,
+                "num_layers": 1,
+                "patch_size": 2,
+                "caption_channels": 4096,
+                "cross_attention_dim": 1152,
+                "norm_type": "ada_norm_single",
+            },
+        ),
+    ],
+    "longcat_audio": [("LongCatAudioDiTTransformer", {"dit_depth": 1})],
+    "lumina_next": [("LuminaNextDiT2DModel", {"num_layers": 1, "num_kv_heads": 8})],
+    "minimax_music3": [("MiniMaxMusic3Transformer1DModel", {"num_layers": 1})],
+    "motif_video": [
+        ("MotifVideoTransformer3DModel", {"num_layers": 1, "num_single_layers": 1, "image_embed_dim": 1152}),
+        (
+            "MotifVideoTransformer3DModel",
+            {
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "enable_text_cross_attention_dual": True,
+                "enable_text_cross_attention_single": True,
+            },
+        ),
+    ],
+    "nucleus_image": [("NucleusMoEImageTransformer2DModel", {"num_layers": 5})],
+    "sana_video": [("SanaVideoTransformer3DModel", {"num_layers": 1})],
+    "sana_wm": [("SanaWMTransformer3DModel", {"num_layers": 4})],
+    "stable_audio": [("StableAudioDiTModel", {"num_layers": 1})],
+    "stable_audio3": [("StableAudio3DiTModel", {"depth": 1})],
+    "wan_animate2": [("WanAnimate2Transformer3DModel", {"num_layers": 1})],
     "z_image": [("ZImageTransformer2DModel", {"n_layers": 1, "n_refiner_layers": 1})],
 }  # fmt: skip
 QUICK = ("cogvideox", "flux2", "wan")
@@ -271,7 +330,7 @@ PARTS: dict[str, tuple[Shapes, set[str]]] = {
     # AuraFlow's last block.
     "HunyuanVideo, a block": (
         {"single_transformer_blocks.31.attn.to_k": (3072, 3072)},
-        {"auraflow", "bria", "bria_fibo", "chroma", "flux", "hunyuan_video", "longcat_image"},
+        {"auraflow", "bria", "bria_fibo", "chroma", "flux", "hunyuan_video", "longcat_image", "motif_video"},
     ),
     "SD 1, middle": ({"middle_block.2.in_layers.2": (1280, 1280)}, {"sd1", "sd2", "sdxl"}),
     "SDXL, outside": ({"label_emb.0.0": (1280, 2816)}, {"sdxl"}),

@@ -64,6 +64,7 @@ FAMILY = ModelFamily(
     outside_tensors={"scale_shift_table": "scale_shift_table", "audio_scale_shift_table": "audio_scale_shift_table"},
     beside=("video_embeddings_connector.", "audio_embeddings_connector."),
     diffusers_class="LTX2VideoTransformer3DModel",
+    other_classes=("SanaWMLTX2RefinerTransformer3DModel",),
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),

@@ -1,6 +1,7 @@
-"""Name the modules of Wan 2.1 and 2.2 (with VACE) as Wan-AI and diffusers do.
+"""Name the modules of Wan 2.1 and 2.2 (with VACE) and of what is made of Wan as Wan-AI and diffusers do.
 
-Sources: Wan-Video/Wan2.1 `wan/modules/model.py`; diffusers `loaders/single_file_utils.py`; ComfyUI
+These are SkyReels-V2, ChronoEdit, AnyFlow and Helios; what the last two add has diffusers' names. Sources:
+Wan-Video/Wan2.1 `wan/modules/model.py`; diffusers `loaders/single_file_utils.py` and its classes; ComfyUI
 `comfy/ldm/wan/model.py`. Not here: the modules that Animate, S2V, HuMo and the camera models add.
 """
 
@@ -62,8 +63,20 @@ FAMILY = ModelFamily(
         "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
         "head.head": "proj_out",
     },
-    alike=("patch_embedding", "vace_patch_embedding"),
+    alike=(
+        "patch_embedding",
+        "vace_patch_embedding",
+        # Of AnyFlow
+        "condition_embedder.delta_embedder.linear_1",
+        "condition_embedder.delta_embedder.linear_2",
+        "far_patch_embedding",
+        # Of Helios
+        "patch_short",
+        "patch_mid",
+        "patch_long",
+    ),
     outside_tensors={
+        "norm_out.scale_shift_table": "norm_out.scale_shift_table",  # of Helios
         "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
         "head.modulation": "scale_shift_table",
     },
@@ -88,6 +101,13 @@ FAMILY = ModelFamily(
         Width("unet", (".ffn.net.2",), (8960, 13824, 14336)),
         Width("unet", (".add_k_proj", ".add_v_proj"), (5120,)),
     ),
-    kernels={"patch_embedding": (1, 2, 2), "vace_patch_embedding": (1, 2, 2)},
+    kernels={
+        "patch_embedding": (1, 2, 2),
+        "vace_patch_embedding": (1, 2, 2),
+        "far_patch_embedding": (1, 4, 4),
+        "patch_short": (1, 2, 2),
+        "patch_mid": (2, 4, 4),
+        "patch_long": (4, 8, 8),
+    },
     kohya_network="networks.lora_wan",
 )

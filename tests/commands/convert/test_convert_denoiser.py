@@ -320,6 +320,7 @@ CONVERTERS: dict[str, tuple[str, dict[str, str]]] = {
     "wan/i2v": ("wan_transformer", {}),
     "wan/flf2v": ("wan_transformer", {}),
     "wan/vace": ("wan_transformer", {}),
+    "wan_animate2": ("wan_animate_2_transformer", {}),
     "hunyuan_video": ("hunyuan_video_transformer", {"hidden_size = 3072": "hidden_size = 16"}),
     "hunyuan_video/i2v": ("hunyuan_video_transformer", {"hidden_size = 3072": "hidden_size = 16"}),
     "ltx": ("ltx_transformer_checkpoint", {}),

@@ -35,6 +35,7 @@ CONVERTERS: dict[str, tuple[str, dict[str, str]]] = {
     "lumina2": ("convert_lumina2_to_diffusers", {"2304": "24", "768": "8"}),
     "hidream": ("convert_hidream_transformer_to_diffusers", {}),
     "wan": ("convert_wan_transformer_to_diffusers", {}),
+    "wan_animate2": ("convert_wan_animate_2_transformer_to_diffusers", {}),
     "hunyuan_video": ("convert_hunyuan_video_transformer_to_diffusers", {"3072": "16"}),
     "ltx": ("convert_ltx_transformer_checkpoint_to_diffusers", {}),
     "ltx2": ("convert_ltx2_transformer_to_diffusers", {}),
@@ -53,6 +54,14 @@ CONVERTERS: dict[str, tuple[str, dict[str, str]]] = {
 }
 # what the converter wants and diffusers' model has not
 WANTED = {"sana": ("pos_embed", "y_embedder.y_embedding")}
+# what Sana-Video has beside Sana's modules, in diffusers' `scripts/convert_sana_video_to_diffusers.py`
+OF_SANA_VIDEO = {
+    ".cross_attn.q_norm.": ".attn2.norm_q.",
+    ".cross_attn.k_norm.": ".attn2.norm_k.",
+    ".attn.q_norm.": ".attn1.norm_q.",
+    ".attn.k_norm.": ".attn1.norm_k.",
+    ".mlp.t_conv.": ".ff.conv_temp.",
+}
 # maker's names that the converter leaves, and that its own scripts and readers of LoRA do not
 LEFT = {
     "wan/flf2v": {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"},
@@ -92,6 +101,18 @@ def test_the_makers_file_is_what_diffusers_converts(case: str, tmp_path: Path) -
     found: dict[str, Tensor] = space[name](file, config=dit_models.build(case).config)
     for theirs, ours in LEFT.get(case, {}).items():
         found = {each.replace(theirs, ours): tensor for each, tensor in found.items()}
+    same(found, subject.base)
+
+
+def test_sana_videos_file_is_converted_as_sanas(tmp_path: Path) -> None:
+    """The script that converts it is no part of diffusers; the converter of Sana reads what both have."""
+    subject = Subject("sana_video", tmp_path)
+    file = subject.renamed("maker", subject.base) | {wanted: torch.zeros(1) for wanted in WANTED["sana"]}
+    found: dict[str, Tensor] = single_file.convert_sana_transformer_to_diffusers(file)
+    found = {name.replace("patch_embed.proj.", "patch_embedding."): tensor for name, tensor in found.items()}
+    for name, tensor in file.items():  # it takes out what it reads
+        theirs, ours = next((theirs, ours) for theirs, ours in OF_SANA_VIDEO.items() if theirs in name)
+        found[name.replace("blocks.", "transformer_blocks.").replace(theirs, ours)] = tensor
     same(found, subject.base)
 
 

@@ -119,6 +119,23 @@ COSMOS = {
     "adaln_lora_dim": 12,
     "max_size": (2, 4, 4),
 }
+KANDINSKY6 = {
+    "in_visual_dim": 4,
+    "out_visual_dim": 4,
+    "time_dim": 8,
+    "model_dim": 16,
+    "ff_dim": 64,
+    "num_visual_blocks": 2,
+    "axes_dims": (2, 2, 4),
+}
+JOYIMAGE = {
+    "in_channels": 4,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "text_dim": 20,
+    "num_layers": 2,
+    "rope_dim_list": [2, 2, 4],
+}
 SINGLES = {**FLUX, "pooled_projection_dim": 12}
 
 # family, and after a slash its variant -> (diffusers' class, its config)
@@ -159,7 +176,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "z_image": (
         "ZImageTransformer2DModel",
-        {"in_channels": 4, "dim": 16, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 2, "n_kv_heads": 2,
+        {"in_channels": 4, "dim": 24, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 3, "n_kv_heads": 2,
          "cap_feat_dim": 20, "axes_dims": [2, 2, 4], "axes_lens": [8, 8, 8]},
     ),
     "lumina2": (
@@ -295,6 +312,109 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
         {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 12, "time_embed_dim": 20,
          "condition_dim": 8, "prior_vq_quantizer_codebook_size": 7},
     ),
+    "ace_step": (
+        "AceStepTransformer1DModel",
+        {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+         "in_channels": 12, "audio_acoustic_hidden_dim": 4},
+    ),
+    "bria_fibo2": (
+        "BriaFibo2Transformer2DModel",
+        {"in_channels": 4, "dim": 24, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 3,
+         "cap_feat_dim": 20, "injection_layer_ids": (1,), "axes_dims": (2, 2, 4)},
+    ),
+    "cogview3": (
+        "CogView3PlusTransformer2DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+         "text_embed_dim": 20, "time_embed_dim": 12, "condition_dim": 8,
+         "pos_embed_max_size": 4, "sample_size": 4},
+    ),
+    "cosmos3": (
+        "Cosmos3OmniTransformer",
+        {"head_dim": 8, "hidden_size": 16, "intermediate_size": 48, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "num_hidden_layers": 2, "vocab_size": 30,
+         "latent_channel": 4, "patch_latent_dim": 16},
+    ),
+    "dit": (
+        "DiTTransformer2DModel",
+        {**HEADS, "num_layers": 2, "sample_size": 4},
+    ),
+    "easyanimate": (
+        "EasyAnimateTransformer3DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "patch_size": 2, "num_layers": 2,
+         "mmdit_layers": 2, "time_embed_dim": 12, "text_embed_dim": 20},
+    ),
+    "joyimage": (
+        "JoyImageEditTransformer3DModel",
+        JOYIMAGE,
+    ),
+    "kandinsky6": (
+        "Kandinsky6Transformer3DModel",
+        {**KANDINSKY6, "in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 20,
+         "in_text_dim2": 12, "num_text_blocks": 2},
+    ),
+    "kandinsky6_sr": (
+        "Kandinsky6SRTransformer3DModel",
+        {**KANDINSKY6, "in_visual_dim": 4, "out_visual_dim": 4},
+    ),
+    "latte": (
+        "LatteTransformer3DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 8, "num_layers": 2, "patch_size": 2,
+         "sample_size": 4, "caption_channels": 20, "cross_attention_dim": 16,
+         "norm_type": "ada_norm_single"},
+    ),
+    "longcat_audio": (
+        "LongCatAudioDiTTransformer",
+        {"dit_dim": 16, "dit_depth": 2, "dit_heads": 2, "dit_text_dim": 12, "latent_dim": 4},
+    ),
+    "lumina_next": (
+        "LuminaNextDiT2DModel",
+        {"sample_size": 4, "hidden_size": 24, "num_layers": 2, "num_attention_heads": 2,
+         "num_kv_heads": 1, "multiple_of": 16, "cross_attention_dim": 20},
+    ),
+    "minimax_music3": (
+        "MiniMaxMusic3Transformer1DModel",
+        {**HEADS, "in_channels": 4, "condition_dim": 12, "num_layers": 2,
+         "ff_inner_dim": 32, "rotary_dim": 4, "fourier_embedding_dim": 8},
+    ),
+    "motif_video": (
+        "MotifVideoTransformer3DModel",
+        {**HEADS, "in_channels": 9, "out_channels": 4, "num_layers": 2,
+         "num_single_layers": 2, "text_embed_dim": 20, "rope_axes_dim": (2, 2, 4)},
+    ),
+    "nucleus_image": (
+        "NucleusMoEImageTransformer2DModel",
+        {**HEADS, "num_attention_heads": 6, "in_channels": 16, "num_layers": 6, "joint_attention_dim": 12,
+         "axes_dims_rope": (2, 2, 4), "num_experts": 2, "moe_intermediate_dim": 8},
+    ),
+    "sana_video": (
+        "SanaVideoTransformer3DModel",
+        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2,
+         "num_cross_attention_heads": 2, "cross_attention_head_dim": 8,
+         "cross_attention_dim": 16, "caption_channels": 20, "sample_size": 4},
+    ),
+    "sana_wm": (
+        "SanaWMTransformer3DModel",
+        {"in_channels": 4, "num_layers": 4, "hidden_size": 16, "num_attention_heads": 2,
+         "linear_head_dim": 8, "caption_channels": 20, "chunk_plucker_channels": 6,
+         "chunk_plucker_post_attn_blocks": 4},
+    ),
+    "stable_audio": (
+        "StableAudioDiTModel",
+        {"in_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+         "num_key_value_attention_heads": 1, "out_channels": 4, "cross_attention_dim": 12,
+         "global_states_input_dim": 12, "cross_attention_input_dim": 12, "time_proj_dim": 8},
+    ),
+    "stable_audio3": (
+        "StableAudio3DiTModel",
+        {"io_channels": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "cond_token_dim": 12,
+         "global_cond_dim": 12, "local_add_cond_dim": 5, "timestep_features_dim": 8},
+    ),
+    "wan_animate2": (
+        "WanAnimate2Transformer3DModel",
+        {"in_dim": 12, "dim": 24, "ffn_dim": 40, "freq_dim": 16, "text_dim": 20,
+         "out_dim": 4, "num_heads": 2, "num_layers": 2},
+    ),
 }  # fmt: skip
 
 
@@ -340,6 +460,26 @@ TELLING: Mapping[str, tuple[str, int]] = {
     "bria_fibo": ("joint_attention_dim", 382),
     "prx": ("context_in_dim", 386),
     "glm_image": ("text_embed_dim", 388),
+    "ace_step": ("encoder_hidden_size", 390),
+    "bria_fibo2": ("cap_feat_dim", 392),
+    "cogview3": ("text_embed_dim", 394),
+    "cosmos3": ("patch_latent_dim", 396),
+    "dit": ("in_channels", 398),
+    "easyanimate": ("text_embed_dim", 400),
+    "joyimage": ("text_dim", 402),
+    "kandinsky6": ("in_text_dim", 404),
+    "kandinsky6_sr": ("time_dim", 406),
+    "latte": ("caption_channels", 408),
+    "longcat_audio": ("dit_text_dim", 410),
+    "lumina_next": ("cross_attention_dim", 412),
+    "minimax_music3": ("fourier_embedding_dim", 414),
+    "motif_video": ("text_embed_dim", 416),
+    "nucleus_image": ("joint_attention_dim", 418),
+    "sana_video": ("caption_channels", 420),
+    "sana_wm": ("caption_channels", 422),
+    "stable_audio": ("cross_attention_input_dim", 424),
+    "stable_audio3": ("cond_token_dim", 426),
+    "wan_animate2": ("text_dim", 428),
 }
 
 
@@ -361,5 +501,6 @@ def build(case: str) -> Any:
 
 
 def linears(model: nn.Module) -> list[str]:
-    """Return the paths of all linear layers, in the model's order."""
-    return [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """Return the paths of all linear layers but a language model's head, in the model's order."""
+    every = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [path for path in every if path != "lm_head"]

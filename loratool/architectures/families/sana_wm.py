@@ -1,0 +1,106 @@
+"""Name the modules of Sana-WM as diffusers does.
+
+Source: diffusers' class `SanaWMTransformer3DModel`, whose defaults are the sizes. Not here: its makers' names.
+"""
+
+from __future__ import annotations
+
+from .table import Block, Component, ModelFamily, Width
+
+FAMILY = ModelFamily(
+    key="sana_wm",
+    title="Sana-WM",
+    blocks=(
+        Block(
+            "blocks.{i}",
+            "blocks.{i}",
+            alike=(
+                "plucker_proj",
+                "attn.qkv",
+                "attn.proj",
+                "attn.q_norm",
+                "attn.k_norm",
+                "attn.beta_proj",
+                "attn.gate_proj",
+                "attn.output_gate",
+                "attn.conv_k",
+                "attn.q_proj_cam",
+                "attn.k_proj_cam",
+                "attn.v_proj_cam",
+                "attn.out_proj_cam",
+                "attn.q_norm_cam",
+                "attn.k_norm_cam",
+                "attn.conv_k_cam",
+                "cross_attn.q_linear",
+                "cross_attn.kv_linear",
+                "cross_attn.proj",
+                "cross_attn.q_norm",
+                "cross_attn.k_norm",
+                "mlp.inverted_conv.conv",
+                "mlp.depth_conv.conv",
+                "mlp.point_conv.conv",
+                "mlp.t_conv",
+            ),
+            tensors={
+                "scale_shift_table": "scale_shift_table",
+                "attn.A_log": "attn.A_log",
+                "attn.dt_bias": "attn.dt_bias",
+                "attn.recall_gate": "attn.recall_gate",
+            },
+            counts=(20,),
+        ),
+    ),
+    alike=(
+        "t_embedder.linear_1",
+        "t_embedder.linear_2",
+        "attention_y_norm",
+        "t_block.1",
+        "x_embedder.proj",
+        "y_embedder.y_proj.fc1",
+        "y_embedder.y_proj.fc2",
+        "plucker_embedder.proj",
+        "raymap_embedder.proj",
+        "final_layer.linear",
+    ),
+    outside_tensors={"final_layer.scale_shift_table": "final_layer.scale_shift_table"},
+    diffusers_class="SanaWMTransformer3DModel",
+    components=(Component("unet", "", "", "transformer."), Component("text_encoder", "", "", "text_encoder.")),
+    marks=("plucker_embedder.",),
+    widths=(
+        Width("unet", (".linear_1",), (256,)),
+        Width(
+            "unet",
+            (
+                ".beta_proj",
+                ".fc2",
+                ".gate_proj",
+                ".k_proj_cam",
+                ".kv_linear",
+                ".linear",
+                ".linear_2",
+                ".out_proj_cam",
+                ".output_gate",
+                ".plucker_proj",
+                ".proj",
+                ".q_linear",
+                ".q_proj_cam",
+                ".qkv",
+                ".t_block.1",
+                ".v_proj_cam",
+            ),
+            (2240,),
+        ),
+        Width("unet", (".fc1",), (2304,)),
+    ),
+    kernels={
+        "x_embedder.proj": (1, 1, 1),
+        "plucker_embedder.proj": (1, 1, 1),
+        "raymap_embedder.proj": (1, 1, 1),
+        "attn.conv_k": (4,),
+        "attn.conv_k_cam": (4,),
+        "mlp.inverted_conv.conv": (1, 1),
+        "mlp.depth_conv.conv": (3, 3),
+        "mlp.point_conv.conv": (1, 1),
+        "mlp.t_conv": (3, 1),
+    },
+)
