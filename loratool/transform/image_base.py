@@ -16,7 +16,6 @@ from ..adapters.updates.low_rank import LowRank
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.components import DENOISER_PREFIXES, FOLDERS
 from ..architectures.families import FAMILIES
-from ..architectures.families.detect import twins_of
 from ..architectures.families.lookup import names_maker
 from ..architectures.families.table import DENOISERS, Naming
 from ..architectures.image import ImageModules, image_modules, image_parts
@@ -131,7 +130,6 @@ class FamilyChoice:
 
     key: str | None  # a key of FAMILIES; None if the modules are of no such model
     is_certain: bool = True  # else several families fit, and the output is the same for all of them
-    also: tuple[str, ...] = ()  # titles of other models with such modules, which have no files of the format
 
 
 def choose_family(
@@ -139,8 +137,9 @@ def choose_family(
 ) -> FamilyChoice:
     """Return the image family of an adapter: the one that the request or its base names, else that of its modules.
 
-    Diffusers' names alone do not determine it, as an unknown model can have the names of a known one. So modules with
-    sizes of no known model get a family only if the output does not depend on it.
+    A base's config decides, whatever the sizes. Without one, a family is taken if the names and sizes of all modules
+    are those of a known model of it, and of no other family's. If those of several families fit, or the sizes are of
+    no known model, the output must not depend on the family.
 
     Args:
         name: of the adapter, for messages.
@@ -159,53 +158,65 @@ def choose_family(
     if named and named not in fitting:
         other = next(iter(find_unknown_modules(sources, named)), sources[0].module)
         raise InputError(f"is not a module of {FAMILIES[named].title}, which --architecture names", culprit=other)
-    if request.base is not None:
-        if request.base.is_config:
-            class_name = _class_of(request.model)
-            of_base = _of_class(class_name)
-        else:
-            with closing(open_checkpoint(request.base.path)) as model:
-                of_base, class_name = _families_of(model), denoiser_class(model)
-        if not set(of_base) & ({named} if named else set(fitting)):
-            what = FAMILIES[named].title if named else " or ".join(FAMILIES[key].title for key in likely)
-            unknown = f"a {brief(class_name)}, which is not a known image model" if class_name else "not an image model"
-            of = FAMILIES[of_base[0]].title if of_base else f"{unknown} ({KNOWN})"
-            raise InputError(f"is of {what} by its names, and {request.base.path} is {of}", culprit=name)
-        return FamilyChoice(named or next(key for key in of_base if key in fitting))
+    of_base = _families_of_request(name, request, [named] if named else fitting, likely)
     if named:
         return FamilyChoice(named)
-    if not denoisers:
-        return FamilyChoice(likely[0])  # text encoders alone have the same names in all of them
+    if not denoisers:  # text encoders alone have the same names in all of them
+        return FamilyChoice(next(iter(of_base), likely[0]))
     is_sized = has_known_sizes(sources, likely[0])
     is_maker = len(fitting) == 1 and any(names_maker(FAMILIES[fitting[0]], key.path) for key in denoisers)
-    is_told = is_sized or is_maker or bool(FAMILIES[likely[0]].up_attention)
-    possible = list(likely if is_told else fitting)
+    is_told = bool(of_base) or is_sized or is_maker or bool(FAMILIES[likely[0]].up_attention)
+    possible = of_base or (likely if is_told else fitting)
     others = without_files(possible, sources, to)
-    possible = [key for key in possible if key not in others] or possible
-    outcomes = {key: _meaning(denoisers, key, to) for key in possible}
+    outcomes = {key: _meaning(denoisers, key, to) for key in possible if key not in others}
     meanings = {key: outcome for key, outcome in outcomes.items() if not isinstance(outcome, str)}
     if not meanings:
         return FamilyChoice(possible[0])  # the plan refuses it
     first, *rest = meanings
     meaning = meanings[first]
-    is_same = all(meanings[key] == meaning for key in rest)
-    twins = twins_of(FAMILIES[first], [key.path for key in denoisers])
-    also = (*(FAMILIES[key].title for key in others), *twins) if is_told else ()
+    is_same = not others and all(meanings[key] == meaning for key in rest)
+    if is_same and is_told:
+        return FamilyChoice(first, not rest)
     # such files have the model's own names, whatever its family
     free = to.can.usual_for in ("model", "pipeline")
     is_own = meaning.keys() == {to.module_name(key.component, key.path, first) for key in denoisers}
-    if is_same and (is_told or (free and is_own)):
-        return FamilyChoice(first, is_told and not (free and (rest or twins)), also)
+    if free and is_own and all(meanings[key] == meaning for key in rest):
+        return FamilyChoice(first, False)
     titles = [FAMILIES[key].title for key in (*meanings, *others)]
-    could = " or of ".join([*titles[:2], *(["another"] if titles[2:] else [])])
+    could = " or of ".join([*titles[:2], *([] if len(titles) == 2 else ["another"])])
     sizes = "" if is_told else ", and no such model is known with its sizes"
-    options = " or ".join(f"--architecture {key}" for key in list(meanings)[:OFFERED])
+    of_key = [f"--architecture {key}" for key in list(meanings)[:OFFERED]]
     raise NeedsFlag(
         f"can be of {could} by its names{sizes}; what {to.key}'s files call its modules depends on that",
         culprit=name,
-        flags=options,
+        flags=" or ".join([*of_key, *(() if request.base else ("--base BASE",))]),
         why=", ..." if len(meanings) > OFFERED else "",
     )
+
+
+def _families_of_request(
+    name: str, request: ConvertRequest, fitting: Sequence[str], likely: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the families, among those that fit the modules, that the base can be of; empty without a base.
+
+    Raises:
+        InputError: the base is of no such family.
+    """
+    if request.base is None:
+        return ()
+    if request.base.is_config:
+        class_name = _class_of(request.model)
+        of_base = _of_class(class_name, request.model)
+    else:
+        with closing(open_checkpoint(request.base.path)) as model:
+            of_base, class_name = _families_of(model), denoiser_class(model)
+    found = tuple(key for key in of_base if key in fitting)
+    if not found:
+        what = " or ".join(FAMILIES[key].title for key in (fitting if len(fitting) == 1 else likely))
+        unknown = f"a {brief(class_name)}, which is not a known image model" if class_name else "not an image model"
+        of = FAMILIES[of_base[0]].title if of_base else f"{unknown} ({KNOWN})"
+        raise InputError(f"is of {what} by its names, and {request.base.path} is {of}", culprit=name)
+    return found
 
 
 def without_files(families: Sequence[str], sources: Iterable[SourceModule], to: Format) -> list[str]:
@@ -237,9 +248,14 @@ def _meaning(sources: list[SourceModule], family: str, to: Format) -> dict[str, 
 
 def denoiser_class(base: Checkpoint) -> str | None:
     """Return the class that the config of a base's denoiser names; None if it has none."""
+    return _class_of(_denoiser_config(base))
+
+
+def _denoiser_config(base: Checkpoint) -> Mapping[str, Any]:
+    """Return the config of a base's denoiser; empty if none names a class."""
     folders = {f"{folder}/" for folder, component in FOLDERS.items() if component in DENOISERS}
     configs = [part.config for part in base.parts if part.prefix in folders] or [base.config]
-    return next(filter(None, map(_class_of, configs)), None)
+    return next(filter(_class_of, configs), {})
 
 
 def _class_of(config: Mapping[str, Any]) -> str | None:
@@ -266,21 +282,31 @@ def family_of(base: Checkpoint, to: Format) -> str:
 def _families_of(base: Checkpoint) -> tuple[str, ...]:
     """Return the families of an image model's base, the likeliest first; empty if none is known.
 
-    If its config names a class, these are the families of the class.
+    If its config names a class, these are the families of the class. Names tell among these.
     """
     by_names, named = _families_by_names(base), denoiser_class(base)
-    return by_names if named is None else tuple(sorted(_of_class(named), key=lambda key: key not in by_names))
+    of_class = by_names if named is None else _of_class(named, _denoiser_config(base))
+    return tuple(key for key in by_names if key in of_class) or of_class
 
 
-def _of_class(named: str | None) -> tuple[str, ...]:
-    """Return the families whose denoiser is this class of diffusers."""
-    return tuple(key for key, family in FAMILIES.items() if named in (family.diffusers_class, *family.other_classes))
+def _of_class(named: str | None, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the families whose denoiser is this class of diffusers, with these fields in its config."""
+    return tuple(
+        key
+        for key, family in FAMILIES.items()
+        if named in (family.diffusers_class, *family.other_classes)
+        and all(config.get(name, value) == value for name, value in family.config.items())
+    )
 
 
 def _families_by_names(base: Checkpoint) -> tuple[str, ...]:
-    known = _image(base).family
+    image = _image(base)
+    known = image.family
     if known and not known.up_attention:  # the UNets of different families may have the same modules
-        return (known.key,)
+        # what is beside a transformer tells which of several pipelines it is of
+        is_alone = not base.parts and not image.has_maker_names
+        alike = [key for key, family in FAMILIES.items() if family.blocks is known.blocks and family is not known]
+        return (known.key, *(alike if is_alone else ()))
     unit = {role: TensorSpec("F32", (1, 1)) for role in ("A", "B")}
     sources = []
     for name, (component, path) in image_weights(base).items():

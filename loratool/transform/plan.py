@@ -40,7 +40,7 @@ from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import plan_image
 from .image_base import FamilyChoice, choose_family
 from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
-from .lazy import Transformed, noted, only
+from .lazy import Transformed, only
 from .numbers import Settled, one_scale, subtract_start
 from .refusals import no_factors
 from .rename import rename_modules
@@ -50,6 +50,7 @@ from .to_gguf import plan_gguf, require_copies
 from .to_oft import keeps_oft, plan_oft
 from .value_modules import CARRIED, read_value_modules
 
+OF_FAMILY = ("ss_base_model_version", "ss_network_module")  # metadata that tells the family
 NAMED_INITS = ("pissa", "olora")  # inits that their name alone describes; others need a config too
 
 
@@ -219,14 +220,19 @@ def _check_options(source: Adapter, target: TargetModel, request: ConvertRequest
 def _plan_image(
     state: Transformed, target: TargetModel, family: str, request: ConvertRequest, source: Adapter
 ) -> Settled:
-    """Plan an image model's adapter, with a note on other models that fit it."""
+    """Plan an image model's adapter."""
     start_of = functools.partial(base_mutating_init_of, state.adapter.config)
     sources, impossible = read_source_modules(state.adapter)
     planned = plan_image(state, family, request, sources, impossible, source.file.metadata or {}, start_of)
-    planned = replace(planned, is_certain=target.choice.is_certain)
-    also = " and ".join(target.choice.also)
-    assumed = f"taken for {FAMILIES[family].title}'s: {also} has such modules too, but no {request.to} files"
-    return noted(planned, assumed) if also else planned
+    if target.choice.is_certain:
+        return planned
+    former = source.file.metadata or {}
+    metadata = {
+        key: former.get(key, text) if key in OF_FAMILY else text
+        for key, text in planned.metadata.items()
+        if key not in OF_FAMILY or key in former
+    }
+    return replace(planned, is_certain=False, metadata=metadata)
 
 
 def plan_one_model(state: Transformed, request: ConvertRequest, names_class: bool = False) -> Settled:

@@ -319,7 +319,7 @@ class TestWhoseItIs:
                 report = loratool.convert(file, tmp_path / "o.safetensors", to=to, force=True)
                 assert report.family == family  # type: ignore[union-attr]
 
-    def test_what_is_assumed_is_said(self, tmp_path: Path) -> None:
+    def test_what_several_models_have_is_asked_for(self, tmp_path: Path) -> None:
         """Bria has Flux's modules in diffusers' names, and no files of kohya's."""
         names = {
             f"transformer.{stem}.{i}.attn.to_q": (3072, 3072)
@@ -328,8 +328,10 @@ class TestWhoseItIs:
         }
         names["transformer.single_transformer_blocks.37.proj_out"] = (3072, 15360)
         a = shaped(names, tmp_path / "a.safetensors")
-        report: Any = loratool.convert(a, tmp_path / "b.safetensors", to="kohya")
-        assert report.family == "flux" and "taken for Flux's: Bria 3" in report.notes[-1]
+        with pytest.raises(NeedsFlag, match="--architecture flux"):
+            loratool.convert(a, tmp_path / "b.safetensors", to="kohya")
+        report: Any = loratool.convert(a, tmp_path / "b.safetensors", to="kohya", architecture="flux")
+        assert report.family == "flux" and report.notes == ()
         assert loratool.convert(a, tmp_path / "c.safetensors", to="diffusers").notes == ()
 
     @pytest.mark.parametrize("number", ["9" * 5000, "007", "1_0"])

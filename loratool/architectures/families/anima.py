@@ -18,6 +18,7 @@ FAMILY = ModelFamily(
     unused=cosmos_predict2.FAMILY.unused,
     beside=("llm_adapter.",),
     diffusers_class="CosmosTransformer3DModel",
+    config={"extra_pos_embed_type": None},
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te_", "text_encoders.qwen3_06b.transformer.model.", "text_encoder."),

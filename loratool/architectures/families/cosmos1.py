@@ -76,6 +76,7 @@ FAMILY = ModelFamily(
         "pos_embedder.dim_temporal_range",
     ),
     diffusers_class="CosmosTransformer3DModel",
+    config={"extra_pos_embed_type": "learnable"},
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder.", "t5"),

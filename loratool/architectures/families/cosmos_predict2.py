@@ -51,6 +51,7 @@ FAMILY = ModelFamily(
     },
     unused=cosmos1.FAMILY.unused,
     diffusers_class="CosmosTransformer3DModel",
+    config={"extra_pos_embed_type": None},
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "", "", "text_encoder.", "t5"),

@@ -103,14 +103,6 @@ def _evidence(
     return has_sizes(family, modules), _is_of_one_naming(family, paths), telling, all_blocks
 
 
-def twins_of(family: ModelFamily, paths: Iterable[str]) -> tuple[str, ...]:
-    """Return the models without a table that modules of a family, in diffusers' names, could also be of."""
-    every = list(paths)
-    if not all(path in to_diffusers(family, path) for path in every):
-        return ()
-    return tuple(title for title, lacks in family.twins.items() if not any(re.search(lacks, path) for path in every))
-
-
 def has_sizes(family: ModelFamily, modules: Iterable[tuple[str, str, tuple[int, ...]]]) -> bool:
     """Return whether a known model of a family has the blocks and columns of `modules` (as for `detect`)."""
     every = list(modules)
@@ -161,7 +153,7 @@ def family_of_names(shapes: Mapping[str, tuple[int, ...]]) -> ModelFamily | None
     """Return the image family of a base's denoiser; None if it is unknown.
 
     Among the families with a mark in the names, most modules decide, then agreement of the widths, then the order of
-    the table.
+    the table. A family with less than a quarter of the modules is another model.
 
     Args:
         shapes: path of each module, in any naming -> shape of its weight.
@@ -172,4 +164,7 @@ def family_of_names(shapes: Mapping[str, tuple[int, ...]]) -> ModelFamily | None
     scores = [
         (sum(locate(family, path) is not None for path in shapes), _widths_agree(family, modules)) for family in marked
     ]
-    return next((f for f, score in zip(marked, scores, strict=True) if score == max(scores) and score[0]), None)
+    return next(
+        (f for f, score in zip(marked, scores, strict=True) if score == max(scores) and 4 * score[0] > len(shapes)),
+        None,
+    )

@@ -124,7 +124,6 @@ FAMILY = ModelFamily(
     ),
     unrenamed={"FramePack": "clean_x_embedder."},
     diffusers_class="HunyuanVideoTransformer3DModel",
-    twins={"Motif-Video": r"^context_embedder\.|^time_text_embed\.(guidance|text)_embedder\."},
     other_classes=("HunyuanVideoFramepackTransformer3DModel",),
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),

@@ -42,7 +42,6 @@ FAMILY = ModelFamily(
     outside_tensors={"final_layer.scale_shift_table": "scale_shift_table"},
     unused=("y_embedder.y_embedding", "pos_embed"),
     diffusers_class="SanaTransformer2DModel",
-    twins={"Sana-Video": r"^patch_embed\."},
     components=(
         Component("unet", "lora_unet_", "diffusion_model.", "transformer."),
         Component("text_encoder", "lora_te_", "", "text_encoder."),

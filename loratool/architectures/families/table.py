@@ -124,8 +124,8 @@ class ModelFamily:
     diffusers_class: str = ""  # of the denoiser
     # Other classes whose adapters diffusers reads as this family's; they are written as this family's
     other_classes: tuple[str, ...] = ()
-    # A model without a table, with this family's names and sizes -> a regular expression for the paths that it lacks
-    twins: Mapping[str, str] = field(default_factory=dict)
+    # Fields of the class's config that tell it from another family of this class
+    config: Mapping[str, str | None] = field(default_factory=dict)
     # For a UNet, whose blocks `unet` numbers: whether each upsampling block has attention.
     up_attention: tuple[bool, ...] = ()
     components: tuple[Component, ...] = ()  # the denoiser first

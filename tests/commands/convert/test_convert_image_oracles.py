@@ -77,7 +77,9 @@ def test_every_way_there_and_back_as_diffusers_loads_it(family: str, tmp_path: P
     for to in ("kohya", "comfy"):
         one, two = tmp_path / f"{to}.safetensors", tmp_path / f"{to}-back.safetensors"
         report = loratool.convert(start, one, to=to)
-        assert report.family == family and {row.how for row in report.modules} == {"exact"} and not report.dropped
+        # SD 2 has all modules of such a small SD 1, under the same names
+        assert report.family == {"sd1": None}.get(family, family) and not report.dropped
+        assert {row.how for row in report.modules} == {"exact"}
         loratool.convert(one, two, to="diffusers")
         before, after = load_file(start), load_file(two)
         if to != "diffusers":  # readers of the others know a CLIP's layers as transformers 4 named them

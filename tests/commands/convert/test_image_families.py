@@ -6,15 +6,16 @@ Names and shapes are those of diffusers' own classes, with and without a table o
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lib.models import dit_models
-from lib.models.dit_models import HEADS, MODELS, WAN, family_of
+from lib.models.dit_models import MODELS, WAN, family_of
 from lib.models.dit_spellings import Subject
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,34 +27,8 @@ from loratool.errors import InputError, LoratoolError, NeedsFlag
 
 diffusers = dit_models.diffusers
 
-# a model that is in no table -> its class and a small config
-UNKNOWN: dict[str, tuple[str, dict[str, Any]]] = {
-    "Motif-Video": (
-        "MotifVideoTransformer3DModel",
-        {**HEADS, "in_channels": 9, "out_channels": 4, "num_layers": 2, "num_single_layers": 2, "text_embed_dim": 20,
-         "rope_axes_dim": (2, 2, 4)},
-    ),
-    "Sana-Video": (
-        "SanaVideoTransformer3DModel",
-        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "num_cross_attention_heads": 2,
-         "cross_attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 20, "sample_size": 4},
-    ),
-    "CogView 3": (
-        "CogView3PlusTransformer2DModel",
-        {**HEADS, "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 20, "time_embed_dim": 12,
-         "condition_dim": 8, "pos_embed_max_size": 4, "sample_size": 4},
-    ),
-    "Nucleus": (
-        "NucleusMoEImageTransformer2DModel",
-        {**HEADS, "in_channels": 16, "num_layers": 2, "joint_attention_dim": 12, "axes_dims_rope": (2, 2, 4),
-         "num_experts": 2, "moe_intermediate_dim": 8},
-    ),
-    "Kandinsky 6 SR": (
-        "Kandinsky6SRTransformer3DModel",
-        {"in_visual_dim": 4, "out_visual_dim": 4, "time_dim": 8, "model_dim": 16, "ff_dim": 64,
-         "num_visual_blocks": 2, "axes_dims": (2, 2, 4)},
-    ),
-}  # fmt: skip
+UNKNOWN = "OtherTransformer3DModel"  # a class of no table
+
 # classes that diffusers loads with another family's reader of adapters
 AS_WAN = ("SkyReelsV2Transformer3DModel", "ChronoEditTransformer3DModel")
 FORMATS = ("kohya", "comfy", "diffusers", "peft")
@@ -97,24 +72,25 @@ def outcomes(adapter: Path, **options: Any) -> Iterator[tuple[str, str | Loratoo
             yield to, error
 
 
+def rename_class(base: Path) -> Path:
+    """Let a base's config name a class that no table has."""
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "_class_name": UNKNOWN}))
+    return base
+
+
 @pytest.mark.parametrize("prefix", ["transformer.", "lora_unet_"])
 @pytest.mark.parametrize("modules", MODULES)
-@pytest.mark.parametrize("name", quick(tuple(UNKNOWN), ("Motif-Video", "Sana-Video")))
-def test_a_model_without_a_table_is_of_no_family(name: str, modules: str, prefix: str, tmp_path: Path) -> None:
-    class_name, config = UNKNOWN[name]
-    model = getattr(diffusers, class_name)(**config)
+@pytest.mark.parametrize("case", quick(tuple(MODELS), ("flux", "motif_video", "sana_video", "anima")))
+def test_the_base_of_an_unknown_class_is_of_no_family(case: str, modules: str, prefix: str, tmp_path: Path) -> None:
+    """Whatever its modules are called, and though all of them are a known family's."""
+    model = dit_models.build(case)
     model.save_pretrained(tmp_path / "base")
     adapter = write(tmp_path / "a.safetensors", model, modules, prefix)
-    if adapter is None:
-        return
-    report: Any = loratool.inspect(adapter)
-    assert report.family is None
-    for to, found in outcomes(adapter):
-        assert found is None or isinstance(found, NeedsFlag | InputError), (to, found)
-        assert to in ("diffusers", "peft") or found is not None
-    for to, found in outcomes(adapter, base=tmp_path / "base"):
-        assert isinstance(found, InputError), (to, found)
-        assert class_name in str(found) or "known image model" in str(found)
+    base = rename_class(tmp_path / "base")
+    for to, found in outcomes(adapter, base=base) if adapter else ():
+        assert isinstance(found, InputError) and found.exit_code == 3, (to, found)
+        assert UNKNOWN in str(found) or "known image model" in str(found)
 
 
 @pytest.mark.parametrize("class_name", AS_WAN)
@@ -125,6 +101,16 @@ def test_a_class_that_is_read_as_a_family_is_written_as_it(class_name: str, tmp_
     assert adapter is not None
     assert {found for _, found in outcomes(adapter, base=tmp_path / "base")} == {"wan"}
     assert {found for _, found in outcomes(adapter, architecture="wan")} == {"wan"}
+
+
+def test_the_projections_of_ace_steps_makers_are_read_as_diffusers_does(tmp_path: Path) -> None:
+    utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    ends = [f"{attention}.{each}" for attention in ("self_attn", "cross_attn") for each in ("q_proj", "o_proj")]
+    names = [f"base_model.model.layers.{i}.{end}" for i in range(24) for end in (*ends, "mlp.gate_proj")]
+    adapter = told(tmp_path / "a.safetensors", names, 2048)
+    out = tmp_path / "b.safetensors"
+    loratool.convert(adapter, out, to="diffusers", architecture="ace_step")
+    assert load_file(out).keys() == utils._convert_non_diffusers_ace_step_lora_to_diffusers(load_file(adapter)).keys()
 
 
 def families_of_class(case: str) -> set[str]:
@@ -181,7 +167,8 @@ def test_the_remedy_of_an_unknown_size_is_a_family_that_converts(case: str, tmp_
         adapter = write(tmp_path / f"{modules}.safetensors", model, modules, "transformer.")
         for to, found in outcomes(adapter) if adapter else ():
             if isinstance(found, NeedsFlag) and "--architecture" in (found.remedy or ""):
-                for named in str(found.remedy).removeprefix("add ").removesuffix(", ...").split(" or "):
+                assert " or --base BASE" in str(found.remedy)
+                for named in re.findall("--architecture [a-z0-9_]+", str(found.remedy)):
                     out = tmp_path / f"{modules}-{to}-{named.split()[1]}.safetensors"
                     report: Any = loratool.convert(adapter, out, to=to, architecture=named.split()[1])
                     assert report.family == named.split()[1]
@@ -209,34 +196,63 @@ def test_the_base_of_another_family_is_named(case: str, tmp_path: Path) -> None:
 
 
 def test_no_new_adapter_of_an_unknown_class_has_a_familys_names(tmp_path: Path) -> None:
-    class_name, config = UNKNOWN["Motif-Video"]
-    model = getattr(diffusers, class_name)(**config)
+    model = dit_models.build("flux")
     model.save_pretrained(tmp_path / "base")
+    base = rename_class(tmp_path / "base")
     for to in ("kohya", "comfy"):
-        with pytest.raises(InputError, match=class_name):
-            loratool.init(tmp_path / "base", tmp_path / f"{to}.safetensors", rank=2, to=to)
+        with pytest.raises(InputError, match=UNKNOWN):
+            loratool.init(base, tmp_path / f"{to}.safetensors", rank=2, to=to)
     out = tmp_path / "diffusers.safetensors"
-    loratool.init(tmp_path / "base", out, rank=2, to="diffusers", exclude=["context_embedder*"])
+    loratool.init(base, out, rank=2, to="diffusers")
     names = {name.removeprefix("transformer.").partition(".lora_")[0] for name in load_file(out)}
     assert names and names <= {name for name, _ in model.named_modules()}
 
 
-def test_a_family_is_named_with_the_models_that_look_the_same(tmp_path: Path) -> None:
-    """Of real sizes Motif-Video's attention is HunyuanVideo's: what is assumed is said."""
+def told(path: Path, names: Iterable[str], width: int) -> Path:
+    """Write an adapter of square layers of this width."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        tensors |= {f"{name}.lora_A.weight": torch.ones(1, width), f"{name}.lora_B.weight": torch.ones(width, 1)}
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("width", [3072, 1536, 16])
+def test_the_attention_of_two_models_is_asked_for(width: int, tmp_path: Path) -> None:
+    """By names and by its real sizes, Motif-Video's is HunyuanVideo's, and at no size it is Flux's."""
     names = [f"transformer.transformer_blocks.{i}.attn.to_q" for i in range(20)]
-    tensors = {}
-    for name in names:
-        tensors |= {f"{name}.lora_A.weight": torch.ones(1, 3072), f"{name}.lora_B.weight": torch.ones(3072, 1)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    report: Any = loratool.convert(
-        tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="kohya", architecture="hunyuan_video"
-    )
-    assert report.family == "hunyuan_video" and not any("taken for" in note for note in report.notes)
-    names = [f"transformer.single_transformer_blocks.{i}.attn.to_q" for i in range(40)]
-    for name in names:
-        tensors |= {f"{name}.lora_A.weight": torch.ones(1, 3072), f"{name}.lora_B.weight": torch.ones(3072, 1)}
-    save_file(tensors, tmp_path / "c.safetensors")
-    report = loratool.convert(tmp_path / "c.safetensors", tmp_path / "d.safetensors", to="kohya")
-    assert report.family == "hunyuan_video" and "Motif-Video" in report.notes[-1]
-    report = loratool.convert(tmp_path / "c.safetensors", tmp_path / "e.safetensors", to="diffusers")
-    assert report.family is None
+    names += [f"transformer.single_transformer_blocks.{i}.attn.to_q" for i in range(40)]
+    adapter = told(tmp_path / "a.safetensors", names, width)
+    assert loratool.inspect(adapter).family is None  # type: ignore[union-attr]
+    for to in ("kohya", "comfy"):
+        with pytest.raises(NeedsFlag) as caught:
+            loratool.convert(adapter, tmp_path / f"{to}.safetensors", to=to)
+        assert "--architecture hunyuan_video" in str(caught.value) and "--base BASE" in str(caught.value)
+        report: Any = loratool.convert(adapter, tmp_path / f"{to}.safetensors", to=to, architecture="hunyuan_video")
+        assert report.family == "hunyuan_video"
+    assert loratool.convert(adapter, tmp_path / "b.safetensors", to="diffusers").family is None  # type: ignore[union-attr]
+    config = tmp_path / "config.json"
+    for class_name, family in (
+        ("MotifVideoTransformer3DModel", "motif_video"),
+        ("HunyuanVideoTransformer3DModel", "hunyuan_video"),
+    ):
+        config.write_text(json.dumps({"_class_name": class_name}))
+        out = tmp_path / f"{family}.safetensors"
+        assert loratool.convert(adapter, out, to="diffusers", base=config).family == family  # type: ignore[union-attr]
+    config.write_text(json.dumps({"_class_name": "MotifVideoTransformer3DModel"}))
+    with pytest.raises(InputError, match="Motif-Video"):
+        loratool.convert(adapter, tmp_path / "c.safetensors", to="kohya", base=config)
+
+
+def test_one_class_of_two_families_is_told_by_its_config(tmp_path: Path) -> None:
+    """Cosmos 1 learns its positions, and Cosmos-Predict2 and Anima do not; at any width."""
+    names = [f"transformer.transformer_blocks.{i}.attn1.to_k" for i in range(28)]
+    adapter, config = told(tmp_path / "a.safetensors", names, 24), tmp_path / "config.json"
+    for embedding, found in (("learnable", {"cosmos1"}), (None, {"anima", "cosmos_predict2", None})):
+        config.write_text(json.dumps({"_class_name": "CosmosTransformer3DModel", "extra_pos_embed_type": embedding}))
+        for to in ("kohya", "comfy"):
+            out = tmp_path / f"{to}-{embedding}.safetensors"
+            report: Any = loratool.convert(adapter, out, to=to, base=config)
+            assert report.family in found
+            makers = any("blocks.0.block" in name or "blocks_0_block" in name for name in load_file(out))
+            assert makers == (embedding == "learnable")
