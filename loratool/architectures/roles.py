@@ -16,7 +16,7 @@ EMBEDDINGS = frozenset(
     codec_embedding col_position_embeddings denoising_class_embed dist_bin_pairwise_embed distance_embedding
     down_embed embed_audio_tokens embed_char embed_global embed_speaker embed_text_tokens embed_timestep
     entity_embeddings freq_emb global_relative_attention_bias h_position_embeddings hq_token input_embeds_layer
-    iou_token label_embed label_embeddings lang_embeddings language_embedding level_embed mask_tokens
+    iou_token label_embed embedding_table label_embeddings lang_embeddings language_embedding level_embed mask_tokens
     ngram_embedding no_mask_embed not_a_point_embed num_speakers_embed obj_score_token point_embed pos_emb
     position_embeds_layer presence_token prompt_ctx prompt_embedding queries_embedder queries_features
     query_embed query_feat query_position_embeddings query_refpoint_embeddings recycle_disto

@@ -44,7 +44,10 @@ def image_weights(base: Checkpoint) -> dict[str, tuple[str, str]]:
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     parts = image_parts(shapes)
     return {
-        n: part for n, part in parts.items() if weight_role(module_path(n), len(shapes[n]), True) in ("linear", "conv")
+        n: part
+        for n, part in parts.items()
+        if weight_role(module_path(n), len(shapes[n]), True) in ("linear", "conv")
+        and shapes[n][1:] != (1,)  # frequencies of an embedding of time, which no layer holds
     }
 
 
