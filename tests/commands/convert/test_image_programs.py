@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 from lib.files import lycoris_files
-from lib.models import dit_models
+from lib.models import dit_models, every_denoiser
 from lib.models.dit_spellings import Subject, merged_by_peft, telling_widths
 from lib.oracles import image_programs as programs
 from safetensors import safe_open
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 import loratool
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import open_adapter
+from loratool.architectures.families import FAMILIES
+from loratool.architectures.families.lookup import locate
 from loratool.architectures.families.table import Naming
 from loratool.architectures.runtimes.image_programs import IMAGE_RUNTIMES
 from loratool.transform.for_image_program import divides_otherwise, is_known_kind
@@ -392,6 +394,19 @@ def test_comfyuis_own_models_have_the_names(case: str, tmp_path: Path) -> None:
     ours = {digitless(name) for name, pieces in subject.namings[naming_in_comfy(subject)].items()
             if pieces[0].name.removesuffix(".weight") in subject.factors}  # fmt: skip
     assert ours <= theirs
+
+
+def test_comfyuis_wan_animate_has_the_names() -> None:
+    options = {"dtype": None, "device": "meta", "operations": programs.comfy_operations()}
+    with torch.device("meta"):
+        theirs = {
+            digitless(name)
+            for name in programs.comfy_class("wan.model_animate", "AnimateWanModel")(**_WAN, **options).state_dict()
+        }
+    wan, layers = FAMILIES["wan"], every_denoiser.linears(every_denoiser.build("WanAnimateTransformer3DModel", "tiny"))
+    located = {path: locate(wan, path) for path in layers}
+    ours = {digitless(f"{name}.weight") for each in located.values() if each for name in each.maker}
+    assert all(located.values()) and ours <= theirs
 
 
 @pytest.mark.parametrize(("family", "made"), [("sd1", "original_unet.UNet2DConditionModel(64, 8, 768)"),

@@ -52,8 +52,9 @@ TINY: dict[str, dict[str, Any]] = {
     "WanVACETransformer3DModel": {**WAN, "vace_layers": [0, 1]},
 }  # fmt: skip
 
-# What a class needs that has no defaults, of a published model
+# What a class needs that has no defaults, or another model's, of a published model
 REAL: dict[str, dict[str, Any]] = {
+    "CogView4Transformer2DModel": {"num_attention_heads": 32, "num_layers": 28},
     "DreamLiteTransformer2DModel": {"in_channels": 320, "cross_attention_dim": 2048},
     "EasyAnimateTransformer3DModel": {"in_channels": 16, "out_channels": 16, "patch_size": 2},
     "HiDreamImageTransformer2DModel": {"patch_size": 2, "num_layers": 16, "num_single_layers": 32,
