@@ -128,7 +128,7 @@ def _reshaped(state: Settled, to: Format) -> dict[str, tuple[int, ...]]:
     (path,) = located.names(to.naming(family.key))
     module = to.module_name("unet", path, family.key)
     update = state.adapter.updates.get(module)
-    if not update or not update.rank or update.shape[1] == family.control_columns:
+    if not update or not update.rank or update.shape[1] <= family.control_columns:
         return {}
     return {f"{module}.{to.value_ends['reshape']}": update.shape}
 
