@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 from lib.files import lycoris_files
-from lib.models import dit_models, every_denoiser
+from lib.models import diffusers_models, dit_models, every_denoiser
 from lib.models.dit_spellings import Subject, merged_by_peft, telling_widths
 from lib.oracles import image_programs as programs
 from safetensors import safe_open
@@ -425,3 +426,129 @@ def test_the_rows_of_sd_scripts_are_its_unets(family: str, made: str) -> None:
     paths = {f"lora_unet_{n.replace('.', '_')}": n for n, m in model.named_modules() if is_layer(m)}
     expression = IMAGE_RUNTIMES["sd-scripts"].modules[family]
     assert {flat for flat, path in paths.items() if re.fullmatch(expression, path)} == adapted < every
+
+
+# case -> Forge's module and class of the denoiser, the repository that it knows the model by, and a small config
+FORGE_MODELS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "flux": ("flux", "IntegratedFluxTransformer2DModel", "black-forest-labs/FLUX.1-dev",
+             {**_STREAMS, "vec_in_dim": 8, "guidance_embed": True}),
+    "chroma": ("chroma", "IntegratedChromaTransformer2DModel", "Chroma",
+               {**_STREAMS, "vec_in_dim": 8, "guidance_out_dim": 64, "guidance_hidden_dim": 64,
+                "guidance_n_layers": 2}),
+    "sd3": ("mmditx", "MMDiTX", "stabilityai/stable-diffusion-3-medium-diffusers",
+            COMFY_MODELS["sd3"][2] | {"input_size": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [case for case in cases("forge") if case in FORGE_MODELS])
+def test_forge_applies_what_is_written_for_it(case: str, tmp_path: Path) -> None:
+    subject = Subject(case, tmp_path).other
+    out, excluded = written(subject, subject.adapter("diffusers"), "forge")
+    assert not excluded
+    plain = subject.renamed("maker", subject.base)
+    *_, repository, config = FORGE_MODELS[case]
+    found, _, unused = programs.forge(load_file(out), plain, config=config, repository=repository)
+    assert not unused
+    require_equal(found, expected(subject, "maker"))
+
+
+@pytest.mark.parametrize("case", FORGE_MODELS)
+def test_forges_own_models_have_the_names(case: str, tmp_path: Path) -> None:
+    module, name, _, config = FORGE_MODELS[case]
+    with torch.device("meta"):
+        theirs = {digitless(name) for name in programs.forge_class(module, name)(**config).state_dict()}
+    subject = Subject(case, tmp_path)
+    ours = {digitless(name) for name, pieces in subject.namings["maker"].items()
+            if pieces[0].name.removesuffix(".weight") in subject.factors}  # fmt: skip
+    assert ours <= theirs
+
+
+def adapted(model: nn.Module, prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return LoRA of every layer in diffusers' spelling, of two ranks, and the weights that it makes."""
+    g, tensors, weights = torch.Generator().manual_seed(7), dict[str, Tensor](), dict[str, Tensor]()
+    for count, (path, layer) in enumerate((n, m) for n, m in model.named_modules() if is_layer(m)):
+        W = layer.weight.detach()
+        A = torch.randn(3 + count % 2, *W.shape[1:], generator=g)
+        B = torch.randn(len(W), len(A), *(1 for _ in W.shape[2:]), generator=g) * 0.05
+        tensors |= {f"{prefix}{path}.lora_A.weight": A, f"{prefix}{path}.lora_B.weight": B}
+        weights[f"{path}.weight"] = W + (B.flatten(1) @ A.flatten(1)).reshape(W.shape)
+    return tensors, weights
+
+
+@dataclass(frozen=True)
+class UNetCase:
+    """A UNet and its text encoders with an adapter, by their components."""
+
+    models: Mapping[str, nn.Module]
+    wanted: Mapping[str, Mapping[str, Tensor]]
+    adapter: Path
+
+
+class Clip(nn.Module):
+    """A text encoder with the names of transformers up to 5.5, which the programs have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_model = diffusers_models.clip()
+
+
+def unet_case(family: str, folder: Path) -> UNetCase:
+    models = {"unet": diffusers_models.unet(family), "text_encoder": Clip()}
+    if family == "sdxl":
+        models["text_encoder_2"] = Clip()
+    made = {name: adapted(model, f"{name}.") for name, model in models.items()}
+    save_file({n: t for tensors, _ in made.values() for n, t in tensors.items()}, folder / "adapter.safetensors")
+    return UNetCase(models, {name: weights for name, (_, weights) in made.items()}, folder / "adapter.safetensors")
+
+
+UNETS = {
+    "sd1": {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 2, 2], "transformer_depth": [1] * 6 + [0] * 2,
+            "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1},
+    "sdxl": {"num_res_blocks": [2] * 3, "channel_mult": [1, 2, 2], "transformer_depth": [0, 0, 1, 1, 2, 2],
+             "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "transformer_depth_middle": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_forge_applies_unets_and_clips(family: str, tmp_path: Path) -> None:
+    case, out = unet_case(family, tmp_path), tmp_path / "out.safetensors"
+    loratool.convert(case.adapter, out, runtime="forge")
+    names = programs.forge_unet_names(UNETS[family])
+    unet = {names.get(n, n): W for n, W in case.models["unet"].state_dict().items()}
+    clips = {"text_encoder": "clip_l.transformer.", "text_encoder_2": "clip_g.transformer."}
+    encoders = {clips[key] + n: W for key, model in case.models.items() if key in clips
+                for n, W in model.state_dict().items()}  # fmt: skip
+    found, texts, unused = programs.forge(load_file(out), unet, encoders, config=UNETS[family])
+    assert not unused
+    require_equal(found, {names[n]: W for n, W in case.wanted["unet"].items()})
+    for key in clips.keys() & case.wanted.keys():
+        require_equal(texts, {clips[key] + n: W for n, W in case.wanted[key].items()})
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_invokeai_applies_unets_and_clips(family: str, tmp_path: Path) -> None:
+    case, out = unet_case(family, tmp_path), tmp_path / "out.safetensors"
+    with pytest.raises(NeedsFlag, match="outside of the blocks") as error:
+        loratool.convert(case.adapter, out, runtime="invokeai")
+    excluded = [word for word in shlex.split(error.value.flags) if word != "--exclude"]
+    dropped = loratool.convert(case.adapter, out, runtime="invokeai", exclude=excluded).dropped
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if family == "sdxl" else "lora_te_",
+                "text_encoder_2": "lora_te2_"}  # fmt: skip
+    base = "sdxl" if family == "sdxl" else "sd-1"
+    found, unused = programs.invokeai(out, base, {prefixes[key]: model for key, model in case.models.items()})
+    assert not unused
+    for (key, wanted), weights in zip(case.wanted.items(), found, strict=True):
+        plain = case.models[key].state_dict()
+        require_equal(weights, {n: plain[n] if f"{key}.{n.removesuffix('.weight')}" in dropped else W
+                                for n, W in wanted.items()})  # fmt: skip
+
+
+def test_invokeai_applies_flux(tmp_path: Path) -> None:
+    subject = Subject("flux", tmp_path).other
+    out, excluded = written(subject, subject.adapter("diffusers"), "invokeai")
+    assert excluded
+    plain = subject.renamed("maker", subject.base)
+    model = programs.invokeai_flux(plain)
+    (found,), unused = programs.invokeai(out, "flux", {"lora_transformer-": model})
+    assert not unused
+    require_equal(found, expected(subject, "maker", excluded))

@@ -11,9 +11,10 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,10 @@ import torch
 from conftest import PROGRAMS, oracle_folder
 from torch import Tensor, nn
 
-PACKAGES = "einops torchsde trampoline torchvision toml voluptuous imagesize opencv-python-headless"
+PACKAGES = (
+    "einops torchsde trampoline torchvision toml voluptuous imagesize opencv-python-headless pydantic-settings "
+    "python-dotenv deprecated wrapt picklescan"
+)
 
 
 def find_program(name: str, inside: str = "") -> Path:
@@ -195,3 +199,150 @@ def comfy_operations() -> Any:
     """Return the layers that ComfyUI's models are made of."""
     _comfy()
     return importlib.import_module("comfy.ops").disable_weight_init
+
+
+@cache
+def _forge() -> SimpleNamespace:
+    find_program("forge")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["webui", "--always-cpu"])  # its modules read the command line
+        patcher = importlib.import_module("backend.patcher.lora")
+    return SimpleNamespace(lora=patcher)
+
+
+def forge(
+    lora: Mapping[str, Tensor],
+    denoiser: Mapping[str, Tensor],
+    encoders: Mapping[str, Tensor] | None = None,
+    config: Mapping[str, Any] | None = None,
+    repository: str = "",
+) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+    """Return the weights of denoiser and text encoders as Forge patches them, and the keys that it did not load.
+
+    Args:
+        denoiser: its tensors by Forge's names, without `diffusion_model.`.
+        encoders: those of the text encoders, with `clip_l.transformer.` and the like.
+        config: of the denoiser, as Forge has it of a single file.
+        repository: of the model on the Hub, by which Forge knows Flux.
+    """
+    functions = _forge().lora
+    state, text = {f"diffusion_model.{name}": tensor for name, tensor in denoiser.items()}, dict(encoders or {})
+    model = SimpleNamespace(
+        state_dict=lambda: state,
+        config=SimpleNamespace(huggingface_repo=repository),
+        diffusion_model=SimpleNamespace(config=dict(config or {})),
+    )
+    rest = dict(lora)
+    every = {name: tensor.clone() for name, tensor in {**state, **text}.items()}
+    for keys in (
+        functions.model_lora_keys_unet(model, {}),
+        functions.model_lora_keys_clip(SimpleNamespace(state_dict=lambda: text), {}),
+    ):
+        patches, rest = functions.load_lora(rest, keys)
+        for key, patch in patches.items():
+            name, offset = (key[0], key[1]) if isinstance(key, tuple) else (key, None)
+            if name in every:
+                every[name] = functions.merge_lora_to_weight([(1.0, patch, 1.0, offset, None)], every[name], name)
+    return (
+        {name.removeprefix("diffusion_model."): every[name] for name in state},
+        {name: every[name] for name in text},
+        set(rest),
+    )
+
+
+def forge_unet_names(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return diffusers' names of a UNet's tensors -> those of a single file, as Forge has them."""
+    _forge()
+    names: Mapping[str, str] = importlib.import_module(
+        "packages_3rdparty.comfyui_lora_collection.utils"
+    ).unet_to_diffusers(dict(config))
+    return names
+
+
+def forge_class(module: str, name: str) -> Any:
+    """Return Forge's class of a denoiser. module: below `backend/nn`."""
+    _forge()
+    return getattr(importlib.import_module(f"backend.nn.{module}"), name)
+
+
+@cache
+def _invokeai() -> SimpleNamespace:
+    """Import InvokeAI's loader and patcher, without the packages of its cache of models and of other kinds of models."""
+    folder = find_program("invokeai", "") / "invokeai" / "backend" / "model_manager" / "load"
+    for name in ("diffusers.loaders.peft", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils"):
+        importlib.import_module(name)  # they look for some of the packages that are missing
+    lock = SimpleNamespace(read_lock=nullcontext)
+    registry = SimpleNamespace(register=lambda **_: lambda cls: cls)
+    load = "invokeai.backend.model_manager.load"
+    missing: dict[str, dict[str, Any]] = {
+        load: {"__path__": [str(folder)]},
+        f"{load}.model_cache": {"__path__": [str(folder / "model_cache")]},
+        f"{load}.model_cache.model_cache": {"MODEL_LOAD_LOCK": lock, "ModelCache": object},
+        f"{load}.load_default": {"ModelLoader": object},
+        f"{load}.model_loader_registry": {"ModelLoaderRegistry": registry},
+        "invokeai.backend.model_manager.configs.factory": {"AnyModelConfig": object},
+        "onnxruntime": {"InferenceSession": object},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, members in missing.items():
+            module = ModuleType(name)
+            vars(module).update(members)
+            patch.setitem(sys.modules, name, module)
+        return SimpleNamespace(
+            loader=importlib.import_module(f"{load}.model_loaders.lora").LoRALoader,
+            patcher=importlib.import_module("invokeai.backend.patches.layer_patcher").LayerPatcher,
+            taxonomy=importlib.import_module("invokeai.backend.model_manager.taxonomy"),
+            flux=importlib.import_module("invokeai.backend.flux.model"),
+            formats=importlib.import_module("invokeai.backend.patches.lora_conversions.formats"),
+        )
+
+
+def invokeai(path: Path, base: str, models: Mapping[str, nn.Module]) -> tuple[list[dict[str, Tensor]], set[str]]:
+    """Return the weights of models as InvokeAI patches them, and the layers of the adapter that are of none.
+
+    Args:
+        base: a key of InvokeAI's BaseModelType.
+        models: by the prefixes that InvokeAI's nodes give the patcher: `lora_unet_`, `lora_te1_`, ...
+    """
+    program = _invokeai()
+    loader = program.loader.__new__(program.loader)
+    loader._model_base, loader._torch_dtype = program.taxonomy.BaseModelType(base), torch.float32
+    patch = loader._load_model(SimpleNamespace(path=str(path), format=program.taxonomy.ModelFormat.LyCORIS))
+    found, rest = [], set(patch.layers)
+    for prefix, model in models.items():
+        modules = {name.replace(".", "_"): name for name, _ in model.named_modules()}
+        flat = {prefix + name for name in modules} | {prefix + name for name in modules.values()}
+        rest -= {key for key in patch.layers if key in flat}
+        patches = [(patch, 1.0)]
+        with program.patcher.apply_smart_model_patches(
+            model, patches, prefix, torch.float32, force_direct_patching=True
+        ):
+            found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    return found, rest
+
+
+def invokeai_flux(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return InvokeAI's denoiser of Flux with these weights, which it has all of."""
+    flux = _invokeai().flux
+    width, columns = tensors["img_in.weight"].shape
+    blocks = {stem: 1 + max(int(n.split(".")[1]) for n in tensors if n.startswith(stem))
+              for stem in ("double_blocks", "single_blocks")}  # fmt: skip
+    head = len(tensors["single_blocks.0.norm.query_norm.scale"])
+    params = flux.FluxParams(
+        in_channels=columns,
+        vec_in_dim=tensors["vector_in.in_layer.weight"].shape[1],
+        context_in_dim=tensors["txt_in.weight"].shape[1],
+        hidden_size=width,
+        mlp_ratio=len(tensors["double_blocks.0.img_mlp.0.weight"]) / width,
+        num_heads=width // head,
+        depth=blocks["double_blocks"],
+        depth_single_blocks=blocks["single_blocks"],
+        axes_dim=[head],
+        theta=10000,
+        qkv_bias=True,
+        guidance_embed="guidance_in.in_layer.weight" in tensors,
+        out_channels=len(tensors["final_layer.linear.weight"]),
+    )
+    model: nn.Module = flux.Flux(params)
+    model.load_state_dict(tensors)
+    return model
