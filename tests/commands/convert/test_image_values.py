@@ -168,7 +168,7 @@ def test_factors_and_a_difference_of_one_module_are_refused(tmp_path: Path) -> N
 def test_comfyui_applies_it(kind: str, tmp_path: Path) -> None:
     programs = pytest.importorskip("lib.oracles.image_programs", reason="has ComfyUI's code")
     if "control" in kind:
-        adapter, _ = control(tmp_path, 8 if "wide" in kind else 4)
+        adapter, _ = control(tmp_path, 128 if "wide" in kind else 4)
     else:
         adapter = tmp_path / "a.safetensors"
         save_file(differences(FLUX, "diffusers", "transformer."), adapter)
