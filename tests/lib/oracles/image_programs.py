@@ -267,7 +267,7 @@ def forge_class(module: str, name: str) -> Any:
 
 @cache
 def _invokeai() -> SimpleNamespace:
-    """Import InvokeAI's loader and patcher, without the packages of its cache of models and of other kinds of models."""
+    """Import InvokeAI's loader and patcher, without the packages of its cache and of other kinds of models."""
     folder = find_program("invokeai", "") / "invokeai" / "backend" / "model_manager" / "load"
     for name in ("diffusers.loaders.peft", "diffusers.pipelines.pipeline_utils", "transformers.modeling_utils"):
         importlib.import_module(name)  # they look for some of the packages that are missing
