@@ -49,7 +49,7 @@ def unloaded_modules(
     first, *_ = (each.name for each in FAMILIES[family].components)
     loaded, rest = (first, *runtime.components.get(family, ())), []
     for source in settle_components(sources, FAMILIES[family]):
-        if source.component not in loaded and not runtime.every_component:
+        if source.component not in loaded:
             yield source.module, f"of {source.component}, whose adapters it does not load from such a file"
         elif source.component in DENOISERS:
             rest.append(source)

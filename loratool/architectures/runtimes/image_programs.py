@@ -59,13 +59,19 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             unread=_UNREAD,
             families=_COMFYUI,
             newer=True,
-            every_component=True,
+            # The other language models have other names there than in transformers
+            components={
+                **dict.fromkeys("auraflow chroma hunyuan_dit ltx mochi pixart wan".split(), ("text_encoder",)),
+                **_KOHYA_ENCODERS,
+                "hidream": ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+                "hunyuan_video": ("text_encoder_2",),
+            },
         ),
         ImageRuntime(
             key="forge",
             title="Stable Diffusion WebUI Forge",
             version="dfdcbab6 (2025-06-26)",
-            checked="read",
+            checked="run",
             dora="base",
             along_inputs=True,
             kinds=_LORA | {"diff", "loha", "lokr", "lycoris_glora"},
@@ -77,7 +83,7 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             key="invokeai",
             title="InvokeAI",
             version="6.14.2",
-            checked="read",
+            checked="run",
             dora="none",  # it takes every dora_scale for magnitudes of the inputs
             along_inputs=True,
             kinds=_LORA,

@@ -117,7 +117,6 @@ class ImageRuntime:
     newer: bool = False  # newer versions load adapters of other families by the same rules
     # key of FAMILIES -> components beside the denoiser that it loads
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    every_component: bool = False  # it loads all that its format has names for
     # key of FAMILIES -> expression for the paths, in the format's naming, of the denoiser's modules that it adapts
     modules: Mapping[str, str] = field(default_factory=dict)  # if a family is missing: all
     metadata_alpha: bool = False  # it reads alphas in diffusers' metadata

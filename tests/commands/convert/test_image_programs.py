@@ -6,6 +6,7 @@ linear layer, no two of which share an A; PEFT's merge, or its formula, is what 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import shlex
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import FIXTURES
 from lib.files import lycoris_files
 from lib.models import diffusers_models, dit_models, every_denoiser
@@ -302,8 +304,9 @@ def test_comfyui_reads_kohyas_names_too(case: str, tmp_path: Path) -> None:
         require_equal(found, expected(subject, naming))
 
 
+@pytest.mark.parametrize("program", ["comfyui", "forge"])
 @pytest.mark.parametrize("kind", [kind for kind in lycoris_files.KINDS if kind != "boft"])
-def test_kinds_in_comfyui(kind: str, tmp_path: Path) -> None:
+def test_kinds_in_comfyui_and_forge(kind: str, program: str, tmp_path: Path) -> None:
     """Those of the row are applied as a merge applies them, and others are not."""
     layer, _ = lycoris_files.KINDS[kind]
     base = lycoris_files.base_of(layer, torch.float32)
@@ -312,9 +315,13 @@ def test_kinds_in_comfyui(kind: str, tmp_path: Path) -> None:
     )
     loratool.merge(base.write(tmp_path / "b.safetensors"), adapter, tmp_path / "m.safetensors", undo=False)
     merged, plain = load_file(tmp_path / "m.safetensors"), load_file(tmp_path / "b.safetensors")
-    found, _, _ = programs.comfyui(load_file(adapter), plain)
+    apply = programs.comfyui if program == "comfyui" else functools.partial(programs.forge, config=UNETS["sd1"])
+    try:
+        found, _, _ = apply(load_file(adapter), plain)
+    except RuntimeError:  # Forge stops at LoKr's core, and ComfyUI leaves the weight as it is
+        found = plain
     off = max(float((found[n] - W).abs().max() / (W - plain[n]).abs().max().clamp(min=1e-9)) for n, W in merged.items())
-    opened, row = open_adapter(adapter), IMAGE_RUNTIMES["comfyui"]
+    opened, row = open_adapter(adapter), IMAGE_RUNTIMES[program]
     with closing(opened.file):
         updates = opened.updates.values()
         is_applied = all(is_known_kind(row, each) and not divides_otherwise(row, each) for each in updates)
@@ -345,6 +352,61 @@ def in_comfyui(name: str) -> str:
         "conditioner.embedders.1.model.transformer.resblocks.", "clip_g.transformer.text_model.encoder.layers."
     )
     return name.replace("attn.in_proj_weight", "self_attn.in_proj.weight")
+
+
+def text_encoder(kind: str) -> nn.Module:
+    """Return a small text encoder of transformers, with the names that ComfyUI has: CLIP's as before 5.6."""
+    if kind == "clip":
+        return Clip()
+    sizes = {"vocab_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    wide = {"hidden_size": 16, "intermediate_size": 24, "pad_token_id": 0}
+    if kind == "t5":
+        return transformers.T5EncoderModel(transformers.T5Config(vocab_size=8, num_layers=2, **_T5))
+    if kind == "bert":
+        return transformers.BertModel(transformers.BertConfig(**sizes, **wide), add_pooling_layer=False)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **wide, num_key_value_heads=2)).model
+
+
+# kind of text encoder -> ComfyUI's module and class, and the sizes of a small one
+_T5 = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+COMFY_ENCODERS = {
+    "clip": ("clip_model", "CLIPTextModel", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 24, "hidden_act": "quick_gelu", "max_position_embeddings": 8, "eos_token_id": 2}),
+    "t5": ("text_encoders.t5", "T5", {**_T5, "num_layers": 2, "dense_act_fn": "gelu_pytorch_tanh",
+           "is_gated_act": True, "model_type": "t5", "vocab_size": 8}),
+    "bert": ("text_encoders.bert", "BertModel", {"hidden_size": 16, "layer_norm_eps": 1e-12, "vocab_size": 8,
+             "max_position_embeddings": 8, "type_vocab_size": 2, "pad_token_id": 0, "num_hidden_layers": 2,
+             "intermediate_size": 24, "num_attention_heads": 2}),
+    "llama": ("text_encoders.llama", "Llama2", {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 24,
+              "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}),
+}  # fmt: skip
+# a module of the denoiser
+BESIDE = {"hunyuan_dit": "blocks.0.attn1.to_out.0", "hidream": "double_stream_blocks.0.block.attn1.to_out"}
+ENCODERS = [(family, name) for family, names in IMAGE_RUNTIMES["comfyui"].components.items() for name in names]
+
+
+@pytest.mark.parametrize(("family", "name"), ENCODERS)
+def test_comfyui_applies_to_text_encoders(family: str, name: str, tmp_path: Path) -> None:
+    component = next(each for each in FAMILIES[family].components if each.name == name)
+    kind = component.encoder or ("bert" if family == "hunyuan_dit" else "llama")
+    encoder = text_encoder(kind)
+    inside = "model." if kind == "llama" else ""  # of the causal model
+    tensors, weights = adapted(encoder, f"{component.diffusers}{inside}")
+    if not component.encoder:  # such names alone are of a language model
+        tensors |= {f"transformer.{BESIDE[family]}.lora_{side}.weight": torch.ones(1, 1) for side in "AB"}
+    save_file(tensors, tmp_path / "a.safetensors")
+    loratool.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", runtime="comfyui", architecture=family)
+    prefix = component.comfy.removeprefix("text_encoders.") + inside
+    module, class_name, sizes = COMFY_ENCODERS[kind]
+    with torch.device("meta"):
+        theirs = programs.comfy_class(module, class_name)(sizes, None, "meta", programs.comfy_operations())
+    # of which the prefix has the last module
+    stem = prefix.partition(".transformer.")[2]
+    assert {f"{stem}{path}" for path in weights} <= theirs.state_dict().keys()
+    plain = {f"{prefix}{path}": W for path, W in encoder.state_dict().items()}
+    _, found, unused = programs.comfyui(load_file(tmp_path / "b.safetensors"), {}, plain)
+    assert all(name.startswith("diffusion_model.") for name in unused)
+    require_equal(found, {f"{prefix}{path}": W for path, W in weights.items()})
 
 
 _DIT = {"hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 4, "depth": 2, "depth_single_blocks": 2, "qkv_bias": True}
@@ -387,10 +449,11 @@ COMFY_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", COMFY_MODELS)
 def test_comfyuis_own_models_have_the_names(case: str, tmp_path: Path) -> None:
     """The other tests of ComfyUI take names from our tables."""
-    make = programs.comfy_class(*COMFY_MODELS[case][:2])
+    module, name, config = COMFY_MODELS[case]
+    make = programs.comfy_class(f"ldm.{module}", name)
     options = {"dtype": None, "device": "meta", "operations": programs.comfy_operations()}
     with torch.device("meta"):
-        theirs = {digitless(name) for name in make(**COMFY_MODELS[case][2], **options).state_dict()}
+        theirs = {digitless(name) for name in make(**config, **options).state_dict()}
     subject = Subject(case, tmp_path)
     ours = {digitless(name) for name, pieces in subject.namings[naming_in_comfy(subject)].items()
             if pieces[0].name.removesuffix(".weight") in subject.factors}  # fmt: skip
@@ -402,7 +465,7 @@ def test_comfyuis_wan_animate_has_the_names() -> None:
     with torch.device("meta"):
         theirs = {
             digitless(name)
-            for name in programs.comfy_class("wan.model_animate", "AnimateWanModel")(**_WAN, **options).state_dict()
+            for name in programs.comfy_class("ldm.wan.model_animate", "AnimateWanModel")(**_WAN, **options).state_dict()
         }
     wan, layers = FAMILIES["wan"], every_denoiser.linears(every_denoiser.build("WanAnimateTransformer3DModel", "tiny"))
     located = {path: locate(wan, path) for path in layers}
@@ -450,6 +513,22 @@ def test_forge_applies_what_is_written_for_it(case: str, tmp_path: Path) -> None
     found, _, unused = programs.forge(load_file(out), plain, config=config, repository=repository)
     assert not unused
     require_equal(found, expected(subject, "maker"))
+
+
+@pytest.mark.parametrize("case", FORGE_MODELS)
+def test_dora_for_forge_acts_as_a_merge_at_any_strength(case: str, tmp_path: Path) -> None:
+    subject = Subject(case, tmp_path).other
+    adapter, out = dora_of(subject, tmp_path), tmp_path / "out.safetensors"
+    loratool.convert(adapter, out, runtime="forge", base=subject.base_in("component"))
+    plain, wanted = subject.renamed("maker", subject.base), subject.merged(adapter, "component")
+    merged = subject.renamed("maker", subject.read(wanted, "component"))
+    *_, repository, config = FORGE_MODELS[case]
+    for strength in (1.0, 0.5):
+        found, _, unused = programs.forge(
+            load_file(out), plain, config=config, repository=repository, strength=strength
+        )
+        assert not unused
+        require_equal(found, {n: W + strength * (merged[n] - W) for n, W in plain.items()})
 
 
 @pytest.mark.parametrize("case", FORGE_MODELS)

@@ -190,9 +190,9 @@ def sd_scripts(family: str, tensors: Mapping[str, Tensor], lora: Mapping[str, Te
 
 
 def comfy_class(module: str, name: str) -> Any:
-    """Return ComfyUI's class of a denoiser. module: below `comfy/ldm`."""
+    """Return ComfyUI's class of a model. module: below `comfy`."""
     _comfy()
-    return getattr(importlib.import_module(f"comfy.ldm.{module}"), name)
+    return getattr(importlib.import_module(f"comfy.{module}"), name)
 
 
 def comfy_operations() -> Any:
@@ -216,6 +216,7 @@ def forge(
     encoders: Mapping[str, Tensor] | None = None,
     config: Mapping[str, Any] | None = None,
     repository: str = "",
+    strength: float = 1.0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
     """Return the weights of denoiser and text encoders as Forge patches them, and the keys that it did not load.
 
@@ -242,7 +243,7 @@ def forge(
         for key, patch in patches.items():
             name, offset = (key[0], key[1]) if isinstance(key, tuple) else (key, None)
             if name in every:
-                every[name] = functions.merge_lora_to_weight([(1.0, patch, 1.0, offset, None)], every[name], name)
+                every[name] = functions.merge_lora_to_weight([(strength, patch, 1.0, offset, None)], every[name], name)
     return (
         {name.removeprefix("diffusion_model."): every[name] for name in state},
         {name: every[name] for name in text},
