@@ -133,6 +133,7 @@ class FamilyChoice:
 
     key: str | None  # a key of FAMILIES; None if the modules are of no such model
     is_certain: bool = True  # else several families fit, and the output is the same for all of them
+    also: tuple[str, ...] = ()  # titles of families that repeat this one and have no files of the format
 
 
 def choose_family(
@@ -141,8 +142,8 @@ def choose_family(
     """Return the image family of an adapter: the one that the request or its base names, else that of its modules.
 
     A base's config decides, whatever the sizes. Without one, a family is taken if the names and sizes of all modules
-    are those of a known model of it, and of no other family's. If those of several families fit, or the sizes are of
-    no known model, the output must not depend on the family.
+    are those of a known model of it, and of no other family's but one that `repeats` it. If those of several families
+    fit, or the sizes are of no known model, the output must not depend on the family.
 
     Args:
         name: of the adapter, for messages.
@@ -177,9 +178,10 @@ def choose_family(
         return FamilyChoice(possible[0])  # the plan refuses it
     first, *rest = meanings
     meaning = meanings[first]
-    is_same = not others and all(meanings[key] == meaning for key in rest)
+    repeating = [key for key in others if FAMILIES[key].repeats == first]
+    is_same = others == repeating and all(meanings[key] == meaning for key in rest)
     if is_same and is_told:
-        return FamilyChoice(first, not rest)
+        return FamilyChoice(first, not (rest or others), tuple(FAMILIES[key].title for key in repeating))
     # such files have the model's own names, whatever its family
     free = to.can.usual_for in ("model", "pipeline")
     is_own = meaning.keys() == {to.module_name(key.component, key.path, first) for key in denoisers}

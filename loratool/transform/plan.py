@@ -40,7 +40,7 @@ from .for_runtime import plan_for_runtime, prepare_for_runtime
 from .image import plan_image
 from .image_base import FamilyChoice, choose_family
 from .language import refuse_layout_of_init, refuse_unsaid_init, to_layout
-from .lazy import Transformed, only
+from .lazy import Transformed, noted, only
 from .numbers import Settled, one_scale, subtract_start
 from .refusals import no_factors
 from .rename import rename_modules
@@ -220,12 +220,17 @@ def _check_options(source: Adapter, target: TargetModel, request: ConvertRequest
 def _plan_image(
     state: Transformed, target: TargetModel, family: str, request: ConvertRequest, source: Adapter
 ) -> Settled:
-    """Plan an image model's adapter."""
+    """Plan an image model's adapter, with a note on other models that fit it."""
     start_of = functools.partial(base_mutating_init_of, state.adapter.config)
     sources, impossible = read_source_modules(state.adapter)
     planned = plan_image(state, family, request, sources, impossible, source.file.metadata or {}, start_of)
     if target.choice.is_certain:
         return planned
+    if also := " and ".join(target.choice.also):
+        assumed = (
+            f"taken for {FAMILIES[family].title}'s: modules like these, but no {request.to} files, are also of {also}"
+        )
+        planned = noted(planned, assumed)
     former = source.file.metadata or {}
     metadata = {
         key: former.get(key, text) if key in OF_FAMILY else text

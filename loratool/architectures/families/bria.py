@@ -61,6 +61,7 @@ FAMILY = ModelFamily(
         "proj_out",
     ),
     diffusers_class="BriaTransformer2DModel",
+    repeats="flux",
     components=(
         Component("unet", "", "", "transformer."),
         Component("text_encoder", "", "", "text_encoder.", "t5"),

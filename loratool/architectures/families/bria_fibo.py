@@ -21,6 +21,7 @@ FAMILY = ModelFamily(
     ),
     alike=bria.FAMILY.alike,
     diffusers_class="BriaFiboTransformer2DModel",
+    repeats="flux",
     components=(
         Component("unet", "", "", "transformer."),
         Component("text_encoder", "", "", "text_encoder."),

@@ -126,6 +126,9 @@ class ModelFamily:
     other_classes: tuple[str, ...] = ()
     # Fields of the class's config that tell it from another family of this class
     config: Mapping[str, str | None] = field(default_factory=dict)
+    # Key of a family with such modules of the same sizes, and with more adapters: in formats that this family has no
+    # files of, an adapter that fits both is taken for the other one's
+    repeats: str = ""
     # For a UNet, whose blocks `unet` numbers: whether each upsampling block has attention.
     up_attention: tuple[bool, ...] = ()
     components: tuple[Component, ...] = ()  # the denoiser first

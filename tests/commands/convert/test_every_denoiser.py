@@ -17,7 +17,7 @@ from loratool.architectures.families import FAMILIES
 from loratool.errors import InputError, LoratoolError, NeedsFlag
 
 MODULES: dict[str, Callable[[str], bool]] = {
-    "all": lambda path: True,
+    "all": lambda path: path != "lm_head",  # Cosmos 3's, which its table has not
     "attention": lambda path: path.rpartition(".")[2] in ("to_q", "to_k", "to_v", "add_q_proj") or ".to_out" in path,
     "queries": lambda path: path.endswith(("to_q", "to_query")),
     "feed-forward": lambda path: ".net." in path or path.endswith("proj_mlp"),
@@ -55,6 +55,7 @@ def written(adapter: Path, **options: Any) -> Iterator[tuple[str, str | None, se
 def test_an_adapter_is_of_its_classs_family_or_of_none(name: str, size: str, modules: str, tmp_path: Path) -> None:
     """Without a base by names and sizes of all its modules, with one by its config; without a table it is of none."""
     own = families_of(name)
+    alike = {FAMILIES[key].repeats for key in own}
     for case in every_denoiser.sizes_of(name):
         if (case == "real") != (size == "real"):
             continue
@@ -66,7 +67,7 @@ def test_an_adapter_is_of_its_classs_family_or_of_none(name: str, size: str, mod
             where = case, prefix
             adapter = every_denoiser.write_adapter(tmp_path / "a.safetensors", shapes, prefix)
             for to, family, found, error in written(adapter):
-                assert family in {None, *own}, (where, to, family)
+                assert family in {None, *own, *alike}, (where, to, family)
                 assert error is None or isinstance(error, NeedsFlag | InputError), (where, to, error)
                 assert to == "diffusers" or error or own, (where, to, found)
                 assert to != "diffusers" or error or found == names, (where, to)
