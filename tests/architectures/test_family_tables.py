@@ -240,7 +240,7 @@ def shape_of(family: ModelFamily, path: str) -> tuple[int, int]:
 
 
 # Tensors that a family's table says it has not
-WITHOUT_NAMES = {"wan": ("motion_encoder.",)}
+WITHOUT_NAMES = {"wan": ("motion_encoder.",), "cosmos3": ("embed_tokens.", "lm_head.")}
 
 
 @pytest.mark.parametrize("key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in CLASSES])
@@ -458,11 +458,22 @@ def expected_rows(row: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     return {makers[0]: (tuple((module, 0, 1) for module in modules), sizes)}
 
 
-# Tables that have more than their reference: FramePack is of HunyuanVideo's, and LongCat has Flux's names in ComfyUI.
+# Tables that have more than their reference. FramePack is of HunyuanVideo's, and LongCat has Flux's names in ComfyUI.
 APART = ("framepack", "longcat_image")
 MORE = {
     "hunyuan_video": {"clean_x_embedder.", "image_projection."},
     "qwen_image": {"time_text_embed.addition_t_embedding"},
+    # of Animate, AnyFlow and Helios
+    "wan": {
+        "condition_embedder.delta_embedder.",
+        "face_",
+        "far_patch_embedding",
+        "norm_out.",
+        "patch_long",
+        "patch_mid",
+        "patch_short",
+        "pose_patch_embedding",
+    },
 }
 
 
@@ -491,7 +502,8 @@ def test_a_table_is_the_references(path: Path) -> None:
             tensors[maker] = own
     more = tuple(MORE.get(path.stem, ()))
     found = {name: each for name, each in modules_of(family).items() if not (more and name.startswith(more))}
+    named = {name: own for name, own in tensors_of(family).items() if not (more and name.startswith(more))}
     norms = {name for name in found if f"{name}.scale" in tensors}  # in both, as some files call them `.weight`
     assert {name: each for name, each in found.items() if name not in norms} == expected
-    assert tensors_of(family) == tensors and set(family.unused) >= set(reference["dropped"])
+    assert named == tensors and set(family.unused) >= set(reference["dropped"])
     assert family.diffusers_class == (reference["diffusers"]["class"] or "")

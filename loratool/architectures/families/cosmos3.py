@@ -1,6 +1,7 @@
 """Name the modules of Cosmos 3 as diffusers does.
 
-Source: diffusers' class `Cosmos3OmniTransformer`, whose defaults are the sizes. Not here: its makers' names.
+Source: diffusers' class `Cosmos3OmniTransformer`, whose defaults are the sizes. Not here: its makers' names,
+and its embeddings and head, which have the names of any language model's.
 """
 
 from __future__ import annotations
@@ -42,10 +43,8 @@ FAMILY = ModelFamily(
         ),
     ),
     alike=(
-        "embed_tokens",
         "norm",
         "norm_moe_gen",
-        "lm_head",
         "proj_in",
         "proj_out",
         "time_embedder.linear_1",
@@ -72,10 +71,8 @@ FAMILY = ModelFamily(
                 ".add_q_proj",
                 ".add_v_proj",
                 ".audio_proj_out",
-                ".embed_tokens",
                 ".gate_proj",
                 ".linear_2",
-                ".lm_head",
                 ".proj_out",
                 ".to_add_out",
                 ".to_k",

@@ -43,6 +43,7 @@ from loratool.adapters.adapter import Adapter
 from loratool.adapters.formats import FORMATS, loaded_by, open_adapter, usual_format, written_formats
 from loratool.adapters.stacked import stack_factors
 from loratool.adapters.updates import UPDATES
+from loratool.adapters.updates.diff import Diff
 from loratool.adapters.updates.dora import DoRA
 from loratool.adapters.updates.oft import OFT
 from loratool.architectures.families import FAMILIES
@@ -54,6 +55,7 @@ from loratool.files.dtypes import FACTOR_DTYPES, SAFETENSORS
 from loratool.files.output.output import CONTAINERS
 from loratool.views.convert import ConvertReport, ModuleConvert
 
+WHOLE = (Diff, OFT)  # kinds without factors that are carried over
 CUT = 0.02  # an error that rounding does not reach here, and cutting directions always passes
 FLOOR = 3e-7  # of float32, in which what is made of DoRA is computed
 HERE = "model.layers.0.self_attn.o_proj"  # a module that every adapter of a language model has, but for experts
@@ -311,12 +313,12 @@ class Comparison:
 
     def _counts(self, read: Adapter) -> Iterator[tuple[str, str]]:
         named = {row.name for row in self.report.modules}
-        factors = {module: update for module, update in read.updates.items() if update.rank or update.cls is OFT}
+        factors = {module: update for module, update in read.updates.items() if update.rank or update.cls in WHOLE}
         for module in named - factors.keys():
             yield "count", f"{module}: said to be there, is not among {sorted(factors)[:3]}, ..."
         for module in factors.keys() - named:
             loaded = read.load(factors[module])
-            if isinstance(loaded, OFT) or any(side.any() for side in stack_factors(loaded)[:1]):
+            if isinstance(loaded, WHOLE) or any(side.any() for side in stack_factors(loaded)[:1]):
                 yield "count", f"{module}: is there, said nowhere"
 
     def _errors(self, read: Adapter, two: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:

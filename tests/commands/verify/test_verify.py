@@ -662,8 +662,8 @@ def test_rows_that_no_adapter_touches_are_the_bases(
 
     from loratool.commands.verify import command as module
 
-    def plan_some(*args: Any) -> Any:
-        plan = plan_merge(*args)
+    def plan_some(*args: Any, **options: Any) -> Any:
+        plan = plan_merge(*args, **options)
         placements = {n: tuple(replace(p, stop=32) for p in found) for n, found in plan.placements.items()}
         return replace(plan, placements=placements)
 
