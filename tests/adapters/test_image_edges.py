@@ -320,6 +320,15 @@ class TestWhoseItIs:
                 assert report.family == family  # type: ignore[union-attr]
 
     def test_what_several_models_have_is_asked_for(self, tmp_path: Path) -> None:
+        """Sana-Video has Sana's modules in diffusers' names, and no files of kohya's."""
+        names = {f"transformer.transformer_blocks.{i}.attn2.to_q": (2240, 2240) for i in range(20)}
+        a = shaped(names, tmp_path / "a.safetensors")
+        with pytest.raises(NeedsFlag, match="--architecture sana"):
+            loratool.convert(a, tmp_path / "b.safetensors", to="kohya")
+        report: Any = loratool.convert(a, tmp_path / "b.safetensors", to="kohya", architecture="sana")
+        assert report.family == "sana" and report.notes == ()
+
+    def test_what_fits_flux_and_bria_is_fluxs(self, tmp_path: Path) -> None:
         """Bria has Flux's modules in diffusers' names, and no files of kohya's."""
         names = {
             f"transformer.{stem}.{i}.attn.to_q": (3072, 3072)
@@ -328,9 +337,9 @@ class TestWhoseItIs:
         }
         names["transformer.single_transformer_blocks.37.proj_out"] = (3072, 15360)
         a = shaped(names, tmp_path / "a.safetensors")
-        with pytest.raises(NeedsFlag, match="--architecture flux"):
-            loratool.convert(a, tmp_path / "b.safetensors", to="kohya")
-        report: Any = loratool.convert(a, tmp_path / "b.safetensors", to="kohya", architecture="flux")
+        report: Any = loratool.convert(a, tmp_path / "b.safetensors", to="kohya")
+        assert report.family is None and "are also of Bria 3 and Bria FIBO" in report.notes[0]
+        report = loratool.convert(a, tmp_path / "b.safetensors", to="kohya", architecture="flux", force=True)
         assert report.family == "flux" and report.notes == ()
         assert loratool.convert(a, tmp_path / "c.safetensors", to="diffusers").notes == ()
 
