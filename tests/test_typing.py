@@ -156,6 +156,7 @@ def test_a_users_script_is_typed_and_a_wrong_call_is_found(tmp_path: Path) -> No
     assert len(found) == len(WRONG)
 
 
+@pytest.mark.slow
 def test_every_argument_has_a_type(tmp_path: Path) -> None:
     """As a type checker sees the functions that are made of calls: all names, and no Any."""
     functions = [name for name in loratool.__all__ if name.islower() and name != "live"]

@@ -278,6 +278,7 @@ def test_image_models_adapters_of_each_kind(tmp_path: Path) -> None:
     assert {kind for kind, _ in done} == IMAGE.keys() - NEED_A_RANK and {words for _, words in done} == {*options}
 
 
+@pytest.mark.slow
 def test_adapters_of_each_kind(tmp_path: Path) -> None:
     commands: list[tuple[object, ...]] = []
     for number, (kind, (layer, _)) in enumerate(KINDS.items()):

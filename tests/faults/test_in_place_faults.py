@@ -266,6 +266,7 @@ def larger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [8, pytest.param(KILLED_AT_RANDOM, marks=pytest.mark.slow)])
 def test_processes_killed_at_random_times(larger: Path, times: int, capsys: pytest.CaptureFixture[str]) -> None:
     """On real files: whatever is there then is ended forward or taken back, and is the new or the old model."""

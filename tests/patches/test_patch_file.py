@@ -330,6 +330,7 @@ def test_many_tensors(case: Case, tmp_path: Path, count: int) -> None:
     assert refused(case, with_header(case, tensors, 0).joined(), tmp_path, "damaged|more than 180 MB") < 4_000 * count
 
 
+@pytest.mark.slow
 def test_frames_that_unpack_to_more_than_memory(case: Case, tmp_path: Path) -> None:
     forged = case.parts
     zeros, nbytes = bz2.compress(bytes(1 << 27)), 1 << 27

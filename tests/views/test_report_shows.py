@@ -234,6 +234,7 @@ def test_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
         loratool.count(BASE).to_dataframe()
 
 
+@pytest.mark.slow
 def test_a_notebook(tmp_path: Path) -> None:
     """What a notebook shows of a report is its table, of a mapping its line; a mistake is one error."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
