@@ -27,6 +27,7 @@ from .base_norms import to_base_norms
 from .lazy import noted
 from .module_map import TargetModule, plan_target_modules
 from .numbers import Settled
+from .refusals import cannot_convert
 from .request import ConvertRequest, selected
 
 
@@ -49,7 +50,7 @@ def unloaded_modules(
     first, *_ = (each.name for each in FAMILIES[family].components)
     loaded, rest = (first, *runtime.components.get(family, ())), []
     for source in settle_components(sources, FAMILIES[family]):
-        if source.component not in loaded:
+        if source.component not in loaded and family in runtime.families:
             yield source.module, f"of {source.component}, whose adapters it does not load from such a file"
         elif source.component in DENOISERS:
             rest.append(source)
@@ -76,15 +77,19 @@ def notes_on_names(
                 yield f"{what}, and ignores these; `loratool convert --for {key}` writes its names"
 
 
-def is_known_kind(runtime: ImageRuntime, update: UpdateSpec) -> bool:
-    """Return whether a program applies an update's kind as a merge does, apart from DoRA's norms."""
+def is_known_kind(runtime: ImageRuntime, update: UpdateSpec, family: str = "") -> bool:
+    """Return whether a program applies an update's kind as a merge does, apart from DoRA's norms.
+
+    Args:
+        family: a key of FAMILIES, for kinds that it applies in this family alone.
+    """
     kind = update.cls.without_norm(update).kind
     unread = any(
         kind == of_kind and name.endswith(end) and axes in (0, len(update.specs[role].shape))
         for (of_kind, end), axes in runtime.unread.items()
         for role, name in update.tensors.items()
     )
-    return kind in runtime.kinds and not unread
+    return kind in runtime.kinds | runtime.family_kinds.get(family, frozenset()) and not unread
 
 
 def divides_otherwise(runtime: ImageRuntime, update: UpdateSpec) -> bool:
@@ -130,8 +135,21 @@ def prepare_for_image_program(
     return request
 
 
-def finish_for_image_program(planned: Settled, runtime: ImageRuntime, request: ConvertRequest) -> Settled:
-    """Return the planned output with the magnitudes of a program that divides DoRA by the norms of W."""
+def finish_for_image_program(
+    planned: Settled, runtime: ImageRuntime, request: ConvertRequest, source: Adapter
+) -> Settled:
+    """Return the planned output with the magnitudes of a program that divides DoRA by the norms of W.
+
+    Raises:
+        NeedsFlag: the program does not apply some changes without factors.
+        InputError: it applies none of the adapter's, or a base does not fit.
+    """
+    unknown = {m: u for m, u in planned.adapter.updates.items() if not is_known_kind(runtime, u, planned.family or "")}
+    if unknown:
+        modules = list(dict.fromkeys(name for module in unknown for name in planned.log[module].sources))
+        kinds = ", ".join(dict.fromkeys(update.kind for update in unknown.values()))
+        what = f"({kinds}) are not known to be applied by {runtime.title}"
+        raise cannot_convert(source.name, what, modules, among=selected(source, request.exclude))
     if planned.family not in runtime.families:
         title = FAMILIES[planned.family or ""].title
         planned = noted(planned, f"{runtime.title} {runtime.version} has no {title}: newer ones were not checked")

@@ -131,7 +131,7 @@ def _plan_low_rank(
     state = _without_weights(state, request, folder, opened)
     if target.family is not None:
         planned = _plan_image(state, target, target.family, request, source)
-        return finish_for_image_program(planned, program, request) if program else planned
+        return finish_for_image_program(planned, program, request, source) if program else planned
     if target.is_single:
         return plan_one_model(state, request, names_class)
     if not any(update.rank for update in source.updates.values()):

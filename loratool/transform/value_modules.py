@@ -152,7 +152,9 @@ def end_of(value: ValueModule, family: str, to: Format, adapter: Adapter) -> str
     if table and to.flattened and any(names_scale(table, path) for path in names):
         return None  # programs have flattened names of tensors that end in `.weight` alone
     if update.cls is ReplaceTensor and "norm" in to.value_ends:
-        return "norm" if located and all(path.endswith(CONTROL_NORMS) for path in located.diffusers) else None
+        has_loader = table is not None and bool(table.control_input)  # of a family's control adapters
+        is_norm = located is not None and all(path.endswith(CONTROL_NORMS) for path in located.diffusers)
+        return "norm" if has_loader and is_norm else None
     end = "set" if update.cls is ReplaceTensor else "diff" if len(update.shape) > 1 else "w_norm"
     return end if end in to.value_ends else None
 

@@ -240,7 +240,7 @@ def open_adapter(
             only_for = (file.metadata or {}).get(ONLY_FOR, "")
             if only_for and not lenient and only_for != runtime:
                 raise InputError(
-                    f"is only for {only_for}: the rows or magnitudes are in that program's order, or for its formula",
+                    f"is only for {only_for}: the rows or the magnitudes of its tensors are made for that program",
                     culprit=os.fspath(name),
                     remedy="use the adapter that it was converted from",
                 )

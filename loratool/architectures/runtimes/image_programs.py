@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from .runtime import ImageRuntime
 
 _LORA = frozenset({"lora", "tucker"})
+_LYCORIS = _LORA | {"diff", "loha", "lokr", "lycoris_glora"}
 
 _COMFYUI = frozenset(
     """auraflow chroma cosmos1 cosmos_predict2 flux hidream hunyuan_dit hunyuan_image hunyuan_video ltx lumina2 mochi
@@ -55,7 +56,7 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             checked="run",
             dora="base",
             along_inputs=True,
-            kinds=_LORA | {"diff", "loha", "lokr", "lycoris_glora"},
+            kinds=_LYCORIS | {"replace"},
             unread=_UNREAD,
             families=_COMFYUI,
             newer=True,
@@ -74,7 +75,7 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             checked="run",
             dora="base",
             along_inputs=True,
-            kinds=_LORA | {"diff", "loha", "lokr", "lycoris_glora"},
+            kinds=_LYCORIS,
             unread=_UNREAD,
             families=frozenset({"chroma", "flux", "sd1", "sd2", "sd3", "sdxl"}),
             components=_KOHYA_ENCODERS,
@@ -140,7 +141,8 @@ IMAGE_RUNTIMES: dict[str, ImageRuntime] = {
             checked="run",
             dora="sum",
             along_inputs=False,
-            kinds=frozenset({"lora"}),
+            kinds=frozenset({"add", "lora"}),
+            family_kinds={"flux": frozenset({"replace"})},  # norms of control adapters
             families=_DIFFUSERS,
             components={
                 **_CLIPS,

@@ -115,6 +115,8 @@ class ImageRuntime:
     # kind and end of a tensor's name -> its number of axes, where the kind with it is not applied; 0 for any
     unread: Mapping[tuple[str, str], int] = field(default_factory=dict)
     newer: bool = False  # newer versions load adapters of other families by the same rules
+    # key of FAMILIES -> kinds that it applies in adapters of this family alone
+    family_kinds: Mapping[str, frozenset[str]] = field(default_factory=dict)
     # key of FAMILIES -> components beside the denoiser that it loads
     components: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # key of FAMILIES -> expression for the paths, in the format's naming, of the denoiser's modules that it adapts

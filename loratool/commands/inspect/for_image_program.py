@@ -47,7 +47,7 @@ def inspect_for_image_program(call: InspectFor, row: ImageRuntime) -> RuntimeIns
         require_family(row, target.family, adapter.name)
         findings = (
             *_of_format(adapter, row),
-            *_of_updates(adapter, row),
+            *_of_updates(adapter, row, target.family),
             *_of_names(adapter, row, target.family, target.modules),
         )
         title = FAMILIES[target.family].title
@@ -84,7 +84,7 @@ def _of_format(adapter: Adapter, row: ImageRuntime) -> Iterator[Finding]:
         yield Finding("start", "misreads", says, "convert --for with --initial subtracts them from the adapter")
 
 
-def _of_updates(adapter: Adapter, row: ImageRuntime) -> Iterator[Finding]:
+def _of_updates(adapter: Adapter, row: ImageRuntime, family: str) -> Iterator[Finding]:
     """Yield the findings on kinds of updates."""
     updates = adapter.updates.items()
     if others := tuple(m for m, u in updates if divides_otherwise(row, u) and adapter.only_for != row.key):
@@ -95,7 +95,7 @@ def _of_updates(adapter: Adapter, row: ImageRuntime) -> Iterator[Finding]:
         outcome = "misreads" if row.along_inputs else "ignores"
         says = f"DoRA's magnitudes would be {what} without a warning"
         yield Finding("dora", outcome, says, "convert --for with --base makes it plain LoRA", others)
-    if unknown := {m: u.cls.without_norm(u).kind for m, u in updates if not is_known_kind(row, u)}:
+    if unknown := {m: u.cls.without_norm(u).kind for m, u in updates if not is_known_kind(row, u, family)}:
         named = " and ".join(dict.fromkeys(unknown.values()))
         says = f"it is {named}, which is not known to be applied as a merge does"
         remedy = "convert --for makes LoRA of kinds with factors; a merge applies all"

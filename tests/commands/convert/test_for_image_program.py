@@ -115,6 +115,56 @@ def test_kinds_are_told(tmp_path: Path) -> None:
     assert findings(tmp_path / "a.safetensors", "sd-scripts")["kind"].modules == (PREFIX,)
 
 
+VALUES = {
+    "diff": {"diff": torch.ones(3072, 3072)},
+    "diff_b": {"diff_b": torch.ones(3072)},
+    "set_weight": {"set_weight": torch.ones(3072, 3072)},
+}
+
+
+@pytest.mark.parametrize("role", VALUES)
+@pytest.mark.parametrize("key", IMAGE_RUNTIMES)
+def test_what_has_no_factors_is_for_programs_that_apply_it(key: str, role: str, tmp_path: Path) -> None:
+    """Beside LoRA of another layer; the other programs read the names of the factors alone, without a word."""
+    adapter, other, out = flux(tmp_path), PREFIX.replace("img", "txt"), tmp_path / "b.safetensors"
+    tensors = {f"{other}.{end}": tensor for end, tensor in VALUES[role].items()}
+    save_file({**load_file(adapter), **tensors}, adapter)
+    applied = {"comfyui": {*VALUES}, "forge": {"diff", "diff_b"}}
+    if role in applied.get(key, ()):
+        report = loratool.convert(adapter, out, runtime=key, architecture="flux")
+        assert any(name.endswith(f".{role}") for name in load_file(out)) and not report.dropped
+        return
+    with pytest.raises(NeedsFlag, match=other) as raised:
+        loratool.convert(adapter, out, runtime=key, architecture="flux")
+    assert not out.exists() and raised.value.flags
+    excluded = raised.value.flags.removeprefix("--exclude ").split(",")
+    assert len(loratool.convert(adapter, out, runtime=key, architecture="flux", exclude=excluded).modules) == 1
+    save_file(tensors, adapter)
+    with pytest.raises(InputError):
+        loratool.convert(adapter, out, runtime=key, architecture="flux", force=True)
+
+
+def test_a_language_model_has_other_names_in_comfyui(tmp_path: Path) -> None:
+    adapter, out = flux(tmp_path, name="transformer.transformer_blocks.0.attn.to_out.0"), tmp_path / "b.safetensors"
+    text = "text_encoder.model.language_model.layers.0.self_attn.q_proj"
+    tensors = {f"{text}.lora_down.weight": torch.ones(2, 8), f"{text}.lora_up.weight": torch.ones(8, 2)}
+    save_file({**load_file(adapter), **tensors, f"{text}.alpha": torch.tensor(2.0)}, adapter)
+    with pytest.raises(NeedsFlag, match="of text_encoder, whose adapters it does not load"):
+        loratool.convert(adapter, out, runtime="comfyui", architecture="qwen_image")
+
+
+def test_the_encoder_of_a_newer_family_is_written_with_a_note(tmp_path: Path) -> None:
+    adapter = flux(tmp_path, name="lora_te_layers_0_self_attn_q_proj")
+    tensors = load_file(adapter)
+    unet = "lora_unet_blocks_0_self_attn_q_proj"
+    tensors |= {f"{unet}.lora_down.weight": torch.ones(2, 2048), f"{unet}.lora_up.weight": torch.ones(2048, 2)}
+    save_file({**tensors, f"{unet}.alpha": torch.tensor(2.0)}, adapter)
+    out = tmp_path / "b.safetensors"
+    report = loratool.convert(adapter, out, runtime="comfyui", architecture="anima")
+    assert any("newer ones were not checked" in note for note in report.notes)
+    assert any(name.startswith("text_encoders.qwen3_06b.transformer.model.layers.0.") for name in load_file(out))
+
+
 class TestDora:
     def test_its_magnitudes_are_for_the_norms_of_the_base(self, tmp_path: Path) -> None:
         """m (||W|| + eps) / ||W + D||, from dense float64."""
