@@ -77,7 +77,7 @@ LIGHT = (
 ).split()
 HEAVY = (
     "binding.weights.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
-    "files.codecs.fp8_fresh files.codecs.gguf_blocks files.codecs.gguf_quantizer files.codecs.gguf_runs "
+    "files.codecs.fp8_fresh files.codecs.gguf_blocks files.codecs.gguf_quantizer files.codecs.gguf_codebooks "
     "files.hub.download"
 ).split()
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub"}

@@ -60,10 +60,10 @@ class GgmlBlocks(ScaledCodes):
         return Blocks(parts.weight.spec.shape[-1], self.layout(parts))
 
     def layout(self, parts: Parts) -> BlockLayout:
-        from . import gguf_blocks, gguf_runs
+        from . import gguf_blocks, gguf_codebooks
 
         kind = parts.codes_spec.dtype
-        return gguf_runs.LAYOUTS[kind] if kind in IN_RUNS else gguf_blocks.LAYOUTS[kind]
+        return gguf_codebooks.LAYOUTS[kind] if kind in IN_RUNS else gguf_blocks.LAYOUTS[kind]
 
     def levels(self, parts: Parts) -> Levels:
         return self.layout(parts).levels

@@ -19,7 +19,7 @@ from lib.oracles.llama_cpp import tree
 
 from loratool.errors import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
-from loratool.files.codecs import gguf, gguf_blocks, gguf_runs
+from loratool.files.codecs import gguf, gguf_blocks, gguf_codebooks
 from loratool.files.codecs.gguf import BITS
 from loratool.files.dtypes import BLOCK_TYPES, GGML_TYPES
 
@@ -37,9 +37,9 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def test_the_tables_are_of_the_same_types() -> None:
-    layouts = {**gguf_blocks.LAYOUTS, **gguf_runs.LAYOUTS}
+    layouts = {**gguf_blocks.LAYOUTS, **gguf_codebooks.LAYOUTS}
     assert set(KINDS) == set(BITS) == set(layouts) <= set(BLOCK_TYPES)
-    assert set(IN_RUNS) == set(gguf.IN_RUNS) == set(gguf_runs.LAYOUTS)
+    assert set(IN_RUNS) == set(gguf.IN_RUNS) == set(gguf_codebooks.LAYOUTS)
 
 
 def test_each_number_is_that_of_the_definition(kind: str, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""The block types of ggml whose numbers are looked up in runs: IQ1, IQ2 and IQ3.
+"""The block types of ggml with codebooks: IQ1, IQ2 and IQ3.
 
-A run is 8 numbers, in IQ3 4, that share an index into a list of runs which llama.cpp's authors found by search. Signs
-and scales are beside the indices. Here each number gets a code of its own, so that these types are read like others.
-But only listed runs can be stored, so a block is written as it was read: its head is all of its bytes.
+An entry of a codebook is a run of 8 numbers, in IQ3 of 4. A block has an index for each run, and beside these signs and
+scales. Here each number gets a code of its own, so that these types are read like others. But only a codebook's runs
+can be stored, so a block is written as it was read: its head is all of its bytes.
 
-Sources: the grids in ggml/src/ggml-common.h, and dequantize_row_iq1_s to dequantize_row_iq3_s in ggml/src/ggml-quants.c
-of llama.cpp.
+Sources: the codebooks, called grids, in ggml/src/ggml-common.h, and dequantize_row_iq1_s to dequantize_row_iq3_s in
+ggml/src/ggml-quants.c of llama.cpp.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RunLayout(BlockLayout):
         return heads
 
 
-# Lists of runs: numbers of a run, bits of each as a code, and these bits in base 85
+# Codebooks: numbers of a run, bits of each as a code, and these bits in base 85
 RUNS: dict[str, tuple[int, int, str]] = {
     "IQ1_S": (
         8,
@@ -180,7 +180,7 @@ RUNS: dict[str, tuple[int, int, str]] = {
 
 @cache
 def _runs(kind: str) -> Codes:
-    """Return the runs of a list, (runs, numbers)."""
+    """Return the runs of a codebook, (runs, numbers)."""
     count, bits, text = RUNS[kind]
     each = np.unpackbits(np.frombuffer(base64.b85decode(text), np.uint8), bitorder="little").reshape(-1, count, bits)
     return np.packbits(each, axis=2, bitorder="little")[:, :, 0]
@@ -199,7 +199,7 @@ def _bits(data: Codes, width: int) -> Codes:
 
 
 def _signed(kind: str, index: Codes, signs: Codes) -> Codes:
-    """Return codes: those of a list's runs, and beyond them the negative ones. signs: a byte for 8 numbers."""
+    """Return codes: those of a codebook's runs, and beyond them the negative ones. signs: a byte for 8 numbers."""
     codes = _runs(kind)[index].reshape(len(index), -1)
     return codes + _bits(signs, 1).reshape(codes.shape) * np.uint8(1 << RUNS[kind][1])
 
@@ -241,7 +241,7 @@ def _iq3_s(blocks: Codes) -> Codes:
 
 
 def _shifted(index: Codes, down: Codes) -> Codes:
-    """Return the codes of IQ1: those of the list's runs, and beyond them those of numbers that are shifted down."""
+    """Return the codes of IQ1: those of the codebook's runs, and beyond them those of numbers that are shifted down."""
     runs = _runs("IQ1_S")[index].reshape(len(index), down.shape[1], -1)
     codes: Codes = runs + down[:, :, None].astype(np.uint8) * np.uint8(4)
     return codes
@@ -293,7 +293,7 @@ def _iq1_m_scales(blocks: Codes) -> tuple[Wide, None]:
 
 
 def _with_negatives(*sizes: float) -> Table:
-    """Return the levels of codes of a list's numbers and, after a power of two, of the negative ones."""
+    """Return the levels of codes of a codebook's numbers and, after a power of two, of the negative ones."""
     unused = [np.nan] * (len(sizes) % 2)
     return Table((*sizes, *unused, *(-x for x in sizes), *unused))
 
