@@ -339,6 +339,7 @@ def read_placements(
             update = adapter.updates[module]
             update = update.cls.of_tensor(update, spec.shape)
             place[0] = bool(place[0]) is not update.along_inputs
+            update = update.cls.of_transposed(update) if place[0] else update
         else:
             update = UpdateSpec(ReplaceTensor, module, {"value": value}, {"value": adapter.file.specs[value]})
         placements.append(Placement(adapter, update, weight, *place))

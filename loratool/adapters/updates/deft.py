@@ -1,8 +1,8 @@
 """Project outputs away and add others, DEFT (2025): X = W + P (s R - F) with F = relu(P).T W, s = alpha / r or 1.
 
-With `para`, PaRa (Chen et al., 2024), R is 0. F has numbers of 36 bits (`numerics.short_products`), r for each column
-of W; an undo file has them. The projection by a QR decomposition (`decomposition_method="qr"`), whose signs are
-LAPACK's, is refused (`peft/tuners/deft/layer.py`).
+With `decomposition_method="qr"` both P and relu(P) are Q of P's QR decomposition (`numerics.orthonormal`). With `para`,
+PaRa (Chen et al., 2024), R is 0. F has numbers of 36 bits (`numerics.short_products`), r for each column of W; an undo
+file has them (`peft/tuners/deft/layer.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from ...errors import InputError, brief
 from ...files.dtypes import TensorSpec
 from ..config import AdapterConfig
-from .update import Detail, PeftMethod, Update, UpdateSpec, require_rank
+from .tucker import transposed_terms
+from .update import Detail, PeftMethod, Projected, Update, UpdateSpec, require_rank
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
@@ -28,17 +29,24 @@ class Injection(Detail):
     """What is added of R."""
 
     scale: float  # 0 for `para`
+    is_orthogonal: bool  # the projection is that of a QR decomposition
 
     @property
     def hashed(self) -> tuple[int, ...]:
-        return Fraction(self.scale).as_integer_ratio()
+        return (*Fraction(self.scale).as_integer_ratio(), *([1] if self.is_orthogonal else []))
 
 
 @dataclass(frozen=True)
 class DEFT(Update):
-    """DEFT of a linear layer."""
+    """DEFT of a linear layer.
 
-    P: Numbers  # (out, r)
+    Attributes:
+        P: (out, r), or Q.
+        kept: relu(P), or Q.
+    """
+
+    P: Numbers
+    kept: Numbers
     R: Numbers | None  # (r, in)
     injected: float  # s
 
@@ -81,39 +89,64 @@ class DEFT(Update):
         method, para, alpha = fields.get("decomposition_method"), fields.get("para", False), fields.get("alpha")
         if fields.get("peft_type") != cls.peft.type:
             raise InputError("only the config tells the projection of DEFT", culprit=spec.module)
-        if method not in (None, "relu"):
-            raise InputError(
-                f"projects by {brief(method)}, whose signs are those of a program's LAPACK",
-                culprit=spec.module,
-                remedy="merge it with peft (merge_and_unload), and `loratool extract BASE MODEL` the change",
-            )
-        if fields.get("fan_in_fan_out") or bool(para) is ("deft_R" in spec.specs):
-            raise InputError(
-                "is DEFT of a Conv1D, which is not supported"
-                if fields.get("fan_in_fan_out")
-                else "its R contradicts para",
-                culprit=spec.module,
-                remedy="merge it with peft (merge_and_unload), and `loratool extract BASE MODEL` the change",
-            )
+        if method not in (None, "relu", "qr"):
+            raise InputError(f"projects by {brief(method)}, which peft does not have", culprit=spec.module)
+        if bool(para) is ("deft_R" in spec.specs):
+            raise InputError("its R contradicts para", culprit=spec.module, remedy="the config is of another adapter")
         scale = 0.0 if para else float(alpha) / rank if isinstance(alpha, (int, float)) and alpha else 1.0
-        return replace(spec, transposed=False, detail=Injection(scale))
+        return replace(spec, detail=Injection(scale, method == "qr"))
+
+    @classmethod
+    def of_transposed(cls, spec: UpdateSpec) -> UpdateSpec:
+        return replace(spec, cls=DEFTOfRows)
 
     @classmethod
     def make(cls, spec: UpdateSpec, tensors: Mapping[str, Numbers]) -> DEFT:
+        from ...numerics.arrays import Numbers
+        from ...numerics.orthonormal import householder_q
+
         assert isinstance(spec.detail, Injection)
-        return cls(tensors["deft_P"], tensors.get("deft_R"), spec.detail.scale)
+        P = tensors["deft_P"]
+        if spec.detail.is_orthogonal:
+            try:
+                P = kept = Numbers.of(householder_q(P.wide()))
+            except ValueError as error:
+                raise InputError(str(error), culprit=spec.tensors["deft_P"]) from error
+        else:
+            bits: Bits = P.bits.copy()
+            bits[bits < 0] = 0
+            kept = Numbers(bits, P.form)
+        return cls(P, kept, tensors.get("deft_R"), spec.detail.scale)
 
     def reading(self) -> Numbers:
-        from ...numerics.arrays import Numbers
-
-        bits: Bits = self.P.bits.copy()
-        bits[bits < 0] = 0
-        return Numbers(bits, self.P.form).T
+        return self.kept.T
 
     def terms_of(self, F: Wide, weight: float) -> list[Term]:
         from ...numerics.arrays import Numbers
         from ...numerics.products import Term
 
-        w = Fraction(weight)
-        injected = [] if self.R is None else [Term(self.P, self.R, w * Fraction(self.injected))]
-        return [*injected, Term(self.P, Numbers.of(F), -w)]
+        return [*self._injected(weight), Term(self.P, Numbers.of(F), -Fraction(weight))]
+
+    def _injected(self, weight: float) -> list[Term]:
+        from ...numerics.products import Term
+
+        scale = Fraction(weight) * Fraction(self.injected)
+        return [] if self.R is None else [Term(self.P, self.R, scale)]
+
+
+@dataclass(frozen=True)
+class DEFTOfRows(DEFT):
+    """DEFT of a weight that is stored as (in, out): F.T is a product with its rows."""
+
+    reads_columns = False
+    projects = True
+
+    @classmethod
+    def projections(cls, spec: UpdateSpec, columns: int) -> int:
+        return cls.change_rank(spec)
+
+    def projected(self, weight: float) -> Projected:
+        return Projected(self.kept, self.P.T, -Fraction(weight))
+
+    def terms(self, weight: float, transposed: bool) -> list[Term]:
+        return transposed_terms(self._injected(weight))

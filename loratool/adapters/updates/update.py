@@ -334,6 +334,11 @@ class Update(ABC):
         return spec
 
     @classmethod
+    def of_transposed(cls, spec: UpdateSpec) -> UpdateSpec:
+        """Return the update of a weight that the base stores as (in, out), if another class computes it."""
+        return spec
+
+    @classmethod
     def projections(cls, spec: UpdateSpec, columns: int) -> int:
         """Return of how many numbers of a row of W the change depends, beside W. columns: of the base."""
         return 0

@@ -161,6 +161,7 @@ def place_update(
         return _place_experts(adapter, update, weight, match, target, model_types)
     transposed = _orient(adapter, update, match.name, target, specs, model_types, all_matches)
     expert = 0 if update.cls.stack else None
+    update = update.cls.of_transposed(update) if transposed else update
     return [Placement(adapter, update, weight, transposed, rows, 0, rows, 0, expert)]
 
 

@@ -77,7 +77,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "hira": ("peft hira", "peft hira conv"),
     "glora": ("peft glora", "peft glora constant", "peft glora weighed"),
     "lycoris_glora": ("glora", "glora conv"),
-    "deft": ("peft deft", "peft deft para"),
+    "deft": ("peft deft", "peft deft para", "peft deft qr"),
     "peanut": ("peft peanut", "peft peanut deep"),
     "fourierft": ("peft fourierft", "peft fourierft even"),
     "waveft": ("peft waveft", "peft waveft longer", "peft waveft plain"),

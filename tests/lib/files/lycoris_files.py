@@ -763,6 +763,7 @@ PEFT_KINDS: dict[str, Callable[[Numbers], Peft]] = {
     "glora weighed vector": _glora_of_peft("vector", "vector"),
     "deft": _deft(alpha=3),
     "deft para": _deft(para=True),
+    "deft qr": _deft(alpha=3, decomposition_method="qr"),
     "peanut": _peanut(0),
     "peanut deep": _peanut(2),
     "fourierft": _fourierft("linear", 20),

@@ -136,6 +136,10 @@ ROWS = {
     "deft": Row("DeftConfig", {"r": 4}, close=1e-5),
     "deft, alpha": Row("DeftConfig", {"r": 4, "alpha": 7}, close=1e-5),
     "deft, para": Row("DeftConfig", {"r": 4, "para": True}, close=1e-5),
+    "deft, qr": Row("DeftConfig", {"r": 4, "alpha": 7, "decomposition_method": "qr"}, close=1e-5),
+    "deft, qr para": Row("DeftConfig", {"r": 4, "decomposition_method": "qr", "para": True}, close=1e-5),
+    "deft, conv1d": Row("DeftConfig", {"r": 4, "alpha": 7}, ("hf",), close=1e-5),
+    "deft, qr of conv1d": Row("DeftConfig", {"r": 4, "decomposition_method": "qr"}, ("hf",), close=1e-5),
     "peanut": Row("PeanutConfig", {"r": 4, "scaling": 0.7}, close=1e-9),
     "peanut, deep": Row("PeanutConfig", {"r": 4, "depth": 2}, close=1e-9),
     # peft computes FourierFT in float32

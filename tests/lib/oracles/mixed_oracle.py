@@ -17,6 +17,7 @@ from typing import Any
 
 import mpmath
 import numpy as np
+import torch
 from torch import Tensor
 
 from lib.oracles.fractions_oracle import NORM_BITS, Refused, Update, finite_reals, log2_floor
@@ -320,7 +321,23 @@ def deft(roles: Mapping[str, Tensor], config: Mapping[str, Any]) -> Callable[[Gr
     R = Fraction(0)
     if not config.get("para"):
         R = grid(roles["deft_R"]) * Fraction(config["alpha"] / config["r"] if config.get("alpha") else 1)
-    return lambda W: W + P.dot(R - shorts(relu(P).T.dot(W)))
+    is_qr = config.get("decomposition_method") == "qr"
+    Q, kept = (reflected(roles["deft_P"]),) * 2 if is_qr else (P, relu(P))
+    return lambda W: W + Q.dot(R - shorts(kept.T.dot(W)))
+
+
+def reflected(P: Tensor) -> Grid:
+    """Return Q of LAPACK's QR decomposition, by its reflections one after the other."""
+    n, r = P.shape
+    with mpmath.workprec(400):
+        R, Q = mpmath.matrix(P.double().tolist()), mpmath.eye(n)
+        for k in range(min(r, n - 1)):
+            v = R[:, k]
+            v[:k, 0] *= 0
+            v[k, 0] += mpmath.norm(v) * (1 if v[k, 0] >= 0 else -1)
+            H = mpmath.eye(n) - 2 * v * v.T / (v.T * v)[0]
+            R, Q = H * R, Q * H
+        return grid(torch.tensor([[float(Q[i, j]) for j in range(r)] for i in range(n)], dtype=torch.float64))
 
 
 def peanut(roles: Mapping[str, Tensor], config: Mapping[str, Any]) -> Callable[[Grid], Grid]:
