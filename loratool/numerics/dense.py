@@ -128,7 +128,7 @@ class DenseRows:
         scale, inexact = 1.0, 0.0
         if self.factor:
             values, errors = self.factor.of_rows_in(here)
-            scale = float(np.abs(values).max(initial=0.0))
+            scale = max(float(values.max(initial=0.0)), -float(values.min(initial=0.0)))  # no copy of them all
             inexact = float(errors.max(initial=0.0)) + LEAST_OF[self.kind]  # as a small factor is cast
         rounding = units * (3 if self.factor else 1) * (largest * scale + size) * 1.001 + largest * inexact + 2.0**-120
         slight = not self.factor and size < 2.0**-12 * largest

@@ -25,7 +25,7 @@ from .error_free import two_product, two_sum
 from .forms import F64, Wide, integers
 
 LEAST = 2.0**-200  # smaller derived numbers count as 0
-KEPT = 76  # bits of the largest number in a matrix that its slices have, and more for longer sums
+KEPT = 84  # bits of the largest number in a matrix that its slices have, and more for longer sums
 UNIT = 256  # bits behind the point of integers
 REACH = 180  # matrices whose largest number is beyond 2**-180 and 2**180 are computed in integers
 STEPS = 12  # of Newton's method at most; each doubles the right bits of an inverse
