@@ -1,6 +1,6 @@
 """Hold OFT that becomes PEFT's against PEFT, which loads it and merges it in float64.
 
-OneTrainer's is also held to its own formulas, written here in torch.
+OneTrainer's is also held to its own formulas, written here in torch, and these to its own code.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from conftest import load_model, slow
 from lib.files.lycoris_files import Numbers, Roles, peft_of, write_lycoris
 from lib.models.converted_sources import LANGUAGE
+from lib.oracles.image_programs import onetrainer_oft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -143,6 +144,18 @@ def test_onetrainers(tmp_path: Path, container: str, scaled: bool, sizes: Mappin
         else:
             assert (row.how, row.error) == ("folded" if is_turned else "exact", 0.0)
             assert torch.equal(value, -numbers[row.name] if is_turned else numbers[row.name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("sizes", "shares"), [(SIZES, False), (NEAREST, False), (SIZES, True)])
+def test_the_formulas_are_onetrainers(tmp_path: Path, scaled: bool, sizes: Mapping[str, int], shares: bool) -> None:
+    for number, (path, size) in enumerate(sizes.items()):
+        base = base_of(tmp_path, {path: UNET[path]})
+        value = triangles(number, math.prod(UNET[path][1:]), size, 1 if shares else None)
+        wanted = onetrainer_oft(base[f"{path}.weight"], value, size, shares, scaled)
+        found = onetrainers(base, {path: value}, scaled)[f"{path}.weight"]
+        assert float((found - wanted).abs().max()) < 1e-13 < float((found - base[f"{path}.weight"]).abs().max())
 
 
 @pytest.mark.parametrize("bounds", [{LINEAR: 0.3, FED: 0.3}, {LINEAR: 0.3}, {LINEAR: 0.3, FED: 0.2}, {}])

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -347,3 +348,33 @@ def invokeai_flux(tensors: Mapping[str, Tensor]) -> nn.Module:
     model: nn.Module = flux.Flux(params)
     model.load_state_dict(tensors)
     return model
+
+
+@cache
+def _onetrainer() -> ModuleType:
+    """Load its modules; those for training alone, which need more packages, are replaced by nothing."""
+    find_program("onetrainer")
+    for name in ("modules.module.FusedModule", "modules.util.config.TrainConfig", "modules.util.quantization_util"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            sys.modules[name] = MagicMock()
+    return importlib.import_module("modules.module.LoRAModule")
+
+
+def onetrainer_oft(weight: Tensor, numbers: Tensor, size: int, shares: bool, scaled: bool) -> Tensor:
+    """Return what OneTrainer's layer of OFT is equal to, in float64. numbers: `oft_R.weight`, of blocks of `size`."""
+    shape = weight.shape
+    is_linear = weight.dim() == 2
+    layer = nn.Linear(shape[1], shape[0], False) if is_linear else nn.Conv2d(shape[1], shape[0], shape[2:], bias=False)
+    layer.double().weight.data = weight.double().clone()
+    module = _onetrainer().OFTModule("", layer, size, shares, scaled)
+    assert (module.oft_block_size, module.oft_R.weight.shape) == (size, numbers.shape)
+    module.hook_to_module()
+    module.double().oft_R.weight.data = numbers.double()
+    with torch.no_grad():
+        if is_linear:
+            return module(torch.eye(shape[1], dtype=torch.float64)).T
+        module.op = lambda x, turned, *rest, **more: turned
+        turned: Tensor = module(None)
+        return turned
