@@ -25,6 +25,7 @@ from ..updates.dora import DoRA
 from ..updates.low_rank import LowRank
 from .content import NewModule
 from .format import Capabilities, Format, ReadOptions
+from .kohya_oft import named_parts
 from .module_updates import module_updates
 from .other_methods import refused_tensor
 from .suffixes import ALPHA_ENDS, VALUE_ENDS, split_suffix, suffix_of
@@ -71,7 +72,7 @@ class Kohya(Format):
             if (other := modules.setdefault(module, {}).setdefault(role, tensor)) != tensor:
                 raise InputError(f"is the same as {other}", culprit=tensor)
         updates = {}
-        for module, roles in modules.items():
+        for module, roles in named_parts(modules).items():
             stored = roles.pop("alpha", None)
             if not roles:
                 raise InputError(f"has no lora_down and lora_up beside it in {name}", culprit=stored)

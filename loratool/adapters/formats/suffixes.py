@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 from ..updates import UPDATES, peft_methods
+from .kohya_oft import PART
 
 # suffix of a tensor's name -> its role
 SUFFIXES: Mapping[str, str] = {
@@ -68,11 +69,16 @@ _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 
 
 def split_suffix(tensor: str) -> tuple[str, str | None]:
-    """Return a tensor's module and its role; the full name and None if the suffix is unknown."""
+    """Return a tensor's module and its role; the full name and None if the suffix is unknown.
+
+    The role of a part of kohya's OFT of Flux is its number.
+    """
     for suffix, role in PROCESSOR_SUFFIXES.items():
         module = tensor.removesuffix(suffix)
         if module != tensor and PROCESSOR.fullmatch(module):
             return module, role
+    if match := PART.fullmatch(tensor):
+        return match[1], match[2]
     for suffix in _LONGEST_FIRST:
         if tensor.endswith(suffix):
             return tensor.removesuffix(suffix), SUFFIXES[suffix]

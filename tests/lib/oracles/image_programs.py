@@ -378,3 +378,17 @@ def onetrainer_oft(weight: Tensor, numbers: Tensor, size: int, shares: bool, sca
         module.op = lambda x, turned, *rest, **more: turned
         turned: Tensor = module(None)
         return turned
+
+
+def sd_scripts_oft_flux(
+    weight: Tensor, blocks: Mapping[str, Tensor], count: int, alpha: float, parts: list[int]
+) -> Tensor:
+    """Return what sd-scripts' layer of OFT of Flux is equal to, in float32. blocks: its state."""
+    find_program("sd-scripts")
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight.data = weight.clone()
+    module = importlib.import_module("networks.oft_flux").OFTModule("", layer, 1.0, count, alpha, parts)
+    module.load_state_dict(blocks)
+    module.apply_to()
+    with torch.no_grad():
+        return (module(torch.eye(weight.shape[1])) - layer.bias).T
