@@ -366,10 +366,10 @@ def file_of(shard: WeightsFile, name: str) -> OutputFile:
     """Return a weights file as it is, to be written again under a name.
 
     Raises:
-        InputError: it is a torch file.
+        InputError: it is a torch file, or another that is only read.
     """
     if shard.header is None or shard.scattered:
-        message = "is a torch file, which cannot be changed in place"
+        message = "is neither a safetensors nor a GGUF file, and cannot be changed in place"
         raise InputError(message, culprit=str(shard.path), remedy=ELSEWHERE)
     return OutputFile(name, read_layout(shard.header, shard.path).head, dict(shard.begin), shard.nbytes)
 

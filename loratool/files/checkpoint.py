@@ -36,10 +36,11 @@ from .codecs.quantized import (
     find_declared,
     listed_layers,
 )
-from .containers.file_kinds import container_of, first_bytes, found_by_content, no_weights, not_weights
+from .containers.file_kinds import NPZ, container_of, first_bytes, found_by_content, no_weights, not_weights
 from .containers.gguf_config import gguf_config
 from .containers.gguf_file import GGUF, GgufFile
 from .containers.gguf_split import open_parts, split_number
+from .containers.npz_file import NpzFile
 from .containers.safetensors_file import TensorFile
 from .containers.torch_reader import TorchFile
 from .dtypes import CONFIG_DTYPES, TORCH_FLOATS, TensorSpec
@@ -404,7 +405,7 @@ def open_weights(path: Path) -> WeightsFile:
     if container is None:
         refuse_change_folder(path.parent)  # the files in it may be compressed
         raise not_weights(path, first)
-    file = {GGUF: GgufFile, "torch": TorchFile}.get(container, TensorFile)(path)
+    file = {GGUF: GgufFile, NPZ: NpzFile, "torch": TorchFile}.get(container, TensorFile)(path)
     if isinstance(file, TensorFile):
         try:
             refuse_change(file)

@@ -43,6 +43,7 @@ from ..durable.fileio import copy_range, open_for_reading, write_at
 from ..durable.journal import StoredBytes
 from ..errors import InputError, NeedsFlag
 from ..files.checkpoint import Checkpoint
+from ..files.containers.file_kinds import NPZ
 from ..files.containers.indexed_file import TRAILER, index_text, is_readable, packer, write_end
 from ..files.digest import pieces_of
 from ..files.dtypes import DTYPES, TensorSpec
@@ -260,7 +261,7 @@ def _shard(shard: WeightsFile) -> dict[str, Any]:
     header = shard.header
     specs = {name: [spec.dtype, list(spec.shape)] for name, spec in shard.specs.items()}
     name = shard.place
-    if shard.scattered:  # unmerge writes one file for several
+    if shard.scattered or shard.file_format == NPZ:  # unmerge writes a torch file for what it cannot write
         name = f"{shard.prefix}pytorch_model.bin"
     return {"name": name, "header": header, "specs": specs if header is None else None}
 

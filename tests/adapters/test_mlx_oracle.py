@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import factors, load_model, write_peft
+from conftest import PROGRAMS, factors, load_model, write_peft
 from lib.models import tiny
 from safetensors.torch import load_file, save_file
 
@@ -195,3 +195,36 @@ def test_gpt_oss_s_interleaved_stacks(tmp_path: Path) -> None:
             for part, found in hubs.items() if model is base else ((last, W),):
                 said = theirs[f"{owner}.{part}.weight"]
                 assert found.shape == said.shape and (abs(found.numpy() - said) <= 2**-7 * abs(said) + 1e-3).all()
+
+
+def test_an_archive_of_2023_is_merged_as_its_trainer_fuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-examples' `lora/` trained, saved and fused before mlx-lm did; it has a fixed scale, which the file lacks."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    if not (PROGRAMS / "mlx-examples").is_dir():
+        pytest.skip(f"needs a checkout of ml-explore/mlx-examples in {PROGRAMS}")
+    monkeypatch.syspath_prepend(PROGRAMS / "mlx-examples/lora")
+    import models
+
+    base = make_base("causal", "mistral", tmp_path / "base")
+    model = models.Model(models.ModelArgs.from_dict(json.loads((base / "config.json").read_text())))
+    model.load_weights(str(base / "model.safetensors"))
+    model.freeze()
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            wrapped = models.LoRALinear.from_linear(layer.self_attn[name], rank=4)
+            wrapped.lora_b = mx.random.normal((wrapped.lora_b.shape[1], 4)).T  # as an optimizer may leave it
+            layer.self_attn[name] = wrapped
+    (tmp_path / "a").mkdir()
+    mx.savez(str(tmp_path / "a/adapters.npz"), **dict(tree_flatten(model.trainable_parameters())))
+    scale = model.model.layers[0].self_attn.q_proj.scale
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            layer.self_attn[name] = layer.self_attn[name].to_linear()
+    loratool.merge(base, tmp_path / "a", tmp_path / "merged", alpha=4 * scale, dtype="fp32", undo=False)
+    merged = load_model(tmp_path / "merged")
+    theirs = {name: torch.tensor(array.tolist()) for name, array in tree_flatten(model.parameters())}
+    assert merged.keys() == theirs.keys() and scale == 20
+    for name, W in theirs.items():
+        assert torch.allclose(merged[name].float(), W, rtol=1e-5, atol=1e-5 * scale), name

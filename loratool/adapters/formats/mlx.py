@@ -1,10 +1,11 @@
 """Read and write MLX's format: `adapters.safetensors` beside `adapter_config.json`, as mlx-lm trains and loads them.
 
+Before spring 2024 it was a NumPy archive of the same tensors, without a config.
 Tensors are `<module>.lora_a` (in, r) and `.lora_b` (r, out), with DoRA `.m`; `mlx_stacks` describes those of experts.
 The config has one `scale`, a factor of the product (PEFT's alpha / r), one `rank`, and the modules in `keys`.
 `fine_tune_type: full` has full tensors instead. Modules have the names of mlx-lm's classes, listed in
 `architectures.mlx_names`.
-Defined by ml-explore/mlx-lm 0.32: `mlx_lm/tuner/{lora,dora,utils}.py`.
+Defined by ml-explore/mlx-lm 0.32: `mlx_lm/tuner/{lora,dora,utils}.py`; ml-explore/mlx-examples: `lora/`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ...architectures.roles import EMBEDDINGS
 from ...architectures.ties import INPUT_EMBEDDINGS
 from ...durable.fileio import require_free_space, write_file
 from ...errors import InputError, NeedsFlag, UsageError, brief, with_article
+from ...files.containers.file_kinds import NPZ
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig, named_base
@@ -53,6 +55,8 @@ ENDS = {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
 ROLES = {end: role for role, end in ENDS.items()}
 FACTORS = (".lora_a", ".lora_b")
 KINDS = ("lora", "dora", "full")
+# of ml-explore/mlx-examples, `lora/models.py`, whose adapters.npz has no config beside it; mlx-lm began with 10
+SCALES_OF_NPZ = "the code that wrote adapters.npz has a scale of 2, 10 or 20, by its version"
 
 
 @final
@@ -92,7 +96,7 @@ class Mlx(Format):
             UsageError: the alpha of `options` contradicts the config.
         """
         fields, _ = find_config(file)
-        settings = _parse(name, fields, options)
+        settings = _parse(name, file.file_format, fields, options)
         types = tuple(nested_configs(options.model))
         if settings.kind == "full":
             return Adapter(name, self.key, file, settings.config, _whole(file, types))
@@ -187,7 +191,7 @@ def is_mlx_config(fields: Mapping[str, Any]) -> bool:
     return not fields.keys().isdisjoint(MARKS)
 
 
-def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Settings:
+def _parse(name: str, file_format: str, fields: Mapping[str, Any], options: ReadOptions) -> _Settings:
     """Parse a config; raise an error if it is not MLX's, or if neither it nor `options` gives the scale."""
     if len(fields) > 1 and not is_mlx_config(fields):
         raise InputError(
@@ -210,10 +214,11 @@ def _parse(name: str, fields: Mapping[str, Any], options: ReadOptions) -> _Setti
         raise InputError(f"its config's rank {brief(rank)} is not a number that can be used", culprit=name)
     if scale is None and options.alpha is None and kind != "full" and not options.lenient:
         of_peft = "; it has alpha, which mlx-lm does not read" if "alpha" in lora else ""
+        usual = f" ({SCALES_OF_NPZ})" if file_format == NPZ else ""
         raise NeedsFlag(
             f"has no config that says the scale{of_peft}",
             culprit=name,
-            remedy=f"put lora_parameters.scale into its {CONFIG_NAME}, or pass --alpha, which is scale * rank",
+            remedy=f"put lora_parameters.scale into its {CONFIG_NAME}, or pass --alpha, which is scale * rank{usual}",
             flags="--alpha A",
         )
     if scale is not None and rank and options.alpha not in (None, scale * rank):

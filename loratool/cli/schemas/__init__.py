@@ -29,6 +29,7 @@ from ...commands.report_files import report_classes
 from ...commands.run.steps import COMMANDS
 from ...files.codecs import CODECS
 from ...files.codecs.codec import CodeFormat
+from ...files.containers.file_kinds import NPZ
 from ...files.dtypes import BLOCK_TYPES, DTYPES
 from ...files.output.output import CONTAINERS
 from ...files.states.training_states import STATES
@@ -68,7 +69,7 @@ WORDS: dict[str, Sequence[str]] = {
     "role": ("linear", "embedding", "head", "experts", "conv", ""),
     "to": tuple(written_formats()),
     "CheckpointConvertReport.to": (*convert_checkpoint.WRITTEN, *namings.MODEL_NAMINGS),
-    "CheckpointConvertReport.source_format": (*CONTAINERS, *(each.file_format for each in STATES.values())),
+    "CheckpointConvertReport.source_format": (*CONTAINERS, NPZ, *(each.file_format for each in STATES.values())),
     "CombineReport.method": tuple(choices.COMBINE_METHODS),
     "InitReport.method": tuple(choices.INIT_CHOICES),
     "MethodCount.method": tuple(counting.FORMULAS),

@@ -16,6 +16,8 @@ from ...durable.fileio import open_for_reading, reading
 from ...errors import InputError, shell_word
 from .gguf_file import GGUF, MAGIC
 
+NPZ = "npz"  # NumPy's archives, which are only read
+
 FIRST = 512  # bytes that identify a file, including the mark of a tar file at 257
 
 DOWNLOAD = "download the file again: hf download ORG/MODEL; the link of a file has /resolve/, that of its page /blob/"
@@ -42,9 +44,6 @@ class Kind:
 
 # fmt: off
 KERAS = Kind("a Keras model", PYTORCH, None, r".*\.keras")
-NPZ = Kind("a NumPy archive, as early MLX wrote",
-           "save its arrays as safetensors: save_file(dict(numpy.load(FILE)), OUT) of safetensors.numpy",
-           None, r".*\.npz")
 ZIP = Kind("a zip archive", UNPACK, None, r".*\.zip")
 
 KINDS = (
@@ -80,7 +79,6 @@ KINDS = (
          rb"wdelta\x00"),
     Kind("compressed by ZipNN", "decompress it with zipnn", None, r".*\.znn"),
     Kind("a NumPy array", "save the arrays by name: safetensors.numpy.save_file", rb"\x93NUMPY", r".*\.npy"),
-    NPZ,
     Kind("a tar archive", UNPACK, rb"(?s).{257}ustar", r".*\.(?:tar|nemo)"),
     Kind("a gzip archive", UNPACK, rb"\x1f\x8b", r".*\.t?gz"),
     ZIP,
@@ -104,7 +102,7 @@ KINDS = (
 )
 
 # A pattern of an entry's name -> the kind of a zip archive not written by torch.save; the first match counts
-ZIPS = {r".*\.npy": NPZ, r"model\.weights\.h5": KERAS}
+ZIPS = {r"model\.weights\.h5": KERAS}
 # fmt: on
 
 # names of weights files, and where to look for them in a folder without any
@@ -122,7 +120,7 @@ ANSWER = re.compile(rb'"(?:error|message|detail)"\s*:\s*"([^"]{1,99})')  # of a 
 
 
 def container_of(first: bytes) -> str | None:
-    """Return the container of a weights file by its first bytes, a key of `output.CONTAINERS`; None if unknown.
+    """Return the container of a weights file by its first bytes: a key of `output.CONTAINERS`, or NPZ; None if unknown.
 
     A safetensors file begins with its header's length, which may be any bytes, but it has the header's brace at byte 8.
     """
@@ -130,6 +128,8 @@ def container_of(first: bytes) -> str | None:
         return "safetensors"
     if first.startswith(MAGIC):
         return GGUF
+    if first.startswith(b"PK\x03\x04") and first[30 : 30 + int.from_bytes(first[26:28], "little")].endswith(b".npy"):
+        return NPZ
     return "torch" if SAVED.match(first) else None
 
 

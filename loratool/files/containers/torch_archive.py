@@ -9,73 +9,20 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...durable.fileio import read_into, reading
-from ...errors import InputError, LoratoolError
+from ...errors import InputError
 from ..dtypes import DTYPES, TORCH_DTYPES, TensorSpec
 from .file_kinds import kind_of_zip
 from .torch_pickle import MAX_PICKLE, REMEDY, Machine, SavedTensor, Storage
+from .zip_entries import bounded_stream, damage_named, entry_place, is_coded
 
 MAGIC_NUMBER, PROTOCOL_VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the legacy layout
 
-MAX_PART = 1 << 24  # bytes of a header read at once: a zip's list of 150,000 entries; it takes 20 times the memory
-
-CODED = 1 | 32 | 64  # flags of a zip's entry: encrypted, a patch of other data, strongly encrypted
-
 _Locate = Callable[[Storage], tuple[int, int]]  # a storage's first byte in the run, and its length
-
-
-class _Run(io.RawIOBase):
-    """A range of a file as a stream."""
-
-    def __init__(self, file: BinaryIO, begin: int, nbytes: int) -> None:
-        self._source, self._begin, self._nbytes, self._at = file, begin, nbytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
-        if self._at < 0:
-            raise ValueError("a place before the first byte")
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        part = memoryview(buffer).cast("B")[: max(0, self._nbytes - self._at)]
-        read_into(self._source, part, self._begin + self._at)
-        self._at += len(part)
-        return len(part)
-
-
-class _Bounded(io.BufferedReader):
-    """A stream whose reads never allocate more than a header needs, even if the file claims a larger length."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > MAX_PART:
-            raise ValueError(f"a header with one part of {size} bytes")
-        return super().read(1 << 17 if size is None or size < 0 else size)  # zipfile reads the end without a size
-
-    def readline(self, size: int | None = -1) -> bytes:
-        return super().readline(MAX_PICKLE)
-
-
-@contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Convert every error of the block into an InputError that names the file: damage can cause any error."""
-    try:
-        yield
-    except (LoratoolError, OSError):
-        raise
-    except Exception as error:
-        why = (str(error) or type(error).__name__)[:200]
-        raise InputError(f"is damaged, cut off or not a file of torch.save: {why}", culprit=str(path)) from error
 
 
 class TorchArchive:
@@ -95,7 +42,7 @@ class TorchArchive:
     def __init__(self, path: Path, file: BinaryIO, begin: int, nbytes: int, records: Collection[str] = ()) -> None:
         self.path, self._file, self._begin, self._nbytes, self._records = path, file, begin, nbytes, records
         with reading(path), damage_named(path):
-            stream = _Bounded(_Run(file, begin, nbytes))
+            stream = bounded_stream(file, begin, nbytes)
             zipped = stream.read(4) == b"PK\x03\x04"
             stream.seek(0)
             self.top, self._locate = self._open_zip(stream) if zipped else self._open_legacy(stream)
@@ -147,12 +94,9 @@ class TorchArchive:
         def locate(name: str) -> tuple[int, int]:
             """Return an entry's first byte and length, from the local header, whose extra field may differ."""
             entry = entries[roots[0] + name]
-            if entry.compress_type or entry.flag_bits & CODED:
+            if is_coded(entry):
                 raise self._refuse(f"holds {name} compressed or encrypted, which torch.save never does", REMEDY)
-            header = self._bytes(entry.header_offset, 30)
-            if header[:4] != b"PK\x03\x04" or entry.compress_size != entry.file_size or entry.external_attr & 16:
-                raise ValueError(f"{name} is not where the list of entries puts it, has two lengths or is a folder")
-            return entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:])), entry.file_size
+            return entry_place(entry, self._bytes)
 
         def content(name: str) -> bytes:
             begin, length = locate(name)

@@ -33,7 +33,8 @@ from .names import HubName
 # MLX's (earlier checkpoints are beside it); those of torchtune and litgpt (the merged model is beside them)
 ADAPTER_NAMES = (
     "adapter_model.safetensors", "adapter_model.bin",
-    "adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors", "adapter_model.pt", "lit_model.pth.lora",
+    "adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors", "adapters.npz", "adapter_model.pt",
+    "lit_model.pth.lora",
 )  # fmt: skip
 
 # Files beside the weights that are needed to read them, in addition to the side files that are copied

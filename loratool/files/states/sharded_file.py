@@ -18,7 +18,7 @@ from pathlib import Path
 from ...architectures.prefixes import WRAPPERS
 from ...durable.fileio import read_into
 from ...errors import InputError
-from ..containers.torch_archive import damage_named
+from ..containers.zip_entries import damage_named
 from ..dtypes import TensorSpec
 from ..weights_file import WeightsFile
 

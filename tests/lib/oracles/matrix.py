@@ -340,6 +340,7 @@ MODELS_CHECKED = {
     "GGUF": ("a file, of a GGUF base", "gguf, llama.cpp's converters", "files/test_gguf_as_transformers.py"),
     "MLX": ("a folder, of an MLX base", "mlx", "files/codecs/test_mlx.py"),
     "DCP, FSDP": ("no", "torch.distributed", "files/states/test_dcp_file.py"),
+    "NumPy": ("no", "numpy", "files/containers/test_npz_file.py"),
     "DeepSpeed ZeRO 1 to 3": ("no", "deepspeed", "files/states/test_zero_file.py"),
     "ranks' DTensors (verl)": ("no", "torch's DTensor", "files/states/test_dtensor_file.py"),
 }
