@@ -39,6 +39,7 @@ class Adapter:
     module_weights: ModuleWeights = ()  # weights that replace the adapter's, by module
     extras: tuple[str, ...] = ()  # tensors in the file that no weight could hold; they are not in its specs
     own_names: tuple[str, ...] = ()  # modules still under the format's own names; only a base could resolve them
+    by_order: bool = False  # the file numbers its layers by their order, so the base must have as many
     only_for: str = ""  # the program whose row order or formula it is for; empty for the model's
     excluded: tuple[str, ...] = ()  # modules and extras excluded by --drop
     known_sha256: str = ""  # hash of the weights file, if known without reading it

@@ -48,6 +48,7 @@ from .other_methods import (
 )
 from .peft import Peft
 from .peft_config import CONFIG_NAME, WEIGHTS_NAMES, find_config
+from .sam import Sam
 from .torchtune import Torchtune
 
 # key -> format; if several claim a file, the first reads it
@@ -64,6 +65,7 @@ FORMATS: dict[str, Format] = {
         Litgpt(),
         Loralib(),
         Mlx(),
+        Sam(),
         Peft(),
     )
 }

@@ -3,8 +3,8 @@
 A merge refuses such a file with the reason, and `inspect` describes it; both use one table. A method is recognized by
 PEFT's `peft_type`, or by a mark in the names of its tensors. Sources of the names: peft
 (`peft/utils/save_and_load.py`), of AdapterHub's adapters (`adapters/loading.py`: `M.adapters.NAME.adapter_down.0`),
-the code of Lin et al. (zlinao/VGLM: `adapter_block.mixadapter.0.project_down`), and the LoRA for Segment Anything by
-Wang, SAMed and later ones (JamesQFreeman/Sam_LoRA: `w_a_000`, or the state of `_LoRA_qkv`).
+the code of Lin et al. (zlinao/VGLM: `adapter_block.mixadapter.0.project_down`), and the state of a Segment
+Anything with LoRA (JamesQFreeman/Sam_LoRA: `_LoRA_qkv`).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ OTHER_METHODS = {
         "LoRA for Segment Anything",
         "neither",
         _UNSUPPORTED,
-        ("w_a_0", "w_b_0", "linear_a_q", "linear_b_q", "linear_a_v", "linear_b_v"),
+        ("linear_a_q", "linear_b_q", "linear_a_v", "linear_b_v"),
     ),
 }
 

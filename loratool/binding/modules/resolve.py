@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ...adapters.adapter import Adapter
+from ...adapters.formats.sam import other_depth
 from ...adapters.updates.diff import Diff
 from ...adapters.updates.replace import ReplaceTensor
 from ...adapters.updates.update import UpdateSpec
@@ -21,6 +22,7 @@ from ...architectures.components import components_of
 from ...architectures.experts import HALVED_EXPERTS, ExpertPart, expert_part
 from ...architectures.fused_rows import Configs, RowPart, row_parts
 from ...architectures.image import SCALE, image_modules
+from ...architectures.numbered_names import split_numbers
 from ...architectures.prefixes import CONTAINER_PREFIXES, KOHYA_PREFIXES, PEFT_PREFIX, WRAPPERS, module_path
 from ...architectures.renames import canonical
 from ...errors import InputError, LoratoolError
@@ -66,6 +68,9 @@ def bind(
     specs = with_coded(specs, coded or {})
     formats = {name: c.format for weight, c in (coded or {}).items() for name in (weight, *c.tensors)}
     resolved = [(adapter, weight, *resolve_modules(specs, adapter, configs)) for adapter, weight in adapters]
+    for adapter, _, found, _ in resolved:
+        if adapter.by_order:
+            _require_every_layer(adapter, found, specs)
     chosen = [_select_matches(selection, matches) for _, _, matches, _ in resolved]
     missing = [[m for m in absent if selection.selects(m)] for _, _, _, absent in resolved]
     added: dict[str, tuple[Adapter, UpdateSpec]] = {}
@@ -142,6 +147,17 @@ def _select_matches(selection: Selection, matches: Mapping[str, Sequence[Match]]
     """Return the selected matches of each module, by the adapter's path or the base's."""
     selected = {m: tuple(s for s in each if selection.selects(m, module_path(s.name))) for m, each in matches.items()}
     return {module: matches_of_module for module, matches_of_module in selected.items() if matches_of_module}
+
+
+def _require_every_layer(
+    adapter: Adapter, matches: Mapping[str, Sequence[Match]], specs: Mapping[str, TensorSpec]
+) -> None:
+    """Raise InputError if the base has other layers than an adapter whose file numbers them by order alone."""
+    layers = [module for module, update in adapter.updates.items() if update.rank]
+    stems = {split_numbers(match.name)[0] for module in layers for match in matches.get(module, ())}
+    depth = sum(split_numbers(name)[0] in stems for name in specs)
+    if depth not in (0, len(layers)):
+        raise other_depth(adapter.name, len(layers), depth)
 
 
 def refuse_second_nonadditive(name: str, placements: Sequence[Placement]) -> None:

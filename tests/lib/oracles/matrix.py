@@ -330,6 +330,7 @@ ADAPTERS_CHECKED = {
     "litgpt": ("litgpt", "adapters/test_trainers_litgpt.py"),
     "loralib": ("loralib", "commands/convert/test_convert_image_oracles.py"),
     "mlx": ("mlx-lm", "adapters/test_mlx_oracle.py"),
+    "sam": ("SAMed, LoRA-ViT", "adapters/test_sam.py"),
     "peft": ("peft", "commands/merge/test_merge_peft_layers.py"),
 }
 
