@@ -163,3 +163,117 @@ class TestOldPeft:
         (bias,) = (b for key, b in found.items() if key.endswith(f"{name}.bias"))
         assert torch.equal(bias, after["bias"])
         assert torch.equal(found["score.weight"], after["score"])
+
+
+def write_lora_in_saved(folder: Path, **changed: Tensor) -> dict[str, Tensor]:
+    """Write the names that PEFT 0.3 to 0.5 save where `modules_to_save` has a module with targets in it."""
+    stem = "base_model.model.classifier"
+    A, B = factors(4, 4, 2)
+    pair = {".dense.lora_A.weight": A, ".dense.lora_B.weight": B}
+    tensors = {
+        f"{stem}.dense.weight": weights(4, 4, seed=5),
+        f"{stem}.dense.bias": weights(4, seed=6),
+        f"{stem}.out_proj.weight": weights(3, 4, seed=7),
+        **{f"{stem}{name}": each for name, each in pair.items()},
+        **{f"{stem}.modules_to_save{name}": each.clone() for name, each in pair.items()},
+        **{f"{stem}.original_module{name}": each + 1 for name, each in pair.items()},
+        **changed,
+    }
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = {"r": 2, "lora_alpha": 3, "target_modules": ["dense"], "modules_to_save": ["classifier", "norm"]}
+    fields |= {"peft_type": "LORA", "fan_in_fan_out": False}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return tensors
+
+
+class TestLoraInSaved:
+    """PEFT 0.21 loads such a file without the factors inside: loratool's copy in the current form has them."""
+
+    def test_a_merge(self, tmp_path: Path) -> None:
+        tensors = write_lora_in_saved(tmp_path / "a")
+        names = ("dense.weight", "dense.bias", "out_proj.weight")
+        trained = [tensors[f"base_model.model.classifier.{name}"] for name in names]
+        base = {f"classifier.{name}": 0 * each for name, each in zip(names, trained, strict=True)}
+        write_model(tmp_path / "base", base)
+        A, B = factors(4, 4, 2)
+        W = (trained[0].double() + 1.5 * B.double() @ A.double()).float()
+        loratool.convert(tmp_path / "a", tmp_path / "b", to="peft")
+        for adapter in "ab":
+            loratool.merge(tmp_path / "base", tmp_path / adapter, tmp_path / "out", undo=False, force=True)
+            found = load_model(tmp_path / "out")
+            assert torch.equal(found["classifier.dense.weight"], W)
+            assert all(torch.equal(found[f"classifier.{names[i]}"], trained[i]) for i in (1, 2))
+        fields = json.loads((tmp_path / "b/adapter_config.json").read_text())
+        assert fields["modules_to_save"] == ["classifier.out_proj", "norm"]
+        assert {name for name in load_model(tmp_path / "b") if ".dense." in name} == {
+            f"base_model.model.classifier.dense.{end}"
+            for end in ("base_layer.weight", "base_layer.bias", "lora_A.weight", "lora_B.weight")
+        }
+
+    def test_copies_that_differ_are_refused(self, tmp_path: Path) -> None:
+        name = "base_model.model.classifier.modules_to_save.dense.lora_A.weight"
+        write_lora_in_saved(tmp_path / "a", **{name: weights(2, 4, seed=8)})
+        with pytest.raises(InputError, match="but its values differ"):
+            open_adapter(tmp_path / "a")
+
+
+# Trains LoRA inside a module to save with an old PEFT, and saves what its model answers
+OLD_SAVED = """
+import sys; sys.path.insert(0, sys.argv[1])
+import transformers, torch
+from pathlib import Path
+from torch import nn
+from safetensors.torch import save_file
+from peft import LoraConfig, get_peft_model
+out = Path(sys.argv[2])
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.out_proj = nn.Linear(8, 8), nn.Linear(8, 3)
+    def forward(self, x):
+        return self.out_proj(torch.tanh(self.dense(x)))
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.score, self.config = nn.Linear(8, 8), Head(), {"model_type": "x"}
+    def forward(self, x):
+        return self.score(torch.relu(self.dense(x)))
+torch.manual_seed(0)
+model, x = Model(), torch.randn(4, 8)
+(out / "base").mkdir(exist_ok=True)
+if len(sys.argv) > 3:
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    model.load_state_dict(load_file(out / "base/model.safetensors"))
+    tuned = PeftModel.from_pretrained(model, sys.argv[3])
+else:
+    save_file(model.state_dict(), out / "base/model.safetensors")
+    config = LoraConfig(r=2, lora_alpha=3, lora_dropout=0.0, target_modules=["dense"], modules_to_save=["score"])
+    tuned = get_peft_model(model, config)
+    for each in tuned.parameters():
+        if each.requires_grad:
+            each.data = torch.randn_like(each)
+    tuned.save_pretrained(out / "adapter")
+torch.save({"x": x, "y": tuned.eval()(x).detach()}, out / "answers.pt")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["0.3.0", "0.4.0", "0.5.0"])
+def test_lora_in_saved_modules_answers_as_the_old_peft_and_todays_do(version: str, tmp_path: Path) -> None:
+    def answers(*argv: str) -> tuple[Tensor, Tensor]:
+        made = subprocess.run([sys.executable, "-c", OLD_SAVED, *argv], capture_output=True, text=True, check=False)
+        assert made.returncode == 0, made.stderr[-2000:]
+        saved = torch.load(tmp_path / "answers.pt")
+        return saved["x"], saved["y"]
+
+    x, y = answers(oracle_folder(f"peft_{version}", f"peft=={version}"), str(tmp_path))
+    loratool.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", undo=False)
+    W = load_model(tmp_path / "out")
+    hidden = torch.relu(x @ W["dense.weight"].T + W["dense.bias"])
+    hidden = torch.tanh(hidden @ W["score.dense.weight"].T + W["score.dense.bias"])
+    assert torch.allclose(hidden @ W["score.out_proj.weight"].T + W["score.out_proj.bias"], y, atol=1e-5)
+    loratool.convert(tmp_path / "adapter", tmp_path / "today", to="peft")
+    assert torch.allclose(answers("", str(tmp_path), str(tmp_path / "today"))[1], y, atol=1e-5)
+    assert not torch.allclose(answers("", str(tmp_path), str(tmp_path / "adapter"))[1], y, atol=1e-1)

@@ -75,7 +75,7 @@ _NAMED_ENDS = (
 
 _ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 
-_ORIGINAL = re.compile(r"\.original_module(?=\.[^.]+$)")
+_ORIGINAL = re.compile(r"\.original_module(?=\.)")
 
 # Names that only PEFT's methods other than LoRA have
 MARKS = tuple(f".{end}" for each in peft_methods().values() for end in each.ends if end not in ("lora_A", "lora_B"))
@@ -335,7 +335,7 @@ def _sort_in(
         module = _without_wrapper(path, named).replace(".base_layer.", ".")
         _put(replaced, module_path(module), key, file)
         return
-    module = path[: match.start()]
+    module = _without_wrapper(f"{path[: match.start()]}.", named).removesuffix(".")  # PEFT up to 0.5 wraps it twice
     depth = 0
     if ".base_layer" in module:
         depth = len(module) - len(re.sub(r"(\.base_layer)+$", "", module))

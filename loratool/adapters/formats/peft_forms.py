@@ -15,6 +15,7 @@ from ...architectures.torchtune import INTERLEAVED
 from ...errors import InputError, brief
 from ...files.checkpoint import read_folder_config
 from ...files.weights_file import WeightsFile
+from ..config import is_in_listed_module
 from .joined_factors import put_tensor
 from .made_tensors import MadeTensor, copied, made_of, whole_B
 from .peft_trainers import bridges, tinkers, unsloths
@@ -27,6 +28,8 @@ Form = Callable[[WeightsFile, Fields, Fields], tuple[dict[str, MadeTensor], dict
 
 MOST_BLOCKS = 256  # of a block-diagonal factor, one for each GPU that serves it
 FACTOR = re.compile(r"\.lora_([AB])(?:\.[^.]+)?\.weight\Z")
+
+COPY = re.compile(r"\.(?:modules_to_save(?:\.default)?|original_module)(?=\.|\Z)")  # of a module, trained or not
 
 # suffixes of the tensors of trainable tokens and of tuned norms, for files without LoRA factors
 TOKENS = re.compile(r"(?<!\.token_adapter)\.trainable_tokens_delta(?=\.|\Z)")
@@ -149,6 +152,30 @@ def standalone(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, 
     return tensors, {**others, **listed, "peft_type": "LORA", "target_modules": []}
 
 
+def lora_in_saved(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[str, MadeTensor], dict[str, Any]] | None:
+    """Convert adapters of PEFT before 0.6 with factors inside `modules_to_save`, which PEFT now loads without them.
+
+    PEFT put its layers in first, and copied the module with them: its weights were trained, and their factors too. In
+    the current form the weights are those under the factors, and `modules_to_save` lists the other trained modules.
+    Defined by `_set_trainable` and `ModulesToSaveWrapper` of `peft/utils/other.py` of PEFT 0.5.
+    """
+    listed = [each for each in fields.get("modules_to_save") or () if isinstance(each, str)]
+    stems = {COPY.sub("", name[: match.start()]) for name in file.specs if (match := FACTOR.search(name))}
+    paths = {stem: stem.removeprefix(PEFT_PREFIX) for stem in stems if f"{stem}.weight" in file.specs}
+    inside = {stem for stem, path in paths.items() if any(is_in_listed_module(entry, path) for entry in listed)}
+    if not inside:
+        return None
+    tensors: dict[str, MadeTensor] = {}
+    for name in file.specs:
+        stem, parameter = name.rpartition(".")[::2]
+        put_tensor(tensors, f"{stem}.base_layer.{parameter}" if stem in inside else name, copied(file, name))
+    emptied = {entry for entry in listed if any(is_in_listed_module(entry, paths[stem]) for stem in inside)}
+    others = {name.rpartition(".")[0].removeprefix(PEFT_PREFIX) for name in file.specs if ".lora_" not in name}
+    others = {path for path in others - {paths[stem] for stem in inside} if path not in emptied}
+    kept = {path for path in others if any(is_in_listed_module(entry, path) for entry in emptied)}
+    return tensors, {**fields, "modules_to_save": sorted({*listed} - emptied | kept) or None}
+
+
 def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
     """Refuse an export by torchtune 0.6 with rows in a wrong order; accept correct exports and other files.
 
@@ -174,4 +201,13 @@ def torchtunes(file: WeightsFile, fields: Fields, model: Fields) -> None:
     return None
 
 
-FORMS: tuple[Form, ...] = (merged_linears, block_diagonals, standalone, torchtunes, unsloths, tinkers, bridges)
+FORMS: tuple[Form, ...] = (
+    merged_linears,
+    block_diagonals,
+    standalone,
+    lora_in_saved,
+    torchtunes,
+    unsloths,
+    tinkers,
+    bridges,
+)
