@@ -5,11 +5,13 @@ The scale is alpha / r; a missing or zero alpha means r. Defined by kohya-ss/sd-
 ComfyUI reads PEFT's `.lora_A.weight` and `.lora_B.weight` with these modules too (`comfy/lora.py`).
 OneTrainer and LyCORIS add `.dora_scale`, DoRA's magnitude: (out, 1[, 1, 1]), or (1, in) along V's columns.
 No rule splits a flattened name, so it is matched with the flattened names of the base.
+Names that converters broke in one way, with the prefix twice or without the dot before `lora_down`, are read.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, final
@@ -17,7 +19,7 @@ from typing import Any, final
 from ...architectures.families import FAMILIES
 from ...architectures.families.table import Naming
 from ...architectures.prefixes import KOHYA_PREFIXES
-from ...errors import InputError, UsageError
+from ...errors import InputError, UsageError, shell_word
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
 from ..config import AdapterConfig
@@ -29,6 +31,11 @@ from .kohya_oft import named_parts
 from .module_updates import module_updates
 from .other_methods import refused_tensor
 from .suffixes import ALPHA_ENDS, VALUE_ENDS, split_suffix, suffix_of
+
+_PREFIX = f"({'|'.join(map(re.escape, KOHYA_PREFIXES))})"
+_TWICE = re.compile(rf"\A(?:{_PREFIX}(?=\1))+")
+_OF_TWO = re.compile(rf"{_PREFIX}{_PREFIX}")
+_UNDOTTED = re.compile(r"_(lora_(?:down|up|mid))\.(weight|alpha)\Z")
 
 WITHOUT_FACTORS = "lycoris.kohya"  # sd-scripts' module of a network whose changes have no factors
 
@@ -66,7 +73,7 @@ class Kohya(Format):
         """
         modules: dict[str, dict[str, str]] = {}
         for tensor in file.specs:
-            module, role = split_suffix(tensor)
+            module, role = split_suffix(_mended(tensor))
             if role is None or "." in module:
                 raise refused_tensor(tensor, name)
             if (other := modules.setdefault(module, {}).setdefault(role, tensor)) != tensor:
@@ -90,7 +97,7 @@ class Kohya(Format):
                 updates[spec.module] = spec
         alphas = {spec.scale * spec.cls.divisor(spec) for spec in updates.values() if spec.cls.divisor(spec)}
         config = replace(AdapterConfig(), alpha=alphas.pop() if len(alphas) == 1 else None)
-        return Adapter(name, self.key, file, config, updates, flattened=True)
+        return Adapter(name, self.key, file, config, updates, flattened=True, notes=_notes(name, file, modules))
 
     def module_name(self, component: str, path: str, family: str) -> str:
         prefix = self.require_prefix(FAMILIES[family].component(component, path).kohya, component, path, family)
@@ -114,7 +121,29 @@ class Kohya(Format):
         return self.tensor_name(module, "alpha")  # not all readers take the rank for a missing alpha
 
     def spelling(self, tensor: str) -> str:
-        return suffix_of(tensor)
+        return suffix_of(_mended(tensor))
+
+
+def _mended(tensor: str) -> str:
+    """Return a name with its prefix once, and with the dot that is missing before `lora_down` or `lora_up`."""
+    once = _TWICE.sub("", tensor)
+    return _UNDOTTED.sub(lambda match: ".alpha" if match[2] == "alpha" else f".{match[1]}.weight", once)
+
+
+def _notes(name: str, file: WeightsFile, modules: Iterable[str]) -> tuple[str, ...]:
+    """Return notes on broken names, those that are read and those that are of two components."""
+    notes, broken = [], [tensor for tensor in file.specs if _mended(tensor) != tensor]
+    if broken:
+        notes.append(
+            f"{len(broken)} names of {name} are broken, like {broken[0]}, and are read as {_mended(broken[0])}; other "
+            "programs ignore them: `loratool convert` writes names that they read"
+        )
+    for first, second in dict.fromkeys(match.groups() for module in modules if (match := _OF_TWO.match(module))):
+        notes.append(
+            f"names of {name} begin with {first}{second}, the prefixes of two components; if they are of the second: "
+            f"loratool convert {shell_word(name)} --to kohya --rename '{first}{second}*={second}*'"
+        )
+    return tuple(notes)
 
 
 def text_model_path(component: str, path: str) -> str:
