@@ -27,6 +27,7 @@ from .finish import default_dtype, finish, plain
 from .language import refuse_unsaid_init
 from .lazy import Transformed, noted, only, with_modules, without_bases
 from .numbers import Settled
+from .refusals import TO_EXCLUDE, refuse_classifier
 from .request import ConvertRequest, select_updates, selected
 from .runtime_limits import refusals, require_served, tower_of
 from .served import BaseModules, ServedModule, as_served, is_looked_up, unchanged_modules
@@ -61,6 +62,7 @@ def prepare_for_runtime(
             raise _needs_base(f"only the base tells whether such a module is loaded by {runtime.title}", other)
     if findings:
         refused = [module for finding in findings for module in finding.modules]
+        refuse_classifier(source.name, f"an adapter that {runtime.title} serves", refused, updates)
         rest = {module: update for module, update in updates.items() if module not in refused}
         if base and runtime.every_layer:
             _require_set(runtime, base, serve_modules(runtime, base, source, rest)[0])
@@ -70,7 +72,7 @@ def prepare_for_runtime(
         raise NeedsFlag(
             f"{runtime.title} does not support {len(refused)} modules of {source.name} ({reasons}): {listed}",
             flags=options,
-            why="to exclude them; a merge applies them to the base",
+            why=TO_EXCLUDE,
         )
     dora = runtime.reads["dora"] != "yes" and any(update.cls is DoRA for update in updates.values())
     init = runtime.names != "whole" and base_mutating_init(source.config) is not None

@@ -31,6 +31,7 @@ from ..binding.modules.image_modules import (
 from ..binding.modules.selection import Selection
 from ..durable.journal import Journal
 from ..errors import InputError, NeedsFlag, UsageError
+from .base_copies import without_copies
 from .change_to_lora import change_to_lora, low_rank, needs_weight
 from .delta_factors import RESULTS
 from .expand import expand
@@ -46,7 +47,7 @@ from .refusals import no_factors
 from .rename import rename_modules
 from .request import INITIAL, WHAT_INITIAL, ConvertRequest, select_updates, selected
 from .to_class import to_class
-from .to_gguf import plan_gguf, require_copies
+from .to_gguf import plan_gguf
 from .to_oft import keeps_oft, plan_oft
 from .value_modules import CARRIED, read_value_modules
 
@@ -246,10 +247,11 @@ def plan_one_model(state: Transformed, request: ConvertRequest, names_class: boo
     Args:
         names_class: rename the modules to the names of the base's class, if there is a base.
     """
-    source, to = state.adapter, FORMATS[request.to]
+    to = FORMATS[request.to]
+    if to.can.depends_on_base and request.base is not None:
+        state = without_copies(state, request)
+    source = state.adapter
     state = only(state, select_updates(source, request))
-    if to.can.named_by_model:
-        require_copies(source, request, state.adapter.updates)
     if request.plain:
         state = plain(state, request)
     elif names_class and request.base is not None:

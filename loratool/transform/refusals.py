@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..adapters.adapter import Adapter
+from ..adapters.updates.replace import ReplaceTensor
 from ..adapters.updates.update import UpdateSpec
+from ..architectures.classifiers import HEADS
 from ..errors import InputError, NeedsFlag, shell_word
 
 # the remedy for changes without factors
 ONLY_MERGED = "merge it into its base; then loratool extract BASE MERGED makes an adapter from the merged model"
+
+TO_EXCLUDE = "to exclude them; a merge applies them to the base"
 
 
 def no_factors(source: Adapter) -> InputError:
@@ -36,4 +40,20 @@ def cannot_convert(
     if among is not None and not any(update.rank for module, update in among.items() if module not in modules):
         return InputError(f"{message}; nothing else is left to convert", culprit=modules[0])
     exclude = exclude or f"--exclude {shell_word(','.join(modules))}"
-    return NeedsFlag(message, flags=exclude, why="to exclude them")
+    return NeedsFlag(message, flags=exclude, why=TO_EXCLUDE)
+
+
+def refuse_classifier(name: str, where: str, modules: Iterable[str], updates: Mapping[str, UpdateSpec]) -> None:
+    """Raise InputError if a trained classifier is among unsupported modules: what is left would classify nothing.
+
+    Args:
+        where: the format or program that does not support the modules.
+    """
+    head = next((m for m in modules if updates[m].cls is ReplaceTensor and f"{m}.weight".endswith(HEADS)), None)
+    if head:
+        raise InputError(
+            f"is a trained classifier of {name}, and {where} has only factors: the rest would classify nothing",
+            culprit=head,
+            remedy=f"merge it, and serve the model where classifiers run: loratool merge BASE {shell_word(name)} -o "
+            f"MERGED; or add --exclude {shell_word(head)} if the rest is for another use",
+        )

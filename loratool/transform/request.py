@@ -19,7 +19,7 @@ from ..errors import InputError, LoratoolError, NeedsFlag
 from ..numerics.forms import Form
 from ..views.convert import ModuleConvert
 from .base import Base
-from .refusals import ONLY_MERGED, cannot_convert
+from .refusals import ONLY_MERGED, cannot_convert, refuse_classifier
 
 # the options for an adapter whose init changed the base under it
 INITIAL, WHAT_INITIAL = "--plain --initial ADAPTER", "with the adapter as it was before training"
@@ -89,6 +89,8 @@ def select_updates(source: Adapter, request: ConvertRequest) -> dict[str, Update
         if update.cls not in holds or (not can.kernels and len(update.shape) - update.cls.stack > 2)
     ]
     if unsupported:
+        if can.depends_on_base:  # the files of a program that serves language models
+            refuse_classifier(source.name, f"a file of {request.to}", unsupported, updates)
         what = "plain LoRA" if request.plain and DoRA in can.kinds else f"{request.to}'s files"
         kinds = ", ".join(dict.fromkeys(updates[module].kind for module in unsupported))
         raise cannot_convert(source.name, f"({kinds}) are more than {what} can hold", unsupported, among=updates)

@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
-from ..adapters.adapter import Adapter
 from ..adapters.formats import FORMATS
 from ..adapters.formats.gguf import ALPHA, LlamaCpp
 from ..adapters.gguf_factors import MadeUpdate
@@ -21,7 +20,6 @@ from ..adapters.gguf_parts import ARCHITECTURE, GgufModel
 from ..adapters.updates.update import UpdateSpec
 from ..architectures.runtimes.llama_cpp import never_applied
 from ..errors import NeedsFlag
-from .base_copies import equals_base
 from .finish import default_dtype
 from .language import refuse_unsaid_init
 from .lazy import Made, Tensors, Transformed, noted, with_modules
@@ -31,25 +29,6 @@ from .numbers import Settled, settle, single, with_scales
 from .output import in_format
 from .refusals import cannot_convert
 from .request import ConvertRequest
-
-
-def require_copies(source: Adapter, request: ConvertRequest, updates: Mapping[str, UpdateSpec]) -> None:
-    """Raise an error for a weight under a module's factors that differs from the base's: GGUF has no place for it.
-
-    Raises:
-        NeedsFlag: modules must be excluded, or the base's weights are missing.
-        InputError: no other module is there to convert.
-    """
-    under = [module for module, update in updates.items() if update.base]
-    if not under or request.base is None:
-        return
-    if request.base.is_config:
-        message = "has a weight under its factors, which must be compared with the base's"
-        raise NeedsFlag(message, culprit=under[0], flags="--base BASE", why="with the model and its weights")
-    base = request.base.open("--base is the adapter's model")
-    if trained := [module for module in under if not equals_base(source, updates[module], base)]:
-        what = "have a weight under their factors that is not the base's, and GGUF has no place for it"
-        raise cannot_convert(source.name, what, trained, among=updates)
 
 
 def plan_gguf(state: Transformed, request: ConvertRequest) -> Settled:
@@ -117,8 +96,6 @@ def _scale_and_quotient(alpha: float, update: UpdateSpec) -> tuple[float, float]
 
 def _notes(updates: Mapping[str, UpdateSpec], written: Collection[str], architecture: str) -> Iterator[str]:
     """Yield notes on weights left out, and on modules that llama.cpp never applies."""
-    if under := [module for module, update in updates.items() if update.base]:
-        yield f"{', '.join(under)}: the weight that is stored under the factors is left out: it is the base's"
     if dead := never_applied(architecture, written):
         listed = ", ".join(dead[:4]) + (", ..." if dead[4:] else "")
         yield (

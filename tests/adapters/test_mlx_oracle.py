@@ -228,3 +228,21 @@ def test_an_archive_of_2023_is_merged_as_its_trainer_fuses_it(tmp_path: Path, mo
     assert merged.keys() == theirs.keys() and scale == 20
     for name, W in theirs.items():
         assert torch.allclose(merged[name].float(), W, rtol=1e-5, atol=1e-5 * scale), name
+
+
+@pytest.mark.parametrize("base", [("causal", "llama")], ids=["llama"], indirect=True)
+def test_a_head_that_peft_saved_with_its_weight_answers_as_its_merge(tmp_path: Path, base: Path) -> None:
+    from mlx_lm.tuner.utils import load_adapters
+
+    W, query = load_model(base), "model.layers.0.self_attn.q_proj"
+    pairs = {name: factors(*W[f"{name}.weight"].shape, 2) for name in ("lm_head", query)}
+    adapter = write_peft(tmp_path / "a", pairs)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    under = {"base_model.model.lm_head.base_layer.weight": W["lm_head.weight"]}
+    save_file(tensors | under, adapter / "adapter_model.safetensors")
+    loratool.convert(adapter, tmp_path / "mlx", to="mlx", base=base)
+    loratool.merge(base, adapter, tmp_path / "merged", dtype="fp32", undo=False)
+    wrapped = loaded(base)
+    load_adapters(wrapped, str(tmp_path / "mlx"))
+    theirs, ours = answers(wrapped), answers(loaded(tmp_path / "merged"))
+    assert abs(ours - theirs).max() < 2e-5 * abs(theirs).max()

@@ -122,7 +122,7 @@ def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
     save_file({**load_file(file), "base_model.model.head.weight": torch.ones(2, 8)}, file)
     with pytest.raises(NeedsFlag, match="are more than toy's files can hold: head") as refused:
         loratool.convert(saved, tmp_path / "out", to="toy")
-    assert refused.value.remedy == "add --exclude head to exclude them"
+    assert refused.value.remedy == "add --exclude head to exclude them; a merge applies them to the base"
     new_weight = write_peft(tmp_path / "new", {Q: factors(8, 8, 4)})
     file = new_weight / "adapter_model.safetensors"
     save_file({**load_file(file), f"base_model.model.{Q}.base_layer.weight": torch.ones(8, 8)}, file)

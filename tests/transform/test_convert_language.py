@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -219,8 +220,27 @@ class TestAWeightUnderTheFactors:
         start = self.write(tmp_path / "a")
         with pytest.raises(NeedsFlag, match="a new weight under its factors") as refused:
             loratool.convert(start, tmp_path / "b.safetensors", to="loralib")
-        assert refused.value.remedy == "add --exclude words to exclude them"
+        assert refused.value.remedy == "add --exclude words to exclude them; a merge applies them to the base"
         loratool.convert(start, tmp_path / "b.safetensors", to="loralib", exclude="words")
+
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_mlx_has_a_head_s_factors_if_the_weight_is_the_base_s(self, tmp_path: Path, trained: bool) -> None:
+        """PEFT saves the weight of a targeted head, trained or not."""
+        W, query, head = weights(16, 8), "model.layers.0.self_attn.q_proj", "lm_head"
+        start = write_peft(tmp_path / "a", {query: factors(8, 8, 2), head: factors(16, 8, 2)})
+        tensors = load_file(start / "adapter_model.safetensors")
+        under = {f"base_model.model.{head}.base_layer.weight": W + trained}
+        save_file(tensors | under, start / "adapter_model.safetensors")
+        config = {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False, "hidden_size": 8}
+        base = write_model(tmp_path / "base", {f"{head}.weight": W, f"{query}.weight": weights(8, 8)}, config)
+        if trained:
+            with pytest.raises(NeedsFlag, match="under their factors that is not the base's"):
+                loratool.convert(start, tmp_path / "b", to="mlx", base=base)
+            return
+        report: Any = loratool.convert(start, tmp_path / "b", to="mlx", base=base)
+        assert any("is left out: it is the base's" in note for note in report.notes)
+        found = load_file(tmp_path / "b" / "adapters.safetensors")
+        assert torch.equal(found[f"{head}.lora_a"].T, tensors[f"base_model.model.{head}.lora_A.weight"])
 
     def test_an_image_models_is_refused(self, tmp_path: Path) -> None:
         path = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q"  # of SDXL alone
@@ -730,3 +750,24 @@ def test_from_overrides_what_the_names_say(tmp_path: Path) -> None:
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "c", to="peft", from_format="kohya")
     with pytest.raises(UsageError, match="none of"):
         loratool.convert(tmp_path / "a.safetensors", tmp_path / "c", to="peft", from_format="what")
+
+
+@pytest.mark.parametrize(
+    "options", [{"to": "mlx"}, {"to": "gguf"}, {"runtime": "mlx"}, {"runtime": "llama.cpp"}], ids=str
+)
+@pytest.mark.parametrize("head", ["score", "classifier.out_proj"])
+def test_a_trained_classifier_is_refused_with_the_merge(tmp_path: Path, head: str, options: dict[str, Any]) -> None:
+    """The factors without it classify nothing, so --exclude is not what its user wants."""
+    query = "model.layers.0.self_attn.q_proj"
+    start = write_peft(tmp_path / "a", {query: factors(8, 8, 2)}, modules_to_save=[head.partition(".")[0]])
+    tensors = load_file(start / "adapter_model.safetensors")
+    save_file(tensors | {f"base_model.model.{head}.weight": weights(3, 8)}, start / "adapter_model.safetensors")
+    config = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+    config |= {"num_key_value_heads": 2, "head_dim": 4, "vocab_size": 16, "intermediate_size": 8}
+    base = write_model(tmp_path / "base", {f"{query}.weight": weights(8, 8)}, config)
+    out = tmp_path / ("b.gguf" if {"gguf", "llama.cpp"} & {*options.values()} else "b")
+    with pytest.raises(InputError, match="is a trained classifier of") as refused:
+        loratool.convert(start, out, base=base, **options)
+    assert refused.value.culprit == head
+    assert re.search(r"merge it, .* loratool merge BASE \S+ -o MERGED", str(refused.value.remedy))
+    loratool.convert(start, out, base=base, exclude=head, **options)

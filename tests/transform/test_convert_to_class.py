@@ -309,7 +309,9 @@ def test_all_that_would_not_load_is_named(tmp_path: Path) -> None:
     options: dict[str, Any] = {"to": "peft", "base": base}
     with pytest.raises(NeedsFlag, match="2 modules of .*MTP") as refused:
         loratool.convert(start, tmp_path / "b", **options)
-    assert refused.value.remedy == f"add --exclude {','.join(names[2:])} to exclude them"
+    assert (
+        refused.value.remedy == f"add --exclude {','.join(names[2:])} to exclude them; a merge applies them to the base"
+    )
     report = loratool.convert(start, tmp_path / "b", exclude=names[2:], **options)
     assert [row.name for row in report.modules] == ["model.layers.0.mlp.experts.down_proj"]
 
