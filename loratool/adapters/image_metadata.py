@@ -11,10 +11,11 @@ import binascii
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..architectures.families import FAMILIES
 from ..files.containers.safetensors_file import is_hash
 
 MOST_JSON = 1 << 22  # longest value that is parsed, in characters; 100,000 captioned images need a quarter of it
@@ -29,6 +30,10 @@ OF_FACTORS = ("ss_network_dim", "ss_network_alpha", "lora_adapter_metadata")
 SD_SCRIPTS = "networks."  # begins the modules of sd-scripts itself, all of LoRA
 
 TRAINED_BY = ("ss_network_module", "ss_network_args")  # sd-scripts' module of a network, and its arguments
+
+# architectures of Stable Diffusion 1, 2 and XL; ai-toolkit up to 2024 wrote sd_1.5 for every other model too
+# (ostris/ai-toolkit: toolkit/metadata.py)
+_OF_UNETS = re.compile(r"s[ds]_?v?[12](?!\d)|sdxl|stable-diffusion-(?:v[12]|xl)", re.IGNORECASE)
 
 _REPEATS = re.compile(r"\d+_")  # sd-scripts repeats the images of the folder `10_name` ten times
 
@@ -55,10 +60,14 @@ class Training:
     thumbnail_nbytes: int | None = None
 
 
-def read_training(metadata: Mapping[str, str]) -> Training | None:
-    """Return the facts on training in metadata; None if there are none."""
+def read_training(metadata: Mapping[str, str], families: Collection[str] = ()) -> Training | None:
+    """Return the facts on training in metadata; None if there are none.
+
+    Args:
+        families: keys of FAMILIES that the names of the modules fit; an architecture that contradicts all is ignored.
+    """
     training = Training(
-        base_model=_text(metadata, "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),
+        base_model=_text(metadata, "ss_sd_model_name") or _architecture(metadata, families),
         images=_count(metadata, "ss_num_train_images"),
         epochs=_count(metadata, "ss_epoch", "ss_num_epochs"),
         steps=_count(metadata, "ss_steps", "ss_max_train_steps"),
@@ -83,6 +92,13 @@ def _text(metadata: Mapping[str, str], *keys: str) -> str | None:
     """Return the first value that is not empty or "None", which sd-scripts writes for a missing argument."""
     values = (metadata.get(key, "").strip() for key in keys)
     return next((value for value in values if value not in ("", "None", "null")), None)
+
+
+def _architecture(metadata: Mapping[str, str], families: Collection[str]) -> str | None:
+    """Return the name of the architecture, unless it is of a UNet and no family has one."""
+    texts = (_text(metadata, key) for key in ("ss_base_model_version", "modelspec.architecture"))
+    has_unet = not families or any(FAMILIES[family].up_attention for family in families)
+    return next((text for text in texts if text and (has_unet or not _OF_UNETS.match(text))), None)
 
 
 def _count(metadata: Mapping[str, str], *keys: str) -> int | None:

@@ -53,6 +53,31 @@ def test_what_modelspec_says_comes_first() -> None:
     assert trigger_words({**SD_SCRIPTS, **own}) == ("my ink",)
 
 
+@pytest.mark.parametrize(
+    ("families", "text", "known"),
+    [
+        *(
+            ([family], text, False)
+            for family in ("flux", "wan", "sd3")
+            for text in ("sd_1.5", "sdxl_base_v1-0", "sd_v2")
+        ),
+        *((each, "sd_1.5", True) for each in (["sd1"], ["sd2"], ["sdxl"], ["flux", "sdxl"], [])),
+        *((each, "flux1", True) for each in (["flux"], ["chroma"], ["sd1"], [])),
+        (["sd3"], "sd3-m", True),
+        (["flux", "chroma"], "stable-diffusion-v1/lora", False),
+    ],
+)
+def test_an_architecture_that_the_names_contradict_is_ignored(families: list[str], text: str, known: bool) -> None:
+    """ai-toolkit writes sd_1.5 into files of Flux."""
+    for key in ("ss_base_model_version", "modelspec.architecture"):
+        found = read_training({key: text, "ss_steps": "3"}, families)
+        assert found and found.base_model == (text if known else None) and found.steps == 3
+    both = {"ss_base_model_version": text, "modelspec.architecture": "mine"}
+    assert read_training(both, families) == Training(base_model=text if known else "mine")
+    named = read_training({**both, "ss_sd_model_name": "sd_v1.safetensors"}, families)
+    assert named and named.base_model == "sd_v1.safetensors"  # a file's name, which anybody chooses
+
+
 SAID = {
     "ss_resolution": [("512", "512x512"), ("512,768", "512x768"), ("(1024, 1024)", "1024x1024"), ("big", None)],
     "ss_optimizer": [

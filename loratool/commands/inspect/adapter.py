@@ -29,7 +29,7 @@ from ...adapters.updates.rows import ReplaceRows, indices_of
 from ...adapters.updates.update import Rotated, Update, UpdateSpec
 from ...architectures.numbered_names import split_numbers, with_ranges
 from ...binding.merge.repeated_layers import with_repeated_layers
-from ...binding.modules.image_modules import image_family
+from ...binding.modules.image_modules import detect_families, image_family, read_source_modules
 from ...binding.modules.misfits import nearest_names
 from ...binding.modules.resolve import Binding, absent_from_adapter, bind, resolve_modules
 from ...binding.modules.selection import Selection
@@ -120,7 +120,7 @@ def inspect_adapter(adapter: Adapter, base: str | os.PathLike[str] | None) -> Ad
         extras=adapter.extras,
         metadata=training,
         trigger_words=trigger_words(training),
-        training=read_training(training),
+        training=read_training(training, detect_families(read_source_modules(adapter)[0])),
         family=image_family(adapter),
         sha256={adapter.name: adapter.sha256},
     )

@@ -494,3 +494,16 @@ def test_a_change_beyond_float64_beside_a_small_weight_has_no_ratio(tmp_path: Pa
     assert report.problems == ()
     assert [row.relative for row in report.details] == [None]
     report.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [("transformer.transformer_blocks.0.attn.to_q", None), ("unet.mid_block.attentions.0.proj_in", "sd_1.5")],
+)
+def test_a_flux_file_is_not_said_to_be_of_sd_1(tmp_path: Path, module: str, said: str | None) -> None:
+    """ai-toolkit's metadata said sd_1.5 of every model that it did not know."""
+    path, (A, B) = tmp_path / "a.safetensors", factors(8, 8, 2)
+    tensors = {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}
+    save_file(tensors, path, metadata={"ss_base_model_version": "sd_1.5", "ss_steps": "3"})
+    training = loratool.inspect(path).training
+    assert training and (training.base_model, training.steps) == (said, 3)
