@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,18 @@ class TestEnableLora:
         A, B = (found[f"base_model.model.h.0.self_attention.query_key_value.lora_{x}.weight"].double() for x in "AB")
         assert torch.allclose(1.5 * B @ A, delta, rtol=1e-14, atol=0)
 
+    @pytest.mark.parametrize("flag", [True, False])
+    def test_what_the_flag_says_of_a_linear_layer_is_no_problem(
+        self, flag: bool, tmp_path: Path, run: Callable[..., Any]
+    ) -> None:
+        """PEFT 0.2 resets `fan_in_fan_out` for such a layer, and saves what its user gave."""
+        delta, adapter = write_merged(tmp_path / "adapter", [True, False, True], 2, 2, fan_in_fan_out=flag)
+        W, name = weights(12, 5, seed=1), "transformer.h.0.self_attention.query_key_value.weight"
+        write_model(tmp_path / "base", {name: W}, {"model_type": "bloom"})
+        loratool.merge(tmp_path / "base", adapter, tmp_path / "out", undo=False)
+        assert torch.equal(load_model(tmp_path / "out")[name], (W.double() + delta).float())
+        assert run("inspect", adapter, "--base", tmp_path / "base", "--strict").exit_code == 0
+
     def test_alpha(self, tmp_path: Path) -> None:
         _, adapter = write_merged(tmp_path / "adapter", [True, False, True], 2, 2)
         with pytest.raises(UsageError, match="contradicts the config's lora_alpha 3"):
@@ -144,6 +157,15 @@ class TestOldPeft:
             ("0.2.0", {"enable_lora": [True, False, True], "bias": "lora_only"}),
             ("0.2.0", {"enable_lora": [True, True, True], "modules_to_save": ["score"], "bias": "lora_only"}),
             ("0.2.0", {"enable_lora": [True, False, True], "target_modules": ["query_key_value"], "bias": "all"}),
+            (
+                "0.2.0",
+                {
+                    "enable_lora": [True, True, True],
+                    "target_modules": ["query_key_value"],
+                    "fan_in_fan_out": True,
+                    "bias": "all",
+                },
+            ),
             ("0.3.0", {"modules_to_save": ["score"], "bias": "lora_only"}),
             ("0.4.0", {"modules_to_save": ["score"], "bias": "all"}),
             ("0.4.0", {"modules_to_save": ["score"], "target_modules": ["query_key_value"], "bias": "all"}),

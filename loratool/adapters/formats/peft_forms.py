@@ -69,6 +69,8 @@ def merged_linears(file: WeightsFile, fields: Fields, _: Fields) -> tuple[dict[s
         if ".lora_B." in name and (A := name.replace(".lora_B.", ".lora_A.")) in file.specs:
             tensors[name] = whole_B(file, A, name, rank, enabled)
     others = {field: value for field, value in fields.items() if field not in ("enable_lora", "merge_weights")}
+    if others.get("fan_in_fan_out"):  # PEFT 0.1 and 0.2 saved it as given, after resetting it for a linear layer
+        del others["fan_in_fan_out"]
     n = sum(enabled)
     return tensors, {**others, "r": n * rank, "lora_alpha": n * alpha}
 
