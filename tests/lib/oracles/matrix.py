@@ -143,6 +143,14 @@ def _litgpt(path: Path) -> Path:
     return _trained(path, "lit_model.pth.lora", tensors, {"hyperparameters.yaml": lines, "model_config.yaml": model})
 
 
+def _sam(path: Path) -> Path:
+    tensors = {
+        f"w_{end}_00{n}": weights(*shape, seed=n) for n in (0, 1) for end, shape in (("a", (2, 8)), ("b", (8, 2)))
+    }
+    save_file(tensors, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
+
+
 def _cloneofsimo(path: Path) -> Path:
     """Write the attentions of SD 1, 128 layers, 2 columns wide here."""
     tensors = {f"unet:{i}:{end}": weights(*shape, seed=i) for i in range(128)
@@ -166,6 +174,7 @@ READABLE: dict[str, Callable[[Path], Path]] = {
     "AdapterHub": _adapterhub,
     "torchtune": _torchtune,
     "litgpt": _litgpt,
+    "Segment Anything": _sam,
     "kohya, SD 1, 2, SDXL": lambda p: _image(
         p, {f"lora_unet_{SGM.replace('.', '_')}": (8, 8), f"lora_te1_{LAYER.replace('.', '_')}": (32, 8)}, DOWN_UP
     ),
@@ -247,6 +256,8 @@ def matrix(folder: Path) -> str:
         cells = {column: cell(adapter, column, out)[0] for column in columns()}
         flags = dict.fromkeys(flag for said in cells.values() for flag in re.findall(r"with (`--[a-z-]+`)", said))
         possible = {column: _shortened(said) for column, said in cells.items() if said != "impossible"}
+        if set(cells.values()) == {"needs base"}:  # which a small adapter alone does not have
+            continue
         named = f"{name} ({', '.join(flags)})" if flags else name
         groups.setdefault(tuple(possible), []).append((named, *possible.values()))
     tables = []
