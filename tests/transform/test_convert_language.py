@@ -233,6 +233,9 @@ class TestAWeightUnderTheFactors:
         save_file(tensors | under, start / "adapter_model.safetensors")
         config = {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": False, "hidden_size": 8}
         base = write_model(tmp_path / "base", {f"{head}.weight": W, f"{query}.weight": weights(8, 8)}, config)
+        with pytest.raises(NeedsFlag, match="must be compared with the base's") as refused:
+            loratool.convert(start, tmp_path / "b", to="mlx")
+        assert refused.value.asks_for("--base")
         if trained:
             with pytest.raises(NeedsFlag, match="under their factors that is not the base's"):
                 loratool.convert(start, tmp_path / "b", to="mlx", base=base)

@@ -196,6 +196,13 @@ def find_misfits(
     reasons: dict[str, str] = {}
     for module, update in updates.items():
         last = module.rpartition(".")[2]
+        if not types and update.base:
+            raise NeedsFlag(
+                f"has a weight under its factors, which must be compared with the base's ({source})",
+                culprit=module,
+                flags="--base BASE",
+                why="with the model and its weights",
+            )
         if not types and not is_mlx and (update.cls.stack or last in INPUT_EMBEDDINGS):
             what = "a stack of experts" if update.cls.stack else "an embedding, which the head may be tied to"
             raise NeedsFlag(
