@@ -16,6 +16,7 @@ from ...errors import InputError
 from ..dtypes import TensorSpec
 from ..weights_file import WeightsFile
 from .file_kinds import NPZ, kind_of_zip
+from .torch_pickle import MAX_RANK
 from .torch_reader import is_name
 from .zip_entries import bounded_stream, damage_named, entry_place, is_coded
 
@@ -90,6 +91,8 @@ class NpzFile(WeightsFile):
             why = f"{self.path.name} does not store it as numbers in little-endian order"
             raise InputError(why, culprit=name, remedy="convert it to another dtype")
         spec = TensorSpec(dtype, tuple(int(size) for size in shape[1].split(",") if size.strip()))
+        if len(spec.shape) > MAX_RANK:
+            raise ValueError(f"{name} has {len(spec.shape)} dimensions")
         if 8 + width + count + spec.nbytes != length:
             raise ValueError(f"{name} is longer or shorter than its shape {spec.shape} needs")
         numbers = begin + 8 + width + count
