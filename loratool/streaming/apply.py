@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..numerics.forms import F64, FORMS, Form, Wide
 from ..numerics.merge import RowMerge
 from ..numerics.rounding_stats import RoundingStats, cast_rounded, replaced_change
 from ..numerics.workspace import Workspace
-from ..undo.checks import record_rows
+from ..undo.checks import record_rows, rows_sharing
 from ..undo.kept_records import RecordSource
 from ..undo.reader import Record, UndoFile
 from ..undo.records import CodedRows, Doubted, RecordedBlock, Recorder, Restorer, subtract
@@ -68,7 +69,8 @@ def merge_tensor(
     """
     rows = placements[0].rows if placements else source.spec.shape[0]
     columns = source.spec.size // max(1, rows)
-    height = record_rows(columns, bool(base and base.weight), rows_together(placements))
+    sharing = rows_sharing(base.parts if base else None, columns)
+    height = record_rows(columns, bool(base and base.weight), lcm(rows_together(placements), sharing))
     replaced = base if base and base != source and base.spec.shape[1:] == source.spec.shape[1:] else None
     shared = min(rows, replaced.spec.shape[0]) if replaced else 0
     codes = source if record and base == source and source.weight else None

@@ -14,7 +14,7 @@ from ..numerics.code_levels import Codes
 from ..numerics.forms import F64
 from ..numerics.rounding_stats import RoundingStats
 from ..numerics.workspace import Workspace
-from ..undo.checks import recoded_shape, record_rows
+from ..undo.checks import recoded_shape, record_rows, rows_sharing
 from ..undo.reader import UndoFile
 from ..undo.records import CodedRows, RecordedBlock, Restorer, record_recoded
 from .apply import scattered_codes, segments
@@ -36,7 +36,7 @@ def recode_tensor(
     assert source.parts
     parts, rows = source.parts, placements[0].rows
     columns = source.spec.size // max(1, rows)
-    height = record_rows(columns, coded=True)
+    height = record_rows(columns, True, rows_sharing(parts, columns))
 
     def ranges() -> Iterator[RowRange]:
         for start, stop, inside in segments(placements, {0, rows}):

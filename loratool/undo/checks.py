@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import lcm, prod
+from math import gcd, lcm, prod
 from typing import Any
 
+from ..files.codecs.codec import Parts
 from ..files.containers.indexed_file import are_hashes, is_count, is_number, is_place, require
 from ..files.dtypes import BLOCK_TYPES, DTYPES, FLOATS, TORCH_FLOATS, TensorSpec
 
 ROWS = 5  # the index of `rows` in a placement
 RECORD = 1 << 22  # weights of a record; at least one row
-SHARED = 8  # the most rows of codes that can share bytes (AWQ)
+SHARED = 8  # rows of codes that all records are multiples of: as many share bytes in AWQ
 
 
 def record_rows(columns: int, coded: bool = False, together: int = 1) -> int:
@@ -25,6 +26,18 @@ def record_rows(columns: int, coded: bool = False, together: int = 1) -> int:
     if together > 1:
         unit = lcm(unit, together)
     return max(unit, RECORD // max(1, columns) // unit * unit)
+
+
+def rows_sharing(parts: Parts | None, columns: int) -> int:
+    """Return the rows of `columns` numbers whose codes share bytes, if records of SHARED rows would part them; else 1.
+
+    parts: the weight if it is stored as codes, else None.
+    """
+    if parts is None:
+        return 1
+    together = parts.weight.format.row_multiple(parts)
+    rows = together // gcd(together, columns // parts.weight.spec.shape[-1])
+    return rows if SHARED % rows else 1
 
 
 def spec_of(entry: Iterable[Any]) -> TensorSpec:
@@ -188,8 +201,10 @@ def tiles_of(name: str, entry: Mapping[str, Any], was: TensorSpec | None, codes:
     Raises:
         ValueError: no merge writes this entry for this tensor.
     """
+    rows, sharing, together = counted_rows(entry), entry.get("sharing", 1), entry.get("together", 1)
+    require(all(is_count(each) and 0 < each <= max(1, rows) for each in (sharing, together)), f"{name}: its blocks")
     if "recoded" in entry:
-        return Tiles(recoded_tiling(entry), record_rows(recoded_shape(entry)[1], True))
+        return Tiles(recoded_tiling(entry), record_rows(recoded_shape(entry)[1], True, sharing))
     if was is None:
         return Tiles([], 1)
     spec, placements, copied = spec_of(entry["spec"]), entry["placements"], None
@@ -197,11 +212,7 @@ def tiles_of(name: str, entry: Mapping[str, Any], was: TensorSpec | None, codes:
         runs = [] if is_replaced(entry) else coded_tiling(name, spec, was, codes, placements)
     else:
         runs, copied = tiling(name, spec, was, placements)
-    rows, together = counted_rows(entry), 1
-    if "together" in entry:
-        together = entry["together"]
-        require(is_count(together) and 0 < together <= rows, f"{name}: rows that mix")
-    return Tiles(runs, record_rows(spec.size // max(1, rows), bool(codes), together), copied)
+    return Tiles(runs, record_rows(spec.size // max(1, rows), bool(codes), lcm(sharing, together)), copied)
 
 
 def is_recorded(entry: Mapping[str, Any], tiles: Tiles) -> bool:

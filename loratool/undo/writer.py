@@ -52,7 +52,17 @@ from ..files.layer_numbers import RepeatedLayers
 from ..files.output.model_card import shown_name
 from ..files.output.output import Output
 from ..files.weights_file import WeightsFile, copy_bytes
-from .checks import Tiles, bytes_before, counted_rows, is_replaced, kept_names, recoded_shape, spec_of, tiles_of
+from .checks import (
+    Tiles,
+    bytes_before,
+    counted_rows,
+    is_replaced,
+    kept_names,
+    recoded_shape,
+    rows_sharing,
+    spec_of,
+    tiles_of,
+)
 from .differences import UNIT, WIDEST
 from .reader import UNDO
 from .restorable import RestorableMerge, restorable_merge
@@ -310,6 +320,8 @@ def _entry(plan: MergePlan, output: Output, name: str, numbers: Mapping[int, int
         entry["placements"] = sorted((_placement(p, numbers) for p in placements), key=repr)
         if (together := rows_together(placements)) > 1:
             entry["together"] = together
+        if weight and (sharing := rows_sharing(base.parts_of(base_name), weight.spec.size // counted_rows(entry))) > 1:
+            entry["sharing"] = sharing
     return entry
 
 

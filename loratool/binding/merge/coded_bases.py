@@ -13,7 +13,13 @@ from ...files.checkpoint import Checkpoint, plain_dtype
 from ...files.codecs import RAW, codec_of
 from ...files.codecs.codec import StoredWeight
 from ...files.codecs.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
-from ...files.codecs.skip_lists import extend_skip_lists, mixed_notes, quantizes_kv_cache, without_quantization
+from ...files.codecs.skip_lists import (
+    BITNET,
+    extend_skip_lists,
+    mixed_notes,
+    quantizes_kv_cache,
+    without_quantization,
+)
 from ...files.dtypes import DTYPES, TORCH_FLOATS, TensorSpec
 from ...files.folder.model_folder import read_json_file
 from ...files.output.output import OutputEdits
@@ -303,6 +309,8 @@ def _notes(base: Checkpoint, decoded: Mapping[str, str], others: Mapping[str, st
         if is_decoded(part, decoded):
             if quantizes_kv_cache(part.declared):
                 notes.append("the removed quantization config also quantized the cache of keys and values")
+            if declared_method(part.declared) == "bitnet":
+                notes.append(BITNET)
         elif part.declared:
             notes += mixed_notes(declared_method(part.declared) or "", [module_path(name) for name in decoded])
     return tuple(notes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..dtypes import TensorSpec
 from .awq import Awq
+from .bitnet import BitNet
 from .bitsandbytes import Bitsandbytes4, BitsandbytesInt8
 from .codec import Codec, CodeFormat, Fault, StoredWeight, Unclaimed
 from .comfy import ComfyInt8, ComfyMxfp8, ComfyNvfp4
@@ -42,6 +43,7 @@ CODECS: dict[str, Codec] = {
         ComfyNvfp4(),
         TorchaoInt8(),
         TorchaoFloat8(),
+        BitNet(),
         Awq(),
         Gptq(),
         PackedInts(),

@@ -1,4 +1,4 @@
-"""The places of a weight's codes in the bytes of a tensor: plain, in nibbles, in words, or transposed.
+"""The places of a weight's codes in the bytes of a tensor: plain, in nibbles, in words, interleaved, or transposed.
 
 A packing does not depend on the codes' numbers. The rows of a stack's matrices follow each other; a row may be padded.
 """
@@ -241,6 +241,54 @@ class Octets:
             words |= octets[:, number].T.astype(np.uint32) << (4 * place)
         for column, row in enumerate(words):
             yield (column * (self.rows // 8) + start // 8) * 4, row.tobytes()
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """A matrix in planes, which are runs of its numbers: each has its own bits of the same words.
+
+    All rows share words, since numbers far apart do.
+
+    Attributes:
+        size: the numbers of a plane, one in each word. The last plane may be longer than what is left of the matrix.
+        shifts: the lowest bit of each plane in a word.
+        kind: numpy's name of the type of a word.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    size: int
+    shifts: tuple[int, ...]
+    kind: str = "uint8"
+
+    @property
+    def width(self) -> int:
+        return self.columns
+
+    @property
+    def row_multiple(self) -> int:
+        return self.rows
+
+    def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
+        codes = np.empty((stop - start) * self.columns, np.uint8)
+        for shift, low, high in self._planes(start * self.columns, stop * self.columns):
+            words = tensor.integers(low % self.size, high - low).view(self.kind) >> shift
+            codes[low - start * self.columns : high - start * self.columns] = words & ((1 << self.bits) - 1)
+        return codes.reshape(stop - start, self.columns)
+
+    def places(self, start: int, codes: Codes) -> Iterator[Place]:
+        flat, words = codes.reshape(-1), np.zeros(self.size, self.kind)
+        for shift, low, high in self._planes(0, len(flat)):
+            words[: high - low] |= flat[low:high].astype(self.kind) << shift
+        yield 0, words.tobytes()
+
+    def _planes(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Split numbers first:last by planes: yield (shift, first number, number after the last)."""
+        for plane, shift in enumerate(self.shifts):
+            low, high = max(first, plane * self.size), min(last, (plane + 1) * self.size)
+            if low < high:
+                yield shift, low, high
 
 
 def span(start: int, stop: int, bits: int) -> tuple[int, int]:

@@ -286,6 +286,9 @@ class Note:
     parts: str = ""  # it holds where a module's path has one of these parts, separated by blanks; empty: always
 
 
+# A layer of BitNet rounds its inputs to 8 bits, and a plain one does not
+BITNET = "it is another model than the base: layers with plain numbers do not round their inputs to 8 bits"
+
 NOTES = (
     Note(
         "mxfp4",
@@ -318,6 +321,7 @@ NOTES = (
     Note("auto-round", "loading is untested in every runtime"),
     Note("quark", "loading is untested in every runtime"),
     Note("MLX", "only MLX reads it"),
+    Note("bitnet", BITNET),
 )
 
 

@@ -137,7 +137,7 @@ def test_requantized_codes_are_the_nearest_and_come_off(vector: str, size: float
 
 def all_numbers(codec: CodeFormat, parts: Any, rows: int) -> list[np.ndarray]:
     """The numbers that all weights would have with each code in turn; nan is far from all."""
-    count = 1 << parts.weight.detail.get("bits", codec.bits)
+    count = 3 if codec.key == "bitnet" else 1 << parts.weight.detail.get("bits", codec.bits)
     found = []
     for code in range(-count // 2, count // 2) if codec.code == "int8" else range(count):
         codes = np.full((rows, codec.width(parts)), code, codec.code)

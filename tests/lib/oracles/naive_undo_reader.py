@@ -6,7 +6,7 @@ import struct
 from bisect import bisect_left, bisect_right
 from fractions import Fraction as F
 from itertools import pairwise
-from math import copysign, isfinite, isnan, prod
+from math import copysign, isfinite, isnan, lcm, prod
 from typing import NamedTuple
 
 FORMS = {"BF16": (16, 8, -133), "F16": (16, 11, -24), "F32": (32, 24, -149), "F64": (64, 53, -1074)}
@@ -222,7 +222,8 @@ def spans(entry, rows, columns, coded):
     if entry.get("replaced") and coded:
         return []
     edges = sorted({edge for each in covered for edge in each} | ({0, rows} if coded or not covered else set()))
-    height = max(8, (1 << 22) // columns // 8 * 8) if coded else max(1, (1 << 22) // columns)
+    unit = lcm(8, entry.get("sharing", 1)) if coded else 1
+    height = max(unit, (1 << 22) // columns // unit * unit)
     return [
         (start, min(start + height, last))
         for first, last in pairwise(edges)
