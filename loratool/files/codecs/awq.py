@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 from ..dtypes import TensorSpec
 from .codec import Parts, StoredWeight, Unclaimed
-from .gptq import FLOATS, group_size, matrix
+from .gptq import FLOATS, group_size, is_auto_round, matrix
 from .scaled import ScaledCodes, Scales
 
 if TYPE_CHECKING:
     from ...numerics.code_levels import Levels
     from .packing import Packing
+
+
+AUTO_ROUND_PACKINGS = ("auto_round:auto_awq", "auto_round:awq")  # auto-round's `packing_format` for this layout
 
 
 class Awq(ScaledCodes):
@@ -29,7 +32,9 @@ class Awq(ScaledCodes):
         scale, zero = f"{path}.scales", f"{path}.qzeros"
         shape, of_scales = unclaimed.specs[name].shape, unclaimed.specs.get(scale)
         version = unclaimed.declared.get("version") or unclaimed.declared.get("format") or "gemm"
-        is_awq = unclaimed.declared.get("quant_method") == "awq"
+        method = unclaimed.declared.get("quant_method", "awq")
+        packing = str(unclaimed.declared.get("packing_format")) if is_auto_round(unclaimed.declared) else ""
+        is_awq = unclaimed.declared.get("quant_method") == "awq" or packing in AUTO_ROUND_PACKINGS
         if is_awq and str(version).lower() != "gemm":
             return None
         if not is_awq and (of_scales is None or not shape or of_scales.shape[-1:] != (8 * shape[-1],)):
@@ -39,8 +44,7 @@ class Awq(ScaledCodes):
         unclaimed.shaped(scale, (groups, 8 * words))
         unclaimed.shaped(zero, (groups, words), "I32")
         detail = {"bits": 4, "group": group_size(scale, columns, groups, unclaimed.declared)}
-        stated = unclaimed.declared.get("quant_method", "awq")
-        note = "" if stated == "awq" else f"the config says {stated}, the tensors are AWQ's"
+        note = "" if is_awq or method == "awq" else f"the config says {packing or method}, the tensors are AWQ's"
         spec = TensorSpec("F64", (8 * words, columns))
         return StoredWeight(self, spec, (name, scale, zero), ("codes", "scales", "zeros"), detail, note)
 

@@ -2,7 +2,7 @@
 
 `g_idx` has the group of each column, in any order (act-order); without it, groups follow each other. Zero points are
 stored minus 1 if the config's `checkpoint_format` is "gptq" or missing, and unchanged if it is "gptq_v2". No tensor
-distinguishes the two.
+distinguishes the two. auto-round writes both, and its `packing_format` says which.
 """
 
 from __future__ import annotations
@@ -21,13 +21,24 @@ if TYPE_CHECKING:
 
 BITS = (2, 3, 4, 8)
 
+# auto-round's names of the method, and its `packing_format` -> what stored zero points lack
+AUTO_ROUND = ("auto-round", "auto_round", "intel/auto-round")
+
+PACKINGS = {
+    **dict.fromkeys(("auto_round:auto_gptq", "auto_round:gptq", "auto"), 1),
+    **dict.fromkeys(("auto_round", "auto_round:gptqmodel"), 0),
+}
+
+AUTO_ROUND_BITS = (*BITS, 5, 6, 7)
+
 FLOATS = ("F16", "BF16", "F32")  # of scales
 
 
 class Gptq(ScaledCodes):
     """A number is (code - zero point) * scale, with the zero point and scale of its group.
 
-    Sources: AutoGPTQ 0.7.1, nn_modules/qlinear/qlinear_cuda.py; GPTQModel 7.7, utils/model.py (v1 and v2).
+    Sources: AutoGPTQ 0.7.1, nn_modules/qlinear/qlinear_cuda.py; GPTQModel 7.7, utils/model.py (v1 and v2); auto-round
+    0.16, auto_round_extension/torch/qlinear_torch.py and qlinear_torch_zp.py.
     """
 
     key = "gptq"
@@ -41,7 +52,8 @@ class Gptq(ScaledCodes):
         rows, out = matrix(name, unclaimed.specs[name])
         groups, _ = matrix(scale, unclaimed.need(scale, *FLOATS))
         _, words = matrix(zero, unclaimed.need(zero, "I32"))
-        bits = next((bits for bits in BITS if words * 32 == out * bits), None)
+        widths = AUTO_ROUND_BITS if is_auto_round(unclaimed.declared) else BITS
+        bits = next((bits for bits in widths if words * 32 == out * bits), None)
         if bits is None or rows * 32 % bits:
             raise Fault(
                 f"{zero} has the shape {unclaimed.specs[zero].shape}, for {name} of {unclaimed.specs[name].shape}"
@@ -123,12 +135,21 @@ def stored_less(declared: Any) -> int:
     Raises:
         Fault: the config names neither format.
     """
+    if is_auto_round(declared):
+        packing = declared.get("packing_format") or "auto"
+        if not isinstance(packing, str) or packing not in PACKINGS:
+            raise Fault(f"its packing_format {packing!r} does not say how its zero points are stored")
+        return PACKINGS[packing]
     if declared.get("quant_method") != "gptq":
         raise Fault("no quantization config says whether its zero points are those of gptq or of gptq_v2")
     form = declared.get("checkpoint_format") or declared.get("format") or "gptq"
     if form not in ("gptq", "gptq_v2"):
         raise Fault(f"its checkpoint_format {form!r} is neither gptq nor gptq_v2")
     return int(form == "gptq")
+
+
+def is_auto_round(declared: Any) -> bool:
+    return declared.get("quant_method") in AUTO_ROUND
 
 
 def group_size(name: str, columns: int, groups: int, declared: Any) -> int:
@@ -163,5 +184,5 @@ def column_groups(parts: Parts, groups: int) -> tuple[Codes, int]:
 def disagreement(declared: Any, bits: int) -> str:
     """Return a note if the config has another number of bits for all modules."""
     stated = declared.get("bits")
-    is_other = type(stated) is int and stated != bits and not declared.get("dynamic")
+    is_other = type(stated) is int and stated != bits and not (declared.get("dynamic") or declared.get("extra_config"))
     return f"the config says {stated} bits, the tensors have {bits}" if is_other else ""

@@ -166,13 +166,32 @@ def test_gptq_with_a_number_that_none_writes_is_refused(tmp_path: Path, name: st
     ("config", "what"),
     [
         (None, "no quantization config says"),
-        ({"quant_method": "auto-round"}, "no quantization config says"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:new"}, "'auto_round:new'"),
+        ({"quant_method": "auto-round", "packing_format": 2}, "packing_format 2"),
         ({**V1, "checkpoint_format": "marlin"}, "'marlin'"),
     ],
 )
 def test_zero_points_of_an_unknown_format_are_not_guessed(tmp_path: Path, config: Any, what: str) -> None:
     checkpoint = opened(tmp_path, GPTQ_TENSORS, config)
     assert what in checkpoint.faults["x.qweight"]
+
+
+@pytest.mark.parametrize("method", ["auto-round", "auto_round", "intel/auto-round"])
+@pytest.mark.parametrize("packing", [None, "auto", "auto_round:gptq", "auto_round:auto_gptq", "auto_round"])
+def test_auto_round_says_how_zero_points_are_stored(tmp_path: Path, method: str, packing: str | None) -> None:
+    tensors, weight = gptq(4, SHUFFLED, int(packing != "auto_round"))
+    said = {"packing_format": packing} if packing else {}
+    found = opened(tmp_path, tensors, {"quant_method": method, "bits": 4, **said})
+    assert found["x.weight"].tolist() == [[float(number) for number in row] for row in weight]
+    assert not found.weights["x.weight"].note
+
+
+@pytest.mark.parametrize("packing", ["auto_round:awq", "auto_round:auto_awq"])
+def test_auto_round_in_awqs_order(tmp_path: Path, packing: str) -> None:
+    tensors, weight = awq()
+    checkpoint = opened(tmp_path, tensors, {"quant_method": "auto-round", "bits": 4, "packing_format": packing})
+    assert checkpoint["x.weight"].tolist() == [[float(number) for number in row] for row in weight]
+    assert not checkpoint.weights["x.weight"].note
 
 
 def test_tensors_win_over_the_config(tmp_path: Path) -> None:
