@@ -17,7 +17,7 @@ from .fp8 import Fp8
 from .gguf import GgmlBlocks
 from .gptq import Gptq
 from .mlx import MlxAffine, MlxFp4, MlxFp8
-from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4
+from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4, QuarkMxfp4
 from .nvfp4 import ModeloptNvfp4, PackedNvfp4
 from .raw import Raw
 from .torchao import TorchaoFloat8, TorchaoInt8
@@ -31,6 +31,7 @@ CODECS: dict[str, Codec] = {
         Mxfp4(),
         PackedMxfp4(),
         DeepSeekFp4(),
+        QuarkMxfp4(),
         PackedNvfp4(),
         ModeloptNvfp4(),
         Bitsandbytes4(),

@@ -1,8 +1,12 @@
-"""Read and write mxfp4, e2m1 with a power of two for each 32 columns: gpt-oss, compressed-tensors, DeepSeek-V4."""
+"""Read and write mxfp4, e2m1 with a power of two for each 32 columns.
+
+gpt-oss, compressed-tensors, DeepSeek-V4 and Quark have it, in layouts of their own.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
 from .codec import Fault, Parts, Piece, Quantizer, StoredWeight, Unclaimed
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     from .packing import Packing
 
 GROUP = 32  # columns that have one scale
+
+QUARK_KEPT = (".input_scale", ".input_zero_point", ".output_scale")
 
 KEPT = (".input_global_scale", ".input_scale")  # of activations; copied with the codes
 
@@ -87,6 +93,40 @@ class DeepSeekFp4(RowMxfp4):
         if scale is None or scale.dtype not in ("U8", "F8_E8M0") or len(unclaimed.specs[name].shape) < 2:
             return None
         return self.coded(name, {"scales": f"{path}.scale"}, unclaimed, GROUP)
+
+
+class QuarkMxfp4(RowMxfp4):
+    """AMD Quark's fp4 with scales of E8M0 (quark/torch/export/nn/modules/realquantizer.py; quark/torch/utils/pack.py)."""
+
+    key = "quark-mxfp4"
+    ends = (".weight",)
+    code_dtypes = frozenset(("U8",))
+
+    def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
+        scale = f"{path}.weight_scale"
+        if unclaimed.declared.get("quant_method") != "quark" or scale not in unclaimed.specs:
+            return None
+        if len(unclaimed.specs[name].shape) < 2:
+            return None
+        others = sorted({str(each) for each in _quark_formats(unclaimed.declared)} - {"e8m0"})
+        if others:
+            raise Fault(f"the config has fp4 weights whose scale_format is {others[0]}, not e8m0")
+        unclaimed.need(scale, "U8", "F8_E8M0")
+        kept = {end: path + end for end in QUARK_KEPT if path + end in unclaimed.specs}
+        return self.coded(name, {"scales": scale, **kept}, unclaimed, GROUP)
+
+
+def _quark_formats(declared: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the `scale_format` of each description of fp4 in a config, at any depth."""
+    pending: list[Any] = [declared]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            if value.get("dtype") == "fp4":
+                yield value.get("scale_format")
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
 
 
 class Mxfp4(Fp4):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,3 +151,17 @@ def test_bytes_are_those_of_compressed_tensors(tmp_path: Path, dtype: torch.dtyp
     state = {"weight": w, "weight_scale": scale, "weight_zero_point": zero}
     state = BaseCompressor.get_value_from_registry(scheme.format).compress(state, scheme)
     assert written(parts, w, 64) == {"codes": raw(state["weight_packed"]), "scales": raw(state["weight_scale"])}
+
+
+def quark(scale_format: str | None) -> dict[str, Any]:
+    weight = {"dtype": "fp4", "group_size": 32, "scale_format": scale_format}
+    layers = {"*q_proj": {"weight": [{"dtype": "fp8_e4m3"}, weight]}}
+    return {"quantization_config": {"quant_method": "quark", "layer_quant_config": layers}}
+
+
+@pytest.mark.parametrize("scale_format", ["e5m3", None])
+def test_quarks_other_scales_are_refused(scale_format: str | None, tmp_path: Path) -> None:
+    tensors = {"x.weight": random_bytes(4, 32), "x.weight_scale": torch.full((4, 2), 127, dtype=torch.uint8)}
+    assert stored(tmp_path, tensors, quark("e8m0"))["x.weight"].shape == (4, 64)
+    checkpoint = stored(tmp_path, tensors, quark(scale_format))
+    assert f"whose scale_format is {scale_format}, not e8m0" in checkpoint.faults["x.weight"]
