@@ -16,6 +16,7 @@ from .float8 import Float8
 from .fp8 import Fp8
 from .gguf import GgmlBlocks
 from .gptq import Gptq
+from .hqq import Hqq
 from .mlx import MlxAffine, MlxFp4, MlxFp8
 from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4, QuarkMxfp4
 from .nvfp4 import ModeloptNvfp4, PackedNvfp4
@@ -45,6 +46,7 @@ CODECS: dict[str, Codec] = {
         TorchaoInt8(),
         TorchaoFloat8(),
         BitNet(),
+        Hqq(),
         Awq(),
         Gptq(),
         PackedInts(),

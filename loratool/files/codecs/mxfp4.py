@@ -96,7 +96,7 @@ class DeepSeekFp4(RowMxfp4):
 
 
 class QuarkMxfp4(RowMxfp4):
-    """AMD Quark's fp4 with scales of E8M0 (quark/torch/export/nn/modules/realquantizer.py; quark/torch/utils/pack.py)."""
+    """AMD Quark's fp4 with scales of E8M0 (quark/torch: export/nn/modules/realquantizer.py, utils/pack.py)."""
 
     key = "quark-mxfp4"
     ends = (".weight",)

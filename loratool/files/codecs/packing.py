@@ -273,7 +273,8 @@ class Interleaved:
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
         codes = np.empty((stop - start) * self.columns, np.uint8)
         for shift, low, high in self._planes(start * self.columns, stop * self.columns):
-            words = tensor.integers(low % self.size, high - low).view(self.kind) >> shift
+            first, width = low % self.size, np.dtype(self.kind).itemsize
+            words = _bytes(tensor, first * width, (first + high - low) * width).view(self.kind) >> shift
             codes[low - start * self.columns : high - start * self.columns] = words & ((1 << self.bits) - 1)
         return codes.reshape(stop - start, self.columns)
 

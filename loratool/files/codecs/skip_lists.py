@@ -322,6 +322,11 @@ NOTES = (
     Note("quark", "loading is untested in every runtime"),
     Note("MLX", "only MLX reads it"),
     Note("bitnet", BITNET),
+    Note(
+        "hqq",
+        "transformers skips modules of HQQ by their kind, in all layers: this output is not for it unless all layers "
+        "changed; a dequantized one is",
+    ),
 )
 
 

@@ -45,6 +45,8 @@ from loratool.errors import InputError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.codecs import CODECS
 from loratool.files.codecs.codec import CodeFormat
+from loratool.files.codecs.scaled import ScaledCodes
+from loratool.numerics.code_levels import Integers
 
 
 def same(x: Tensor, y: Tensor) -> bool:
@@ -137,9 +139,9 @@ def test_requantized_codes_are_the_nearest_and_come_off(vector: str, size: float
 
 def all_numbers(codec: CodeFormat, parts: Any, rows: int) -> list[np.ndarray]:
     """The numbers that all weights would have with each code in turn; nan is far from all."""
-    count = 3 if codec.key == "bitnet" else 1 << parts.weight.detail.get("bits", codec.bits)
-    found = []
-    for code in range(-count // 2, count // 2) if codec.code == "int8" else range(count):
+    assert isinstance(codec, ScaledCodes)
+    levels, count, found = codec.levels(parts), 1 << parts.weight.detail.get("bits", codec.bits), []
+    for code in range(levels.low, levels.high + 1) if isinstance(levels, Integers) else range(count):
         codes = np.full((rows, codec.width(parts)), code, codec.code)
         values = codec.values(parts, 0, codes).astype(np.longdouble)
         found.append(np.where(np.isnan(values), np.inf, values))

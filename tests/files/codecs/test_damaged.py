@@ -20,6 +20,8 @@ from torch import Tensor
 from loratool import InputError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.codecs.codec import CodeFormat, Parts
+from loratool.files.codecs.scaled import ScaledCodes
+from loratool.numerics.code_levels import Integers
 from loratool.numerics.tensors import numbers_of
 
 DTYPES = [
@@ -101,10 +103,9 @@ def use(parts: Parts) -> None:
     again = codes.copy()
     again[:, :columns] = codec.nearest(parts, 0, values)
     is_number = np.isfinite(values)
-    if parts.weight.detail.get("bits", 8) < 8 and codec.code == "int8":
-        is_number &= (codes >= -8) & (codes < 8)  # codes of a byte that the config has too few bits for are read
-    if codec.key == "bitnet":
-        is_number &= codes != 3  # read, but never written
+    levels = codec.levels(parts) if isinstance(codec, ScaledCodes) else None
+    if isinstance(levels, Integers):  # other codes are read, but never chosen
+        is_number &= (codes[:, :columns] >= levels.low) & (codes[:, :columns] <= levels.high)
     assert np.array_equal(codec.values(parts, 0, again)[is_number], values[is_number])
     size = parts["codes"].spec.nbytes
     assert all(0 <= first <= size - len(data) for first, data in codec.places(parts, 0, codes))
