@@ -20,6 +20,7 @@ from .hqq import Hqq
 from .mlx import MlxAffine, MlxFp4, MlxFp8
 from .mxfp4 import DeepSeekFp4, Mxfp4, PackedMxfp4, QuarkMxfp4
 from .nvfp4 import ModeloptNvfp4, PackedNvfp4
+from .quanto import QuantoBits, QuantoFloat8, QuantoInt8
 from .raw import Raw
 from .torchao import TorchaoFloat8, TorchaoInt8
 
@@ -47,6 +48,9 @@ CODECS: dict[str, Codec] = {
         TorchaoFloat8(),
         BitNet(),
         Hqq(),
+        QuantoInt8(),
+        QuantoFloat8(),
+        QuantoBits(),
         Awq(),
         Gptq(),
         PackedInts(),

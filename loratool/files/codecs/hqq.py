@@ -1,7 +1,7 @@
 """Read and write HQQ: codes, float zero points and scales of groups, and a description in small tensors beside them.
 
-Groups are runs of the flat weight (axis 1), or numbers at equal distances in it (axis 0). Codes of fewer than 5 bits are
-interleaved: the first bits of each word are the first part of the matrix of groups.
+Groups are runs of the flat weight (axis 1), or numbers at equal distances in it (axis 0). Codes of fewer than 5 bits
+are interleaved: the first bits of each word are the first part of the matrix of groups.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ CODINGS = (
     Coding("AWQ or GPTQ", ".qweight", "", ".scales .qzeros", WORDS, 0),
     Coding("mxfp4", "_blocks", "_scales", "", BYTES, 4),
     Coding("quanto", ".weight._data", ".weight._scale", ".weight._shift .input_scale .output_scale", CODES, None),
+    Coding("quanto", ".weight._data._data", ".weight._scale", ".weight._shift .input_scale .output_scale", CODES, None),
     Coding("torchao", "._weight_qdata", "._weight_scale", "._weight_zero_point", FP8_CODES | INT8, 8),
     Coding("torchao", "._weight_qdata", "._weight_scale", "._weight_zero_point ._weight_scale_and_zero", CODES, None),
     Coding("HQQ", ".W_q", ".scale .zero", ".nbits .group_size .shape .axis .packing", CODES, None),
@@ -104,7 +105,12 @@ LISTING = "_quantization_metadata"
 CODED_METADATA = (LISTING, "tensor_names")
 
 # Files of tools that do not write their quantization into config.json -> the method
-CONFIG_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+CONFIG_FILES = {
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "quantization_map.json": "optimum-quanto",
+}
 
 # Files that are obsolete beside a model without codes
 QUANTIZERS = (*CONFIG_FILES, "recipe.yaml")

@@ -111,6 +111,7 @@ SKIP_LISTS: dict[str, SkipList] = {
     "quark": SkipList("exclude"),
     "MLX": SkipList("", edit=_drop_entries),  # the tensors decide; an entry without tensors is an error
     "quanto": _BY_FIELD,
+    "optimum-quanto": SkipList("", edit=_drop_entries),  # quantization_map.json has an entry for each module
     "eetq": _BY_FIELD,
     "bitnet": _BY_FIELD,
     "vptq": _BY_FIELD,

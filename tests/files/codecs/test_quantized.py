@@ -125,7 +125,11 @@ STORED: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
         {"llm_config": {"quantization_config": {"quant_method": "awq", "w_bit": 4}}},
     ),
     "mxfp4": ({"x_blocks": codes(4, OUT // 4, IN // 32, 16), "x_scales": codes(4, OUT // 4, IN // 32)}, {}),
-    "quanto": ({"x.weight._data": codes(OUT, IN, dtype=I8), "x.weight._scale": ones(OUT, 1)}, {}),
+    "quanto": (
+        {"x.weight._data._data": codes(OUT * IN // 256, 128), "x.weight._scale": ones(OUT * IN // 128, 1)},
+        {},
+    ),
+    "quanto of 8 bits": ({"x.weight._data": codes(OUT, IN, dtype=I8), "x.weight._scale": ones(OUT, 1)}, {}),
     "torchao": ({"x._weight_qdata": codes(OUT, IN, dtype=I8), "x._weight_scale": ones(OUT, 1)}, {}),
     "HQQ": ({"x.W_q": codes(OUT, IN // 2), "x.scale": ones(1, 64), "x.zero": ones(1, 64), "x.nbits": ones(1)}, {}),
     "AQLM": (
@@ -144,7 +148,7 @@ STORED: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
 READ = (
     "ComfyUI scaled fp8", "modelopt nvfp4", "fp8", "fp8 of Mistral", "fp8 of DeepSeek-V4", "fp8 by channel", "int8",
     "DeepSeek fp4", "MLX", "MLX by layer", "compressed-tensors 4-bit", "compressed-tensors", "GPTQ", "AWQ or GPTQ",
-    "mxfp4", "fp8 experts",
+    "mxfp4", "fp8 experts", "quanto of 8 bits",
 )  # fmt: skip
 UNREAD = "EETQ int8"
 UNCOUNTED = ("quanto", "HQQ", "AQLM", "VPTQ", "exl3")
