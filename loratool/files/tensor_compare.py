@@ -156,7 +156,7 @@ def _code_steps(weight: TensorRef, start: int, stop: int) -> npt.NDArray[np.floa
     step = ordinals.dtype.type(low < high)
     near = codes.copy()  # keeps the padding, which may have a row's scales
     near[:, :columns] = codec.from_ordinals(parts, ordinals + np.where(ordinals < (low + high) / 2, step, -step))
-    steps = np.abs(codec.values(parts, first, codes) - codec.values(parts, first, near))
+    steps = np.abs(codec.unmixed(parts, first, codes) - codec.unmixed(parts, first, near))
     return steps.astype(np.float32).reshape(stop - start, -1)
 
 

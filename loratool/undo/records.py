@@ -304,6 +304,8 @@ class Recorder:
         if rows.format.padding_has_scales:
             self._payloads[0] += rows.padding(self._codes).tobytes()
             rows = rows.with_padding(rows.padding(self._codes))
+        if rows.format.mixes:
+            x = None
         self._payloads[0] += rows.pack(self._codes, guess_codes(out, x, first, rows, self._work))
 
     def result(self, change: RoundingStats, out: Numbers) -> RecordedBlock:
@@ -545,6 +547,8 @@ class Restorer:
         padding = rows.read_scales(self._reader, len(merged))
         if padding is not None:
             rows = rows.with_padding(padding)
+        if rows.format.mixes:
+            x = None
         _put_codes(rows.unpack(self._reader, guess_codes(merged, x, 0, rows, work), padding), out)
 
     def _from_guess(self, guess: Bits, out: Numbers) -> None:

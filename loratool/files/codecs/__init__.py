@@ -10,7 +10,8 @@ from .awq import Awq
 from .bitnet import BitNet
 from .bitsandbytes import Bitsandbytes4, BitsandbytesInt8
 from .codec import Codec, CodeFormat, Fault, StoredWeight, Unclaimed
-from .comfy import ComfyInt8, ComfyMxfp8, ComfyNvfp4
+from .comfy import ComfyAwq, ComfyInt8, ComfyMxfp8, ComfyNvfp4
+from .comfy_rotated import ComfyRotatedInt4, ComfyRotatedInt8
 from .compressed_ints import PackedInts, PlainInts
 from .float8 import Float8
 from .fp8 import Fp8
@@ -44,6 +45,9 @@ CODECS: dict[str, Codec] = {
         ComfyInt8(),
         ComfyMxfp8(),
         ComfyNvfp4(),
+        ComfyAwq(),
+        ComfyRotatedInt8(),
+        ComfyRotatedInt4(),
         TorchaoInt8(),
         TorchaoFloat8(),
         BitNet(),

@@ -366,6 +366,7 @@ class CodeFormat(Codec):
     code: ClassVar[str] = "uint8"  # numpy's name of the type of one code
     bits: ClassVar[int] = 4  # the most bits of a code; fewer than 8 are too coarse for a LoRA's change
     padding_has_scales: ClassVar[bool] = False  # a row's scales are in its padding
+    mixes: ClassVar[bool] = False  # a number depends on several codes of its row; undo guesses codes from W' alone
 
     @abstractmethod
     def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
@@ -410,6 +411,10 @@ class CodeFormat(Codec):
     @abstractmethod
     def values(self, parts: Parts, start: int, codes: Codes) -> Wide:
         """Return the numbers of codes of rows from `start` on, (rows, columns), without padding."""
+
+    def unmixed(self, parts: Parts, start: int, codes: Codes) -> Wide:
+        """Return the numbers of codes before those of a row are mixed; `values` in a format that does not mix them."""
+        return self.values(parts, start, codes)
 
     @abstractmethod
     def nearest(self, parts: Parts, start: int, numbers: Wide) -> Codes:

@@ -1,7 +1,6 @@
 """Read and write the quantized layers of ComfyUI's files, which a tensor or the metadata describe.
 
-ComfyUI's float8 with one scale is `Fp8`. Layers with rotated columns ("convrot"), or with codes in the layout of one
-kernel, are not read: their codes are not those of W.
+ComfyUI's float8 with one scale is `Fp8`. Layers with codes in the layout of one kernel are not read.
 
 Sources: ComfyUI, comfy/ops.py and comfy/quant_ops.py; comfy-kitchen, backends/eager/quantization.py.
 """
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 LISTING = "_quantization_metadata"  # the key of a file's metadata with the list of its layers
 
 MARKER = ".comfy_quant"  # the suffix of a tensor whose bytes are a layer's description
+
+ROTATED = ("convrot_w4a4",)  # formats whose columns are always rotated
 
 HIGH, WIDE = 128, 4  # rows and columns of a tile of scales
 
@@ -56,19 +57,20 @@ class ComfyLayer(ScaledCodes):
     """A layer whose description names its format."""
 
     format: ClassVar[str]  # ComfyUI's name
+    rotates: ClassVar[bool] = False  # columns are rotated
     ends = (".weight",)
 
     def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
         config = layer_config(path, unclaimed)
         if config is None or config.get("format") != self.format:
             return None
-        params = config.get("params")
-        if config.get("convrot") or (isinstance(params, Mapping) and params.get("convrot")):
-            return None
-        if len(unclaimed.specs[name].shape) < 2:
+        is_rotated, rotation = _rotation(config)
+        if is_rotated is not self.rotates or len(unclaimed.specs[name].shape) < 2:
             return None
         refuse_column_scales(path, unclaimed)
         shape, companions, detail = self.layout(path, unclaimed.specs[name].shape, unclaimed)
+        if self.rotates:
+            detail["rotation"] = _checked_rotation(rotation, shape[-1])
         ends = {"input": ".input_scale", "marker": MARKER}
         others = {role: path + end for role, end in ends.items() if path + end in unclaimed.specs}
         tensors = {"codes": name, **companions, **others}
@@ -86,6 +88,20 @@ class ComfyLayer(ScaledCodes):
         Raises:
             Fault: a companion is missing or of another shape.
         """
+
+
+def _rotation(config: Mapping[str, Any]) -> tuple[bool, Any]:
+    """Return whether a description says that columns are rotated, and how many together."""
+    params = config.get("params")
+    every = {**params, **config} if isinstance(params, Mapping) else config
+    return bool(every.get("convrot") or every.get("format") in ROTATED), every.get("convrot_groupsize", 256)
+
+
+def _checked_rotation(size: Any, columns: int) -> int:
+    """Return a rotation's number of columns; raise Fault if it is not a power of 4 that divides all columns."""
+    if type(size) is not int or size < 4 or size & (size - 1) or size.bit_length() % 2 == 0 or columns % size:
+        raise Fault(f"its description says that {size!r} of its {columns} columns are rotated together")
+    return size
 
 
 class ComfyInt8(ComfyLayer, BlockCodes):
@@ -209,3 +225,36 @@ class ComfyNvfp4(ComfyTiled):
 
         is_coded = role == "scales"
         return E4M3.values(tensor.integers(first, count)) if is_coded else super().decoded(role, tensor, first, count)
+
+
+class ComfyAwq(ComfyLayer):
+    """`(code - 8) * scale + zero` for each group of columns, the first code in the low nibble."""
+
+    key = "comfy-awq"
+    format = "awq_w4a16"
+    code_dtypes = frozenset(("I8", "U8"))
+    bits = 4
+
+    def layout(
+        self, path: str, shape: tuple[int, ...], unclaimed: Unclaimed
+    ) -> tuple[tuple[int, ...], dict[str, str], dict[str, Any]]:
+        scale, zero = path + ".weight_scale", path + ".weight_zeros"
+        stored = unclaimed.need(scale, "F32", "F16", "BF16").shape
+        if len(shape) != 2 or len(stored) != 2 or stored[1] != shape[0] or 2 * shape[1] % max(1, stored[0]):
+            raise Fault(f"{scale} has the shape {stored}, for codes of {shape}")
+        unclaimed.shaped(zero, stored, "F32", "F16", "BF16")
+        return (shape[0], 2 * shape[1]), {"scales": scale, "biases": zero}, {"group": 2 * shape[1] // stored[0]}
+
+    def packing(self, parts: Parts) -> Packing:
+        from .packing import Words
+
+        return Words(parts.weight.spec.shape[-1], 4, 8)
+
+    def levels(self, parts: Parts) -> Levels:
+        from ...numerics.code_levels import Integers
+
+        return Integers(0, 15, offset=8)
+
+    def scales(self, parts: Parts, start: int, stop: int) -> Scales:
+        scale, zero = (parts[role].float_box(*parts[role].spec.shape, start, stop).T for role in ("scales", "biases"))
+        return Scales(scale, parts.detail("group"), bias=zero)

@@ -1,4 +1,4 @@
-"""Read ComfyUI's quantized layers, by the tensor or the metadata that describes them, and refuse the rotated ones."""
+"""Read ComfyUI's quantized layers, by the tensor or the metadata that describes them, and refuse other formats."""
 
 from __future__ import annotations
 
@@ -142,6 +142,20 @@ def test_integers(scale: Tensor, tmp_path: Path) -> None:
     assert np.array_equal(codec_of(parts).nearest(parts, 0, checkpoint["x.weight"].numpy()), codes.numpy())
 
 
+def test_4_bits_with_scales_and_zero_points_of_groups(tmp_path: Path) -> None:
+    """Stored (groups, rows); the first code is in the low nibble, and 8 is 0."""
+    scale, zero = torch.tensor([[0.5, 2.0], [1.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    codes = torch.tensor([[0x98, 0x0F], [0x98, 0x0F]], dtype=torch.uint8)
+    state = {"x.weight": codes.view(torch.int8), "x.weight_scale": scale, "x.weight_zeros": zero}
+    checkpoint = opened(tmp_path, {**state, "x.comfy_quant": marker(format="awq_w4a16")})
+    assert checkpoint["x.weight"].tolist() == [[1.0, 1.5, 7.0, -8.0], [0.0, 2.0, 27.0, -33.0]]
+    assert (
+        opened(tmp_path, {**state, "x.comfy_quant": marker(format="awq_w4a16")}).weights["x.weight"].kind == "comfy-awq"
+    )
+    for damage in ({"x.weight_zeros": zero[:1]}, {"x.weight_scale": scale.T[:1]}):
+        assert "x.weight" in opened(tmp_path, {**state, **damage, "x.comfy_quant": marker(format="awq_w4a16")}).faults
+
+
 @pytest.mark.parametrize("kind", ["comfy_float8", "comfy_float8_metadata", "comfy_scaled_fp8"])
 def test_float8_in_three_ways(kind: str) -> None:
     """By a tensor, by the metadata, and by the old names; the dummy scale of a 16-bit weight stays what it is."""
@@ -174,9 +188,8 @@ MXFP8 = mxfp8(32, 32)[0]
 INT8 = {"x.weight": torch.ones(4, 256, dtype=torch.int8), "x.weight_scale": torch.ones(4, 1)}
 
 REFUSED = {
-    "rotated": (INT8, {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}),
-    "rotated, within": (INT8, {"format": "int8_tensorwise", "params": {"convrot": True}}),
-    "rotated 4-bit": ({**INT8, "x.weight_scale": torch.ones(4)}, {"format": "convrot_w4a4"}),
+    "rotated in another way": (INT8, {"format": "asym_w4a8_int8", "convrot_groupsize": 256}),
+    "rotated mxfp8": (MXFP8, {"format": "mxfp8", "convrot": True}),
     "no format": (INT8, {"convrot": False}),
     "another type": (INT8, {"format": "float8_e4m3fn"}),
     "float8 of another type": (MXFP8, {"format": "float8_e5m2"}),
