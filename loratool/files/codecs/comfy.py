@@ -256,5 +256,6 @@ class ComfyAwq(ComfyLayer):
         return Integers(0, 15, offset=8)
 
     def scales(self, parts: Parts, start: int, stop: int) -> Scales:
-        scale, zero = (parts[role].float_box(*parts[role].spec.shape, start, stop).T for role in ("scales", "biases"))
+        groups, out = parts["scales"].spec.shape
+        scale, zero = (parts[role].float_box(groups, out, start, stop).T for role in ("scales", "biases"))
         return Scales(scale, parts.detail("group"), bias=zero)
