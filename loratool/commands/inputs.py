@@ -27,6 +27,7 @@ from ..binding.ties.ties import find_tie
 from ..durable.fileio import sha256_file
 from ..errors import InputError, NeedsFlag, UsageError, shell_word
 from ..files.checkpoint import Checkpoint, is_config_alone, open_checkpoint, read_config
+from ..files.codecs.quantized import remedy_of
 from ..files.containers.gguf_file import GgufFile
 from ..files.folder.side_files import INITIAL
 from ..files.gguf_model import as_transformers, with_names_of_one
@@ -126,7 +127,7 @@ def open_model(name: str | os.PathLike[str], what: str, opened: ExitStack) -> Ch
         raise InputError(
             f"is quantized ({coded.format}), and the codes of {weight} cannot be read{why}",
             culprit=os.fspath(name),
-            remedy="pass the original model in 16 or 32 bits",
+            remedy=remedy_of(coded.format),
         )
     (renamed,) = with_names_of_one([model])
     return renamed

@@ -12,7 +12,14 @@ from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint, plain_dtype
 from ...files.codecs import RAW, codec_of
 from ...files.codecs.codec import StoredWeight
-from ...files.codecs.quantized import CONFIG_FILES, QUANTIZERS, SCALED_FILE, declared_method, find_declared
+from ...files.codecs.quantized import (
+    CONFIG_FILES,
+    QUANTIZERS,
+    SCALED_FILE,
+    declared_method,
+    find_declared,
+    remedy_of,
+)
 from ...files.codecs.skip_lists import (
     BITNET,
     extend_skip_lists,
@@ -178,7 +185,7 @@ def refuse_unread(base: Checkpoint, how: str) -> None:
         raise InputError(
             f"is quantized ({coded.format}), which cannot be read{': ' + coded.fault if coded.fault else ''}",
             culprit=name,
-            remedy=f"pass the original model in 16 or 32 bits, or keep its codes unchanged {how}",
+            remedy=f"{remedy_of(coded.format)}, or keep its codes unchanged {how}",
         )
 
 

@@ -13,6 +13,7 @@ from ...adapters.updates.update import UpdateSpec
 from ...architectures.prefixes import module_path
 from ...errors import InputError, NeedsFlag
 from ...files.checkpoint import Checkpoint
+from ...files.codecs.quantized import remedy_of
 from ...files.dtypes import TensorSpec
 from ...files.layer_numbers import RepeatedLayers
 from ...files.output.output import OutputEdits
@@ -178,7 +179,7 @@ def _refuse_quantized(base: Checkpoint, binding: Binding) -> None:
         raise InputError(
             f"is quantized ({form}){why}{others}",
             culprit=name,
-            remedy="pass the original model in 16 or 32 bits" + ("" if is_its_base else f"; {adapter.base_hint}"),
+            remedy=remedy_of(form) + ("" if is_its_base else f"; {adapter.base_hint}"),
         )
 
 

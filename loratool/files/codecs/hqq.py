@@ -47,8 +47,9 @@ class Hqq(ScaledCodes):
     bits = 8
 
     def claim(self, path: str, name: str, unclaimed: Unclaimed) -> StoredWeight | None:
-        if unclaimed.one_of(f"{path}.scale", f"{path}.zero") is None:
-            return None
+        is_other = unclaimed.declared.get("quant_method", self.key) != self.key or f"{path}.scale2" in unclaimed.specs
+        if is_other or unclaimed.one_of(f"{path}.scale", f"{path}.zero") is None:
+            return None  # SINQ's, which has scales of columns, too
         shape, packing = unclaimed.integers(f"{path}.shape"), _text(f"{path}.packing", unclaimed)
         if len(shape) != 2 or min(shape) <= 0 or packing not in PACKINGS:
             raise Fault(f"{path}.shape says {shape} and {path}.packing {packing!r}, which are no matrix of HQQ")

@@ -31,6 +31,7 @@ class Coding:
     others: str  # suffixes, separated by blanks, that may exist
     dtypes: frozenset[str]  # the dtypes that the codes may have
     bits: int | None  # per weight; 0: the config has the number; None: the headers cannot tell
+    why: str = ""  # why no codec can read it
 
     def weight(self, path: str) -> str:
         """Return the weight's name in an unquantized model."""
@@ -42,6 +43,8 @@ _NF4 = ".weight.nested_absmax .weight.nested_quant_map .weight.quant_state.bitsa
 _NF4 += ".weight.quant_state.bitsandbytes__fp4"
 
 _PACKED = ".weight_shape .weight_global_scale .input_global_scale .weight_zero_point .weight_g_idx .input_scale"
+
+_FP_QUANT = ".act_global_scale .backward_hadamard_matrix"
 
 # The first row that matches is used.
 CODINGS = (
@@ -61,7 +64,10 @@ CODINGS = (
     ),
     Coding("int8", ".weight", ".weight_scale_inv .weight_scale", ".input_scale .weight_zero_point", INT8, 8),
     Coding("DeepSeek fp4", ".weight", ".scale", "", INT8, 4),
-    Coding("EETQ int8", ".weight", ".weight_scales", "", INT8, 8),
+    Coding("EETQ int8", ".weight", ".weight_scales", "", INT8, 8, "its columns are in the order of a GPU's kernel"),
+    Coding("HIGGS", ".weight", ".tables2", ".scales .tables", frozenset(("I16",)), None),
+    Coding("SpQR", ".dense_weights", ".row_offsets", ".col_vals .in_perm", frozenset(("I64",)), None),
+    Coding("FP-Quant", ".qweight", ".forward_hadamard_matrix .weight_global_scale", f".scales {_FP_QUANT}", BYTES, 4),
     Coding("MLX", ".weight", ".scales", ".biases .global_scale", WORDS, 0),
     Coding("compressed-tensors 4-bit", ".weight_packed", "", f".weight_scale {_PACKED}", BYTES, 4),
     Coding("compressed-tensors", ".weight_packed", "", f".weight_scale {_PACKED}", WORDS, 0),
@@ -72,6 +78,16 @@ CODINGS = (
     Coding("quanto", ".weight._data._data", ".weight._scale", ".weight._shift .input_scale .output_scale", CODES, None),
     Coding("torchao", "._weight_qdata", "._weight_scale", "._weight_zero_point", FP8_CODES | INT8, 8),
     Coding("torchao", "._weight_qdata", "._weight_scale", "._weight_zero_point ._weight_scale_and_zero", CODES, None),
+    Coding(
+        "torchao int4 in tiles",
+        "._weight_qdata",
+        "._weight_scale_and_zero",
+        "._weight_act_pre_scale",
+        WORDS,
+        4,
+        "the file does not say whether a GPU of NVIDIA or of AMD packed it, in other orders",
+    ),
+    Coding("SINQ", ".W_q", ".meta .scale2", ".scale .zero .nbits .group_size .shape .axis .packing", CODES, None),
     Coding("HQQ", ".W_q", ".scale .zero", ".nbits .group_size .shape .axis .packing", CODES, None),
     Coding("AQLM", ".codes", ".codebooks", ".scales", CODES | {"I16"}, None),
     Coding("VPTQ", ".indices", ".centroids", ".res_centroids .weight_scale .weight_bias .perm", CODES | {"I16"}, None),
@@ -81,7 +97,21 @@ CODINGS = (
     Coding("4-bit", "", "_weight_scale _scale", "_weight_scale_2 _input_scale", BYTES, 4),
 )
 
-_OF_DTYPE = {dtype: tuple(c for c in CODINGS if dtype in c.dtypes) for dtype in CODES | {"I16"}}
+_OF_DTYPE = {dtype: tuple(c for c in CODINGS if dtype in c.dtypes) for dtype in CODES | {"I16", "I64"}}
+
+# Formats that no codec reads, some of them only in a kind that it does not -> what dequantizes them
+DEQUANTIZERS = {
+    "EETQ int8": "EETQ (its layers give their weights for the identity)",
+    "HIGGS": "transformers (model.dequantize(), with flute)",
+    "SINQ": "sinq (SINQLinear.dequantize)",
+    "AQLM": "aqlm (aqlm.utils._dequantize_weight)",
+    "VPTQ": "vptq (vptq.ops.quant_gemm.dequant)",
+    "SpQR": "spqr_quant (QuantizedLinear.dequantize)",
+    "exl3": "exllamav3 (LinearEXL3.get_weight_tensor)",
+    "quanto": "optimum-quanto (weight.dequantize())",
+    "torchao int4 in tiles": "torchao, on the GPU that packed it (its layers give their weights for the identity)",
+    **dict.fromkeys(("ComfyUI 8-bit", "ComfyUI 4-bit", "ComfyUI"), "comfy-kitchen (QuantizedTensor.dequantize)"),
+}
 
 # A float8 tensor beside a scale, and one in a list of quantized layers, without a row in CODINGS
 UNKNOWN = Coding("an unknown fp8 format", ".weight", "", "", FP8_CODES, 8)
@@ -132,7 +162,13 @@ class Coded:
     tensors: tuple[str, ...]  # names of all its stored tensors, the codes first
     spec: TensorSpec  # of the codes
     size: int | None  # the weight's number of elements; None: the headers cannot tell
-    fault: str = ""  # why the format's codec cannot read it
+    fault: str = ""  # why it cannot be read
+
+
+def remedy_of(form: str) -> str:
+    """Return what to do about a weight whose codes cannot be read. form: a `Coded.format`."""
+    package = DEQUANTIZERS.get(form)
+    return "pass the original model in 16 or 32 bits" + (f", or dequantize it with {package}" if package else "")
 
 
 def find_coded(
@@ -198,7 +234,7 @@ def coded_as(
     bits = _declared_bits(declared, path) if coding.bits == 0 else coding.bits
     spec = specs[name]
     size = spec.size if spec.dtype in TORCH_FLOATS else spec.nbytes * 8 // bits if bits else None
-    return Coded(coding.format, (name, *(each for each in beside if each in specs)), spec, size)
+    return Coded(coding.format, (name, *(each for each in beside if each in specs)), spec, size, coding.why)
 
 
 def _fit(coding: Coding, name: str, specs: Mapping[str, TensorSpec]) -> tuple[str, Coding] | None:

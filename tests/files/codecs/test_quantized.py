@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bits, factors, load_model, spread, weights, write_model, write_peft
+from conftest import FIXTURES, bits, factors, load_model, spread, weights, write_model, write_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -132,6 +132,17 @@ STORED: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
     "quanto of 8 bits": ({"x.weight._data": codes(OUT, IN, dtype=I8), "x.weight._scale": ones(OUT, 1)}, {}),
     "torchao": ({"x._weight_qdata": codes(OUT, IN, dtype=I8), "x._weight_scale": ones(OUT, 1)}, {}),
     "HQQ": ({"x.W_q": codes(OUT, IN // 2), "x.scale": ones(1, 64), "x.zero": ones(1, 64), "x.nbits": ones(1)}, {}),
+    "HIGGS": ({"x.weight": codes(OUT // 4, IN, dtype=torch.int16), "x.tables2": ones(16, 16, 2)}, {}),
+    "SpQR": ({"x.dense_weights": codes(64, dtype=torch.int64), "x.row_offsets": codes(OUT, dtype=I32)}, {}),
+    "FP-Quant": ({"x.qweight": codes(OUT, IN // 2), "x.forward_hadamard_matrix": ones(32, 32)}, {}),
+    "SINQ": ({"x.W_q": codes(OUT, IN // 2), "x.scale": ones(OUT, 1), "x.zero": ones(OUT, 1), "x.scale2": ones(IN)}, {}),
+    "torchao int4 in tiles": (
+        {
+            "x._weight_qdata": codes(OUT // 8, IN // 128, 32, 4, dtype=I32),
+            "x._weight_scale_and_zero": ones(IN // 32, OUT, 2, dtype=torch.bfloat16),
+        },
+        {},
+    ),
     "AQLM": (
         {"x.codes": codes(OUT, IN // 8, 1, dtype=I8), "x.codebooks": ones(1, 256, 1, 8), "x.scales": ones(OUT)},
         {},
@@ -151,8 +162,40 @@ READ = (
     "mxfp4", "fp8 experts", "quanto of 8 bits",
 )  # fmt: skip
 UNREAD = "EETQ int8"
-UNCOUNTED = ("quanto", "HQQ", "AQLM", "VPTQ", "exl3")
+UNCOUNTED = ("quanto", "HQQ", "HIGGS", "SpQR", "SINQ", "AQLM", "VPTQ", "exl3")
 PLAIN = {"model.y.weight": weights(8, 6, dtype=torch.bfloat16), "model.norm.weight": weights(6)}
+
+
+NAMED = "AQLM,EETQ int8,HIGGS,SINQ,SpQR,VPTQ,exl3,torchao int4 in tiles".split(",")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_remedy_names_what_dequantizes(name: str, tmp_path: Path) -> None:
+    tensors, config = STORED[name]
+    base = write_model(tmp_path / "base", {**PLAIN, **tensors}, config)
+    touching = write_peft(tmp_path / "x", {"x": factors(OUT, IN, 2)})
+    package = name.split()[0].removeprefix("SpQR").replace("exl3", "exllamav3").lower() or "spqr_quant"
+    for call in (
+        lambda: loratool.merge(base, touching, tmp_path / "out"),
+        lambda: loratool.convert_model(base, tmp_path / "plain", dtype="bf16"),
+    ):
+        with pytest.raises(InputError, match="is quantized") as error:
+            call()
+        remedy = str(error.value.remedy)
+        assert "or dequantize it with" in remedy and (package in remedy.lower() or name == "HIGGS")
+
+
+def test_sinqs_codes_are_not_hqqs(tmp_path: Path) -> None:
+    """Its scales of columns are beside what HQQ has; or its config alone tells it."""
+    file, config = FIXTURES / "coded" / "hqq_4bit.safetensors", {"quant_method": "sinq"}
+    tensors = load_file(file)
+    mine = {name: x for name, x in tensors.items() if name.startswith("model.layers.0.self_attn.q_proj")}
+    for folder, extra, declared in (
+        ("scales", {"model.layers.0.self_attn.q_proj.scale2": torch.ones(48)}, {}),
+        ("config", {}, {"quantization_config": config}),
+    ):
+        with closing(open_checkpoint(write_model(tmp_path / folder, {**mine, **extra}, declared))) as opened:
+            assert not opened.weights and opened.coded
 
 
 def test_every_row_of_the_table_is_tried() -> None:
