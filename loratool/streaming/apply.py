@@ -69,8 +69,10 @@ def merge_tensor(
     """
     rows = placements[0].rows if placements else source.spec.shape[0]
     columns = source.spec.size // max(1, rows)
-    sharing = rows_sharing(base.parts if base else None, columns)
-    height = record_rows(columns, bool(base and base.weight), lcm(rows_together(placements), sharing))
+    together = rows_together(placements)
+    if base and base.parts:
+        together = lcm(together, rows_sharing(base.parts, columns))
+    height = record_rows(columns, bool(base and base.weight), together)
     replaced = base if base and base != source and base.spec.shape[1:] == source.spec.shape[1:] else None
     shared = min(rows, replaced.spec.shape[0]) if replaced else 0
     codes = source if record and base == source and source.weight else None

@@ -28,13 +28,8 @@ def record_rows(columns: int, coded: bool = False, together: int = 1) -> int:
     return max(unit, RECORD // max(1, columns) // unit * unit)
 
 
-def rows_sharing(parts: Parts | None, columns: int) -> int:
-    """Return the rows of `columns` numbers whose codes share bytes, if records of SHARED rows would part them; else 1.
-
-    parts: the weight if it is stored as codes, else None.
-    """
-    if parts is None:
-        return 1
+def rows_sharing(parts: Parts, columns: int) -> int:
+    """Return the rows of `columns` numbers whose codes share bytes, if records of SHARED rows would part them; else 1."""
     together = parts.weight.format.row_multiple(parts)
     rows = together // gcd(together, columns // parts.weight.spec.shape[-1])
     return rows if SHARED % rows else 1
