@@ -29,7 +29,7 @@ def record_rows(columns: int, coded: bool = False, together: int = 1) -> int:
 
 
 def rows_sharing(parts: Parts, columns: int) -> int:
-    """Return the rows of `columns` numbers whose codes share bytes, if records of SHARED rows would part them; else 1."""
+    """Return the rows of `columns` numbers whose codes share bytes; 1 if records of SHARED rows do not part them."""
     together = parts.weight.format.row_multiple(parts)
     rows = together // gcd(together, columns // parts.weight.spec.shape[-1])
     return rows if SHARED % rows else 1
