@@ -67,6 +67,10 @@ CODECS: dict[str, Codec] = {
 }
 
 
+# Keys of a quantization config that say that its codes are of rotated weights (auto-round's)
+ROTATIONS = ("rotation_config", "spinquant_config")
+
+
 def find_stored(unclaimed: Unclaimed) -> tuple[dict[str, StoredWeight], dict[str, str]]:
     """Return the weights of several tensors by logical name, and the faults of others by the name of their codes.
 
@@ -74,6 +78,7 @@ def find_stored(unclaimed: Unclaimed) -> tuple[dict[str, StoredWeight], dict[str
     """
     formats = [codec for codec in CODECS.values() if isinstance(codec, CodeFormat)]
     of_dtype = {dtype: [f for f in formats if dtype in f.code_dtypes] for f in formats for dtype in f.code_dtypes}
+    rotation = next((key for key in ROTATIONS if unclaimed.declared.get(key)), None)
     weights: dict[str, StoredWeight] = {}
     faults: dict[str, str] = {}
     for name, spec in unclaimed.specs.items():
@@ -85,6 +90,8 @@ def find_stored(unclaimed: Unclaimed) -> tuple[dict[str, StoredWeight], dict[str
                 continue
             try:
                 weight = codec.claim(name.removesuffix(end), name, unclaimed)
+                if weight and rotation:
+                    raise Fault(f"the config's {rotation} says that it is rotated, which is not supported")
             except Fault as fault:
                 faults[name] = str(fault)
                 break

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .codec import Wide
     from .packing import Packing
 
-# A weight's columns have their own scales, by which its inputs must be multiplied, or their own order.
-COLUMN_SCALES = (".pre_quant_scale", ".weight_g_idx")
+# A weight's columns have their own scales, by which its inputs must be multiplied, their own order, or are rotated.
+COLUMN_SCALES = (".pre_quant_scale", ".weight_g_idx", ".input_rotation", ".input_prescale")
 
 LONGEST = 1 << 16  # the longest side of a block that a config may name
 

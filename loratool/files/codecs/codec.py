@@ -131,7 +131,8 @@ class Unclaimed:
         return stated_blocks(self.declared)
 
     @cached_property
-    def _last_parts(self) -> frozenset[str]:
+    def last_parts(self) -> frozenset[str]:
+        """Return the last parts of all names."""
         return frozenset(name.rpartition(".")[2] for name in self.specs)
 
     @cached_property
@@ -145,7 +146,7 @@ class Unclaimed:
         """
         if ends not in self._present:
             last = {end: end.rpartition(".")[2] for end in ends}
-            self._present[ends] = tuple(e for e in ends if any(each.endswith(last[e]) for each in self._last_parts))
+            self._present[ends] = tuple(e for e in ends if any(each.endswith(last[e]) for each in self.last_parts))
         return self._present[ends]
 
     def one_of(self, *names: str) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..dtypes import TensorSpec
+from .blocks import refuse_column_scales
 from .codec import Fault, Parts, Piece, Quantizer, StoredWeight, Unclaimed
 from .scaled import ScaledCodes, Scales
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from .packing import Packing
 
 GROUP = 32  # columns that have one scale
+
+SHARED_ROTATION = "shared_input_rotation_"  # of Quark's layers with so many inputs
 
 QUARK_KEPT = (".input_scale", ".input_zero_point", ".output_scale")
 
@@ -108,6 +111,9 @@ class QuarkMxfp4(RowMxfp4):
             return None
         if len(unclaimed.specs[name].shape) < 2:
             return None
+        refuse_column_scales(path, unclaimed)
+        if any(part.startswith(SHARED_ROTATION) for part in unclaimed.last_parts):
+            raise Fault(f"a tensor {SHARED_ROTATION}... says that weights are rotated, which is not supported")
         others = sorted({str(each) for each in _quark_formats(unclaimed.declared)} - {"e8m0"})
         if others:
             raise Fault(f"the config has fp4 weights whose scale_format is {others[0]}, not e8m0")

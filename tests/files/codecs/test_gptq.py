@@ -186,6 +186,13 @@ def test_auto_round_says_how_zero_points_are_stored(tmp_path: Path, method: str,
     assert not found.weights["x.weight"].note
 
 
+@pytest.mark.parametrize("key", ["rotation_config", "spinquant_config"])
+def test_auto_rounds_rotated_weights_are_refused(tmp_path: Path, key: str) -> None:
+    tensors, _ = gptq(4, SHUFFLED, 1)
+    config = {"quant_method": "auto-round", "bits": 4, key: {"hadamard_type": "hadamard"}}
+    assert f"the config's {key} says that it is rotated" in opened(tmp_path, tensors, config).faults["x.qweight"]
+
+
 @pytest.mark.parametrize("packing", ["auto_round:awq", "auto_round:auto_awq"])
 def test_auto_round_in_awqs_order(tmp_path: Path, packing: str) -> None:
     tensors, weight = awq()

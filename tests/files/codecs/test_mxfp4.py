@@ -165,3 +165,10 @@ def test_quarks_other_scales_are_refused(scale_format: str | None, tmp_path: Pat
     assert stored(tmp_path, tensors, quark("e8m0"))["x.weight"].shape == (4, 64)
     checkpoint = stored(tmp_path, tensors, quark(scale_format))
     assert f"whose scale_format is {scale_format}, not e8m0" in checkpoint.faults["x.weight"]
+
+
+@pytest.mark.parametrize("name", ["x.input_rotation", "x.input_prescale", "model.shared_input_rotation_64"])
+def test_quarks_rotated_layers_are_refused(name: str, tmp_path: Path) -> None:
+    tensors = {"x.weight": random_bytes(4, 32), "x.weight_scale": torch.full((4, 2), 127, dtype=torch.uint8)}
+    checkpoint = stored(tmp_path, {**tensors, name: torch.ones(64)}, quark("e8m0"))
+    assert not checkpoint.weights and "input_" in checkpoint.faults["x.weight"]
