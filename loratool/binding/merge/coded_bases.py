@@ -39,6 +39,8 @@ MANY = 3  # dequantized weights per changed weight; from this ratio on another w
 # ComfyUI's scaled_fp8_ops (comfy/ops.py until it read quantization by layer) makes all linear weights float8
 OLD_COMFY = f"older versions of ComfyUI cast all linear weights of a file with {SCALED_FILE} to float8, plain ones too"
 
+ONLINE = "layers of this model round their weights to -1, 0 and 1 times a scale when they run, and so the merged ones"
+
 COARSE = 8  # a code of fewer bits rounds away nearly all of a LoRA's change
 
 
@@ -59,6 +61,7 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
         NeedsFlag, InputError: a weight cannot be written in this way.
     """
     base = plan.base
+    plan = replace(plan, warnings=(*plan.warnings, *(ONLINE for part in base.models if _rounds_when_run(part))))
     touched = _touched(plan)
     edits = _retype(plan, dtype) if base.is_gguf else _widen_float8(plan, dtype)
     tie = find_tie(base)
@@ -82,6 +85,13 @@ def plan_codes(plan: MergePlan, way: str, dtype: str | None, allow: Collection[s
     notes = _notes(base, decoded, others)
     notes += (OLD_COMFY,) if _is_scaled_file(base) else ()
     return replace(plan, edits=edits, decoded=others, way=way, warnings=(*plan.warnings, *notes))
+
+
+def _rounds_when_run(base: Checkpoint) -> bool:
+    """Return whether the config says that layers of BitNet round plain weights when they run."""
+    declared, online = base.declared, ("autobitlinear", "online")
+    is_online = (declared.get("linear_class"), declared.get("quantization_mode")) == online
+    return declared_method(declared) == "bitnet" and is_online
 
 
 def decode_all(base: Checkpoint, edits: OutputEdits, dtype: str) -> tuple[OutputEdits, tuple[str, ...]]:
