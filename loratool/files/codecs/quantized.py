@@ -46,6 +46,8 @@ _PACKED = ".weight_shape .weight_global_scale .input_global_scale .weight_zero_p
 
 _FP_QUANT = ".act_global_scale .backward_hadamard_matrix"
 
+_4OVER6 = ".quantized_weight_amax .quantized_weight_metadata"
+
 # The first row that matches is used.
 CODINGS = (
     Coding("bitsandbytes 4-bit", ".weight", ".weight.absmax .weight.quant_map", _NF4, BYTES, 4),
@@ -68,6 +70,7 @@ CODINGS = (
     Coding("HIGGS", ".weight", ".tables2", ".scales .tables", frozenset(("I16",)), None),
     Coding("SpQR", ".dense_weights", ".row_offsets", ".col_vals .in_perm", frozenset(("I64",)), None),
     Coding("FP-Quant", ".qweight", ".forward_hadamard_matrix .weight_global_scale", f".scales {_FP_QUANT}", BYTES, 4),
+    Coding("4over6", ".quantized_weight_values", ".quantized_weight_scale_factors", _4OVER6, BYTES, None),
     Coding("MLX", ".weight", ".scales", ".biases .global_scale", WORDS, 0),
     Coding("compressed-tensors 4-bit", ".weight_packed", "", f".weight_scale {_PACKED}", BYTES, 4),
     Coding("compressed-tensors", ".weight_packed", "", f".weight_scale {_PACKED}", WORDS, 0),
@@ -108,6 +111,7 @@ DEQUANTIZERS = {
     "VPTQ": "vptq (vptq.ops.quant_gemm.dequant)",
     "SpQR": "spqr_quant (QuantizedLinear.dequantize)",
     "exl3": "exllamav3 (LinearEXL3.get_weight_tensor)",
+    "4over6": "fouroversix (dequantize)",
     "quanto": "optimum-quanto (weight.dequantize())",
     "torchao int4 in tiles": "torchao, on the GPU that packed it (its layers give their weights for the identity)",
     **dict.fromkeys(("ComfyUI 8-bit", "ComfyUI 4-bit", "ComfyUI"), "comfy-kitchen (QuantizedTensor.dequantize)"),

@@ -135,6 +135,7 @@ STORED: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {
     "HIGGS": ({"x.weight": codes(OUT // 4, IN, dtype=torch.int16), "x.tables2": ones(16, 16, 2)}, {}),
     "SpQR": ({"x.dense_weights": codes(64, dtype=torch.int64), "x.row_offsets": codes(OUT, dtype=I32)}, {}),
     "FP-Quant": ({"x.qweight": codes(OUT, IN // 2), "x.forward_hadamard_matrix": ones(32, 32)}, {}),
+    "4over6": ({f"x.quantized_weight_{end}": codes(OUT, IN // 2) for end in ("values", "scale_factors")}, {}),
     "SINQ": ({"x.W_q": codes(OUT, IN // 2), "x.scale": ones(OUT, 1), "x.zero": ones(OUT, 1), "x.scale2": ones(IN)}, {}),
     "torchao int4 in tiles": (
         {
@@ -162,7 +163,7 @@ READ = (
     "mxfp4", "fp8 experts", "quanto of 8 bits",
 )  # fmt: skip
 UNREAD = "EETQ int8"
-UNCOUNTED = ("quanto", "HQQ", "HIGGS", "SpQR", "SINQ", "AQLM", "VPTQ", "exl3")
+UNCOUNTED = ("quanto", "4over6", "HQQ", "HIGGS", "SpQR", "SINQ", "AQLM", "VPTQ", "exl3")
 PLAIN = {"model.y.weight": weights(8, 6, dtype=torch.bfloat16), "model.norm.weight": weights(6)}
 
 
