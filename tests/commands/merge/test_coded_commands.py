@@ -39,7 +39,7 @@ VECTORS: dict[str, dict[str, Any]] = json.loads((CODED / "index.json").read_text
 LAYOUTS = (
     "fp8_blocks ct_mxfp4 ct_nvfp4 ct_pack3_group_asym ct_pack4_act_order ct_int8_channel mxfp4_gpt_oss nvfp4_modelopt "
     "comfy_float8_metadata comfy_scaled_fp8 bnb_nf4_nested bnb_fp4 bnb_int8 gptq_v1_4bit awq_gemm mlx_affine6_64 "
-    "mlx_mxfp4 torchao_int8 fbgemm_fp8 fp4_deepseek_v4"
+    "mlx_mxfp4 torchao_int8 fbgemm_fp8 fp4_deepseek_v4 bitnet hqq_4bit quanto_int4 quark_mxfp4"
 ).split()
 
 

@@ -25,7 +25,7 @@ VECTORS: dict[str, dict[str, Any]] = json.loads((CODED / "index.json").read_text
 REPRESENTATIVES = (
     "fp8_blocks ct_fp8_tensor mxfp4_gpt_oss ct_nvfp4 comfy_nvfp4 comfy_scaled_fp8 comfy_float8_metadata bnb_nf4_nested "
     "bnb_int8 gptq_v1_4bit_act_order gptq_v1_3bit awq_gemm ct_pack3_group_asym ct_int8_channel_asym mlx_affine5_64 "
-    "torchao_int8 fbgemm_fp8"
+    "torchao_int8 fbgemm_fp8 bitnet hqq_4bit_axis0"
 ).split()
 
 READ = [name for name in VECTORS if name != "gptq_v1_4bit_wrap"]  # that one is refused by name
