@@ -1,0 +1,309 @@
+"""Merge, verify, undo and convert what `fixtures/published` lists: names, dtypes and shapes of files that others made.
+
+A row's tensors are filled with seeded numbers, at a fraction of their sizes. What a merge must write is computed here in
+float64, from the names as the row says: W + s B A.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, any_widths, load_model, run_command, spread
+from lib.files.published import Spec, expand, shorten, tensors_of
+from safetensors.torch import save_file
+from torch import Tensor
+
+import loratool
+from loratool.errors import LoratoolError
+
+FOLDER = FIXTURES / "published"
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "BOOL": torch.bool,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "U8": torch.uint8,
+}
+FACTORS = (  # the ends of A and B
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    (".down.weight", ".up.weight"),
+    (".lora_a", ".lora_b"),
+    (".lora_A", ".lora_B"),
+)
+WIDTHS = {
+    *("hidden_size", "intermediate_size", "head_dim", "vocab_size", "n_embd", "n_positions", "d_model", "d_kv", "d_ff"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim"),
+    *("word_embed_proj_dim", "embed_dim", "out_hidden_size", "linear_key_head_dim", "linear_value_head_dim"),
+    *("ffn_hidden_size", "kv_channels", "padded_vocab_size", "num_position_embeddings", "r"),
+    *("cross_attention_dim", "block_out_channels", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim"),
+}
+LAYERS = {"num_hidden_layers", "n_layer", "num_layers", "n_layers"}
+FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "flux", "hunyuan_video", "mochi", "qwen_image", "anima", "krea2", "z_image", "wan")
+
+
+@cache
+def rows(file: str) -> dict[str, dict[str, Any]]:
+    return json.loads((FOLDER / f"{file}.json").read_text())  # type: ignore[no-any-return]
+
+
+def smaller(number: int, divide: int) -> int:
+    """Return a size, or a rank, in the small copy of a model; what does not divide is kept."""
+    return number // divide if number % divide == 0 else number
+
+
+def small_config(config: Mapping[str, Any], divide: int, layers: int) -> dict[str, Any]:
+    def value(key: str, old: Any) -> Any:
+        if isinstance(old, dict):
+            return small_config(old, divide, layers) if key.endswith("_config") else old
+        if isinstance(old, list):
+            old = [value(key, each) for each in old]
+            return old[:layers] if key == "layer_types" else old
+        if isinstance(old, int) and not isinstance(old, bool):
+            return smaller(old, divide) if key in WIDTHS else min(old, layers) if key in LAYERS else old
+        return old
+
+    return {key: value(key, old) for key, old in config.items()}
+
+
+def small_tensors(row: Mapping[str, Any], divide: int, layers: int) -> dict[str, Spec]:
+    """Return the tensors of the first layers at their small sizes."""
+    made = {}
+    for name, (dtype, shape) in tensors_of(row["tensors"]).items():
+        number = re.search(r"[._](\d+)[._]", name)
+        if number is None or int(number[1]) < layers:
+            made[name] = (dtype, tuple(smaller(d, divide) for d in shape))
+    return made
+
+
+def filled(tensors: Mapping[str, Spec], size: float, seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, (key, shape) in tensors.items():
+        dtype = DTYPES[key]
+        if dtype.is_floating_point:
+            numbers = torch.randn(shape, generator=g) * size
+            made[name] = (numbers if shape else numbers.abs() + 1).to(dtype)
+        else:
+            made[name] = torch.randint(1, 2 if key == "BOOL" else 9, shape, generator=g).to(dtype)
+    return made
+
+
+def written(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(dict(tensors), path, metadata=dict(metadata) or None)
+    elif path.suffix == ".npz":
+        np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
+    else:
+        torch.save(dict(tensors), path)
+
+
+def write_base(name: str, folder: Path) -> tuple[Path, dict[str, Tensor], int, int]:
+    """Write a small model; return its path, its tensors, the divisor of its sizes and its layers."""
+    row = rows("models")[name]
+    divide, layers = row.get("divide", 32), row.get("layers", 1000)
+    tensors = filled(small_tensors(row, divide, layers), 0.05, 1)
+    file = row.get("file", "model.safetensors")
+    written(folder / file, tensors, {"format": "pt"})
+    if "config" not in row:
+        return folder / file, tensors, divide, layers
+    (folder / "config.json").write_text(json.dumps(small_config(row["config"], divide, layers)))
+    return folder, tensors, divide, layers
+
+
+def write_adapter(name: str, divide: int, layers: int, folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
+    row = rows("adapters")[name]
+    tensors = filled(small_tensors(row, divide, layers), 0.1, 2)
+    file = folder / row["file"]
+    written(file, tensors, row.get("metadata", {}))
+    if "config" not in row:
+        return file, tensors, {}
+    config = small_config(row["config"], divide, 1000)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, tensors, config
+
+
+def scale_of(row: Mapping[str, Any], config: Mapping[str, Any], alpha: Tensor | None, rank: int) -> float:
+    if alpha is not None:
+        return float(alpha) / rank
+    if "lora_parameters" in config:
+        return float(config["lora_parameters"]["scale"])
+    if "lora_alpha" in config:
+        return float(config["lora_alpha"]) / (sqrt(rank) if config.get("use_rslora") else rank)
+    return float(row["alpha"]) / rank if "alpha" in row else float(row["scale"])
+
+
+def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield (name in the base, change or None, new value or None) for each module of an adapter, by its names alone."""
+    used = set()
+    for name, A in tensors.items():
+        for down, up in FACTORS:
+            if not name.endswith(down):
+                continue
+            module = name.removesuffix(down)
+            B = tensors[module + up].double()
+            alpha = tensors.get(f"{module}.alpha")
+            used |= {name, module + up, f"{module}.alpha"}
+            if down == ".lora_a":  # MLX: (in, r), (r, out)
+                A, B = A.T, B.T
+            rank = A.shape[0]
+            if "enable_lora" in config:
+                change = _merged_linear(A.double(), B, config["enable_lora"])
+                rank //= sum(config["enable_lora"])
+            else:
+                change = torch.einsum("or,ri->oi", B.flatten(1), A.double().flatten(1))
+                change = change.reshape(B.shape[0], *A.shape[1:])
+            change *= scale_of(row, config, alpha, rank)
+            yield f"{named(row, module)}.weight", change.T if row.get("transposed") else change, None
+            break
+    for name, tensor in tensors.items():
+        if name not in used:
+            yield named(row, name), None, tensor
+
+
+def _merged_linear(A: Tensor, B: Tensor, enabled: list[bool]) -> Tensor:
+    """Return the change of loralib's MergedLinear: a group of A and B for each part that is enabled, zeros for others."""
+    count = sum(enabled)
+    parts = iter([b.flatten(1) @ a for a, b in zip(A.chunk(count), B.chunk(count), strict=True)])
+    rows_of_one = B.shape[0] // count
+    return torch.cat([next(parts) if each else torch.zeros(rows_of_one, A.shape[1]) for each in enabled]).double()
+
+
+def named(row: Mapping[str, Any], name: str) -> str:
+    for pattern, new in row["modules"]:
+        changed = re.sub(pattern, new, name)
+        if changed != name and row.get("first", True) and pattern.startswith("^base_model"):
+            return changed
+        name = changed
+    return name
+
+
+def assert_nearest(X: Tensor, stored: Tensor, name: str, slack: float = 0.0) -> None:
+    """Hold that each stored number is as near to X as the nearest number of its dtype."""
+    nearest = (X.to(stored.dtype).double() - X).abs()
+    off = (stored.double() - X).abs()
+    limit = nearest * (1 + 1e-6) + 1e-15 * X.abs().max() + slack * X.abs().max() * torch.finfo(stored.dtype).eps
+    worst = (off - limit).max()
+    assert worst <= 0, f"{name}: {int((off > limit).sum())} of {X.numel()} numbers are not the nearest"
+
+
+def hold(expected: Mapping[str, Tensor], base: Mapping[str, Tensor], merged: Mapping[str, Tensor], slack: float = 0.0) -> None:
+    assert set(merged) == set(base) | set(expected), set(merged) ^ (set(base) | set(expected))
+    for name, tensor in merged.items():
+        if name in expected:
+            assert_nearest(expected[name], tensor, name, slack)
+        else:
+            assert tensor.dtype == base[name].dtype and torch.equal(tensor, base[name]), name
+
+
+def expectation(
+    row: Mapping[str, Any], base: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    for name, change, value in changes(row, tensors, config):
+        if value is not None:
+            made[name] = value.double()
+        else:
+            assert change.shape == base[name].shape, (name, change.shape, base[name].shape)
+            made[name] = made.get(name, base[name].double()) + change
+    return made
+
+
+def adapters() -> list[str]:
+    return [*rows("adapters")]
+
+
+@pytest.mark.parametrize("name", spread(adapters(), 3))
+def test_adapter(name: str, tmp_path: Path) -> None:
+    row = rows("adapters")[name]
+    with any_widths(*FAMILIES):
+        base, W, divide, layers = write_base(row["base"], tmp_path / "base")
+        adapter, tensors, config = write_adapter(name, divide, layers, tmp_path / "adapter")
+        if "refused" in row:
+            with pytest.raises(LoratoolError, match=row["refused"]):
+                loratool.merge(base, adapter, tmp_path / "out", **row.get("options", {}))
+            return
+        options = {"alpha": row["alpha"]} if "alpha" in row else {}
+        assert run_command("inspect", adapter, *(["--alpha", row["alpha"]] if options else [])).exit_code == 0
+        expected = expectation(row, W, tensors, config)
+        suffix = ".safetensors" if base.is_file() else ""
+        out, back = tmp_path / f"out{suffix}", tmp_path / f"back{suffix}"
+        loratool.merge(base, adapter, out, **options, **row.get("options", {}))
+        hold(expected, W, load_model(out))
+        assert loratool.verify(base, adapter, out, **options).ok
+        loratool.unmerge(out, adapter, back, **options)
+        hold({}, W, load_model(back))
+        for to in row.get("to", []):
+            end = {"gguf": ".gguf", "peft": "", "mlx": ""}.get(to, ".safetensors")
+            other, again = tmp_path / f"{to}{end}", tmp_path / f"merged-{to}{suffix}"
+            given = {"base": base} if to in ("gguf", "mlx", "peft") and "config" in rows("models")[row["base"]] else {}
+            loratool.convert(adapter, other, to=to, **options, **given)
+            more = {"alpha": row["alpha"]} if to == "loralib" and "alpha" in row else {}
+            loratool.merge(base, other, again, undo=False, **more)
+            hold(expected, W, load_model(again), slack=1.0)
+
+
+def published_models() -> list[str]:
+    return [name for name, row in rows("models").items() if row.get("listed", "from config.json" in row["shapes"])]
+
+
+@pytest.mark.parametrize("name", spread(published_models(), 2))
+def test_checkpoint(name: str, tmp_path: Path) -> None:
+    """Change each matrix of a layer by an adapter with the names that PEFT gives its class."""
+    row = rows("models")[name]
+    base, W, _, _ = write_base(name, tmp_path / "base")
+    assert run_command("inspect", base).exit_code == 0
+    factors, expected = {}, {}
+    g = torch.Generator().manual_seed(3)
+    for weight, tensor in W.items():
+        if re.search(r"[._]\d+[._].*\.weight$", weight) is None or tensor.dim() != 2 or not tensor.is_floating_point():
+            continue
+        module = weight.removesuffix(".weight")
+        for old, new in row.get("modules", []):
+            if module.startswith(old):
+                module = new + module.removeprefix(old)
+                break
+        A, B = (torch.randn(shape, generator=g) * 0.1 for shape in ((2, tensor.shape[1]), (tensor.shape[0], 2)))
+        factors |= {f"base_model.model.{module}.lora_A.weight": A, f"base_model.model.{module}.lora_B.weight": B}
+        expected[weight] = tensor.double() + 1.5 * B.double() @ A.double()
+    written(tmp_path / "adapter" / "adapter_model.safetensors", factors, {"format": "pt"})
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": "all-linear"}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    out, back = tmp_path / "out", tmp_path / "back"
+    loratool.merge(base, tmp_path / "adapter", out)
+    hold(expected, W, load_model(out))
+    assert loratool.verify(base, tmp_path / "adapter", out).ok
+    loratool.unmerge(out, tmp_path / "adapter", back)
+    hold({}, W, load_model(back))
+    loratool.convert(base, tmp_path / "wide", dtype="fp32")
+    wide = load_model(tmp_path / "wide")
+    assert set(wide) == set(W)
+    for weight, tensor in W.items():
+        assert torch.equal(wide[weight], tensor.float() if tensor.is_floating_point() else tensor), weight
+
+
+def test_templates() -> None:
+    """Each row's templates are what `shorten` makes of its names, and no two of them share a name."""
+    for file in ("models", "adapters"):
+        for name, row in rows(file).items():
+            tensors = tensors_of(row["tensors"])
+            again = shorten(tensors)
+            assert tensors_of({k: (dtype, [*shape]) for k, (dtype, shape) in again.items()}) == tensors, name
+    assert expand("h.{0..2,5}.{q,k}_proj") == [f"h.{i}.{x}_proj" for i in (0, 1, 2, 5) for x in "qk"]
+    assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 1_000_000
