@@ -51,10 +51,29 @@ WIDTHS = {
     *("moe_intermediate_size", "shared_expert_intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_dim"),
     *("word_embed_proj_dim", "embed_dim", "out_hidden_size", "linear_key_head_dim", "linear_value_head_dim"),
     *("ffn_hidden_size", "kv_channels", "padded_vocab_size", "num_position_embeddings", "r"),
-    *("cross_attention_dim", "block_out_channels", "attention_head_dim", "joint_attention_dim", "pooled_projection_dim"),
+    *(
+        "cross_attention_dim",
+        "block_out_channels",
+        "attention_head_dim",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+    ),
 }
 LAYERS = {"num_hidden_layers", "n_layer", "num_layers", "n_layers"}
-FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "flux", "hunyuan_video", "mochi", "qwen_image", "anima", "krea2", "z_image", "wan")
+FAMILIES = (
+    "sd1",
+    "sd2",
+    "sdxl",
+    "sd3",
+    "flux",
+    "hunyuan_video",
+    "mochi",
+    "qwen_image",
+    "anima",
+    "krea2",
+    "z_image",
+    "wan",
+)
 
 
 @cache
@@ -150,7 +169,7 @@ def scale_of(row: Mapping[str, Any], config: Mapping[str, Any], alpha: Tensor | 
 
 
 def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield (name in the base, change or None, new value or None) for each module of an adapter, by its names alone."""
+    """Yield (name in the base, change, DoRA's magnitude) of each module, and (name, None, value) of other tensors."""
     used = set()
     for name, A in tensors.items():
         for down, up in FACTORS:
@@ -158,8 +177,8 @@ def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappi
                 continue
             module = name.removesuffix(down)
             B = tensors[module + up].double()
-            alpha = tensors.get(f"{module}.alpha")
-            used |= {name, module + up, f"{module}.alpha"}
+            alpha, magnitude = tensors.get(f"{module}.alpha"), tensors.get(f"{module}.dora_scale")
+            used |= {name, module + up, f"{module}.alpha", f"{module}.dora_scale"}
             if down == ".lora_a":  # MLX: (in, r), (r, out)
                 A, B = A.T, B.T
             rank = A.shape[0]
@@ -170,7 +189,7 @@ def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappi
                 change = torch.einsum("or,ri->oi", B.flatten(1), A.double().flatten(1))
                 change = change.reshape(B.shape[0], *A.shape[1:])
             change *= scale_of(row, config, alpha, rank)
-            yield f"{named(row, module)}.weight", change.T if row.get("transposed") else change, None
+            yield f"{named(row, module)}.weight", change.T if row.get("transposed") else change, magnitude
             break
     for name, tensor in tensors.items():
         if name not in used:
@@ -186,11 +205,8 @@ def _merged_linear(A: Tensor, B: Tensor, enabled: list[bool]) -> Tensor:
 
 
 def named(row: Mapping[str, Any], name: str) -> str:
-    for pattern, new in row["modules"]:
-        changed = re.sub(pattern, new, name)
-        if changed != name and row.get("first", True) and pattern.startswith("^base_model"):
-            return changed
-        name = changed
+    for pattern, new in row.get("modules", []):
+        name = re.sub(pattern, new, name)
     return name
 
 
@@ -203,7 +219,9 @@ def assert_nearest(X: Tensor, stored: Tensor, name: str, slack: float = 0.0) -> 
     assert worst <= 0, f"{name}: {int((off > limit).sum())} of {X.numel()} numbers are not the nearest"
 
 
-def hold(expected: Mapping[str, Tensor], base: Mapping[str, Tensor], merged: Mapping[str, Tensor], slack: float = 0.0) -> None:
+def hold(
+    expected: Mapping[str, Tensor], base: Mapping[str, Tensor], merged: Mapping[str, Tensor], slack: float = 0.0
+) -> None:
     assert set(merged) == set(base) | set(expected), set(merged) ^ (set(base) | set(expected))
     for name, tensor in merged.items():
         if name in expected:
@@ -217,11 +235,21 @@ def expectation(
 ) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     for name, change, value in changes(row, tensors, config):
-        if value is not None:
+        if change is None and name.endswith((".diff", ".diff_b")):
+            target = (
+                name.removesuffix(".diff_b") + ".bias"
+                if name.endswith("_b")
+                else name.removesuffix(".diff") + ".weight"
+            )
+            made[target] = base[target].double() + value.double()
+        elif change is None:
             made[name] = value.double()
         else:
             assert change.shape == base[name].shape, (name, change.shape, base[name].shape)
             made[name] = made.get(name, base[name].double()) + change
+        if change is not None and value is not None:  # DoRA: the norm over the dimensions in which its magnitude is 1
+            over = [i for i, d in enumerate(value.shape) if d == 1]
+            made[name] *= value.double() / made[name].norm(dim=over, keepdim=True)
     return made
 
 
@@ -254,7 +282,7 @@ def test_adapter(name: str, tmp_path: Path) -> None:
             other, again = tmp_path / f"{to}{end}", tmp_path / f"merged-{to}{suffix}"
             given = {"base": base} if to in ("gguf", "mlx", "peft") and "config" in rows("models")[row["base"]] else {}
             loratool.convert(adapter, other, to=to, **options, **given)
-            more = {"alpha": row["alpha"]} if to == "loralib" and "alpha" in row else {}
+            more = {"alpha": config["lora_alpha"]} if to == "loralib" else {}  # which has no place for it
             loratool.merge(base, other, again, undo=False, **more)
             hold(expected, W, load_model(again), slack=1.0)
 
@@ -291,7 +319,7 @@ def test_checkpoint(name: str, tmp_path: Path) -> None:
     assert loratool.verify(base, tmp_path / "adapter", out).ok
     loratool.unmerge(out, tmp_path / "adapter", back)
     hold({}, W, load_model(back))
-    loratool.convert(base, tmp_path / "wide", dtype="fp32")
+    loratool.convert_model(base, tmp_path / "wide", dtype="fp32")
     wide = load_model(tmp_path / "wide")
     assert set(wide) == set(W)
     for weight, tensor in W.items():
