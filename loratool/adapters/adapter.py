@@ -11,6 +11,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from ..architectures.classifiers import PEFT_HEADS, TASKS
 from ..durable.fileio import sha256_file
 from ..errors import shell_word
 from ..files.weights_file import WeightsFile, paths_of
@@ -64,10 +65,15 @@ class Adapter:
         return spec.cls.load(spec, self.file, self.name)
 
     def in_modules_to_save(self, module: str) -> bool:
-        """Return whether `module` is, or is inside, a module that the config lists in modules_to_save."""
-        listed = self.config.peft.get("modules_to_save")
+        """Return whether `module` is, or is inside, a module that the config lists in modules_to_save.
+
+        PEFT adds a classifier's head to that list when it loads, and early versions wrote the list without it.
+        """
+        listed = self.config.peft.get("modules_to_save") or []
         if not isinstance(listed, list) or self.updates[module].cls is not ReplaceTensor:
             return False
+        if self.config.peft.get("task_type") in TASKS:
+            listed = [*listed, *PEFT_HEADS]
         return any(isinstance(entry, str) and is_in_listed_module(entry, module) for entry in listed)
 
     def is_duplicate_bias(self, module: str, others: Container[str]) -> bool:

@@ -13,6 +13,9 @@ from collections.abc import Collection, Iterable
 # PEFT's task_type -> the suffix of transformers' class names for it.
 TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
+# Modules that PEFT adds to modules_to_save for these tasks (peft_model.py)
+PEFT_HEADS = ("classifier", "score")
+
 # Possible names of a head's last layer, which has one row per label; the first one present counts
 HEADS = (
     *("score.weight", "score.out_proj.weight"),

@@ -43,6 +43,7 @@ FACTORS = (  # the ends of A and B
     (".lora_down.weight", ".lora_up.weight"),
     (".lora.down.weight", ".lora.up.weight"),
     (".down.weight", ".up.weight"),
+    (".lora_a.weight", ".lora_b.weight"),
     (".lora_a", ".lora_b"),
     (".lora_A", ".lora_B"),
 )
@@ -106,7 +107,7 @@ def small_tensors(row: Mapping[str, Any], divide: int, layers: int) -> dict[str,
     for name, (dtype, shape) in tensors_of(row["tensors"]).items():
         number = re.search(r"[._](\d+)[._]", name)
         if number is None or int(number[1]) < layers:
-            made[name] = (dtype, tuple(smaller(d, divide) for d in shape))
+            made[name] = (dtype, tuple(d if d in row.get("kept", ()) else smaller(d, divide) for d in shape))
     return made
 
 
@@ -172,6 +173,9 @@ def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappi
     """Yield (name in the base, change, DoRA's magnitude) of each module, and (name, None, value) of other tensors."""
     used = set()
     for name, A in tensors.items():
+        if re.search(row.get("dropped", r"^\b$"), name):
+            used.add(name)
+            continue
         for down, up in FACTORS:
             if not name.endswith(down):
                 continue
@@ -181,6 +185,9 @@ def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappi
             used |= {name, module + up, f"{module}.alpha", f"{module}.dora_scale"}
             if down == ".lora_a":  # MLX: (in, r), (r, out)
                 A, B = A.T, B.T
+            if "experts" in row and ".experts" in module:
+                yield from _of_experts(row, config, module, A.double(), B)
+                break
             rank = A.shape[0]
             if "enable_lora" in config:
                 change = _merged_linear(A.double(), B, config["enable_lora"])
@@ -189,7 +196,9 @@ def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappi
                 change = torch.einsum("or,ri->oi", B.flatten(1), A.double().flatten(1))
                 change = change.reshape(B.shape[0], *A.shape[1:])
             change *= scale_of(row, config, alpha, rank)
-            yield f"{named(row, module)}.weight", change.T if row.get("transposed") else change, magnitude
+            target = named(row, module)
+            target = target if target.endswith("]") else f"{target}.weight"
+            yield target, change.T if row.get("transposed") else change, magnitude
             break
     for name, tensor in tensors.items():
         if name not in used:
@@ -202,6 +211,21 @@ def _merged_linear(A: Tensor, B: Tensor, enabled: list[bool]) -> Tensor:
     parts = iter([b.flatten(1) @ a for a, b in zip(A.chunk(count), B.chunk(count), strict=True)])
     rows_of_one = B.shape[0] // count
     return torch.cat([next(parts) if each else torch.zeros(rows_of_one, A.shape[1]) for each in enabled]).double()
+
+
+def _of_experts(row: Mapping[str, Any], config: Mapping[str, Any], module: str, A: Tensor, B: Tensor) -> Iterator[Any]:
+    """Yield the changes of single experts: PEFT's factors of a stack of them, (E r, in) and (out, r E)."""
+    count, rank = row["experts"], A.shape[0] // row["experts"]
+    change = torch.einsum("ore,eri->eio", B.reshape(len(B), rank, count), A.reshape(count, rank, -1))
+    change *= scale_of(row, config, None, rank)
+    experts = named(row, module.removesuffix(".base_layer"))
+    for e in range(count):
+        if module.endswith(".base_layer"):  # gate_up_proj; the other wrapper is down_proj
+            gate, up = change[e].chunk(2)
+            yield f"{experts}.{e}.gate_proj.weight", gate, None
+            yield f"{experts}.{e}.up_proj.weight", up, None
+        else:
+            yield f"{experts}.{e}.down_proj.weight", change[e], None
 
 
 def named(row: Mapping[str, Any], name: str) -> str:
@@ -245,12 +269,24 @@ def expectation(
         elif change is None:
             made[name] = value.double()
         else:
-            assert change.shape == base[name].shape, (name, change.shape, base[name].shape)
-            made[name] = made.get(name, base[name].double()) + change
+            name, rows_of_it = _rows(name, base)
+            X = made.setdefault(name, base[name].double())
+            assert change.shape == X[rows_of_it].shape, (name, change.shape, X[rows_of_it].shape)
+            X[rows_of_it] += change
         if change is not None and value is not None:  # DoRA: the norm over the dimensions in which its magnitude is 1
             over = [i for i, d in enumerate(value.shape) if d == 1]
             made[name] *= value.double() / made[name].norm(dim=over, keepdim=True)
     return made
+
+
+def _rows(name: str, base: Mapping[str, Tensor]) -> tuple[str, slice]:
+    """Return the rows that a name stands for: `x.weight[1/3]` is the second third, `x.weight[3-7/7]` the last four."""
+    found = re.fullmatch(r"(.*)\[(\d+)(?:-(\d+))?/(\d+)\]", name)
+    if found is None:
+        return name, slice(None)
+    first, parts = int(found[2]), int(found[4])
+    one = len(base[found[1]]) // parts
+    return found[1], slice(first * one, int(found[3] or first + 1) * one)
 
 
 def adapters() -> list[str]:
@@ -272,16 +308,16 @@ def test_adapter(name: str, tmp_path: Path) -> None:
         expected = expectation(row, W, tensors, config)
         suffix = ".safetensors" if base.is_file() else ""
         out, back = tmp_path / f"out{suffix}", tmp_path / f"back{suffix}"
-        loratool.merge(base, adapter, out, **options, **row.get("options", {}))
+        selected = row.get("options", {})
+        loratool.merge(base, adapter, out, **options, **selected)
         hold(expected, W, load_model(out))
-        assert loratool.verify(base, adapter, out, **options).ok
-        loratool.unmerge(out, adapter, back, **options)
+        assert loratool.verify(base, adapter, out, **options, **selected).ok
+        loratool.unmerge(out, adapter, back, **options, **selected)
         hold({}, W, load_model(back))
         for to in row.get("to", []):
             end = {"gguf": ".gguf", "peft": "", "mlx": ""}.get(to, ".safetensors")
             other, again = tmp_path / f"{to}{end}", tmp_path / f"merged-{to}{suffix}"
-            given = {"base": base} if to in ("gguf", "mlx", "peft") and "config" in rows("models")[row["base"]] else {}
-            loratool.convert(adapter, other, to=to, **options, **given)
+            loratool.convert(adapter, other, to=to, base=base, **options)
             more = {"alpha": config["lora_alpha"]} if to == "loralib" else {}  # which has no place for it
             loratool.merge(base, other, again, undo=False, **more)
             hold(expected, W, load_model(again), slack=1.0)
