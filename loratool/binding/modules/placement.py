@@ -264,11 +264,14 @@ def _place_experts(
 ) -> list[Placement]:
     """Place an update where at least one side stacks its experts: one placement for each expert and slice."""
     if update.cls.stack and match.expert is not None:  # stacked factors on one matrix per expert
-        out, width = update.shape[1:]
-        if spec.shape != (out // match.parts, width) or out % match.parts:
+        if len(spec.shape) != 2 or match.expert >= update.shape[0]:
             raise _shape_error(adapter, update, spec, match.name)
-        rows = spec.shape[0]
-        return [Placement(adapter, update, weight, False, rows, 0, rows, match.part * rows, match.expert)]
+        rows, columns = spec.shape
+        crossed = _is_transposed_family(model_types)  # whose classes store (in, out), and single experts (out, in)
+        one = (columns, rows * match.parts) if crossed else (rows * match.parts, columns)
+        stacked = TensorSpec(spec.dtype, (update.shape[0], *one))  # as the class has these experts
+        transposed = _orient_stack(adapter, update, match.name, stacked, model_types) != crossed
+        return [Placement(adapter, update, weight, transposed, rows, 0, rows, match.part * rows, match.expert)]
     if update.cls.stack:  # stacked factors on a stack
         if match.parts > 1:  # the file has each part as a separate stack
             experts, out, width = update.shape
