@@ -1,7 +1,7 @@
-"""Merge, verify, undo and convert what `fixtures/published` lists: names, dtypes and shapes of files that others made.
+"""Merge, verify, undo and convert what `fixtures/published` lists: names and shapes of files that others made.
 
-A row's tensors are filled with seeded numbers, at a fraction of their sizes. What a merge must write is computed here in
-float64, from the names as the row says: W + s B A.
+A row's tensors are filled with seeded numbers, at a fraction of their sizes. What a merge must write is computed here
+in float64, from the names as the row says: W + s B A.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def filled(tensors: Mapping[str, Spec], size: float, seed: int) -> dict[str, Ten
             numbers = torch.randn(shape, generator=g) * size
             made[name] = (numbers if shape else numbers.abs() + 1).to(dtype)
         else:
-            made[name] = torch.randint(1, 2 if key == "BOOL" else 9, shape, generator=g).to(dtype)
+            most = {"BOOL": 2, "U32": 2**32}.get(key, 9)
+            made[name] = torch.randint(1, most, shape, generator=g).to(dtype)
     return made
 
 
@@ -176,13 +177,19 @@ def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappi
         if re.search(row.get("dropped", r"^\b$"), name):
             used.add(name)
             continue
+        if name.endswith(".lokr_w1"):  # both factors complete: LyCORIS takes its alpha for the rank
+            module = name.removesuffix(".lokr_w1")
+            used |= {name, f"{module}.lokr_w2", f"{module}.alpha"}
+            yield f"{named(row, module)}.weight", torch.kron(A.double(), tensors[f"{module}.lokr_w2"].double()), None
         for down, up in FACTORS:
             if not name.endswith(down):
                 continue
             module = name.removesuffix(down)
             B = tensors[module + up].double()
             alpha, magnitude = tensors.get(f"{module}.alpha"), tensors.get(f"{module}.dora_scale")
-            used |= {name, module + up, f"{module}.alpha", f"{module}.dora_scale"}
+            of_peft = tensors.get(f"{module}.lora_magnitude_vector")
+            magnitude = magnitude if of_peft is None else of_peft.unsqueeze(1)
+            used |= {name, module + up, *(f"{module}.{x}" for x in ("alpha", "dora_scale", "lora_magnitude_vector"))}
             if down == ".lora_a":  # MLX: (in, r), (r, out)
                 A, B = A.T, B.T
             if "experts" in row and ".experts" in module:
@@ -206,7 +213,7 @@ def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappi
 
 
 def _merged_linear(A: Tensor, B: Tensor, enabled: list[bool]) -> Tensor:
-    """Return the change of loralib's MergedLinear: a group of A and B for each part that is enabled, zeros for others."""
+    """Return the change of loralib's MergedLinear: a group of A and B for each enabled part, zeros for the others."""
     count = sum(enabled)
     parts = iter([b.flatten(1) @ a for a, b in zip(A.chunk(count), B.chunk(count), strict=True)])
     rows_of_one = B.shape[0] // count
@@ -323,6 +330,28 @@ def test_adapter(name: str, tmp_path: Path) -> None:
             hold(expected, W, load_model(again), slack=1.0)
 
 
+def companions(weight: str) -> tuple[str, str]:
+    """Return the names of the scales and the biases that MLX has for a quantized weight."""
+    module = weight.removesuffix("weight")
+    return f"{module}scales", f"{module}biases"
+
+
+def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return all tensors, those in MLX's affine codes as scale * code + bias for each group of 64 numbers of a row."""
+    made = {}
+    for name, tensor in tensors.items():
+        if name.endswith((".scales", ".biases")):
+            continue
+        made[name] = tensor
+        if tensor.dtype == torch.uint32:
+            scales, biases = (tensors[each].double().repeat_interleave(64, 1) for each in companions(name))
+            bits = tensor.shape[1] * 32 // scales.shape[1]
+            stream = np.unpackbits(tensor.numpy().view(np.uint8), axis=1, bitorder="little")
+            codes = stream.reshape(len(stream), -1, bits) @ (1 << np.arange(bits))
+            made[name] = scales * torch.from_numpy(codes) + biases
+    return made
+
+
 def published_models() -> list[str]:
     return [name for name, row in rows("models").items() if row.get("listed", "from config.json" in row["shapes"])]
 
@@ -333,10 +362,10 @@ def test_checkpoint(name: str, tmp_path: Path) -> None:
     row = rows("models")[name]
     base, W, _, _ = write_base(name, tmp_path / "base")
     assert run_command("inspect", base).exit_code == 0
-    factors, expected = {}, {}
+    factors, expected, numbers = {}, {}, dequantized(W)
     g = torch.Generator().manual_seed(3)
-    for weight, tensor in W.items():
-        if re.search(r"[._]\d+[._].*\.weight$", weight) is None or tensor.dim() != 2 or not tensor.is_floating_point():
+    for weight, tensor in numbers.items():
+        if re.search(r"[._]\d+[._].*\.weight$", weight) is None or tensor.dim() != 2:
             continue
         module = weight.removesuffix(".weight")
         for old, new in row.get("modules", []):
@@ -351,14 +380,15 @@ def test_checkpoint(name: str, tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
     out, back = tmp_path / "out", tmp_path / "back"
     loratool.merge(base, tmp_path / "adapter", out)
-    hold(expected, W, load_model(out))
+    codes = {name for weight in expected for name in companions(weight) if name in W}
+    hold(expected, {name: tensor for name, tensor in W.items() if name not in codes}, load_model(out))
     assert loratool.verify(base, tmp_path / "adapter", out).ok
     loratool.unmerge(out, tmp_path / "adapter", back)
     hold({}, W, load_model(back))
     loratool.convert_model(base, tmp_path / "wide", dtype="fp32")
     wide = load_model(tmp_path / "wide")
-    assert set(wide) == set(W)
-    for weight, tensor in W.items():
+    assert set(wide) == set(numbers)
+    for weight, tensor in numbers.items():
         assert torch.equal(wide[weight], tensor.float() if tensor.is_floating_point() else tensor), weight
 
 
