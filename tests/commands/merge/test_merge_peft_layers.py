@@ -315,6 +315,18 @@ class TestSquareExperts:
         wanted = load_model(base)[name] + (change.mT if transposed else change)
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
+    @pytest.mark.parametrize(("version", "transposed"), [("0.18.1", True), ("0.21.2", False)])
+    def test_onto_single_experts(self, tmp_path: Path, version: str, transposed: bool) -> None:
+        """Published models have a matrix for each expert, (out, in), which is what a stack has of it."""
+        base, adapter, change = self.stack(tmp_path, "qwen3_moe", peft_version=version)
+        stack = load_model(base)["model.layers.0.mlp.experts.down_proj"]
+        single = {f"model.layers.0.mlp.experts.{e}.down_proj.weight": stack[e].contiguous() for e in range(3)}
+        save_file(single, base / "model.safetensors")
+        loratool.merge(base, adapter, tmp_path / "out")
+        found, wanted = load_model(tmp_path / "out"), stack + (change.mT if transposed else change)
+        for e, name in enumerate(single):
+            torch.testing.assert_close(found[name], wanted[e], rtol=1e-12, atol=1e-12)
+
     def test_else_it_is_refused(self, tmp_path: Path) -> None:
         base, adapter, _ = self.stack(tmp_path, "unheard_of", peft_version="0.21.2")
         with pytest.raises(InputError, match="its experts are square, and nothing tells"):
