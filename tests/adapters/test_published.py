@@ -331,8 +331,8 @@ def test_adapter(name: str, tmp_path: Path) -> None:
         for to in row.get("to", []):
             end = {"gguf": ".gguf", "peft": "", "mlx": ""}.get(to, ".safetensors")
             other, again = tmp_path / f"{to}{end}", tmp_path / f"merged-{to}{suffix}"
-            loratool.convert(adapter, other, to=to, base=base, **options)
-            more = {"alpha": config["lora_alpha"]} if to == "loralib" else {}  # which has no place for it
+            given, more = ({}, {"alpha": config["lora_alpha"]}) if to == "loralib" else ({"base": base}, {})
+            loratool.convert(adapter, other, to=to, **given, **options)
             loratool.merge(base, other, again, undo=False, **more)
             hold(expected, W, load_model(again), slack=1.0)
 
