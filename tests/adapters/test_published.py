@@ -41,6 +41,7 @@ FACTORS = (  # the ends of A and B
     (".lora_A.weight", ".lora_B.weight"),
     (".lora_A.default.weight", ".lora_B.default.weight"),
     (".lora_down.weight", ".lora_up.weight"),
+    ("_lora_down.weight", "_lora_up.weight"),
     (".lora.down.weight", ".lora.up.weight"),
     (".down.weight", ".up.weight"),
     (".lora_a.weight", ".lora_b.weight"),
