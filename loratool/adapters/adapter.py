@@ -72,7 +72,7 @@ class Adapter:
         listed = self.config.peft.get("modules_to_save") or []
         if not isinstance(listed, list) or self.updates[module].cls is not ReplaceTensor:
             return False
-        if self.config.peft.get("task_type") in TASKS:
+        if self.config.peft.get("task_type") in (*TASKS,):  # a damaged config may have a list here
             listed = [*listed, *PEFT_HEADS]
         return any(isinstance(entry, str) and is_in_listed_module(entry, module) for entry in listed)
 
