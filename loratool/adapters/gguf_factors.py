@@ -181,9 +181,10 @@ def joined_parts(
     If the tensors share one A, as gate and up of one matrix do, the result has that A; else the ranks are concatenated.
     """
     (_, first), updates = members[0], [update for _, update in members]
-    E, (out, width) = first.experts, first.shape[-2:]
-    for update in updates:
-        if update.cls is not first.cls or update.shape != first.shape:
+    E, width = first.experts, first.shape[-1]
+    rows, *others = (part.whole(model.facts, update.shape[-2]) for part, update in members)
+    for update, whole in zip(updates[1:], others, strict=True):
+        if update.cls is not first.cls or whole != rows or (update.experts, update.shape[-1]) != (E, width):
             raise InputError(f"is {update.shape}, and {first.module} {first.shape}", culprit=update.module)
         if update.scale != first.scale:
             raise InputError(
@@ -192,7 +193,6 @@ def joined_parts(
                 culprit=update.module,
                 remedy="merge it into a GGUF file",
             )
-    rows = out * members[0][0].count
     alike = have_one_A(adapter.file, [update.tensors["A"] for update in updates])
     firsts = starts([update.rank for update in updates], alike)
     places = [

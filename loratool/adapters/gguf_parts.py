@@ -25,6 +25,8 @@ EMBEDDING = "token_embd"  # the only weight that GGUF's adapters store transpose
 HEAD = "output"
 STACK = "_exps"  # suffix of the names of stacks of experts
 
+BASE = "pass the model in transformers' format as --base"
+
 
 @dataclass(frozen=True)
 class GgufModel:
@@ -101,14 +103,22 @@ class GgufModel:
         return expert.expert, [part for part in self._parts_of(expert.fused) if part.slot == expert.part]
 
     def parts_with(self, tensor: str) -> tuple[str, list[Part]] | None:
-        """Return the module of transformers that a GGUF tensor belongs to, and all parts of the module."""
+        """Return the module of transformers that a GGUF tensor belongs to, and all parts of the module.
+
+        Raises:
+            InputError: it belongs to several modules, each of another model type.
+        """
         known = self.architecture.find(tensor) or self.architecture.find(f"{tensor}.weight")
         if known is None:
             return None
         if known[1] not in self._layers:
             self._layers[known[1]] = self._index(known[1])
         in_layer = self._layers[known[1]].items()
-        return next(((path, parts) for path, parts in in_layer if any(part.module == tensor for part in parts)), None)
+        found = [(path, parts) for path, parts in in_layer if any(part.module == tensor for part in parts)]
+        if len(found) > 1:
+            paths = " or ".join(path for path, _ in found)
+            raise InputError(f"is {paths}: {self.architecture.key} does not tell which", culprit=tensor, remedy=BASE)
+        return found[0] if found else None
 
     def _in_class(self, path: str) -> str:
         """Return a path as transformers' class has it; the language model may be a part of the class."""
@@ -116,11 +126,16 @@ class GgufModel:
         is_plain = name.startswith("model.") and not name.startswith(self.inside)
         return self.inside + name.removeprefix("model.") if is_plain else name
 
+    def _has(self, weight: Weight) -> bool:
+        """Return whether models of its types and with its experts have a weight of the table."""
+        of_type = not weight.types or not {*weight.types}.isdisjoint(self.model_types)
+        return of_type and weight.dense is not bool(self.facts.experts)
+
     def _index(self, layer: int | None) -> dict[str, list[Part]]:
         """Return the parts of each module of a layer (None: outside the layers), by its name in the class."""
         index: dict[str, list[Part]] = {}
         for weight in self.architecture.weights:
-            if ("{n}" in weight.hf) != (layer is not None) or weight.gguf.endswith(".bias"):
+            if ("{n}" in weight.hf) != (layer is not None) or weight.gguf.endswith(".bias") or not self._has(weight):
                 continue
             path, module = (name.replace("{n}", str(layer)) for name in (weight.hf, weight.gguf))
             slot, slots = 0, 1
@@ -144,10 +159,9 @@ class Part:
     slot: int = 0  # the number of its slice of the rows, where single experts are stacked
     slots: int = 1
 
-    @property
-    def count(self) -> int:
-        """The number of tensors of its size that make up the module's rows."""
-        return ROW_ORDERS[self.weight.rows].parts if self.weight.rows else self.slots
+    def whole(self, facts: Facts, rows: int) -> int:
+        """Return the number of the module's rows if the tensor has `rows`."""
+        return ROW_ORDERS[self.weight.rows].whole(facts, rows) if self.weight.rows else self.slots * rows
 
     def numbers(self, facts: Facts, rows: int, culprit: str) -> list[int]:
         """Return the numbers of the module's rows that it has; raise InputError if `rows` is impossible."""

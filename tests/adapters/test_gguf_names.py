@@ -25,13 +25,18 @@ pytestmark = pytest.mark.slow
 
 
 TYPES = sorted({each for row in ARCHITECTURES.values() for each in (*row.model_types, *row.wrappers)})
+TYPES += gguf_families.VARIANTS
 
-# The types of which llama.cpp's converter of adapters turns the factors of Conv1D with the weights, or gives all to
-# another class, so that it writes a file of the type `model` and no alpha
-WRONG_THERE = {"gpt2": "turned", "ministral3": "a model"}
+# The types of which llama.cpp's converter of adapters turns the factors of Conv1D with the weights, gives all to
+# another class, so that it writes a file of the type `model` and no alpha, or stops, as it cannot split a pair's rows
+WRONG_THERE = {"gpt2": "turned", "ministral3": "a model", "mistral3": "a model", "qwen3_next": "none"}
 
-STACKED = """deepseek_v3 dots1 ernie4_5_moe glm4_moe gpt_oss granitemoe llama4 llama4_text mixtral olmoe
-    qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe""".split()
+# Cases whose modules a GGUF file does not tell from those of another type of its architecture
+UNTOLD = ("bamba", "granite", "granitemoehybrid dense", "granitemoehybrid attention")
+
+STACKED = """deepseek_v3 deepseek_v32 dots1 ernie4_5_moe glm4_moe gpt_oss granitemoe granitemoehybrid lfm2_moe llama4
+    llama4_text mixtral nemotron_h olmoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next
+    qwen3_vl_moe""".split()
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
     """Build all models and adapters, and run llama.cpp's converters on them in one process."""
     pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")
     pytest.importorskip("peft", minversion="0.19")
-    found = {each: Family(tmp_path_factory.mktemp(each)) for each in TYPES}
+    found = {each: Family(tmp_path_factory.mktemp(each.replace(" ", "_"))) for each in TYPES}
     jobs = []
     for model_type, family in found.items():
         gguf_families.build_model(model_type, family.model)
@@ -76,7 +81,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Family]:
         jobs.append(llama_cpp.adapter_to_gguf(family.adapter, family.model, family.theirs))
         loratool.convert(family.adapter, family.ours, to="gguf", base=family.model / "config.json")
     failed = llama_cpp.run_converters(jobs)
-    assert not failed, failed
+    assert {*failed} == {str(found[each].theirs) for each, how in WRONG_THERE.items() if how == "none"}, failed
     return found
 
 
@@ -110,6 +115,8 @@ class TestEveryModelType:
     def test_writes_the_tensors_that_llama_cpps_converter_writes(
         self, families: dict[str, Family], model_type: str
     ) -> None:
+        if WRONG_THERE.get(model_type) == "none":
+            pytest.skip("llama.cpp's converter of adapters stops")
         ours, theirs = tensors(families[model_type].ours), tensors(families[model_type].theirs)
         assert (ours == theirs) is (model_type not in WRONG_THERE)
         assert ours.keys() == theirs.keys() or WRONG_THERE[model_type] == "a model"
@@ -117,6 +124,8 @@ class TestEveryModelType:
     def test_says_the_same_alpha_and_architecture(self, families: dict[str, Family], model_type: str) -> None:
         import gguf
 
+        if WRONG_THERE.get(model_type) == "none":
+            pytest.skip("llama.cpp's converter of adapters stops")
         keys = ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha", "general.file_type")
         ours, theirs = (
             gguf.GGUFReader(path).fields for path in (families[model_type].ours, families[model_type].theirs)
@@ -133,7 +142,7 @@ class TestEveryModelType:
         family = families[model_type]
         # the file alone does not tell a wrapper, nor that BERT has a head
         wrapped = "text_config" in (family.model / "config.json").read_text() or model_type == "bert"
-        base = {"base": family.model} if wrapped else {}
+        base = {"base": family.model} if wrapped or model_type in UNTOLD else {}
         loratool.convert(family.ours, tmp_path / "back", to="peft", **base)
         there, back = (safe_tensors(each / "adapter_model.safetensors") for each in (family.adapter, tmp_path / "back"))
         assert there.keys() == back.keys()
@@ -167,7 +176,9 @@ class TestEveryModelType:
                 h = update.A[0].double().square()
                 weights = moments.weights(module, (1, *update.shape))
                 assert weights is not None
-                assert torch.allclose(weights[0], (h / h.mean()).clamp(min=1e-3).sqrt().float(), rtol=1e-5)
+                assert torch.allclose(
+                    torch.from_numpy(weights[0]), (h / h.mean()).clamp(min=1e-3).sqrt().float(), rtol=1e-5
+                )
 
     @pytest.mark.parametrize("adapter", ["ours", "adapter"])
     def test_merges_into_gguf_what_llama_cpp_converts_from_the_merged_model(

@@ -6,13 +6,14 @@ A row of `ARCHITECTURES` describes what `convert_hf_to_gguf.py` does to models o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .bert import BERT_ARCHITECTURES
 from .experts import EXPERT_ARCHITECTURES
 from .gemma import GEMMA_ARCHITECTURES
 from .gpt import GPT_ARCHITECTURES
+from .hybrid import HYBRID_ARCHITECTURES
 from .llama import LLAMA_ARCHITECTURES
 from .others import OTHER_ARCHITECTURES
 from .table import Architecture
@@ -26,6 +27,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         *GPT_ARCHITECTURES,
         *BERT_ARCHITECTURES,
         *OTHER_ARCHITECTURES,
+        *HYBRID_ARCHITECTURES,
     )
 }
 
@@ -33,4 +35,20 @@ ARCHITECTURES: dict[str, Architecture] = {
 def architecture_of(config: Mapping[str, Any]) -> Architecture | None:
     """Return the architecture of a model by its config.json."""
     model_type = config.get("model_type")
+    if choose := CHOICES.get(str(model_type)):
+        return ARCHITECTURES[choose(config)]
     return next((a for a in ARCHITECTURES.values() if model_type in (*a.model_types, *a.wrappers)), None)
+
+
+def _of_granite_hybrid(config: Mapping[str, Any]) -> str:
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and not any(kind in kinds for kind in ("mamba", "linear_attention")):
+        return "granitemoe" if config.get("num_experts_per_tok") else "granite"
+    return "granitehybrid"
+
+
+# Model types of several architectures -> (the config.json) -> the key of its architecture
+CHOICES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "granitemoehybrid": _of_granite_hybrid,
+    "nemotron_h": lambda config: "nemotron_h_moe" if "num_experts_per_tok" in config else "nemotron_h",
+}

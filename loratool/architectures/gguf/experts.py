@@ -30,6 +30,14 @@ SHARED_EXPERT = (
     Weight("blk.{n}.ffn_down_shexp", f"{LAYER}.mlp.shared_expert.down_proj"),
 )
 
+# As its class has them; its files on the Hub have (experts, in, out)
+QWEN3_VL_EXPERTS = (
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.mlp.gate"),
+    Weight("blk.{n}.ffn_gate_exps.weight", f"{LAYER}.mlp.experts.gate_up_proj", "first half", bare=True),
+    Weight("blk.{n}.ffn_up_exps.weight", f"{LAYER}.mlp.experts.gate_up_proj", "second half", bare=True),
+    Weight("blk.{n}.ffn_down_exps.weight", f"{LAYER}.mlp.experts.down_proj", bare=True),
+)
+
 GPT_OSS = (
     Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm"),
     Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_attention_layernorm"),
@@ -61,6 +69,14 @@ LATENT_ATTENTION = (
     Weight("blk.{n}.attn_k_b", f"{LAYER}.self_attn.kv_b_proj", "latent keys", heads=True, heads_transposed=True),
     Weight("blk.{n}.attn_v_b", f"{LAYER}.self_attn.kv_b_proj", "latent values", heads=True),
     Weight("blk.{n}.attn_output", f"{LAYER}.self_attn.o_proj"),
+)
+
+# Of sparse attention: it chooses the tokens
+INDEXER = (
+    Weight("blk.{n}.indexer.attn_q_b", f"{LAYER}.self_attn.indexer.wq_b"),
+    Weight("blk.{n}.indexer.attn_k", f"{LAYER}.self_attn.indexer.wk"),
+    Weight("blk.{n}.indexer.proj", f"{LAYER}.self_attn.indexer.weights_proj"),
+    Weight("blk.{n}.indexer.k_norm", f"{LAYER}.self_attn.indexer.k_norm"),
 )
 
 SHARED_EXPERTS = (
@@ -117,7 +133,7 @@ EXPERT_ARCHITECTURES = (
     Architecture("olmoe", ("olmoe",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *EXPERTS)),
     Architecture(
         "granitemoe",
-        ("granitemoe", "granitemoeshared"),
+        ("granitemoe", "granitemoeshared", "granitemoehybrid"),
         (*ENDS, *NORMS, *ROTARY_ATTENTION, *GRANITE_EXPERTS, *GRANITE_SHARED_EXPERT),
     ),
     Architecture("gpt-oss", ("gpt_oss",), (*ENDS, *ATTENTION, *GPT_OSS)),
@@ -126,4 +142,10 @@ EXPERT_ARCHITECTURES = (
         ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
         (*ENDS, *NORMS, *LATENT_ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS),
     ),
+    Architecture(
+        "deepseek32",
+        ("deepseek_v32",),
+        (*ENDS, *NORMS, *LATENT_ATTENTION, *INDEXER, *MLP, *EXPERTS, *SHARED_EXPERTS),
+    ),
+    Architecture("qwen3vlmoe", (), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *QWEN3_VL_EXPERTS), ("qwen3_vl_moe",)),
 )

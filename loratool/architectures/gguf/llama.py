@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .table import Architecture, Weight
 
 LAYER = "model.layers.{n}"
@@ -46,6 +48,14 @@ MLP = (
     Weight("blk.{n}.ffn_gate", f"{LAYER}.mlp.gate_proj"),
     Weight("blk.{n}.ffn_up", f"{LAYER}.mlp.up_proj"),
     Weight("blk.{n}.ffn_down", f"{LAYER}.mlp.down_proj"),
+)
+
+# Granite 4 without recurrent layers and without experts has the names of one with them
+GRANITE_MLP = (
+    *(replace(each, types=("granite",)) for each in MLP),
+    Weight("blk.{n}.ffn_gate", f"{LAYER}.shared_mlp.input_linear", "first half", types=("granitemoehybrid",)),
+    Weight("blk.{n}.ffn_up", f"{LAYER}.shared_mlp.input_linear", "second half", types=("granitemoehybrid",)),
+    Weight("blk.{n}.ffn_down", f"{LAYER}.shared_mlp.output_linear", types=("granitemoehybrid",)),
 )
 
 MIXTRAL_EXPERTS = (
@@ -104,7 +114,7 @@ LLAMA_ARCHITECTURES = (
         (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP, *MIXTRAL_EXPERTS),
         ("llava",),
     ),
-    Architecture("mistral3", ("ministral3",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("mistral3", ("ministral3",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP), ("mistral3",)),
     Architecture("arcee", ("arcee",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP[1:])),
     Architecture("nemotron", ("nemotron",), (*ENDS[::2], *NEMOTRON_NORMS, *ATTENTION, *MLP[1:])),
     Architecture("ernie4_5", ("ernie4_5",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
@@ -117,7 +127,7 @@ LLAMA_ARCHITECTURES = (
     Architecture("qwen2", ("qwen2",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
     Architecture("qwen3", ("qwen3",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP)),
     Architecture("smollm3", ("smollm3",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
-    Architecture("granite", ("granite",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("granite", ("granite", "granitemoehybrid"), (*ENDS, *NORMS, *ROTARY_ATTENTION, *GRANITE_MLP)),
     Architecture("olmo", ("olmo",), (*NORMLESS_ENDS, *ROTARY_ATTENTION, *MLP)),
     Architecture("olmo2", ("olmo2", "olmo3"), (*ENDS, *POST_NORMS, *ATTENTION, *QK_NORMS, *MLP)),
     Architecture("stablelm", ("stablelm",), (*ENDS, *NORMS, *ATTENTION, *MLP)),

@@ -55,6 +55,7 @@ class Facts:
         def number(name: str, default: int = 0) -> int:
             value = fields.get(f"{key}.{name}", default)
             in_layers = [*value] if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            in_layers = [each for each in in_layers if each != 0]  # layers without attention have no heads
             common = in_layers[0] if in_layers and in_layers.count(in_layers[0]) == len(in_layers) else 0
             return common if type(common) is int and 0 < common < LARGEST else 0
 
@@ -94,7 +95,8 @@ class RowOrder:
     # (facts, number of rows of the weight) -> row numbers; ValueError for an impossible number of rows
     numbers: Callable[[Facts, int], list[int]]
     needs: tuple[str, ...] = ()  # fields of Facts
-    parts: int = 1  # number of GGUF tensors of equal size that share the rows of one weight
+    # (facts, number of rows of the GGUF tensor) -> number of rows of the weight, whose other rows are in other tensors
+    whole: Callable[[Facts, int], int] = lambda facts, rows: rows
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ class Weight:
     heads_transposed: bool = False  # each matrix of a head is (in, out)
     bare: bool = False
     change: str = ""  # how its numbers change: a key of CHANGES; adapters have no such tensors
+    types: tuple[str, ...] = ()  # the only model types that have it; empty if all do
+    dense: bool | None = None  # only in models without experts, or, if False, only in those with experts
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,11 @@ def half(which: int, rows: int) -> list[int]:
     return list(range(which * rows // 2, (which + 1) * rows // 2))
 
 
+def twice(facts: Facts, rows: int) -> int:
+    """Return the number of rows of which a tensor has one half."""
+    return 2 * rows
+
+
 def of_heads(facts: Facts, rows: int, values: bool) -> list[int]:
     """Return the rows of all heads' keys without position, or values, in multi-head latent attention."""
     size = facts.nope + facts.value_size
@@ -177,6 +186,25 @@ def of_heads(facts: Facts, rows: int, values: bool) -> list[int]:
         raise ValueError(f"{rows} rows are not those of {facts.heads} heads of {facts.nope} and {facts.value_size}")
     numbers = range(facts.nope, size) if values else range(facts.nope)
     return [head * size + i for head in range(facts.heads) for i in numbers]
+
+
+def of_groups(facts: Facts, rows: int, gates: bool) -> list[int]:
+    """Return the rows of all queries, then keys, then values, or those of the gates.
+
+    Qwen3-Next's matrix has these four kinds for each key head, one head after the other.
+    """
+    keys, size = facts.linear_keys, facts.linear_key_size
+    values = facts.linear_values // keys * facts.linear_value_size if keys else 0
+    if not values or rows != (unit := 2 * (size + values)) * keys:
+        raise ValueError(f"{rows} rows are not those of {keys} heads of keys and {facts.linear_values} of values")
+    kinds = (0, size), (size, 2 * size), (2 * size, 2 * size + values), (2 * size + values, unit)
+    chosen = kinds[3:] if gates else kinds[:3]
+    return [key * unit + i for start, end in chosen for key in range(keys) for i in range(start, end)]
+
+
+def grouped_rows(facts: Facts, rows: int) -> int:
+    """Return the number of rows of the matrix of `of_groups`."""
+    return 2 * (facts.linear_keys * facts.linear_key_size + facts.linear_values * facts.linear_value_size)
 
 
 def tile(facts: Facts, rows: int, size: int, before: int = 0) -> list[int]:
@@ -205,10 +233,12 @@ ROW_ORDERS: dict[str, RowOrder] = {
         lambda facts, rows: tile(facts, rows, facts.linear_value_size, 2 * facts.linear_keys * facts.linear_key_size),
         _LINEAR,
     ),
-    "even": RowOrder(lambda _, rows: every_other(0, rows), parts=2),
-    "odd": RowOrder(lambda _, rows: every_other(1, rows), parts=2),
-    "first half": RowOrder(lambda _, rows: half(0, rows), parts=2),
-    "second half": RowOrder(lambda _, rows: half(1, rows), parts=2),
+    "linear groups": RowOrder(lambda facts, rows: of_groups(facts, rows, False), _LINEAR, grouped_rows),
+    "linear gates": RowOrder(lambda facts, rows: of_groups(facts, rows, True), _LINEAR, grouped_rows),
+    "even": RowOrder(lambda _, rows: every_other(0, rows), whole=twice),
+    "odd": RowOrder(lambda _, rows: every_other(1, rows), whole=twice),
+    "first half": RowOrder(lambda _, rows: half(0, rows), whole=twice),
+    "second half": RowOrder(lambda _, rows: half(1, rows), whole=twice),
 }
 
 # Modules that every file has, if its architecture has a row for them

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from lib.models import tiny
 from lib.oracles import llama_cpp
@@ -12,19 +14,53 @@ from lib.oracles import llama_cpp
 # model type -> what its config has to be made with, so that llama.cpp's converter takes it
 GIVEN: dict[str, dict[str, Any]] = {"falcon": {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2}}
 
+# Case -> its model type and fields of its config, if the type is of several architectures or of one in several forms
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "granitemoehybrid dense": ("granitemoehybrid", {"num_local_experts": 0, "num_experts_per_tok": 0}),
+    "granitemoehybrid attention": (
+        "granitemoehybrid",
+        {"num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": ["full_attention"] * 2},
+    ),
+    "nemotron_h dense": ("nemotron_h", {"layers_block_type": ["linear_attention", "full_attention", "mlp"]}),
+}
 
-def build_model(model_type: str, folder: Path) -> Path:
-    """Save a model of a type: all numbers are drawn, so that no two rows are alike."""
+
+# Model types of which PEFT refuses `out_proj` (peft.utils.constants)
+RECURRENT = frozenset("falcon_h1 mamba mamba2 falcon_mamba nemotron_h".split())
+
+
+def build_model(case: str, folder: Path) -> Path:
+    """Save a model of a type or a variant: all numbers are drawn, so that no two rows are alike."""
     import torch
 
+    model_type, fields = VARIANTS.get(case, (case, {}))
     tiny.GIVEN.update(GIVEN)
     tables = [table for table, each in tiny.tables() if each == model_type]
     table = "masked" if "masked" in tables else tables[0]  # BERT's class of both is not llama.cpp's
-    _, model = tiny.build(table, model_type)
+    with patch.dict(tiny.FIELDS, {model_type: {**tiny.FIELDS.get(model_type, {}), **fields}}):
+        _, model = tiny.build(table, model_type)
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter)
-    return llama_cpp.save_model(model, folder)
+    llama_cpp.save_model(model, folder)
+    _as_on_the_hub(case, folder)
+    return folder
+
+
+def _as_on_the_hub(case: str, folder: Path) -> None:
+    """Write the config, or the experts, of some types as the files on the Hub have them, for which the converter is."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((folder / "config.json").read_text())
+    if case.startswith("granitemoehybrid"):
+        config["layer_types"] = [llama_cpp.HYBRID_KINDS[each] for each in config["layer_types"]]
+    if case == "nemotron_h dense":
+        del config["num_experts_per_tok"]
+    if case == "qwen3_vl_moe":
+        tensors = load_file(folder / "model.safetensors")
+        turned = {name: W.mT.contiguous() for name, W in tensors.items() if ".experts." in name}
+        save_file(tensors | turned, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def load_model(folder: Path) -> Any:
@@ -44,7 +80,9 @@ def linear_layers(model: Any) -> list[str]:
     # PEFT takes gate_proj, up_proj and down_proj of any module for the experts' too
     experts = ("mlp.",) if tiny.stacks(model) else ()
     heads = ("lm_head", "decoder") if tied else ()
-    left_out = (*experts, *heads, "kv_b_proj", "visi", "visual", "projector", "predictions")
+    # PEFT refuses these of recurrent layers, whose kernels do not call them
+    kernels = ("out_proj",) if model.config.model_type in RECURRENT else ()
+    left_out = (*experts, *heads, *kernels, "kv_b_proj", "visi", "visual", "projector", "predictions")
     layers = [name for name, each in model.named_modules() if isinstance(each, (torch.nn.Linear, Conv1D))]
     return [name for name in layers if not any(part in name for part in left_out)]
 

@@ -23,6 +23,9 @@ from typing import Any
 
 import pytest
 
+# transformers 5's names of Granite's kinds of layers -> those of the files on the Hub, the only ones the converter has
+HYBRID_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
+
 SDIST = "llama_cpp_python-0.3.36/vendor/llama.cpp"
 
 
@@ -73,13 +76,17 @@ def save_model(model: Any, folder: Path) -> Path:
 
 
 def _with_old_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with the fields that two converters read and that transformers 5 drops from it."""
+    """Return a config with the fields that some converters read and that transformers 5 drops from it."""
     if config.get("model_type") == "gpt2":
         return {"n_ctx": config["n_positions"], **config}
     if config.get("model_type") == "gpt_neox":
         return {"rotary_pct": config["rope_parameters"]["partial_rotary_factor"], **config}
     if config.get("model_type") == "cohere2":
         return {"rotary_pct": 1.0, **config}
+    if config.get("model_type") == "granitemoehybrid":
+        return {**config, "layer_types": [HYBRID_KINDS.get(each, each) for each in config["layer_types"]]}
+    if config.get("model_type") == "nemotron_h" and "moe" not in config["layers_block_type"]:
+        return {key: value for key, value in config.items() if key != "num_experts_per_tok"}
     if str(config.get("model_type")).startswith("qwen3_"):  # Qwen 3.5's has a layer that predicts another token
         nested = config.get("text_config", {})
         return {**config, "mtp_num_hidden_layers": 1, "text_config": {**nested, "mtp_num_hidden_layers": 1}}
@@ -106,7 +113,9 @@ def _main(folder: Path) -> None:
 
     def get_model_class(*args: Any, **kwargs: Any) -> Any:
         found = classes(*args, **kwargs)
-        found.set_vocab = _write_vocabulary
+        for each in (found, *vars(found).values()):  # a class of Mistral 3 has the true ones inside
+            if isinstance(each, type) and issubclass(each, conversion.TextModel):
+                each.set_vocab = _write_vocabulary
         return found
 
     conversion.base.TextModel.get_vocab_base_pre = lambda *_: "default"  # by which Mistral 3's tells its tokenizer
