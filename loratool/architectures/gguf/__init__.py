@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..heads import text_fields
 from .bert import BERT_ARCHITECTURES
 from .experts import EXPERT_ARCHITECTURES
 from .gemma import GEMMA_ARCHITECTURES
@@ -49,6 +50,9 @@ def _of_granite_hybrid(config: Mapping[str, Any]) -> str:
 
 # Model types of several architectures -> (the config.json) -> the key of its architecture
 CHOICES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "gemma3_text": lambda config: "gemma-embedding" if config.get("architectures") == ["Gemma3TextModel"] else "gemma3",
     "granitemoehybrid": _of_granite_hybrid,
+    "mistral3": lambda config: "mistral4" if text_fields(config).get("model_type") == "mistral4" else "mistral3",
+    "t5": lambda config: "t5encoder" if config.get("architectures") == ["T5EncoderModel"] else "t5",
     "nemotron_h": lambda config: "nemotron_h_moe" if "num_experts_per_tok" in config else "nemotron_h",
 }

@@ -1,4 +1,4 @@
-"""BERT's architecture: GGUF has its encoder, but neither its pooler nor its head."""
+"""BERT's architectures: GGUF has the encoder of the first, but neither its pooler nor its head."""
 
 from __future__ import annotations
 
@@ -21,4 +21,23 @@ BERT = (
     Weight("blk.{n}.layer_output_norm", f"{LAYER}.output.LayerNorm"),
 )
 
-BERT_ARCHITECTURES = (Architecture("bert", ("bert",), BERT),)
+MODERN = "model.layers.{n}"
+
+MODERN_BERT = (
+    Weight("token_embd", "model.embeddings.tok_embeddings"),
+    Weight("token_embd_norm", "model.embeddings.norm"),
+    Weight("output_norm", "model.final_norm"),
+    Weight("cls", "head.dense"),
+    Weight("cls.norm", "head.norm"),
+    Weight("blk.{n}.attn_norm", f"{MODERN}.attn_norm"),
+    Weight("blk.{n}.ffn_norm", f"{MODERN}.mlp_norm"),
+    Weight("blk.{n}.attn_qkv", f"{MODERN}.attn.Wqkv"),
+    Weight("blk.{n}.attn_output", f"{MODERN}.attn.Wo"),
+    Weight("blk.{n}.ffn_up", f"{MODERN}.mlp.Wi"),
+    Weight("blk.{n}.ffn_down", f"{MODERN}.mlp.Wo"),
+)
+
+BERT_ARCHITECTURES = (
+    Architecture("bert", ("bert",), BERT),
+    Architecture("modern-bert", ("modernbert",), MODERN_BERT),
+)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from .llama import (
     ATTENTION,
     ENDS,
+    HUNYUAN_NORMS,
     LAYER,
     LINEAR_ATTENTION,
+    MIXTRAL_EXPERTS,
     MLP,
     NORMS,
     QK_NORMS,
@@ -111,6 +113,58 @@ LLAMA4_EXPERTS = (
     Weight("blk.{n}.ffn_down_shexp", f"{LLAMA4}.shared_expert.down_proj"),
 )
 
+AFMOE = (
+    Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm"),
+    Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_attention_layernorm"),
+    Weight("blk.{n}.ffn_norm", f"{LAYER}.pre_mlp_layernorm"),
+    Weight("blk.{n}.post_ffw_norm", f"{LAYER}.post_mlp_layernorm"),
+    Weight("blk.{n}.attn_gate", f"{LAYER}.self_attn.gate_proj"),
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.mlp.router.gate"),
+    Weight("blk.{n}.exp_probs_b.bias", f"{LAYER}.mlp.expert_bias", bare=True),
+)
+
+EXAONE_CORRECTION = Weight("blk.{n}.exp_probs_b.bias", f"{LAYER}.mlp.e_score_correction_bias", bare=True)
+
+HUNYUAN_EXPERTS = (
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.mlp.gate.wg"),
+    Weight("blk.{n}.ffn_gate_shexp", f"{LAYER}.mlp.shared_mlp.gate_proj"),
+    Weight("blk.{n}.ffn_up_shexp", f"{LAYER}.mlp.shared_mlp.up_proj"),
+    Weight("blk.{n}.ffn_down_shexp", f"{LAYER}.mlp.shared_mlp.down_proj"),
+)
+
+MINIMAX_CORRECTION = Weight("blk.{n}.exp_probs_b.bias", f"{LAYER}.block_sparse_moe.e_score_correction_bias", bare=True)
+
+MIMO_SINKS = Weight("blk.{n}.attn_sinks.weight", f"{LAYER}.self_attn.attention_sink_bias", bare=True)
+
+# As its class has them; its files have gate and up in two stacks
+STEP_EXPERTS = (
+    Weight("blk.{n}.attn_gate", f"{LAYER}.self_attn.g_proj"),
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.mlp.gate"),
+    Weight("blk.{n}.ffn_gate_exps.weight", f"{LAYER}.mlp.experts.gate_up_proj", "first half", bare=True),
+    Weight("blk.{n}.ffn_up_exps.weight", f"{LAYER}.mlp.experts.gate_up_proj", "second half", bare=True),
+    Weight("blk.{n}.ffn_down_exps.weight", f"{LAYER}.mlp.experts.down_proj", bare=True),
+)
+
+MISTRAL4_EXPERTS = (
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.mlp.gate"),
+    Weight("blk.{n}.ffn_gate_up_exps.weight", f"{LAYER}.mlp.experts.gate_up_proj", bare=True),
+    Weight("blk.{n}.ffn_down_exps.weight", f"{LAYER}.mlp.experts.down_proj", bare=True),
+)
+
+DBRX = "transformer.blocks.{n}"
+
+# Without its experts, which are no stacks in transformers: one matrix has the rows of all
+DBRX_WEIGHTS = (
+    Weight("token_embd", "transformer.wte"),
+    Weight("output_norm", "transformer.norm_f"),
+    Weight("output", "lm_head"),
+    Weight("blk.{n}.attn_norm", f"{DBRX}.norm_attn_norm.norm_1"),
+    Weight("blk.{n}.attn_output_norm", f"{DBRX}.norm_attn_norm.norm_2"),
+    Weight("blk.{n}.attn_qkv", f"{DBRX}.norm_attn_norm.attn.Wqkv"),
+    Weight("blk.{n}.attn_output", f"{DBRX}.norm_attn_norm.attn.out_proj"),
+    Weight("blk.{n}.ffn_gate_inp", f"{DBRX}.ffn.router.layer"),
+)
+
 EXPERT_ARCHITECTURES = (
     Architecture(
         "qwen35moe",
@@ -147,5 +201,38 @@ EXPERT_ARCHITECTURES = (
         ("deepseek_v32",),
         (*ENDS, *NORMS, *LATENT_ATTENTION, *INDEXER, *MLP, *EXPERTS, *SHARED_EXPERTS),
     ),
+    Architecture(
+        "glm-dsa",
+        ("glm_moe_dsa",),
+        (*ENDS, *NORMS, *LATENT_ATTENTION, *INDEXER, *MLP, *EXPERTS, *SHARED_EXPERTS),
+    ),
+    Architecture(
+        "mistral4", ("mistral4",), (*ENDS, *NORMS, *LATENT_ATTENTION, *MLP, *MISTRAL4_EXPERTS, *SHARED_EXPERTS)
+    ),
+    Architecture("afmoe", ("afmoe",), (*ENDS, *ATTENTION, *QK_NORMS, *AFMOE, *MLP, *EXPERTS[1:], *SHARED_EXPERTS[1:])),
+    Architecture(
+        "exaone-moe",
+        ("exaone_moe",),
+        (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS, EXAONE_CORRECTION, *SHARED_EXPERTS[1:]),
+    ),
+    Architecture(
+        "hunyuan-moe",
+        ("hunyuan_v1_moe",),
+        (*ENDS, *NORMS, *ATTENTION, *HUNYUAN_NORMS, *EXPERTS[1:], *HUNYUAN_EXPERTS),
+    ),
+    Architecture(
+        "minimax-m2", ("minimax_m2",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MIXTRAL_EXPERTS, MINIMAX_CORRECTION)
+    ),
+    Architecture("phimoe", ("phimoe",), (*ENDS, *NORMS, *ATTENTION, *MIXTRAL_EXPERTS)),
+    Architecture(
+        "mimo2", ("mimo_v2_flash",), (*ENDS, *NORMS, *ATTENTION, MIMO_SINKS, *MLP, *EXPERTS, SHARED_EXPERTS[0])
+    ),
+    Architecture(
+        "step35",
+        (),
+        (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *STEP_EXPERTS, *SHARED_EXPERTS[1:]),
+        ("step3p7",),
+    ),
+    Architecture("dbrx", ("dbrx",), DBRX_WEIGHTS),
     Architecture("qwen3vlmoe", (), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *QWEN3_VL_EXPERTS), ("qwen3_vl_moe",)),
 )

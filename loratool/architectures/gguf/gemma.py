@@ -58,10 +58,26 @@ GEMMA4_EXPERTS = (
     Weight("blk.{n}.post_ffw_norm_2", f"{LAYER}.post_feedforward_layernorm_2"),
 )
 
+# What Gemma 3n has in each layer beside Gemma 4's
+GEMMA3N = (
+    Weight("blk.{n}.laurel_l", f"{LAYER}.laurel.linear_left"),
+    Weight("blk.{n}.laurel_r", f"{LAYER}.laurel.linear_right"),
+    Weight("blk.{n}.altup_router", f"{LAYER}.altup.modality_router"),
+    Weight("blk.{n}.altup_correct_coef", f"{LAYER}.altup.correction_coefs"),
+    Weight("blk.{n}.altup_predict_coef", f"{LAYER}.altup.prediction_coefs"),
+)
+
 GEMMA_ARCHITECTURES = (
     Architecture("gemma", ("gemma",), (*GEMMA_ENDS, *GEMMA_NORMS, *ATTENTION, *MLP)),
     Architecture("gemma2", ("gemma2",), (*GEMMA_ENDS, *GEMMA2_NORMS, *ATTENTION, *MLP)),
     Architecture("gemma3", ("gemma3_text",), (*GEMMA_ENDS, HEAD, *GEMMA3_NORMS, *ATTENTION, *MLP), ("gemma3",)),
+    Architecture("gemma-embedding", ("gemma3_text",), (*GEMMA_ENDS, *GEMMA3_NORMS, *ATTENTION, *MLP)),
+    Architecture(
+        "gemma3n",
+        ("gemma3n_text",),
+        (*ENDS, *GEMMA4_NORMS, *ATTENTION, *MLP, *LAYER_INPUTS[:6], *GEMMA3N),
+        ("gemma3n",),
+    ),
     Architecture(
         "gemma4",
         ("gemma4_text",),

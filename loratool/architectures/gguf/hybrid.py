@@ -7,8 +7,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .experts import EXPERTS, GRANITE_EXPERTS, GRANITE_SHARED_EXPERT, SHARED_EXPERT
-from .llama import ATTENTION, ENDS, LAYER, NORMS, QWEN35_ENDS, QWEN35_NORMS, ROTARY_ATTENTION
+from .experts import (
+    EXPERTS,
+    GRANITE_EXPERTS,
+    GRANITE_SHARED_EXPERT,
+    LATENT_ATTENTION,
+    SHARED_EXPERT,
+    SHARED_EXPERTS,
+)
+from .llama import (
+    ATTENTION,
+    ENDS,
+    LAYER,
+    MIXTRAL_EXPERTS,
+    MLP,
+    NORMS,
+    QWEN35_ENDS,
+    QWEN35_NORMS,
+    ROTARY_ATTENTION,
+)
 from .table import Architecture, Weight
 
 QWEN3_NEXT = (
@@ -54,37 +71,79 @@ BAMBA = tuple(
     for name in ("gate", "up", "down")
 )
 
-NEMOTRON = "backbone.layers.{n}"
+BACKBONE = "backbone.layers.{n}"
 
-NEMOTRON_H = (
+MAMBA = (
     Weight("token_embd", "backbone.embeddings"),
     Weight("output_norm", "backbone.norm_f"),
     Weight("output", "lm_head"),
-    Weight("blk.{n}.attn_norm", f"{NEMOTRON}.norm"),
-    Weight("blk.{n}.ssm_in", f"{NEMOTRON}.mixer.in_proj"),
-    Weight("blk.{n}.ssm_out", f"{NEMOTRON}.mixer.out_proj"),
-    Weight("blk.{n}.attn_q", f"{NEMOTRON}.mixer.q_proj", "queries"),
-    Weight("blk.{n}.attn_k", f"{NEMOTRON}.mixer.k_proj", "keys"),
-    Weight("blk.{n}.attn_v", f"{NEMOTRON}.mixer.v_proj"),
-    Weight("blk.{n}.attn_output", f"{NEMOTRON}.mixer.o_proj"),
-    Weight("blk.{n}.ffn_up", f"{NEMOTRON}.mixer.up_proj"),
-    Weight("blk.{n}.ffn_down", f"{NEMOTRON}.mixer.down_proj"),
+    Weight("blk.{n}.attn_norm", f"{BACKBONE}.norm"),
+    Weight("blk.{n}.ssm_in", f"{BACKBONE}.mixer.in_proj"),
+    Weight("blk.{n}.ssm_out", f"{BACKBONE}.mixer.out_proj"),
+)
+
+NEMOTRON_H = (
+    *MAMBA,
+    Weight("blk.{n}.attn_q", f"{BACKBONE}.mixer.q_proj", "queries"),
+    Weight("blk.{n}.attn_k", f"{BACKBONE}.mixer.k_proj", "keys"),
+    Weight("blk.{n}.attn_v", f"{BACKBONE}.mixer.v_proj"),
+    Weight("blk.{n}.attn_output", f"{BACKBONE}.mixer.o_proj"),
+    Weight("blk.{n}.ffn_up", f"{BACKBONE}.mixer.up_proj"),
+    Weight("blk.{n}.ffn_down", f"{BACKBONE}.mixer.down_proj"),
 )
 
 NEMOTRON_EXPERTS = (
-    Weight("blk.{n}.ffn_gate_inp", f"{NEMOTRON}.mixer.gate"),
-    Weight("blk.{n}.ffn_up_exps", f"{NEMOTRON}.mixer.experts.{{e}}.up_proj"),
-    Weight("blk.{n}.ffn_down_exps", f"{NEMOTRON}.mixer.experts.{{e}}.down_proj"),
-    Weight("blk.{n}.ffn_latent_down", f"{NEMOTRON}.mixer.fc1_latent_proj"),
-    Weight("blk.{n}.ffn_latent_up", f"{NEMOTRON}.mixer.fc2_latent_proj"),
-    Weight("blk.{n}.ffn_up_shexp", f"{NEMOTRON}.mixer.shared_experts.up_proj"),
-    Weight("blk.{n}.ffn_down_shexp", f"{NEMOTRON}.mixer.shared_experts.down_proj"),
+    Weight("blk.{n}.ffn_gate_inp", f"{BACKBONE}.mixer.gate"),
+    Weight("blk.{n}.ffn_up_exps", f"{BACKBONE}.mixer.experts.{{e}}.up_proj"),
+    Weight("blk.{n}.ffn_down_exps", f"{BACKBONE}.mixer.experts.{{e}}.down_proj"),
+    Weight("blk.{n}.ffn_latent_down", f"{BACKBONE}.mixer.fc1_latent_proj"),
+    Weight("blk.{n}.ffn_latent_up", f"{BACKBONE}.mixer.fc2_latent_proj"),
+    Weight("blk.{n}.ffn_up_shexp", f"{BACKBONE}.mixer.shared_experts.up_proj"),
+    Weight("blk.{n}.ffn_down_shexp", f"{BACKBONE}.mixer.shared_experts.down_proj"),
 )
 
 # The shared expert of a Granite without others is its feed-forward network
 GRANITE_DENSE = tuple(
     replace(each, gguf=each.gguf.removesuffix("_shexp"), dense=True, types=("granitemoehybrid",))
     for each in GRANITE_SHARED_EXPERT
+)
+
+MAMBA1 = (
+    Weight("blk.{n}.ssm_x", f"{BACKBONE}.mixer.x_proj"),
+    Weight("blk.{n}.ssm_dt", f"{BACKBONE}.mixer.dt_proj"),
+)
+
+JAMBA = (
+    Weight("token_embd", "model.embed_tokens"),
+    Weight("output_norm", "model.final_layernorm"),
+    Weight("output", "lm_head"),
+    Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm"),
+    Weight("blk.{n}.ffn_norm", f"{LAYER}.pre_ff_layernorm"),
+    *MAMBA2,
+    Weight("blk.{n}.ssm_x", f"{LAYER}.mamba.x_proj"),
+    Weight("blk.{n}.ssm_dt", f"{LAYER}.mamba.dt_proj"),
+    Weight("blk.{n}.ffn_gate", f"{LAYER}.feed_forward.gate_proj"),
+    Weight("blk.{n}.ffn_up", f"{LAYER}.feed_forward.up_proj"),
+    Weight("blk.{n}.ffn_down", f"{LAYER}.feed_forward.down_proj"),
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.feed_forward.router"),
+    Weight("blk.{n}.ffn_gate_exps", f"{LAYER}.feed_forward.experts.{{e}}.gate_proj"),
+    Weight("blk.{n}.ffn_up_exps", f"{LAYER}.feed_forward.experts.{{e}}.up_proj"),
+    Weight("blk.{n}.ffn_down_exps", f"{LAYER}.feed_forward.experts.{{e}}.down_proj"),
+)
+
+# Kimi's delta attention; the class has those of the forget gate in a module of their own
+KIMI = (
+    Weight("blk.{n}.ssm_f_a", f"{LAYER}.self_attn.f_a_proj"),
+    Weight("blk.{n}.ssm_f_b", f"{LAYER}.self_attn.f_b_proj"),
+    Weight("blk.{n}.ssm_beta", f"{LAYER}.self_attn.b_proj"),
+    Weight("blk.{n}.ssm_g_a", f"{LAYER}.self_attn.g_a_proj"),
+    Weight("blk.{n}.ssm_g_b", f"{LAYER}.self_attn.g_b_proj"),
+    *ATTENTION[1:3],
+)
+
+KIMI_EXPERTS = (
+    *MIXTRAL_EXPERTS,
+    *(replace(each, hf=each.hf.replace(".mlp.", ".block_sparse_moe.")) for each in SHARED_EXPERTS),
 )
 
 HYBRID_ARCHITECTURES = (
@@ -109,6 +168,10 @@ HYBRID_ARCHITECTURES = (
             *BAMBA,
         ),
     ),
+    Architecture("mamba", ("mamba", "falcon_mamba"), (*MAMBA, *MAMBA1)),
+    Architecture("mamba2", ("mamba2",), MAMBA),
+    Architecture("jamba", ("jamba",), (*JAMBA, *ATTENTION)),
+    Architecture("kimi-linear", ("kimi_linear",), (*ENDS, *NORMS, *LATENT_ATTENTION, *KIMI, *MLP, *KIMI_EXPERTS)),
     Architecture("nemotron_h", ("nemotron_h",), NEMOTRON_H),
     Architecture("nemotron_h_moe", ("nemotron_h",), (*NEMOTRON_H, *NEMOTRON_EXPERTS)),
 )

@@ -104,6 +104,22 @@ LINEAR_ATTENTION = (
     Weight("blk.{n}.ssm_out", f"{LAYER}.linear_attn.out_proj", columns="linear values"),
 )
 
+GLM = (
+    Weight("blk.{n}.ffn_up", f"{LAYER}.mlp.gate_up_proj"),
+    Weight("blk.{n}.ffn_down", f"{LAYER}.mlp.down_proj"),
+)
+
+# Multi-head latent attention with the keys and values of all heads in one matrix
+MINICPM3 = (
+    Weight("blk.{n}.attn_q_a", f"{LAYER}.self_attn.q_a_proj"),
+    Weight("blk.{n}.attn_q_a_norm", f"{LAYER}.self_attn.q_a_layernorm"),
+    Weight("blk.{n}.attn_q_b", f"{LAYER}.self_attn.q_b_proj"),
+    Weight("blk.{n}.attn_kv_a_mqa", f"{LAYER}.self_attn.kv_a_proj_with_mqa"),
+    Weight("blk.{n}.attn_kv_a_norm", f"{LAYER}.self_attn.kv_a_layernorm"),
+    Weight("blk.{n}.attn_kv_b", f"{LAYER}.self_attn.kv_b_proj"),
+    Weight("blk.{n}.attn_output", f"{LAYER}.self_attn.o_proj"),
+)
+
 LLAMA_ARCHITECTURES = (
     Architecture(
         "qwen35", ("qwen3_5_text",), (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *LINEAR_ATTENTION, *MLP), ("qwen3_5",)
@@ -131,6 +147,13 @@ LLAMA_ARCHITECTURES = (
     Architecture("olmo", ("olmo",), (*NORMLESS_ENDS, *ROTARY_ATTENTION, *MLP)),
     Architecture("olmo2", ("olmo2", "olmo3"), (*ENDS, *POST_NORMS, *ATTENTION, *QK_NORMS, *MLP)),
     Architecture("stablelm", ("stablelm",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
+    Architecture("chatglm", ("glm",), (*ENDS, *NORMS, *ATTENTION, *GLM)),
+    Architecture("minicpm3", ("minicpm3",), (*ENDS, *NORMS, *MINICPM3, *MLP)),
+    Architecture("jais2", ("jais2",), (*ENDS, *NORMS, *ATTENTION, *MLP[1:])),
+    Architecture("eurobert", ("eurobert",), (*ENDS, *NORMS, *ATTENTION, *MLP)),
+    Architecture("chameleon", ("chameleon",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
+    Architecture("hunyuan_vl", (), (*ENDS, *NORMS, *ATTENTION, *HUNYUAN_NORMS, *MLP), ("hunyuan_vl",)),
+    Architecture("paddleocr", (), (*ENDS, *NORMS, *ATTENTION, *MLP), ("paddleocr_vl",)),
     Architecture("command-r", ("cohere",), (*ENDS, NORMS[0], *ATTENTION, *MLP)),
     Architecture("cohere2", ("cohere2",), (*ENDS, NORMS[0], *ATTENTION, *MLP)),
 )

@@ -55,7 +55,41 @@ GLM4 = (
     Weight("blk.{n}.ffn_down", f"{LAYER}.mlp.down_proj"),
 )
 
+MPT = (
+    Weight("token_embd", "transformer.wte"),
+    Weight("output_norm", "transformer.norm_f"),
+    Weight("output", "lm_head"),
+    Weight("blk.{n}.attn_norm", "transformer.blocks.{n}.norm_1"),
+    Weight("blk.{n}.ffn_norm", "transformer.blocks.{n}.norm_2"),
+    Weight("blk.{n}.attn_qkv", "transformer.blocks.{n}.attn.Wqkv"),
+    Weight("blk.{n}.attn_output", "transformer.blocks.{n}.attn.out_proj"),
+    Weight("blk.{n}.ffn_up", "transformer.blocks.{n}.ffn.up_proj"),
+    Weight("blk.{n}.ffn_down", "transformer.blocks.{n}.ffn.down_proj"),
+)
+
+T5_ATTENTION = tuple(
+    Weight(f"{gguf}_{name}", f"{hf}.{name}")
+    for gguf, hf in (
+        ("enc.blk.{n}.attn", "encoder.block.{n}.layer.0.SelfAttention"),
+        ("dec.blk.{n}.attn", "decoder.block.{n}.layer.0.SelfAttention"),
+        ("dec.blk.{n}.cross_attn", "decoder.block.{n}.layer.1.EncDecAttention"),
+    )
+    for name in "qkvo"
+)
+
+# Of version 1.1: one name in GGUF would also be that of the first version's `wi`
+T5_MLP = tuple(
+    Weight(f"{gguf}.{name}", f"{hf}.DenseReluDense.{module}")
+    for gguf, hf in (("enc.blk.{n}", "encoder.block.{n}.layer.1"), ("dec.blk.{n}", "decoder.block.{n}.layer.2"))
+    for name, module in (("ffn_gate", "wi_0"), ("ffn_up", "wi_1"), ("ffn_down", "wo"))
+)
+
+T5_ENDS = (Weight("token_embd", "shared"), Weight("output", "lm_head"))
+
 OTHER_ARCHITECTURES = (
+    Architecture("mpt", ("mpt",), MPT),
+    Architecture("t5", ("t5", "mt5", "umt5"), (*T5_ENDS, *T5_ATTENTION, *T5_MLP)),
+    Architecture("t5encoder", ("t5",), (T5_ENDS[0], *T5_ATTENTION[:4], *T5_MLP[:3])),
     Architecture("bloom", ("bloom",), (*TRANSFORMER_ENDS, *BLOOM, *FUSED_QKV)),
     Architecture("falcon", ("falcon",), (*TRANSFORMER_ENDS, *FALCON_NORMS, *FUSED_QKV)),
     Architecture("starcoder2", ("starcoder2",), (*ENDS, *NORMS, *ATTENTION, *STARCODER2)),

@@ -131,10 +131,10 @@ class Architecture:
 
     def find(self, tensor: str) -> tuple[Weight, int | None] | None:
         """Return the row for a GGUF module's path, or a full name, and its layer."""
-        number = re.match(r"blk\.(\d{1,6})\.", tensor)
-        template = tensor if number is None else "blk.{n}." + tensor[number.end() :]
+        number = re.match(r"((?:enc\.|dec\.)?blk\.)(\d{1,6})\.", tensor)
+        template = tensor if number is None else f"{number[1]}{{n}}.{tensor[number.end() :]}"
         weight = next((each for each in self.weights if each.gguf == template), None)
-        return None if weight is None else (weight, int(number[1]) if number else None)
+        return None if weight is None else (weight, int(number[2]) if number else None)
 
     def missing_facts(self, facts: Facts, weights: Iterable[Weight] | None = None) -> tuple[str, ...]:
         """Return the unknown facts that the orders of `weights` (by default all) need."""

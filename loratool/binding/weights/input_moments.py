@@ -173,7 +173,7 @@ class InputMoments:
             self._found[first] = meanings[0] if agreed else []
         number = LAYER.search(module)
         layer = f"blk{number[0]}." if number else ""
-        return [replace(each, tensor=re.sub(r"^blk\.0\.", layer, each.tensor)) for each in self._found[first]]
+        return [replace(each, tensor=re.sub(r"\bblk\.0\.", layer, each.tensor)) for each in self._found[first]]
 
 
 def _meaning(model: GgufModel, module: str, is_sure: bool) -> list[_Place] | None:

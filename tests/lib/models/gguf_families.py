@@ -21,9 +21,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "granitemoehybrid",
         {"num_local_experts": 0, "num_experts_per_tok": 0, "layer_types": ["full_attention"] * 2},
     ),
+    "gemma3_text headless": ("gemma3_text", {}),
+    "t5 encoder": ("t5", {}),
     "nemotron_h dense": ("nemotron_h", {"layers_block_type": ["linear_attention", "full_attention", "mlp"]}),
 }
 
+
+# Model type -> fields that its class or llama.cpp's converter needs at other values than `tiny` gives
+FIELDS: dict[str, dict[str, Any]] = {
+    "mamba": {"intermediate_size": 128},
+    "falcon_mamba": {"intermediate_size": 128},
+    "chameleon": {"num_key_value_heads": 4},
+    "modernbert": {"decoder_bias": False},
+    "eurobert": {"classifier_pooling": "mean"},
+    "mt5": {"decoder_start_token_id": 0},
+    "t5": {
+        "decoder_start_token_id": 0,
+        "is_gated_act": True,
+        "dense_act_fn": "gelu_new",
+        "feed_forward_proj": "gated-gelu",
+    },
+    "umt5": {"decoder_start_token_id": 0},
+    "step3p5": {"num_sliding_attention_heads": 4},
+}
+
+# Cases without a head, as llama.cpp's converter takes them
+HEADLESS = ("eurobert", "gemma3_text headless")
 
 # Model types of which PEFT refuses `out_proj` (peft.utils.constants)
 RECURRENT = frozenset("falcon_h1 mamba mamba2 falcon_mamba nemotron_h".split())
@@ -37,12 +60,15 @@ def build_model(case: str, folder: Path) -> Path:
     tiny.GIVEN.update(GIVEN)
     tables = [table for table, each in tiny.tables() if each == model_type]
     table = "masked" if "masked" in tables else tables[0]  # BERT's class of both is not llama.cpp's
-    with patch.dict(tiny.FIELDS, {model_type: {**tiny.FIELDS.get(model_type, {}), **fields}}):
+    with patch.dict(
+        tiny.FIELDS, {model_type: {**tiny.FIELDS.get(model_type, {}), **FIELDS.get(model_type, {}), **fields}}
+    ):
         _, model = tiny.build(table, model_type)
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter)
-    llama_cpp.save_model(model, folder)
+    model = tiny.of_class("T5EncoderModel", model) if case == "t5 encoder" else model
+    llama_cpp.save_model(model.base_model if case in HEADLESS else model, folder)
     _as_on_the_hub(case, folder)
     return folder
 
@@ -56,10 +82,13 @@ def _as_on_the_hub(case: str, folder: Path) -> None:
         config["layer_types"] = [llama_cpp.HYBRID_KINDS[each] for each in config["layer_types"]]
     if case == "nemotron_h dense":
         del config["num_experts_per_tok"]
-    if case == "qwen3_vl_moe":
+    if case in ("qwen3_vl_moe", "kimi_linear"):
         tensors = load_file(folder / "model.safetensors")
-        turned = {name: W.mT.contiguous() for name, W in tensors.items() if ".experts." in name}
-        save_file(tensors | turned, folder / "model.safetensors", metadata={"format": "pt"})
+        if case == "qwen3_vl_moe":
+            tensors |= {name: W.mT.contiguous() for name, W in tensors.items() if ".experts." in name}
+        else:  # the first layer is dense
+            tensors = {name.replace("layers.0.block_sparse_moe", "layers.0.mlp"): W for name, W in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -76,13 +105,13 @@ def linear_layers(model: Any) -> list[str]:
     from transformers.pytorch_utils import Conv1D
 
     text = model.config.get_text_config()
-    tied = getattr(text, "tie_word_embeddings", model.config.tie_word_embeddings)
+    tied = next((c.tie_word_embeddings for c in (text, model.config) if hasattr(c, "tie_word_embeddings")), False)
     # PEFT takes gate_proj, up_proj and down_proj of any module for the experts' too
-    experts = ("mlp.",) if tiny.stacks(model) else ()
+    experts = ("mlp.", "feed_forward.", "self_attn.gate_proj") if tiny.stacks(model) else ()
     heads = ("lm_head", "decoder") if tied else ()
     # PEFT refuses these of recurrent layers, whose kernels do not call them
     kernels = ("out_proj",) if model.config.model_type in RECURRENT else ()
-    left_out = (*experts, *heads, *kernels, "kv_b_proj", "visi", "visual", "projector", "predictions")
+    left_out = (*experts, *heads, *kernels, "kv_b_proj", "altup", "visi", "visual", "projector", "predictions")
     layers = [name for name, each in model.named_modules() if isinstance(each, (torch.nn.Linear, Conv1D))]
     return [name for name in layers if not any(part in name for part in left_out)]
 

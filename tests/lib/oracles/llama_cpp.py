@@ -17,7 +17,7 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,34 @@ import pytest
 
 # transformers 5's names of Granite's kinds of layers -> those of the files on the Hub, the only ones the converter has
 HYBRID_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
+
+# Model type -> (config of transformers 5) -> fields that a converter reads, as the files on the Hub have them
+OLD_FIELDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "hunyuan_v1_moe": lambda config: {
+        "moe_intermediate_size": [config["intermediate_size"]] * 2, "moe_topk": [config["moe_topk"]] * 2,
+        "num_shared_expert": [1] * 2,
+    },
+    "minimax_m2": lambda config: {"rotary_dim": config["head_dim"]},
+    "mistral4": lambda config: {"architectures": ["Mistral3ForConditionalGeneration"]},
+    "mpt": lambda config: {"architectures": ["MPTForCausalLM"]},
+    "phimoe": lambda config: {
+        "architectures": ["PhiMoEForCausalLM"],
+        "rope_parameters": config["rope_parameters"] | {"original_max_position_embeddings": 128},
+    },
+    "mimo_v2_flash": lambda config: {
+        "hybrid_layer_pattern": [0, 1], "swa_num_key_value_heads": 4, "topk_method": "noaux_tc",
+        **{f"swa_{name}": config[name] for name in ("head_dim", "v_head_dim", "num_attention_heads")},
+        "rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": 0.5, "rope_theta": 1e4},
+    },
+    "kimi_linear": lambda config: {
+        "linear_attn_config": {"full_attn_layers": [2], "short_conv_kernel_size": 4, "head_dim": 16},
+        "first_k_dense_replace": 1,
+    },
+    "step3p7": lambda config: {"text_config": config["text_config"] | {
+        "num_attention_groups": 2, "moe_num_experts": 4, "moe_top_k": 2, "moe_layers_enum": "1",
+        "partial_rotary_factors": [0.5, 1.0],
+    }},
+}  # fmt: skip
 
 SDIST = "llama_cpp_python-0.3.36/vendor/llama.cpp"
 
@@ -83,6 +111,7 @@ def _with_old_fields(config: dict[str, Any]) -> dict[str, Any]:
         return {"rotary_pct": config["rope_parameters"]["partial_rotary_factor"], **config}
     if config.get("model_type") == "cohere2":
         return {"rotary_pct": 1.0, **config}
+    config = {**config, **OLD_FIELDS.get(str(config.get("model_type")), lambda config: {})(config)}
     if config.get("model_type") == "granitemoehybrid":
         return {**config, "layer_types": [HYBRID_KINDS.get(each, each) for each in config["layer_types"]]}
     if config.get("model_type") == "nemotron_h" and "moe" not in config["layers_block_type"]:
