@@ -31,7 +31,7 @@ TYPES += gguf_families.VARIANTS
 # another class, so that it writes a file of the type `model` and no alpha, or stops at what it does to the weights
 WRONG_THERE = {
     "gpt2": "turned", "ministral3": "a model", "mistral3": "a model", "mistral4": "a model", "qwen3_next": "none",
-    "kimi_linear": "none", "step3p7": "none",
+    "glm4v": "none", "glm_ocr": "none", "kimi_linear": "none", "step3p7": "none",
 }  # fmt: skip
 
 # Cases whose modules' names a GGUF file does not tell from those of another model of its architecture
@@ -40,10 +40,10 @@ UNTOLD = (
     "granitemoehybrid dense",
 )  # fmt: skip
 
-STACKED = """afmoe deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe glm4_moe glm_moe_dsa gpt_oss granitemoe
-    granitemoehybrid hunyuan_v1_moe jamba kimi_linear lfm2_moe llama4 llama4_text mimo_v2_flash minimax_m2 mistral4
-    mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_vl_moe
-    step3p7""".split()
+STACKED = """afmoe deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe glm4_moe glm4v_moe glm_moe_dsa gpt_oss
+    granitemoe granitemoehybrid hunyuan_v1_moe jamba kimi_linear lfm2_moe llama4 llama4_text
+    mimo_v2_flash minimax_m2 mistral4 mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
+    qwen3_5_moe_text qwen3_moe qwen3_next qwen3_vl_moe step3p7""".split()
 
 
 @dataclass(frozen=True)

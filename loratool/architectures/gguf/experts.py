@@ -174,7 +174,10 @@ EXPERT_ARCHITECTURES = (
     ),
     Architecture("llama4", ("llama4_text",), (*ENDS, *NORMS, *ATTENTION, *LLAMA4_EXPERTS), ("llama4",)),
     Architecture(
-        "glm4moe", ("glm4_moe", "solar_open"), (*ENDS, *GLM4_NORMS, *ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS)
+        "glm4moe",
+        ("glm4_moe", "solar_open"),
+        (*ENDS, *GLM4_NORMS, *ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS),
+        ("glm4v_moe",),
     ),
     Architecture("dots1", ("dots1",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS, *SHARED_EXPERTS)),
     Architecture(
@@ -193,7 +196,7 @@ EXPERT_ARCHITECTURES = (
     Architecture("gpt-oss", ("gpt_oss",), (*ENDS, *ATTENTION, *GPT_OSS)),
     Architecture(
         "deepseek2",
-        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite"),
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"),
         (*ENDS, *NORMS, *LATENT_ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS),
     ),
     Architecture(

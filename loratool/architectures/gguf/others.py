@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .llama import ATTENTION, ENDS, LAYER, NORMS
+from .llama import ATTENTION, ENDS, LAYER, NORMS, VALUES
 from .table import Architecture, Weight
 
 BLOCK = "transformer.h.{n}"
@@ -48,7 +48,11 @@ PHI2 = (
     Weight("blk.{n}.ffn_down", f"{LAYER}.mlp.fc2"),
 )
 
+# llama.cpp has M-RoPE, which the models with a tower have, only for rotation in halves
 GLM4 = (
+    Weight("blk.{n}.attn_q", f"{LAYER}.self_attn.q_proj", "halves if sections"),
+    Weight("blk.{n}.attn_k", f"{LAYER}.self_attn.k_proj", "halves if sections"),
+    *VALUES,
     Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_self_attn_layernorm"),
     Weight("blk.{n}.post_ffw_norm", f"{LAYER}.post_mlp_layernorm"),
     Weight("blk.{n}.ffn_up", f"{LAYER}.mlp.gate_up_proj"),
@@ -94,5 +98,5 @@ OTHER_ARCHITECTURES = (
     Architecture("falcon", ("falcon",), (*TRANSFORMER_ENDS, *FALCON_NORMS, *FUSED_QKV)),
     Architecture("starcoder2", ("starcoder2",), (*ENDS, *NORMS, *ATTENTION, *STARCODER2)),
     Architecture("phi2", ("phi",), PHI2),
-    Architecture("glm4", ("glm4",), (*ENDS, *NORMS, *ATTENTION, *GLM4)),
+    Architecture("glm4", ("glm4",), (*ENDS, *NORMS, *GLM4), ("glm4v", "glm_ocr")),
 )

@@ -25,6 +25,11 @@ _FIELDS = {
 }
 
 
+_ROPE = ("rope_parameters", "rope_scaling")  # fields of config.json for rotation
+
+_GLM_PART = 0.5  # the fraction of a head that rotates, for a config without one: GLM's, the only one it counts for
+
+
 @dataclass(frozen=True)
 class Facts:
     """The numbers of a model that determine the orders of its rows; 0 if unknown."""
@@ -38,6 +43,9 @@ class Facts:
     linear_values: int = 0
     linear_key_size: int = 0  # rows of each
     linear_value_size: int = 0
+    head_size: int = 0  # rows of each head of the queries and keys
+    rotated: int = 0  # of these, rows with a position
+    sections: bool = False  # several positions for each token (M-RoPE)
     tied: bool = False  # the head is the embedding, stored once
 
     @classmethod
@@ -46,7 +54,19 @@ class Facts:
         fields, heads = text_fields(config), heads_of(config)
         facts = {fact: first_count(fields, *names) for fact, names in _FIELDS.items()}
         tied = fields.get("tie_word_embeddings", fields.get("model_type") not in UNTIED_BY_DEFAULT)
-        return cls(heads.queries, heads.keys, **facts, tied=tied is True)
+        rope = next((each for name in _ROPE if isinstance(each := fields.get(name), Mapping)), {})
+        part = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", _GLM_PART))
+        rotated = int(heads.size * part) if isinstance(part, int | float) and 0 < part <= 1 else 0
+        sections = "mrope_section" in rope
+        return cls(
+            heads.queries,
+            heads.keys,
+            **facts,
+            head_size=heads.size,
+            rotated=rotated,
+            sections=sections,
+            tied=tied is True,
+        )
 
     @classmethod
     def of_metadata(cls, key: str, fields: Mapping[str, Any]) -> Facts:
@@ -72,6 +92,9 @@ class Facts:
             linear_values,
             number("ssm.state_size"),
             number("ssm.inner_size") // linear_values if linear_values else 0,
+            number("attention.key_length", number("embedding_length") // heads if heads else 0),
+            number("rope.dimension_count"),
+            f"{key}.rope.dimension_sections" in fields,
         )
 
     def metadata(self, key: str) -> dict[str, int]:
@@ -174,6 +197,17 @@ def half(which: int, rows: int) -> list[int]:
     return list(range(which * rows // 2, (which + 1) * rows // 2))
 
 
+def halves_if_sections(facts: Facts, rows: int) -> list[int]:
+    """Return the order that turns the pairs of each head's rotated rows into halves, in models with M-RoPE alone."""
+    if not facts.sections:
+        return list(range(rows))
+    size, rotated = facts.head_size, facts.rotated
+    if not size or rows % size or not 0 < rotated <= size or rotated % 2:
+        raise ValueError(f"{rows} rows are not those of heads of {size}, of which {rotated} rotate")
+    order = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, size)]
+    return [head + i for head in range(0, rows, size) for i in order]
+
+
 def twice(facts: Facts, rows: int) -> int:
     """Return the number of rows of which a tensor has one half."""
     return 2 * rows
@@ -224,6 +258,7 @@ _LINEAR = ("linear_keys", "linear_values", "linear_key_size", "linear_value_size
 ROW_ORDERS: dict[str, RowOrder] = {
     "queries": RowOrder(lambda facts, rows: pairs_of_halves(facts.heads, rows), ("heads",)),
     "keys": RowOrder(lambda facts, rows: pairs_of_halves(facts.kv_heads, rows), ("kv_heads",)),
+    "halves if sections": RowOrder(halves_if_sections),
     "qkv": RowOrder(by_kind, ("heads", "kv_heads")),
     "latent keys": RowOrder(lambda facts, rows: of_heads(facts, rows, False), ("heads", "nope", "value_size")),
     "latent values": RowOrder(lambda facts, rows: of_heads(facts, rows, True), ("heads", "nope", "value_size")),

@@ -111,7 +111,19 @@ def linear_layers(model: Any) -> list[str]:
     heads = ("lm_head", "decoder") if tied else ()
     # PEFT refuses these of recurrent layers, whose kernels do not call them
     kernels = ("out_proj",) if model.config.model_type in RECURRENT else ()
-    left_out = (*experts, *heads, *kernels, "kv_b_proj", "altup", "visi", "visual", "projector", "predictions")
+    left_out = (
+        *experts,
+        *heads,
+        *kernels,
+        "kv_b_proj",
+        "altup",
+        "aligner",
+        "audio_tower",
+        "visi",
+        "visual",
+        "projector",
+        "predictions",
+    )
     layers = [name for name, each in model.named_modules() if isinstance(each, (torch.nn.Linear, Conv1D))]
     return [name for name in layers if not any(part in name for part in left_out)]
 
