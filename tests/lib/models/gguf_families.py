@@ -119,6 +119,7 @@ def linear_layers(model: Any) -> list[str]:
         "altup",
         "aligner",
         "audio_tower",
+        "generation_head",
         "visi",
         "visual",
         "projector",
