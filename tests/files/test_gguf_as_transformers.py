@@ -129,6 +129,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "exaone4 full": ("causal", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "glm4moe": ("causal", "glm4_moe", {"head_dim": 16}),
     "dots1": ("causal", "dots1", {"head_dim": 16}),
+    "jais2": ("causal", "jais2", {}),
+    "minimax-m2": (
+        "causal",
+        "minimax_m2",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}},
+    ),
+    "exaone-moe": ("causal", "exaone_moe", {}),
+    "hunyuan-moe": ("causal", "hunyuan_v1_moe", {}),
 }
 
 # Fields of the original that no GGUF file tells, and that change nothing of what the model computes here

@@ -406,6 +406,15 @@ def _olmo3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _hunyuan_moe(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return no more fields; in the class, each expert and the shared one have the width of the layer."""
+    width = config["intermediate_size"]
+    for key in ("expert_feed_forward_length", "expert_shared_feed_forward_length"):
+        if model.get(key, width) != width:
+            raise InputError(f"has experts of another width than its layers' {width}", culprit=model.name)
+    return {}
+
+
 # Rows' `nested` -> (the file's model, the config so far) -> more fields
 RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "deepseek": _deepseek,
@@ -414,6 +423,7 @@ RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "gemma4": _gemma4,
+    "hunyuan-moe": _hunyuan_moe,
     "nemotron": _nemotron,
     "olmo3": _olmo3,
     "phi3": lambda model, config: {"sliding_window": model.get("attention.sliding_window") or None},

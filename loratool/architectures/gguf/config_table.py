@@ -467,6 +467,50 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             granted={"expert_gating_func": 2},
         ),
     ),
+    "jais2": (
+        Config(
+            "jais2",
+            "Jais2ForCausalLM",
+            LAYER_NORM | HEAD_DIM,
+            has=QUERY_BIAS | MLP_BIAS,
+        ),
+    ),
+    "minimax-m2": (
+        Config(
+            "minimax_m2",
+            "MiniMaxM2ForCausalLM",
+            DECODER | HEAD_DIM | MIXTRAL | {"intermediate_size": "expert_feed_forward_length"},
+            partial="partial_rotary_factor",
+        ),
+    ),
+    "hunyuan-moe": (
+        Config(
+            "hunyuan_v1_moe",
+            "HunYuanMoEV1ForCausalLM",
+            DECODER | HEAD_DIM | {"num_experts": "expert_count", "moe_topk": "expert_used_count"},
+            has=QUERY_BIAS,
+            granted={"expert_shared_count": 1},
+            nested="hunyuan-moe",
+        ),
+    ),
+    "exaone-moe": (
+        Config(
+            "exaone_moe",
+            "ExaoneMoeForCausalLM",
+            DECODER
+            | QWEN_MOE
+            | WINDOW
+            | {
+                "num_shared_experts": "expert_shared_count",
+                "n_group": "expert_group_count",
+                "topk_group": "expert_group_used_count",
+                "norm_topk_prob": "expert_weights_norm",
+                "routed_scaling_factor": "expert_weights_scale",
+                "first_k_dense_replace": "leading_dense_block_count",
+            },
+            window_every=4,
+        ),
+    ),
     "smollm3": (Config("smollm3", "SmolLM3ForCausalLM", DECODER, has=QUERY_BIAS),),
 }
 

@@ -32,7 +32,9 @@ OLD_FIELDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "moe_intermediate_size": [config["intermediate_size"]] * 2, "moe_topk": [config["moe_topk"]] * 2,
         "num_shared_expert": [1] * 2,
     },
-    "minimax_m2": lambda config: {"rotary_dim": config["head_dim"]},
+    "minimax_m2": lambda config: {
+        "rotary_dim": int(config["head_dim"] * config["rope_parameters"].get("partial_rotary_factor", 1)),
+    },
     "mistral4": lambda config: {"architectures": ["Mistral3ForConditionalGeneration"]},
     "mpt": lambda config: {"architectures": ["MPTForCausalLM"]},
     "phimoe": lambda config: {
