@@ -129,6 +129,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "exaone4 full": ("causal", "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "glm4moe": ("causal", "glm4_moe", {"head_dim": 16}),
     "dots1": ("causal", "dots1", {"head_dim": 16}),
+    "deepseek32": ("causal", "deepseek_v32", {}),
     "jais2": ("causal", "jais2", {}),
     "minimax-m2": (
         "causal",

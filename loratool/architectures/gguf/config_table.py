@@ -206,6 +206,21 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             nested="deepseek",
         ),
     ),
+    "deepseek32": (
+        Config(
+            "deepseek_v32",
+            "DeepseekV32ForCausalLM",
+            DEEPSEEK
+            | {
+                "index_n_heads": "attention.indexer.head_count",
+                "index_head_dim": "attention.indexer.key_length",
+                "index_topk": "attention.indexer.top_k",
+            },
+            granted={"attention.head_count_kv": 1, "expert_gating_func": 2},
+            own_heads=True,
+            nested="deepseek",
+        ),
+    ),
     "gemma": (Config("gemma", "GemmaForCausalLM", DECODER | HEAD_DIM),),
     "gemma2": (
         Config(
