@@ -35,6 +35,7 @@ from .gguf import LlamaCpp
 from .kohya import Kohya
 from .litgpt import Litgpt
 from .loralib import Loralib
+from .megatron import Megatron
 from .mlx import Mlx
 from .other_methods import (
     BIASES,
@@ -64,6 +65,7 @@ FORMATS: dict[str, Format] = {
         Torchtune(),
         Litgpt(),
         Loralib(),
+        Megatron(),
         Mlx(),
         Sam(),
         Peft(),

@@ -41,6 +41,39 @@ def made_of(file: WeightsFile, name: str, shape: Sequence[int], make: Callable[[
     return MadeTensor(TensorSpec(file.specs[name].dtype, tuple(shape)), load)
 
 
+def block_of(file: WeightsFile, name: str, index: Sequence[int]) -> MadeTensor:
+    """Return the block of a stored tensor at an index along its first dimensions; loading reads only the block."""
+    spec = file.specs[name]
+    block = TensorSpec(spec.dtype, spec.shape[len(index) :])
+    number = 0
+    for at, size in zip(index, spec.shape, strict=False):
+        number = number * size + at
+
+    def load() -> Numbers:
+        from ...numerics.arrays import Numbers
+        from ...numerics.forms import FORMS
+
+        out = Numbers.empty(FORMS[block.dtype], *block.shape)
+        if out.size:
+            file.read_numbers(name, number * block.size, out.bits)
+        return out
+
+    return MadeTensor(block, load)
+
+
+def rows_of(tensor: MadeTensor, runs: Sequence[tuple[int, int]]) -> MadeTensor:
+    """Return rows of a tensor, concatenated; each run is (first, stop)."""
+    rows = sum(stop - first for first, stop in runs)
+
+    def load() -> Numbers:
+        import numpy as np
+
+        numbers = tensor.load()
+        return replace(numbers, bits=np.concatenate([numbers.bits[first:stop] for first, stop in runs]))
+
+    return MadeTensor(TensorSpec(tensor.spec.dtype, (rows, *tensor.spec.shape[1:])), load)
+
+
 def made_of_bits(spec: TensorSpec, make: Callable[[], Bits]) -> MadeTensor:
     """Return the tensor of the bits that `make` computes."""
 

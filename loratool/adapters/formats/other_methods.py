@@ -71,7 +71,7 @@ OTHER_METHODS = {
         "a bottleneck adapter (Houlsby, Lin, Pfeiffer, Rücklé)",
         "neither",
         "adds layers, and no weight could hold them",
-        ("adapter_down", "adapter_up", "mixadapter.", "invertible_adapters."),
+        ("adapter_down", "adapter_up.weight", "mixadapter.", "invertible_adapters."),
     ),
     "PREFIX_TUNING": OtherMethod("prefix tuning", "neither", _KEYS, ("prefix_tunings.", "prefix_gates.")),
     "CARTRIDGE": OtherMethod("Cartridge", "neither", _KEYS),
@@ -151,13 +151,6 @@ OTHER_METHODS = {
         "changes clusters of rows that a search finds in each weight, and they are not in the file",
         ("adamss_",),
         _BY_PEFT_THERE,
-    ),
-    "NEMO": OtherMethod(
-        "LoRA in NeMo's and Megatron's own names",
-        "extracted",
-        "has rows in the order of its own fused layers",
-        ("adapter.linear_in.", "adapter.linear_out."),
-        "export it for PEFT with Megatron-Bridge (AutoBridge.save_hf_adapter)",
     ),
     "SAM": OtherMethod(
         "LoRA for Segment Anything",

@@ -15,9 +15,12 @@ LARGEST = 1 << 20  # bytes of a file
 
 
 def read_plain_yaml(path: Path, section: str = "") -> dict[str, Any]:
-    """Return the lines `key: value` without indentation, or indented by two spaces below the line of `section`.
+    """Return the lines `key: value` of a section, each level of which is indented by two spaces.
 
     The values are integers, booleans and words.
+
+    Args:
+        section: the keys above the lines, joined by dots; "" for the lines without indentation.
 
     Raises:
         InputError: the file is missing, too long, or not text.
@@ -31,13 +34,16 @@ def read_plain_yaml(path: Path, section: str = "") -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError("is not text", culprit=str(path)) from error
     values: dict[str, Any] = {}
-    current = ""
+    above: list[str] = []  # the keys of the levels up to the current line's
     for line in lines:
-        match = re.fullmatch(r"(  )?([A-Za-z_]\w*):(?: +([\w./+-]+))? *", line)
-        if line[:1].strip() and not line.startswith("#"):
-            current = match[2] if match and not match[3] else ""
-        if match and match[3] and bool(match[1]) == bool(section) and (not section or current == section):
-            values[match[2]] = _plain(match[3])
+        text = line.lstrip(" ")
+        if not text.strip() or text.startswith("#"):
+            continue
+        depth, odd = divmod(len(line) - len(text), 2)
+        match = None if odd else re.fullmatch(r"([A-Za-z_]\w*):(?: +([\w./+-]+))? *", text)
+        above[depth:] = [match[1] if match and not match[2] else ""]
+        if match and match[2] and ".".join(above[:-1]) == section and len(above) == depth + 1:
+            values[match[1]] = _plain(match[2])
     return values
 
 

@@ -1,15 +1,17 @@
-"""Read a checkpoint of torch.distributed.checkpoint (DCP), saved by FSDP, accelerate or torchtitan, without torch.
+"""Read a checkpoint of torch.distributed.checkpoint (DCP), saved by FSDP, torchtitan or Megatron-Core, without torch.
 
 The folder has `.metadata`, a pickle with the chunks of each tensor, and for each chunk a run of bytes in a `.distcp`
 file that torch.save wrote. The state is nested dicts, flattened. The pickle has the path of each key, which
-distinguishes a model's state under `model` from an optimizer's. Defined by torch/distributed/checkpoint:
-`metadata.py`, `filesystem.py` and `default_planner.py`.
+distinguishes a model's state under `model` from an optimizer's. Megatron-Core (`torch_dist`) saves no paths: its keys
+are the names of tensors, those of the optimizer too. Defined by torch/distributed/checkpoint: `metadata.py`,
+`filesystem.py` and `default_planner.py`; and by NVIDIA/Megatron-LM: `core/dist_checkpointing/strategies/torch.py`.
 """
 
 from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,18 @@ _INDEX, _CHUNK = f"{_IN_METADATA}MetadataIndex", f"{_IN_METADATA}ChunkStorageMet
 
 _PLACE = "torch.distributed.checkpoint.filesystem._StorageInfo"
 
+_TOPS = (f"{_IN_METADATA}Metadata", "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata")
+
+# Keys of Megatron-Core's optimizers, one or several in a chain
+_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..+")
+
 _RECORDS = frozenset(
     {_TENSOR, _BYTES, _INDEX, _CHUNK, _PLACE}
     | {f"{_IN_METADATA}{name}" for name in ("Metadata", "TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta")}
+    | {*_TOPS, "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan"}
+    # the plans of all ranks, which are ignored
+    | {f"torch.distributed.checkpoint.planner.{name}" for name in ("SavePlan", "WriteItem", "WriteItemType")}
+    | {f"torch.distributed.checkpoint.planner.{name}" for name in ("TensorWriteData", "BytesIOWriteData")}
     | {f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")}
     | {f"pathlib._local.{name}" for name in ("PosixPath", "WindowsPath")}  # Python 3.13
 )
@@ -59,7 +70,9 @@ class DcpFile(ShardedFile):
         metadata = self._unpickle()
         entries, paths = metadata.field("state_dict_metadata"), metadata.field("planner_data")
         places = self._places(metadata.field("storage_data"))
-        names, self.ignored = self._choose(entries, paths if type(paths) is dict else {})
+        if type(paths) is not dict:
+            paths = {key: ("optimizer", key) for key in entries if _OPTIMIZER.fullmatch(_text(key))}
+        names, self.ignored = self._choose(entries, paths)
         self._used: set[int] = set()
         return {name: self._tensor(key, entries[key], places) for key, name in names.items()}
 
@@ -78,7 +91,7 @@ class DcpFile(ShardedFile):
         data = memoryview(bytearray(file.nbytes))
         read_into(file.file, data, 0)
         metadata = Machine(self.path, _RECORDS, MAX_METADATA, MAX_METADATA // 4).run(io.BytesIO(data))
-        if type(metadata) is not SavedObject or metadata.name != f"{_IN_METADATA}Metadata":
+        if type(metadata) is not SavedObject or metadata.name not in _TOPS:
             raise ValueError("not metadata of torch.distributed.checkpoint")
         return metadata
 
