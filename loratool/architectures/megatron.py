@@ -190,7 +190,10 @@ def linear_attention_rows(heads: LinearHeads, ranks: int, kind: str) -> dict[str
         return {
             name: tuple(starts[part][head] for head in range(heads.keys) for part in name) for name in ("qkvz", "ba")
         }
-    return {"qkv": tuple(run for part in "qkv" for run in starts[part]), **{part: tuple(starts[part]) for part in "zba"}}
+    return {
+        "qkv": tuple(run for part in "qkv" for run in starts[part]),
+        **{part: tuple(starts[part]) for part in "zba"},
+    }
 
 
 def row_count(runs: Runs) -> int:

@@ -64,8 +64,8 @@ _MARK = re.compile(
     r"decoder\.layers\.(?:\d+\.)?(?:self_attention|mlp)\.(?:\w+\.)*linear_\w+\.lora_[AB]\."
 )
 
-# Parts of names that show that a state has the whole model, and so tensors that were not trained
-_WRAPPED = (".to_wrap.", ".base_layer.")
+# Between a module's name and its own weight, which only the state of a whole model has
+_WRAPPED = ("", ".to_wrap", ".base_layer")
 
 _ENDS = {
     "linear_in.weight": "A",
@@ -191,7 +191,8 @@ def _modules_of(name: str, file: WeightsFile) -> tuple[list[_Module], tuple[str,
     if not others:
         return list(modules.values()), ()
     trained = next((each for each in others if ".modules_to_save." in each), None)
-    if trained or not any(mark in each for each in others for mark in _WRAPPED):
+    base = {*others}
+    if trained or any(base.isdisjoint(f"{stem}{mark}.weight" for mark in _WRAPPED) for stem, _ in modules):
         culprit = trained or others[0]
         raise InputError("is not a factor, and may have been trained too", culprit=culprit, remedy=EXPORT)
     return list(modules.values()), (f"{len(others)} tensors of its base are in {name} too, and are not read",)
