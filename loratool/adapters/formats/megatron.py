@@ -94,7 +94,7 @@ class _Settings:
     rslora: bool = False
     ranks: int = 0  # of tensor parallelism
     expert_ranks: int = 0
-    heads: Heads = Heads()
+    heads: Heads = field(default_factory=Heads)
     gated: bool = False  # q_proj has the gates of queries
 
 
@@ -298,6 +298,10 @@ class _Reader:
         if "m" in module.tensors and inner.rpartition(".")[2] in CUT_INPUTS and self._ranks(module) > 1:
             why = f"has magnitudes by the norms of one of {self._ranks(module)} ranks' columns, as DoRA there has"
             raise InputError(why, culprit=module.tensors["m"], remedy="merge it with its trainer")
+        if inner == "mlp.experts.linear_fc2" and self._ranks(module) > 1:
+            # the trainer's logits are not those of its own export then
+            why = f"is of experts over {self._ranks(module)} tensor-parallel ranks, each of which adds this change"
+            raise InputError(why, culprit=tensor, remedy="merge it with its trainer, and compare")
         if inner == "output_layer":
             return [_Target("lm_head")]
         try:

@@ -61,8 +61,8 @@ def prepare(bridge: Path) -> None:
         module = types.ModuleType("megatron.bridge" + name)
         module.__path__ = [str(bridge / name[1:].replace(".", "/"))]
         sys.modules["megatron.bridge" + name] = module
-    import megatron.core.models.gpt
-    import megatron.core.transformer.moe.router
+    for name in ("models.gpt", "transformer.moe.router"):
+        importlib.import_module(f"megatron.core.{name}")
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     sys.meta_path.insert(0, _Stubs())
@@ -73,7 +73,7 @@ def prepare(bridge: Path) -> None:
 
 
 def registries(bridge: Path) -> dict[str, dict[str, Any]]:
-    """Return model type -> a module's weight in Megatron-Core -> its names in transformers, by each bridge's registry."""
+    """Return model type -> weight in Megatron-Core -> its names in transformers, by each bridge's registry."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(bridge.glob("models/*/*_bridge.py")):
         package = f"megatron.bridge.models.{path.parent.name}"
