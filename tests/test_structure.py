@@ -468,6 +468,7 @@ FORMAT_WORDS = {
     "architectures.runtimes.image_programs": 1,  # a program's key
     "files.codecs.mlx": 1,  # a codec's key
     "files.containers.gguf_file": 1,  # a container's
+    "adapters.formats.megatron": 1,  # a section of a run's settings
 }
 
 

@@ -95,7 +95,7 @@ def gate_up_paths(module: str, names: LayerNames) -> tuple[str, str] | None:
     return (f"{owner}.{names.gate}", f"{owner}.{names.up}") if owner and names.gate else None
 
 
-def qkv_rows(heads: Heads, gated: bool) -> dict[str, Runs]:
+def group_rows(heads: Heads, gated: bool) -> dict[str, Runs]:
     """Return the rows of q, k and v in a fused matrix: by group, its queries, their gates, its key and its value.
 
     Raises:
@@ -103,11 +103,11 @@ def qkv_rows(heads: Heads, gated: bool) -> dict[str, Runs]:
     """
     if not heads.keys or not heads.size or heads.queries % heads.keys:
         raise ValueError(f"{heads.queries} heads are not those of {heads.keys} groups")
-    return _qkv_rows(heads, gated)
+    return _group_rows(heads, gated)
 
 
 @lru_cache(maxsize=64)
-def _qkv_rows(heads: Heads, gated: bool) -> dict[str, Runs]:
+def _group_rows(heads: Heads, gated: bool) -> dict[str, Runs]:
     each, size = heads.queries // heads.keys, heads.size
     block = (each * (1 + gated) + 2) * size
     q, k, v = [], [], []
@@ -123,7 +123,7 @@ def _qkv_rows(heads: Heads, gated: bool) -> dict[str, Runs]:
 
 
 @lru_cache(maxsize=256)
-def halves(rows: int, ranks: int = 1) -> tuple[Runs, Runs]:
+def gate_up_rows(rows: int, ranks: int = 1) -> tuple[Runs, Runs]:
     """Return the rows of gate and of up in a matrix of each rank's gate, then its up, rank after rank.
 
     Raises:

@@ -164,7 +164,7 @@ def test_routers_of_peft(tmp_path: Path) -> None:
 
 def test_every_method_that_peft_can_merge_is_tried_below() -> None:
     extracted = {kind for kind, method in OTHER_METHODS.items() if method.outcome == "extracted"}
-    assert {*LAYERS, "LORAS", "NEMO", "BEFT"} == extracted | {*READ} - {"LORA"}
+    assert {*LAYERS, "LORAS", "BEFT"} == extracted | {*READ} - {"LORA"}
 
 
 @pytest.mark.parametrize("kind", [kind for kind in LAYERS if kind in READ])

@@ -41,7 +41,7 @@ def made_of(file: WeightsFile, name: str, shape: Sequence[int], make: Callable[[
     return MadeTensor(TensorSpec(file.specs[name].dtype, tuple(shape)), load)
 
 
-def block_of(file: WeightsFile, name: str, index: Sequence[int]) -> MadeTensor:
+def block_at(file: WeightsFile, name: str, index: Sequence[int]) -> MadeTensor:
     """Return the block of a stored tensor at an index along its first dimensions; loading reads only the block."""
     spec = file.specs[name]
     block = TensorSpec(spec.dtype, spec.shape[len(index) :])
@@ -61,7 +61,7 @@ def block_of(file: WeightsFile, name: str, index: Sequence[int]) -> MadeTensor:
     return MadeTensor(block, load)
 
 
-def rows_of(tensor: MadeTensor, runs: Sequence[tuple[int, int]]) -> MadeTensor:
+def runs_of(tensor: MadeTensor, runs: Sequence[tuple[int, int]]) -> MadeTensor:
     """Return rows of a tensor, concatenated; each run is (first, stop)."""
     rows = sum(stop - first for first, stop in runs)
 

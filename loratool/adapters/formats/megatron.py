@@ -34,11 +34,11 @@ from ...architectures.megatron import (
     LinearHeads,
     Runs,
     gate_up_paths,
-    halves,
+    gate_up_rows,
     joined_halves,
     linear_attention_rows,
     plain_path,
-    qkv_rows,
+    group_rows,
     row_count,
 )
 from ...errors import InputError, NeedsFlag
@@ -48,7 +48,7 @@ from ..adapter import Adapter
 from ..updates.dora import DoRA
 from ..updates.low_rank import LowRank
 from .format import Capabilities, Format, ReadOptions
-from .made_tensors import MadeTensor, block_of, rows_of
+from .made_tensors import MadeTensor, block_at, runs_of
 from .peft import read_as_peft
 from .plain_yaml import read_plain_yaml
 
@@ -263,18 +263,18 @@ class _Reader:
             def block(end: str, layer: int = layer, expert: int | None = expert) -> MadeTensor:
                 lead = len(specs[tensors[end]].shape) - (1 if end == "m" else 2)
                 index = ([layer] if stacked else []) + ([expert] if expert is not None else [])
-                return block_of(self._file, tensors[end], index[:lead])
+                return block_at(self._file, tensors[end], index[:lead])
 
             for target in self._targets(module, block(both[0]).spec.shape[0]):
                 root = "" if module.module == "output_layer" else f"model.layers.{layer}."
                 path = root + target.path.format(expert=expert)
                 B = block(target.B)
                 made[f"{path}.{_PEFT_ENDS['A']}"] = block("A")
-                made[f"{path}.{_PEFT_ENDS['B']}"] = B if target.rows is None else rows_of(B, target.rows)
+                made[f"{path}.{_PEFT_ENDS['B']}"] = B if target.rows is None else runs_of(B, target.rows)
                 if "m" in tensors:
                     m = block("m")
                     made[f"{path}.{_PEFT_ENDS['m']}"] = (
-                        m if target.magnitudes is None else rows_of(m, target.magnitudes)
+                        m if target.magnitudes is None else runs_of(m, target.magnitudes)
                     )
         return made
 
@@ -338,8 +338,8 @@ class _Reader:
             order = joined_halves(rows, ranks) if ranks > 1 else None
             return [_Target({"gate": gate, "up": up}[module.part], order, order)]
         by_rank = module.tensors["B"].endswith("linear_out.weight")
-        B = halves(rows, 1 if by_rank else self._ranks(module))
-        m = halves(rows, self._ranks(module)) if "m" in module.tensors else (None, None)
+        B = gate_up_rows(rows, 1 if by_rank else self._ranks(module))
+        m = gate_up_rows(rows, self._ranks(module)) if "m" in module.tensors else (None, None)
         return [_Target(path, B[i], m[i]) for i, path in enumerate((gate, up))]
 
     def _qkv(self, module: _Module, rows: int) -> list[_Target]:
@@ -350,7 +350,7 @@ class _Reader:
             return [_Target(f"self_attn.{module.part}_proj")]
         if not heads.queries:
             return [_Target("self_attn.qkv_proj")]  # ranks and norms do not depend on the order
-        by_letter = qkv_rows(heads, gated)
+        by_letter = group_rows(heads, gated)
         self._require_rows(rows, by_letter)
         return [_Target(f"self_attn.{letter}_proj", runs, runs) for letter, runs in by_letter.items()]
 

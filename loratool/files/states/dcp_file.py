@@ -40,7 +40,7 @@ _PLACE = "torch.distributed.checkpoint.filesystem._StorageInfo"
 _TOPS = (f"{_IN_METADATA}Metadata", "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata")
 
 # Keys of Megatron-Core's optimizers, one or several in a chain
-_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\..+")
+_OPTIMIZER = re.compile(r"(?:chained_\d+\.)?optimizer\.(?:state|distributed)\..+")
 
 _RECORDS = frozenset(
     {_TENSOR, _BYTES, _INDEX, _CHUNK, _PLACE}
