@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,7 +18,15 @@ from torch import Tensor
 
 import loratool
 from loratool.adapters.formats import open_adapter
-from loratool.architectures.megatron import LAYER_NAMES, gate_up_paths, plain_path
+from loratool.architectures.heads import Heads
+from loratool.architectures.megatron import (
+    LAYER_NAMES,
+    LinearHeads,
+    gate_up_paths,
+    group_rows,
+    linear_attention_rows,
+    plain_path,
+)
 from loratool.errors import InputError, NeedsFlag
 
 SCRIPT = Path(__file__).parents[1] / "lib" / "oracles" / "megatron_bridge.py"
@@ -154,6 +163,22 @@ def test_names_of_each_bridge() -> None:
             assert (f"model.layers.3.{whole}.weight" if isinstance(whole, str) else whole) == expected, (kind, module)
             compared.add(kind)
     assert {*LAYER_NAMES} - compared == {"qwen2_moe"}
+
+
+@pytest.mark.slow
+def test_rows_are_split_as_the_bridge_splits_them() -> None:
+    attention = [(8, 2, 4, gated) for gated in (False, True)] + [(6, 6, 2, True), (4, 1, 6, False)]
+    linear = [(LinearHeads(4, 3, 8, 5), ranks) for ranks in (1, 2, 4)] + [(LinearHeads(2, 4, 2, 4), 2)]
+    names = ("num_attention_heads", "num_query_groups", "kv_channels", "attention_output_gate")
+    of_linear = ("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim")
+    jobs = [(dict(zip(names, each, strict=True)), 1) for each in attention]
+    jobs += [(dict(zip(of_linear, dataclasses.astuple(heads), strict=True)), ranks) for heads, ranks in linear]
+    theirs = json.loads(megatron("rows", json.dumps(jobs)).splitlines()[-1])
+    ours = [group_rows(Heads(*each[:3]), each[3]) for each in attention]
+    kinds = ("grouped", "separate")
+    ours += [{k: v for kind in kinds for k, v in linear_attention_rows(*each, kind).items()} for each in linear]
+    numbers = [{k: [row for run in runs for row in range(*run)] for k, runs in parts.items()} for parts in ours]
+    assert numbers == theirs
 
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16, "head_dim": 4, "num_hidden_layers": 2}

@@ -61,7 +61,7 @@ def block_at(file: WeightsFile, name: str, index: Sequence[int]) -> MadeTensor:
     return MadeTensor(block, load)
 
 
-def runs_of(tensor: MadeTensor, runs: Sequence[tuple[int, int]]) -> MadeTensor:
+def rows_at(tensor: MadeTensor, runs: Sequence[tuple[int, int]]) -> MadeTensor:
     """Return rows of a tensor, concatenated; each run is (first, stop)."""
     rows = sum(stop - first for first, stop in runs)
 

@@ -35,10 +35,10 @@ from ...architectures.megatron import (
     Runs,
     gate_up_paths,
     gate_up_rows,
+    group_rows,
     joined_halves,
     linear_attention_rows,
     plain_path,
-    group_rows,
     row_count,
 )
 from ...errors import InputError, NeedsFlag
@@ -48,7 +48,7 @@ from ..adapter import Adapter
 from ..updates.dora import DoRA
 from ..updates.low_rank import LowRank
 from .format import Capabilities, Format, ReadOptions
-from .made_tensors import MadeTensor, block_at, runs_of
+from .made_tensors import MadeTensor, block_at, rows_at
 from .peft import read_as_peft
 from .plain_yaml import read_plain_yaml
 
@@ -270,11 +270,11 @@ class _Reader:
                 path = root + target.path.format(expert=expert)
                 B = block(target.B)
                 made[f"{path}.{_PEFT_ENDS['A']}"] = block("A")
-                made[f"{path}.{_PEFT_ENDS['B']}"] = B if target.rows is None else runs_of(B, target.rows)
+                made[f"{path}.{_PEFT_ENDS['B']}"] = B if target.rows is None else rows_at(B, target.rows)
                 if "m" in tensors:
                     m = block("m")
                     made[f"{path}.{_PEFT_ENDS['m']}"] = (
-                        m if target.magnitudes is None else runs_of(m, target.magnitudes)
+                        m if target.magnitudes is None else rows_at(m, target.magnitudes)
                     )
         return made
 

@@ -97,6 +97,25 @@ def registries(bridge: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def rows(fields: dict[str, Any], ranks: int) -> dict[str, list[int]]:
+    """Return the rows of a fused matrix in the parts that Megatron-Bridge splits it into for an adapter's export."""
+    from megatron.bridge.models.conversion import param_mapping
+
+    provider = types.SimpleNamespace(**fields)
+    if "num_attention_heads" in fields:
+        count = (1 + fields["attention_output_gate"]) * provider.num_attention_heads + 2 * provider.num_query_groups
+        numbers = torch.arange(count * provider.kv_channels)[:, None]
+        parts = param_mapping.split_qkv_weights(provider, numbers, feature_dim=1)
+        return {name: part[:, 0].tolist() for name, part in zip("qkv", parts, strict=True)}
+    keys = provider.linear_key_head_dim * provider.linear_num_key_heads
+    values = (2 * provider.linear_value_head_dim + 2) * provider.linear_num_value_heads
+    numbers = torch.arange(2 * keys + values)[:, None]
+    grouped = param_mapping.split_gdn_linear_weights(provider, numbers, tp_size=ranks, feature_dim=1)
+    separate = param_mapping._split_gdn_grouped_to_separate(provider, *grouped, feature_dim=1)
+    named = zip(("qkvz", "ba", "qkv", "z", "b", "a"), (*grouped, *separate), strict=True)
+    return {name: part[:, 0].tolist() for name, part in named}
+
+
 def write_weights(model: Any, path: Path) -> None:
     """Write a rank's weights, without its adapter's."""
     own = {n.replace("to_wrap.", ""): p.detach() for n, p in model.named_parameters() if ".adapter." not in n}
@@ -229,6 +248,8 @@ def main() -> None:
     prepare(bridge)
     if sys.argv[1] == "registries":
         print(json.dumps(registries(bridge)))
+    elif sys.argv[1] == "rows":
+        print(json.dumps([rows(*each) for each in json.loads(sys.argv[2])]))
     else:
         run(json.loads(sys.argv[1]))
 
