@@ -282,3 +282,33 @@ def test_experts_of_a_stack(tmp_path: Path) -> None:
             tensors = adapter.updates[f"model.layers.0.mlp.experts.{expert}.{name}_proj"].tensors
             factors = [adapter.file.tensor(tensors[role]) for role in sorted(tensors)]
             assert torch.equal(factors[0], A) and torch.equal(factors[1], B[expert])
+
+
+def test_an_unpacked_archive_of_nemo_1(tmp_path: Path) -> None:
+    base(tmp_path / "base")
+    A, B = weights(2, 16), weights(32, 2, seed=1)
+    stem = "model.decoder.layers.1.self_attention.adapter_layer.lora_kqv_adapter"
+    folder = tmp_path / "nemo"
+    folder.mkdir()
+    torch.save({f"{stem}.linear_in.weight": A, f"{stem}.linear_out.weight": B}, folder / "model_weights.ckpt")
+    lines = ["peft:", "  peft_scheme: lora", "  lora_tuning:", "    adapter_dim: 2", "    alpha: 5"]
+    (folder / "model_config.yaml").write_text("\n".join(lines))
+    loratool.merge(tmp_path / "base", [folder], tmp_path / "merged")
+    merged, before = load_model(tmp_path / "merged"), load_model(tmp_path / "base")
+    for letter, rows in QKV.items():
+        name = f"model.layers.1.self_attn.{letter}_proj.weight"
+        change = 2.5 * (B.double() @ A.double())[rows]
+        assert (merged[name].double() - before[name].double() - change).abs().max() < 1e-6
+
+
+def test_other_trainers_are_named(tmp_path: Path) -> None:
+    write_model(tmp_path, {"weights_shard": weights(9)})
+    (tmp_path / "model.safetensors").rename(tmp_path / "rank_0.safetensors")
+    (tmp_path / "metadata.yaml").write_text("shards: [weights]\n")
+    with pytest.raises(InputError, match="one rank's part of a Fast-LLM state"):
+        open_adapter(tmp_path)
+    orbax = tmp_path / "orbax"
+    orbax.mkdir()
+    (orbax / "manifest.ocdbt").touch()
+    with pytest.raises(InputError, match="an Orbax checkpoint of JAX"):
+        open_adapter(orbax)

@@ -22,6 +22,10 @@ FIRST = 512  # bytes that identify a file, including the mark of a tar file at 2
 
 DOWNLOAD = "download the file again: hf download ORG/MODEL; the link of a file has /resolve/, that of its page /blob/"
 PYTORCH = "use the same model's weights for PyTorch: *.safetensors or *.bin"
+ORBAX = (
+    "use the same weights for PyTorch; of MaxText: python3 -m maxtext.checkpoint_conversion.to_huggingface, with "
+    "lora.lora_restore_path for an adapter"
+)
 UNPACK = "unpack it, and name what is in it"
 SAVE = "load it where you trust it and save its state dict as safetensors"
 
@@ -67,7 +71,7 @@ KINDS = (
          r".*\.data-\d{5}-of-\d{5}|.*\.ckpt(?:-\d+)?\.(?:index|meta)"),
     Kind("a Flax file (msgpack)", PYTORCH, rb"(?s)(?:[\x81-\x8f]|\xde..|\xdf....)(?:[\xa0-\xbf]|\xd9.|\xda..)",
          r".*\.msgpack"),
-    Kind("an Orbax checkpoint of JAX", PYTORCH, None, r"manifest\.ocdbt"),
+    Kind("an Orbax checkpoint of JAX", ORBAX, None, r"manifest\.ocdbt|_CHECKPOINT_METADATA|_METADATA"),
     Kind("OpenVINO's weights", PYTORCH, None, r"openvino_.*\.(?:bin|xml)"),
     Kind("a Core ML model", PYTORCH, None, r".*\.mlmodel|.*\.mlpackage"),
     Kind("a GGML file, of llama.cpp before GGUF", "use the model's GGUF file, or its weights for PyTorch",

@@ -24,9 +24,19 @@ LATEST = ("latest", "latest_universal")  # DeepSpeed's files that name the folde
 # A rank's DCP file in safetensors: it does not have the full shape of a tensor that is cut over the ranks
 RANK_SAFETENSORS = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
+# A rank's file of Fast-LLM (`engine/checkpoint/distributed.py`), beside FAST_LLM: all its parameters as flat vectors
+FAST_LLM_RANK, FAST_LLM = re.compile(r"rank_\d+\.safetensors"), "metadata.yaml"
+
 
 def refuse_rank_file(path: Path) -> None:
     """Raise InputError for a rank's part of a model in safetensors, where tensors may be cut."""
+    if FAST_LLM_RANK.fullmatch(path.name) and (path.parent / FAST_LLM).is_file():
+        raise InputError(
+            "is one rank's part of a Fast-LLM state, whose tensors are flat vectors without names",
+            culprit=str(path),
+            remedy="export the model with Fast-LLM; for an adapter, which it does not export, add it to the weights "
+            "first, then: loratool extract BASE MODEL",
+        )
     if RANK_SAFETENSORS.fullmatch(path.name):
         raise InputError(
             "is one rank's part of a sharded state (DCP in safetensors), which does not record the full sizes",
