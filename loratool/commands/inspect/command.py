@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from ...files.containers.gguf_file import GgufFile
 from ...files.dtypes import FLOATS, TensorSpec
 from ...files.folder.side_files import is_patch
 from ...files.folder.weight_changes import find_change
+from ...files.hub.headers import headers_alone
 from ...files.weights_file import WeightsFile, require_unchanged
 from ...views.inspect_delta import DeltaInspection
 from ...views.inspect_model import CheckpointReport, Group, MethodReport
@@ -57,32 +58,33 @@ def run_inspect(
         from .patches import inspect_delta
 
         return inspect_delta(Path(call.path))
-    if holds_adapter(call.path):
-        if other := open_other(call.path):
-            file, fields, key, method = other
-            with closing(file):
-                _refuse_options(call.path, f"holds {method.title}", call.base, call.alpha)
-                report = _inspect_method(os.fspath(call.path), file, fields, key, method)
-                return _with_digest(report, file.members, call)
-        adapter = open_adapter(
-            call.path,
-            call.alpha,
-            lenient=True,
-            model=None if call.base is None else read_config(call.base),
-            deeper=True,
-        )
-        try:
-            from .adapter import inspect_adapter
-
-            return _with_digest(inspect_adapter(adapter, call.base), adapter.file.members, call)
-        finally:
-            adapter.file.close()
-    checkpoint = open_checkpoint(call.path)
+    with nullcontext(call.path) if call.digest else headers_alone(call.path) as place:
+        if not holds_adapter(place):
+            checkpoint = open_checkpoint(place)
+            try:
+                _refuse_options(call.path, "is a checkpoint", call.base, None)
+                return _with_digest(_inspect_checkpoint(checkpoint, os.fspath(call.path)), checkpoint.shards, call)
+            finally:
+                checkpoint.close()
+    if other := open_other(call.path):
+        file, fields, key, method = other
+        with closing(file):
+            _refuse_options(call.path, f"holds {method.title}", call.base, call.alpha)
+            report = _inspect_method(os.fspath(call.path), file, fields, key, method)
+            return _with_digest(report, file.members, call)
+    adapter = open_adapter(
+        call.path,
+        call.alpha,
+        lenient=True,
+        model=None if call.base is None else read_config(call.base),
+        deeper=True,
+    )
     try:
-        _refuse_options(call.path, "is a checkpoint", call.base, None)
-        return _with_digest(_inspect_checkpoint(checkpoint, os.fspath(call.path)), checkpoint.shards, call)
+        from .adapter import inspect_adapter
+
+        return _with_digest(inspect_adapter(adapter, call.base), adapter.file.members, call)
     finally:
-        checkpoint.close()
+        adapter.file.close()
 
 
 def _is_delta(path: Path) -> bool:

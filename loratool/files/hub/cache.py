@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from ...durable.fileio import reading
 from ...durable.in_place import in_place_folder
@@ -33,6 +35,16 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
         InputError: there is no such path or model, or it may not be downloaded; the remedy tells how to allow it.
         MachineError: the download failed, or its requirements are not installed.
     """
+    found = find_here(name, config_alone)
+    return found if isinstance(found, Path) else import_download(found).download(found, config_alone)
+
+
+def find_here(name: str | os.PathLike[str], config_alone: bool = False) -> Path | HubName:
+    """Return what `resolve` returns, or the name of what it would download.
+
+    Raises:
+        InputError: as `resolve`.
+    """
     path, text = Path(name), os.fspath(name)
     if not text:
         raise InputError("a path is empty")
@@ -56,15 +68,23 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
         raise InputError(NO_SUCH, culprit=text, remedy=_similar_names(path) or _as_link(hub_name))
     if is_offline():
         raise _not_in_cache(hub_name, cached)
+    return hub_name
+
+
+def import_download(name: HubName) -> ModuleType:
+    """Return the module that downloads, which most runs have no use for.
+
+    Raises:
+        MachineError: its requirements are not installed, or do not start.
+    """
     try:
-        from .download import download  # imported late: most runs download nothing
+        return import_module(".download", __package__)
     except ImportError as error:  # huggingface_hub is missing or too old
-        what = f"{_describe_missing(cached)}; to download it, install the extra `hub`"
-        raise MachineError(what, culprit=text, remedy=install_remedy("hub")) from error
+        what = f"{_describe_missing(look_up(name))}; to download it, install the extra `hub`"
+        raise MachineError(what, culprit=str(name), remedy=install_remedy("hub")) from error
     except ValueError as error:  # huggingface_hub reads its variables when it is imported
         remedy = "look at HF_ENDPOINT and the other variables of the environment that begin with HF_"
-        raise MachineError(f"huggingface_hub does not start: {error}", culprit=text, remedy=remedy) from error
-    return download(hub_name, config_alone)
+        raise MachineError(f"huggingface_hub does not start: {error}", culprit=str(name), remedy=remedy) from error
 
 
 def cached_commit(name: str | os.PathLike[str]) -> str | None:

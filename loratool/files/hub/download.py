@@ -9,23 +9,40 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from glob import escape
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, hf_hub_url, snapshot_download
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from ...durable import disk
 from ...durable.fileio import reading, sha256_file, size
 from ...errors import InputError, LoratoolError, MachineError
-from .choice import needed_files
+from ..containers.safetensors_file import MAX_HEADER
+from ..containers.stand_in import write_stand_in
+from .choice import Needed, needed_files
 from .names import HubName, is_inside
 from .snapshots import SHORT_HASH, cache_folder, missing_files, repository_folder
 
+utils: Any = import_module("huggingface_hub.utils")
+stream: Any = getattr(utils, "http_stream_backoff", None)  # None before version 1: files are downloaded whole
+
 COMMIT = re.compile("[0-9a-f]{40}")
+
+# Files beside the weights that tell what these are
+READ_BESIDE = ("config.json", "model_index.json", "modules.json", ".safetensors.index.json")
+
+FIRST_BYTES = 1 << 17  # of a file; most headers are shorter
+
+HEADERS_AT_ONCE = 8
 
 HASHED_AT_ONCE = 4  # files; reading takes most of the time
 
@@ -42,11 +59,91 @@ def download(name: HubName, config_alone: bool = False) -> Path:
         InputError: the hub has no such model, revision, folder or file, or requires a login for it.
         MachineError: the disk is too small, the hub was not reached, or a downloaded file is damaged.
     """
+    found = _find_commit(name)
+    with reading(found.folder):
+        while missing := found.missing(found.needed(config_alone).files):
+            found.fetch(missing)
+    return found.folder / name.path
+
+
+def download_headers(name: HubName, into: Path) -> Path | None:
+    """Download the configs of a model, and the headers of its weights, as stand-ins.
+
+    Args:
+        into: a folder for a folder of the form of the cache's.
+
+    Returns:
+        The path of its folder or file there; None if not all weights are in safetensors, or the hub sends whole files.
+
+    Raises:
+        InputError, MachineError: as `download`.
+    """
+    if stream is None:
+        return None
+    found = _find_commit(name)
+    with reading(found.folder):
+        while True:
+            needed = found.needed()
+            weights = [file for file in needed.weights if not file.endswith(".json")]
+            small = [file for file in needed.files if file.endswith(READ_BESIDE) and file not in weights]
+            if not all(file.endswith(".safetensors") for file in weights):
+                return None
+            if not (missing := found.missing(small)):
+                break
+            found.fetch(missing)
+        _require_there(weights, found.listed, name)
+        place = into / found.folder.relative_to(cache_folder())
+        for file in small:
+            disk.make_folder((place / file).parent)
+            disk.symlink(found.folder / file, place / file)
+    asker = ThreadPoolExecutor(HEADERS_AT_ONCE)
+    try:
+        headers = asker.map(partial(_read_header, name, found), weights)
+        for file, header in zip(weights, headers, strict=True):
+            if header is None:
+                return None
+            write_stand_in(place / file, header, found.sizes[file])
+    finally:
+        asker.shutdown(wait=False, cancel_futures=True)
+    return place / name.path
+
+
+@dataclass(frozen=True)
+class _Commit:
+    """A commit of a repository as the hub lists it, and its folder in the cache."""
+
+    name: HubName
+    listed: Mapping[str, RepoSibling]
+    sizes: Mapping[str, int]
+    revision: str | None  # to ask for
+    folder: Path
+
+    def needed(self, config_alone: bool = False) -> Needed:
+        sizes = {file: entry.size for file, entry in self.listed.items()}
+        return needed_files(self.name, sizes, self.folder, config_alone)
+
+    def missing(self, files: Iterable[str]) -> list[str]:
+        return missing_files(files, self.folder, self.sizes)
+
+    def fetch(self, missing: list[str]) -> None:
+        _require_there(missing, self.listed, self.name)
+        _require_space(sum(self.sizes.get(file, 0) for file in missing), self.name)
+        with _explained(self.name):
+            _fetch(self.name.repo, self.revision, missing)
+        _require_whole(missing, self.folder, self.listed, self.name)
+
+
+def _find_commit(name: HubName) -> _Commit:
+    """Ask the hub for a revision's files.
+
+    Raises:
+        InputError: the hub has no such model or revision, or requires a login for it.
+        MachineError: the hub was not reached, or its answer is none.
+    """
     with _explained(name):
         info = _find_revision(name)
     listed = {each.rfilename: each for each in info.siblings or () if is_inside(str(each.rfilename))}
-    known_sizes = {file: entry.size for file, entry in listed.items()}
-    sizes = {file: nbytes for file, nbytes in known_sizes.items() if nbytes is not None}
+    sizes = {file: entry.size for file, entry in listed.items() if entry.size is not None}
     if not SHORT_HASH.fullmatch(str(info.sha)):
         raise MachineError("the hub's answer names no commit", culprit=str(name))
     if COMMIT.fullmatch(name.revision or "") and info.sha != name.revision:  # pinned, so that no other will do
@@ -55,14 +152,53 @@ def download(name: HubName, config_alone: bool = False) -> Path:
         raise MachineError("the hub's answer is not a list of files and their sizes", culprit=str(name))
     folder = repository_folder(name) / "snapshots" / str(info.sha)
     is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
-    with reading(folder):
-        while missing := missing_files(needed_files(name, known_sizes, folder, config_alone).files, folder, sizes):
-            _require_there(missing, listed, name)
-            _require_space(sum(sizes.get(file, 0) for file in missing), name)
-            with _explained(name):
-                _fetch(name.repo, info.sha if is_hash else name.revision, missing)
-            _require_whole(missing, folder, listed, name)
-    return folder / name.path
+    return _Commit(name, listed, sizes, info.sha if is_hash else name.revision, folder)
+
+
+def _read_header(name: HubName, found: _Commit, file: str) -> bytes | None:
+    """Get a file's first bytes through its safetensors header: two requests, one if the first has them all.
+
+    Returns:
+        None if the hub does not know ranges.
+    """
+    whole = found.sizes.get(file)
+    if whole is None or whole < 8:
+        raise MachineError(f"{file} has no size in the hub's list", culprit=str(name))
+    data = _read_range(name, found, file, 0, min(FIRST_BYTES, whole))
+    if data is None:
+        return None
+    (length,) = struct.unpack("<Q", data[:8])
+    end = 8 + length
+    if length > MAX_HEADER or end > whole:
+        raise InputError(f"{file} is not a safetensors file", culprit=str(name))
+    rest = _read_range(name, found, file, len(data), end) if end > len(data) else b""
+    return None if rest is None else data[:end] + rest
+
+
+def _read_range(name: HubName, found: _Commit, file: str, first: int, end: int) -> bytes | None:
+    """Get bytes first:end of a file of a commit; None if the hub sends whole files.
+
+    Raises:
+        MachineError: it sends other bytes.
+    """
+    url = hf_hub_url(name.repo, file, revision=found.folder.name)
+    headers: dict[str, str] = utils.build_hf_headers(library_name="loratool")
+    headers |= {"Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
+    data = bytearray()
+    with _explained(name), stream("GET", url, headers=headers, follow_redirects=True) as answer:
+        utils.hf_raise_for_status(answer)
+        if answer.status_code == 200:
+            return None
+        stated = answer.headers.get("content-range")
+        if stated == f"bytes {first}-{end - 1}/{found.sizes[file]}":
+            for part in answer.iter_bytes():
+                data += part
+                if len(data) > end - first:
+                    break
+    if len(data) != end - first:
+        what = f"the hub does not send the bytes {first} to {end} of {file} that were asked for"
+        raise MachineError(what, culprit=str(name), remedy=AGAIN)
+    return bytes(data)
 
 
 def _find_revision(name: HubName) -> ModelInfo:

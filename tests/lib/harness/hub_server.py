@@ -28,6 +28,8 @@ class Repository:
     shortened: set[str] = field(default_factory=set)  # files whose answers end early each time, as if they were whole
     damaged: set[str] = field(default_factory=set)  # files whose answers have other bytes than the list says
     mistagged: set[str] = field(default_factory=set)  # files whose ETag is of other bytes
+    rangeless: set[str] = field(default_factory=set)  # files that are sent whole, whatever part is asked for
+    other_ranges: set[str] = field(default_factory=set)  # files of which a part ends a byte too early
     untagged: set[str] = field(default_factory=set)  # files whose answers have no ETag
 
 
@@ -109,10 +111,11 @@ class _Handler(BaseHTTPRequestHandler):
         data = bytes(len(data)) if path in own.damaged else data
         if self.command == "GET" and path in own.shortened:
             return self._send(200, data[: len(data) // 2], headers)
-        if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            first = int(found[1])
-            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-            return self._send(206, data[first:], headers)
+        if (found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))) and path not in own.rangeless:
+            first, last = int(found[1]), int(found[2] or len(data) - 1)
+            last -= path in own.other_ranges
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            return self._send(206, data[first : last + 1], headers)
         if self.command == "GET" and path in own.stalled:
             self._send(200, data, headers, sent=len(data) // 2)
             self.wfile.flush()

@@ -1,0 +1,119 @@
+"""Inspect models of a hub on this machine by their headers: what is asked for, and that it is the same report."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_model, write_peft
+from files.hub.test_hub_download import FACTORS, hub
+from lib.harness.hub_server import HubServer, files_in
+from safetensors.torch import save_file
+
+import loratool
+from loratool.errors import InputError, MachineError
+
+__all__ = ["hub"]
+
+NAME = "model.layers.0.self_attn.q_proj.weight"
+TENSORS = {NAME: torch.ones(8, 8), "model.embed_tokens.weight": torch.zeros(300, 300)}
+
+
+def told(path: Path | str, **more: Any) -> dict[str, Any]:
+    report: Any = loratool.inspect(path, **more)
+    return {key: value for key, value in asdict(report).items() if key not in ("path", "sha256")}
+
+
+def ranges(hub: HubServer) -> list[tuple[str, str]]:
+    return [(path.rpartition("/")[2], span) for method, path, span in hub.log if method == "GET" and span]
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_model_is_inspected_by_its_headers(hub: HubServer, tmp_path: Path, shards: int) -> None:
+    folder = write_model(tmp_path / "model", TENSORS, {"model_type": "llama"}, shards=shards)
+    hub.add("org/name", {**files_in(folder), "tokenizer.json": b"{}"})
+    assert told("org/name") == told(folder)
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert sorted(name for name, _ in ranges(hub)) == weights
+    assert hub.fetched() - {*weights} == {path.name for path in folder.glob("*.json")}
+    assert not [*tmp_path.glob("cache/**/*.safetensors")]
+
+
+def test_a_long_header_takes_a_second_request(hub: HubServer, tmp_path: Path) -> None:
+    save_file({f"model.layers.{i}.mlp.up_proj.weight": torch.ones(2) for i in range(3000)}, tmp_path / "m.safetensors")
+    data = (tmp_path / "m.safetensors").read_bytes()
+    hub.add("org/name", {"m.safetensors": data})
+    assert told("org/name/m.safetensors") == told(tmp_path / "m.safetensors")
+    (length,) = struct.unpack("<Q", data[:8])
+    assert ranges(hub) == [
+        ("m.safetensors", "bytes=0-131071"),
+        ("m.safetensors", f"bytes=131072-{8 + length - 1}"),
+    ]
+
+
+def test_what_is_in_the_cache_is_used(hub: HubServer, tmp_path: Path) -> None:
+    from loratool.files.hub.cache import resolve
+
+    hub.add("org/name", files_in(write_model(tmp_path / "model", TENSORS, {})))
+    resolve("org/name")
+    hub.log.clear()
+    told("org/name")
+    assert hub.log == []
+
+
+def test_an_adapter_is_downloaded(hub: HubServer, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "adapter", FACTORS, r=2, lora_alpha=2)
+    hub.add("org/adapter", files_in(adapter))
+    assert told("org/adapter") == told(adapter)
+    assert [*tmp_path.glob("cache/**/adapter_model.safetensors")]
+
+
+def test_a_digest_takes_the_whole(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", TENSORS, {})
+    hub.add("org/name", files_in(folder))
+    assert told("org/name", digest=True) == told(folder, digest=True)
+    assert ranges(hub) == []
+
+
+def test_from_a_server_without_ranges_all_is_downloaded(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", TENSORS, {})
+    hub.add("org/name", files_in(folder), rangeless={"model.safetensors"})
+    assert told("org/name") == told(folder) and [*tmp_path.glob("cache/**/model.safetensors")]
+
+
+def test_a_part_of_another_length(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", TENSORS, {})
+    hub.add("org/name", files_in(folder), other_ranges={"model.safetensors"})
+    with pytest.raises(MachineError, match=r"does not send the bytes 0 to \d+ of model.safetensors"):
+        loratool.inspect("org/name")
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (struct.pack("<Q", 1 << 60) + b"\0" * 100, "is not a safetensors file"),
+        (struct.pack("<Q", 90) + b"{" * 100, "not valid JSON"),
+        (b"\0" * 4, "has no size in the hub's list|not a safetensors file"),
+    ],
+)
+def test_broken_headers(hub: HubServer, data: bytes, match: str) -> None:
+    hub.add("org/name", {"config.json": b"{}", "model.safetensors": data})
+    with pytest.raises((InputError, MachineError), match=match):
+        loratool.inspect("org/name")
+
+
+def test_a_stand_in_has_no_numbers(hub: HubServer, tmp_path: Path) -> None:
+    from loratool.files.checkpoint import open_checkpoint
+    from loratool.files.hub.headers import headers_alone
+
+    hub.add("org/name", files_in(write_model(tmp_path / "model", TENSORS, {})))
+    with headers_alone("org/name") as place:
+        model = open_checkpoint(place)
+        assert model.specs[NAME].shape == (8, 8)
+        with pytest.raises(InputError, match="too early"):
+            model.shard_of[NAME].numbers(NAME)
+        model.close()
