@@ -369,7 +369,7 @@ def file_of(shard: WeightsFile, name: str) -> OutputFile:
         InputError: it is a torch file, or another that is only read.
     """
     if shard.header is None or shard.scattered:
-        message = "is neither a safetensors nor a GGUF file, and cannot be changed in place"
+        message = "is a torch file or another that is only read, and cannot be changed in place"
         raise InputError(message, culprit=str(shard.path), remedy=ELSEWHERE)
     return OutputFile(name, read_layout(shard.header, shard.path).head, dict(shard.begin), shard.nbytes)
 

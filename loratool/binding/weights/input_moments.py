@@ -169,8 +169,9 @@ class InputMoments:
         if first not in self._found:
             is_sure = len(self._models) == 1
             meanings = [each for model in self._models if (each := _meaning(model, first, is_sure)) is not None]
-            agreed = len({tuple((each.tensor, each.expert) for each in places) for places in meanings}) == 1
-            self._found[first] = meanings[0] if agreed else []
+            agreed = len({_inputs(places) for places in meanings}) == 1
+            by_tensor = {each.tensor: each for places in reversed(meanings) for each in places}
+            self._found[first] = [*by_tensor.values()] if agreed else []
         number = LAYER.search(module)
         layer = f"blk{number[0]}." if number else ""
         return [replace(each, tensor=re.sub(r"\bblk\.0\.", layer, each.tensor)) for each in self._found[first]]
@@ -197,6 +198,15 @@ def _meaning(model: GgufModel, module: str, is_sure: bool) -> list[_Place] | Non
         and not (part.weight.columns and model.architecture.missing_facts(model.facts, [part.weight]))
     ]
     return places if parts else None
+
+
+def _inputs(places: list[_Place]) -> tuple[tuple[str, int | None], ...]:
+    """Return which inputs places have: those of gate and up are the same, in one tensor of both or in two."""
+    return tuple(
+        (each.tensor.replace("_gate_up_", f"_{part}_"), each.expert)
+        for each in places
+        for part in (("gate", "up") if "_gate_up_" in each.tensor else ("",))
+    )
 
 
 def _all_models() -> list[GgufModel]:

@@ -20,6 +20,7 @@ from torch import Tensor
 import loratool
 from lib import markdown
 from lib.files import gguf_bytes
+from lib.models.training_runs import write_dcp
 from loratool import InputError, NeedsFlag
 from loratool.adapters.formats import FORMATS, loaded_by, written_formats
 from loratool.adapters.updates import UPDATES
@@ -159,6 +160,14 @@ def _cloneofsimo(path: Path) -> Path:
     return path.with_suffix(".safetensors")
 
 
+def _megatron(path: Path) -> Path:
+    A, B = factors(8, 8, 4)
+    stem = "decoder.layers.0.self_attention.linear_proj.adapter"
+    folder = write_dcp(path, {(f"{stem}.linear_in.weight",): A, (f"{stem}.linear_out.weight",): B})
+    (folder / "run_config.yaml").write_text("peft:\n  alpha: 2\nmodel:\n  tensor_model_parallel_size: 1\n")
+    return folder
+
+
 # The readable formats, each with what makes a small adapter of it
 READABLE: dict[str, Callable[[Path], Path]] = {
     "PEFT, of a language model": lambda p: _peft(p, lora_alpha=2),
@@ -175,6 +184,7 @@ READABLE: dict[str, Callable[[Path], Path]] = {
     "torchtune": _torchtune,
     "litgpt": _litgpt,
     "Segment Anything": _sam,
+    "Megatron-Core": _megatron,
     "kohya, SD 1, 2, SDXL": lambda p: _image(
         p, {f"lora_unet_{SGM.replace('.', '_')}": (8, 8), f"lora_te1_{LAYER.replace('.', '_')}": (32, 8)}, DOWN_UP
     ),
@@ -341,6 +351,7 @@ ADAPTERS_CHECKED = {
     "litgpt": ("litgpt", "adapters/test_trainers_litgpt.py"),
     "loralib": ("loralib", "commands/convert/test_convert_image_oracles.py"),
     "mlx": ("mlx-lm", "adapters/test_mlx_oracle.py"),
+    "megatron": ("Megatron-Bridge, Megatron-Core", "adapters/test_megatron.py"),
     "sam": ("SAMed, LoRA-ViT", "adapters/test_sam.py"),
     "peft": ("peft", "commands/merge/test_merge_peft_layers.py"),
 }
