@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "fixtures"
 SHARED = ROOT.parent / "shared" / "data"
 FOLDERS = itertools.count()
-MOST_CASES = 3  # of one test in the default run, which is to take less than five minutes on two cores
+MOST_CASES = 2  # of one test in the default run, which is to take less than five minutes on two cores
 
 # Runs the command line and ends with its peak RSS in kB on stderr. (What wait4 tells of a child includes its
 # parent's RSS at the fork, which here is pytest's.)
