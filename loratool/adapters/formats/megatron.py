@@ -9,7 +9,8 @@ A state joins the ranks of tensor parallelism. It does so in the wrong order whe
 does not know it, or does not have them and is taken for it: their order depends on the number of ranks, which is in the
 run's settings beside it. Defined by NVIDIA-NeMo/Megatron-Bridge of August 2026, `peft/utils.py`, `peft/dora_layers.py`,
 `peft/canonical_lora.py`; NVIDIA-NeMo/NeMo, `collections/llm/peft`; modelscope/ms-swift and mcore-bridge,
-`tuners/lora.py`.
+`tuners/lora.py`. Megatron-Bridge was run. Of NeMo and ms-swift, and of grouped experts and linear attention on several
+ranks, the sources were only read.
 """
 
 from __future__ import annotations
@@ -299,8 +300,7 @@ class _Reader:
             why = f"has magnitudes by the norms of one of {self._ranks(module)} ranks' columns, as DoRA there has"
             raise InputError(why, culprit=module.tensors["m"], remedy="merge it with its trainer")
         if inner == "mlp.experts.linear_fc2" and self._ranks(module) > 1:
-            # the trainer's logits are not those of its own export then
-            why = f"is of experts over {self._ranks(module)} tensor-parallel ranks, each of which adds this change"
+            why = f"is of experts over {self._ranks(module)} tensor-parallel ranks, where its effect is not that of B A"
             raise InputError(why, culprit=tensor, remedy="merge it with its trainer, and compare")
         if inner == "output_layer":
             return [_Target("lm_head")]
