@@ -25,6 +25,14 @@ _SECRET = re.compile(
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # as the hub makes them
 
 
+_shown: dict[str, str] = {}  # the beginning of a path -> what stands for it in texts
+
+
+def show_as(beginning: str, shown: str) -> None:
+    """Show paths that begin so under another name, in this process."""
+    _shown[beginning] = shown
+
+
 def with_article(noun: str) -> str:
     """Return a noun after "a" or "an". X counts as a vowel, because names such as XLORA begin with the letter."""
     return f"{'an' if noun[:1].upper() in tuple('AEIOX') else 'a'} {noun}"
@@ -34,8 +42,11 @@ def without_credentials(text: str) -> str:
     """Return a text without the users and queries of links, and without tokens of the hub.
 
     Everything that shows or stores text of an input calls this, as people send on logs and reports. The part before the
-    host is removed, and the part after a `?`, as signed links have their credentials there.
+    host is removed, and the part after a `?`, as signed links have their credentials there. A path of what stands here
+    for an object in a store becomes its link.
     """
+    for beginning, shown in _shown.items():
+        text = text.replace(beginning, shown)
     if ":/" in text:
         text = _LINK.sub(_link_without_credentials, text)
     if "=" in text:

@@ -42,7 +42,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("weights_file",),
         ("containers", "digest"),
         ("codecs", "folder"),
-        ("states", "tensor_ref"),
+        ("states", "stores", "tensor_ref"),
         ("hub",),
         ("checkpoint", "imatrix_file"),
         ("relaid", "repeated_layers", "tensor_compare"),

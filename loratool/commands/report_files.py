@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-from ..durable.fileio import open_for_reading, read_into, size, write_at
+from ..durable.fileio import file_length, open_for_reading, read_into, size, write_at
 from ..durable.partial import partial_file
 from ..errors import InputError, MachineError, NeedsFlag, UsageError, brief, install_remedy
 from ..files.containers.safetensors_file import MAX_PARSED, parse_json
@@ -178,7 +178,7 @@ def read_report(path: StrPath) -> Report:
 
 def _read_file(path: Path) -> bytearray:
     with open_for_reading(path) as file:
-        nbytes = os.fstat(file.fileno()).st_size
+        nbytes = file_length(file)
         if nbytes > MAX_FILE:
             why = f"is {size(nbytes)}; a page of a report has at most {size(MAX_FILE)}"
             raise InputError(why, culprit=str(path), remedy=ANOTHER_FILE)

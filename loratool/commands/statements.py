@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..durable.fileio import open_for_reading, sha256_file, size
+from ..durable.fileio import file_length, open_for_reading, sha256_file, size
 from ..errors import InputError, LoratoolError, brief
 from ..files.containers.safetensors_file import parse_json
 from ..files.hub.names import pinned_name
@@ -81,7 +81,7 @@ def read_statement(path: Path) -> Statement:
 
 def _read(path: Path) -> bytes:
     with open_for_reading(path) as file:
-        nbytes = os.fstat(file.fileno()).st_size
+        nbytes = file_length(file)
         data = file.read(LARGEST + 1) if nbytes <= LARGEST else b""
     if nbytes > LARGEST or len(data) > LARGEST:
         raise InputError(f"is {size(nbytes)}; a statement has at most {size(LARGEST)}", culprit=str(path))

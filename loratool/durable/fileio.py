@@ -11,10 +11,11 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from ..errors import InputError, MachineError
 from . import disk
+from .elsewhere import RemoteFile, source_of
 from .interrupts import held_back, unless_done
 
 COPY_CHUNK = 1 << 23  # bytes of a fallback copy buffer: large enough to stream, small enough for one per worker
@@ -43,7 +44,9 @@ def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:
     """Fill `buffer` from `file` at `offset`; raise InputError if the file ends early."""
     done = 0
     while done < len(buffer):
-        if hasattr(os, "preadv"):
+        if isinstance(file, RemoteFile):
+            n = file.read_at(buffer[done:], offset + done)
+        elif hasattr(os, "preadv"):
             n = os.preadv(file.fileno(), [buffer[done:]], offset + done)
         else:
             with disk.seek_lock:
@@ -140,7 +143,20 @@ def is_beside(name: str) -> bool:
     return name == Path(name).name and not any(mark in name for mark in "\\:\0") and name not in ("", ".", "..")
 
 
+def file_length(file: BinaryIO) -> int:
+    """Return the bytes of an open file."""
+    return file.source.nbytes if isinstance(file, RemoteFile) else os.fstat(file.fileno()).st_size
+
+
+def length_of(path: Path) -> int:
+    """Return the bytes of a file, or of what a path stands in for."""
+    source = source_of(path)
+    return source.nbytes if source else path.stat().st_size
+
+
 def open_for_reading(path: Path) -> BinaryIO:
+    if source := source_of(path):
+        return cast("BinaryIO", RemoteFile(source))
     with reading(path):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise InputError("is a pipe or a device, which cannot be read in any order", culprit=str(path))
@@ -209,7 +225,7 @@ def write_file(path: Path, data: bytes) -> None:
 def copy_file(origin: Path, path: Path) -> None:
     """Copy a file and sync the copy to the disk."""
     with open_for_reading(origin) as source, open_new(path) as target:
-        copy_range(source, 0, target, 0, os.fstat(source.fileno()).st_size)
+        copy_range(source, 0, target, 0, file_length(source))
         disk.sync(target)
 
 
@@ -228,7 +244,7 @@ def sampled(file: BinaryIO) -> str:
 
     It detects the weights of another training, which differ everywhere, but not an edit in one place.
     """
-    size = os.fstat(file.fileno()).st_size
+    size = file_length(file)
     digest, page = hashlib.sha256(str(size).encode()), memoryview(bytearray(min(PAGE, size)))
     for sample in range(SAMPLES):
         read_into(file, page, (size - len(page)) * sample // (SAMPLES - 1))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-from ..durable.fileio import open_for_reading, read_into
+from ..durable.fileio import file_length, open_for_reading, read_into
 from ..errors import InputError
 from .containers.file_kinds import container_of, first_bytes, kind_of
 from .containers.gguf_file import MAGIC, MAX_NAME, MAX_TENSORS, GgufFile
@@ -188,7 +188,7 @@ class _Numbers:
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file, self._path, self.offset = file, path, 0
-        self._end = os.fstat(file.fileno()).st_size
+        self._end = file_length(file)
 
     @property
     def left(self) -> int:

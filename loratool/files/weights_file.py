@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..durable.descriptors import REPLACED, WAIT, kept_open
-from ..durable.fileio import CHECKED_CHUNK, open_for_reading, read_into, sampled, write_at
+from ..durable.elsewhere import RemoteFile
+from ..durable.fileio import CHECKED_CHUNK, file_length, open_for_reading, read_into, sampled, write_at
 from ..errors import InputError
 from .dtypes import TORCH_FLOATS, TensorSpec
 
@@ -42,8 +43,7 @@ class WeightsFile:
 
     def _open(self, path: Path) -> None:
         file = open_for_reading(path)
-        status = os.fstat(file.fileno())
-        self.stamp, self.nbytes = _stamp(status), status.st_size
+        self.stamp, self.nbytes = _stamp_of(file), file_length(file)
         self.path, self.file = path, kept_open(file, partial(open_for_reading, path))
 
     def open_again(self, path: Path) -> None:
@@ -174,6 +174,10 @@ def read_parts(file: WeightsFile, name: str, first: int, nbytes: int) -> Iterato
         yield part
 
 
+def _stamp_of(file: BinaryIO) -> tuple[int, ...]:
+    return (file.source.nbytes,) if isinstance(file, RemoteFile) else _stamp(os.fstat(file.fileno()))
+
+
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
@@ -189,11 +193,20 @@ def require_unchanged(files: Iterable[WeightsFile]) -> None:
     A removed file can still be read completely through its descriptor.
     """
     for opened in (member for file in files for member in file.members):
-        statuses = [os.fstat(opened.file.fileno())]
+        if isinstance(opened.file, RemoteFile):
+            opened.file.source.require_same()
+            continue
+        stamps = [_stamp_of(opened.file)]
         with suppress(FileNotFoundError):
-            statuses.append(os.stat(opened.path))
-        if any(_stamp(status) != opened.stamp for status in statuses):
+            stamps.append(_stamp(os.stat(opened.path)))
+        if any(stamp != opened.stamp for stamp in stamps):
             raise InputError(REPLACED, culprit=str(opened.path), remedy=WAIT)
+
+
+def _described(file: BinaryIO, path: Path) -> tuple[str, list[Any]]:
+    if isinstance(file, RemoteFile):
+        return file.source.name, [file.source.identity, file.source.nbytes]
+    return os.path.abspath(path), [*_stamp(os.fstat(file.fileno()))[2:], sampled(file)]
 
 
 def described_inputs(
@@ -209,11 +222,8 @@ def described_inputs(
     Args:
         beside: paths of files that are not weights.
     """
-    inputs = {
-        os.path.abspath(each.path): [*each.stamp[2:], sampled(each.file)] for file in files for each in file.members
-    }
+    inputs = dict(_described(each.file, each.path) for file in files for each in file.members)
     for path in beside:
-        with open_for_reading(path) as file:
-            status = os.fstat(file.fileno())
-            inputs[os.path.abspath(path)] = [status.st_mtime_ns, status.st_size, sampled(file)]
+        with open_for_reading(path) as opened:
+            inputs |= [_described(opened, path)]
     return {**inputs, "a config": [hashlib.sha256(repr([*configs]).encode()).hexdigest()]}

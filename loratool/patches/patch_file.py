@@ -29,7 +29,6 @@ predicts the span.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..adapters.formats.peft_config import CONFIG_NAME
-from ..durable.fileio import copy_range, open_for_reading, sha256_range, write_at
+from ..durable.fileio import copy_range, file_length, open_for_reading, sha256_range, write_at
 from ..durable.journal import StoredBytes
 from ..errors import InputError
 from ..files.containers.indexed_file import (
@@ -202,7 +201,7 @@ def write_patch(target: BinaryIO, content: PatchContent, spans: Iterable[CodedSp
         files = {}
         for name, path in sorted(adapter.files.items()):
             with open_for_reading(path) as file:
-                length = os.fstat(file.fileno()).st_size
+                length = file_length(file)
                 copy_range(file, 0, target, position, length)
                 files[name] = [length, sha256_range(file, 0, length)]
             position += length

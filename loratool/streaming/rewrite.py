@@ -15,6 +15,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, TypeGuard
 
+from ..durable.elsewhere import RemoteFile
 from ..durable.fileio import write_at, write_back_early
 from ..durable.journal import Journal, Place
 from ..errors import InputError, NeedsFlag
@@ -283,6 +284,8 @@ def _items(
 ) -> Iterator[Item]:
     """Yield the output's items, one of each file in turn, since threads that write to one file wait for its lock.
 
+    Where an input is elsewhere, one file follows the other, so that what is read ahead is of few files.
+
     Args:
         hashed: the tensors to hash, and the file of each; one that the output has too is read when that is made.
     """
@@ -293,6 +296,8 @@ def _items(
         in_batches(file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, hashed))
         for file in output.files
     ]
+    if any(isinstance(member.file, RemoteFile) for file in output.inputs for member in file.members):
+        waiting = [chain.from_iterable(waiting)]
     while waiting:
         for source in list(waiting):
             item = next(source, None)

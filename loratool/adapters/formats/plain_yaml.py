@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ...durable.fileio import file_length, open_for_reading
 from ...errors import InputError
 
 LARGEST = 1 << 20  # bytes of a file
@@ -27,10 +28,12 @@ def read_plain_yaml(path: Path, section: str = "") -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"has no {path.name} beside it, which says how it was made", culprit=str(path.parent))
-    if path.stat().st_size > LARGEST:
-        raise InputError("is too long for a file of settings", culprit=str(path))
+    with open_for_reading(path) as file:
+        if file_length(file) > LARGEST:
+            raise InputError("is too long for a file of settings", culprit=str(path))
+        data = file.read()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = data.decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise InputError("is not text", culprit=str(path)) from error
     values: dict[str, Any] = {}

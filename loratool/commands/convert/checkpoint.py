@@ -22,6 +22,7 @@ from ...architectures.experts import EXPERTS
 from ...architectures.mlx_names import ONE_BY_ONE, find_share, mlx_names
 from ...architectures.renames import canonical
 from ...binding.merge.coded_bases import decode_all, note_of_a_file, refuse_unread
+from ...durable.fileio import length_of
 from ...errors import InputError, NeedsFlag, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.codecs.quantized import CODED_METADATA, is_marker
@@ -78,7 +79,7 @@ class GgufFolder:
         index = {name: data for name, data in output.extras.items() if name != CONFIG}
         beside = {} if output.is_file else {CONFIG: encode_json(config)}
         side_files = {} if output.is_file else self.tokenizer
-        beside_gguf = (LeftBehind(name, path.stat().st_size, BESIDE) for name, path in output.side_files.items())
+        beside_gguf = (LeftBehind(name, length_of(path), BESIDE) for name, path in output.side_files.items())
         left = (*output.left_behind, *(each for each in beside_gguf if each.name not in side_files))
         return replace(output, extras=index | beside, side_files=side_files, left_behind=left)
 

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...durable.fileio import sha256_file
+from ...durable.fileio import length_of, sha256_file
 from ...errors import InputError
 from ...files.hub.cache import resolve
 from ...files.hub.names import pinned_name
@@ -38,7 +38,7 @@ def run_inspect_files(call: InspectFiles) -> FilesReport:
         signature = _find_signature(found, places)
         named = sorted({*places, *(signature.files if signature else ())})
         places |= {name: signature.places[name] for name in named if signature and name not in places}
-        sizes = {name: places[name].stat().st_size if places[name].is_file() else None for name in named}
+        sizes = {name: length_of(places[name]) if places[name].is_file() else None for name in named}
         total = sum(filter(None, sizes.values()))
         hashes = _hashes({name: places[name] for name in named}, call.progress, total + sum(f.nbytes for f in opened))
         digest = digest_of_files(opened, _after(call.progress, total))
@@ -112,7 +112,7 @@ def _hashes(places: dict[str, Path], progress: Progress | None, total: int) -> d
     with closing(map_in_order(_hash, places.values(), worker_count())) as results:
         for (name, place), found in zip(places.items(), results, strict=True):
             hashes[name] = found
-            done += place.stat().st_size if found else 0
+            done += length_of(place) if found else 0
             if progress:
                 progress(done, total)
     return hashes

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from ...durable.descriptors import kept_open
-from ...durable.fileio import open_for_reading, read_into, write_at
+from ...durable.fileio import file_length, open_for_reading, read_into, write_at
 from ...errors import InputError, MachineError
 from .file_kinds import FIRST, kind_of
 from .safetensors_file import memory_of, parse_json
@@ -172,7 +171,7 @@ class IndexedFile:
     def _read_index(self) -> tuple[dict[str, Any], int]:
         """Read the index, and return it with its first byte in the file."""
         kind = self.kind
-        self.nbytes = size = os.fstat(self.file.fileno()).st_size
+        self.nbytes = size = file_length(self.file)
         start = self.bytes(0, min(size, len(kind.first_line)))
         if start[: len(kind.mark)] != kind.mark or size < len(kind.first_line) + TRAILER.size:
             raise self._of_another_kind()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from ...durable.fileio import is_beside, open_for_reading, size
+from ...durable.fileio import file_length, is_beside, open_for_reading, size
 from ...errors import InputError
 from ..containers.safetensors_file import parse_json
 
@@ -35,7 +34,7 @@ NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|ra
 
 def read_json_file(path: Path) -> dict[str, Any]:
     with open_for_reading(path) as file:
-        if os.fstat(file.fileno()).st_size > MAX_JSON:
+        if file_length(file) > MAX_JSON:
             raise InputError(
                 f"is larger than {size(MAX_JSON)}, which is too large for a config or index", culprit=str(path)
             )

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...durable.fileio import open_for_reading, reading
+from ...durable.fileio import length_of, open_for_reading, reading
 from ...errors import InputError
 from .model_folder import PIPELINE
 from .sentence_transformers import DENSE, MODULES, module_folders
@@ -233,7 +233,7 @@ def _why_folder(folder: Path) -> str:
 
 def _file_size(path: Path) -> int | None:
     """Return the bytes of a file; None if it cannot be read or is not a file."""
-    return path.stat().st_size if path.is_file() and os.access(path, os.R_OK) else None
+    return length_of(path) if path.is_file() and os.access(path, os.R_OK) else None
 
 
 def _nbytes(path: Path) -> int | None:
@@ -241,11 +241,11 @@ def _nbytes(path: Path) -> int | None:
     total = 0
     with suppress(OSError):
         if not path.is_dir():
-            return path.stat().st_size
+            return length_of(path)
         for count, inner in enumerate(_walk(path)):
             if count == MOST_COUNTED:
                 return None
-            total += inner.lstat().st_size
+            total += inner.lstat().st_size if inner.is_symlink() else length_of(inner)
         return total
     return None
 
@@ -298,7 +298,7 @@ def undo_files(path: Path) -> list[Path]:
 def has_card(folder: Path) -> bool:
     """Return whether a folder has a model card that an undo file can keep."""
     path = folder / CARD
-    return path.is_file() and os.access(path, os.R_OK) and path.stat().st_size <= SMALL_TEXT
+    return path.is_file() and os.access(path, os.R_OK) and length_of(path) <= SMALL_TEXT
 
 
 def is_undo_file(path: Path) -> bool:

@@ -16,6 +16,7 @@ from ...durable.fileio import reading
 from ...durable.in_place import in_place_folder
 from ...durable.partial import set_aside
 from ...errors import InputError, MachineError, install_remedy, shell_word
+from ..stores.links import parse_store_link
 from .names import HubName, parse_hub_name
 from .snapshots import Cached, find_snapshot, is_offline, look_up
 
@@ -58,6 +59,10 @@ def find_here(name: str | os.PathLike[str], config_alone: bool = False) -> Path 
             raise InputError("is in the middle of a change in place", culprit=text, remedy=remedy)
     if path.is_symlink():
         raise InputError(f"is a link to {os.readlink(path)}, which is not there", culprit=text)
+    if link := parse_store_link(text):
+        objects = import_module("..stores.objects", __package__)  # most runs have no use for it
+        place: Path = objects.open_store(link)
+        return place
     hub_name = parse_hub_name(text)
     if hub_name is None or _is_local(hub_name):
         raise InputError(NO_SUCH, culprit=text, remedy=_similar_names(path) or _as_link(hub_name))

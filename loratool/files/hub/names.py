@@ -14,10 +14,9 @@ from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ...errors import InputError
+from ..stores.links import parse_store_link
 
 SCHEME = re.compile(r"(hf|https?):/{1,2}(?=[^/])")  # a Path of a link has one slash
-
-HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 ROUTES = ("tree", "blob", "resolve", "raw", "blame")  # of the hub's pages for a folder or a file of a revision
 
@@ -67,6 +66,8 @@ def parse_hub_name(text: str) -> HubName | None:
     Raises:
         InputError: it is a link, but not to a model on the hub.
     """
+    if parse_store_link(text):
+        return None
     if scheme := SCHEME.match(text):
         location = text[scheme.end() :]
         if scheme[1] != "hf":
@@ -101,7 +102,9 @@ def named_repo(text: object) -> str:
 
 
 def shareable(given: str) -> str:
-    """Return a link to the hub as a hub name, since its query may have a token; any other text unchanged."""
+    """Return a link to the hub as a hub name, another without its query, which may have a token; a path unchanged."""
+    if link := parse_store_link(given):
+        return str(link)
     if not SCHEME.match(given) or os.path.lexists(given):
         return given
     try:
@@ -115,7 +118,7 @@ def base_fields(given: str) -> dict[str, str]:
     """Return the fields that name a base in PEFT's config: a path unchanged, a hub name in the form that PEFT loads."""
     name = None if os.path.lexists(given) else parse_hub_name(given)
     if name is None or name.path:  # PEFT has no word for a folder in a repository
-        return {"base_model_name_or_path": str(name or given)}
+        return {"base_model_name_or_path": str(name or shareable(given))}
     return {"base_model_name_or_path": name.repo, **({"revision": name.revision} if name.revision else {})}
 
 
@@ -123,13 +126,9 @@ def _of_page(location: str, link: str) -> str:
     """Return the part after hf:// that corresponds to a link to the hub's pages, given without its scheme.
 
     Raises:
-        InputError: the link is to another host, or not to a page of a model, a folder or a file.
+        InputError: the link is not to a page of a model, a folder or a file.
     """
     parsed, endpoint = _split_link(f"//{location}"), _split_link(os.environ.get("HF_ENDPOINT", ""))
-    if parsed.netloc not in (*HOSTS, endpoint.netloc):
-        raise InputError(
-            "is a link, but only links to the hub's pages are followed", culprit=link, remedy="download it first"
-        )
     path = parsed.path.removeprefix(endpoint.path.rstrip("/")) if parsed.netloc == endpoint.netloc else parsed.path
     parts = [_decoded(part) for part in path.split("/") if part]
     if len(parts) < 3 or parts[0] in OTHER_KINDS:

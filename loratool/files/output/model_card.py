@@ -18,7 +18,7 @@ from ...durable.fileio import open_for_reading
 from ...durable.partial import set_aside
 from ...errors import InputError
 from ..folder.side_files import CARD
-from ..hub.names import cached_name, parse_hub_name
+from ..hub.names import cached_name, parse_hub_name, shareable
 
 READ = 1 << 16  # bytes of a card that are searched for its metadata
 
@@ -89,7 +89,7 @@ def name_on_hub(given: str | os.PathLike[str]) -> str:
 def shown_name(given: str | os.PathLike[str]) -> str:
     """Return an input's name for a card: its repo id, else the last part of its path, as text."""
     name, rest = _split(given)
-    shown = name + rest if name else (Path(given).name or Path(given).resolve().name)
+    shown = name + rest if name else (Path(shareable(os.fspath(given))).name or Path(given).resolve().name)
     return os.fsencode(shown).decode(errors="backslashreplace")  # a file's name may be any bytes
 
 

@@ -22,7 +22,9 @@ from ...durable.descriptors import kept_open
 from ...durable.fileio import (
     copy_file,
     copy_range,
+    file_length,
     lacking_space,
+    length_of,
     occupied,
     open_for_reading,
     open_new,
@@ -113,7 +115,7 @@ class Output:
     @property
     def needed_bytes(self) -> int:
         """Return the free bytes that the output needs on the disk, without the new undo file."""
-        beside = sum(origin.stat().st_size for origin in (*self.side_files.values(), *self.carried.values()))
+        beside = sum(length_of(origin) for origin in (*self.side_files.values(), *self.carried.values()))
         beside += sum(len(data) for data in self.extras.values())
         held = occupied(partial_path(self.path))  # bytes of a run that died; they are replaced or resumed
         return max(0, self.nbytes + beside - held)
@@ -256,7 +258,7 @@ def _refuse_twins(folder: Path, output: Output, late: Mapping[str, bytes]) -> No
 
 def _copy_into(target: BinaryIO, origin: Path) -> None:
     with open_for_reading(origin) as source:
-        copy_range(source, 0, target, 0, os.fstat(source.fileno()).st_size)
+        copy_range(source, 0, target, 0, file_length(source))
 
 
 @contextmanager

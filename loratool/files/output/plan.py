@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...durable.fileio import length_of
 from ...errors import InputError, UsageError
 from ..checkpoint import Checkpoint, classify_checkpoint, split_into_shards
 from ..codecs.skip_lists import plain_metadata
@@ -110,7 +111,7 @@ def plan_output(
         extras[name] = encode_json(edits.extras[name])
         del side_files[name]
     for name in sorted(side_files.keys() & edits.skipped_files.keys()):
-        left.append(LeftBehind(name, side_files.pop(name).stat().st_size, edits.skipped_files[name]))
+        left.append(LeftBehind(name, length_of(side_files.pop(name)), edits.skipped_files[name]))
     written = {name: spec for name, spec in specs.items() if name not in absent}
     unplaced = written.keys() - {name for file in files for name in file.begin}
     if unplaced:

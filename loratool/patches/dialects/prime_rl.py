@@ -18,6 +18,7 @@ import numpy as np
 
 from ...durable.fileio import (
     is_beside,
+    length_of,
     open_for_reading,
     open_scratch,
     read_into,
@@ -109,7 +110,7 @@ def _open_tensors(path: Path, most: int) -> tuple[WeightsFile, BinaryIO | None]:
         require_free_space(folder, nbytes)
         scratch = open_scratch(folder)
         try:
-            parts = _parts_of(source, path.stat().st_size)
+            parts = _parts_of(source, length_of(path))
             done = 0
             for piece in decompressed(parts, nbytes, str(path)):
                 write_at(scratch, memoryview(piece), done)

@@ -1,0 +1,1 @@
+"""Read models and adapters from object stores and web servers by ranges, without a copy here."""

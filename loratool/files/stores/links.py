@@ -1,0 +1,69 @@
+"""Links to objects in stores and on web servers, and the names under which they stand here."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
+
+from ...errors import without_credentials
+
+LINK = re.compile(r"([a-z][a-z0-9+-]+):/{1,2}(?=[^/])")  # a Path of a link has one slash
+
+HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+_UNSAFE = re.compile(r'[\x00-\x1f\x7f\\*?"<>|\ud800-\udfff]')  # in a file's name, on some system
+
+
+@dataclass(frozen=True)
+class StoreLink:
+    """A link to an object or a folder of objects; `text` is as fsspec takes it."""
+
+    scheme: str
+    text: str
+
+    def __str__(self) -> str:
+        return without_credentials(self.text)
+
+
+def parse_store_link(text: str) -> StoreLink | None:
+    """Return the link to a store that a text is; None for a path, a name or a link of the hub, an unknown scheme."""
+    match = LINK.match(text)
+    if not match:
+        return None
+    scheme, location = match[1], text[match.end() :]
+    if scheme == "hf" and not location.startswith("buckets/"):
+        return None
+    if scheme in ("http", "https") and _host(location) in (*HUB_HOSTS, _host(_endpoint())):
+        return None
+    from fsspec.registry import known_implementations, registry
+
+    is_known = scheme in known_implementations or scheme in registry
+    return StoreLink(scheme, f"{scheme}://{location}") if is_known else None
+
+
+def place_here(scheme: str, path: str) -> PurePosixPath | None:
+    """Return the relative path under which an object stands here; None if a part of it is no name of a file.
+
+    Args:
+        path: of the object in its file system, which may begin with the scheme, and end with a query.
+    """
+    location = path.partition("://")[2].partition("?")[0] if "://" in path else path
+    parts = [part for part in location.split("/") if part]
+    if _UNSAFE.search(location) or not all(part.strip(" .") for part in parts):
+        return None
+    return PurePosixPath(scheme, *(part.replace(":", "_") for part in parts))
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "").partition("://")[2]
+
+
+def _host(location: str) -> str:
+    """Return the host of a link without its scheme; empty if it is malformed, such as half an address in brackets."""
+    try:
+        return urlsplit(f"//{location}").netloc.rpartition("@")[2]
+    except ValueError:
+        return ""
