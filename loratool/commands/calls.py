@@ -7,6 +7,7 @@ recipe and their schema. Its docstring has their help, except for the shared arg
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, ParamSpec, TypeVa
 
 from ..binding.modules.selection import PRESETS
 from ..files.dtypes import FACTOR_DTYPES, MERGE_DTYPES
+from ..files.stores.links import StoreLink, links_in_one_state, parse_store_link
 from ..transform.rank_rules import OF_ONE_FILE, RANK_RULES, RULES_OF_SEVERAL
 from .arguments import (
     Argument,
@@ -66,10 +68,16 @@ class Call(Generic[R]):
             complete: Callable[[Call[R], R], R] = import_module(".digests", __package__).with_digests
             return complete(call, report)
 
-        if getattr(self, "attest", None) is None:
-            return worked(self)
-        attested: Callable[[Call[R], Callable[[Call[R]], R]], R] = import_module(".attest.write", __package__).attested
-        return attested(self, worked)
+        with links_in_one_state():
+            if link := _to_store(getattr(self, "out", None)):
+                sent_to_store: Callable[[Call[R], StoreLink, Callable[[Call[R]], R]], R]
+                sent_to_store = import_module(".to_store", __package__).sent_to_store
+                return sent_to_store(self, link, worked)
+            if getattr(self, "attest", None) is None:
+                return worked(self)
+            attested: Callable[[Call[R], Callable[[Call[R]], R]], R]
+            attested = import_module(".attest.write", __package__).attested
+            return attested(self, worked)
 
     @classmethod
     def name(cls) -> str:
@@ -79,6 +87,11 @@ class Call(Generic[R]):
     def given(self) -> dict[str, Any]:
         """Return the arguments with names, without defaults."""
         return changed(type(self), vars(self))
+
+
+def _to_store(out: object) -> StoreLink | None:
+    """Return the link of an output that goes to a store."""
+    return parse_store_link(os.fspath(out)) if isinstance(out, str | os.PathLike) else None
 
 
 def function_of(call: Callable[P, Call[R]]) -> Callable[P, R]:

@@ -6,6 +6,7 @@ Tests replace these functions with ones that fail, stop the process, or lose uns
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
@@ -19,6 +20,8 @@ POSIX = os.name == "posix"  # Windows opens no folder, neither to sync nor to lo
 
 # Errors of folders that cannot be synced and need not be: on some network file systems, and without read permission
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
+
+PUNCH_HOLE = 3  # of linux/falloc.h, with the size kept
 
 seek_lock = threading.Lock()  # without pwrite and preadv a call moves the file position, which threads share
 
@@ -68,6 +71,14 @@ def sync_early(file: BinaryIO) -> None:
     os.fdatasync(file.fileno()) if hasattr(os, "fdatasync") else os.fsync(file.fileno())
     with suppress(OSError, AttributeError):  # only advice; not every system takes it
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def release(file: BinaryIO, offset: int, nbytes: int) -> None:
+    """Free the space of a range of a file, which then reads as zeros; only Linux can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).fallocate(
+            file.fileno(), PUNCH_HOLE, ctypes.c_longlong(offset), ctypes.c_longlong(nbytes)
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -50,10 +50,17 @@ class RemoteBytes(Protocol):
 
 _sources: dict[str, RemoteBytes] = {}
 
+opened: set[str] = set()  # names of the files that were opened, since it was last cleared
+
 
 def stand_in(path: Path, source: RemoteBytes) -> None:
     """Put an empty file in the place of a source, in this process."""
     _sources[os.path.abspath(path)] = source
+
+
+def forget_stand_ins() -> None:
+    """Forget what paths stand in for; files that are open stay so."""
+    _sources.clear()
 
 
 def source_of(path: Path) -> RemoteBytes | None:
@@ -66,6 +73,7 @@ class RemoteFile(io.RawIOBase):
 
     def __init__(self, source: RemoteBytes) -> None:
         self.source, self.name, self._place = source, source.name, 0
+        opened.add(source.name)
 
     def read_at(self, buffer: memoryview, offset: int) -> int:
         """Fill a buffer from a byte on, as far as the file goes, and return how many bytes that are."""
@@ -93,6 +101,9 @@ class RemoteFile(io.RawIOBase):
         return done
 
 
+Request = tuple["Future[bytes]", int]  # and its first unit
+
+
 class _Blocks:
     """The units of files that were read last or are being read, and the threads that read them."""
 
@@ -101,16 +112,16 @@ class _Blocks:
 
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(AT_ONCE, "elsewhere")
-        self._kept: OrderedDict[tuple[int, int], tuple[Future[bytes], int]] = OrderedDict()  # request, its first unit
+        self._kept: OrderedDict[tuple[RemoteBytes, int], Request] = OrderedDict()
 
     def read(self, source: RemoteBytes, buffer: memoryview, offset: int) -> None:
         first, last = offset // UNIT, (offset + len(buffer) - 1) // UNIT
         with self._lock:
             self._ask(source, first, last + 1, LONGEST)
             self._ask_ahead(source, first, last)
-            found = [(number, *self._kept[id(source), number]) for number in range(first, last + 1)]
+            found = [(number, *self._kept[source, number]) for number in range(first, last + 1)]
             for number in range(first, last + 1):
-                self._kept.move_to_end((id(source), number))
+                self._kept.move_to_end((source, number))
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         for number, request, begin in found:
@@ -124,12 +135,12 @@ class _Blocks:
         for start, stop in self._missing(source, first, end, longest):
             request = self._pool.submit(source.fetch, start * UNIT, min(stop * UNIT, source.nbytes))
             for number in range(start, stop):
-                self._kept[id(source), number] = request, start
+                self._kept[source, number] = request, start
 
     def _missing(self, source: RemoteBytes, first: int, end: int, longest: int) -> Iterator[tuple[int, int]]:
         start = first
         for number in range(first, end + 1):
-            known = number == end or (id(source), number) in self._kept
+            known = number == end or (source, number) in self._kept
             if start < number and (known or number - start == longest):
                 yield start, number
                 start = number
@@ -139,14 +150,14 @@ class _Blocks:
     def _ask_ahead(self, source: RemoteBytes, first: int, last: int) -> None:
         """Request what follows if the units before were read too: more, the more of them were."""
         before = first
-        while before and first - before < LONGEST and (id(source), before - 1) in self._kept:
+        while before and first - before < LONGEST and (source, before - 1) in self._kept:
             before -= 1
         longest = last - before
         if first - before < 2:
             return
         longest = min(LONGEST, longest)
         end = last + 1
-        while (id(source), end) in self._kept:
+        while (source, end) in self._kept:
             end += 1
         if end - last <= AHEAD * longest // 2:
             units = -(-source.nbytes // UNIT)

@@ -215,6 +215,12 @@ def open_new(path: Path, mode: str = "w+b") -> Iterator[BinaryIO]:
         yield file
 
 
+def read_file(path: Path) -> bytes:
+    """Read a small file."""
+    with open_for_reading(path) as file:
+        return file.read()
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file and sync it to the disk."""
     with open_new(path) as file:

@@ -112,6 +112,7 @@ class WrittenPieces:
         self._hashes = {name: [""] * len(left) for name, left in self._left.items()}
         self._ready: list[tuple[str, int]] = []  # tensors, and numbers of pieces
         self._nbytes = 0  # of these
+        self._done = set[tuple[str, int]]()  # those that are hashed
         self._pool = ThreadPoolExecutor(workers)
         self._runs: list[tuple[list[tuple[str, int]], Future[list[str]]]] = []
 
@@ -127,7 +128,14 @@ class WrittenPieces:
                 self._nbytes += self._piece(tensor, part)[-1]
         if len(self._ready) > 1 and self._nbytes > SMALL:
             some, self._ready, self._nbytes = self._ready, [], 0
-            self._runs.append((some, self._pool.submit(_hash_each, [self._piece(*each) for each in some])))
+            run = self._pool.submit(_hash_each, [self._piece(*each) for each in some])
+            run.add_done_callback(lambda _: self._done.update(some))
+            self._runs.append((some, run))
+
+    def is_hashed(self, tensor: str, first: int, end: int) -> bool:
+        """Return whether the pieces with the bytes first:end of a tensor are hashed."""
+        parts = range(first // PIECE, -(-end // PIECE))
+        return tensor not in self._left or all((tensor, part) in self._done for part in parts)
 
     def _piece(self, tensor: str, part: int) -> Piece:
         file = self._tensors[tensor]

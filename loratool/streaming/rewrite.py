@@ -7,6 +7,7 @@ that a run that died can resume, and torchrun's ranks can share the items.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
@@ -22,6 +23,7 @@ from ..errors import InputError, NeedsFlag
 from ..files.digest import pieces_of
 from ..files.dtypes import DTYPES, TensorSpec
 from ..files.output.output import Output, OutputFile, join_output, open_output
+from ..files.stores.outgoing import OutgoingFile, outgoing_of
 from ..files.tensor_ref import TensorRef
 from ..files.weights_file import PlacedTensors, WeightsFile
 from ..numerics.arrays import Device
@@ -151,6 +153,8 @@ def rewrite(
                     continue
                 if part.checked:
                     written[part.target].append((part.target_offset, part.nbytes, of_part.pop(0)))
+                if sender:
+                    sender.wrote(part, of_part)
                 if _is_scattered(part):
                     del of_part[0]  # its places
                 elif hashed and isinstance(part, MapRows):
@@ -160,6 +164,7 @@ def rewrite(
                 elif isinstance(part, MapRows):
                     refuse_overflow(part.tensor, of_part, sources, output)
 
+        sender = _Sender.of(output, targets, hashed)
         done_here = set[int]()  # the numbers of this rank's items
         planned = _without_finished(items(), journal, names)
         runs = writing.enter_context(closing(run_items(planned, job.numbers("items"), device, workers, output.nbytes)))
@@ -188,8 +193,55 @@ def rewrite(
                 write_at(target, memoryview(data), offset)
         if hashes and hashed:
             hashes.of_written.update(hashed.finish())
+        if sender:
+            sender.settle()
         if finish:
             side_files.update(finish(targets))
+
+
+@dataclass(frozen=True)
+class _Sender:
+    """Tells the files that go to a store what is written."""
+
+    files: Mapping[BinaryIO, OutgoingFile]
+    is_read: Mapping[BinaryIO, Callable[[int, int], bool]]  # whether bytes of a file are still to be hashed
+
+    @classmethod
+    def of(cls, output: Output, targets: Mapping[str, BinaryIO], hashed: WrittenPieces | None) -> _Sender | None:
+        """Return what sends an output's files; None if they stay here, or if some bytes are only known at the end."""
+        outgoing = outgoing_of(output.path)
+        if not outgoing or any(file.archive for file in output.files):
+            return None
+        files, is_read = dict[BinaryIO, OutgoingFile](), dict[BinaryIO, Callable[[int, int], bool]]()
+        for file in output.files:
+            target = targets[file.name]
+            extents = [(begin, begin + output.specs[name].nbytes, name) for name, begin in file.begin.items()]
+            place = output.path if output.is_file else output.path / file.name
+            files[target] = outgoing.begin(place, target, file.nbytes, [extent[:2] for extent in extents])
+            if hashed:
+                is_read[target] = partial(_is_hashed_later, hashed, sorted(extents))
+        return cls(files, is_read)
+
+    def wrote(self, part: CopyBytes | GatherBytes | MapRows, results: list[Any]) -> None:
+        places: Iterable[tuple[BinaryIO, int, int]] = [(part.target, part.target_offset, part.nbytes)]
+        if isinstance(part, MapRows) and part.scattered:
+            places = part.places(results[0])
+        for target, offset, nbytes in places:
+            self.files[target].wrote(offset, offset + nbytes, self.is_read.get(target))
+
+    def settle(self) -> None:
+        for file in self.files.values():
+            file.settle()
+
+
+def _is_hashed_later(hashed: WrittenPieces, extents: list[tuple[int, int, str]], first: int, end: int) -> bool:
+    """Return whether bytes of a file are still to be hashed. extents: first byte, end and name of each tensor."""
+    for begin, stop, name in extents[max(0, bisect_right(extents, (first,)) - 1) :]:
+        if begin >= end:
+            return False
+        if stop > first and not hashed.is_hashed(name, max(0, first - begin), min(stop, end) - begin):
+            return True
+    return False
 
 
 def _hashed_after_writing(

@@ -40,6 +40,7 @@ from ..containers.torch_writer import Archive
 from ..dtypes import TensorSpec
 from ..folder.model_folder import PICKLES
 from ..folder.side_files import LeftBehind
+from ..stores.outgoing import SPACE, outgoing_of
 from ..weights_file import WeightsFile, described_inputs, require_unchanged
 from .undo_places import Belongs, cleared_undo, kept_undo
 
@@ -118,6 +119,8 @@ class Output:
         beside = sum(length_of(origin) for origin in (*self.side_files.values(), *self.carried.values()))
         beside += sum(len(data) for data in self.extras.values())
         held = occupied(partial_path(self.path))  # bytes of a run that died; they are replaced or resumed
+        if outgoing_of(self.path) and not any(file.archive for file in self.files):
+            return min(self.nbytes, SPACE) + beside
         return max(0, self.nbytes + beside - held)
 
     @property

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ...durable.fileio import read_file
 from ...durable.in_place import in_place_folder
 from ...durable.partial import former_path, journal_head, journal_path, partial_path, scratch_path, set_aside
 from ...errors import InputError, NeedsFlag, UsageError, shell_word
@@ -22,6 +23,7 @@ from ..folder.model_folder import component_names, is_pipeline
 from ..folder.sentence_transformers import transformer_folder
 from ..folder.side_files import CARD, CODE, INITIAL, MODELFILE, is_undo_file, matches, side_row, undo_path
 from ..folder.weight_changes import find_change
+from ..stores.outgoing import MARKER
 from .model_card import is_unedited
 from .output import CONTAINERS, Output
 from .undo_places import formers_of, identity, numbered_undo_files
@@ -34,6 +36,7 @@ FOREIGN_WEIGHTS = (
     "*pytorch_model*.bin",
     "*pytorch_model.bin.index.json",
     "loratool.undo*",
+    MARKER,
     f"{INITIAL}/adapter_model.safetensors",
     f"{INITIAL}/adapter_config.json",
 )
@@ -80,10 +83,10 @@ def _is_kept(folder: Path, name: str, origins: Collection[Path], contents: Mappi
     """Return whether a file's bytes are elsewhere under the same name, or are those of an unedited model card."""
     if not (folder / name).is_file() or (folder / name).is_symlink():
         return False
-    if name == CARD and is_unedited((folder / name).read_bytes()):
+    if name == CARD and is_unedited(read_file(folder / name)):
         return True
     if name in contents:
-        return (folder / name).read_bytes() == contents[name]
+        return read_file(folder / name) == contents[name]
     places = (place / name for place in origins if (place / name).is_file())
     return any(filecmp.cmp(folder / name, place, shallow=False) for place in places)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
@@ -15,6 +18,26 @@ LINK = re.compile(r"([a-z][a-z0-9+-]+):/{1,2}(?=[^/])")  # a Path of a link has 
 HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 _UNSAFE = re.compile(r'[\x00-\x1f\x7f\\*?"<>|\ud800-\udfff]')  # in a file's name, on some system
+
+
+at_end: list[Callable[[], None]] = []  # called when no command runs any more
+
+_lock, _running = threading.Lock(), 0  # commands
+
+
+@contextmanager
+def links_in_one_state() -> Iterator[None]:
+    """Keep the state of the objects of each link until all commands that run at the same time have ended."""
+    global _running
+    with _lock:
+        _running += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            while at_end and not _running:
+                at_end.pop()()
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ...durable import disk
 from ...durable.descriptors import REPLACED, WAIT
-from ...durable.elsewhere import stand_in
+from ...durable.elsewhere import forget_stand_ins, stand_in
 from ...errors import InputError, LoratoolError, MachineError, install_remedy, show_as
-from .links import StoreLink, place_here
+from .links import StoreLink, at_end, place_here
 from .table import ANY, STORES, FileExpired, Info, Read, StoreKind
 
 T = TypeVar("T")
@@ -47,7 +46,7 @@ class StoredObject:
     def __init__(self, link: StoreLink, name: str, path: str, info: Info) -> None:
         self.name, self._path, self._link = name, path, link
         self.nbytes = int(info["size"])
-        self._store = STORES.get(link.scheme, ANY)
+        self._store = store_of(link)
         with explained(name, self._store):
             self.identity = self._store.identity(file_system(link), path, info)
         self._readers: dict[int, Read] = {}  # process -> its reader, as no connection outlives a fork
@@ -85,6 +84,10 @@ class StoredObject:
             raise FileExpired(self._path)
 
 
+def store_of(link: StoreLink) -> StoreKind:
+    return STORES.get(link.scheme, ANY)
+
+
 def open_store(link: StoreLink) -> Path:
     """Return the path of the folder or file that stands here for a link, until the process ends.
 
@@ -93,7 +96,9 @@ def open_store(link: StoreLink) -> Path:
         MachineError: the store was not reached, or its package is not installed.
     """
     if link.text not in _opened:
-        store, text = STORES.get(link.scheme, ANY), str(link)
+        if not _opened:
+            at_end.append(_forget)
+        store, text = store_of(link), str(link)
         system, path = _connected(link)
         found = attempted(lambda: _listed(system, link, path), text, store)
         place = place_here(link.scheme, path)
@@ -109,6 +114,14 @@ def open_store(link: StoreLink) -> Path:
         show_as(f"{root / link.scheme}{os.sep}", f"{link.scheme}://")
         _opened[link.text] = root / place
     return _opened[link.text]
+
+
+def _forget() -> None:
+    """Forget the state of all links, so that the next command sees what the stores have then."""
+    _opened.clear()
+    forget_stand_ins()
+    for each in _root().iterdir():
+        disk.remove_folder(each)
 
 
 def _stand_in(here: Path, source: StoredObject) -> None:
@@ -127,7 +140,7 @@ def _connected(link: StoreLink) -> tuple[Any, str]:
     """Return the file system of a link, and the path in it."""
     from fsspec.core import url_to_fs
 
-    store = STORES.get(link.scheme, ANY)
+    store = store_of(link)
     try:
         with explained(str(link), store):
             system, path = url_to_fs(link.text, **(store.options or {}))
@@ -168,6 +181,8 @@ def _with_sizes(system: Any, names: Collection[str]) -> dict[str, Info]:
             found: Info = system.info(name)
             return found
         return {}
+
+    from concurrent.futures import ThreadPoolExecutor  # it loads `logging`, which most runs can do without
 
     with ThreadPoolExecutor(AT_ONCE) as asker:
         found = dict(zip(names, asker.map(info, names), strict=True))

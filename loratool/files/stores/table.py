@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .uploads import AzureUpload, OrderedUpload, S3Upload, Upload
+
 Info = Mapping[str, Any]  # what fsspec tells of an object
 
 Read = Callable[[int, int], bytes]  # (first, end)
@@ -25,6 +27,7 @@ class StoreKind:
         identity: (file system, path, info) -> the object's state; empty if the store tells nothing of it.
         reader: (file system, path, state) -> a function that returns the bytes first:end of the object, and fails if
             its state is another.
+        upload: (file system, path, identity of an upload to continue, or "") -> an upload of the object.
         checks: whether a reader fails so. Otherwise the state is asked for after each read.
         options: of its file system.
     """
@@ -34,6 +37,7 @@ class StoreKind:
     log_in: str
     identity: Callable[[Any, str, Info], str]
     reader: Callable[[Any, str, str], Read]
+    upload: Callable[[Any, str, str], Upload] = OrderedUpload
     checks: bool = True
     options: Mapping[str, Any] | None = None
 
@@ -116,11 +120,11 @@ class FileExpired(OSError):
 
 # fmt: off
 S3 = StoreKind(("s3", "s3a"), "s3fs", "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-           _tag_of_s3, _read_s3)
+           _tag_of_s3, _read_s3, S3Upload)
 GCS = StoreKind(("gs", "gcs"), "gcsfs", "log in with `gcloud auth application-default login`, or set "
             "GOOGLE_APPLICATION_CREDENTIALS", _generation, _read_gcs, options={"version_aware": True})
 AZURE = StoreKind(("az", "abfs", "abfss"), "adlfs", "set AZURE_STORAGE_CONNECTION_STRING, or "
-                  "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", _tag_of_azure, _read_azure)
+                  "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", _tag_of_azure, _read_azure, AzureUpload)
 HTTP = StoreKind(("https", "http"), "aiohttp", "the link has to have what gives access", _tag_of_http, _read_http)
 # fmt: on
 

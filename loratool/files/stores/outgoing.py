@@ -1,0 +1,333 @@
+"""Send an output to a store while it is written: here are only the parts that are under way.
+
+The output is built in a folder of the user's cache. A part of 64 MiB is sent as soon as all its bytes are written, and
+its place on the disk is released once nothing will read it again. So a run needs some parts of space, whatever the size
+of the model. Objects appear when the whole output is right; those that name others, and a list of all, come last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ...durable import disk, elsewhere
+from ...durable.fileio import file_length, open_for_reading, read_into, write_file
+from ...durable.partial import what_stays
+from ...errors import InputError, MachineError, NeedsFlag, UsageError
+from .links import StoreLink, at_end
+from .objects import attempted, file_system, store_of
+from .uploads import PART, Upload
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+PARTS_AT_ONCE = 3  # being sent
+
+PARTS_WAITING = 8  # written and not sent: writers wait beyond these
+
+CONTAINER_ENDS = (".safetensors", ".gguf")  # of single files, beside which an undo file is
+
+SPACE = 16 * PART  # bytes on the disk, about, that parts take while they are under way
+
+MARKER = "loratool.complete.json"  # the last object of an output: the names and sizes of the others
+
+LAST = (".index.json", "config.json")  # ends of names: they say which objects belong together
+
+
+class Outgoing:
+    """An output that goes to a store.
+
+    Args:
+        link: of a folder of objects, or of one object.
+        folder: where the output is built; it is this run's alone.
+    """
+
+    def __init__(self, link: StoreLink, folder: Path) -> None:
+        self.link, self.folder = link, folder
+        self.path = folder / Path(link.text).name
+        self._store = store_of(link)
+        from concurrent.futures import ThreadPoolExecutor  # it loads `logging`, which most runs can do without
+
+        self._pool = ThreadPoolExecutor(PARTS_AT_ONCE, "outgoing")
+        self._in_order = ThreadPoolExecutor(1, "outgoing in order")
+        self._files: dict[str, OutgoingFile] = {}  # by object
+        self._former = self._read_state()
+        _outgoing[os.path.abspath(self.path)] = self
+        at_end.append(self._end)
+
+    def _end(self) -> None:
+        _outgoing.pop(os.path.abspath(self.path), None)
+        elsewhere.forget_stand_ins()
+
+    @property
+    def system(self) -> Any:
+        return file_system(self.link)
+
+    def object_of(self, name: str) -> str:
+        """Return the path in the file system of the object for a file of the output, named relative to its folder."""
+        root: str = self.system._strip_protocol(self.link.text).rstrip("/")
+        return f"{root.rpartition('/')[0]}/{name}"
+
+    def existing(self, force: bool) -> list[str]:
+        """Return the objects that the output replaces.
+
+        Raises:
+            NeedsFlag: there are some, and `force` is False.
+        """
+        root = self.object_of(self.path.name)
+        system = self.system
+        system.invalidate_cache()
+
+        def find() -> list[str]:
+            undo = f"{root.rpartition('.')[0]}.undo" if self.path.suffix in CONTAINER_ENDS else f"{root}/"
+            with suppress(FileNotFoundError):
+                parent = root.rpartition("/")[0]
+                beside = [each["name"] for each in system.ls(parent, detail=True) if each["type"] == "file"]
+                found = [*system.find(root), *(name for name in beside if name.startswith(undo))]
+                return [name for name in found if name == root or name.startswith((f"{root}/", undo))]
+            return []
+
+        found = attempted(find, str(self.link), self._store)
+        if found and not force:
+            raise NeedsFlag(
+                "exists already", culprit=str(self.link), flags="--force", why="to replace it, or name another with -o"
+            )
+        return found
+
+    def require_apart(self) -> None:
+        """Raise UsageError if an input is an object that the output would replace."""
+        mine = str(self.link).rstrip("/")
+        if any(name == mine or name.startswith(f"{mine}/") for name in elsewhere.opened):
+            remedy = "name another output with -o"
+            raise UsageError("the output would overwrite an input", culprit=mine, remedy=remedy)
+
+    def begin(self, place: Path, file: BinaryIO, nbytes: int, extents: Iterable[tuple[int, int]]) -> OutgoingFile:
+        """Begin to send a file that is being written.
+
+        Args:
+            place: of the file when the output is complete.
+            extents: the bytes, as (first, end), that are still to be written.
+        """
+        self.require_apart()
+        path = self.object_of(place.relative_to(self.folder).as_posix())
+        former = self._former.get(path, "")
+        upload = attempted(lambda: self._store.upload(self.system, path, former), str(self.link), self._store)
+        with suppress(FileNotFoundError):  # it was completed, or aborted
+            known = attempted(upload.sent, str(self.link), self._store)
+            return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, known))
+        upload = attempted(lambda: self._store.upload(self.system, path, ""), str(self.link), self._store)
+        return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, {}))
+
+    def _add(self, file: OutgoingFile) -> OutgoingFile:
+        self._files[file.path] = file
+        self._write_state()
+        return file
+
+    def submit(self, file: OutgoingFile, number: int) -> Future[None]:
+        if file.upload.in_order:  # what was written twice would be twice in the object
+            return self._in_order.submit(file.send, number)
+        return self._pool.submit(attempted, lambda: file.send(number), str(self.link), self._store)
+
+    def finish(self, replaced: Collection[str], digest: str | None) -> None:
+        """Send what is not sent yet, let all objects appear, remove those that are replaced, and write the marker."""
+        self.require_apart()
+        is_folder = self.path.is_dir()
+        marker = self.object_of(f"{self.path.name}/{MARKER}")
+        if marker in replaced:
+            self._attempt(lambda: self.system.rm_file(marker))
+        new: dict[str, int] = {}
+        for place in sorted(self._built(), key=lambda place: (place.name.endswith(LAST), place)):
+            name = place.relative_to(self.folder).as_posix()
+            path = self.object_of(name)
+            file = self._files.get(path)
+            new[path] = place.stat().st_size
+            if file is None:
+                file = self._send_whole(path, place)
+            self._attempt(partial(file.upload.complete, file.count))
+        for path in {*replaced} - {*new, marker}:
+            self._attempt(partial(self.system.rm_file, path))
+        if is_folder:
+            root = self.object_of(self.path.name)
+            objects = {path.removeprefix(f"{root}/"): nbytes for path, nbytes in sorted(new.items())}
+            content = json.dumps({"digest": digest, "objects": objects}, indent=1).encode()
+            self._attempt(lambda: self.system.pipe_file(marker, content))
+        self._close()
+
+    def _close(self) -> None:
+        for pool in (self._pool, self._in_order):
+            pool.shutdown(cancel_futures=True)
+
+    def _built(self) -> Iterator[Path]:
+        """Yield the files of the complete output."""
+        for place in self.folder.iterdir():
+            if place == self._state:
+                continue
+            yield from (each for each in place.rglob("*") if each.is_file()) if place.is_dir() else (place,)
+
+    def _send_whole(self, path: str, place: Path) -> OutgoingFile:
+        with open_for_reading(place) as opened:
+            upload = self._attempt(lambda: self._store.upload(self.system, path, ""))
+            file = self._add(OutgoingFile(self, path, place, upload, opened, file_length(opened), (), {}))
+            file.settle()
+        return file
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        return attempted(action, str(self.link), self._store)
+
+    def forget(self) -> None:
+        """Remove from the store what a run that died has sent."""
+        for path, identity in self._former.items():
+            with suppress(Exception):  # the store removes it in time
+                self._store.upload(self.system, path, identity).abort()
+
+    def abort(self) -> None:
+        """Remove from the store what was sent."""
+        self._close()
+        for file in self._files.values():
+            with suppress(Exception):  # the store removes it in time, and the first error is the one to report
+                file.upload.abort()
+
+    def stays(self) -> str:
+        return what_stays(self.path)
+
+    @property
+    def _state(self) -> Path:
+        return self.folder / "uploads.json"
+
+    def _read_state(self) -> dict[str, str]:
+        with suppress(OSError, ValueError):
+            state = json.loads(self._state.read_bytes())
+            return {path: identity for path, identity in state.items() if isinstance(identity, str)}
+        return {}
+
+    def _write_state(self) -> None:
+        known = {path: file.upload.identity for path, file in self._files.items() if file.upload.identity}
+        write_file(self._state, json.dumps(known).encode())
+
+
+class OutgoingFile:
+    """A file that is sent in parts while it is written."""
+
+    def __init__(
+        self,
+        outgoing: Outgoing,
+        path: str,
+        place: Path,
+        upload: Upload,
+        file: BinaryIO,
+        nbytes: int,
+        extents: Iterable[tuple[int, int]],
+        known: Mapping[int, str],
+    ) -> None:
+        self.path, self.place, self.upload = path, place, upload
+        self._outgoing, self._file, self._nbytes, self._known = outgoing, file, nbytes, known
+        self._missing = sorted((first, end) for first, end in extents if first < end)  # bytes not written, apart
+        self.count = max(1, -(-nbytes // PART))
+        self._sending: dict[int, Future[None]] = {}
+        self._kept: set[int] = set()  # parts that are sent and still on the disk
+
+    def wrote(self, first: int, end: int, is_read: Callable[[int, int], bool] | None) -> None:
+        """Note that bytes are written; wait if many parts wait to be sent.
+
+        Args:
+            is_read: whether bytes of the file, as (first, end), will be read again; None if none will.
+        """
+        if first >= end:
+            return
+        self._subtract(first, end)
+        for number in range(first // PART, -(-end // PART)):
+            self._send_if_complete(number)
+        if self.upload.in_order:
+            while self._next < self.count and self._send_if_complete(self._next):
+                pass
+        self._release(is_read)
+        from concurrent.futures import wait
+
+        while len(waiting := [each for each in self._sending.values() if not each.done()]) > PARTS_WAITING:
+            wait(waiting, return_when="FIRST_COMPLETED")
+            self._release(is_read)
+
+    @property
+    def _next(self) -> int:
+        return len(self._sending)
+
+    def _send_if_complete(self, number: int) -> bool:
+        """Submit a part if it is written and not submitted; return whether it was."""
+        if number in self._sending or not self._is_written(number) or (self.upload.in_order and number != self._next):
+            return False
+        self._sending[number] = self._outgoing.submit(self, number)
+        self._kept.add(number)
+        return True
+
+    def _subtract(self, first: int, end: int) -> None:
+        start = stop = self._first_after(first)
+        rest: list[tuple[int, int]] = []
+        while stop < len(self._missing) and self._missing[stop][0] < end:
+            begin, last = self._missing[stop]
+            rest += [each for each in ((begin, first), (end, last)) if each[0] < each[1]]
+            stop += 1
+        self._missing[start:stop] = rest
+
+    def _is_written(self, number: int) -> bool:
+        at = self._first_after(number * PART)
+        return at == len(self._missing) or self._missing[at][0] >= (number + 1) * PART
+
+    def _first_after(self, offset: int) -> int:
+        """Return the number of the first missing extent that ends after an offset."""
+        return bisect_right(self._missing, offset, key=lambda extent: extent[1])
+
+    def send(self, number: int) -> None:
+        """Send a part, unless the store has it from a run that died."""
+        data = memoryview(bytearray(min(PART, self._nbytes - number * PART)))
+        read_into(self._file, data, number * PART)
+        if number in self._known and hashlib.md5(data, usedforsecurity=False).hexdigest() == self._known[number]:
+            return
+        self.upload.send(number, bytes(data))
+
+    def _release(self, is_read: Callable[[int, int], bool] | None) -> None:
+        """Release the parts that are sent and will not be read again; raise the error of one that could not be sent."""
+        for number in [each for each in self._kept if self._sending[each].done()]:
+            self._sending[number].result()
+            first, end = number * PART, min((number + 1) * PART, self._nbytes)
+            if is_read is None or not is_read(first, end):
+                elsewhere.stand_in(self.place, _Sent(str(self._outgoing.link), self._nbytes))
+                disk.release(self._file, first, end - first)
+                self._kept.discard(number)
+
+    def settle(self) -> None:
+        """Send the rest, and wait until all is sent; the file may be closed then."""
+        for number in range(self.count):
+            self._send_if_complete(number)
+        for each in self._sending.values():
+            each.result()
+        if len(self._sending) < self.count:
+            raise MachineError("was not written as a whole", culprit=str(self._outgoing.link))
+
+
+class _Sent:
+    """The bytes of a file that is sent in part, and no longer here as a whole."""
+
+    identity = ""
+
+    def __init__(self, name: str, nbytes: int) -> None:
+        self.name, self.nbytes = name, nbytes
+
+    def fetch(self, first: int, end: int) -> bytes:
+        raise InputError("is on the way to the store, and cannot be read here", culprit=self.name)
+
+    def require_same(self) -> None: ...
+
+
+_outgoing: dict[str, Outgoing] = {}  # by the path where it is built
+
+
+def outgoing_of(path: Path) -> Outgoing | None:
+    """Return the output that is built at a path and goes to a store; None for any other path."""
+    return _outgoing.get(os.path.abspath(path)) if _outgoing else None
