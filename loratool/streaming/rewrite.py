@@ -167,7 +167,8 @@ def rewrite(
         sender = _Sender.of(output, targets, hashed)
         done_here = set[int]()  # the numbers of this rank's items
         planned = _without_finished(items(), journal, names)
-        runs = writing.enter_context(closing(run_items(planned, job.numbers("items"), device, workers, output.nbytes)))
+        worth = 0 if _reads_elsewhere(output) else output.nbytes  # forks would not share what is read ahead
+        runs = writing.enter_context(closing(run_items(planned, job.numbers("items"), device, workers, worth)))
         writing.enter_context(write_back_early(targets.values()))
         for number, planned_item, done in runs:
             item = planned_item.item if isinstance(planned_item, FinishedItem) else planned_item
@@ -336,7 +337,8 @@ def _items(
 ) -> Iterator[Item]:
     """Yield the output's items, one of each file in turn, since threads that write to one file wait for its lock.
 
-    Where an input is elsewhere, one file follows the other, so that what is read ahead is of few files.
+    If an input is elsewhere, or the output goes elsewhere, one file follows the other, so that few files are read ahead
+    or kept until they are sent.
 
     Args:
         hashed: the tensors to hash, and the file of each; one that the output has too is read when that is made.
@@ -348,7 +350,7 @@ def _items(
         in_batches(file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, hashed))
         for file in output.files
     ]
-    if any(isinstance(member.file, RemoteFile) for file in output.inputs for member in file.members):
+    if outgoing_of(output.path) or _reads_elsewhere(output):
         waiting = [chain.from_iterable(waiting)]
     while waiting:
         for source in list(waiting):
@@ -357,6 +359,10 @@ def _items(
                 waiting.remove(source)
             else:
                 yield item
+
+
+def _reads_elsewhere(output: Output) -> bool:
+    return any(isinstance(member.file, RemoteFile) for file in output.inputs for member in file.members)
 
 
 def is_changed(item: Item, changed: Mapping[str, ChangedTensor]) -> TypeGuard[MapRows]:

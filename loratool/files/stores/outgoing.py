@@ -28,13 +28,13 @@ from .uploads import PART, Upload
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-PARTS_AT_ONCE = 3  # being sent
+PARTS_AT_ONCE = 2  # being sent
 
-PARTS_WAITING = 8  # written and not sent: writers wait beyond these
+PARTS_WAITING = 4  # written and not sent, of all files: writers wait beyond these
 
 CONTAINER_ENDS = (".safetensors", ".gguf")  # of single files, beside which an undo file is
 
-SPACE = 16 * PART  # bytes on the disk, about, that parts take while they are under way
+SPACE = 10 * PART  # bytes on the disk, about, that parts take while they are under way
 
 MARKER = "loratool.complete.json"  # the last object of an output: the names and sizes of the others
 
@@ -135,6 +135,10 @@ class Outgoing:
             return self._in_order.submit(file.send, number)
         return self._pool.submit(attempted, lambda: file.send(number), str(self.link), self._store)
 
+    def waiting(self) -> list[Future[None]]:
+        """Return the parts that are not sent yet."""
+        return [each for file in self._files.values() for each in file.sending.values() if not each.done()]
+
     def finish(self, replaced: Collection[str], digest: str | None) -> None:
         """Send what is not sent yet, let all objects appear, remove those that are replaced, and write the marker."""
         self.require_apart()
@@ -230,7 +234,7 @@ class OutgoingFile:
         self._outgoing, self._file, self._nbytes, self._known = outgoing, file, nbytes, known
         self._missing = sorted((first, end) for first, end in extents if first < end)  # bytes not written, apart
         self.count = max(1, -(-nbytes // PART))
-        self._sending: dict[int, Future[None]] = {}
+        self.sending: dict[int, Future[None]] = {}
         self._kept: set[int] = set()  # parts that are sent and still on the disk
 
     def wrote(self, first: int, end: int, is_read: Callable[[int, int], bool] | None) -> None:
@@ -250,19 +254,19 @@ class OutgoingFile:
         self._release(is_read)
         from concurrent.futures import wait
 
-        while len(waiting := [each for each in self._sending.values() if not each.done()]) > PARTS_WAITING:
+        while len(waiting := self._outgoing.waiting()) > PARTS_WAITING:
             wait(waiting, return_when="FIRST_COMPLETED")
             self._release(is_read)
 
     @property
     def _next(self) -> int:
-        return len(self._sending)
+        return len(self.sending)
 
     def _send_if_complete(self, number: int) -> bool:
         """Submit a part if it is written and not submitted; return whether it was."""
-        if number in self._sending or not self._is_written(number) or (self.upload.in_order and number != self._next):
+        if number in self.sending or not self._is_written(number) or (self.upload.in_order and number != self._next):
             return False
-        self._sending[number] = self._outgoing.submit(self, number)
+        self.sending[number] = self._outgoing.submit(self, number)
         self._kept.add(number)
         return True
 
@@ -285,16 +289,16 @@ class OutgoingFile:
 
     def send(self, number: int) -> None:
         """Send a part, unless the store has it from a run that died."""
-        data = memoryview(bytearray(min(PART, self._nbytes - number * PART)))
-        read_into(self._file, data, number * PART)
+        data = bytearray(min(PART, self._nbytes - number * PART))
+        read_into(self._file, memoryview(data), number * PART)
         if number in self._known and hashlib.md5(data, usedforsecurity=False).hexdigest() == self._known[number]:
             return
-        self.upload.send(number, bytes(data))
+        self.upload.send(number, data)
 
     def _release(self, is_read: Callable[[int, int], bool] | None) -> None:
         """Release the parts that are sent and will not be read again; raise the error of one that could not be sent."""
-        for number in [each for each in self._kept if self._sending[each].done()]:
-            self._sending[number].result()
+        for number in [each for each in self._kept if self.sending[each].done()]:
+            self.sending[number].result()
             first, end = number * PART, min((number + 1) * PART, self._nbytes)
             if is_read is None or not is_read(first, end):
                 elsewhere.stand_in(self.place, _Sent(str(self._outgoing.link), self._nbytes))
@@ -305,9 +309,9 @@ class OutgoingFile:
         """Send the rest, and wait until all is sent; the file may be closed then."""
         for number in range(self.count):
             self._send_if_complete(number)
-        for each in self._sending.values():
+        for each in self.sending.values():
             each.result()
-        if len(self._sending) < self.count:
+        if len(self.sending) < self.count:
             raise MachineError("was not written as a whole", culprit=str(self._outgoing.link))
 
 

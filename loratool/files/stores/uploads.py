@@ -18,7 +18,7 @@ class Upload(Protocol):
     def sent(self) -> Mapping[int, str]:
         """Return the numbers, from 0, of the parts that the store has, and the MD5 of each as the store tells it."""
 
-    def send(self, number: int, data: bytes) -> None: ...
+    def send(self, number: int, data: bytearray) -> None: ...
 
     def complete(self, count: int) -> None: ...
 
@@ -51,7 +51,7 @@ class S3Upload:
                 return {number: tag.strip('"') for number, tag in self._tags.items()}
             after = int(answer["NextPartNumberMarker"])
 
-    def send(self, number: int, data: bytes) -> None:
+    def send(self, number: int, data: bytearray) -> None:
         answer = self._system.call_s3("upload_part", Body=data, PartNumber=number + 1, **self._upload)
         self._tags[number] = answer["ETag"]
 
@@ -75,7 +75,7 @@ class AzureUpload:
     def sent(self) -> Mapping[int, str]:
         return {}
 
-    def send(self, number: int, data: bytes) -> None:
+    def send(self, number: int, data: bytearray) -> None:
         self._call("stage_block", _block_name(number), data)
 
     def complete(self, count: int) -> None:
@@ -115,7 +115,7 @@ class OrderedUpload:
     def sent(self) -> Mapping[int, str]:
         return {}
 
-    def send(self, number: int, data: bytes) -> None:
+    def send(self, number: int, data: bytearray) -> None:
         self._file.write(data)
 
     def complete(self, count: int) -> None:
