@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from ...architectures.beside_layers import GATES, MTP, ROUTERS, Layers
 from ...architectures.experts import expert_part
@@ -50,10 +51,16 @@ def find_unnamed(base: Headers, in_model: ClassNames | None, patterns: Sequence[
     return {n: group for n, group in groups.items() if not is_named(of_mtp if group == MTP else naming, spellings[n])}
 
 
-def kept_whole(
-    base: Checkpoint, in_model: Callable[[str], str], unnamed: Mapping[str, str]
-) -> dict[str, tuple[str, ...]]:
-    """Return each tensor of a router or gate that PEFT saves as a module -> all tensors of that module.
+@dataclass(frozen=True)
+class SavedModule:
+    """A router or gate that PEFT saves as a module, with the modules in it."""
+
+    path: str  # in the class
+    tensors: tuple[str, ...]  # their names in the files
+
+
+def kept_whole(base: Checkpoint, in_model: Callable[[str], str], unnamed: Mapping[str, str]) -> dict[str, SavedModule]:
+    """Return each tensor of a router or gate that PEFT saves as a module -> that module.
 
     These are the routers and gates without factors, and the routers that are not linear layers. A module with codes is
     skipped.
@@ -61,11 +68,17 @@ def kept_whole(
     Args:
         unnamed: the result of `find_unnamed`.
     """
-    owners = {name: in_model(name).rpartition(".")[0] for name in base.specs}
-    saved = {owner for name, owner in owners.items() if unnamed.get(name) in (ROUTERS, GATES)}
+    paths = {name: in_model(name) for name in base.specs}
+    saved = set()
+    for name, path in paths.items():
+        owner = path.rpartition(".")[0]
+        if unnamed.get(name) in (ROUTERS, GATES) or is_bare_router(base, owner):
+            saved.add(owner)
     members: dict[str, list[str]] = {}
-    for name, owner in owners.items():
-        if owner in saved or is_bare_router(base, owner):
+    for name, path in paths.items():
+        ends = (i for i, character in enumerate(path) if character == ".")
+        if owner := next((path[:end] for end in ends if path[:end] in saved), ""):  # the outermost
             members.setdefault(owner, []).append(name)
-    complete = [names for names in members.values() if all(is_plain(base, n, base.specs[n]) for n in names)]
-    return {name: tuple(names) for names in complete for name in names}
+    modules = [SavedModule(owner, tuple(names)) for owner, names in members.items()]
+    plain = [module for module in modules if all(is_plain(base, name, base.specs[name]) for name in module.tensors)]
+    return {name: module for module in plain for name in module.tensors}

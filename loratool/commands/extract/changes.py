@@ -340,8 +340,9 @@ class Sorting:
         uses = self._names_used(name)
         deltas.exact.update(dict.fromkeys(uses, tuned))
         if name in self._routers:
-            members = self._routers[name]
-            deltas.saved.update(self._path(use).rpartition(".")[0] for use in uses)
+            module = self._routers[name]
+            members = module.tensors
+            deltas.saved.add(module.path)
         elif name.endswith(".bias"):
             deltas.biased = True
             return
