@@ -40,7 +40,7 @@ class Packing(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """One byte per code, row after row. kind: numpy's name of the type."""
+    """One byte per code, row after row, whatever their tensor's type. kind: numpy's name of the code's type."""
 
     columns: int
     kind: str = "uint8"
@@ -51,7 +51,7 @@ class Plain:
         return self.columns
 
     def read(self, tensor: StoredTensor, start: int, stop: int) -> Codes:
-        codes = tensor.integers(start * self.columns, (stop - start) * self.columns)
+        codes = _bytes(tensor, start * self.columns, stop * self.columns)
         return codes.view(self.kind).reshape(stop - start, self.columns)
 
     def places(self, start: int, codes: Codes) -> Iterator[Place]:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, factors, few, write_peft
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+import loratool
 from loratool import InputError
 from loratool.files.checkpoint import Checkpoint, open_checkpoint
 from loratool.files.codecs.codec import CodeFormat, Parts
@@ -152,6 +153,35 @@ def test_4_bits_with_scales_and_zero_points_of_groups(tmp_path: Path) -> None:
     assert checkpoint.weights["x.weight"].kind == "comfy-awq"
     for damage in ({"x.weight_zeros": zero[:1]}, {"x.weight_scale": scale.T[:1]}):
         assert "x.weight" in opened(tmp_path, {**state, **damage, "x.comfy_quant": marker(format="awq_w4a16")}).faults
+
+
+@pytest.mark.parametrize("way", few(["mixed", "dequantize", "requantize"], "mixed"))
+def test_4_bits_of_groups_are_merged_and_come_back(way: str, tmp_path: Path) -> None:
+    """Codes are decoded, and the nearest code is chosen among all 16, here by the formula's own words."""
+    codes, g = random_bytes(24, 64), torch.Generator().manual_seed(1)
+    scale, zero = (torch.rand(2, 2, 24, generator=g) * 0.02 + 0.001).bfloat16()
+    state = {"x.weight": codes.view(torch.int8), "x.weight_scale": scale, "x.weight_zeros": zero}
+    state |= {"x.bias": torch.ones(24).bfloat16(), "x.comfy_quant": marker(format="awq_w4a16")}
+    opened(tmp_path, state).close()
+    base, A_and_B = tmp_path / "model.safetensors", factors(24, 128, 4)
+    adapter = write_peft(tmp_path / "adapter", {"x": A_and_B})
+    options: dict[str, Any] = {"quantized": way, "allow": ["lossy"] if way == "requantize" else []}
+    loratool.merge(base, adapter, tmp_path / "out.safetensors", **options)
+    nibbles = torch.stack([codes & 15, codes >> 4], 2).flatten(1).double()  # (24, 128)
+    by, plus = (x.double().repeat_interleave(64, 0).T for x in (scale, zero))
+    A, B = (x.double() for x in A_and_B)
+    exact = (nibbles - 8) * by + plus + B @ A
+    out = load((tmp_path / "out.safetensors").read_bytes())
+    if way == "requantize":
+        levels = (torch.arange(16) - 8) * by.unsqueeze(2) + plus.unsqueeze(2)
+        nearest = (levels - exact.unsqueeze(2)).abs().argmin(2).byte()
+        assert torch.equal(out["x.weight"].view(torch.uint8), nearest[:, ::2] | nearest[:, 1::2] << 4)
+        assert all(torch.equal(out[name], state[name]) for name in state if name != "x.weight")
+    else:
+        assert torch.equal(out["x.weight"], exact.bfloat16()) and out.keys() == {"x.weight", "x.bias"}
+    assert loratool.verify(base, adapter, tmp_path / "out.safetensors").ok
+    loratool.unmerge(tmp_path / "out.safetensors", adapter, tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == base.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["comfy_float8", "comfy_float8_metadata", "comfy_scaled_fp8"])
