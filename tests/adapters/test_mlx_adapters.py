@@ -586,6 +586,27 @@ def test_a_file_without_its_config_needs_alpha(tmp_path: Path) -> None:
     assert open_adapter(checkpoint, alpha=3.0).updates[Q].scale == 1.5
 
 
+def test_the_alpha_of_mlx_vlm_is_asked_for(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """Its config's alpha was the scale before 0.5.0, and is divided by the rank since: no file says which."""
+    folder, A, B = tmp_path / "a", ints(6, 2), ints(2, 4)
+    folder.mkdir()
+    save_file({f"language_model.{Q}.A": A, f"language_model.{Q}.B": B}, folder / "adapters.safetensors")
+    with pytest.raises(InputError, match="names of mlx-vlm's LoRA"):
+        open_adapter(folder)
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps({"rank": 2, "alpha": 16, "dropout": 0.1}))
+    with pytest.raises(NeedsFlag, match=r"is the scale before 0\.5\.0, and divided by the rank since") as caught:
+        open_adapter(folder)
+    assert "--alpha 32 if it was trained before 0.5.0, --alpha 16 if since" in str(caught.value.remedy)
+    assert "--alpha 32" in run("inspect", folder).stdout
+    save_file({f"language_model.{Q}.weight": torch.zeros(4, 6)}, tmp_path / "base.safetensors")
+    loratool.merge(tmp_path / "base.safetensors", folder, tmp_path / "out.safetensors", alpha=16, undo=False)
+    assert torch.equal(load_file(tmp_path / "out.safetensors")[f"language_model.{Q}.weight"], 8 * (A @ B).T)
+    config.write_text(json.dumps({"rank": 3, "alpha": 16, "dropout": 0.1}))
+    with pytest.raises(InputError, match="rank"):
+        open_adapter(folder, 16.0)
+
+
 def test_a_full_fine_tune_alone_is_not_to_be_excluded(tmp_path: Path, run: Callable[..., Any]) -> None:
     """Nothing would be left, so that no flag helps."""
     adapter = write_mlx(tmp_path / "a", {f"model.layers.0.{Q}.weight": ints(4, 6)}, fine_tune_type="full")

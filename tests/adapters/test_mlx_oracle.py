@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PROGRAMS, factors, load_model, write_peft
+from conftest import PROGRAMS, factors, load_model, oracle_folder, write_peft
 from lib.models import tiny
 from safetensors.torch import load_file, save_file
 
@@ -228,6 +230,43 @@ def test_an_archive_of_2023_is_merged_as_its_trainer_fuses_it(tmp_path: Path, mo
     assert merged.keys() == theirs.keys() and scale == 20
     for name, W in theirs.items():
         assert torch.allclose(merged[name].float(), W, rtol=1e-5, atol=1e-5 * scale), name
+
+
+@pytest.mark.parametrize(
+    ("oracle", "file", "package"),
+    [("mlx_vlm_old", "trainer", "mlx-vlm==0.1.0"), ("mlx_vlm", "trainer/peft", "mlx-vlm==0.7.10")],
+)
+def test_an_adapter_of_mlx_vlm_is_merged_as_its_layer_answers(
+    tmp_path: Path, oracle: str, file: str, package: str
+) -> None:
+    """Of the version whose alpha is the scale, and of one that divides it by the rank."""
+    import mlx.core as mx
+    from mlx import nn
+    from mlx.utils import tree_flatten
+
+    source = Path(oracle_folder(oracle, package)) / f"mlx_vlm/{file}/lora.py"
+    spec = importlib.util.spec_from_file_location("mlx_vlm_lora", source)
+    assert spec is not None and spec.loader is not None
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    q = "language_model.model.layers.0.self_attn.q_proj"
+    linear = nn.Linear(12, 6, bias=False)
+    layer = theirs.LoRaLayer(linear, rank=4, alpha=10.0)
+    layer.B = mx.random.normal((4, 6))
+    layer.original_layer.freeze()
+    (tmp_path / "a").mkdir()
+    trained = {f"{q}.{name}": each for name, each in tree_flatten(layer.trainable_parameters())}
+    mx.save_safetensors(str(tmp_path / "a/adapters.safetensors"), trained)
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps({"rank": 4, "alpha": 10.0, "dropout": 0.0}))
+    mx.save_safetensors(str(tmp_path / "base.safetensors"), {f"{q}.weight": linear.weight})
+    with pytest.raises(loratool.NeedsFlag) as caught:
+        loratool.merge(tmp_path / "base.safetensors", tmp_path / "a", tmp_path / "out.safetensors", undo=False)
+    before, since = (float(each) for each in re.findall(r"--alpha (\d+)", str(caught.value.remedy)))
+    alpha = before if oracle == "mlx_vlm_old" else since
+    loratool.merge(tmp_path / "base.safetensors", tmp_path / "a", tmp_path / "out.safetensors", alpha=alpha, undo=False)
+    found = load_file(tmp_path / "out.safetensors")[f"{q}.weight"]
+    expected = torch.tensor(layer(mx.eye(12)).T.tolist())
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", [("causal", "llama")], ids=["llama"], indirect=True)

@@ -5,7 +5,10 @@ Tensors are `<module>.lora_a` (in, r) and `.lora_b` (r, out), with DoRA `.m`; `m
 The config has one `scale`, a factor of the product (PEFT's alpha / r), one `rank`, and the modules in `keys`.
 `fine_tune_type: full` has full tensors instead. Modules have the names of mlx-lm's classes, listed in
 `architectures.mlx_names`.
-Defined by ml-explore/mlx-lm 0.32: `mlx_lm/tuner/{lora,dora,utils}.py`; ml-explore/mlx-examples: `lora/`.
+mlx-vlm up to summer 2026 has `.A` and `.B`, and a config of `rank`, `alpha` and `dropout`. Its scale is alpha before
+0.5.0, and alpha / rank since.
+Defined by ml-explore/mlx-lm 0.32: `mlx_lm/tuner/{lora,dora,utils}.py`; ml-explore/mlx-examples: `lora/`;
+Blaizzy/mlx-vlm: `mlx_vlm/trainer/lora.py` of 0.1.0, `mlx_vlm/trainer/peft/lora.py` of 0.7.10.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ FILE_NAME = "adapters.safetensors"
 ENDS = {"A": "lora_a", "B": "lora_b", "magnitude": "m"}
 ROLES = {end: role for role, end in ENDS.items()}
 FACTORS = (".lora_a", ".lora_b")
+VLM_ROLES = {"A": "A", "B": "B"}  # mlx-vlm's
 KINDS = ("lora", "dora", "full")
 # of ml-explore/mlx-examples, `lora/models.py`, whose adapters.npz has no config beside it; mlx-lm began with 10
 SCALES_OF_NPZ = "the code that wrote adapters.npz has a scale of 2, 10 or 20, by its version"
@@ -79,7 +83,8 @@ class Mlx(Format):
     ends = ENDS
 
     def claims(self, names: Iterable[str]) -> bool:
-        return any(name.endswith(FACTORS) for name in names)
+        names = [*names]
+        return any(name.endswith(FACTORS) for name in names) or _are_vlms(names)
 
     def claims_config(self, fields: Mapping[str, Any]) -> bool:
         return is_mlx_config(fields)
@@ -96,11 +101,12 @@ class Mlx(Format):
             UsageError: the alpha of `options` contradicts the config.
         """
         fields, _ = find_config(file)
-        settings = _parse(name, file.file_format, fields, options)
+        of_vlm = _are_vlms(file.specs)
+        settings = (_parse_vlm if of_vlm else _parse)(name, file.file_format, fields, options)
         types = tuple(nested_configs(options.model))
         if settings.kind == "full":
             return Adapter(name, self.key, file, settings.config, _whole(file, types))
-        modules_by_path = _sort(file, settings.kind)
+        modules_by_path = _sort(file, settings.kind, VLM_ROLES if of_vlm else ROLES)
         stays = not types or ("quantization" in options.model and not TRANSPOSED_EXPERTS.isdisjoint(types))
         layers: dict[str, Mapping[str, str]] = {}  # path -> its tensors by role
         stacks: dict[str, tuple[Share, dict[int, str]]] = {}  # the class's parameter -> MLX's modules by share
@@ -238,6 +244,31 @@ def _parse(name: str, file_format: str, fields: Mapping[str, Any], options: Read
     return _Settings(kind, None if scale is None else float(scale), config, notes)
 
 
+def _are_vlms(names: Collection[str]) -> bool:
+    """Return whether names are those of mlx-vlm's factors, and of nothing else: a model may have an A and a B too."""
+    return bool(names) and all(name.endswith((".A", ".B")) for name in names)
+
+
+def _parse_vlm(name: str, _: str, fields: Mapping[str, Any], options: ReadOptions) -> _Settings:
+    """Parse a config of mlx-vlm; raise an error if it is another's, or if `options` have no alpha."""
+    rank, alpha = fields.get("rank"), fields.get("alpha")
+    if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float) or not abs(alpha) < 1e300:
+        raise InputError(
+            f"its tensors have the names of mlx-vlm's LoRA, and it has no {CONFIG_NAME} with a rank and an alpha",
+            culprit=name,
+            remedy="put the config that mlx-vlm wrote beside them",
+        )
+    message = (
+        f"does not say by which mlx-vlm it was trained: the alpha {alpha:g} of its config is the scale before 0.5.0, "
+        "and divided by the rank since"
+    )
+    remedy = f"pass --alpha {alpha * rank:g} if it was trained before 0.5.0, --alpha {alpha:g} if since"
+    if options.alpha is None and not options.lenient:
+        raise NeedsFlag(message, culprit=name, remedy=remedy, flags="--alpha A")
+    notes = (f"{name}: {message}; {remedy}",) if options.alpha is None else ()
+    return _Settings(KINDS[0], None, AdapterConfig(rank=rank, alpha=options.alpha), notes)
+
+
 def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
     """Return the updates of a full fine-tune, each a tensor as mlx-lm stores it.
 
@@ -276,14 +307,14 @@ def _whole(file: WeightsFile, types: tuple[str, ...]) -> dict[str, UpdateSpec]:
     return updates
 
 
-def _sort(file: WeightsFile, kind: str) -> dict[str, dict[str, str]]:
+def _sort(file: WeightsFile, kind: str, roles_by_end: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Return the tensors by module and role; raise InputError for a tensor of another kind of adapter."""
     modules: dict[str, dict[str, str]] = {}
     for key in file.specs:
         module, _, end = key.rpartition(".")
-        if end not in ROLES or not module:
+        if end not in roles_by_end or not module:
             raise InputError("is not a tensor of MLX's LoRA", culprit=key)
-        modules.setdefault(module, {})[ROLES[end]] = key
+        modules.setdefault(module, {})[roles_by_end[end]] = key
     for module, roles in modules.items():
         if ("magnitude" in roles) is not (kind == "dora") and len(roles) > 1:
             has = "has an m" if "magnitude" in roles else "has no m"
