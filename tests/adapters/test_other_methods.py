@@ -324,7 +324,7 @@ def test_a_method_of_peft_that_the_table_lacks(tmp_path: Path) -> None:
 # Adapters that no format of ours reads, by their files: method, tensors. Source: JamesQFreeman/Sam_LoRA's `lora.py`;
 # the last is of nobody.
 OTHERS_LORA: dict[str, tuple[str, list[str]]] = {
-    "state/sam.safetensors": ("SAM", [f"image_encoder.blocks.0.attn.qkv.linear_{r}_q.weight" for r in "ab"]),
+    "state/sam.safetensors": ("SAM", [f"image_encoder.blocks.0.attn.qkv.linear_{r}_q_0.weight" for r in "ab"]),
     "new.safetensors": ("UNKNOWN_LORA", ["blocks.0.attn.lora_first", "blocks.0.attn.lora_second"]),
 }
 

@@ -157,7 +157,8 @@ def randomize(model: nn.Module) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_of_samed_is_merged_as_its_model_runs_it(tmp_path: Path, trainer: Import) -> None:
+@pytest.mark.parametrize("saved", ["numbered", "state", "module.state"])
+def test_a_file_of_samed_is_merged_as_its_model_runs_it(tmp_path: Path, trainer: Import, saved: str) -> None:
     samed = trainer("samed", "sam_lora_image_encoder")
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
@@ -178,8 +179,13 @@ def test_a_file_of_samed_is_merged_as_its_model_runs_it(tmp_path: Path, trainer:
         plain = name.replace("qkv.qkv.", "qkv.")
         if plain in base and not name.startswith(("mask_decoder", "prompt_encoder")):
             parameter.data = base[plain].clone()
-    wrapped.save_lora_parameters(str(tmp_path / "epoch_1.pth"))
-    loratool.merge(tmp_path / "base", tmp_path / "epoch_1.pth", tmp_path / "out", undo=False)
+    path, options = tmp_path / "epoch_1.pth", {}
+    if saved == "numbered":
+        wrapped.save_lora_parameters(str(path))
+    else:
+        options = {"alpha": 4}
+        torch.save({saved.removesuffix("state") + name: each for name, each in wrapped.state_dict().items()}, path)
+    loratool.merge(tmp_path / "base", path, tmp_path / "out", undo=False, **options)
     merged = build()
     merged.load_state_dict(load_model(tmp_path / "out"))
     plain = build()
@@ -194,9 +200,11 @@ def test_a_file_of_samed_is_merged_as_its_model_runs_it(tmp_path: Path, trainer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "alpha"), [(4, 8), (4, 7), (2, 6)])
+@pytest.mark.parametrize(
+    ("rank", "alpha", "saved"), [(4, 8, "numbered"), (4, 7, "numbered"), (2, 6, "numbered"), (4, 8, "state")]
+)
 def test_a_file_of_lora_vit_is_merged_as_its_model_runs_it(
-    tmp_path: Path, trainer: Import, rank: int, alpha: int
+    tmp_path: Path, trainer: Import, rank: int, alpha: int, saved: str
 ) -> None:
     lora = trainer("lora_vit", "lora")
     import timm
@@ -212,11 +220,74 @@ def test_a_file_of_lora_vit_is_merged_as_its_model_runs_it(
     wrapped = lora.LoRA_ViT_timm(model, rank, alpha)  # 0 classes: the classifier stays
     for n, layer in enumerate(wrapped.w_Bs):
         layer.weight.data = weights(*layer.weight.shape, seed=n)
-    wrapped.save_lora_parameters(str(tmp_path / "a.safetensors"))
-    assert "fc_32in_5out" in load_file(tmp_path / "a.safetensors")
-    loratool.merge(tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out", alpha=float(alpha), undo=False)
+    more = (
+        [] if saved == "numbered" else ["proj_3d", "proj_3d.bias"]
+    )  # a layer that the code adds, for pictures of three dimensions
+    if saved == "numbered":
+        wrapped.save_lora_parameters(str(tmp_path / "a.safetensors"))
+        assert "fc_32in_5out" in load_file(tmp_path / "a.safetensors")
+    else:
+        save_file({name: each.contiguous() for name, each in wrapped.state_dict().items()}, tmp_path / "a.safetensors")
+    loratool.merge(
+        tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "out", alpha=float(alpha), undo=False, exclude=more
+    )
     merged = build()
     merged.load_state_dict(load_model(tmp_path / "out"))
     image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.allclose(merged(image), wrapped(image), rtol=1e-4, atol=1e-5)
+
+
+def a_state(path: Path, wrapper: str = "", layers: int = 2, r: int = 2, width: int = 4, **more: Tensor) -> Any:
+    """Write the factors of a state by the names of their layers; return them as `written` does."""
+    numbered = written(path, layers, r, width)
+    names = {f"w_{side}_{n:03d}": (n // 2, f"linear_{side}_{'qv'[n % 2]}") for side in "ab" for n in range(2 * layers)}
+    paths = {name: f"{wrapper}{MAKERS}.{layer}.attn.qkv.{end}.weight" for name, (layer, end) in names.items()}
+    save_file({paths[name]: each for name, each in numbered.items()} | more, path)
+    return numbered
+
+
+@pytest.mark.parametrize("wrapper", ["", "sam.", "module.sam."])
+def test_a_state_s_layers_are_named(tmp_path: Path, wrapper: str) -> None:
+    """The layer under the factors, as in a state of all tensors, takes its place first."""
+    path, qkv = tmp_path / "a.safetensors", f"{MAKERS}.1.attn.qkv"
+    under = {f"{wrapper}{qkv}.qkv.weight": weights(12, 4, seed=70), f"{wrapper}{qkv}.qkv.bias": weights(12, seed=71)}
+    tensors = a_state(path, wrapper, **under)
+    base = a_base(tmp_path / "base", layers=3, **{f"{qkv}.bias": weights(12, seed=5)})
+    with pytest.raises(NeedsFlag, match="whose code has the scale"):
+        loratool.merge(tmp_path / "base", path, tmp_path / "out")
+    with pytest.raises(UsageError, match="no multiple of the rank 2"):
+        loratool.merge(tmp_path / "base", path, tmp_path / "out", alpha=3)
+    loratool.merge(tmp_path / "base", path, tmp_path / "out", alpha=4)
+    merged = load_model(tmp_path / "out")
+    for n, W in enumerate((base[f"{MAKERS}.0.attn.qkv.weight"], under[f"{wrapper}{qkv}.qkv.weight"])):
+        assert torch.equal(merged[f"{MAKERS}.{n}.attn.qkv.weight"], expected(W, tensors, n, 2))
+    assert torch.equal(merged[f"{qkv}.bias"], under[f"{wrapper}{qkv}.qkv.bias"])
+    assert loratool.verify(tmp_path / "base", path, tmp_path / "out", alpha=4).ok
+    loratool.unmerge(tmp_path / "out", path, tmp_path / "back", alpha=4)
+    back = load_model(tmp_path / "back")
+    assert all(torch.equal(back[name], base[name]) for name in base)
+
+
+def test_a_state_of_a_variant_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
+    path, qkv = tmp_path / "a.safetensors", f"{MAKERS}.0.attn.qkv"
+    a_state(path, **{f"{qkv}.linear_a_q2.weight": weights(2, 4)})
+    with pytest.raises(InputError, match="is of a variant of this code"):
+        open_adapter(path, 2.0)
+    a_state(path)
+    save_file({name: each for name, each in load_file(path).items() if "0.attn.qkv.linear_b_v" not in name}, path)
+    with pytest.raises(InputError, match="is missing, of four tensors of its layer"):
+        open_adapter(path, 2.0)
+    assert run("inspect", path, "--strict").exit_code == 1
+
+
+def test_a_state_goes_to_transformers_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = a_state(path)
+    base = a_base(tmp_path / "base", stem=TRANSFORMERS)
+    loratool.convert(path, tmp_path / "peft", to="peft", base=tmp_path / "base", alpha=2)
+    for adapter, out, alpha in ((path, "one", 2), (tmp_path / "peft", "two", None)):
+        loratool.merge(tmp_path / "base", adapter, tmp_path / out, undo=False, alpha=alpha)
+        for n in range(2):
+            name = f"{TRANSFORMERS}.{n}.attn.qkv.weight"
+            assert torch.equal(load_model(tmp_path / out)[name], expected(base[name], tensors, n))

@@ -251,7 +251,7 @@ def _are_vlms(names: Collection[str]) -> bool:
 
 def _parse_vlm(name: str, _: str, fields: Mapping[str, Any], options: ReadOptions) -> _Settings:
     """Parse a config of mlx-vlm; raise an error if it is another's, or if `options` have no alpha."""
-    rank, alpha = fields.get("rank"), fields.get("alpha")
+    rank, alpha = fields.get("rank", 0), fields.get("alpha", "")
     if type(rank) is not int or not 0 < rank < 2**31 or type(alpha) not in (int, float) or not abs(alpha) < 1e300:
         raise InputError(
             f"its tensors have the names of mlx-vlm's LoRA, and it has no {CONFIG_NAME} with a rank and an alpha",

@@ -153,7 +153,7 @@ OTHER_METHODS = {
         _BY_PEFT_THERE,
     ),
     "SAM": OtherMethod(
-        "LoRA for Segment Anything",
+        "a variant of LoRA for Segment Anything",
         "neither",
         _UNSUPPORTED,
         ("linear_a_q", "linear_b_q", "linear_a_v", "linear_b_v"),

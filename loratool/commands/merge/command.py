@@ -223,7 +223,11 @@ def plan_call(call: Merge, opened: ExitStack, at: ModelInPlace | None = None) ->
         )
     except NeedsFlag as error:
         if error.asks_for("--alpha"):  # or raise what would be raised if it were known: that of a wrong base, say
-            run_merge(replace(call, alpha=1.0, dry_run=True))
+            try:
+                run_merge(replace(call, alpha=1.0, dry_run=True))
+            except UsageError as second:
+                if second.culprit != "--alpha":
+                    raise
         raise
     if call.initial is None:
         require_residual_base(checkpoint, loaded)
