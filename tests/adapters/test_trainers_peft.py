@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import factors, load_model, oracle_folder, weights, write_model
-from safetensors.torch import save_file
+from conftest import factors, load_model, oracle_folder, weights, write_model, write_peft
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loratool
 from loratool.adapters.formats import open_adapter
-from loratool.errors import InputError, UsageError
+from loratool.errors import InputError, NeedsFlag, UsageError
 
 # Makes a small classifier with an old PEFT in `sys.argv[1]`, saves it, its adapter, and the matrix of its fused layer
 OLD_PEFT = """
@@ -246,7 +246,7 @@ import sys; sys.path.insert(0, sys.argv[1])
 import transformers, torch
 from pathlib import Path
 from torch import nn
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from peft import LoraConfig, get_peft_model
 out = Path(sys.argv[2])
 class Head(nn.Module):
@@ -299,3 +299,19 @@ def test_lora_in_saved_modules_answers_as_the_old_peft_and_todays_do(version: st
     loratool.convert(tmp_path / "adapter", tmp_path / "today", to="peft")
     assert torch.allclose(answers("", str(tmp_path), str(tmp_path / "today"))[1], y, atol=1e-5)
     assert not torch.allclose(answers("", str(tmp_path), str(tmp_path / "adapter"))[1], y, atol=1e-1)
+
+
+def test_lora_in_a_saved_module_needs_a_base_with_it(tmp_path: Path) -> None:
+    """A head without LoRA is added to a base; the error for one with LoRA says what to do, and that is enough."""
+    A, B, score, W = weights(2, 8), weights(3, 2), weights(3, 8, seed=1), weights(6, 8, seed=2)
+    tensors = {"score.weight": score, "score.lora_A.weight": A, "score.lora_B.weight": B}
+    adapter = write_peft(tmp_path / "adapter", {"dense": (A, weights(6, 2))}, modules_to_save=["score"], lora_alpha=4)
+    path = adapter / "adapter_model.safetensors"
+    save_file({f"base_model.model.{name}": each for name, each in tensors.items()} | load_file(path), path)
+    write_model(tmp_path / "base", {"dense.weight": W})
+    with pytest.raises(NeedsFlag, match="score: the adapter has its weight, and LoRA on it: first save the base as"):
+        loratool.merge(tmp_path / "base", adapter, tmp_path / "out", undo=False)
+    write_model(tmp_path / "headed", {"dense.weight": W, "score.weight": torch.zeros(3, 8)})
+    loratool.merge(tmp_path / "headed", adapter, tmp_path / "out", undo=False)
+    merged = load_model(tmp_path / "out")
+    assert torch.equal(merged["score.weight"], (score.double() + 2 * B.double() @ A.double()).float())

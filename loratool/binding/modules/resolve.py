@@ -33,6 +33,11 @@ from .module_weights import require_patterns_used, weight_of
 from .placement import Match, Placement, ShapeError, place_update
 from .selection import Selection
 
+# of a module that the base lacks, and of which the adapter has more than factors
+_WITH_WEIGHT = (
+    "the adapter has its weight, and LoRA on it: first save the base as a model with this module, of any numbers, "
+    "which the merge replaces"
+)
 _TEXT = re.compile(r"^model\.(?=(?:layers|embed_tokens|norm)(?:\.|$))")
 _WRAPPED_TEXT = re.compile(r"^(?:model\.(?:language_model|text_model)|language_model\.model)\.")
 
@@ -96,6 +101,8 @@ def bind(
             return bind(specs, configs, adapters, rest, coded)
 
         reasons = _reasons((m for absent in missing for m in absent), specs, configs)
+        for (adapter, _), absent in zip(adapters, missing, strict=True):
+            reasons |= {module: _WITH_WEIGHT for module in absent if adapter.updates[module].base}
         return misfit_error(fits, specs, list(added), reasons, bound_without)
 
     if any(missing):
