@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, any_widths, load_model, run_command, spread
+from lib.files import gguf_bytes
 from lib.files.published import Spec, expand, shorten, tensors_of
 from safetensors.torch import save_file
 from torch import Tensor
@@ -90,6 +91,8 @@ def smaller(number: int, divide: int) -> int:
 
 def small_config(config: Mapping[str, Any], divide: int, layers: int) -> dict[str, Any]:
     def value(key: str, old: Any) -> Any:
+        if key == "group_size" and "quant_method" in config:  # there are as many groups as in the large model
+            return old // divide
         if isinstance(old, dict):
             return small_config(old, divide, layers) if key.endswith("_config") else old
         if isinstance(old, list):
@@ -117,7 +120,13 @@ def filled(tensors: Mapping[str, Spec], size: float, seed: int) -> dict[str, Ten
     made = {}
     for name, (key, shape) in tensors.items():
         dtype = DTYPES[key]
-        if dtype.is_floating_point:
+        if name.endswith((".qweight", ".qzeros")):  # 4 bits; AutoGPTQ stores a zero point less 1, and none of 16
+            nibbles = torch.randint(0, 15, (*shape, 8), generator=g, dtype=torch.int32)
+            made[name] = (nibbles << torch.arange(0, 32, 4)).sum(-1).int()
+        elif name.endswith(".g_idx"):
+            groups = tensors[name.replace("g_idx", "scales")][1][0]
+            made[name] = torch.arange(groups, dtype=dtype).repeat_interleave(shape[0] // groups)
+        elif dtype.is_floating_point:
             numbers = torch.randn(shape, generator=g) * size
             made[name] = (numbers if shape else numbers.abs() + 1).to(dtype)
         else:
@@ -126,9 +135,11 @@ def filled(tensors: Mapping[str, Spec], size: float, seed: int) -> dict[str, Ten
     return made
 
 
-def written(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def written(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".gguf":
+        gguf_bytes.write(path, metadata, {name: gguf_bytes.floats(each.numpy()) for name, each in tensors.items()})
+    elif path.suffix == ".safetensors":
         save_file(dict(tensors), path, metadata=dict(metadata) or None)
     elif path.suffix == ".npz":
         np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
@@ -153,7 +164,7 @@ def write_adapter(name: str, divide: int, layers: int, folder: Path) -> tuple[Pa
     row = rows("adapters")[name]
     tensors = filled(small_tensors(row, divide, layers), 0.1, 2)
     file = folder / row["file"]
-    written(file, tensors, row.get("metadata", {}))
+    written(file, tensors, row.get("fields") or row.get("metadata", {}))
     if "config" not in row:
         return file, tensors, {}
     config = small_config(row["config"], divide, 1000)
@@ -164,8 +175,12 @@ def write_adapter(name: str, divide: int, layers: int, folder: Path) -> tuple[Pa
 def scale_of(row: Mapping[str, Any], config: Mapping[str, Any], alpha: Tensor | None, rank: int) -> float:
     if alpha is not None:
         return float(alpha) / rank
+    if isinstance(config.get("config"), dict):  # AdapterHub's
+        return float(config["config"]["alpha"]) / rank
     if "lora_parameters" in config:
         return float(config["lora_parameters"]["scale"])
+    if "fields" in row:
+        return float(row["fields"]["adapter.lora.alpha"]) / rank
     if "lora_alpha" in config:
         return float(config["lora_alpha"]) / (sqrt(rank) if config.get("use_rslora") else rank)
     return float(row["alpha"]) / rank if "alpha" in row else float(row["scale"])
@@ -173,6 +188,9 @@ def scale_of(row: Mapping[str, Any], config: Mapping[str, Any], alpha: Tensor | 
 
 def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Iterator[Any]:
     """Yield (name in the base, change, DoRA's magnitude) of each module, and (name, None, value) of other tensors."""
+    if "numbered" in row:
+        yield from _numbered(row, tensors)
+        return
     used = set()
     for name, A in tensors.items():
         if re.search(row.get("dropped", r"^\b$"), name):
@@ -182,6 +200,10 @@ def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappi
             module = name.removesuffix(".lokr_w1")
             used |= {name, f"{module}.lokr_w2", f"{module}.alpha"}
             yield f"{named(row, module)}.weight", torch.kron(A.double(), tensors[f"{module}.lokr_w2"].double()), None
+        if name.endswith(".hada_w1_a"):
+            module = name.removesuffix(".hada_w1_a")
+            used |= {each for each in tensors if each.startswith(f"{module}.")}
+            yield f"{named(row, module)}.weight", _hadamard(module, tensors), None
         for down, up in FACTORS:
             if not name.endswith(down):
                 continue
@@ -191,15 +213,15 @@ def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappi
             of_peft = tensors.get(f"{module}.lora_magnitude_vector")
             magnitude = magnitude if of_peft is None else of_peft.unsqueeze(1)
             used |= {name, module + up, *(f"{module}.{x}" for x in ("alpha", "dora_scale", "lora_magnitude_vector"))}
-            if down == ".lora_a":  # MLX: (in, r), (r, out)
+            if down == ".lora_a" and "fields" not in row:  # MLX: (in, r), (r, out)
                 A, B = A.T, B.T
             if "experts" in row and ".experts" in module:
                 yield from _of_experts(row, config, module, A.double(), B)
                 break
             rank = A.shape[0]
-            if "enable_lora" in config:
-                change = _merged_linear(A.double(), B, config["enable_lora"])
-                rank //= sum(config["enable_lora"])
+            if enabled := config.get("enable_lora") or row.get("enabled"):
+                change = _merged_linear(A.double(), B, enabled)
+                rank //= sum(enabled)
             else:
                 change = torch.einsum("or,ri->oi", B.flatten(1), A.double().flatten(1))
                 change = change.reshape(B.shape[0], *A.shape[1:])
@@ -215,6 +237,24 @@ def changes(row: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mappi
     for name, tensor in tensors.items():
         if name not in used:
             yield named(row, name), None, tensor
+
+
+def _numbered(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """Yield the changes of numbered pairs: of q and of v of each layer in turn, a third of the rows each."""
+    for n in range(len(tensors) // 2):
+        change = tensors[f"w_b_{n:03d}"].double() @ tensors[f"w_a_{n:03d}"].double()
+        yield f"{row['numbered'].format(n // 2)}[{2 * (n % 2)}/3]", change, None
+
+
+def _hadamard(module: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the change of LyCORIS's LoHa, with cores for kernels (`loha.py`: HadaWeight, HadaWeightTucker)."""
+    w1_a, w1_b, w2_a, w2_b = (tensors[f"{module}.hada_{each}"].double() for each in ("w1_a", "w1_b", "w2_a", "w2_b"))
+    scale = float(tensors[f"{module}.alpha"]) / len(w1_b)
+    if f"{module}.hada_t1" not in tensors:
+        return (w1_a @ w1_b) * (w2_a @ w2_b) * scale
+    t1, t2 = (tensors[f"{module}.hada_t{each}"].double() for each in "12")
+    one, two = (torch.einsum("ijkl,jr,ip->prkl", t, b, a) for t, b, a in ((t1, w1_b, w1_a), (t2, w2_b, w2_a)))
+    return one * two * scale
 
 
 def _merged_linear(A: Tensor, B: Tensor, enabled: list[bool]) -> Tensor:
@@ -338,21 +378,46 @@ def test_adapter(name: str, tmp_path: Path) -> None:
             hold(expected, W, load_model(again), slack=1.0)
 
 
-def companions(weight: str) -> tuple[str, str]:
-    """Return the names of the scales and the biases that MLX has for a quantized weight."""
-    module = weight.removesuffix("weight")
-    return f"{module}scales", f"{module}biases"
+COMPANIONS = ("scales", "biases", "qweight", "qzeros", "g_idx")  # MLX's first two, then GPTQ's and AWQ's
+
+
+def companions(weight: str) -> list[str]:
+    """Return the names of the tensors that a quantized weight may have."""
+    return [weight.removesuffix("weight") + each for each in COMPANIONS]
+
+
+def _nibbles(words: Tensor, order: list[int]) -> Tensor:
+    """Return the codes of 4 bits of each word in a last dimension; the k-th from the lowest bit comes at order[k]."""
+    codes = (words.unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
+    return codes[..., [order.index(k) for k in range(8)]]
+
+
+def _of_words(module: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return a weight in 4 bits: AutoGPTQ's has words of inputs, AutoAWQ's of outputs in the order of its kernel."""
+    words, zeros, scales = (tensors[f"{module}{each}"] for each in ("qweight", "qzeros", "scales"))
+    order = [*range(8)] if f"{module}g_idx" in tensors else [0, 2, 4, 6, 1, 3, 5, 7]
+    zero = _nibbles(zeros, order).flatten(1).double()  # (groups, out)
+    codes = _nibbles(words, order)
+    if f"{module}g_idx" in tensors:
+        zero += 1
+        codes = codes.transpose(1, 2)
+    codes = codes.reshape(-1, zero.shape[1]).double()  # (in, out)
+    group = torch.arange(len(codes)) * len(scales) // len(codes)
+    return ((codes - zero[group]) * scales.double()[group]).T
 
 
 def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return all tensors, those in MLX's affine codes as scale * code + bias for each group of 64 numbers of a row."""
     made = {}
     for name, tensor in tensors.items():
-        if name.endswith((".scales", ".biases")):
+        if name.endswith(".qweight"):
+            module = name.removesuffix("qweight")
+            made[f"{module}weight"] = _of_words(module, tensors)
+        if name.endswith(tuple(f".{each}" for each in COMPANIONS)):
             continue
         made[name] = tensor
         if tensor.dtype == torch.uint32:
-            scales, biases = (tensors[each].double().repeat_interleave(64, 1) for each in companions(name))
+            scales, biases = (tensors[each].double().repeat_interleave(64, 1) for each in companions(name)[:2])
             bits = tensor.shape[1] * 32 // scales.shape[1]
             stream = np.unpackbits(tensor.numpy().view(np.uint8), axis=1, bitorder="little")
             codes = stream.reshape(len(stream), -1, bits) @ (1 << np.arange(bits))

@@ -147,6 +147,14 @@ def test_unknown_names_are_refused(name: str, tmp_path: Path) -> None:
         open_adapter(tmp_path / "a")
 
 
+def test_the_fused_layer_of_older_versions_is_refused(tmp_path: Path) -> None:
+    """Before 0.5.5 its LoRA met other rows if q, k and v all had it than if one had not."""
+    write_adapter(tmp_path / "a", {"transformer.h.0.attn.attn.lora_A": weights(4, 16)})
+    with pytest.raises(InputError, match=r"is of litgpt before 0\.5\.5") as caught:
+        open_adapter(tmp_path / "a")
+    assert "loratool extract BASE MODEL" in str(caught.value.remedy)
+
+
 @pytest.mark.parametrize("file", ["hyperparameters.yaml", "model_config.yaml"])
 def test_damaged_settings_are_refused(file: str, tmp_path: Path) -> None:
     write_adapter(tmp_path / "a")

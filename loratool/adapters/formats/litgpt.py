@@ -13,7 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, final
 
-from ...architectures.litgpt import FUSED, IN_LAYERS, MLPS
+from ...architectures.litgpt import FUSED, FUSED_BEFORE, IN_LAYERS, MLPS
 from ...errors import InputError
 from ...files.weights_file import WeightsFile
 from ..adapter import Adapter
@@ -42,16 +42,23 @@ class Litgpt(Format):
     def claims(self, names: Iterable[str]) -> bool:
         """Return whether names of litgpt's modules in layers are among these."""
         matches = [_NAME.fullmatch(name) for name in names if name.endswith((".lora_A", ".lora_B"))]
-        return any(match and match[1] and match[2] in (FUSED, *IN_LAYERS) for match in matches)
+        return any(match and match[1] and match[2] in (FUSED, FUSED_BEFORE, *IN_LAYERS) for match in matches)
 
     def read(self, name: str, file: WeightsFile, options: ReadOptions) -> Adapter:
         """Read the adapter in `file`.
 
         Raises:
             InputError: a YAML file is missing or incomplete, or is of a model of another shape; or such a model has no
-                tensor of this name or shape.
+                tensor of this name or shape; or it is of litgpt before 0.5.5.
             UsageError: the alpha of `options` contradicts the file.
         """
+        if before := next((tensor for tensor in file.specs if f".{FUSED_BEFORE}.lora_" in tensor), None):
+            raise InputError(
+                "is of litgpt before 0.5.5, whose versions add it to different rows of q, k and v",
+                culprit=before,
+                remedy="merge it by the litgpt that trained it (merge_lora, convert_lit_checkpoint), and `loratool "
+                "extract BASE MODEL` makes an adapter of the change",
+            )
         folder = file.path.parent
         settings = {**read_plain_yaml(folder / HYPERPARAMETERS), **read_plain_yaml(folder / MODEL)}
         if settings.get("mlp_class_name") not in MLPS:
