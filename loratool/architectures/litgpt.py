@@ -16,7 +16,7 @@ IN_LAYERS = {
 
 FUSED = "attn.qkv"  # rows of q, then k, then v
 # Until litgpt 0.5.4: its rows are interleaved by groups of heads. LoRA's rows of q, k and v are added to its first rows
-# (if all three are adapted, and in the first versions of 2023) or to those of q, k and v (`zero_pad`, `litgpt/lora.py`).
+# (if all three are adapted, and in the first versions of 2023) or to those of q, k and v (`zero_pad` of its `lora.py`).
 FUSED_BEFORE = "attn.attn"
 
 # values of `mlp_class_name` of models with these names; GPT-NeoX, Falcon and Phi 2 have others

@@ -135,6 +135,22 @@ def filled(tensors: Mapping[str, Spec], size: float, seed: int) -> dict[str, Ten
     return made
 
 
+def in_nf4(row: Mapping[str, Any], shapes: Mapping[str, Spec], made: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a small model's tensors with bitsandbytes' codes of 4 bits, which are flat, for those of these shapes."""
+    g = torch.Generator().manual_seed(4)
+    for name in tensors_of(row["tensors"]):
+        if f"{name}.absmax" not in made:
+            continue
+        shape = shapes[name][1]
+        count = shape[0] * shape[1]
+        state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": shape}
+        made[name] = torch.randint(0, 256, (count // 2, 1), generator=g, dtype=torch.uint8)
+        made[f"{name}.absmax"] = torch.rand(count // 64, generator=g) * 0.1 + 0.01
+        made[f"{name}.quant_map"] = torch.linspace(-1, 1, 16)
+        made[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor([*json.dumps(state).encode()], dtype=torch.uint8)
+    return made
+
+
 def written(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gguf":
@@ -152,6 +168,8 @@ def write_base(name: str, folder: Path) -> tuple[Path, dict[str, Tensor], int, i
     row = rows("models")[name]
     divide, layers = row.get("divide", 32), row.get("layers", 1000)
     tensors = filled(small_tensors(row, divide, layers), 0.05, 1)
+    if "plain" in row:
+        tensors = in_nf4(row, small_tensors(rows("models")[row["plain"]], divide, layers), tensors)
     file = row.get("file", "model.safetensors")
     written(folder / file, tensors, {"format": "pt"})
     if "config" not in row:
@@ -379,11 +397,12 @@ def test_adapter(name: str, tmp_path: Path) -> None:
 
 
 COMPANIONS = ("scales", "biases", "qweight", "qzeros", "g_idx")  # MLX's first two, then GPTQ's and AWQ's
+OF_NF4 = (".absmax", ".quant_map", ".quant_state.bitsandbytes__nf4")  # bitsandbytes', after the weight's name
 
 
 def companions(weight: str) -> list[str]:
     """Return the names of the tensors that a quantized weight may have."""
-    return [weight.removesuffix("weight") + each for each in COMPANIONS]
+    return [*(weight.removesuffix("weight") + each for each in COMPANIONS), *(weight + each for each in OF_NF4)]
 
 
 def _nibbles(words: Tensor, order: list[int]) -> Tensor:
@@ -413,9 +432,14 @@ def dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(".qweight"):
             module = name.removesuffix("qweight")
             made[f"{module}weight"] = _of_words(module, tensors)
-        if name.endswith(tuple(f".{each}" for each in COMPANIONS)):
+        if name.endswith((*(f".{each}" for each in COMPANIONS), *OF_NF4)):
             continue
         made[name] = tensor
+        if f"{name}.absmax" in tensors:  # the first number of a byte is in its high bits
+            codes = torch.cat([tensor >> 4, tensor & 15], 1).flatten().int()
+            by = tensors[f"{name}.absmax"].double().repeat_interleave(64)
+            shape = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))["shape"]
+            made[name] = (tensors[f"{name}.quant_map"].double()[codes] * by).reshape(shape)
         if tensor.dtype == torch.uint32:
             scales, biases = (tensors[each].double().repeat_interleave(64, 1) for each in companions(name)[:2])
             bits = tensor.shape[1] * 32 // scales.shape[1]
