@@ -275,6 +275,11 @@ def test_a_state_of_a_variant_is_refused(tmp_path: Path, run: Callable[..., Any]
     with pytest.raises(InputError, match="is of a variant of this code"):
         open_adapter(path, 2.0)
     a_state(path)
+    twice = {f"sam.{name}": each.clone() for name, each in load_file(path).items()}
+    save_file({**load_file(path), **twice}, path)
+    with pytest.raises(InputError, match="like another layer of the file"):
+        open_adapter(path, 2.0)
+    a_state(path)
     save_file({name: each for name, each in load_file(path).items() if "0.attn.qkv.linear_b_v" not in name}, path)
     with pytest.raises(InputError, match="is missing, of four tensors of its layer"):
         open_adapter(path, 2.0)

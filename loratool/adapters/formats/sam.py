@@ -168,6 +168,8 @@ def _named_layers(file: WeightsFile, options: ReadOptions) -> _Layers:
         path = _WRAPPER.sub("", stem)
         if pattern == TRANSFORMERS and (layer := _MAKERS_LAYER.match(path)):
             path = f"{pattern.format(layer[1])}.attn.qkv"
+        if path in layers:
+            raise InputError(f"is {path}, like another layer of the file", culprit=stem)
         q, v = (Pair(copied(file, names[f"a{x}"]), copied(file, names[f"b{x}"])) for x in "qv")
         layers[path] = (q, v)
     return _Layers(layers, _rank([pair for both in layers.values() for pair in both], next(iter(layers))))
