@@ -14,13 +14,14 @@ from typing import Any
 from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from ..architectures.gguf import ARCHITECTURES
 from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
-from ..architectures.gguf.config_table import INSTEAD, UNTURNED
+from ..architectures.gguf.config_table import IN_FIELDS, INSTEAD, UNTURNED
 from ..architectures.gguf.table import NEEDED, NOT_IN_GGUF, READS, ROW_ORDERS, WRITES, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import Checkpoint
 from .codecs.codec import Parts, StoredTensor
 from .containers.gguf_config import gguf_config
 from .containers.gguf_file import GgufFile
+from .containers.virtual import of_numbers
 from .dtypes import TORCH_FLOATS
 from .folder.model_folder import SINGLE_NAMES
 from .relaid import RelaidFile, RelaidTensor, StoredStack
@@ -105,6 +106,7 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     tensors: dict[str, RelaidTensor] = {}
     for hf, parts in groups.items():
         tensors |= _relay(hf, parts, facts)
+    tensors |= _in_fields(files[0])
     _require_widths(groups, _number(files[0], "embedding_length"))
     _require_fused_rows(groups, facts, _number(files[0], "attention.key_length"), _number(files[0], "embedding_length"))
     _require_layers(tensors, _kinds_of_layers(files[0], config), base)
@@ -198,7 +200,8 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
             raise InputError(f"is {part.ref.spec}, and {first.name} {first.ref.spec}", culprit=part.name)
     rows, transposed = sum(part.matrices[1] for part in parts), weight.transposed and columns > 1
     is_vector = len(first.ref.spec.shape) - first.is_stack == 1
-    shape = (rows,) if is_vector else (columns, rows) if transposed else (rows, columns)
+    shape: tuple[int, ...] = (rows,) if is_vector else (columns, rows) if transposed else (rows, columns)
+    shape = (rows, 1, columns) if weight.kernel and not is_vector else shape
     pieces, order = tuple(part.piece for part in parts), _order(hf, parts, facts, rows)
     added = 0.0 if hf.endswith(".bias") else ADDED.get(weight.change, 0.0)
     if "{e}" not in hf:
@@ -233,6 +236,24 @@ def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int
     return order
 
 
+def _in_fields(file: GgufFile) -> Iterator[tuple[str, RelaidTensor]]:
+    """Yield the tensors of transformers whose numbers are fields in GGUF, as float32.
+
+    Raises:
+        InputError: a field does not have a number for each layer.
+    """
+    layers = _number(file, "block_count")
+    for template, (key, shape) in IN_FIELDS.get(file.architecture or "", {}).items():
+        stored = file.fields.get(key, ())
+        values = [*stored] if isinstance(stored, Sequence) and not isinstance(stored, str) else []
+        if len(values) != layers or not all(type(value) is float for value in values):
+            raise InputError(f"has no {key} with a number for each of {layers} layers", culprit=str(file.path))
+        numbers = {template.replace("{n}", str(i)): value for i, value in enumerate(values)}
+        virtual = of_numbers(file, numbers)
+        for name in numbers:
+            yield name, RelaidTensor(shape, (StoredStack(TensorRef(virtual, name), 1, 1),))
+
+
 def _number(file: GgufFile, key: str) -> int:
     """Return an integer field of the file's architecture; 0 if it is missing."""
     value = file.fields.get(f"{file.architecture}.{key}", 0)
@@ -241,9 +262,11 @@ def _number(file: GgufFile, key: str) -> int:
 
 def _kinds_of_layers(file: GgufFile, config: Mapping[str, Any]) -> list[tuple[object, ...]]:
     """Return a key for each layer that determines its tensors and their shapes."""
-    layers, kinds = _number(file, "block_count"), config.get("layer_types", ())
+    layers, fields = _number(file, "block_count"), ("layer_types", "indexer_types")
     dense, shared = _number(file, "leading_dense_block_count"), _number(file, "attention.shared_kv_layers")
-    return [(i < dense, i >= layers - shared, *kinds[i : i + 1]) for i in range(layers)]
+    step = max(1, _number(file, "interleave_moe_layer_step"))  # each of so many layers has experts
+    told = [tuple(kind for name in fields for kind in config.get(name, ())[i : i + 1]) for i in range(layers)]
+    return [(i < dense, i >= layers - shared, (i + 1) % step == 0, *told[i]) for i in range(layers)]
 
 
 def _require_widths(groups: Mapping[str, Sequence[_Part]], width: int) -> None:

@@ -102,7 +102,8 @@ class RelaidTensor:
         """Return whether its bytes are a run of rows of one stored tensor."""
         piece = self.pieces[0]
         moved = len(self.pieces) > 1 or self.order is not None or self.transposed or self.added or piece.transposed_rows
-        return not moved and not piece.ref.weight and piece.ref.spec.dtype in TORCH_FLOATS
+        computed = piece.ref.weight or piece.ref.file.is_computed(piece.ref.name)
+        return not moved and not computed and piece.ref.spec.dtype in TORCH_FLOATS
 
     @cached_property
     def _rows(self) -> Rows:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from loratool.architectures.gguf.config_table import CONFIGS
 from loratool.commands.convert.command import convert
+from loratool.errors import InputError
 from loratool.files.checkpoint import open_checkpoint
 from loratool.files.containers.gguf_file import GgufArray
 
@@ -50,6 +51,14 @@ OLMO3 = {
 
 MSCALE = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1}
 
+MINISTRAL = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1, "llama_4_scaling_beta": 0.5}
+
+LLAMA4 = {
+    "num_hidden_layers": 4, "interleave_moe_layer_step": 2, "intermediate_size": 48, "moe_layers": None,
+    "no_rope_layers": None, "layer_types": None, "num_local_experts": 128, "use_qk_norm": False,
+    "rope_parameters": LLAMA3 | {"factor": 16.0, "high_freq_factor": 1.0},
+}  # fmt: skip
+
 SHARED = {
     "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
     "use_double_wide_mlp": True, "per_layer_config": {"1": {"head_dim": 32}, "3": {"head_dim": 32}},
@@ -61,6 +70,13 @@ EXPERTS = {
     "per_layer_config": {"1": {"head_dim": 32, "num_key_value_heads": 1}}, "vocab_size_per_layer_input": 262144,
 }  # fmt: skip
 
+GLM_SHARED = {
+    "num_hidden_layers": 3, "indexer_types": ["full", "full", "shared"], "index_topk": 8, "layer_types": None,
+    "mlp_layer_types": None,
+}  # fmt: skip
+
+CONVOLUTIONS = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+
 FALCON = {"max_position_embeddings": 2048, "ffn_hidden_size": 128}  # the first is what its converter writes anyhow
 
 # case -> the model's table and type, and fields of its config: those that no GGUF file tells are what it implies
@@ -70,6 +86,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama linear": ("causal", "llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}}),
     "mistral": ("causal", "mistral", {"sliding_window": None}),
     "mixtral": ("causal", "mixtral", {}),
+    "mistral3": ("causal", "ministral3", {"rope_parameters": MINISTRAL}),
+    "llama4": ("causal", "llama4_text", {"layer_types": None, "no_rope_layers": None}),
+    "llama4 interleaved": ("causal", "llama4_text", LLAMA4),
     "qwen2": ("causal", "qwen2", {"rope_parameters": YARN}),
     "qwen3": ("causal", "qwen3", {"tie_word_embeddings": True}),
     "qwen2moe": ("causal", "qwen2_moe", {}),
@@ -96,6 +115,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma4 experts": ("causal", "gemma4_text", EXPERTS),
     "phi3": ("causal", "phi3", {}),
     "phi3 long": ("causal", "phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+    "phimoe": ("causal", "phimoe", {"attention_bias": True, "lm_head_bias": True}),
     "gpt2": ("causal", "gpt2", {}),
     "gptneox": ("causal", "gpt_neox", {}),
     "bert": ("masked", "bert", {}),
@@ -122,6 +142,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "arcee": ("causal", "arcee", {}),
     "ernie4_5": ("causal", "ernie4_5", {"use_bias": True}),
     "ernie4_5-moe": ("causal", "ernie4_5_moe", {"moe_layer_end_index": -1}),
+    "apertus": ("causal", "apertus", {"attention_bias": True}),
     "seed_oss": ("causal", "seed_oss", {}),
     "hunyuan-dense": ("causal", "hunyuan_v1_dense", {}),
     "nemotron": ("causal", "nemotron", {}),
@@ -130,6 +151,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "glm4moe": ("causal", "glm4_moe", {"head_dim": 16}),
     "dots1": ("causal", "dots1", {"head_dim": 16}),
     "deepseek32": ("causal", "deepseek_v32", {}),
+    "glm-dsa": ("causal", "glm_moe_dsa", {}),
+    "glm-dsa shared": ("causal", "glm_moe_dsa", GLM_SHARED),
     "jais2": ("causal", "jais2", {}),
     "minimax-m2": (
         "causal",
@@ -138,6 +161,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "exaone-moe": ("causal", "exaone_moe", {}),
     "hunyuan-moe": ("causal", "hunyuan_v1_moe", {}),
+    "lfm2": ("causal", "lfm2", CONVOLUTIONS | {"block_auto_adjust_ff_dim": False}),
+    "lfm2 rounded": ("causal", "lfm2", CONVOLUTIONS),
+    "lfm2moe": ("causal", "lfm2_moe", {}),
+    "minicpm3": ("causal", "minicpm3", {}),
+    "minicpm3 long": ("causal", "minicpm3", {"rope_parameters": LONG | {"original_max_position_embeddings": 128}}),
 }
 
 # Fields of the original that no GGUF file tells, and that change nothing of what the model computes here
@@ -149,6 +177,8 @@ UNTOLD = {
     "bert": {"architectures"},
     "deepseek2": {"n_group", "topk_group"},
     "dots1": {"sliding_window"},  # which none of its layers has
+    "lfm2": {"full_attn_idxs"},  # which the kinds of layers tell
+    "lfm2 rounded": {"full_attn_idxs", "block_auto_adjust_ff_dim", "intermediate_size"},  # the file has the result
     "phi3": {"partial_rotary_factor"},  # at the top as well
     "phi3 long": {"partial_rotary_factor"},
 }
@@ -226,6 +256,43 @@ def test_the_folder_is_the_original(pair: tuple[str, Path, Path]) -> None:
     with torch.no_grad():
         outputs = [model(tokens, use_cache=False)[0] for model in (one, two)]
     assert torch.equal(*outputs)
+
+
+def test_mistral_3_with_a_language_model_of_before(models: Path, tmp_path: Path) -> None:
+    """Mistral Small 3.1's is a Mistral, without the scale of attention for long texts that Ministral 3 has."""
+    original = tmp_path / "original"
+    shutil.copytree(models / "mistral" / "f32", original)
+    config = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(json.dumps(config | {"architectures": ["Mistral3ForConditionalGeneration"]}))
+    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(original, tmp_path / "m.gguf")]) == {}
+    convert(tmp_path / "m.gguf", tmp_path / "out", dtype="f32")
+    (one, _), (two, info) = load(models / "mistral" / "f32"), load(tmp_path / "out")
+    assert type(one) is type(two) and not any(info.values()), info
+    before, after = one.state_dict(), two.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(W, after[name]) for name, W in before.items())
+    fields, told = one.config.to_dict(), two.config.to_dict()
+    assert {k: v for k, v in told.items() if k not in NEVER} == {k: v for k, v in fields.items() if k not in NEVER}
+
+
+NO_WINDOWS = {"layer_types": ["full_attention"] * 2}
+
+MSCALES = {"short_mscale": 1.25, "long_mscale": 1.25}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("llama4_text", NO_WINDOWS, "has no windows"),
+        ("phimoe", {"rope_parameters": LONG | MSCALES}, "without its short_mscale and long_mscale"),
+    ],
+)
+def test_what_the_converter_drops_is_refused(
+    model_type: str, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    original = llama_cpp.save_model(make("causal", model_type, fields), tmp_path / "original")
+    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(original, tmp_path / "m.gguf")]) == {}
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / "m.gguf", tmp_path / "out", dtype="f32")
 
 
 # Cases of which transformers 5.24 reads the GGUF file by itself; of GPT-2 and Qwen 3 it takes sizes for the defaults

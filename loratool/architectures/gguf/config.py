@@ -25,6 +25,12 @@ OLMO3_THETA = 500000.0
 # Other fields of the rotary scaling of Llama 3.1 to 3.3, of which GGUF stores only the factors
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
+LLAMA4 = LLAMA3 | {"high_freq_factor": 1.0}  # of Llama 4
+
+LLAMA4_UNNORMED = 128  # the number of experts for which llama.cpp does not norm the queries and keys of Llama 4
+
+GLM52_CONTEXT = 1 << 20  # the context from which llama.cpp has an own pattern of indexers for a file without one
+
 
 @dataclass(frozen=True)
 class GgufFields:
@@ -103,7 +109,7 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
     keys = {name: key for name, key in table.keys.items() if key not in OPTIONAL or model.each(key) is not None}
     config |= {name: model.need(key) for name, key in keys.items()}
     config |= {name: model.size(*place) for name, place in table.sizes.items()}
-    config |= {name: model.has(tensor) for name, tensor in table.has.items()}
+    config |= {name: model.has(tensor.format(last=last)) for name, tensor in table.has.items()}
     config |= table.constants
     config["vocab_size"] = model.size(GGUF_EMBEDDING, 0)
     config["tie_word_embeddings"] = GGUF_HEAD not in model.shapes
@@ -220,27 +226,27 @@ def _longrope(model: GgufFields, row: Config) -> dict[str, Any]:
     factors = {"long_factor": LONG, "short_factor": SHORT}
     scaling: dict[str, Any] = {name: [*map(_shortest, model.numbers(tensor))] for name, tensor in factors.items()}
     model.get("rope.scaling.attn_factor")  # marked as used: it follows from both lengths of texts
-    context = model.need("rope.scaling.original_context_length")
+    context = model.get("rope.scaling.original_context_length", model.need("context_length"))
     beside = {} if CONTEXT_BEFORE in row.keys else {CONTEXT_BEFORE: context}
     return {"type": "longrope", **scaling, **beside}
 
 
 def _llama3(model: GgufFields, theta: float, rotated: int) -> dict[str, Any]:
-    """Return the scaling of Llama 3 if the file's factors are Llama 3's."""
+    """Return the scaling of Llama 3 or 4 if the file's factors are those."""
     stored = model.numbers(FREQUENCIES)
-    scaling = {"rope_type": "llama3", "factor": _shortest(max(stored, default=1.0)), **LLAMA3}
-    expected = [_llama3_factor(scaling, 2 * math.pi * theta ** (2 * i / rotated)) for i in range(rotated // 2)]
-    if len(stored) != len(expected) or any(abs(a - b) > 1e-4 * b for a, b in zip(stored, expected, strict=True)):
-        raise InputError(
-            f"has factors of rotary frequencies ({FREQUENCIES}) that are not Llama 3's", culprit=model.name
-        )
-    return scaling
+    for fields in (LLAMA3, LLAMA4):
+        scaling = {"rope_type": "llama3", "factor": _shortest(max(stored, default=1.0)), **fields}
+        expected = [_llama3_factor(scaling, 2 * math.pi * theta ** (2 * i / rotated)) for i in range(rotated // 2)]
+        if len(stored) == len(expected) and all(abs(a - b) <= 1e-4 * b for a, b in zip(stored, expected, strict=True)):
+            return scaling
+    raise InputError(f"has factors of rotary frequencies ({FREQUENCIES}) that are not Llama 3's", culprit=model.name)
 
 
 def _llama3_factor(scaling: Mapping[str, Any], wavelength: float) -> float:
     """Return the divisor of a frequency (transformers: modeling_rope_utils.py)."""
     low, high, context = (float(scaling[name]) for name in LLAMA3)
-    smooth = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
+    turns = context / wavelength
+    smooth = min(1.0, max(0.0, (turns - low) / (high - low))) if high > low else float(turns > low)
     return 1 / ((1 - smooth) / float(scaling["factor"]) + smooth)
 
 
@@ -264,6 +270,18 @@ def _deepseek(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
         mscale = _shortest(struct.unpack("<f", struct.pack("<f", multiplier / 0.1))[0])
         fields["rope_scaling"] = config["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": mscale}
     return fields
+
+
+def _glm_dsa(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return DeepSeek's fields, and which layers have an indexer."""
+    rotated, layers = config["qk_rope_head_dim"], config["num_hidden_layers"]
+    size = model.need("attention.key_length") - config["kv_lora_rank"]
+    if size != rotated:
+        raise InputError(f"rotates {rotated} numbers of a head's {size}", culprit=model.name)
+    key, full = "attention.indexer.types", [True] * layers
+    if model.each(key) is not None or model.need("context_length") >= GLM52_CONTEXT:
+        full = _of_layers(model, key, layers)
+    return _deepseek(model, config) | {"indexer_types": ["full" if each else "shared" for each in full]}
 
 
 # Numbers of layers of models with attention scaled by hidden size / heads, not by the head's size
@@ -355,7 +373,7 @@ def _gemma4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _of_layers(model: GgufFields, key: str, layers: int) -> list[int]:
+def _of_layers(model: GgufFields, key: str, layers: int) -> list[Any]:
     """Return the value of a key for each layer."""
     value = model.each(key)
     values = [*value] if isinstance(value, tuple) else [model.need(key)] * layers
@@ -394,9 +412,65 @@ def _exaone4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     return {} if config.get("sliding_window") else {"sliding_window": None, "sliding_window_pattern": None}
 
 
+def _llama4(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return whether queries and keys are normed, which llama.cpp tells by the number of experts.
+
+    Raises:
+        InputError: no layer has a window; which of them rotate is not in the file.
+    """
+    if model.get("attention.sliding_window") == 0:
+        raise InputError("has no windows, for which config.json has no known fields", culprit=model.name)
+    return {"use_qk_norm": config["num_local_experts"] != LLAMA4_UNNORMED}
+
+
+def _lfm2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kind of each layer: one without heads of keys is a convolution."""
+    size = config["hidden_size"] // config["num_attention_heads"]
+    heads = _of_layers(model, "attention.head_count_kv", config["num_hidden_layers"])
+    if len({*heads} - {0}) != 1:
+        raise InputError(f"has layers with numbers of heads that LFM2 does not have: {heads[:8]}", culprit=model.name)
+    if model.need("attention.key_length") != size:
+        raise InputError(f"has heads of {model.need('attention.key_length')}, not of {size}", culprit=model.name)
+    return {
+        "num_key_value_heads": max(heads),
+        "layer_types": ["full_attention" if each else "conv" for each in heads],
+        "conv_bias": any(model.has(f"blk.{i}.shortconv.in_proj.bias") for i in range(len(heads))),
+    }
+
+
+def _minicpm3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of latent attention, those of the values derived from the rows: the file has no field."""
+    unrotated = model.need("attention.key_length") - config["qk_rope_head_dim"]
+    rows = model.size("blk.0.attn_kv_b.weight", 0) // config["num_attention_heads"]
+    return {"qk_nope_head_dim": unrotated, "v_head_dim": rows - unrotated}
+
+
+def _ministral3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary scaling with the scale of attention for long texts; llama.cpp takes 1 for its `mscale`."""
+    if config.get("rope_scaling", {}).get("rope_type") != "yarn":
+        raise InputError("scales attention for long texts without YaRN", culprit=model.name)
+    model.need("rope.scaling.original_context_length")
+    scaling = config["rope_scaling"] | {"llama_4_scaling_beta": model.need("attention.temperature_scale")}
+    multiplier = model.get("rope.scaling.yarn_log_multiplier")
+    return {"rope_scaling": scaling | ({"mscale": 1.0, "mscale_all_dim": multiplier} if multiplier else {})}
+
+
 def _nemotron(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     model.get("attention.layer_norm_rms_epsilon")  # marked as used: it repeats the other epsilon
     return {}
+
+
+def _phimoe(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the window.
+
+    Raises:
+        InputError: the file has factors for long texts, but not the scales of attention that belong to them.
+    """
+    if "rope_scaling" in config:
+        raise InputError(
+            "has rotary scaling without its short_mscale and long_mscale, which no GGUF file has", culprit=model.name
+        )
+    return {"sliding_window": model.get("attention.sliding_window") or None}
 
 
 def _olmo3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -423,9 +497,15 @@ RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "gemma4": _gemma4,
+    "glm-dsa": _glm_dsa,
     "hunyuan-moe": _hunyuan_moe,
+    "lfm2": _lfm2,
+    "llama4": _llama4,
+    "minicpm3": _minicpm3,
+    "ministral3": _ministral3,
     "nemotron": _nemotron,
     "olmo3": _olmo3,
     "phi3": lambda model, config: {"sliding_window": model.get("attention.sliding_window") or None},
     "phi2": _phi2,
+    "phimoe": _phimoe,
 }

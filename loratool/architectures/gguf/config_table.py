@@ -41,13 +41,15 @@ USUAL = {"attention.causal": True, "expert_gating_func": 1, "expert_weights_scal
 # Type of value -> the keys with such values; the others are integers
 KINDS: dict[tuple[type, ...], frozenset[str]] = {
     (str,): frozenset({"rope.scaling.type"}),
-    (bool,): frozenset("expert_weights_norm use_parallel_residual attention.sliding_window_pattern".split()),
+    (bool,): frozenset(
+        "expert_weights_norm use_parallel_residual attention.sliding_window_pattern attention.indexer.types".split()
+    ),
     (float, int): frozenset(
         """attention.layer_norm_rms_epsilon attention.layer_norm_epsilon attention.clamp_kqv attention.scale
         attn_logit_softcapping final_logit_softcapping logit_scale embedding_scale residual_scale expert_weights_scale
         rope.freq_base rope.freq_base_swa rope.scale_linear rope.scaling.factor rope.scaling.attn_factor
         rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
-        rope.scaling.yarn_log_multiplier""".split()
+        rope.scaling.yarn_log_multiplier attention.temperature_scale""".split()
     ),
 }
 
@@ -123,7 +125,15 @@ LATENT = {
 
 DEEPSEEK = SIZES | INNER | CONTEXT | RMS | ROUTED | LATENT
 
+INDEXER = {
+    "index_n_heads": "attention.indexer.head_count",
+    "index_head_dim": "attention.indexer.key_length",
+    "index_topk": "attention.indexer.top_k",
+}
+
 GEMMA2 = DECODER | HEAD_DIM | WINDOW | {"final_logit_softcapping": "final_logit_softcapping"}
+
+LFM2 = SIZES | INNER | CONTEXT | {"norm_eps": "attention.layer_norm_rms_epsilon", "conv_L_cache": "shortconv.l_cache"}
 
 GPT2 = {
     "n_embd": "embedding_length",
@@ -153,6 +163,32 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             "LlamaForCausalLM",
             DECODER | HEAD_DIM,
             has=QUERY_BIAS | MLP_BIAS,
+        ),
+    ),
+    "mistral3": (
+        Config(
+            "ministral3",
+            "Ministral3ForCausalLM",
+            DECODER | HEAD_DIM,
+            mark="attention.temperature_scale",
+            nested="ministral3",
+        ),
+        Config("mistral", "MistralForCausalLM", DECODER | HEAD_DIM, constants={"sliding_window": None}),
+    ),
+    "llama4": (
+        Config(
+            "llama4_text",
+            "Llama4ForCausalLM",
+            DECODER
+            | HEAD_DIM
+            | MIXTRAL
+            | {
+                "intermediate_size_mlp": "feed_forward_length",
+                "intermediate_size": "expert_feed_forward_length",
+                "interleave_moe_layer_step": "interleave_moe_layer_step",
+            },
+            has=QUERY_BIAS,
+            nested="llama4",
         ),
     ),
     "qwen2": (Config("qwen2", "Qwen2ForCausalLM", DECODER),),
@@ -210,15 +246,20 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         Config(
             "deepseek_v32",
             "DeepseekV32ForCausalLM",
-            DEEPSEEK
-            | {
-                "index_n_heads": "attention.indexer.head_count",
-                "index_head_dim": "attention.indexer.key_length",
-                "index_topk": "attention.indexer.top_k",
-            },
+            DEEPSEEK | INDEXER,
             granted={"attention.head_count_kv": 1, "expert_gating_func": 2},
             own_heads=True,
             nested="deepseek",
+        ),
+    ),
+    "glm-dsa": (
+        Config(
+            "glm_moe_dsa",
+            "GlmMoeDsaForCausalLM",
+            DEEPSEEK | INDEXER,
+            granted={"attention.head_count_kv": 1, "expert_gating_func": 2},
+            own_heads=True,
+            nested="glm-dsa",
         ),
     ),
     "gemma": (Config("gemma", "GemmaForCausalLM", DECODER | HEAD_DIM),),
@@ -260,6 +301,15 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             DECODER | {"original_max_position_embeddings": "rope.scaling.original_context_length"},
             partial="partial_rotary_factor",
             nested="phi3",
+        ),
+    ),
+    "phimoe": (
+        Config(
+            "phimoe",
+            "PhimoeForCausalLM",
+            DECODER | MIXTRAL,
+            has=QUERY_BIAS | {"lm_head_bias": "output.bias"},
+            nested="phimoe",
         ),
     ),
     "gpt2": (Config("gpt2", "GPT2LMHeadModel", GPT2, sizes={"n_inner": ("blk.0.ffn_up.weight", 0)}, rotates=False),),
@@ -442,6 +492,7 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             constants={"moe_layer_end_index": -1},
         ),
     ),
+    "apertus": (Config("apertus", "ApertusForCausalLM", DECODER, has=QUERY_BIAS),),
     "seed_oss": (
         Config(
             "seed_oss",
@@ -526,11 +577,57 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             window_every=4,
         ),
     ),
+    "minicpm3": (
+        Config(
+            "minicpm3",
+            "MiniCPM3ForCausalLM",
+            DECODER
+            | {
+                "q_lora_rank": "attention.q_lora_rank",
+                "kv_lora_rank": "attention.kv_lora_rank",
+                "qk_rope_head_dim": "rope.dimension_count",
+            },
+            has={"attention_bias": "blk.0.attn_q_a.bias"} | MLP_BIAS,
+            own_heads=True,
+            nested="minicpm3",
+        ),
+    ),
+    "lfm2": (
+        Config(
+            "lfm2",
+            "Lfm2ForCausalLM",
+            LFM2,
+            constants={"block_auto_adjust_ff_dim": False},
+            own_heads=True,
+            nested="lfm2",
+        ),
+    ),
+    "lfm2moe": (
+        Config(
+            "lfm2_moe",
+            "Lfm2MoeForCausalLM",
+            LFM2 | QWEN_MOE | {"num_dense_layers": "leading_dense_block_count"},
+            has={"use_expert_bias": "blk.{last}.exp_probs_b.bias"},
+            granted={"expert_gating_func": 2},
+            own_heads=True,
+            nested="lfm2",
+        ),
+    ),
     "smollm3": (Config("smollm3", "SmolLM3ForCausalLM", DECODER, has=QUERY_BIAS),),
 }
 
 # Architecture -> ends of tensors that llama.cpp's converter does not reorder, although it reorders the weights
 UNTURNED = {"olmo": ("attn_q.bias", "attn_k.bias")}
+
+# general.architecture -> tensor of each layer in transformers whose number is in a field's array -> (key, its shape)
+IN_FIELDS: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
+    "apertus": {
+        "model.layers.{n}.mlp.act_fn.alpha_n": ("xielu.alpha_n", (1,)),
+        "model.layers.{n}.mlp.act_fn.alpha_p": ("xielu.alpha_p", (1,)),
+        "model.layers.{n}.mlp.act_fn.beta": ("xielu.beta", ()),
+        "model.layers.{n}.mlp.act_fn.eps": ("xielu.eps", ()),
+    },
+}
 
 # general.architecture -> (field of config.json that gives a weight another name than the first in the tables, both
 # names)

@@ -111,6 +111,9 @@ LLAMA4_EXPERTS = (
     Weight("blk.{n}.ffn_gate_shexp", f"{LLAMA4}.shared_expert.gate_proj"),
     Weight("blk.{n}.ffn_up_shexp", f"{LLAMA4}.shared_expert.up_proj"),
     Weight("blk.{n}.ffn_down_shexp", f"{LLAMA4}.shared_expert.down_proj"),
+    Weight("blk.{n}.ffn_gate", f"{LLAMA4}.gate_proj"),
+    Weight("blk.{n}.ffn_up", f"{LLAMA4}.up_proj"),
+    Weight("blk.{n}.ffn_down", f"{LLAMA4}.down_proj"),
 )
 
 AFMOE = (

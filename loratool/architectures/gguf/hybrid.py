@@ -1,6 +1,7 @@
 """Architectures with recurrent layers or convolutions beside attention.
 
-Only the matrices of such layers are here: their vectors and kernels change on the way to GGUF, and no LoRA is of them.
+Only the matrices of such layers are here, and LFM2's kernels: the vectors and kernels of others change on the way to
+GGUF, and no LoRA is of them.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ LFM2 = (
     Weight("blk.{n}.attn_k_norm", f"{LAYER}.self_attn.k_layernorm"),
     Weight("blk.{n}.shortconv.in_proj", f"{LAYER}.conv.in_proj"),
     Weight("blk.{n}.shortconv.out_proj", f"{LAYER}.conv.out_proj"),
+    Weight("blk.{n}.shortconv.conv", f"{LAYER}.conv.conv", kernel=True),
     Weight("blk.{n}.ffn_gate", f"{LAYER}.feed_forward.w1"),
     Weight("blk.{n}.ffn_up", f"{LAYER}.feed_forward.w3"),
     Weight("blk.{n}.ffn_down", f"{LAYER}.feed_forward.w2"),

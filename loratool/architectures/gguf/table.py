@@ -138,6 +138,7 @@ class Weight:
     heads: bool = False  # GGUF has a matrix for each head, one after the other
     heads_transposed: bool = False  # each matrix of a head is (in, out)
     bare: bool = False
+    kernel: bool = False  # of a convolution of each channel: transformers' files have it as (channels, 1, width)
     change: str = ""  # how its numbers change: a key of CHANGES; adapters have no such tensors
     types: tuple[str, ...] = ()  # the only model types that have it; empty if all do
     dense: bool | None = None  # only in models without experts, or, if False, only in those with experts

@@ -86,3 +86,16 @@ def with_zero_columns(file: WeightsFile, name: str, columns: int) -> VirtualFile
         return Numbers(np.pad(stored.bits, ((0, 0), (0, columns - stored.shape[1]))), stored.form)
 
     return VirtualFile(file, {name: TensorSpec(spec.dtype, (spec.shape[0], columns))}, load, {})
+
+
+def of_numbers(file: WeightsFile, values: Mapping[str, float]) -> VirtualFile:
+    """Return a file of vectors of one float32 number each. file: the one that the numbers are from."""
+
+    def load(name: str) -> Numbers:
+        import numpy as np
+
+        from ...numerics.arrays import Numbers
+
+        return Numbers.of(np.array([values[name]], np.float32))
+
+    return VirtualFile(file, dict.fromkeys(values, TensorSpec("F32", (1,))), load, {})
