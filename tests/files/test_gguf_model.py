@@ -326,6 +326,49 @@ def test_norms_of_gemma_are_one_less(tmp_path: Path) -> None:
     assert torch.equal(found["model.embed_tokens.weight"], matrix(5, 8))
 
 
+def test_the_kernels_of_lfm2_are_of_one_channel(tmp_path: Path) -> None:
+    """Its layers without heads of keys are convolutions of each channel."""
+    fields = {"attention.layer_norm_rms_epsilon": 1e-5, "feed_forward_length": 16, "shortconv.l_cache": 3}
+    tensors = vectors("token_embd_norm.weight", *(f"blk.{i}.{n}_norm.weight" for i in (0, 1) for n in ("attn", "ffn")))
+    tensors |= vectors("blk.1.attn_q_norm.weight", "blk.1.attn_k_norm.weight", size=4)
+    shapes = {f"blk.{i}.ffn_{n}": (16, 8) for i in (0, 1) for n in ("gate", "up")} | {"token_embd": (5, 8)}
+    shapes |= {"blk.0.ffn_down": (8, 16), "blk.1.ffn_down": (8, 16), "blk.0.shortconv.in_proj": (24, 8)}
+    shapes |= {"blk.0.shortconv.out_proj": (8, 8), "blk.0.shortconv.conv": (8, 3)}
+    shapes |= {"blk.1.attn_q": (8, 8), "blk.1.attn_k": (4, 8), "blk.1.attn_v": (4, 8), "blk.1.attn_output": (8, 8)}
+    tensors |= {f"{name}.weight": floats(matrix(*shape).numpy()) for name, shape in shapes.items()}
+
+    def of_heads(*heads: int) -> Path:
+        counts = {"block_count": 2, "attention.head_count_kv": [*heads]}
+        return write(tmp_path / "m.gguf", gguf_fields("lfm2", **fields, **counts), tensors)
+
+    convert(of_heads(0, 1), tmp_path / "out")
+    assert torch.equal(load_model(tmp_path / "out")["model.layers.0.conv.conv.weight"], matrix(8, 3)[:, None])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["layer_types"] == ["conv", "full_attention"] and config["num_key_value_heads"] == 1
+    for heads in ((0, 0), (1, 2), (1,)):
+        with pytest.raises(InputError, match=r"numbers of heads that LFM2 does not have|has 1 values of"):
+            read(of_heads(*heads))
+
+
+def test_the_numbers_of_apertus_activation_are_in_fields(tmp_path: Path) -> None:
+    numbers = {"alpha_n": [-0.5, 0.25], "alpha_p": [1.5, 2.5], "beta": [0.5, 0.5], "eps": [-0.125, -0.25]}
+    fields = {key.replace("llama.", "apertus."): value for key, value in llama_fields().items()}
+    fields |= {"general.architecture": "apertus"} | {f"xielu.{name}": values for name, values in numbers.items()}
+    tensors = {name: each for name, each in llama_tensors(llama_weights()).items() if "ffn_gate" not in name}
+    tensors |= vectors(*(f"blk.{i}.attn_{n}_norm.weight" for i in range(LAYERS) for n in "qk"), size=WIDTH // HEADS)
+    convert(write(tmp_path / "m.gguf", fields, tensors), tmp_path / "out")
+    found = load_model(tmp_path / "out")
+    for name, values in numbers.items():
+        shape = (1,) if name.startswith("alpha") else ()
+        for i, value in enumerate(values):
+            assert torch.equal(found[f"model.layers.{i}.mlp.act_fn.{name}"], torch.full(shape, value)), name
+    for value in (None, 0.5, [0.5], ["a", "b"], "ab", [1, 2]):
+        damaged = {key: each for key, each in fields.items() if key != "xielu.beta"}
+        damaged |= {} if value is None else {"xielu.beta": value}
+        with pytest.raises(InputError, match=r"has no xielu.beta with a number for each of 2 layers"):
+            read(write(tmp_path / "d.gguf", damaged, tensors))
+
+
 def test_commands_that_take_a_base_see_the_names_of_transformers(tmp_path: Path, run: Run) -> None:
     weights = llama_weights()
     source = write_llama(tmp_path / "m.gguf", weights)

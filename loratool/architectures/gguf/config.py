@@ -440,9 +440,11 @@ def _lfm2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _minicpm3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes of latent attention, those of the values derived from the rows: the file has no field."""
+    heads, rows = config["num_attention_heads"], model.size("blk.0.attn_kv_b.weight", 0)
     unrotated = model.need("attention.key_length") - config["qk_rope_head_dim"]
-    rows = model.size("blk.0.attn_kv_b.weight", 0) // config["num_attention_heads"]
-    return {"qk_nope_head_dim": unrotated, "v_head_dim": rows - unrotated}
+    if rows % heads or not 0 < unrotated < rows // heads:
+        raise InputError(f"has {rows} rows for {heads} heads of {unrotated}", culprit="blk.0.attn_kv_b.weight")
+    return {"qk_nope_head_dim": unrotated, "v_head_dim": rows // heads - unrotated}
 
 
 def _ministral3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
