@@ -96,8 +96,9 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     key = files[0].architecture or ""
     config, architecture = gguf_config(files), ARCHITECTURES.get(key)
     if architecture is None or not config:
+        why = "whose names in transformers are unknown" if architecture is None else "which has no rule for config.json"
         raise InputError(
-            f"is of the architecture {key or 'without a name'!r}, whose names in transformers are unknown",
+            f"is of the architecture {key or 'without a name'!r}, {why}",
             culprit=str(base.path),
             remedy="use the model in transformers' format",
         )

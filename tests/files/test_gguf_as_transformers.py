@@ -313,7 +313,7 @@ def test_what_transformers_reads_of_the_file_itself(models: Path, tmp_path: Path
         assert torch.equal(W, after[name]), name
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "qwen3moe", "deepseek2", "gpt-oss"])
+@pytest.mark.parametrize("case", ["llama", "gpt2", "qwen3moe", "deepseek2", "gpt-oss", "llama4", "lfm2", "apertus"])
 def test_codes_of_the_converter(models: Path, tmp_path: Path, case: str) -> None:
     """The numbers are those that gguf-py decodes, in the places that transformers has for them."""
     gguf = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")

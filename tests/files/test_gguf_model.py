@@ -181,6 +181,7 @@ def test_diff_of_an_unknown_architecture_is_by_its_own_names(tmp_path: Path) -> 
 REFUSED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] = {
     "architecture": ({"general__architecture": "newest"}, lambda t: None, "architecture 'newest'"),
     "no architecture": ({"general__architecture": None}, lambda t: None, "architecture 'without a name'"),
+    "no rule for the config": ({"general__architecture": "mistral4"}, lambda t: None, "has no rule for config.json"),
     "a tensor without a row": ({}, lambda t: t.update({"blk.0.odd.weight": t["output.weight"]}), "blk.0.odd.weight"),
     "no ending": ({}, lambda t: t.update({"blk.0.attn_q": t["token_embd.weight"]}), "is not in the table"),
     "a layer too many": ({}, lambda t: t.update({"blk.2.attn_norm.weight": t["output_norm.weight"]}), "model of 2"),
