@@ -25,12 +25,13 @@ _SECRET = re.compile(
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # as the hub makes them
 
 
-_shown: dict[str, str] = {}  # the beginning of a path -> what stands for it in texts
+_shown: dict[str, tuple[re.Pattern[str], str]] = {}  # the beginning of a path -> a pattern of it, what texts have
 
 
 def show_as(beginning: str, shown: str) -> None:
     """Show paths that begin so under another name, in this process."""
-    _shown[beginning] = shown
+    whole = re.compile(re.escape(beginning) + r"(?!\S*\.loratool-)")  # an output in the making is where it is
+    _shown[beginning] = whole, shown.replace("\\", r"\\")
 
 
 def with_article(noun: str) -> str:
@@ -45,8 +46,8 @@ def without_credentials(text: str) -> str:
     host is removed, and the part after a `?`, as signed links have their credentials there. A path of what stands here
     for an object in a store becomes its link.
     """
-    for beginning, shown in _shown.items():
-        text = text.replace(beginning, shown)
+    for beginning, (whole, shown) in _shown.items():
+        text = whole.sub(shown, text) if beginning in text else text
     if ":/" in text:
         text = _LINK.sub(_link_without_credentials, text)
     if "=" in text:

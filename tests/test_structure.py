@@ -78,7 +78,7 @@ LIGHT = (
 HEAVY = (
     "binding.weights.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "
     "files.codecs.fp8_fresh files.codecs.gguf_blocks files.codecs.gguf_quantizer files.codecs.gguf_codebooks "
-    "files.hub.download"
+    "files.hub.download files.hub.upload"
 ).split()
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub"}
 # Packages that hold more than a docstring: tables and faces.

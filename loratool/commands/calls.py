@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, ParamSpec, TypeVa
 
 from ..binding.modules.selection import PRESETS
 from ..files.dtypes import FACTOR_DTYPES, MERGE_DTYPES
+from ..files.hub.names import SCHEME, HubName, parse_hub_name
 from ..files.stores.links import StoreLink, links_in_one_state, parse_store_link
 from ..transform.rank_rules import OF_ONE_FILE, RANK_RULES, RULES_OF_SEVERAL
 from .arguments import (
@@ -69,10 +70,11 @@ class Call(Generic[R]):
             return complete(call, report)
 
         with links_in_one_state():
-            if link := _to_store(getattr(self, "out", None)):
-                sent_to_store: Callable[[Call[R], StoreLink, Callable[[Call[R]], R]], R]
-                sent_to_store = import_module(".to_store", __package__).sent_to_store
-                return sent_to_store(self, link, worked)
+            if target := _elsewhere(getattr(self, "out", None)):
+                to_store = import_module(".to_store", __package__)
+                send = to_store.sent_to_store if isinstance(target, StoreLink) else to_store.sent_to_hub
+                sent: Callable[[Call[R], StoreLink | HubName, Callable[[Call[R]], R]], R] = send
+                return sent(self, target, worked)
             if getattr(self, "attest", None) is None:
                 return worked(self)
             attested: Callable[[Call[R], Callable[[Call[R]], R]], R]
@@ -89,9 +91,12 @@ class Call(Generic[R]):
         return changed(type(self), vars(self))
 
 
-def _to_store(out: object) -> StoreLink | None:
-    """Return the link of an output that goes to a store."""
-    return parse_store_link(os.fspath(out)) if isinstance(out, str | os.PathLike) else None
+def _elsewhere(out: object) -> StoreLink | HubName | None:
+    """Return where an output goes that does not stay here."""
+    if not isinstance(out, str | os.PathLike):
+        return None
+    text = os.fspath(out)
+    return parse_store_link(text) or (parse_hub_name(text) if SCHEME.match(text) else None)
 
 
 def function_of(call: Callable[P, Call[R]]) -> Callable[P, R]:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from ..durable import disk, elsewhere
 from ..durable.interrupts import unless_done
 from ..durable.locks import locked
-from ..errors import UsageError, show_as, without_credentials
-from ..files.output.paths import find_foreign_file
+from ..durable.partial import what_stays
+from ..errors import InputError, MachineError, NeedsFlag, UsageError, shell_word, show_as, without_credentials
+from ..files.folder.side_files import CARD
+from ..files.hub.cache import import_download
+from ..files.hub.names import HubName
+from ..files.output.paths import find_foreign_file, is_weights_of_ours
 from ..files.stores.links import StoreLink
-from ..files.stores.objects import open_store
-from ..files.stores.outgoing import Outgoing
+from ..files.stores.objects import open_store, store_of
+from ..files.stores.outgoing import CONTAINER_ENDS, Outgoing
 from ..streaming.ranks import current_job
 from .calls import Call
 
@@ -34,26 +40,22 @@ def sent_to_store(call: Call[R], link: StoreLink, work: Callable[[Call[R]], R]) 
         NeedsFlag: there is an output of this name.
     """
     options: Any = call
-    if getattr(options, "attest", None) is not None:
-        remedy = "write the output to a folder here, and copy it"
-        raise UsageError("a statement needs the files of the output", culprit=str(link), remedy=remedy)
-    if current_job().count > 1:
-        remedy = "run it as one process, or write to a folder that all nodes share"
-        raise UsageError("several ranks do not write to a store", culprit=str(link), remedy=remedy)
-    folder = _folder_of(link)
-    place, resume = folder / "output", bool(getattr(options, "resume", False))
+    link = StoreLink(link.scheme, link.text.rstrip("/"))
+    _require_writable(link)
+    _require_one_process(options, str(link))
+    folder = _folder_of(link.text)
+    is_dry, resume = bool(getattr(options, "dry_run", False)), bool(getattr(options, "resume", False))
+    place = folder / ("dry" if is_dry else "output")
     with locked(folder, Path(str(link)), lambda: disk.make_folder(folder)):
-        if place.exists() and not resume:
-            Outgoing(link, place).forget()
-            disk.remove_folder(place)
         disk.make_folder(place)
         outgoing = Outgoing(link, place)
-        show_as(f"{place}{os.sep}", str(link).rpartition("/")[0] + "/")
-        is_dry = bool(getattr(options, "dry_run", False))
-        replaced = outgoing.existing(bool(getattr(options, "force", False)) or is_dry)
+        may_replace = bool(getattr(options, "force", False)) or is_dry or (resume and outgoing.was_finishing)
+        replaced = outgoing.existing(may_replace)
         if replaced and (foreign := _foreign(link)):
             what = f"holds {foreign}; --force replaces a model's files and nothing else"
             raise UsageError(what, culprit=str(link), remedy="name another output with -o")
+        outgoing.clear(resume)
+        show_as(f"{place}{os.sep}", str(link).rpartition("/")[0] + "/")
         elsewhere.opened.clear()
 
         def give_up() -> None:
@@ -65,8 +67,82 @@ def sent_to_store(call: Call[R], link: StoreLink, work: Callable[[Call[R]], R]) 
             if not is_dry:
                 outgoing.finish(replaced, getattr(report, "digests", {}).get(getattr(report, "out", None)))
         disk.remove_folder(place)
-        disk.remove_empty_folder(folder)
+        with suppress(OSError):
+            disk.remove_empty_folder(folder)
     return _with_links(report)
+
+
+def sent_to_hub(call: Call[R], name: HubName, work: Callable[[Call[R]], R]) -> R:
+    """Run a command, and commit its output to a repository on the hub.
+
+    Raises:
+        UsageError: the output cannot go there.
+        NeedsFlag: files are there.
+        InputError, MachineError: the hub refuses it, or was not reached. Nothing is committed then.
+    """
+    options: Any = call
+    _require_one_process(options, str(name))
+    path = PurePosixPath(name.path)
+    is_file = path.suffix in CONTAINER_ENDS
+    root = replace(name, path=str(path.parent).removeprefix(".")) if is_file else name
+    target = import_download(name, ".upload").HubTarget(root)
+    is_dry, force = bool(getattr(options, "dry_run", False)), bool(getattr(options, "force", False))
+    link = f"hf://{str(name).removeprefix('hf://')}"
+    kept = [file for file in target.files if file != CARD and not file.startswith(".")]
+    kept = [file for file in kept if file in (path.name, path.with_suffix(".undo").name)] if is_file else kept
+    if kept and not force and not is_dry:
+        raise NeedsFlag("exists already", culprit=link, flags="--force", why="to replace it, or name another with -o")
+    folder = _folder_of(link)
+    place = folder / Path(name.path or name.repo).name
+    with locked(folder, Path(link), lambda: disk.make_folder(folder)):
+        if not getattr(options, "resume", False):
+            _empty(folder)
+        show_as(str(place), link)
+        with unless_done(partial(_empty, folder, "complete"), partial(what_stays, place)):
+            report = work(replace(options, out=place))
+            if not is_dry:
+                source = folder if is_file else place
+                built = {each.relative_to(source).as_posix(): each for each in source.rglob("*") if each.is_file()}
+                _send(target, built, kept.__contains__ if is_file else is_weights_of_ours, call.name(), place)
+        disk.remove_folder(folder)
+    return _with_links(report)
+
+
+def _send(target: Any, built: Mapping[str, Path], replaced: Callable[[str], bool], command: str, place: Path) -> None:
+    """Commit files to the hub; if that fails, keep them, as they may have taken hours."""
+    try:
+        target.send(built, replaced, f"loratool {command}")
+    except (InputError, MachineError) as error:
+        complete = place.with_name("complete")
+        disk.rename(place, complete)
+        remedy = f"it is complete here, to be sent with: hf upload {target.name.repo} {shell_word(complete)}"
+        error.remedy = f"{remedy} {shell_word(target.name.path)}" if target.name.path else remedy
+        raise
+
+
+def _empty(folder: Path, stays: str = "") -> None:
+    for place in folder.iterdir():
+        if place.name != stays:
+            disk.remove_folder(place) if place.is_dir() else disk.unlink(place)
+
+
+def _require_one_process(options: Any, link: str) -> None:
+    """Raise UsageError for a statement, and for a rank of several."""
+    if getattr(options, "attest", None) is not None:
+        remedy = "write the output to a folder here, and copy it"
+        raise UsageError("a statement needs the files of the output", culprit=link, remedy=remedy)
+    if current_job().count > 1:
+        remedy = "run it as one process, or write to a folder that all nodes share"
+        raise UsageError("several ranks do not write to a store", culprit=link, remedy=remedy)
+
+
+def _require_writable(link: StoreLink) -> None:
+    """Raise UsageError for a link under which no object can be written."""
+    if store_of(link).upload is None:
+        remedy = "name a folder here with -o, or a link to an object store"
+        raise UsageError("is a page of a web server, where nothing can be written", culprit=str(link), remedy=remedy)
+    if link.text.count("/") < 3:
+        raise UsageError("is a bucket, and not a place in one", culprit=str(link), remedy=f"name {link}/merged")
 
 
 def _foreign(link: StoreLink) -> str | None:
@@ -74,10 +150,10 @@ def _foreign(link: StoreLink) -> str | None:
     return find_foreign_file(folder, (), {}) if folder.is_dir() else None
 
 
-def _folder_of(link: StoreLink) -> Path:
+def _folder_of(link: str) -> Path:
     """Return the folder of the cache for an output, the same for each run of it."""
     cache = os.path.expanduser(os.getenv("XDG_CACHE_HOME") or "~/.cache")
-    return Path(cache, "loratool", "outgoing", hashlib.sha256(link.text.encode()).hexdigest()[:16])
+    return Path(cache, "loratool", "outgoing", hashlib.sha256(link.encode()).hexdigest()[:16])
 
 
 def _with_links(report: R) -> R:

@@ -65,7 +65,7 @@ def unless_done(undo: Callable[[], object], stays: Callable[[], str] = str) -> I
 
 def _note_resumable(stays: Callable[[], str]) -> bool:
     output = stays()
-    resumable_outputs.extend([output] if output else [])
+    resumable_outputs.extend([output] if output and output not in resumable_outputs else [])
     return bool(output)
 
 

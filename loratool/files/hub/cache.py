@@ -76,14 +76,14 @@ def find_here(name: str | os.PathLike[str], config_alone: bool = False) -> Path 
     return hub_name
 
 
-def import_download(name: HubName) -> ModuleType:
-    """Return the module that downloads, which most runs have no use for.
+def import_download(name: HubName, module: str = ".download") -> ModuleType:
+    """Return the module that downloads, or that uploads; most runs have no use for them.
 
     Raises:
         MachineError: its requirements are not installed, or do not start.
     """
     try:
-        return import_module(".download", __package__)
+        return import_module(module, __package__)
     except ImportError as error:  # huggingface_hub is missing or too old
         what = f"{_describe_missing(look_up(name))}; to download it, install the extra `hub`"
         raise MachineError(what, culprit=str(name), remedy=install_remedy("hub")) from error

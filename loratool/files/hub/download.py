@@ -128,7 +128,7 @@ class _Commit:
     def fetch(self, missing: list[str]) -> None:
         _require_there(missing, self.listed, self.name)
         _require_space(sum(self.sizes.get(file, 0) for file in missing), self.name)
-        with _explained(self.name):
+        with hub_errors(self.name):
             _fetch(self.name.repo, self.revision, missing)
         _require_whole(missing, self.folder, self.listed, self.name)
 
@@ -140,8 +140,8 @@ def _find_commit(name: HubName) -> _Commit:
         InputError: the hub has no such model or revision, or requires a login for it.
         MachineError: the hub was not reached, or its answer is none.
     """
-    with _explained(name):
-        info = _find_revision(name)
+    with hub_errors(name):
+        info = find_revision(name)
     listed = {each.rfilename: each for each in info.siblings or () if is_inside(str(each.rfilename))}
     sizes = {file: entry.size for file, entry in listed.items() if entry.size is not None}
     if not SHORT_HASH.fullmatch(str(info.sha)):
@@ -185,7 +185,7 @@ def _read_range(name: HubName, found: _Commit, file: str, first: int, end: int) 
     headers: dict[str, str] = utils.build_hf_headers(library_name="loratool")
     headers |= {"Range": f"bytes={first}-{end - 1}", "Accept-Encoding": "identity"}
     data = bytearray()
-    with _explained(name), stream("GET", url, headers=headers, follow_redirects=True) as answer:
+    with hub_errors(name), stream("GET", url, headers=headers, follow_redirects=True) as answer:
         utils.hf_raise_for_status(answer)
         if answer.status_code == 200:
             return None
@@ -201,7 +201,7 @@ def _read_range(name: HubName, found: _Commit, file: str, first: int, end: int) 
     return bytes(data)
 
 
-def _find_revision(name: HubName) -> ModelInfo:
+def find_revision(name: HubName) -> ModelInfo:
     """Get a revision's commit and files from the hub. A short hash is searched for among the commits."""
     api = HfApi(library_name="loratool")
     try:
@@ -277,11 +277,13 @@ def _require_space(nbytes: int, name: HubName) -> None:
 
 
 @contextmanager
-def _explained(name: HubName) -> Iterator[None]:
-    """Convert the errors of huggingface_hub into ours."""
+def hub_errors(name: HubName, failed: str = "is not here, and could not be downloaded") -> Iterator[None]:
+    """Convert the errors of huggingface_hub into ours; `failed` says so of the network's."""
     page, log_in = f"{constants.ENDPOINT}/{name.repo}", "log in with `hf auth login`, or set HF_TOKEN"
     try:
         yield
+    except LoratoolError:
+        raise
     except errors.GatedRepoError as error:
         what = "is gated: the hub gives it to those who have accepted its terms"
         raise InputError(what, culprit=str(name), remedy=f"accept them at {page}, and {log_in}") from error
@@ -293,15 +295,14 @@ def _explained(name: HubName) -> Iterator[None]:
         remedy = f"look at {page}/commits/main; a slash in a branch's name is written %2F"
         raise InputError(what, culprit=str(name), remedy=remedy) from error
     except Exception as error:  # of the network library too, which changes with huggingface_hub's version
-        raise _from_network(name, error, f"{log_in}, and see {page}") from error
+        raise _from_network(name, error, failed, f"{log_in}, and see {page}") from error
 
 
-def _from_network(name: HubName, error: Exception, remedy: str) -> LoratoolError:
+def _from_network(name: HubName, error: Exception, failed: str, remedy: str) -> LoratoolError:
     """Return the error for a failure of the hub or the network that does not concern the name."""
     cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if status in (401, 403):
         return InputError(f"the hub refuses it ({status})", culprit=str(name), remedy=remedy)
     first = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
-    what = f"is not here, and could not be downloaded: {first}"
-    return MachineError(what, culprit=str(name), remedy=AGAIN)
+    return MachineError(f"{failed}: {first}", culprit=str(name), remedy=AGAIN)

@@ -64,6 +64,11 @@ def find_foreign_file(folder: Path, origins: Collection[Path], contents: Mapping
     return names[0] if names and not weights else None  # configs or scripts without weights are not an output of ours
 
 
+def is_weights_of_ours(name: str) -> bool:
+    """Return whether a name in an output folder is one that loratool gives to weights and undo files."""
+    return matches(name, FOREIGN_WEIGHTS)
+
+
 def _manifest_of_change(folder: Path) -> str | None:
     """Return the name of the JSON file that describes the weight update in a folder, if it has one."""
     with suppress(InputError):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...durable import disk, elsewhere
 from ...durable.fileio import file_length, open_for_reading, read_into, write_file
-from ...durable.partial import what_stays
+from ...durable.partial import journal_path, partial_path, what_stays
 from ...errors import InputError, MachineError, NeedsFlag, UsageError
 from .links import StoreLink, at_end
 from .objects import attempted, file_system, store_of
@@ -32,13 +32,19 @@ PARTS_AT_ONCE = 2  # being sent
 
 PARTS_WAITING = 4  # written and not sent, of all files: writers wait beyond these
 
-CONTAINER_ENDS = (".safetensors", ".gguf")  # of single files, beside which an undo file is
+CONTAINER_ENDS = (".safetensors", ".gguf", ".bin", ".pt", ".patch")  # of single files, beside which an undo file is
 
 SPACE = 10 * PART  # bytes on the disk, about, that parts take while they are under way
 
 MARKER = "loratool.complete.json"  # the last object of an output: the names and sizes of the others
 
-LAST = (".index.json", "config.json")  # ends of names: they say which objects belong together
+FIRST, LAST = (".safetensors", ".gguf", ".undo"), (".index.json", "config.json")  # ends of names; LAST name others
+
+
+def _by_turn(built: tuple[str, Path]) -> tuple[int, str]:
+    """Sort the objects by when they appear: weights first, by which a part of an output is known as one."""
+    name, _ = built
+    return (0 if name.endswith(FIRST) else 2 if name.endswith(LAST) else 1), name
 
 
 class Outgoing:
@@ -58,13 +64,19 @@ class Outgoing:
         self._pool = ThreadPoolExecutor(PARTS_AT_ONCE, "outgoing")
         self._in_order = ThreadPoolExecutor(1, "outgoing in order")
         self._files: dict[str, OutgoingFile] = {}  # by object
-        self._former = self._read_state()
+        self._former, self._finishing = self._read_state()
         _outgoing[os.path.abspath(self.path)] = self
         at_end.append(self._end)
 
     def _end(self) -> None:
         _outgoing.pop(os.path.abspath(self.path), None)
         elsewhere.forget_stand_ins()
+
+    def _upload(self, path: str, identity: str) -> Upload:
+        begin = self._store.upload
+        assert begin, "nothing is sent to other stores"
+        upload: Upload = self._attempt(partial(begin, self.system, path, identity))
+        return upload
 
     @property
     def system(self) -> Any:
@@ -118,11 +130,11 @@ class Outgoing:
         self.require_apart()
         path = self.object_of(place.relative_to(self.folder).as_posix())
         former = self._former.get(path, "")
-        upload = attempted(lambda: self._store.upload(self.system, path, former), str(self.link), self._store)
+        upload = self._upload(path, former)
         with suppress(FileNotFoundError):  # it was completed, or aborted
             known = attempted(upload.sent, str(self.link), self._store)
             return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, known))
-        upload = attempted(lambda: self._store.upload(self.system, path, ""), str(self.link), self._store)
+        upload = self._upload(path, "")
         return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, {}))
 
     def _add(self, file: OutgoingFile) -> OutgoingFile:
@@ -142,26 +154,28 @@ class Outgoing:
     def finish(self, replaced: Collection[str], digest: str | None) -> None:
         """Send what is not sent yet, let all objects appear, remove those that are replaced, and write the marker."""
         self.require_apart()
-        is_folder = self.path.is_dir()
+        built = {self.object_of(place.relative_to(self.folder).as_posix()): place for place in self._built()}
+        sizes = {path: place.stat().st_size for path, place in sorted(built.items(), key=_by_turn)}
+        for path, nbytes in sizes.items():
+            if nbytes >= PART and path not in self._files:
+                self._send_whole(path, built[path])
+        self._finishing = True
+        self._write_state()
         marker = self.object_of(f"{self.path.name}/{MARKER}")
         if marker in replaced:
-            self._attempt(lambda: self.system.rm_file(marker))
-        new: dict[str, int] = {}
-        for place in sorted(self._built(), key=lambda place: (place.name.endswith(LAST), place)):
-            name = place.relative_to(self.folder).as_posix()
-            path = self.object_of(name)
-            file = self._files.get(path)
-            new[path] = place.stat().st_size
-            if file is None:
-                file = self._send_whole(path, place)
-            self._attempt(partial(file.upload.complete, file.count))
-        for path in {*replaced} - {*new, marker}:
+            self._attempt(partial(self.system.rm_file, marker))
+        for path in sizes:
+            if file := self._files.get(path):
+                self._attempt(partial(file.upload.complete, file.count))
+            else:
+                self._attempt(partial(self.system.pipe_file, path, built[path].read_bytes()))
+        for path in {*replaced} - {*sizes, marker}:
             self._attempt(partial(self.system.rm_file, path))
-        if is_folder:
+        if self.path.is_dir():
             root = self.object_of(self.path.name)
-            objects = {path.removeprefix(f"{root}/"): nbytes for path, nbytes in sorted(new.items())}
+            objects = {path.removeprefix(f"{root}/"): nbytes for path, nbytes in sorted(sizes.items())}
             content = json.dumps({"digest": digest, "objects": objects}, indent=1).encode()
-            self._attempt(lambda: self.system.pipe_file(marker, content))
+            self._attempt(partial(self.system.pipe_file, marker, content))
         self._close()
 
     def _close(self) -> None:
@@ -177,7 +191,7 @@ class Outgoing:
 
     def _send_whole(self, path: str, place: Path) -> OutgoingFile:
         with open_for_reading(place) as opened:
-            upload = self._attempt(lambda: self._store.upload(self.system, path, ""))
+            upload = self._upload(path, "")
             file = self._add(OutgoingFile(self, path, place, upload, opened, file_length(opened), (), {}))
             file.settle()
         return file
@@ -185,11 +199,16 @@ class Outgoing:
     def _attempt(self, action: Callable[[], Any]) -> Any:
         return attempted(action, str(self.link), self._store)
 
-    def forget(self) -> None:
-        """Remove from the store what a run that died has sent."""
-        for path, identity in self._former.items():
-            with suppress(Exception):  # the store removes it in time
-                self._store.upload(self.system, path, identity).abort()
+    def clear(self, resume: bool) -> None:
+        """Remove what earlier runs have left here and in the store, except for what this one resumes."""
+        if not resume:
+            for path, identity in self._former.items():
+                with suppress(Exception):  # the store removes it in time
+                    self._upload(path, identity).abort()
+            self._former, self._finishing = {}, False
+        stay = {self._state, partial_path(self.path), journal_path(self.path)} if resume else set()
+        for place in {*self.folder.iterdir()} - stay:
+            disk.remove_folder(place) if place.is_dir() else disk.unlink(place)
 
     def abort(self) -> None:
         """Remove from the store what was sent."""
@@ -199,21 +218,29 @@ class Outgoing:
                 file.upload.abort()
 
     def stays(self) -> str:
-        return what_stays(self.path)
+        """Name, for a message, what a run can resume; empty if nothing."""
+        return what_stays(self.path) or (str(self.link) if self._finishing else "")
 
     @property
     def _state(self) -> Path:
         return self.folder / "uploads.json"
 
-    def _read_state(self) -> dict[str, str]:
-        with suppress(OSError, ValueError):
+    @property
+    def was_finishing(self) -> bool:
+        """Return whether a run that died had begun to let objects appear."""
+        return self._finishing
+
+    def _read_state(self) -> tuple[dict[str, str], bool]:
+        """Return the identities of the uploads of a run that died, by object, and whether these had begun to appear."""
+        with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
             state = json.loads(self._state.read_bytes())
-            return {path: identity for path, identity in state.items() if isinstance(identity, str)}
-        return {}
+            uploads = {path: identity for path, identity in state["uploads"].items() if isinstance(identity, str)}
+            return uploads, state["finishing"] is True
+        return {}, False
 
     def _write_state(self) -> None:
         known = {path: file.upload.identity for path, file in self._files.items() if file.upload.identity}
-        write_file(self._state, json.dumps(known).encode())
+        write_file(self._state, json.dumps({"uploads": known, "finishing": self._finishing}).encode())
 
 
 class OutgoingFile:

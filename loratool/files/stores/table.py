@@ -27,7 +27,8 @@ class StoreKind:
         identity: (file system, path, info) -> the object's state; empty if the store tells nothing of it.
         reader: (file system, path, state) -> a function that returns the bytes first:end of the object, and fails if
             its state is another.
-        upload: (file system, path, identity of an upload to continue, or "") -> an upload of the object.
+        upload: (file system, path, identity of an upload to continue, or "") -> an upload of the object; None if
+            nothing can be written there.
         checks: whether a reader fails so. Otherwise the state is asked for after each read.
         options: of its file system.
     """
@@ -37,7 +38,7 @@ class StoreKind:
     log_in: str
     identity: Callable[[Any, str, Info], str]
     reader: Callable[[Any, str, str], Read]
-    upload: Callable[[Any, str, str], Upload] = OrderedUpload
+    upload: Callable[[Any, str, str], Upload] | None = OrderedUpload
     checks: bool = True
     options: Mapping[str, Any] | None = None
 
@@ -125,7 +126,7 @@ GCS = StoreKind(("gs", "gcs"), "gcsfs", "log in with `gcloud auth application-de
             "GOOGLE_APPLICATION_CREDENTIALS", _generation, _read_gcs, options={"version_aware": True})
 AZURE = StoreKind(("az", "abfs", "abfss"), "adlfs", "set AZURE_STORAGE_CONNECTION_STRING, or "
                   "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", _tag_of_azure, _read_azure, AzureUpload)
-HTTP = StoreKind(("https", "http"), "aiohttp", "the link has to have what gives access", _tag_of_http, _read_http)
+HTTP = StoreKind(("https", "http"), "aiohttp", "the link has to have what gives access", _tag_of_http, _read_http, None)
 # fmt: on
 
 STORES = {scheme: store for store in (S3, GCS, AZURE, HTTP) for scheme in store.schemes}

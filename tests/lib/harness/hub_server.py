@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -31,6 +32,8 @@ class Repository:
     rangeless: set[str] = field(default_factory=set)  # files that are sent whole, whatever part is asked for
     other_ranges: set[str] = field(default_factory=set)  # files of which a part ends a byte too early
     untagged: set[str] = field(default_factory=set)  # files whose answers have no ETag
+    private: bool = False
+    full: bool = False  # takes no commit
 
 
 @dataclass
@@ -39,6 +42,7 @@ class HubServer:
     repositories: dict[str, Repository]
     log: list[tuple[str, str, str]]  # method, path and Range of each request
     stopped: threading.Event = field(default_factory=threading.Event)
+    sent: dict[str, bytes] = field(default_factory=dict)  # what was uploaded as LFS, by sha256
 
     def add(self, name: str, files: Mapping[str, bytes], **more: Any) -> str:
         """Add a repository, or to one a commit on its main branch; return the commit's hash."""
@@ -69,6 +73,61 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_PUT(self) -> None:
+        self.hub.sent[self.path.rpartition("/")[2]] = self._body()
+        self._send(200, b"", {})
+
+    def do_POST(self) -> None:
+        path, body = unquote(urlsplit(self.path).path), self._body()
+        self.hub.log.append((self.command, path, ""))
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            self.hub.repositories[name] = Repository(
+                {}, {}, private=asked.get("private") or asked.get("visibility") == "private"
+            )
+            return self._json({"url": f"{self.hub.endpoint}/{name}", "id": name, "name": name})
+        if found := re.fullmatch(r"/api/models/(.+)/preupload/.+", path):
+            files = [(each["path"], b"\0" in base64.b64decode(each["sample"])) for each in json.loads(body)["files"]]
+            modes = [
+                {"path": name, "uploadMode": "lfs" if is_lfs else "regular", "shouldIgnore": False}
+                for name, is_lfs in files
+            ]
+            return self._json({"files": modes})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = [
+                {**each, "actions": {"upload": {"href": f"{self.hub.endpoint}/lfs/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]
+            return self._json({"transfer": "basic", "objects": objects})
+        if found := re.fullmatch(r"/api/models/(.+)/commit/(.+)", path):
+            return self._commit(self.hub.repositories[found[1]], found[1], found[2], body)
+        self._send(404, b"", {})
+
+    def _commit(self, own: Repository, name: str, branch: str, body: bytes) -> None:
+        lines = [json.loads(line) for line in body.splitlines()]
+        former, parent = own.refs.get(branch), lines[0]["value"].get("parentCommit")
+        if own.full:
+            return self._send(507, b"", {})
+        if parent is not None and parent != former:
+            return self._send(412, b"", {})
+        files = dict(own.commits.get(former or "", {}))
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.sent[value["oid"]]
+            else:
+                del files[value["path"]]
+        commit = self.hub.add(name, files)
+        self._json({"commitUrl": f"{self.hub.endpoint}/{name}/commit/{commit}", "commitOid": commit, "success": True})
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -135,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(data if sent is None else data[:sent])
         self.close_connection = self.close_connection or sent is not None
 
