@@ -70,7 +70,7 @@ class Call(Generic[R]):
             return complete(call, report)
 
         with links_in_one_state():
-            if target := _elsewhere(getattr(self, "out", None)):
+            if target := output_elsewhere(getattr(self, "out", None)):
                 to_store = import_module(".to_store", __package__)
                 send = to_store.sent_to_store if isinstance(target, StoreLink) else to_store.sent_to_hub
                 sent: Callable[[Call[R], StoreLink | HubName, Callable[[Call[R]], R]], R] = send
@@ -91,7 +91,7 @@ class Call(Generic[R]):
         return changed(type(self), vars(self))
 
 
-def _elsewhere(out: object) -> StoreLink | HubName | None:
+def output_elsewhere(out: object) -> StoreLink | HubName | None:
     """Return where an output goes that does not stay here."""
     if not isinstance(out, str | os.PathLike):
         return None

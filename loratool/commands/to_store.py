@@ -21,7 +21,7 @@ from ..files.hub.cache import import_download
 from ..files.hub.names import HubName
 from ..files.output.paths import find_foreign_file, is_weights_of_ours
 from ..files.stores.links import StoreLink
-from ..files.stores.objects import open_store, store_of
+from ..files.stores.objects import forget_link, open_store, store_of
 from ..files.stores.outgoing import CONTAINER_ENDS, Outgoing
 from ..streaming.ranks import current_job
 from .calls import Call
@@ -66,6 +66,7 @@ def sent_to_store(call: Call[R], link: StoreLink, work: Callable[[Call[R]], R]) 
             report = work(replace(options, out=outgoing.path))
             if not is_dry:
                 outgoing.finish(replaced, getattr(report, "digests", {}).get(getattr(report, "out", None)))
+        forget_link(link)
         disk.remove_folder(place)
         with suppress(OSError):
             disk.remove_empty_folder(folder)

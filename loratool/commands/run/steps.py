@@ -22,6 +22,7 @@ from ...files.hub.cache import resolve
 from ...files.output.paths import WEIGHTS, check_place
 from ..adapter_requests import ADAPTERS_TYPE, parse_adapters
 from ..arguments import PATH_TYPE, PATHS_TYPE, Argument, arguments_of, parse_paths, read_arguments
+from ..calls import output_elsewhere
 
 # a command that a step can be -> its module beside this folder
 COMMANDS = {
@@ -225,7 +226,7 @@ class _Places:
             if number == step.number or (number and is_taken(place)):
                 reader = "this step" if number == step.number else f"step {number}"
                 raise UsageError(f"is an input of {reader}, and would be overwritten", culprit=path)
-            if not self.writers(str(place.parent)):
+            if not self.writers(str(place.parent)) and not output_elsewhere(path):
                 is_patch = step.command == "patch" and "to" not in step.arguments
                 is_file = is_patch or place.suffix in (*WEIGHTS, ".json")
                 check_place(Path(path), is_file, remedy="choose another output with out: PATH")

@@ -96,7 +96,7 @@ def open_store(link: StoreLink) -> Path:
         MachineError: the store was not reached, or its package is not installed.
     """
     if link.text not in _opened:
-        if not _opened:
+        if _forget not in at_end:
             at_end.append(_forget)
         store, text = store_of(link), str(link)
         system, path = _connected(link)
@@ -114,6 +114,12 @@ def open_store(link: StoreLink) -> Path:
         show_as(f"{root / link.scheme}{os.sep}", f"{link.scheme}://")
         _opened[link.text] = root / place
     return _opened[link.text]
+
+
+def forget_link(link: StoreLink) -> None:
+    """Forget the state of the objects under a link, which this process has just written."""
+    for text in [each for each in _opened if each == link.text or each.startswith(f"{link.text}/")]:
+        del _opened[text]
 
 
 def _forget() -> None:

@@ -207,3 +207,22 @@ def test_a_statement_needs_files(s3: Any, pair: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a statement needs the files of the output"):
         loratool.merge(pair / "model", pair / "adapter", "s3://bucket/said", attest=tmp_path / "said.intoto.json")
     assert not os.path.exists(tmp_path / "said.intoto.json")
+
+
+def test_a_recipe_whose_steps_read_what_was_sent(s3: Any, memory: Any, pair: Path, tmp_path: Path) -> None:
+    model, adapter, merged = f"{pair}/model", f"{pair}/adapter", "s3://bucket/step/1"
+    steps = [
+        {"command": "merge", "base": model, "adapters": [adapter], "out": merged},
+        {"command": "convert", "source": merged, "dtype": "fp32", "out": "memory://step/2"},
+    ]
+    place = tmp_path / "recipe.json"
+    place.write_text(json.dumps({"steps": steps}))
+    loratool.run(place, lock=True)
+    assert MARKER in stored(s3, "bucket/step/1")
+    loratool.merge(model, adapter, tmp_path / "1")
+    loratool.convert_model(tmp_path / "1", out=tmp_path / "2", dtype="fp32")
+    found = {name.removeprefix("/step/2/"): memory.cat(name) for name in memory.find("/step/2")}
+    weights = [name for name in found if name.endswith(".safetensors")]
+    assert len(weights) == 2 and all(found[name] == (tmp_path / "2" / name).read_bytes() for name in weights)
+    lock = (tmp_path / "recipe.lock.json").read_text()
+    assert merged in lock and "outgoing" not in lock
