@@ -205,7 +205,6 @@ class _Sender:
     """Tells the files that go to a store what is written."""
 
     files: Mapping[BinaryIO, OutgoingFile]
-    is_read: Mapping[BinaryIO, Callable[[int, int], bool]]  # whether bytes of a file are still to be hashed
 
     @classmethod
     def of(cls, output: Output, targets: Mapping[str, BinaryIO], hashed: WrittenPieces | None) -> _Sender | None:
@@ -213,22 +212,22 @@ class _Sender:
         outgoing = outgoing_of(output.path)
         if not outgoing or any(file.archive for file in output.files):
             return None
-        files, is_read = dict[BinaryIO, OutgoingFile](), dict[BinaryIO, Callable[[int, int], bool]]()
+        files = dict[BinaryIO, OutgoingFile]()
         for file in output.files:
             target = targets[file.name]
             extents = [(begin, begin + output.specs[name].nbytes, name) for name, begin in file.begin.items()]
             place = output.path if output.is_file else output.path / file.name
-            files[target] = outgoing.begin(place, target, file.nbytes, [extent[:2] for extent in extents])
-            if hashed:
-                is_read[target] = partial(_is_hashed_later, hashed, sorted(extents))
-        return cls(files, is_read)
+            is_read = partial(_is_hashed_later, hashed, sorted(extents)) if hashed else None
+            spans = [extent[:2] for extent in extents]
+            files[target] = outgoing.begin(place, target, file.nbytes, spans, is_read)
+        return cls(files)
 
     def wrote(self, part: CopyBytes | GatherBytes | MapRows, results: list[Any]) -> None:
         places: Iterable[tuple[BinaryIO, int, int]] = [(part.target, part.target_offset, part.nbytes)]
         if isinstance(part, MapRows) and part.scattered:
             places = part.places(results[0])
         for target, offset, nbytes in places:
-            self.files[target].wrote(offset, offset + nbytes, self.is_read.get(target))
+            self.files[target].wrote(offset, offset + nbytes)
 
     def settle(self) -> None:
         for file in self.files.values():

@@ -8,6 +8,7 @@ of the model. Objects appear when the whole output is right; those that name oth
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from bisect import bisect_right
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 
 PARTS_AT_ONCE = 2  # being sent
 
-PARTS_WAITING = 4  # written and not sent, of all files: writers wait beyond these
+STEP = 1 << 20  # bytes that are read at a time
+
+PARTS_WAITING = 2  # written and not sent, of all files: writers wait beyond these
 
 CONTAINER_ENDS = (".safetensors", ".gguf", ".bin", ".pt", ".patch")  # of single files, beside which an undo file is
 
-SPACE = 10 * PART  # bytes on the disk, about, that parts take while they are under way
+SPACE = 8 * PART  # bytes on the disk, about, that parts take while they are under way
 
 MARKER = "loratool.complete.json"  # the last object of an output: the names and sizes of the others
 
@@ -120,12 +123,20 @@ class Outgoing:
             remedy = "name another output with -o"
             raise UsageError("the output would overwrite an input", culprit=mine, remedy=remedy)
 
-    def begin(self, place: Path, file: BinaryIO, nbytes: int, extents: Iterable[tuple[int, int]]) -> OutgoingFile:
+    def begin(
+        self,
+        place: Path,
+        file: BinaryIO,
+        nbytes: int,
+        extents: Iterable[tuple[int, int]],
+        is_read: Callable[[int, int], bool] | None,
+    ) -> OutgoingFile:
         """Begin to send a file that is being written.
 
         Args:
             place: of the file when the output is complete.
             extents: the bytes, as (first, end), that are still to be written.
+            is_read: whether bytes of the file, as (first, end), will be read again; None if none will.
         """
         self.require_apart()
         path = self.object_of(place.relative_to(self.folder).as_posix())
@@ -133,9 +144,9 @@ class Outgoing:
         upload = self._upload(path, former)
         with suppress(FileNotFoundError):  # it was completed, or aborted
             known = attempted(upload.sent, str(self.link), self._store)
-            return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, known))
+            return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, known, is_read))
         upload = self._upload(path, "")
-        return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, {}))
+        return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, {}, is_read))
 
     def _add(self, file: OutgoingFile) -> OutgoingFile:
         self._files[file.path] = file
@@ -147,9 +158,17 @@ class Outgoing:
             return self._in_order.submit(file.send, number)
         return self._pool.submit(attempted, lambda: file.send(number), str(self.link), self._store)
 
-    def waiting(self) -> list[Future[None]]:
-        """Return the parts that are not sent yet."""
-        return [each for file in self._files.values() for each in file.sending.values() if not each.done()]
+    def keep_few(self) -> None:
+        """Release what is sent, and wait while too much is not."""
+        from concurrent.futures import wait
+
+        while True:
+            for file in self._files.values():
+                file.release()
+            waiting = [each for file in self._files.values() for each in file.sending.values() if not each.done()]
+            if len(waiting) <= PARTS_WAITING:
+                return
+            wait(waiting, return_when="FIRST_COMPLETED")
 
     def finish(self, replaced: Collection[str], digest: str | None) -> None:
         """Send what is not sent yet, let all objects appear, remove those that are replaced, and write the marker."""
@@ -256,20 +275,17 @@ class OutgoingFile:
         nbytes: int,
         extents: Iterable[tuple[int, int]],
         known: Mapping[int, str],
+        is_read: Callable[[int, int], bool] | None = None,
     ) -> None:
         self.path, self.place, self.upload = path, place, upload
-        self._outgoing, self._file, self._nbytes, self._known = outgoing, file, nbytes, known
+        self._outgoing, self._file, self._nbytes, self._known, self._is_read = outgoing, file, nbytes, known, is_read
         self._missing = sorted((first, end) for first, end in extents if first < end)  # bytes not written, apart
         self.count = max(1, -(-nbytes // PART))
         self.sending: dict[int, Future[None]] = {}
         self._kept: set[int] = set()  # parts that are sent and still on the disk
 
-    def wrote(self, first: int, end: int, is_read: Callable[[int, int], bool] | None) -> None:
-        """Note that bytes are written; wait if many parts wait to be sent.
-
-        Args:
-            is_read: whether bytes of the file, as (first, end), will be read again; None if none will.
-        """
+    def wrote(self, first: int, end: int) -> None:
+        """Note that bytes are written; wait if many parts wait to be sent."""
         if first >= end:
             return
         self._subtract(first, end)
@@ -278,12 +294,7 @@ class OutgoingFile:
         if self.upload.in_order:
             while self._next < self.count and self._send_if_complete(self._next):
                 pass
-        self._release(is_read)
-        from concurrent.futures import wait
-
-        while len(waiting := self._outgoing.waiting()) > PARTS_WAITING:
-            wait(waiting, return_when="FIRST_COMPLETED")
-            self._release(is_read)
+        self._outgoing.keep_few()
 
     @property
     def _next(self) -> int:
@@ -316,18 +327,16 @@ class OutgoingFile:
 
     def send(self, number: int) -> None:
         """Send a part, unless the store has it from a run that died."""
-        data = bytearray(min(PART, self._nbytes - number * PART))
-        read_into(self._file, memoryview(data), number * PART)
-        if number in self._known and hashlib.md5(data, usedforsecurity=False).hexdigest() == self._known[number]:
-            return
-        self.upload.send(number, data)
+        part = partial(_Part, self._file, number * PART, min(PART, self._nbytes - number * PART))
+        if number not in self._known or _md5(part()) != self._known[number]:
+            self.upload.send(number, io.BufferedReader(part(), STEP))
 
-    def _release(self, is_read: Callable[[int, int], bool] | None) -> None:
+    def release(self) -> None:
         """Release the parts that are sent and will not be read again; raise the error of one that could not be sent."""
         for number in [each for each in self._kept if self.sending[each].done()]:
             self.sending[number].result()
             first, end = number * PART, min((number + 1) * PART, self._nbytes)
-            if is_read is None or not is_read(first, end):
+            if self._is_read is None or not self._is_read(first, end):
                 elsewhere.stand_in(self.place, _Sent(str(self._outgoing.link), self._nbytes))
                 disk.release(self._file, first, end - first)
                 self._kept.discard(number)
@@ -340,6 +349,39 @@ class OutgoingFile:
             each.result()
         if len(self.sending) < self.count:
             raise MachineError("was not written as a whole", culprit=str(self._outgoing.link))
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a stream, so that it is not in memory as a whole."""
+
+    def __init__(self, file: BinaryIO, begin: int, nbytes: int) -> None:
+        self._file, self._begin, self._nbytes, self._place = file, begin, nbytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._nbytes}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        part = memoryview(buffer).cast("B")[: max(0, self._nbytes - self._place)]
+        read_into(self._file, part, self._begin + self._place)
+        self._place += len(part)
+        return len(part)
+
+
+def _md5(stream: io.RawIOBase) -> str:
+    digest, buffer = hashlib.md5(usedforsecurity=False), memoryview(bytearray(STEP))
+    while nbytes := stream.readinto(buffer):
+        digest.update(buffer[:nbytes])
+    return digest.hexdigest()
 
 
 class _Sent:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 PART = 1 << 26  # bytes; S3 takes 10,000 parts
 
@@ -18,7 +18,7 @@ class Upload(Protocol):
     def sent(self) -> Mapping[int, str]:
         """Return the numbers, from 0, of the parts that the store has, and the MD5 of each as the store tells it."""
 
-    def send(self, number: int, data: bytearray) -> None: ...
+    def send(self, number: int, data: BinaryIO) -> None: ...
 
     def complete(self, count: int) -> None: ...
 
@@ -51,7 +51,7 @@ class S3Upload:
                 return {number: tag.strip('"') for number, tag in self._tags.items()}
             after = int(answer["NextPartNumberMarker"])
 
-    def send(self, number: int, data: bytearray) -> None:
+    def send(self, number: int, data: BinaryIO) -> None:
         answer = self._system.call_s3("upload_part", Body=data, PartNumber=number + 1, **self._upload)
         self._tags[number] = answer["ETag"]
 
@@ -75,8 +75,8 @@ class AzureUpload:
     def sent(self) -> Mapping[int, str]:
         return {}
 
-    def send(self, number: int, data: bytearray) -> None:
-        self._call("stage_block", _block_name(number), data)
+    def send(self, number: int, data: BinaryIO) -> None:
+        self._call("stage_block", _block_name(number), data.read())
 
     def complete(self, count: int) -> None:
         from azure.storage.blob import BlobBlock
@@ -115,8 +115,9 @@ class OrderedUpload:
     def sent(self) -> Mapping[int, str]:
         return {}
 
-    def send(self, number: int, data: bytearray) -> None:
-        self._file.write(data)
+    def send(self, number: int, data: BinaryIO) -> None:
+        while part := data.read(1 << 20):
+            self._file.write(part)
 
     def complete(self, count: int) -> None:
         self._file.close()

@@ -146,7 +146,7 @@ def test_resuming_sends_only_what_the_store_lacks(
 ) -> None:
     sent, send = list[int](), uploads.S3Upload.send
 
-    def failing(self: uploads.S3Upload, number: int, data: bytearray) -> None:
+    def failing(self: uploads.S3Upload, number: int, data: Any) -> None:
         if len(sent) == 5:
             raise MachineError("the store is away", culprit="s3://bucket/again")
         send(self, number, data)
@@ -158,7 +158,7 @@ def test_resuming_sends_only_what_the_store_lacks(
     assert not stored(s3, "bucket/again") and unfinished(s3) == ["again/model.safetensors"]
     before = [*sent]
 
-    def noted(self: uploads.S3Upload, number: int, data: bytearray) -> None:
+    def noted(self: uploads.S3Upload, number: int, data: Any) -> None:
         sent.append(number)
         send(self, number, data)
 
@@ -176,7 +176,7 @@ def test_resuming_sends_only_what_the_store_lacks(
 def test_beginning_anew_removes_what_a_run_that_died_had_sent(
     s3: Any, large: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(self: uploads.S3Upload, number: int, data: bytearray) -> None:
+    def failing(self: uploads.S3Upload, number: int, data: Any) -> None:
         raise MachineError("the store is away", culprit="s3://bucket/anew")
 
     with monkeypatch.context() as patched:
