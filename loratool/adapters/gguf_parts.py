@@ -135,7 +135,9 @@ class GgufModel:
         """Return the parts of each module of a layer (None: outside the layers), by its name in the class."""
         index: dict[str, list[Part]] = {}
         for weight in self.architecture.weights:
-            if ("{n}" in weight.hf) != (layer is not None) or weight.gguf.endswith(".bias") or not self._has(weight):
+            if ("{n}" in weight.hf) != (layer is not None) or weight.gguf.endswith(".bias"):
+                continue
+            if weight.shape or weight.change == "minus exp" or not self._has(weight):
                 continue
             path, module = (name.replace("{n}", str(layer)) for name in (weight.hf, weight.gguf))
             slot, slots = 0, 1

@@ -6,6 +6,7 @@ are in the config.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from ..architectures.gguf import ARCHITECTURES
 from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
-from ..architectures.gguf.config_table import IN_FIELDS, INSTEAD, UNTURNED
+from ..architectures.gguf.config_table import HEADLESS, IN_FIELDS, INSTEAD, OF_THE_FIRST, UNTURNED
 from ..architectures.gguf.table import NEEDED, NOT_IN_GGUF, READS, ROW_ORDERS, WRITES, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import Checkpoint
@@ -24,7 +25,7 @@ from .containers.gguf_file import GgufFile
 from .containers.virtual import of_numbers
 from .dtypes import TORCH_FLOATS
 from .folder.model_folder import SINGLE_NAMES
-from .relaid import RelaidFile, RelaidTensor, StoredStack
+from .relaid import RelaidFile, RelaidTensor, StoredStack, logarithm, minus_one
 from .tensor_ref import TensorRef
 
 GENERATED = (FREQUENCIES, LONG, SHORT)
@@ -33,7 +34,12 @@ LAYER = re.compile(r"(.*?\.)(\d+)(\..*)")
 
 ENDS = (".weight", ".bias")
 
-ADDED = {"plus one": -1.0}  # key of CHANGES -> the number that undoes it; others cannot be undone exactly
+# Fields of config.json with a kind for each layer
+KINDS_OF_LAYERS = ("layer_types", "indexer_types", "mlp_layer_types", "hybrid_override_pattern")
+
+TURNS = ("attn_layer", "expert_layer")  # with the period and offset of the layers of a kind in config.json
+
+UNDONE = {"plus one": minus_one, "minus exp": logarithm}  # key of CHANGES -> the function that undoes it
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,15 @@ class _Part:
     ref: TensorRef
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Return its shape, without the ones of four dimensions."""
+        shape = self.ref.spec.shape
+        return tuple(size for size in shape if size > 1) if len(shape) == 4 else shape
+
+    @property
     def matrices(self) -> tuple[int, int, int]:
         """Return the tensor as a stack: (matrices, rows, columns)."""
-        shape = self.ref.spec.shape
+        shape = self.shape
         if self.weight.heads:
             heads, rows, columns = shape
             return (1, heads * columns, rows) if self.weight.heads_transposed else (1, heads * rows, columns)
@@ -64,12 +76,13 @@ class _Part:
 
     @property
     def is_stack(self) -> bool:
-        return "_exps" in self.weight.gguf and len(self.ref.spec.shape) > 1
+        stacked = "_exps" in self.weight.gguf or "{e}" in self.weight.hf
+        return stacked and len(self.shape) > 1
 
     @property
     def piece(self) -> StoredStack:
         _, rows, columns = self.matrices
-        return StoredStack(self.ref, rows, columns, self.ref.spec.shape[-1] if self.weight.heads_transposed else 0)
+        return StoredStack(self.ref, rows, columns, self.shape[-1] if self.weight.heads_transposed else 0)
 
 
 def with_names_of_one(sides: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -103,24 +116,29 @@ def as_transformers(base: Checkpoint) -> TransformersView:
             remedy="use the model in transformers' format",
         )
     facts = Facts.of_metadata(key, files[0].fields)
-    groups = _group(base, architecture, _other_names(key, config))
+    others = _other_names(architecture, config)
+    groups = _group(base, architecture, others)
     tensors: dict[str, RelaidTensor] = {}
     for hf, parts in groups.items():
         tensors |= _relay(hf, parts, facts)
     tensors |= _in_fields(files[0])
-    _require_widths(groups, _number(files[0], "embedding_length"))
-    _require_fused_rows(groups, facts, _number(files[0], "attention.key_length"), _number(files[0], "embedding_length"))
-    _require_layers(tensors, _kinds_of_layers(files[0], config), base)
-    _require_shapes(tensors, config, architecture)
+    width = _number(files[0], "embedding_length")
+    _require_widths(groups, width, _number(files[0], "moe_latent_size") or width)
+    _require_fused_rows(groups, facts, _number(files[0], "attention.key_length"), width)
+    _require_layers(tensors, _kinds_of_layers(files[0], config), OF_THE_FIRST.get(config["model_type"], {}), base)
+    _require_modules(groups, architecture)
+    _require_shapes(tensors, config)
     metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
     file = RelaidFile(files[0], base.folder / SINGLE_NAMES[0], tensors, metadata)
     checkpoint = Checkpoint(base.path, base.folder, False, (file,), None, config)
     return TransformersView(checkpoint, tuple(name for name in base.stored if name in GENERATED))
 
 
-def _other_names(key: str, config: Mapping[str, Any]) -> Mapping[str, str]:
+def _other_names(architecture: Architecture, config: Mapping[str, Any]) -> Mapping[str, str]:
     """Return the table's names that differ in this model, mapped to this model's."""
-    (field, value), names = INSTEAD.get(key, (("", None), {}))
+    if config["architectures"][0] in HEADLESS:
+        return {weight.hf: weight.hf.removeprefix("model.") for weight in architecture.weights}
+    (field, value), names = INSTEAD.get(architecture.key, (("", None), {}))
     return names if field and config.get(field) == value else {}
 
 
@@ -187,11 +205,11 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
         InputError: a shape contradicts the model's other sizes.
     """
     for part in parts:
-        dimensions = len(part.ref.spec.shape)
-        if part.weight.change not in ("", *ADDED) or part.weight.columns:
-            raise InputError("has numbers or columns that cannot be converted back", culprit=part.name)
+        dimensions = len(part.shape)
+        if part.weight.change == "minus exp" and part.ref.spec.dtype != "F32":
+            raise InputError(f"is {part.ref.spec}, where numbers of F32 belong", culprit=part.name)
         if not part.ref.spec.size or dimensions not in (
-            (3,) if part.weight.heads else (2, 3) if part.is_stack else (1, 2)
+            (3,) if part.weight.heads or part.weight.shape == "experts" else (2, 3) if part.is_stack else (1, 2)
         ):
             raise InputError(f"is {part.ref.spec}, which such a weight cannot be", culprit=part.name)
     (first, *others), weight = parts, parts[0].weight
@@ -200,16 +218,45 @@ def _relay(hf: str, parts: Sequence[_Part], facts: Facts) -> Iterator[tuple[str,
         if (part.matrices[0], part.matrices[2]) != (stack, columns):
             raise InputError(f"is {part.ref.spec}, and {first.name} {first.ref.spec}", culprit=part.name)
     rows, transposed = sum(part.matrices[1] for part in parts), weight.transposed and columns > 1
-    is_vector = len(first.ref.spec.shape) - first.is_stack == 1
-    shape: tuple[int, ...] = (rows,) if is_vector else (columns, rows) if transposed else (rows, columns)
-    shape = (rows, 1, columns) if weight.kernel and not is_vector else shape
+    is_vector = len(first.shape) - first.is_stack == 1
+    shape = (rows,) if is_vector else (columns, rows) if transposed else (rows, columns)
     pieces, order = tuple(part.piece for part in parts), _order(hf, parts, facts, rows)
-    added = 0.0 if hf.endswith(".bias") else ADDED.get(weight.change, 0.0)
+    change = None if hf.endswith(".bias") else UNDONE.get(weight.change)
+    tensor = RelaidTensor(shape, pieces, order, _columns(parts, facts, columns), transposed, change)
     if "{e}" not in hf:
-        yield hf, RelaidTensor((stack, *shape) if first.is_stack else shape, pieces, order, transposed, added)
+        yield hf, replace(tensor, shape=_whole(weight, (stack, *shape) if first.is_stack else shape))
         return
     for expert in range(stack):
-        yield hf.replace("{e}", str(expert)), RelaidTensor(shape, pieces, order, transposed, added, expert)
+        yield hf.replace("{e}", str(expert)), replace(tensor, first=expert)
+
+
+def _whole(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a tensor in transformers: the table's row may say that it differs."""
+    if weight.shape == "experts":
+        return (shape[0] * shape[1], *shape[2:])
+    if weight.shape == "kernel" and len(shape) == 2:
+        return (shape[0], 1, *shape[1:])
+    if weight.shape == "heads":
+        return (1, 1, math.prod(shape), 1)
+    return (math.prod(shape),) if weight.shape == "vector" else shape
+
+
+def _columns(parts: Sequence[_Part], facts: Facts, columns: int) -> list[int] | None:
+    """Return the index among a part's columns of each column of a transformers matrix; None if the order is the same.
+
+    Raises:
+        InputError: the columns are not those of the model's heads.
+    """
+    order = parts[0].weight.columns
+    if not order:
+        return None
+    try:
+        numbers = ROW_ORDERS[order].numbers(facts, columns)
+    except ValueError as error:
+        raise InputError(f"{error}: it belongs to another model", culprit=parts[0].name) from None
+    if sorted(numbers) != list(range(columns)):
+        raise InputError("has only some of the columns", culprit=parts[0].name)
+    return sorted(range(columns), key=numbers.__getitem__)
 
 
 def _order(hf: str, parts: Sequence[_Part], facts: Facts, rows: int) -> list[int] | None:
@@ -262,28 +309,44 @@ def _number(file: GgufFile, key: str) -> int:
 
 
 def _kinds_of_layers(file: GgufFile, config: Mapping[str, Any]) -> list[tuple[object, ...]]:
-    """Return a key for each layer that determines its tensors and their shapes."""
-    layers, fields = _number(file, "block_count"), ("layer_types", "indexer_types")
+    """Return a key for each layer that determines its tensors and their shapes; decoders have the encoder's numbers."""
+    layers = _number(file, "block_count") - _number(file, "nextn_predict_layers")
+    decoder = _number(file, "decoder_block_count") or layers
     dense, shared = _number(file, "leading_dense_block_count"), _number(file, "attention.shared_kv_layers")
     step = max(1, _number(file, "interleave_moe_layer_step"))  # each of so many layers has experts
-    told = [tuple(kind for name in fields for kind in config.get(name, ())[i : i + 1]) for i in range(layers)]
-    return [(i < dense, i >= layers - shared, (i + 1) % step == 0, *told[i]) for i in range(layers)]
+    turns = [(config[f"{name}_period"], config[f"{name}_offset"]) for name in TURNS if f"{name}_period" in config]
+    return [
+        (
+            *(i < dense, i >= layers - shared, (i + 1) % step == 0, i < layers, i < decoder),
+            *(kind for name in KINDS_OF_LAYERS for kind in config.get(name, ())[i : i + 1]),
+            *(i % period == offset for period, offset in turns),
+        )
+        for i in range(max(layers, decoder))
+    ]
 
 
-def _require_widths(groups: Mapping[str, Sequence[_Part]], width: int) -> None:
-    """Raise InputError for a tensor whose input or output width differs from the fields."""
+def _require_widths(groups: Mapping[str, Sequence[_Part]], width: int, routed: int) -> None:
+    """Raise InputError for a tensor whose input or output width differs from the fields. routed: that of experts."""
     for part in (part for parts in groups.values() for part in parts):
         path, _, end = part.name.rpartition(".")
         last, shape = path.rpartition(".")[2], part.ref.spec.shape
         side = -1 if last in READS else -2 if last in WRITES else 0
-        if end == "weight" and side and (len(shape) < -side or shape[side] != width):
-            raise InputError(f"is {part.ref.spec}, in a model of the width {width}", culprit=part.name)
+        expected = routed if last.endswith("_exps") else width
+        if end == "weight" and side and (len(shape) < -side or shape[side] != expected):
+            raise InputError(f"is {part.ref.spec}, in a model of the width {expected}", culprit=part.name)
 
 
 def _require_layers(
-    tensors: Mapping[str, RelaidTensor], kind_of: Sequence[tuple[object, ...]], base: Checkpoint
+    tensors: Mapping[str, RelaidTensor],
+    kind_of: Sequence[tuple[object, ...]],
+    of_the_first: Mapping[str, bool],
+    base: Checkpoint,
 ) -> None:
-    """Raise InputError for an extra layer, or one with missing tensors or other shapes than others of its kind."""
+    """Raise InputError for an extra layer, or one with missing tensors or other shapes than others of its kind.
+
+    Args:
+        of_the_first: end of a module's name -> whether only the first layer has it; if not, only the others.
+    """
     layers: list[dict[str, tuple[int, ...]]] = [{} for _ in kind_of]
     for name, tensor in tensors.items():
         if match := LAYER.match(name):
@@ -297,7 +360,11 @@ def _require_layers(
         if not shapes:
             raise InputError(f"has no layer {number}", culprit=str(base.path), remedy="download the file again")
         for name, shape in sorted(every[kind].items()):
-            if shapes.get(name) != shape:
+            only_first = next((only for end, only in of_the_first.items() if f".{end}." in name), None)
+            if only_first is not None and only_first is not (number == 0):
+                if name in shapes:
+                    raise InputError("is of a layer that has no such tensor", culprit=name.format(number))
+            elif shapes.get(name) != shape:
                 what = (
                     f"is {shapes[name]}, and in other layers {shape}"
                     if name in shapes
@@ -316,11 +383,16 @@ def _require_fused_rows(groups: Mapping[str, Sequence[_Part]], facts: Facts, siz
             raise InputError(f"has {part.ref.spec.shape[0]} rows, and its fields say {says}", culprit=part.name)
 
 
-def _require_shapes(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any], architecture: Architecture) -> None:
-    """Raise InputError for a tensor that is missing, or whose shape contradicts the config, where a table has it."""
+def _require_modules(groups: Mapping[str, Sequence[_Part]], architecture: Architecture) -> None:
+    """Raise InputError if a module is missing that every file has."""
+    present = {part.weight.gguf for parts in groups.values() for part in parts}
     for weight in architecture.weights:
-        if "{n}" not in weight.hf and weight.gguf in NEEDED and not any(n.startswith(weight.hf + ".") for n in tensors):
+        if weight.gguf in NEEDED and weight.gguf not in present:
             raise InputError("is missing", culprit=weight.gguf)
+
+
+def _require_shapes(tensors: Mapping[str, RelaidTensor], config: Mapping[str, Any]) -> None:
+    """Raise InputError for a tensor that is missing, or whose shape contradicts the config, where a table has it."""
     single = any(".experts." in name for name in tensors)
     expected = {} if single or config["model_type"] not in CONFIG_FAMILIES else tensor_shapes(config)
     for name, shape in expected.items():

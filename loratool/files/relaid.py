@@ -7,13 +7,14 @@ are read on access. Each thread caches one transposed matrix.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from ..errors import InputError
 from .dtypes import TORCH_FLOATS, TensorSpec
 from .tensor_ref import TensorRef
 from .weights_file import WeightsFile
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from ..numerics.forms import Bits, Form
 
     Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
+    Floats = npt.NDArray[Any]
+    Change = Callable[[Floats], Floats]
+
+EXP_ERROR = 1.5e-7  # of the logarithm of a float32 that an exp rounded to one of both neighbours
 
 GAP = 8  # one read continues over at most so many unneeded rows
 
@@ -77,8 +82,9 @@ class RelaidTensor:
     shape: tuple[int, ...]
     pieces: tuple[StoredStack, ...]
     order: Sequence[int] | None = None  # row of a matrix -> row of the concatenated pieces; None if it is the same
+    columns_order: Sequence[int] | None = None  # the same for columns
     transposed: bool = False  # the tensor has the matrices as (columns, rows)
-    added: float = 0.0  # to every number, in the tensor's form
+    change: Change | None = None  # of every number; what it returns is rounded to the tensor's form
     first: int = 0  # the pieces' matrix that is this tensor's first
 
     @property
@@ -101,9 +107,10 @@ class RelaidTensor:
     def is_plain(self) -> bool:
         """Return whether its bytes are a run of rows of one stored tensor."""
         piece = self.pieces[0]
-        moved = len(self.pieces) > 1 or self.order is not None or self.transposed or self.added or piece.transposed_rows
-        computed = piece.ref.weight or piece.ref.file.is_computed(piece.ref.name)
-        return not moved and not computed and piece.ref.spec.dtype in TORCH_FLOATS
+        ordered = self.order is None and self.columns_order is None
+        same = len(self.pieces) == 1 and ordered and not self.transposed and self.change is None
+        computed = piece.transposed_rows or piece.ref.weight or piece.ref.file.is_computed(piece.ref.name)
+        return same and not computed and piece.ref.spec.dtype in TORCH_FLOATS
 
     @cached_property
     def _rows(self) -> Rows:
@@ -113,6 +120,8 @@ class RelaidTensor:
 
     def matrix_rows(self, matrix: int, start: int, stop: int) -> Numbers:
         """Return rows start:stop of a matrix before it is transposed."""
+        import numpy as np
+
         from ..numerics.arrays import Numbers, rounded_to
 
         rows, out, base = self._rows[start:stop], Numbers.empty(self.form, stop - start, self.columns), 0
@@ -123,7 +132,38 @@ class RelaidTensor:
                 some = some if some.form == out.form else rounded_to(some.floats(), out.form)
                 out.bits[here] = some.bits
             base += piece.rows
-        return rounded_to(out.floats() + self.added, out.form) if self.added else out
+        if self.columns_order is not None:
+            out.bits[:] = out.bits[:, np.asarray(self.columns_order)]
+        if self.change is None:
+            return out
+        try:
+            return rounded_to(self.change(out.floats()), out.form)
+        except ValueError as error:
+            raise InputError(str(error), culprit=self.pieces[0].ref.name) from None
+
+
+def minus_one(numbers: Floats) -> Floats:
+    return numbers - 1.0
+
+
+def logarithm(numbers: Floats) -> Floats:
+    """Return log(-numbers): of -exp(x) in float32, x if it is a number of bfloat16, else one whose -exp is the same.
+
+    The same is up to the last bit of exp, which libraries round differently; a number of bfloat16 is recognized for
+    |x| > 1e-4.
+
+    Raises:
+        ValueError: a number is not below 0.
+    """
+    import numpy as np
+
+    if not (numbers < 0).all():
+        raise ValueError("has numbers that are not below 0, which are -exp of none")
+    exact = np.log(-numbers.astype(np.float64))
+    bits = exact.astype(np.float32).view(np.uint32)
+    short = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    found: Floats = np.where(np.abs(short - exact) < EXP_ERROR, short, exact.astype(np.float32))
+    return found
 
 
 class RelaidFile(WeightsFile):

@@ -9,13 +9,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lib.files import gguf_bytes
-from lib.models.tiny import build
+from lib.models import gguf_families, tiny
 from lib.oracles import llama_cpp
 from safetensors.torch import load_file, save_file
 
@@ -79,7 +80,35 @@ CONVOLUTIONS = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention"
 
 FALCON = {"max_position_embeddings": 2048, "ffn_hidden_size": 128}  # the first is what its converter writes anyhow
 
-# case -> the model's table and type, and fields of its config: those that no GGUF file tells are what it implies
+GATED = {
+    "decoder_start_token_id": 0,
+    "is_gated_act": True,
+    "dense_act_fn": "gelu_new",
+    "feed_forward_proj": "gated-gelu",
+}
+
+MIMO = {
+    "num_hidden_layers": 3,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+}
+
+GEMMA3N = {
+    "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+}  # fmt: skip
+
+MODERN_BERT = {
+    "num_hidden_layers": 4, "local_attention": 16, "decoder_bias": False,
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+}  # fmt: skip
+
+# case -> the model's table, or its class, and type, and fields of its config: those that no GGUF file tells are what it
+# implies
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("causal", "llama", {"tie_word_embeddings": True}),
     "llama 3": ("causal", "llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
@@ -166,7 +195,55 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lfm2moe": ("causal", "lfm2_moe", {}),
     "minicpm3": ("causal", "minicpm3", {}),
     "minicpm3 long": ("causal", "minicpm3", {"rope_parameters": LONG | {"original_max_position_embeddings": 128}}),
+    "qwen3next": ("causal", "qwen3_next", {}),
+    "qwen35": ("causal", "qwen3_5_text", {}),
+    "qwen35moe": ("causal", "qwen3_5_moe_text", {}),
+    "mamba": ("causal", "mamba", {"intermediate_size": 128}),
+    "mamba falcon": ("causal", "falcon_mamba", {"intermediate_size": 128}),
+    "mamba2": ("causal", "mamba2", {"n_groups": 2}),
+    "granitehybrid": ("causal", "granitemoehybrid", {"attention_multiplier": 0.125, "mamba_n_groups": 2}),
+    "granitehybrid dense": (
+        "causal",
+        "granitemoehybrid",
+        {"num_local_experts": 0, "num_experts_per_tok": 0},
+    ),
+    "jamba": ("causal", "jamba", {}),
+    "nemotron_h": (
+        "causal",
+        "nemotron_h",
+        {"layers_block_type": ["linear_attention", "full_attention", "mlp"], "n_groups": 2},
+    ),
+    "nemotron_h_moe": ("causal", "nemotron_h", {}),
+    "kimi-linear": ("causal", "kimi_linear", {"model_max_length": 1048576}),
+    "nemotron_h_moe latent": ("causal", "nemotron_h", {"moe_latent_size": 32}),
+    "t5": ("seq2seq", "t5", {"decoder_start_token_id": 0, "num_layers": 3, "num_decoder_layers": 2}),
+    "t5 gated": ("seq2seq", "t5", GATED | {"scale_decoder_outputs": False}),
+    "t5 mt5": ("seq2seq", "mt5", {"decoder_start_token_id": 0}),
+    "t5 umt5": ("seq2seq", "umt5", {"decoder_start_token_id": 0, "num_layers": 3}),
+    "t5encoder": ("T5EncoderModel", "t5", {}),
+    "t5encoder gated": ("T5EncoderModel", "t5", GATED),
+    "t5encoder umt5": ("UMT5EncoderModel", "umt5", {}),
+    "mpt": ("causal", "mpt", {}),
+    "mpt clipped": ("causal", "mpt", {"attn_config": {"clip_qkv": 6.0}}),
+    "dbrx": ("causal", "dbrx", {}),
+    "mimo2": ("causal", "mimo_v2_flash", MIMO),
+    "mimo2 alone": ("causal", "mimo_v2_flash", MIMO),
+    "gemma3n": ("causal", "gemma3n_text", GEMMA3N),
+    "gemma-embedding": (
+        "Gemma3TextModel",
+        "gemma3_text",
+        {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 2, "use_bidirectional_attention": True},
+    ),
+    "modern-bert": ("masked", "modernbert", MODERN_BERT),
+    "modern-bert headless": (
+        "ModernBertModel",
+        "modernbert",
+        MODERN_BERT | {"hidden_activation": "silu", "decoder_bias": True},
+    ),
+    "eurobert": ("EuroBertModel", "eurobert", {"classifier_pooling": "mean"}),
 }
+
+OPTIONS = {"mimo2 alone": ("--no-mtp",)}  # of the converter
 
 # Fields of the original that no GGUF file tells, and that change nothing of what the model computes here
 UNTOLD = {
@@ -181,6 +258,14 @@ UNTOLD = {
     "lfm2 rounded": {"full_attn_idxs", "block_auto_adjust_ff_dim", "intermediate_size"},  # the file has the result
     "phi3": {"partial_rotary_factor"},  # at the top as well
     "phi3 long": {"partial_rotary_factor"},
+    **{f"t5{case}": {"bos_token_id"} for case in ("", " gated", " umt5", "encoder", "encoder umt5")},  # which is null
+    "t5 mt5": {"model_type", "architectures", "bos_token_id", "scale_decoder_outputs"},
+    "t5encoder gated": {"bos_token_id", "decoder_start_token_id"},
+    "mamba2": {"time_step_rank"},  # which nothing uses
+    **{f"nemotron_h_moe{case}": {"max_position_embeddings"} for case in ("", " latent")},
+    "nemotron_h": {"max_position_embeddings", "moe_intermediate_size", "moe_shared_expert_intermediate_size"},
+    **{f"granitehybrid{case}": {"max_position_embeddings"} for case in ("", " dense")},  # of no positions
+    **{f"modern-bert{case}": {"cls_token_id", "global_attn_every_n_layers"} for case in ("", " headless")},
 }
 
 NEVER = {"dtype", "_name_or_path", "use_cache", "transformers_version"}
@@ -192,11 +277,15 @@ def test_each_row_has_a_case() -> None:
 
 def make(table: str, model_type: str, fields: dict[str, Any]) -> Any:
     """Return a small model with random norms and biases, all of them numbers of bfloat16."""
-    kind, model = build(table, model_type)
+    tables = [name for name, each in tiny.tables() if each == model_type]
+    kind, model = tiny.build(table if table in tables else tables[0], model_type)
     if fields:
         config = type(model.config).from_dict({**model.config.to_dict(), **fields})
         torch.manual_seed(0)
         model = kind._from_config(config).float()
+    model = model if table in tables else tiny.of_class(table, model)
+    if model_type == "mt5" or "scale_decoder_outputs" in fields:  # with a head of their own
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for W in [*model.parameters(), *model.buffers()]:
@@ -217,7 +306,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for dtype in ("f32", "bf16"):
             model = model if dtype == "f32" else model.bfloat16()
             original = llama_cpp.save_model(model, folder / case / dtype)
-            jobs.append(llama_cpp.model_to_gguf(original, folder / case / f"{dtype}.gguf", dtype))
+            gguf_families.as_on_the_hub("nemotron_h dense" if case == "nemotron_h" else model_type, original)
+            file = folder / case / f"{dtype}.gguf"
+            jobs.append(llama_cpp.model_to_gguf(original, file, dtype, *OPTIONS.get(case, ())))
     assert llama_cpp.run_converters(jobs) == {}
     return folder
 
@@ -253,8 +344,9 @@ def test_the_folder_is_the_original(pair: tuple[str, Path, Path]) -> None:
     untold = NEVER | UNTOLD.get(case, set())
     assert {k: v for k, v in told.items() if k not in untold} == {k: v for k, v in fields.items() if k not in untold}
     tokens = torch.randint(4, 300, (1, 90), generator=torch.Generator().manual_seed(2))
+    given = {"decoder_input_ids": tokens} if "decoder_input_ids" in signature(one.forward).parameters else {}
     with torch.no_grad():
-        outputs = [model(tokens, use_cache=False)[0] for model in (one, two)]
+        outputs = [model(tokens, use_cache=False, **given)[0] for model in (one, two)]
     assert torch.equal(*outputs)
 
 
@@ -293,6 +385,23 @@ def test_what_the_converter_drops_is_refused(
     assert llama_cpp.run_converters([llama_cpp.model_to_gguf(original, tmp_path / "m.gguf")]) == {}
     with pytest.raises(InputError, match=message):
         convert(tmp_path / "m.gguf", tmp_path / "out", dtype="f32")
+
+
+def test_gemma3n_with_more_tokens_than_the_embeddings_of_layers(tmp_path: Path) -> None:
+    """llama.cpp's converter adds rows of zeros, for the tokens that stand for images and sounds."""
+    made = make("causal", "gemma3n_text", GEMMA3N | {"vocab_size_per_layer_input": 300})
+    folder, file = llama_cpp.save_model(made, tmp_path / "model"), tmp_path / "m.gguf"
+    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(folder, file, "f32")]) == {}
+    convert(file, tmp_path / "out", dtype="f32")
+    (original, _), (model, info) = load(folder), load(tmp_path / "out")
+    assert not any(info.values()), info
+    before, after = original.state_dict(), model.state_dict()
+    padded = after.pop("model.embed_tokens_per_layer.weight")
+    assert torch.equal(padded[:300], before.pop("model.embed_tokens_per_layer.weight")) and not padded[300:].any()
+    assert before.keys() == after.keys() and all(torch.equal(W, after[name]) for name, W in before.items())
+    tokens = torch.randint(4, 300, (1, 90), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert torch.equal(original(tokens)[0], model(tokens)[0])
 
 
 # Cases of which transformers 5.24 reads the GGUF file by itself; of GPT-2 and Qwen 3 it takes sizes for the defaults

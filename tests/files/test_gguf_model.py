@@ -28,6 +28,7 @@ from lib.models.gguf_models import (
 from torch import Tensor
 
 import loratool
+from loratool.adapters.gguf_parts import GgufModel
 from loratool.architectures.gguf import ARCHITECTURES
 from loratool.architectures.gguf.table import Facts, Weight
 from loratool.commands.convert.command import convert
@@ -370,6 +371,85 @@ def test_the_numbers_of_apertus_activation_are_in_fields(tmp_path: Path) -> None
             read(write(tmp_path / "d.gguf", damaged, tensors))
 
 
+def t5_of_2019(layers: int = 2) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return fields and tensors of an encoder without gates; only its first layer has distances' biases."""
+    names = {"attention.layer_norm_rms_epsilon": 1e-6, "feed_forward_length": 16, "attention.key_length": 4}
+    fields = gguf_fields("t5encoder", **names | {"block_count": layers})
+    shapes = {"token_embd": (5, 8), "enc.blk.0.attn_rel_b": (32, 2)}
+    for i in range(layers):
+        shapes |= {f"enc.blk.{i}.attn_{name}": (8, 8) for name in "qkvo"}
+        shapes |= {f"enc.blk.{i}.ffn_up": (16, 8), f"enc.blk.{i}.ffn_down": (8, 16)}
+    tensors = {f"{name}.weight": floats(matrix(*shape).numpy()) for name, shape in shapes.items()}
+    norms = (f"enc.blk.{i}.{name}_norm.weight" for i in range(layers) for name in ("attn", "ffn"))
+    return fields, tensors | vectors("enc.output_norm.weight", *norms)
+
+
+def test_a_t5_of_2019(tmp_path: Path) -> None:
+    convert(write(tmp_path / "m.gguf", *t5_of_2019()), tmp_path / "out")
+    found, config = load_model(tmp_path / "out"), json.loads((tmp_path / "out" / "config.json").read_text())
+    layer = "encoder.block.1.layer.1.DenseReluDense"
+    assert torch.equal(found[f"{layer}.wi.weight"], matrix(16, 8)) and f"{layer}.wi_1.weight" not in found
+    assert (config["architectures"], config["feed_forward_proj"]) == (["T5EncoderModel"], "relu")
+
+
+# What is wrong with it -> the error
+NO_T5: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no distances": (lambda t: t.pop("enc.blk.0.attn_rel_b.weight"), "no tensor enc.blk.0.attn_rel_b.weight"),
+    "distances of another layer": (
+        lambda t: t.update({"enc.blk.2.attn_rel_b.weight": t["enc.blk.0.attn_rel_b.weight"]}),
+        "encoder.block.2.layer.0.SelfAttention.relative_attention_bias.weight: is of a layer that has no such tensor",
+    ),
+    "no norm": (lambda t: t.pop("enc.blk.0.attn_norm.weight"), "block.0.layer.0.layer_norm.weight: is missing"),
+    "no last norm": (lambda t: t.pop("enc.output_norm.weight"), "enc.output_norm: is missing"),
+}
+
+
+@pytest.mark.parametrize("case", NO_T5)
+def test_no_t5(tmp_path: Path, case: str) -> None:
+    damage, message = NO_T5[case]
+    fields, tensors = t5_of_2019(3)
+    damage(tensors)
+    with pytest.raises(InputError, match=re.escape(message)):
+        read(write(tmp_path / "m.gguf", fields, tensors))
+
+
+# Architecture -> what its file says, and why no config.json says so
+NO_CONFIG: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
+    "mpt": ({"attention.layer_norm_epsilon": 1e-5}, {"blk.0.ffn_up.weight": (32, 8)}, "has no ALiBi of 8"),
+    "mpt with biases": (
+        {"attention.layer_norm_epsilon": 1e-5, "attention.max_alibi_bias": 8.0},
+        {"blk.0.ffn_up.weight": (32, 8), "blk.0.ffn_up.bias": (32,)},
+        "has biases",
+    ),
+    "mpt of another width": (
+        {"attention.layer_norm_epsilon": 1e-5, "attention.max_alibi_bias": 8.0},
+        {"blk.0.ffn_up.weight": (24, 8)},
+        "of another width",
+    ),
+    "modern-bert": (
+        {"feed_forward_length": 16, "attention.sliding_window": 8, "attention.layer_norm_epsilon": 1e-5}
+        | {"attention.layer_norm_rms_epsilon": 1e-6},
+        {},
+        "as epsilons of norms, not one",
+    ),
+    "gemma3n": (
+        {"attention.layer_norm_rms_epsilon": 1e-6, "feed_forward_length": 16, "attention.sliding_window": 8}
+        | {"final_logit_softcapping": 30.0, "embedding_length_per_layer_input": 4, "attention.shared_kv_layers": 0}
+        | {"altup.active_idx": 0, "altup.num_inputs": 4, "activation_sparsity_scale": [1.6]},
+        {"blk.0.laurel_l.weight": (4, 8), "per_layer_token_embd.weight": (5, 4), "altup_proj.weight": (3, 8, 8)},
+        "has 1.6 as gemma3n.activation_sparsity_scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_CONFIG)
+def test_no_config(tmp_path: Path, case: str) -> None:
+    values, shapes, message = NO_CONFIG[case]
+    tensors = {name: floats(np.zeros(shape)) for name, shape in {"token_embd.weight": (5, 8), **shapes}.items()}
+    with pytest.raises(InputError, match=re.escape(message)):
+        read(write(tmp_path / "m.gguf", gguf_fields(case.split()[0], **values), tensors))
+
+
 def test_commands_that_take_a_base_see_the_names_of_transformers(tmp_path: Path, run: Run) -> None:
     weights = llama_weights()
     source = write_llama(tmp_path / "m.gguf", weights)
@@ -570,12 +650,28 @@ def test_a_scale_that_is_a_tensor_of_its_own(tmp_path: Path, monkeypatch: pytest
     assert found["model.layers.0.block_sparse_moe.scales"].tolist() == [2.0, 3.0, 4.0]
 
 
-def test_columns_that_no_rule_turns_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_of_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = ARCHITECTURES["llama"]
     weights = (replace(each, columns="even" if each.gguf.endswith("ffn_down") else "") for each in table.weights)
     monkeypatch.setitem(ARCHITECTURES, "llama", replace(table, weights=tuple(weights)))
-    with pytest.raises(InputError, match="has numbers or columns that cannot be converted back"):
+    with pytest.raises(InputError, match="has only some of the columns"):
         read(write_llama(tmp_path / "m.gguf", llama_weights()))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module"),
+    [
+        ("dbrx", "transformer.blocks.0.ffn.experts.mlp.w1"),
+        ("mamba", "backbone.layers.0.mixer.A_log"),
+        ("mamba", "backbone.layers.0.mixer.conv1d"),
+        ("mamba2", "backbone.layers.0.mixer.norm"),
+        ("gemma3n_text", "model.altup_projections.0"),
+    ],
+)
+def test_no_adapter_is_of_what_has_another_shape_or_other_numbers(model_type: str, module: str) -> None:
+    """A change of A_log adds nothing to -exp(A_log); the rows of such tensors are for whole models alone."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "num_experts": 4}
+    assert GgufModel.of_config({"model_type": model_type, **heads}, "it").locate(module) == (None, [])
 
 
 def test_rotary_factors_that_are_too_many(tmp_path: Path) -> None:

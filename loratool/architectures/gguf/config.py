@@ -16,11 +16,19 @@ CONTEXT_BEFORE = "original_max_position_embeddings"
 
 PATTERN = "attention.sliding_window_pattern"
 
+RECURRENT = "attention.recurrent_layers"
+
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 DEFAULT_THETA = 10000.0  # llama.cpp's value for a file without one
 
 OLMO3_THETA = 500000.0
+
+QWEN_EVERY, QWEN_SECTIONS = 4, (11, 11, 10, 0)  # llama.cpp's and the classes' values for a file without them
+
+MPT_ALIBI = 8.0
+
+MODERN_BERT_EVERY = 3  # llama.cpp's value for a file without one
 
 # Other fields of the rotary scaling of Llama 3.1 to 3.3, of which GGUF stores only the factors
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -102,17 +110,17 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
     rows = CONFIGS.get(model.architecture)
     if rows is None:
         return {}
-    _require_sizes(model)
     last = model.need("block_count") - 1
     table = next(row for row in rows if not row.mark or model.is_marked(row.mark.format(last=last)))
+    _require_sizes(model, table)
     config: dict[str, Any] = {"architectures": [table.architecture], "model_type": table.model_type}
     keys = {name: key for name, key in table.keys.items() if key not in OPTIONAL or model.each(key) is not None}
     config |= {name: model.need(key) for name, key in keys.items()}
     config |= {name: model.size(*place) for name, place in table.sizes.items()}
     config |= {name: model.has(tensor.format(last=last)) for name, tensor in table.has.items()}
-    config |= table.constants
     config["vocab_size"] = model.size(GGUF_EMBEDDING, 0)
     config["tie_word_embeddings"] = GGUF_HEAD not in model.shapes
+    config |= table.constants
     config |= {name: _token(model, key) for name, key in TOKENS.items()}
     if table.rotates:
         config |= _rotary(model, table)
@@ -145,9 +153,10 @@ def _require_told(model: GgufFields, row: Config) -> None:
         raise InputError(f"has {value!r} as {start}{key}, {why}", culprit=model.name)
 
 
-def _require_sizes(model: GgufFields) -> None:
+def _require_sizes(model: GgufFields, row: Config) -> None:
     """Raise InputError for impossible sizes, which would break later computation."""
-    for key in (*SIZES.values(), "attention.key_length"):
+    has_heads = SIZES["num_attention_heads"] in row.keys.values()
+    for key in (*SIZES.values(), "attention.key_length") if has_heads else ("embedding_length", "block_count"):
         value = model.need(key)
         if type(value) is not int or not 0 < value < 1 << 31:
             raise InputError(f"has {value!r} as {model.architecture}.{key}", culprit=model.name)
@@ -491,23 +500,339 @@ def _hunyuan_moe(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]
     return {}
 
 
+def _qwen_linear(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kinds of layers, the sizes of linear attention, and the parts of several positions' rotation."""
+    blocks, heads = model.need("block_count"), config["linear_num_value_heads"]
+    layers = blocks - model.get("nextn_predict_layers", 0)
+    every = model.get("full_attention_interval", QWEN_EVERY)
+    if not layers > 0 or not every > 0 or not heads > 0 or model.need("ssm.inner_size") % heads:
+        raise InputError("has sizes of linear attention that Qwen does not have", culprit=model.name)
+    linear = [(i + 1) % every != 0 for i in range(layers)]
+    if f"{model.architecture}.{RECURRENT}" in model.fields:
+        linear = _flags(model, RECURRENT, blocks)[:layers]
+    fields: dict[str, Any] = {
+        "num_hidden_layers": layers,
+        "linear_value_head_dim": model.need("ssm.inner_size") // heads,
+        "layer_types": ["linear_attention" if each else "full_attention" for each in linear],
+    }
+    sections = model.each("rope.dimension_sections")
+    if isinstance(sections, tuple) and sections != QWEN_SECTIONS:
+        scaling = {"rope_type": "default", "mrope_section": [*sections[:3]]}
+        fields["rope_scaling"] = scaling
+    return fields
+
+
+def _mixer(model: GgufFields, config: Mapping[str, Any], last: str) -> dict[str, Any]:
+    """Return the fields of Mamba's mixers, under names that begin as the class's do.
+
+    Args:
+        last: the path of a layer with a mixer.
+    """
+    width, inner = config["hidden_size"], model.need("ssm.inner_size")
+    if not inner or inner % width:
+        raise InputError(f"has mixers of the width {inner}, which is no multiple of {width}", culprit=model.name)
+    biases = {name: model.has(f"{last}.{tensor}.bias") for name, tensor in (("conv", "ssm_conv1d"), ("proj", "ssm_in"))}
+    return {"expand": inner // width, **{f"{name}_bias": value for name, value in biases.items()}}
+
+
+def _mamba(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the widths and biases of the mixers; llama.cpp's converter writes no heads of attention for these."""
+    if model.get("attention.head_count"):
+        raise InputError("has heads of attention, which Mamba has not", culprit=model.name)
+    model.get("ssm.dt_b_c_rms")  # marked as used: it tells the class
+    mixer = _mixer(model, config, "blk.0")
+    fields = {"expand": mixer["expand"], "use_conv_bias": mixer["conv_bias"], "use_bias": mixer["proj_bias"]}
+    return fields if model.architecture == "mamba" else fields | {"head_dim": _mixer_head(model, config["num_heads"])}
+
+
+def _mixer_head(model: GgufFields, heads: int) -> int:
+    """Return the width of a mixer's heads."""
+    inner: int = model.need("ssm.inner_size")
+    if inner % max(1, heads):
+        raise InputError(f"has mixers whose width is no multiple of their {heads} heads", culprit=model.name)
+    return inner // max(1, heads)
+
+
+def _attends(model: GgufFields, layers: int) -> tuple[list[bool], int]:
+    """Return whether each layer attends, and the number of heads of the keys where one does."""
+    heads = _of_layers(model, "attention.head_count_kv", layers)
+    counts = {*heads} - {0}
+    if len(counts) != 1 or 0 not in heads:
+        raise InputError(f"has {heads[:8]} heads of the keys, not one number and 0 for mixers", culprit=model.name)
+    return [each > 0 for each in heads], counts.pop()
+
+
+def _granite_hybrid(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kinds of layers and the fields of the mixers; the file tells no length of texts without positions."""
+    attends, heads = _attends(model, config["num_hidden_layers"])
+    mixer = _mixer(model, config, f"blk.{attends.index(False)}")
+    rotates = model.fields.get(f"{model.architecture}.rope.scaling.finetuned") is True
+    return {
+        "layer_types": ["attention" if each else "mamba" for each in attends],
+        "num_key_value_heads": heads,
+        "attention_bias": model.has(f"blk.{attends.index(True)}.attn_q.bias"),
+        "position_embedding_type": "rope" if rotates else None,
+        "mamba_d_head": _mixer_head(model, config["mamba_n_heads"]),
+    } | {f"mamba_{name}": value for name, value in mixer.items()}
+
+
+def _nemotron_h(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kinds of layers, each with one half of a usual layer, and the fields of the mixers."""
+    layers = config["num_hidden_layers"]
+    attends, heads = _attends(model, layers)
+    routed, fed = ([model.has(f"blk.{i}.{name}.weight") for i in range(layers)] for name in ("ffn_gate_inp", "ffn_up"))
+    kinds = [
+        "*" if attends[i] else "E" if routed[i] else "-" if fed[i] else "M" if model.has(f"blk.{i}.ssm_a") else ""
+        for i in range(layers)
+    ]
+    if "" in kinds or "M" not in kinds:
+        raise InputError("has layers of a kind that Nemotron-H does not have", culprit=model.name)
+    mixer = _mixer(model, config, f"blk.{kinds.index('M')}")
+    for key in ("rope.freq_base", "rope.dimension_count"):
+        model.get(key)  # marked as used: the class has no positions
+    fields = {
+        "hybrid_override_pattern": "".join(kinds),
+        "num_key_value_heads": heads,
+        "attention_bias": model.has(f"blk.{attends.index(True)}.attn_q.bias"),
+        "mamba_head_dim": _mixer_head(model, config["mamba_num_heads"]),
+        "use_bias": mixer["proj_bias"],
+        "use_conv_bias": mixer["conv_bias"],
+        "expand": mixer["expand"],
+        "layer_norm_epsilon": _epsilon(model),
+    }
+    if "-" in kinds:
+        block = f"blk.{kinds.index('-')}"
+        fields["intermediate_size"] = model.size(f"{block}.ffn_up.weight", 0)
+        fields["mlp_bias"] = model.has(f"{block}.ffn_up.bias")
+    experts = model.get("expert_count")
+    return fields if experts is None else fields | {"n_routed_experts": experts}
+
+
+def _kimi_linear(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kinds of layers, and the sizes of latent and of linear attention."""
+    attends, _ = _attends(model, config["num_hidden_layers"])
+    dense = model.get("leading_dense_block_count", 0)
+    model.get("rope.freq_base")  # marked as used: the class has no positions
+    return {
+        "layer_types": ["full_attention" if each else "linear_attention" for each in attends],
+        "mlp_layer_types": ["dense" if i < dense else "sparse" for i in range(len(attends))],
+        "num_key_value_heads": config["num_attention_heads"],
+        "qk_nope_head_dim": model.need("attention.key_length_mla") - config["qk_rope_head_dim"],
+        "q_lora_rank": config.get("q_lora_rank"),
+        "linear_num_heads": model.size(f"blk.{attends.index(False)}.ssm_beta.weight", 0),
+    }
+
+
+def _jamba(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the mixers, and which layers attend and which have experts: each n-th."""
+    layers = config["num_hidden_layers"]
+    attends, heads = _attends(model, layers)
+    mixer = _mixer(model, config, f"blk.{attends.index(False)}")
+    fields = {"num_key_value_heads": heads} | {f"mamba_{name}": value for name, value in mixer.items()}
+    routed = [model.has(f"blk.{i}.ffn_gate_inp.weight") for i in range(layers)]
+    for name, chosen in {"attn_layer": attends, "expert_layer": routed}.items():
+        ways = ((n, chosen.index(True)) for n in range(1, layers + 1) if True in chosen)
+        way = next((way for way in ways if [i % way[0] == way[1] for i in range(layers)] == chosen), None)
+        if way is None:
+            raise InputError(f"has layers of a kind that are not each n-th ({name})", culprit=model.name)
+        fields |= {f"{name}_period": way[0], f"{name}_offset": way[1]}
+    return fields
+
+
+def _t5(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the decoder, and the activation: llama.cpp has one with a gate and one without."""
+    buckets = config["relative_attention_num_buckets"]
+    same = {
+        "attention.layer_norm_epsilon": config["layer_norm_epsilon"],
+        "attention.relative_buckets_count": buckets,
+    }
+    for key, value in same.items():
+        if model.get(key, value) != value:
+            raise InputError(f"has {model.get(key)} as {model.architecture}.{key}, not {value}", culprit=model.name)
+    gated = model.has("enc.blk.0.ffn_gate.weight")
+    fields = {"feed_forward_proj": "gated-gelu" if gated else "relu"}
+    if model.architecture == "t5encoder":
+        return fields
+    if model.has("dec.blk.0.ffn_gate.weight") is not gated or model.size("dec.blk.0.attn_rel_b.weight", 0) != buckets:
+        raise InputError("has a decoder of another kind than its encoder", culprit=model.name)
+    layers = model.get("decoder_block_count", config["num_layers"])
+    if layers > len(model.shapes):
+        raise InputError(f"has fewer tensors than decoder layers ({layers})", culprit=model.name)
+    return fields | {"num_decoder_layers": layers}
+
+
+def _mpt(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of attention; the class has no biases, one ratio of widths and one strength of ALiBi."""
+    if any(name.startswith("blk.0.") and name.endswith(".bias") for name in model.shapes):
+        raise InputError("has biases, which MptForCausalLM does not have", culprit=model.name)
+    if model.get("attention.max_alibi_bias", 0.0) != MPT_ALIBI:
+        raise InputError(f"has no ALiBi of {MPT_ALIBI:g}, which MptForCausalLM always has", culprit=model.name)
+    if model.size("blk.0.ffn_up.weight", 0) != 4 * config["d_model"]:
+        raise InputError("has layers of another width than MptForCausalLM's, 4 times the model's", culprit=model.name)
+    return {"attn_config": {"clip_qkv": model.get("attention.clamp_kqv")}}
+
+
+def _dbrx(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    attention = {"kv_n_heads": model.need("attention.head_count_kv"), "rope_theta": config["rope_theta"]}
+    experts = {"ffn_hidden_size": "feed_forward_length", "moe_num_experts": "expert_count"}
+    experts["moe_top_k"] = "expert_used_count"
+    return {
+        "attn_config": attention | {"clip_qkv": model.get("attention.clamp_kqv")},
+        "ffn_config": {name: model.need(key) for name, key in experts.items()} | {"hidden_size": config["d_model"]},
+    }
+
+
+def _mimo2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the kinds of layers, their heads and rotary embeddings, without the layers that predict more tokens."""
+    layers = model.need("block_count") - model.get("nextn_predict_layers", 0)
+    windowed = _flags(model, PATTERN, model.need("block_count"))[:layers]
+    heads = _of_layers(model, "attention.head_count_kv", model.need("block_count"))[:layers]
+    heads_of = [n // (1 + each) for n, each in zip(heads, windowed, strict=True)]
+    if not layers > 0 or len({*heads_of}) != 1 or heads != [heads_of[0] * (1 + each) for each in windowed]:
+        raise InputError(f"has layers with numbers of heads that MiMo 2 does not have: {heads[:8]}", culprit=model.name)
+    for i, each in enumerate(windowed):
+        if model.has(f"blk.{i}.attn_sinks.weight") is not each:
+            raise InputError("has sinks where MiMo 2 has none, or none where it has", culprit=f"blk.{i}.attn_sinks")
+    head = config["head_dim"]
+    rotated = model.get("rope.dimension_count", head) / head
+    thetas = {"full_attention": "rope.freq_base", "sliding_attention": "rope.freq_base_swa"}
+    return {
+        "num_hidden_layers": layers,
+        "num_key_value_heads": heads_of[0],
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in windowed],
+        "mlp_layer_types": ["sparse" if model.has(f"blk.{i}.ffn_gate_inp.weight") else "dense" for i in range(layers)],
+        "attention_value_scale": model.get("attention.value_scale", 1.0),
+        "sliding_window": model.need("attention.sliding_window")
+        + 1,  # in the files on the Hub without the token itself
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": model.need(key), "partial_rotary_factor": rotated}
+            for kind, key in thetas.items()
+        },
+    }
+
+
+def _flags(model: GgufFields, key: str, layers: int) -> list[bool]:
+    """Return the value of a key for each layer, which are numbers or booleans."""
+    model.used.add(key)
+    values = model.fields.get(f"{model.architecture}.{key}")
+    if not isinstance(values, Sequence) or len(values) != layers or any(each not in (0, 1) for each in values):
+        raise InputError(f"has no {model.architecture}.{key} with 0 or 1 for each layer", culprit=model.name)
+    return [*map(bool, values)]
+
+
+def _gemma3n(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Gemma 3n's fields for each layer, and the frequency of layers with a window.
+
+    llama.cpp's converter adds rows of zeros to the embeddings of each layer, for the tokens of images and sounds.
+    """
+    layers, inputs = config["num_hidden_layers"], config["altup_num_inputs"]
+    if inputs != model.size("altup_proj.weight", 0) + 1:
+        raise InputError(f"has {inputs} as gemma3n.altup.num_inputs, and other matrices", culprit=model.name)
+    return {
+        "intermediate_size": _of_layers(model, "feed_forward_length", layers),
+        "activation_sparsity_pattern": [*map(_quantile, _sparsity(model, layers))],
+        "rope_local_base_freq": model.get("rope.freq_base_swa", DEFAULT_THETA),
+    }
+
+
+def _sparsity(model: GgufFields, layers: int) -> Sequence[float]:
+    """Return how many deviations above the mean each layer's activations count from; minus infinity if all do."""
+    key = "activation_sparsity_scale"
+    model.used.add(key)
+    values = model.fields.get(f"{model.architecture}.{key}")
+    if not isinstance(values, Sequence) or len(values) != layers or not all(type(each) is float for each in values):
+        raise InputError(f"has no {model.architecture}.{key} with a number for each layer", culprit=model.name)
+    for each in values:
+        if _quantile(each) is None:
+            raise InputError(f"has {_shortest(each)!r} as {model.architecture}.{key}", culprit=model.name)
+    return values
+
+
+def _quantile(deviations: float) -> float | None:
+    """Return the part of a normal distribution that is below, as a decimal; None if it has more than 6 digits."""
+    if deviations == -math.inf:
+        return 0.0
+    below = (1 + math.erf(deviations / math.sqrt(2))) / 2
+    density = math.exp(-deviations * deviations / 2) / math.sqrt(2 * math.pi)
+    parts = (round(below, digits) for digits in range(1, 7))
+    return next((part for part in parts if 0 < part < 1 and abs(part - below) < 1e-6 * density), None)
+
+
+def _gemma_embedding(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Gemma 3's fields; llama.cpp scales attention by the heads' size in all of these models."""
+    local = model.get("rope.freq_base_swa", DEFAULT_THETA)
+    return {"query_pre_attn_scalar": config["head_dim"], "rope_local_base_freq": local}
+
+
+def _modern_bert(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the layers with a window, the two epsilons' value, and the pooling before a classifier."""
+    if model.need("attention.sliding_window") == 0:
+        raise InputError("has no layers with a window, which ModernBERT always has", culprit=model.name)
+    model.used.add(PATTERN)
+    every = model.fields.get(f"{model.architecture}.{PATTERN}", MODERN_BERT_EVERY)
+    if type(every) is not int or every < 1:
+        raise InputError(f"has {every!r} as {model.architecture}.{PATTERN}", culprit=model.name)
+    return {
+        "norm_eps": _epsilon(model),
+        "global_attn_every_n_layers": every,
+        "local_rope_theta": model.need("rope.freq_base_swa"),
+        "sep_token_id": _token(model, "tokenizer.ggml.seperator_token_id"),
+    } | _pooling(model, {1: "mean", 2: "cls"})
+
+
+def _epsilon(model: GgufFields) -> float:
+    """Return the epsilon of the norms, which the file has under one of two names, or both."""
+    found = {model.get(f"attention.layer_norm_{name}epsilon") for name in ("", "rms_")} - {None}
+    if len(found) != 1:
+        raise InputError(f"has {found or 'none'} as epsilons of norms, not one", culprit=model.name)
+    return float(found.pop())
+
+
+def _eurobert(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    mask = _token(model, "tokenizer.ggml.mask_token_id")
+    fields = {"tie_word_embeddings": False} if mask is None else {"tie_word_embeddings": False, "mask_token_id": mask}
+    return fields | _pooling(model, {1: "mean"})
+
+
+def _pooling(model: GgufFields, names: Mapping[int, str]) -> dict[str, Any]:
+    """Return the field for the pooling before a classifier, if the file has one."""
+    kind = model.get("classifier.pooling_type")
+    if kind is not None and kind not in names:
+        raise InputError(f"has {kind!r} as {model.architecture}.classifier.pooling_type", culprit=model.name)
+    return {} if kind is None else {"classifier_pooling": names[kind]}
+
+
 # Rows' `nested` -> (the file's model, the config so far) -> more fields
 RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
+    "dbrx": _dbrx,
     "deepseek": _deepseek,
+    "eurobert": _eurobert,
     "exaone4": _exaone4,
     "falcon": _falcon,
+    "gemma-embedding": _gemma_embedding,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma3n": _gemma3n,
     "gemma4": _gemma4,
     "glm-dsa": _glm_dsa,
+    "granite-hybrid": _granite_hybrid,
     "hunyuan-moe": _hunyuan_moe,
+    "jamba": _jamba,
+    "kimi-linear": _kimi_linear,
     "lfm2": _lfm2,
     "llama4": _llama4,
+    "mamba": _mamba,
+    "mimo2": _mimo2,
     "minicpm3": _minicpm3,
     "ministral3": _ministral3,
+    "modern-bert": _modern_bert,
+    "mpt": _mpt,
     "nemotron": _nemotron,
+    "nemotron-h": _nemotron_h,
     "olmo3": _olmo3,
     "phi3": lambda model, config: {"sliding_window": model.get("attention.sliding_window") or None},
     "phi2": _phi2,
     "phimoe": _phimoe,
+    "qwen-linear": _qwen_linear,
+    "t5": _t5,
 }

@@ -8,7 +8,7 @@ the class's default. Sources: llama.cpp's `set_gguf_parameters` in `conversion/`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Fields of the tokenizer for single tokens -> their fields in config.json; None if the file lacks them
@@ -25,7 +25,7 @@ SAME_AS = {"attention.head_count_kv": "attention.head_count"}
 OPTIONAL = frozenset(
     """attn_logit_softcapping final_logit_softcapping attention.sliding_window attention.clamp_kqv
     embedding_scale residual_scale attention.q_lora_rank expert_weights_scale expert_group_count
-    expert_group_used_count""".split()
+    expert_group_used_count decoder_start_token_id hidden_activation moe_latent_size""".split()
 )
 
 # Keys whose values follow from shapes or from other keys, or that do not describe the model
@@ -40,12 +40,14 @@ USUAL = {"attention.causal": True, "expert_gating_func": 1, "expert_weights_scal
 
 # Type of value -> the keys with such values; the others are integers
 KINDS: dict[tuple[type, ...], frozenset[str]] = {
-    (str,): frozenset({"rope.scaling.type"}),
+    (str,): frozenset({"rope.scaling.type", "hidden_activation"}),
     (bool,): frozenset(
-        "expert_weights_norm use_parallel_residual attention.sliding_window_pattern attention.indexer.types".split()
+        """expert_weights_norm use_parallel_residual attention.sliding_window_pattern attention.indexer.types
+        ssm.dt_b_c_rms""".split()
     ),
     (float, int): frozenset(
         """attention.layer_norm_rms_epsilon attention.layer_norm_epsilon attention.clamp_kqv attention.scale
+        attention.max_alibi_bias attention.value_scale
         attn_logit_softcapping final_logit_softcapping logit_scale embedding_scale residual_scale expert_weights_scale
         rope.freq_base rope.freq_base_swa rope.scale_linear rope.scaling.factor rope.scaling.attn_factor
         rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
@@ -150,9 +152,100 @@ GRANITE = {
     "logits_scaling": "logit_scale",
 }
 
+SHARED_WIDTH = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
+
+# Layers of linear attention beside others
+QWEN_LINEAR = Config(
+    "qwen3_5_text",
+    "Qwen3_5ForCausalLM",
+    SIZES
+    | CONTEXT
+    | KV
+    | RMS
+    | HEAD_DIM
+    | {
+        "linear_conv_kernel_dim": "ssm.conv_kernel",
+        "linear_key_head_dim": "ssm.state_size",
+        "linear_num_key_heads": "ssm.group_count",
+        "linear_num_value_heads": "ssm.time_step_rank",
+    },
+    partial="partial_rotary_factor",
+    nested="qwen-linear",
+)
+
+MAMBA = Config(
+    "mamba",
+    "MambaForCausalLM",
+    {
+        "hidden_size": "embedding_length",
+        "num_hidden_layers": "block_count",
+        "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+        "conv_kernel": "ssm.conv_kernel",
+        "state_size": "ssm.state_size",
+        "time_step_rank": "ssm.time_step_rank",
+    },
+    rotates=False,
+    own_heads=True,
+    nested="mamba",
+)
+
+NEMOTRON_H = Config(
+    "nemotron_h",
+    "NemotronHForCausalLM",
+    SIZES
+    | CONTEXT
+    | HEAD_DIM
+    | {
+        "conv_kernel": "ssm.conv_kernel",
+        "ssm_state_size": "ssm.state_size",
+        "n_groups": "ssm.group_count",
+        "mamba_num_heads": "ssm.time_step_rank",
+        "n_group": "expert_group_count",
+        "topk_group": "expert_group_used_count",
+    },
+    rotates=False,
+    own_heads=True,
+    nested="nemotron-h",
+)
+
+# mT5 too: what differs is its config alone
+T5 = Config(
+    "t5",
+    "T5ForConditionalGeneration",
+    {
+        "d_model": "embedding_length",
+        "d_ff": "feed_forward_length",
+        "d_kv": "attention.key_length",
+        "num_layers": "block_count",
+        "num_heads": "attention.head_count",
+        "layer_norm_epsilon": "attention.layer_norm_rms_epsilon",
+        "decoder_start_token_id": "decoder_start_token_id",
+    },
+    sizes={"relative_attention_num_buckets": ("enc.blk.0.attn_rel_b.weight", 0)},
+    rotates=False,
+    nested="t5",
+)
+
+MOSAIC = {
+    "d_model": "embedding_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "max_seq_len": "context_length",
+}
+
 QUERY_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
 
 MLP_BIAS = {"mlp_bias": "blk.0.ffn_up.bias"}
+
+MODERN_BERT = Config(
+    "modernbert",
+    "ModernBertModel",
+    SIZES | INNER | CONTEXT | {"local_attention": "attention.sliding_window", "hidden_activation": "hidden_activation"},
+    has={"attention_bias": "blk.0.attn_qkv.bias", "norm_bias": "output_norm.bias"} | MLP_BIAS,
+    theta="global_rope_theta",
+    granted={"attention.causal": False},
+    nested="modern-bert",
+)
 
 # general.architecture -> its model types; the first with its mark present counts
 CONFIGS: dict[str, tuple[Config, ...]] = {
@@ -614,6 +707,229 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
         ),
     ),
     "smollm3": (Config("smollm3", "SmolLM3ForCausalLM", DECODER, has=QUERY_BIAS),),
+    "qwen3next": (
+        replace(
+            QWEN_LINEAR,
+            model_type="qwen3_next",
+            architecture="Qwen3NextForCausalLM",
+            keys={**QWEN_LINEAR.keys, **QWEN_MOE, **SHARED_WIDTH, **INNER},
+        ),
+    ),
+    "qwen35": (replace(QWEN_LINEAR, keys={**QWEN_LINEAR.keys, **INNER}),),
+    "qwen35moe": (
+        replace(
+            QWEN_LINEAR,
+            model_type="qwen3_5_moe_text",
+            architecture="Qwen3_5MoeForCausalLM",
+            keys={**QWEN_LINEAR.keys, **QWEN_MOE, **SHARED_WIDTH},
+        ),
+    ),
+    "mamba": (
+        replace(MAMBA, model_type="falcon_mamba", architecture="FalconMambaForCausalLM", mark="ssm.dt_b_c_rms"),
+        MAMBA,
+    ),
+    "mamba2": (
+        replace(
+            MAMBA,
+            model_type="mamba2",
+            architecture="Mamba2ForCausalLM",
+            keys={
+                **{name: key for name, key in MAMBA.keys.items() if name != "time_step_rank"},
+                "num_heads": "ssm.time_step_rank",
+                "n_groups": "ssm.group_count",
+            },
+        ),
+    ),
+    "granitehybrid": (
+        Config(
+            "granitemoehybrid",
+            "GraniteMoeHybridForCausalLM",
+            SIZES
+            | INNER
+            | CONTEXT
+            | RMS
+            | GRANITE
+            | MIXTRAL
+            | {
+                "shared_intermediate_size": "expert_shared_feed_forward_length",
+                "mamba_d_conv": "ssm.conv_kernel",
+                "mamba_d_state": "ssm.state_size",
+                "mamba_n_groups": "ssm.group_count",
+                "mamba_n_heads": "ssm.time_step_rank",
+            },
+            own_heads=True,
+            nested="granite-hybrid",
+        ),
+    ),
+    "kimi-linear": (
+        Config(
+            "kimi_linear",
+            "KimiLinearForCausalLM",
+            SIZES
+            | INNER
+            | RMS
+            | LATENT
+            | {
+                "model_max_length": "context_length",
+                "linear_head_dim": "kda.head_dim",
+                "linear_conv_kernel_dim": "ssm.conv_kernel",
+                "moe_intermediate_size": "expert_feed_forward_length",
+                "num_experts": "expert_count",
+                "num_experts_per_token": "expert_used_count",
+                "num_shared_experts": "expert_shared_count",
+                "num_expert_group": "expert_group_count",
+                "topk_group": "expert_group_used_count",
+                "routed_scaling_factor": "expert_weights_scale",
+            },
+            rotates=False,
+            granted={"expert_gating_func": 2},
+            own_heads=True,
+            nested="kimi-linear",
+        ),
+    ),
+    "nemotron_h": (NEMOTRON_H,),
+    "nemotron_h_moe": (
+        replace(
+            NEMOTRON_H,
+            keys={
+                **NEMOTRON_H.keys,
+                "num_experts_per_tok": "expert_used_count",
+                "moe_intermediate_size": "expert_feed_forward_length",
+                "moe_shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+                "moe_latent_size": "moe_latent_size",
+                "n_shared_experts": "expert_shared_count",
+                "norm_topk_prob": "expert_weights_norm",
+                "routed_scaling_factor": "expert_weights_scale",
+            },
+        ),
+    ),
+    "jamba": (
+        Config(
+            "jamba",
+            "JambaForCausalLM",
+            SIZES
+            | INNER
+            | CONTEXT
+            | RMS
+            | {
+                "num_experts": "expert_count",
+                "num_experts_per_tok": "expert_used_count",
+                "mamba_d_conv": "ssm.conv_kernel",
+                "mamba_d_state": "ssm.state_size",
+                "mamba_dt_rank": "ssm.time_step_rank",
+            },
+            rotates=False,
+            own_heads=True,
+            nested="jamba",
+        ),
+    ),
+    "t5": (
+        replace(T5, model_type="umt5", architecture="UMT5ForConditionalGeneration", mark="enc.blk.1.attn_rel_b.weight"),
+        T5,
+    ),
+    "t5encoder": (
+        replace(T5, model_type="umt5", architecture="UMT5EncoderModel", mark="enc.blk.1.attn_rel_b.weight"),
+        replace(T5, architecture="T5EncoderModel", constants={"is_encoder_decoder": False}),
+    ),
+    "mpt": (
+        Config(
+            "mpt",
+            "MptForCausalLM",
+            MOSAIC | {"layer_norm_epsilon": "attention.layer_norm_epsilon"},
+            rotates=False,
+            nested="mpt",
+        ),
+    ),
+    "dbrx": (
+        Config(
+            "dbrx",
+            "DbrxForCausalLM",
+            MOSAIC,
+            granted={"attention.layer_norm_epsilon": 1e-5},
+            own_heads=True,
+            nested="dbrx",
+        ),
+    ),
+    "mimo2": (
+        Config(
+            "mimo_v2_flash",
+            "MiMoV2FlashForCausalLM",
+            SIZES
+            | INNER
+            | CONTEXT
+            | RMS
+            | HEAD_DIM
+            | WINDOW
+            | {
+                "n_routed_experts": "expert_count",
+                "num_experts_per_tok": "expert_used_count",
+                "moe_intermediate_size": "expert_feed_forward_length",
+                "n_group": "expert_group_count",
+                "topk_group": "expert_group_used_count",
+                "v_head_dim": "attention.value_length",
+            },
+            has=QUERY_BIAS,
+            rotates=False,
+            granted={"expert_gating_func": 2},
+            own_heads=True,
+            nested="mimo2",
+        ),
+    ),
+    "gemma3n": (
+        Config(
+            "gemma3n_text",
+            "Gemma3nForCausalLM",
+            SIZES
+            | CONTEXT
+            | KV
+            | RMS
+            | HEAD_DIM
+            | WINDOW
+            | {
+                "final_logit_softcapping": "final_logit_softcapping",
+                "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+                "num_kv_shared_layers": "attention.shared_kv_layers",
+                "altup_active_idx": "altup.active_idx",
+                "altup_num_inputs": "altup.num_inputs",
+            },
+            sizes={
+                "laurel_rank": ("blk.0.laurel_l.weight", 0),
+                "vocab_size_per_layer_input": ("per_layer_token_embd.weight", 0),
+            },
+            window_every=5,
+            nested="gemma3n",
+        ),
+    ),
+    "gemma-embedding": (
+        Config(
+            "gemma3_text",
+            "Gemma3TextModel",
+            GEMMA2,
+            constants={"use_bidirectional_attention": True},
+            window_every=6,
+            nested="gemma-embedding",
+        ),
+    ),
+    "modern-bert": (
+        replace(
+            MODERN_BERT,
+            architecture="ModernBertForMaskedLM",
+            mark="cls.weight",
+            has={**MODERN_BERT.has, "classifier_bias": "cls.bias"},
+            constants={"decoder_bias": False},
+        ),
+        MODERN_BERT,
+    ),
+    "eurobert": (
+        Config(
+            "eurobert",
+            "EuroBertModel",
+            DECODER | HEAD_DIM,
+            has=QUERY_BIAS | MLP_BIAS,
+            granted={"attention.causal": False},
+            nested="eurobert",
+        ),
+    ),
 }
 
 # Architecture -> ends of tensors that llama.cpp's converter does not reorder, although it reorders the weights
@@ -629,6 +945,20 @@ IN_FIELDS: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     },
 }
 
+# Classes without a head, in whose files the names of the tables lack `model.`
+HEADLESS = ("EuroBertModel", "Gemma3TextModel", "ModernBertModel")
+
+# Model type -> end of a module's name -> whether only the first layer has it; if not, only the others have
+OF_THE_FIRST: dict[str, dict[str, bool]] = {
+    "modernbert": {"attn_norm": False},
+    "t5": {"relative_attention_bias": True},
+}
+
+_T5_OF_2019 = {
+    f"{path}.DenseReluDense.wi_1": f"{path}.DenseReluDense.wi"
+    for path in ("encoder.block.{n}.layer.1", "decoder.block.{n}.layer.2")
+}
+
 # general.architecture -> (field of config.json that gives a weight another name than the first in the tables, both
 # names)
 INSTEAD = {
@@ -636,4 +966,5 @@ INSTEAD = {
         ("num_ln_in_parallel_attn", 2),
         {"transformer.h.{n}.input_layernorm": "transformer.h.{n}.ln_mlp"},
     ),
+    **dict.fromkeys(("t5", "t5encoder"), (("feed_forward_proj", "relu"), _T5_OF_2019)),
 }

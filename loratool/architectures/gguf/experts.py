@@ -8,6 +8,7 @@ from .llama import (
     HUNYUAN_NORMS,
     LAYER,
     LINEAR_ATTENTION,
+    LINEAR_VECTORS,
     MIXTRAL_EXPERTS,
     MLP,
     NORMS,
@@ -156,7 +157,6 @@ MISTRAL4_EXPERTS = (
 
 DBRX = "transformer.blocks.{n}"
 
-# Without its experts, which are no stacks in transformers: one matrix has the rows of all
 DBRX_WEIGHTS = (
     Weight("token_embd", "transformer.wte"),
     Weight("output_norm", "transformer.norm_f"),
@@ -166,13 +166,16 @@ DBRX_WEIGHTS = (
     Weight("blk.{n}.attn_qkv", f"{DBRX}.norm_attn_norm.attn.Wqkv"),
     Weight("blk.{n}.attn_output", f"{DBRX}.norm_attn_norm.attn.out_proj"),
     Weight("blk.{n}.ffn_gate_inp", f"{DBRX}.ffn.router.layer"),
+    Weight("blk.{n}.ffn_gate_exps.weight", f"{DBRX}.ffn.experts.mlp.w1", bare=True, shape="experts"),
+    Weight("blk.{n}.ffn_up_exps.weight", f"{DBRX}.ffn.experts.mlp.v1", bare=True, shape="experts"),
+    Weight("blk.{n}.ffn_down_exps.weight", f"{DBRX}.ffn.experts.mlp.w2", transposed=True, bare=True, shape="experts"),
 )
 
 EXPERT_ARCHITECTURES = (
     Architecture(
         "qwen35moe",
         ("qwen3_5_moe_text",),
-        (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *LINEAR_ATTENTION, *EXPERTS, *SHARED_EXPERT),
+        (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *LINEAR_ATTENTION, *LINEAR_VECTORS, *EXPERTS, *SHARED_EXPERT),
         ("qwen3_5_moe",),
     ),
     Architecture("llama4", ("llama4_text",), (*ENDS, *NORMS, *ATTENTION, *LLAMA4_EXPERTS), ("llama4",)),

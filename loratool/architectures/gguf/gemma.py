@@ -58,11 +58,16 @@ GEMMA4_EXPERTS = (
     Weight("blk.{n}.post_ffw_norm_2", f"{LAYER}.post_feedforward_layernorm_2"),
 )
 
-# What Gemma 3n has in each layer beside Gemma 4's
+# What Gemma 3n has beside Gemma 4's
 GEMMA3N = (
+    Weight("altup_proj", "model.altup_projections.{e}"),
+    Weight("altup_unembd_proj", "model.altup_unembed_projections.{e}"),
     Weight("blk.{n}.laurel_l", f"{LAYER}.laurel.linear_left"),
     Weight("blk.{n}.laurel_r", f"{LAYER}.laurel.linear_right"),
+    Weight("blk.{n}.laurel_post_norm", f"{LAYER}.laurel.post_laurel_norm"),
     Weight("blk.{n}.altup_router", f"{LAYER}.altup.modality_router"),
+    Weight("blk.{n}.altup_router_norm", f"{LAYER}.altup.router_norm"),
+    Weight("blk.{n}.altup_correct_scale.weight", f"{LAYER}.altup.correct_output_scale", bare=True),
     Weight("blk.{n}.altup_correct_coef", f"{LAYER}.altup.correction_coefs"),
     Weight("blk.{n}.altup_predict_coef", f"{LAYER}.altup.prediction_coefs"),
 )

@@ -1,7 +1,6 @@
 """Architectures with recurrent layers or convolutions beside attention.
 
-Only the matrices of such layers are here, and LFM2's kernels: the vectors and kernels of others change on the way to
-GGUF, and no LoRA is of them.
+Vectors and kernels of such layers change on the way to GGUF: their rows are for whole models alone.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from .llama import (
     ATTENTION,
     ENDS,
     LAYER,
+    LINEAR_VECTORS,
     MIXTRAL_EXPERTS,
     MLP,
     NORMS,
@@ -34,6 +34,7 @@ QWEN3_NEXT = (
     Weight("blk.{n}.attn_gate", f"{LAYER}.linear_attn.in_proj_qkvz", "linear gates"),
     Weight("blk.{n}.ssm_ba", f"{LAYER}.linear_attn.in_proj_ba"),
     Weight("blk.{n}.ssm_out", f"{LAYER}.linear_attn.out_proj"),
+    *(replace(each, rows="") for each in LINEAR_VECTORS),
 )
 
 LFM2 = (
@@ -48,7 +49,7 @@ LFM2 = (
     Weight("blk.{n}.attn_k_norm", f"{LAYER}.self_attn.k_layernorm"),
     Weight("blk.{n}.shortconv.in_proj", f"{LAYER}.conv.in_proj"),
     Weight("blk.{n}.shortconv.out_proj", f"{LAYER}.conv.out_proj"),
-    Weight("blk.{n}.shortconv.conv", f"{LAYER}.conv.conv", kernel=True),
+    Weight("blk.{n}.shortconv.conv", f"{LAYER}.conv.conv", shape="kernel"),
     Weight("blk.{n}.ffn_gate", f"{LAYER}.feed_forward.w1"),
     Weight("blk.{n}.ffn_up", f"{LAYER}.feed_forward.w3"),
     Weight("blk.{n}.ffn_down", f"{LAYER}.feed_forward.w2"),
@@ -61,6 +62,27 @@ LFM2_EXPERTS = (
     Weight("blk.{n}.ffn_up_exps", f"{LAYER}.feed_forward.experts.{{e}}.w3"),
     Weight("blk.{n}.ffn_down_exps", f"{LAYER}.feed_forward.experts.{{e}}.w2"),
 )
+
+
+def mamba2_vectors(mixer: str) -> tuple[Weight, ...]:
+    """Return the rows of a mixer of Mamba 2 whose tensors are no matrices. mixer: its path in transformers."""
+    return (
+        Weight("blk.{n}.ssm_a", f"{mixer}.A_log", bare=True, change="minus exp", shape="vector"),
+        Weight("blk.{n}.ssm_d", f"{mixer}.D", bare=True, shape="vector"),
+        Weight("blk.{n}.ssm_dt.bias", f"{mixer}.dt_bias", bare=True),
+        Weight("blk.{n}.ssm_norm", f"{mixer}.norm", shape="vector"),
+        Weight("blk.{n}.ssm_conv1d", f"{mixer}.conv1d", shape="kernel"),
+    )
+
+
+def mamba_vectors(mixer: str) -> tuple[Weight, ...]:
+    """Return the same rows of a mixer of Mamba."""
+    return (
+        Weight("blk.{n}.ssm_a", f"{mixer}.A_log", bare=True, change="minus exp"),
+        Weight("blk.{n}.ssm_d", f"{mixer}.D", bare=True),
+        Weight("blk.{n}.ssm_conv1d", f"{mixer}.conv1d", shape="kernel"),
+    )
+
 
 MAMBA2 = (
     Weight("blk.{n}.ssm_in", f"{LAYER}.mamba.in_proj"),
@@ -86,6 +108,7 @@ MAMBA = (
 
 NEMOTRON_H = (
     *MAMBA,
+    *mamba2_vectors(f"{BACKBONE}.mixer"),
     Weight("blk.{n}.attn_q", f"{BACKBONE}.mixer.q_proj", "queries"),
     Weight("blk.{n}.attn_k", f"{BACKBONE}.mixer.k_proj", "keys"),
     Weight("blk.{n}.attn_v", f"{BACKBONE}.mixer.v_proj"),
@@ -95,6 +118,7 @@ NEMOTRON_H = (
 )
 
 NEMOTRON_EXPERTS = (
+    Weight("blk.{n}.exp_probs_b.bias", f"{BACKBONE}.mixer.gate.e_score_correction_bias", bare=True),
     Weight("blk.{n}.ffn_gate_inp", f"{BACKBONE}.mixer.gate"),
     Weight("blk.{n}.ffn_up_exps", f"{BACKBONE}.mixer.experts.{{e}}.up_proj"),
     Weight("blk.{n}.ffn_down_exps", f"{BACKBONE}.mixer.experts.{{e}}.down_proj"),
@@ -124,6 +148,10 @@ JAMBA = (
     *MAMBA2,
     Weight("blk.{n}.ssm_x", f"{LAYER}.mamba.x_proj"),
     Weight("blk.{n}.ssm_dt", f"{LAYER}.mamba.dt_proj"),
+    Weight("blk.{n}.ssm_dt_norm", f"{LAYER}.mamba.dt_layernorm"),
+    Weight("blk.{n}.ssm_b_norm", f"{LAYER}.mamba.b_layernorm"),
+    Weight("blk.{n}.ssm_c_norm", f"{LAYER}.mamba.c_layernorm"),
+    *mamba_vectors(f"{LAYER}.mamba"),
     Weight("blk.{n}.ffn_gate", f"{LAYER}.feed_forward.gate_proj"),
     Weight("blk.{n}.ffn_up", f"{LAYER}.feed_forward.up_proj"),
     Weight("blk.{n}.ffn_down", f"{LAYER}.feed_forward.down_proj"),
@@ -140,6 +168,10 @@ KIMI = (
     Weight("blk.{n}.ssm_beta", f"{LAYER}.self_attn.b_proj"),
     Weight("blk.{n}.ssm_g_a", f"{LAYER}.self_attn.g_a_proj"),
     Weight("blk.{n}.ssm_g_b", f"{LAYER}.self_attn.g_b_proj"),
+    Weight("blk.{n}.ssm_a", f"{LAYER}.self_attn.A_log", bare=True, change="minus exp", shape="heads"),
+    Weight("blk.{n}.ssm_dt.bias", f"{LAYER}.self_attn.dt_bias", bare=True),
+    Weight("blk.{n}.ssm_norm", f"{LAYER}.self_attn.o_norm"),
+    *(Weight(f"blk.{{n}}.ssm_conv1d_{name}", f"{LAYER}.self_attn.{name}_conv1d", shape="kernel") for name in "qkv"),
     *ATTENTION[1:3],
 )
 
@@ -164,14 +196,15 @@ HYBRID_ARCHITECTURES = (
             *NORMS,
             *ROTARY_ATTENTION,
             *MAMBA2,
+            *mamba2_vectors(f"{LAYER}.mamba"),
             *GRANITE_EXPERTS,
             *(replace(each, dense=False) for each in GRANITE_SHARED_EXPERT),
             *GRANITE_DENSE,
             *BAMBA,
         ),
     ),
-    Architecture("mamba", ("mamba", "falcon_mamba"), (*MAMBA, *MAMBA1)),
-    Architecture("mamba2", ("mamba2",), MAMBA),
+    Architecture("mamba", ("mamba", "falcon_mamba"), (*MAMBA, *MAMBA1, *mamba_vectors(f"{BACKBONE}.mixer"))),
+    Architecture("mamba2", ("mamba2",), (*MAMBA, *mamba2_vectors(f"{BACKBONE}.mixer"))),
     Architecture("jamba", ("jamba",), (*JAMBA, *ATTENTION)),
     Architecture("kimi-linear", ("kimi_linear",), (*ENDS, *NORMS, *LATENT_ATTENTION, *KIMI, *MLP, *KIMI_EXPERTS)),
     Architecture("nemotron_h", ("nemotron_h",), NEMOTRON_H),

@@ -95,13 +95,19 @@ QWEN35_NORMS = (
     Weight("blk.{n}.attn_k_norm", f"{LAYER}.self_attn.k_norm", change="plus one"),
 )
 
-# Only the matrices: a model's file also has vectors and a kernel
 LINEAR_ATTENTION = (
     Weight("blk.{n}.attn_qkv", f"{LAYER}.linear_attn.in_proj_qkv", "linear qkv"),
     Weight("blk.{n}.attn_gate", f"{LAYER}.linear_attn.in_proj_z", "linear values"),
     Weight("blk.{n}.ssm_alpha", f"{LAYER}.linear_attn.in_proj_a", "linear heads"),
     Weight("blk.{n}.ssm_beta", f"{LAYER}.linear_attn.in_proj_b", "linear heads"),
     Weight("blk.{n}.ssm_out", f"{LAYER}.linear_attn.out_proj", columns="linear values"),
+)
+
+LINEAR_VECTORS = (
+    Weight("blk.{n}.ssm_a", f"{LAYER}.linear_attn.A_log", "linear heads", bare=True, change="minus exp"),
+    Weight("blk.{n}.ssm_dt.bias", f"{LAYER}.linear_attn.dt_bias", "linear heads", bare=True),
+    Weight("blk.{n}.ssm_conv1d", f"{LAYER}.linear_attn.conv1d", "linear qkv", shape="kernel"),
+    Weight("blk.{n}.ssm_norm", f"{LAYER}.linear_attn.norm"),
 )
 
 GLM = (
@@ -122,7 +128,10 @@ MINICPM3 = (
 
 LLAMA_ARCHITECTURES = (
     Architecture(
-        "qwen35", ("qwen3_5_text",), (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *LINEAR_ATTENTION, *MLP), ("qwen3_5",)
+        "qwen35",
+        ("qwen3_5_text",),
+        (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *LINEAR_ATTENTION, *LINEAR_VECTORS, *MLP),
+        ("qwen3_5",),
     ),
     Architecture(
         "llama",

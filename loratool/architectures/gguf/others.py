@@ -90,10 +90,27 @@ T5_MLP = tuple(
 
 T5_ENDS = (Weight("token_embd", "shared"), Weight("output", "lm_head"))
 
+T5_ENCODER_NORMS = (
+    Weight("enc.output_norm", "encoder.final_layer_norm"),
+    Weight("enc.blk.{n}.attn_norm", "encoder.block.{n}.layer.0.layer_norm"),
+    Weight("enc.blk.{n}.attn_rel_b", "encoder.block.{n}.layer.0.SelfAttention.relative_attention_bias"),
+    Weight("enc.blk.{n}.ffn_norm", "encoder.block.{n}.layer.1.layer_norm"),
+)
+
+T5_NORMS = (
+    *T5_ENCODER_NORMS,
+    Weight("dec.output_norm", "decoder.final_layer_norm"),
+    Weight("dec.blk.{n}.attn_norm", "decoder.block.{n}.layer.0.layer_norm"),
+    Weight("dec.blk.{n}.attn_rel_b", "decoder.block.{n}.layer.0.SelfAttention.relative_attention_bias"),
+    Weight("dec.blk.{n}.cross_attn_norm", "decoder.block.{n}.layer.1.layer_norm"),
+    Weight("dec.blk.{n}.cross_attn_rel_b", "decoder.block.{n}.layer.1.EncDecAttention.relative_attention_bias"),
+    Weight("dec.blk.{n}.ffn_norm", "decoder.block.{n}.layer.2.layer_norm"),
+)
+
 OTHER_ARCHITECTURES = (
     Architecture("mpt", ("mpt",), MPT),
-    Architecture("t5", ("t5", "mt5", "umt5"), (*T5_ENDS, *T5_ATTENTION, *T5_MLP)),
-    Architecture("t5encoder", ("t5",), (T5_ENDS[0], *T5_ATTENTION[:4], *T5_MLP[:3])),
+    Architecture("t5", ("t5", "mt5", "umt5"), (*T5_ENDS, *T5_NORMS, *T5_ATTENTION, *T5_MLP)),
+    Architecture("t5encoder", ("t5",), (T5_ENDS[0], *T5_ENCODER_NORMS, *T5_ATTENTION[:4], *T5_MLP[:3])),
     Architecture("bloom", ("bloom",), (*TRANSFORMER_ENDS, *BLOOM, *FUSED_QKV)),
     Architecture("falcon", ("falcon",), (*TRANSFORMER_ENDS, *FALCON_NORMS, *FUSED_QKV)),
     Architecture("starcoder2", ("starcoder2",), (*ENDS, *NORMS, *ATTENTION, *STARCODER2)),

@@ -138,7 +138,7 @@ class Weight:
     heads: bool = False  # GGUF has a matrix for each head, one after the other
     heads_transposed: bool = False  # each matrix of a head is (in, out)
     bare: bool = False
-    kernel: bool = False  # of a convolution of each channel: transformers' files have it as (channels, 1, width)
+    shape: str = ""  # how transformers has the same numbers: a key of SHAPES; adapters have no such tensors
     change: str = ""  # how its numbers change: a key of CHANGES; adapters have no such tensors
     types: tuple[str, ...] = ()  # the only model types that have it; empty if all do
     dense: bool | None = None  # only in models without experts, or, if False, only in those with experts
@@ -278,7 +278,10 @@ ROW_ORDERS: dict[str, RowOrder] = {
 }
 
 # Modules that every file has, if its architecture has a row for them
-NEEDED = ("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types")
+NEEDED = (
+    *("token_embd", "output_norm", "position_embd", "token_embd_norm", "token_types"),
+    *("enc.output_norm", "dec.output_norm", "altup_proj", "altup_unembd_proj"),
+)
 
 # Last names of tensors with inputs of the model's width (last dimension), and with outputs of it (first dimension)
 READS = frozenset(
@@ -289,6 +292,14 @@ WRITES = frozenset("attn_output ffn_down ffn_down_exps ffn_down_shexp".split())
 
 # Prefixes of transformers' modules that no GGUF file has: BERT's
 NOT_IN_GGUF = ("pooler.",)
+
+# Other shapes of the numbers of a matrix
+SHAPES = {
+    "experts": "one matrix with the rows of all experts",
+    "heads": "(1, 1, heads, 1)",
+    "kernel": "(channels, 1, width), of a convolution over each channel",
+    "vector": "one dimension",
+}
 
 # Functions from the numbers of transformers' tensor to those of GGUF's
 CHANGES = {"plus one": "w + 1, of Gemma's norms", "minus exp": "-exp(w), of Mamba's A_log"}

@@ -69,11 +69,11 @@ def build_model(case: str, folder: Path) -> Path:
         parameter.data = torch.randn_like(parameter)
     model = tiny.of_class("T5EncoderModel", model) if case == "t5 encoder" else model
     llama_cpp.save_model(model.base_model if case in HEADLESS else model, folder)
-    _as_on_the_hub(case, folder)
+    as_on_the_hub(case, folder)
     return folder
 
 
-def _as_on_the_hub(case: str, folder: Path) -> None:
+def as_on_the_hub(case: str, folder: Path) -> None:
     """Write the config, or the experts, of some types as the files on the Hub have them, for which the converter is."""
     from safetensors.torch import load_file, save_file
 

@@ -42,9 +42,13 @@ OLD_FIELDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "rope_parameters": config["rope_parameters"] | {"original_max_position_embeddings": 128},
     },
     "mimo_v2_flash": lambda config: {
-        "hybrid_layer_pattern": [0, 1], "swa_num_key_value_heads": 4, "topk_method": "noaux_tc",
+        "hybrid_layer_pattern": [int(kind == "sliding_attention") for kind in config["layer_types"]],
+        "swa_num_key_value_heads": 4, "topk_method": "noaux_tc", "sliding_window": config["sliding_window"] - 1,
         **{f"swa_{name}": config[name] for name in ("head_dim", "v_head_dim", "num_attention_heads")},
         "rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": 0.5, "rope_theta": 1e4},
+    },
+    "umt5": lambda config: {
+        "architectures": [config["architectures"][0].replace("UMT5Enc", "T5Enc")],  # the converter has no name for it
     },
     "kimi_linear": lambda config: {
         "linear_attn_config": {"full_attn_layers": [2], "short_conv_kernel_size": 4, "head_dim": 16},
