@@ -87,6 +87,8 @@ GATED = {
     "feed_forward_proj": "gated-gelu",
 }
 
+SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+
 MIMO = {
     "num_hidden_layers": 3,
     "layer_types": ["full_attention", "sliding_attention", "full_attention"],
@@ -197,6 +199,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "minicpm3 long": ("causal", "minicpm3", {"rope_parameters": LONG | {"original_max_position_embeddings": 128}}),
     "qwen3next": ("causal", "qwen3_next", {}),
     "qwen35": ("causal", "qwen3_5_text", {}),
+    "qwen35 sections": ("causal", "qwen3_5_text", {"attention_bias": True, "rope_parameters": SECTIONS}),
     "qwen35moe": ("causal", "qwen3_5_moe_text", {}),
     "mamba": ("causal", "mamba", {"intermediate_size": 128}),
     "mamba falcon": ("causal", "falcon_mamba", {"intermediate_size": 128}),
@@ -422,7 +425,10 @@ def test_what_transformers_reads_of_the_file_itself(models: Path, tmp_path: Path
         assert torch.equal(W, after[name]), name
 
 
-@pytest.mark.parametrize("case", ["llama", "gpt2", "qwen3moe", "deepseek2", "gpt-oss", "llama4", "lfm2", "apertus"])
+CODED = "llama gpt2 qwen3moe deepseek2 gpt-oss llama4 lfm2 apertus qwen35 dbrx t5 gemma3n kimi-linear".split()
+
+
+@pytest.mark.parametrize("case", CODED)
 def test_codes_of_the_converter(models: Path, tmp_path: Path, case: str) -> None:
     """The numbers are those that gguf-py decodes, in the places that transformers has for them."""
     gguf = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")

@@ -514,11 +514,11 @@ def _qwen_linear(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]
         "num_hidden_layers": layers,
         "linear_value_head_dim": model.need("ssm.inner_size") // heads,
         "layer_types": ["linear_attention" if each else "full_attention" for each in linear],
+        "attention_bias": any(model.has(f"blk.{i}.attn_q.bias") for i in range(layers)),
     }
     sections = model.each("rope.dimension_sections")
     if isinstance(sections, tuple) and sections != QWEN_SECTIONS:
-        scaling = {"rope_type": "default", "mrope_section": [*sections[:3]]}
-        fields["rope_scaling"] = scaling
+        fields["rope_scaling"] = {"rope_type": "default", "mrope_section": [*sections[:3]]}
     return fields
 
 
