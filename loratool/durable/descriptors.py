@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import BinaryIO, cast
 
 from ..errors import InputError
-from .elsewhere import RemoteFile
+from .elsewhere import source_behind
 
 LIMIT = 512  # of Windows, whose C library does not tell it
 
@@ -31,7 +31,7 @@ def kept_open(file: BinaryIO, again: Callable[[], BinaryIO]) -> BinaryIO:
     Args:
         again: opens the same file without emptying it.
     """
-    if isinstance(file, RemoteFile) or file.fileno() < _limit() // SHARE:
+    if source_behind(file) or file.fileno() < _limit() // SHARE:
         return file
     return cast("BinaryIO", _Reopened(file, again))
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -102,6 +102,14 @@ class RemoteFile(io.RawIOBase):
 
 
 Request = tuple["Future[bytes]", int]  # and its first unit
+
+
+REMOTE: Any = RemoteFile  # to compare with a file's class: `isinstance` takes calls for a class of io
+
+
+def source_behind(file: object) -> RemoteBytes | None:
+    """Return where the bytes of an open file are if it is a `RemoteFile`; None for any other."""
+    return file.source if isinstance(file, RemoteFile) else None
 
 
 class _Blocks:

@@ -15,7 +15,7 @@ from typing import BinaryIO, cast
 
 from ..errors import InputError, MachineError
 from . import disk
-from .elsewhere import RemoteFile, source_of
+from .elsewhere import REMOTE, RemoteFile, source_behind, source_of
 from .interrupts import held_back, unless_done
 
 COPY_CHUNK = 1 << 23  # bytes of a fallback copy buffer: large enough to stream, small enough for one per worker
@@ -44,8 +44,8 @@ def read_into(file: BinaryIO, buffer: memoryview, offset: int) -> None:
     """Fill `buffer` from `file` at `offset`; raise InputError if the file ends early."""
     done = 0
     while done < len(buffer):
-        if isinstance(file, RemoteFile):
-            n = file.read_at(buffer[done:], offset + done)
+        if file.__class__ is REMOTE:
+            n = cast("RemoteFile", file).read_at(buffer[done:], offset + done)
         elif hasattr(os, "preadv"):
             n = os.preadv(file.fileno(), [buffer[done:]], offset + done)
         else:
@@ -145,7 +145,8 @@ def is_beside(name: str) -> bool:
 
 def file_length(file: BinaryIO) -> int:
     """Return the bytes of an open file."""
-    return file.source.nbytes if isinstance(file, RemoteFile) else os.fstat(file.fileno()).st_size
+    source = source_behind(file)
+    return source.nbytes if source else os.fstat(file.fileno()).st_size
 
 
 def length_of(path: Path) -> int:

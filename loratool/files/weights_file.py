@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..durable.descriptors import REPLACED, WAIT, kept_open
-from ..durable.elsewhere import RemoteFile
+from ..durable.elsewhere import source_behind
 from ..durable.fileio import CHECKED_CHUNK, file_length, open_for_reading, read_into, sampled, write_at
 from ..errors import InputError
 from .dtypes import TORCH_FLOATS, TensorSpec
@@ -175,7 +175,8 @@ def read_parts(file: WeightsFile, name: str, first: int, nbytes: int) -> Iterato
 
 
 def _stamp_of(file: BinaryIO) -> tuple[int, ...]:
-    return (file.source.nbytes,) if isinstance(file, RemoteFile) else _stamp(os.fstat(file.fileno()))
+    source = source_behind(file)
+    return (source.nbytes,) if source else _stamp(os.fstat(file.fileno()))
 
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
@@ -193,8 +194,8 @@ def require_unchanged(files: Iterable[WeightsFile]) -> None:
     A removed file can still be read completely through its descriptor.
     """
     for opened in (member for file in files for member in file.members):
-        if isinstance(opened.file, RemoteFile):
-            opened.file.source.require_same()
+        if source := source_behind(opened.file):
+            source.require_same()
             continue
         stamps = [_stamp_of(opened.file)]
         with suppress(FileNotFoundError):
@@ -204,8 +205,8 @@ def require_unchanged(files: Iterable[WeightsFile]) -> None:
 
 
 def _described(file: BinaryIO, path: Path) -> tuple[str, list[Any]]:
-    if isinstance(file, RemoteFile):
-        return file.source.name, [file.source.identity, file.source.nbytes]
+    if source := source_behind(file):
+        return source.name, [source.identity, source.nbytes]
     return os.path.abspath(path), [*_stamp(os.fstat(file.fileno()))[2:], sampled(file)]
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, TypeGuard
 
-from ..durable.elsewhere import RemoteFile
+from ..durable.elsewhere import source_behind
 from ..durable.fileio import write_at, write_back_early
 from ..durable.journal import Journal, Place
 from ..errors import InputError, NeedsFlag
@@ -361,7 +361,7 @@ def _items(
 
 
 def _reads_elsewhere(output: Output) -> bool:
-    return any(isinstance(member.file, RemoteFile) for file in output.inputs for member in file.members)
+    return any(source_behind(member.file) for file in output.inputs for member in file.members)
 
 
 def is_changed(item: Item, changed: Mapping[str, ChangedTensor]) -> TypeGuard[MapRows]:

@@ -159,6 +159,10 @@ class Recorder:
         real(file, nbytes)
         self._write(file, nbytes)
 
+    def release(self, real: Callable[..., Any], file: Any, offset: int, nbytes: int) -> None:
+        real(file, offset, nbytes)
+        self._write(file, (offset, os.pread(file.fileno(), nbytes, offset)))
+
     def sync(self, real: Callable[..., Any], file: Any) -> None:
         real(file)
         self.steps.append(Sync(self._node[os.fstat(file.fileno()).st_ino]))

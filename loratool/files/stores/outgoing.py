@@ -14,6 +14,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -146,7 +147,7 @@ class Outgoing:
             known = attempted(upload.sent, str(self.link), self._store)
             return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, known, is_read))
         upload = self._upload(path, "")
-        return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, {}, is_read))
+        return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, is_read=is_read))
 
     def _add(self, file: OutgoingFile) -> OutgoingFile:
         self._files[file.path] = file
@@ -211,7 +212,7 @@ class Outgoing:
     def _send_whole(self, path: str, place: Path) -> OutgoingFile:
         with open_for_reading(place) as opened:
             upload = self._upload(path, "")
-            file = self._add(OutgoingFile(self, path, place, upload, opened, file_length(opened), (), {}))
+            file = self._add(OutgoingFile(self, path, place, upload, opened, file_length(opened)))
             file.settle()
         return file
 
@@ -262,27 +263,38 @@ class Outgoing:
         write_file(self._state, json.dumps({"uploads": known, "finishing": self._finishing}).encode())
 
 
+@dataclass(eq=False)
 class OutgoingFile:
-    """A file that is sent in parts while it is written."""
+    """A file that is sent in parts while it is written.
 
-    def __init__(
-        self,
-        outgoing: Outgoing,
-        path: str,
-        place: Path,
-        upload: Upload,
-        file: BinaryIO,
-        nbytes: int,
-        extents: Iterable[tuple[int, int]],
-        known: Mapping[int, str],
-        is_read: Callable[[int, int], bool] | None = None,
-    ) -> None:
-        self.path, self.place, self.upload = path, place, upload
-        self._outgoing, self._file, self._nbytes, self._known, self._is_read = outgoing, file, nbytes, known, is_read
+    Attributes:
+        path: of its object in the file system.
+        place: where it is when the output is complete.
+        extents: the bytes, as (first, end), that are still to be written.
+        known: number of a part that the store has from a run that died -> its MD5.
+        is_read: whether bytes, as (first, end), will be read again; None if none will.
+        sending: the parts that are being sent, or were.
+    """
+
+    outgoing: Outgoing
+    path: str
+    place: Path
+    upload: Upload
+    file: BinaryIO
+    nbytes: int
+    extents: InitVar[Iterable[tuple[int, int]]] = ()
+    known: Mapping[int, str] = field(default_factory=dict)
+    is_read: Callable[[int, int], bool] | None = None
+    sending: dict[int, Future[None]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self, extents: Iterable[tuple[int, int]]) -> None:
         self._missing = sorted((first, end) for first, end in extents if first < end)  # bytes not written, apart
-        self.count = max(1, -(-nbytes // PART))
-        self.sending: dict[int, Future[None]] = {}
         self._kept: set[int] = set()  # parts that are sent and still on the disk
+
+    @property
+    def count(self) -> int:
+        """Return the number of its parts."""
+        return max(1, -(-self.nbytes // PART))
 
     def wrote(self, first: int, end: int) -> None:
         """Note that bytes are written; wait if many parts wait to be sent."""
@@ -294,7 +306,7 @@ class OutgoingFile:
         if self.upload.in_order:
             while self._next < self.count and self._send_if_complete(self._next):
                 pass
-        self._outgoing.keep_few()
+        self.outgoing.keep_few()
 
     @property
     def _next(self) -> int:
@@ -304,7 +316,7 @@ class OutgoingFile:
         """Submit a part if it is written and not submitted; return whether it was."""
         if number in self.sending or not self._is_written(number) or (self.upload.in_order and number != self._next):
             return False
-        self.sending[number] = self._outgoing.submit(self, number)
+        self.sending[number] = self.outgoing.submit(self, number)
         self._kept.add(number)
         return True
 
@@ -327,18 +339,18 @@ class OutgoingFile:
 
     def send(self, number: int) -> None:
         """Send a part, unless the store has it from a run that died."""
-        part = partial(_Part, self._file, number * PART, min(PART, self._nbytes - number * PART))
-        if number not in self._known or _md5(part()) != self._known[number]:
+        part = partial(_Part, self.file, number * PART, min(PART, self.nbytes - number * PART))
+        if number not in self.known or _md5(part()) != self.known[number]:
             self.upload.send(number, io.BufferedReader(part(), STEP))
 
     def release(self) -> None:
         """Release the parts that are sent and will not be read again; raise the error of one that could not be sent."""
         for number in [each for each in self._kept if self.sending[each].done()]:
             self.sending[number].result()
-            first, end = number * PART, min((number + 1) * PART, self._nbytes)
-            if self._is_read is None or not self._is_read(first, end):
-                elsewhere.stand_in(self.place, _Sent(str(self._outgoing.link), self._nbytes))
-                disk.release(self._file, first, end - first)
+            first, end = number * PART, min((number + 1) * PART, self.nbytes)
+            if self.is_read is None or not self.is_read(first, end):
+                elsewhere.stand_in(self.place, _Sent(str(self.outgoing.link), self.nbytes))
+                disk.release(self.file, first, end - first)
                 self._kept.discard(number)
 
     def settle(self) -> None:
@@ -348,7 +360,7 @@ class OutgoingFile:
         for each in self.sending.values():
             each.result()
         if len(self.sending) < self.count:
-            raise MachineError("was not written as a whole", culprit=str(self._outgoing.link))
+            raise MachineError("was not written as a whole", culprit=str(self.outgoing.link))
 
 
 class _Part(io.RawIOBase):
