@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -160,6 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
         data = self._body()
         if "uploadId" in query:
             path = self.server_state.folder / ".uploads" / query["uploadId"] / query["partNumber"]
+        elif path.parent == self.server_state.folder:  # a bucket
+            return self._send(409, b"<Error><Code>BucketAlreadyOwnedByYou</Code></Error>")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         self._send(200, ETag=f'"{hashlib.md5(data).hexdigest()}"' if "uploadId" in query else f'"{_tag(path)}"')
@@ -224,3 +227,9 @@ def serve_s3(folder: Path, latency: float = 0.0, rate: float = 0.0) -> Iterator[
     finally:
         server.shutdown()
         server.server_close()
+
+
+if __name__ == "__main__":  # in a process of its own, for measurements: folder, latency, rate
+    with serve_s3(Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])) as served:
+        print(served.endpoint, flush=True)
+        sys.stdin.read()
