@@ -72,6 +72,7 @@ class SideFiles:
 
 SIDE_FILES = (
     SideFiles("undo file", "loratool.undo* *.undo *.undo.*", "the undo file of another merge"),
+    SideFiles("list of an upload", "loratool.complete.json", "the list of another upload"),
     SideFiles("adapter", f"adapter_config.json adapter_model.* {INITIAL}/", AN_ADAPTER),
     SideFiles(
         "training state",

@@ -203,6 +203,13 @@ def test_a_store_that_takes_parts_only_in_order(memory: Any, large: Path, tmp_pa
     assert found.pop(MARKER) and found == contents(tmp_path / "near")
 
 
+def test_what_was_sent_is_verified_and_undone(memory: Any, pair: Path, tmp_path: Path) -> None:
+    loratool.merge(pair / "model", pair / "adapter", "memory://out/merged")
+    assert loratool.verify(pair / "model", pair / "adapter", "memory://out/merged").said_no is None
+    loratool.unmerge("memory://out/merged", pair / "adapter", tmp_path / "model")
+    assert contents(tmp_path / "model") == contents(pair / "model")
+
+
 def test_a_statement_needs_files(s3: Any, pair: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a statement needs the files of the output"):
         loratool.merge(pair / "model", pair / "adapter", "s3://bucket/said", attest=tmp_path / "said.intoto.json")
