@@ -349,7 +349,7 @@ class OutgoingFile:
             self.sending[number].result()
             first, end = number * PART, min((number + 1) * PART, self.nbytes)
             if self.is_read is None or not self.is_read(first, end):
-                elsewhere.stand_in(self.place, _Sent(str(self.outgoing.link), self.nbytes))
+                elsewhere.stand_in(self.place, _Sent(f"what is here of {self.outgoing.link}", self.nbytes))
                 disk.release(self.file, first, end - first)
                 self._kept.discard(number)
 
@@ -405,7 +405,7 @@ class _Sent:
         self.name, self.nbytes = name, nbytes
 
     def fetch(self, first: int, end: int) -> bytes:
-        raise InputError("is on the way to the store, and cannot be read here", culprit=self.name)
+        raise InputError("is sent to the store in part, and cannot be read", culprit=self.name)
 
     def require_same(self) -> None: ...
 

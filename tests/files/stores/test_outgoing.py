@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,27 @@ def test_what_was_sent_is_verified_and_undone(memory: Any, pair: Path, tmp_path:
     assert loratool.verify(pair / "model", pair / "adapter", "memory://out/merged").said_no is None
     loratool.unmerge("memory://out/merged", pair / "adapter", tmp_path / "model")
     assert contents(tmp_path / "model") == contents(pair / "model")
+
+
+def test_every_command_that_writes_a_model(memory: Any, large: Path, tmp_path: Path, small_parts: None) -> None:
+    base, adapter, merged = large / "model", large / "adapter", tmp_path / "merged"
+    loratool.merge(base, adapter, merged)
+    loratool.patch(base, merged, tmp_path / "change.patch")
+    commands: dict[str, Callable[[Any], Any]] = {
+        "unmerge": lambda out: loratool.unmerge(merged, adapter, out),
+        "apply": lambda out: loratool.apply(base, tmp_path / "change.patch", out=out),
+        "apply back": lambda out: loratool.apply(merged, tmp_path / "change.patch", out=out, reverse=True),
+        "convert": lambda out: loratool.convert_model(merged, out=out, dtype="fp32"),
+        "shards": lambda out: loratool.merge(base, adapter, out, max_shard_size="1MB"),
+        "torch": lambda out: loratool.convert_model(merged, out=out, to="torch"),
+    }
+    for name, command in commands.items():
+        command(tmp_path / name)
+        command(f"memory://written/{name}")
+        root = f"/written/{name}/"
+        found = {path.removeprefix(root): memory.cat(path) for path in memory.find(root)}
+        found.pop(MARKER)
+        assert found == contents(tmp_path / name), name
 
 
 def test_a_statement_needs_files(s3: Any, pair: Path, tmp_path: Path) -> None:
