@@ -346,7 +346,6 @@ ERRORS = {
     "is ... x ..., so rank ... is too high": "init demo/base --rank 1000 -o x",
     "names no weight of the base that could have an adapter": "init demo/base --target foo -o x",
     "no such file or folder, nor in the Hugging Face cache": "inspect org/none",
-    "is a link, but only links to the hub's pages": "inspect https://example.com/model",
 }
 
 MAKE_TROUBLE = r"""

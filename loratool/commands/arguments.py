@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 from ..binding.modules.selection import parse_layers, parse_patterns
 from ..errors import UsageError, brief
 from ..files.hub.names import shareable
+from ..files.stores.links import ShownLink
 from ..views.parts.numbers import plural
 
 P = ParamSpec("P")
@@ -125,7 +126,7 @@ def parse_path(value: object) -> str:
         raise _is_not(value, PATH_TAKEN)
     if (longest := max(map(len, names))) > LONGEST_NAME:
         raise UsageError(f"{brief(value)} has a name of {longest} bytes; the limit is {LONGEST_NAME}")
-    return shareable(str(path))
+    return path if isinstance(path, ShownLink) else shareable(str(path))
 
 
 def parse_text(value: object) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..binding.merge.choices import TOKENIZERS
+from ..files.hub.cache import place_named
 from ..files.hub.names import named_repo
 from ..files.output.model_card import ModelCard, code, read_licence, shown_name
 from ..views.parts.numbers import kept_share, number_ranges, rank, share, spread
@@ -150,7 +151,7 @@ def folder_of(given: str | os.PathLike[str], opened: Path) -> Path | None:
     Args:
         opened: the file or folder that was opened.
     """
-    if Path(given).is_file():
+    if place_named(given).is_file():
         return None
     return opened if opened.is_dir() else opened.parent
 

@@ -33,6 +33,7 @@ from ..files.checkpoint import Checkpoint, open_checkpoint
 from ..files.containers.layouts import read_layout
 from ..files.folder.side_files import undo_files
 from ..files.output.output import Output, OutputFile
+from ..files.stores.links import parse_store_link
 from ..files.weights_file import WeightsFile
 from ..streaming.digests import hashes_of_tensors
 from ..streaming.in_place import WINDOW
@@ -249,8 +250,15 @@ def _complete(value: str | os.PathLike[str]) -> str:
     return os.path.abspath(text) if os.path.exists(text) else text
 
 
+def refuse_store(path: Path) -> None:
+    """Raise InputError for a link to a store."""
+    if not os.path.lexists(path) and (link := parse_store_link(str(path))):
+        raise InputError("is in a store: files are changed in place only here", culprit=str(link), remedy=COPY)
+
+
 def require_changeable(path: Path) -> None:
     """Raise an error for a model that cannot be renamed, or of which other names or programs would see the change."""
+    refuse_store(path)
     if not os.path.lexists(path):
         raise InputError("is no file or folder here", culprit=str(path), remedy="download it first, or check the name")
     if path.is_symlink():

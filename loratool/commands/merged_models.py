@@ -10,6 +10,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..binding.modules.module_weights import recorded_weights, spell_weight
+from ..durable.fileio import length_of, read_file
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
 from ..files.dtypes import TensorSpec
@@ -24,6 +25,7 @@ from ..files.folder.side_files import (
     undo_files,
     undo_path,
 )
+from ..files.hub.cache import place_named
 from ..files.output.model_card import is_unedited
 from ..files.output.output import CONTAINERS
 from ..files.output.undo_places import undo_chain
@@ -50,7 +52,7 @@ def find_undo(merged: Checkpoint, named: str | os.PathLike[str] | None, remedy: 
         InputError: there is none.
     """
     model = merged.path if merged.given_as_file else merged.folder
-    path = undo_path(model, merged.given_as_file) if named is None else Path(named)
+    path = undo_path(model, merged.given_as_file) if named is None else place_named(named)
     chain = undo_chain(model, merged.given_as_file, belongs) if named is None else undo_files(path)
     if not chain and not path.is_file():
         raise InputError(
@@ -177,11 +179,11 @@ def replaced_files(merged: Checkpoint, undo: UndoFile) -> Iterator[LeftBehind]:
     names = {*undo.side, *undo.index["new_side"], CARD} if merged.has_side_files else set()
     for name in sorted(name for name in names if not name.endswith(".index.json")):
         path, was = (merged.root if is_of_whole(name) else merged.folder) / name, undo.side.get(name)
-        if not path.is_file() or (was is not None and path.stat().st_size == len(was) and path.read_bytes() == was):
+        if not path.is_file() or (was is not None and length_of(path) == len(was) and read_file(path) == was):
             continue
-        if name != CARD or not has_card(merged.root) or not is_unedited(path.read_bytes()):
+        if name != CARD or not has_card(merged.root) or not is_unedited(read_file(path)):
             place = path.relative_to(merged.root).as_posix()
-            yield LeftBehind(place, path.stat().st_size, OF_THE_MERGE if was is None else REPLACED)
+            yield LeftBehind(place, length_of(path), OF_THE_MERGE if was is None else REPLACED)
 
 
 def require_names(merged: Checkpoint, undo: UndoFile, files: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from ..durable.fileio import file_length, open_for_reading, read_into, size, wri
 from ..durable.partial import partial_file
 from ..errors import InputError, MachineError, NeedsFlag, UsageError, brief, install_remedy
 from ..files.containers.safetensors_file import MAX_PARSED, parse_json
+from ..files.hub.cache import place_named
 from ..files.output.output import naming_output
 from ..files.output.paths import check_place
 from ..views.parts.envelope import BEGIN, REPORT_TAG, SCHEMA_VERSION, envelope
@@ -167,7 +168,7 @@ def read_report(path: StrPath) -> Report:
         InputError: the file holds no report, or not all of it; the call that it is of failed; or its report has other
             fields than those of this version of loratool.
     """
-    place = Path(path)
+    place = place_named(path)
     value = parse_json(_find_json(_read_file(place), place), place, finite=True, most=MAX_MEMORY, halves=True)
     _check_envelope(value, place)
     try:

@@ -55,7 +55,7 @@ opened: set[str] = set()  # names of the files that were opened, since it was la
 
 def stand_in(path: Path, source: RemoteBytes) -> None:
     """Put an empty file in the place of a source, in this process."""
-    _sources[os.path.abspath(path)] = source
+    _sources[os.path.realpath(path)] = source
 
 
 def forget_stand_ins() -> None:
@@ -64,8 +64,8 @@ def forget_stand_ins() -> None:
 
 
 def source_of(path: Path) -> RemoteBytes | None:
-    """Return what a path stands in for; None for any other file."""
-    return _sources.get(os.path.abspath(path)) if _sources else None
+    """Return what a path, or what it links to, stands in for; None for any other file."""
+    return _sources.get(os.path.realpath(path)) if _sources else None
 
 
 class RemoteFile(io.RawIOBase):
@@ -120,6 +120,7 @@ class _Blocks:
 
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(AT_ONCE, "elsewhere")
+        # (file, unit) -> the request that it is of, and the first unit of that
         self._kept: OrderedDict[tuple[RemoteBytes, int], Request] = OrderedDict()
 
     def read(self, source: RemoteBytes, buffer: memoryview, offset: int) -> None:

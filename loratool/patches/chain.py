@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 from ..errors import InputError
 from ..files.checkpoint import Checkpoint
+from ..files.hub.cache import place_named
 from .patch_file import PatchFile, SideFile
 from .side import read_side_file, side_names
 from .sources import ModelSource, PatchedSource, TensorSource, is_made
@@ -48,10 +48,11 @@ class PatchChain:
         self.patches: list[PatchFile] = []
         try:
             for path in paths:
-                if Path(path).is_dir():
+                place = place_named(path)
+                if place.is_dir():
                     what, remedy = "is a folder, and no patch", "name a patch; a folder of versions needs --step N"
                     raise InputError(what, culprit=path, remedy=remedy)
-                self.patches.append(PatchFile(Path(path)))
+                self.patches.append(PatchFile(place))
             _require_links(self.patches)
             steps = [*reversed(self.patches)] if back else self.patches
             first: TensorSource = ModelSource(base)

@@ -14,6 +14,7 @@ from ...errors import InputError, UsageError
 from ...files.checkpoint import open_checkpoint
 from ...files.containers.torch_reader import TorchFile
 from ...files.folder.side_files import is_patch
+from ...files.hub.cache import place_named
 from ...files.output.output import Output, join_output, open_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of
@@ -39,8 +40,9 @@ def run_apply(call: Apply) -> ApplyReport:
     names, workers = parse_paths(call.patches), call.workers or worker_count()
     if call.by is not None:
         raise UsageError("is for changes in place", culprit="--by", remedy="add --in-place, or leave it out")
-    ours = [is_patch(Path(name)) for name in names]
-    if not any(ours) and (call.step is not None or all(find_dialect(Path(name)) for name in names)):
+    places = [*map(place_named, names)]
+    ours = [*map(is_patch, places)]
+    if not any(ours) and (call.step is not None or all(map(find_dialect, places))):
         from .foreign import apply_foreign
 
         return apply_foreign(call)

@@ -14,6 +14,7 @@ from ...durable.fileio import read_into, write_at
 from ...durable.journal import Journal
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
+from ...files.hub.cache import place_named
 from ...files.output.output import Output, join_output, open_output
 from ...files.output.paths import check_output_path
 from ...files.weights_file import paths_of, read_parts
@@ -110,10 +111,10 @@ def changes_of(
 def open_patches(names: Sequence[str], step: int | None, opened: ExitStack) -> tuple[Path | None, list[ForeignPatch]]:
     """Open the patches, or those in a folder that lead to a version; return the full version that they begin with."""
     if step is None:
-        return None, [opened.enter_context(closing(open_foreign_patch(Path(name)))) for name in names]
+        return None, [opened.enter_context(closing(open_foreign_patch(place_named(name)))) for name in names]
     if len(names) > 1:
         raise UsageError("--step is for one folder of versions", culprit=names[1])
-    chain = opened.enter_context(closing(find_chain(Path(names[0]), step)))
+    chain = opened.enter_context(closing(find_chain(place_named(names[0]), step)))
     return chain.full, [*chain.patches]
 
 

@@ -16,6 +16,7 @@ from ...durable.in_place import ModelInPlace, Move, Range, own_path
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.folder.side_files import is_patch
+from ...files.hub.cache import place_named
 from ...patches.chain import PatchChain
 from ...patches.dialects.patch import ForeignChange, ForeignPatch
 from ...patches.model_files import ModelFiles
@@ -93,12 +94,12 @@ class ByteWindows:
 
 
 def _is_ours(call: Apply) -> bool:
-    return call.step is None and any(is_patch(Path(name)) for name in parse_paths(call.patches))
+    return call.step is None and any(map(is_patch, map(place_named, parse_paths(call.patches))))
 
 
 def _plan(call: Apply, path: Path) -> Planned[ApplyReport]:
     workers = call.workers or worker_count()
-    refuse_inside(map(Path, parse_paths(call.patches)), path)
+    refuse_inside(map(place_named, parse_paths(call.patches)), path)
     with ExitStack() as opened:
         base = opened.enter_context(closing(open_checkpoint(call.base)))
         way = choose_way(base, path, "window")

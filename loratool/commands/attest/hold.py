@@ -19,7 +19,7 @@ from ...errors import LoratoolError, UsageError, brief
 from ...files.checkpoint import open_checkpoint
 from ...files.dtypes import MERGE_DTYPES, TORCH_FLOATS
 from ...files.folder.side_files import AN_ADAPTER, OTHER_WEIGHTS, side_row
-from ...files.hub.cache import NO_SUCH, resolve
+from ...files.hub.cache import NO_SUCH, place_named, resolve
 from ...files.hub.names import parse_hub_name
 from ...files.hub.snapshots import look_up
 from ...files.weights_file import paths_of
@@ -79,7 +79,7 @@ class _Stated:
 
 def run_verify_attestation(call: VerifyAttestation) -> AttestationReport:
     """Hold a statement against the files, and compute its merge again."""
-    stated = _read(Path(call.attestation))
+    stated = _read(place_named(call.attestation))
     paths, merged = _named(call, stated)
     workers = call.workers or worker_count()
     files, differences = _hold_files(stated, merged, workers)

@@ -29,6 +29,7 @@ from ...durable.partial import partial_folder
 from ...errors import NeedsFlag, UsageError
 from ...files.dtypes import FACTOR_DTYPES
 from ...files.folder.side_files import MODELFILE
+from ...files.hub.cache import place_named
 from ...files.output.model_card import code, shown_name
 from ...files.output.output import CONTAINERS, naming_output
 from ...files.output.paths import check_output_path
@@ -118,9 +119,9 @@ def run_convert(call: Convert) -> ConvertReport:
 def _files_of(*inputs: StrPath | None) -> Iterator[Path]:
     """Yield the inputs besides the adapter: files, folders and the files in them."""
     for given in inputs:
-        if given is not None and os.path.exists(given):
-            yield Path(given)
-            yield from (path for path in Path(given).glob("*") if path.is_file())
+        if given is not None and (place := place_named(given)).exists():
+            yield place
+            yield from (path for path in place.glob("*") if path.is_file())
 
 
 def needs_format(source: StrPath, to: str | None) -> UsageError:

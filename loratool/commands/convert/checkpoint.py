@@ -31,6 +31,7 @@ from ...files.containers.regrouped import RegroupedFile, StoredRows
 from ...files.dtypes import FLOAT8, MERGE_DTYPES, TORCH_FLOATS, TensorSpec
 from ...files.folder.side_files import LeftBehind, encode_json, find_tokenizer, provenance
 from ...files.gguf_model import TransformersView, as_transformers
+from ...files.hub.cache import place_named
 from ...files.output.output import CONTAINERS, Output, OutputEdits
 from ...files.output.paths import check_output_name, check_output_path, check_undo_files
 from ...files.output.plan import plan_output
@@ -114,7 +115,7 @@ def open_gguf(opened: Checkpoint, dtype: str | None, tokenizer: str | os.PathLik
             flags="--dtype bf16",
             why="(or fp16, fp32)",
         )
-    files = {} if tokenizer is None else find_tokenizer(Path(tokenizer))
+    files = {} if tokenizer is None else find_tokenizer(place_named(tokenizer))
     if tokenizer is not None and not files:
         raise InputError("has no tokenizer files", culprit=os.fspath(tokenizer))
     return GgufFolder(view, files)

@@ -29,6 +29,7 @@ from ...files.containers.gguf_file import GgufFile
 from ...files.dtypes import FLOATS, TensorSpec
 from ...files.folder.side_files import is_patch
 from ...files.folder.weight_changes import find_change
+from ...files.hub.cache import place_named
 from ...files.hub.headers import headers_alone
 from ...files.weights_file import WeightsFile, require_unchanged
 from ...views.inspect_delta import DeltaInspection
@@ -46,18 +47,19 @@ def run_inspect(
     call: Inspect,
 ) -> CheckpointReport | AdapterInspection | MethodReport | PatchInspection | DeltaInspection:
     """Describe a checkpoint, an adapter or the output of another method. The tensors' names decide which it is."""
-    if is_patch(Path(call.path)):
+    found = place_named(call.path)
+    if is_patch(found):
         _refuse_options(call.path, "is a patch", call.base, call.alpha)
         if call.digest:
             raise UsageError("is a patch, whose index has the digests of both models", culprit=os.fspath(call.path))
         from .patches import inspect_patch
 
         return inspect_patch(call.path)
-    if _is_delta(Path(call.path)):
+    if _is_delta(found):
         _refuse_options(call.path, "is a patch of another program", call.base, call.alpha)
         from .patches import inspect_delta
 
-        return inspect_delta(Path(call.path))
+        return inspect_delta(found)
     with nullcontext(call.path) if call.digest else headers_alone(call.path) as place:
         if not holds_adapter(place):
             checkpoint = open_checkpoint(place)

@@ -6,6 +6,7 @@ import os
 from contextlib import closing
 from pathlib import Path
 
+from ...files.hub.cache import place_named
 from ...patches.dialects.table import open_foreign_patch
 from ...patches.patch_file import PatchFile
 from ...views.inspect_delta import DeltaInspection
@@ -37,7 +38,7 @@ def inspect_patch(path: str | os.PathLike[str]) -> PatchInspection:
     Raises:
         InputError: it is damaged, forged or of another version.
     """
-    with closing(PatchFile(Path(path))) as patch:
+    with closing(PatchFile(place_named(path))) as patch:
         bodies, sizes = dict[str, list[int]](), patch.tensor_sizes()
         for span, row in zip(patch.spans, patch.rows, strict=True):
             size, total = row.length + (row.back or 0), bodies.setdefault(row.body, [0, 0, 0])

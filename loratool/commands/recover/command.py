@@ -16,7 +16,7 @@ from ...views.recover import RecoverReport
 from ..apply.call import Apply
 from ..apply.in_place import prepare_apply
 from ..calls import Call
-from ..in_place import PlannedChange, call_of, end_back, end_forward, recall
+from ..in_place import PlannedChange, call_of, end_back, end_forward, recall, refuse_store
 from ..merge.call import Merge
 from ..merge.in_place import prepare_merge
 from ..unmerge.call import Unmerge
@@ -38,6 +38,7 @@ def run_recover(call: Recover) -> RecoverReport:
     path = own_path(call.model)
     model = ModelInPlace(path, RESULTS)
     if not os.path.isdir(model.folder):
+        refuse_store(path)
         what = "is in the middle of no change in place" if os.path.lexists(path) else "is no file or folder here"
         raise InputError(what, culprit=str(path), remedy="there is nothing to recover")
     with model.locked():

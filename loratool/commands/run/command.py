@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LoratoolError, MachineError, UsageError
+from ...files.hub.cache import place_named
 from ...streaming.parallel import Progress
 from ...views.run import RunReport, StepReport
 from .call import Run
@@ -53,7 +54,7 @@ class OpenRecipe:
         self._done: list[StepReport] = []
         self._unlike: str | None = None
         self._complete = False
-        place = Path(call.recipe)
+        place = place_named(call.recipe)
         try:
             content = read_recipe(place)
             if place.suffix.lower() == TOML_ENDING:

@@ -16,6 +16,7 @@ from ...durable.in_place import ModelInPlace, Move, own_path
 from ...errors import InputError, UsageError
 from ...files.checkpoint import Checkpoint
 from ...files.folder.side_files import CARD, has_card, undo_path
+from ...files.hub.cache import place_named
 from ...files.output.model_card import is_unedited
 from ...files.output.output import Output
 from ...files.tensor_ref import TensorRef
@@ -84,7 +85,7 @@ def _plan(call: Unmerge, path: Path) -> Planned[UnmergeReport]:
     with ExitStack() as opened:
         each = _open(call, path, opened)
         undo = each.undo
-        named = [Path(call.undo)] if call.undo is not None and not each.merged.given_as_file else []
+        named = [place_named(call.undo)] if call.undo is not None and not each.merged.given_as_file else []
         refuse_inside([*paths_of(adapter.file for adapter in each.adapters), *named], path)
         require_layout(each.output, each.output.files, each.merged)
         for name in undo.replaced():

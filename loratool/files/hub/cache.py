@@ -16,7 +16,7 @@ from ...durable.fileio import reading
 from ...durable.in_place import in_place_folder
 from ...durable.partial import set_aside
 from ...errors import InputError, MachineError, install_remedy, shell_word
-from ..stores.links import parse_store_link
+from ..stores.links import StoreLink, here_of, parse_store_link
 from .names import HubName, parse_hub_name
 from .snapshots import Cached, find_snapshot, is_offline, look_up
 
@@ -46,7 +46,8 @@ def find_here(name: str | os.PathLike[str], config_alone: bool = False) -> Path 
     Raises:
         InputError: as `resolve`.
     """
-    path, text = Path(name), os.fspath(name)
+    text = os.fspath(name)
+    path = Path(here_of(text) or text)
     if not text:
         raise InputError("a path is empty")
     with reading(path):
@@ -60,9 +61,7 @@ def find_here(name: str | os.PathLike[str], config_alone: bool = False) -> Path 
     if path.is_symlink():
         raise InputError(f"is a link to {os.readlink(path)}, which is not there", culprit=text)
     if link := parse_store_link(text):
-        objects = import_module("..stores.objects", __package__)  # most runs have no use for it
-        place: Path = objects.open_store(link)
-        return place
+        return _open_store(link)
     hub_name = parse_hub_name(text)
     if hub_name is None or _is_local(hub_name):
         raise InputError(NO_SUCH, culprit=text, remedy=_similar_names(path) or _as_link(hub_name))
@@ -74,6 +73,23 @@ def find_here(name: str | os.PathLike[str], config_alone: bool = False) -> Path 
     if is_offline():
         raise _not_in_cache(hub_name, cached)
     return hub_name
+
+
+def place_named(name: str | os.PathLike[str]) -> Path:
+    """Return the path for a name that is none on the hub: the name itself, which may not exist, or that of a link.
+
+    Raises:
+        InputError, MachineError: a link is to nothing, or to a store that was not reached.
+    """
+    text = os.fspath(name)
+    link = None if os.path.lexists(text) else parse_store_link(text)
+    return _open_store(link) if link else Path(here_of(text) or text)
+
+
+def _open_store(link: StoreLink) -> Path:
+    objects = import_module("..stores.objects", __package__)  # most runs have no use for it
+    place: Path = objects.open_store(link)
+    return place
 
 
 def import_download(name: HubName, module: str = ".download") -> ModuleType:

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from ...errors import InputError
-from ..stores.links import parse_store_link
+from ..stores.links import parse_store_link, without_secrets
 
 SCHEME = re.compile(r"(hf|https?):/{1,2}(?=[^/])")  # a Path of a link has one slash
 
@@ -104,7 +104,7 @@ def named_repo(text: object) -> str:
 def shareable(given: str) -> str:
     """Return a link to the hub as a hub name, another without its query, which may have a token; a path unchanged."""
     if link := parse_store_link(given):
-        return str(link)
+        return without_secrets(link)
     if not SCHEME.match(given) or os.path.lexists(given):
         return given
     try:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from ...errors import without_credentials
 
@@ -40,6 +41,15 @@ def links_in_one_state() -> Iterator[None]:
                 at_end.pop()()
 
 
+class ShownLink(str):
+    """A link without its credentials and query, as reports show it; `given` has them, for what opens it."""
+
+    given: str
+
+
+_FILE = re.compile(r"(file|local):/{1,3}(?=[^/])")
+
+
 @dataclass(frozen=True)
 class StoreLink:
     """A link to an object or a folder of objects; `text` is as fsspec takes it."""
@@ -51,12 +61,27 @@ class StoreLink:
         return without_credentials(self.text)
 
 
+def here_of(text: str) -> str | None:
+    """Return the path that a link to a file of this machine is to; None for any other text."""
+    match = _FILE.match(text)
+    return url2pathname(f"/{text[match.end() :]}") if match else None
+
+
+def without_secrets(link: StoreLink) -> ShownLink:
+    shown = ShownLink(str(link))
+    shown.given = link.text
+    return shown
+
+
 def parse_store_link(text: str) -> StoreLink | None:
     """Return the link to a store that a text is; None for a path, a name or a link of the hub, an unknown scheme."""
+    text = text.given if isinstance(text, ShownLink) else text
     match = LINK.match(text)
     if not match:
         return None
     scheme, location = match[1], text[match.end() :]
+    if scheme in ("file", "local"):  # a path, by `here_of`
+        return None
     if scheme == "hf" and not location.startswith("buckets/"):
         return None
     if scheme in ("http", "https") and _host(location) in (*HUB_HOSTS, _host(_endpoint())):
@@ -67,17 +92,16 @@ def parse_store_link(text: str) -> StoreLink | None:
     return StoreLink(scheme, f"{scheme}://{location}") if is_known else None
 
 
-def place_here(scheme: str, path: str) -> PurePosixPath | None:
+def place_here(path: str) -> PurePosixPath | None:
     """Return the relative path under which an object stands here; None if a part of it is no name of a file.
 
     Args:
-        path: of the object in its file system, which may begin with the scheme, and end with a query.
+        path: of the object below a folder, which may end with a query.
     """
-    location = path.partition("://")[2].partition("?")[0] if "://" in path else path
-    parts = [part for part in location.split("/") if part]
-    if _UNSAFE.search(location) or not all(part.strip(" .") for part in parts):
+    parts = [part for part in path.partition("?")[0].split("/") if part]
+    if not parts or not all(part.strip(" .") and not _UNSAFE.search(part) for part in parts):
         return None
-    return PurePosixPath(scheme, *(part.replace(":", "_") for part in parts))
+    return PurePosixPath(*(part.replace(":", "_") for part in parts))
 
 
 def _endpoint() -> str:

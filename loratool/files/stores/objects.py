@@ -5,10 +5,13 @@ fsspec and its packages, which the extra `remote` installs, list the objects and
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,12 +26,20 @@ T = TypeVar("T")
 
 DEPTH = 3  # folders under the one that is named: components of a pipeline, states of a training run
 
-PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0)  # seconds before the next attempt
+MOST = 20_000  # objects of a folder
+
+PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before the next attempt
+
+PATIENCE = 60  # seconds after which no other attempt begins; the stores' packages repeat some requests themselves
 
 # Classes of botocore, google-auth and azure-core
 NO_CREDENTIALS = frozenset(
     ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ClientAuthenticationError")
 )
+
+NO_NAME = "ParamValidationError"  # botocore's, of a bucket's name
+
+NOT_REACHED = frozenset(("ClientConnectionError", "ClientPayloadError", "TimeoutError", "HTTPClientError"))
 
 AT_ONCE = 8  # questions
 
@@ -37,7 +48,11 @@ BESIDE = ("config.json", "adapter_config.json")
 
 _folder: list[Any] = []  # the temporary folder of this process for what stands in, once there is one
 
+_numbers = itertools.count()
+
 _opened: dict[str, Path] = {}  # link -> where it stands
+
+_failed: dict[str, LoratoolError] = {}  # link -> why it could not be read
 
 
 class StoredObject:
@@ -58,7 +73,13 @@ class StoredObject:
             InputError: it was replaced or removed, or may not be read.
             MachineError: it was not reached, or the answers have another length.
         """
-        return attempted(lambda: self._fetch(first, end), self.name, self._store)
+        if self._link.text in _failed:  # other threads would each wait as long for nothing
+            raise _failed[self._link.text]
+        try:
+            return attempted(lambda: self._fetch(first, end), self.name, self._store, was_there=True)
+        except LoratoolError as error:
+            _failed[self._link.text] = error
+            raise
 
     def _fetch(self, first: int, end: int) -> bytes:
         reader = self._readers.get(os.getpid())
@@ -74,13 +95,13 @@ class StoredObject:
 
     def require_same(self) -> None:
         """Raise InputError if the object was replaced or removed since it was opened."""
-        attempted(self._compare, self.name, self._store)
+        attempted(self._compare, self.name, self._store, was_there=True)
 
     def _compare(self) -> None:
         system = file_system(self._link)
         system.invalidate_cache()
         info = system.info(self._path)
-        if int(info["size"]) != self.nbytes or self._store.identity(system, self._path, info) != self.identity:
+        if info["size"] != self.nbytes or self._store.identity(system, self._path, info) != self.identity:
             raise FileExpired(self._path)
 
 
@@ -98,21 +119,13 @@ def open_store(link: StoreLink) -> Path:
     if link.text not in _opened:
         if _forget not in at_end:
             at_end.append(_forget)
+        _silence()
         store, text = store_of(link), str(link)
         system, path = _connected(link)
         found = attempted(lambda: _listed(system, link, path), text, store)
-        place = place_here(link.scheme, path)
-        if not found or place is None:
+        if not found:
             raise InputError("the store has no such object, and no folder of this name", culprit=text)
-        root = _root()
-        disk.make_folder((root / place).parent)
-        for name, info in found.items():
-            here = place_here(link.scheme, name)
-            if here is not None:
-                shown = str(StoreLink(link.scheme, name if "://" in name else f"{link.scheme}://{name}"))
-                _stand_in(root / here, StoredObject(link, shown, name, info))
-        show_as(f"{root / link.scheme}{os.sep}", f"{link.scheme}://")
-        _opened[link.text] = root / place
+        _opened[link.text] = _place(link, path, found)
     return _opened[link.text]
 
 
@@ -125,21 +138,63 @@ def forget_link(link: StoreLink) -> None:
 def _forget() -> None:
     """Forget the state of all links, so that the next command sees what the stores have then."""
     _opened.clear()
+    _failed.clear()
     forget_stand_ins()
     for each in _root().iterdir():
         disk.remove_folder(each)
 
 
-def _stand_in(here: Path, source: StoredObject) -> None:
-    disk.make_folder(here.parent)
-    disk.open_file(here, "w+b").close()
-    stand_in(here, source)
+def _place(link: StoreLink, path: str, found: Mapping[str, Info]) -> Path:
+    """Put the stand-ins of the objects into a folder of their own, and return the place of the one that was named.
+
+    Two links to the same names, such as those of two versions, can be to other bytes.
+    """
+    text, above = str(link).rstrip("/"), _without_query(path).rstrip("/").rpartition("/")[0]
+    folder = _root() / f"{os.getpid()}-{next(_numbers)}"
+    places: dict[Path, tuple[str, Info]] = {}
+    for name, info in found.items():
+        below = place_here(_without_query(name).removeprefix(above))
+        if below is None:
+            continue
+        if (folder / below) in places and name != path:
+            if places[folder / below][0] != path:
+                raise InputError(
+                    "has two objects with one name here", culprit=f"{text}: {Path(_without_query(name)).name}"
+                )
+            continue
+        places[folder / below] = name, info
+    named = place_here(_without_query(path).removeprefix(above))
+    parents = {parent for place in places for parent in place.parents}
+    if named is None or not {folder / named} & {*places, *parents}:
+        raise InputError("is no name that a file can have here", culprit=text)
+    show_as(str(folder / named), text)
+    show_as(f"{folder}{os.sep}", text.rpartition("/")[0] + "/")
+    for place, (name, info) in places.items():
+        if place not in parents:  # a store can have an object with the name of a folder
+            shown = str(StoreLink(link.scheme, name if "://" in name else f"{link.scheme}://{name.lstrip('/')}"))
+            disk.make_folder(place.parent)
+            disk.open_file(place, "w+b").close()
+            stand_in(place, StoredObject(link, shown, name, info))
+    return folder / named
+
+
+def _without_query(path: str) -> str:
+    return path.partition("?")[0]
 
 
 def _root() -> Path:
     if not _folder:
         _folder.append(disk.temporary_folder())
     return Path(_folder[0].name)
+
+
+def _silence() -> None:
+    """Keep the messages of the stores' packages from the terminal, which Python shows if nobody handles them."""
+    import logging  # most runs can do without it
+
+    for name in ("aiobotocore", "asyncio", "azure", "botocore", "fsspec", "gcsfs", "google", "s3fs"):
+        if not logging.getLogger(name).handlers:
+            logging.getLogger(name).addHandler(logging.NullHandler())
 
 
 def _connected(link: StoreLink) -> tuple[Any, str]:
@@ -149,11 +204,13 @@ def _connected(link: StoreLink) -> tuple[Any, str]:
     store = store_of(link)
     try:
         with explained(str(link), store):
-            system, path = url_to_fs(link.text, **(store.options or {}))
+            system, path = url_to_fs(link.text, **store.options())
     except ImportError as error:
         package = store.package or f"fsspec's package for {link.scheme}"
         what = f"to read it, install {package}"
         raise MachineError(what, culprit=str(link), remedy=install_remedy("remote")) from error
+    if hasattr(system, "retries"):
+        system.retries = 1  # s3fs's, of which one is a wait of SILENCE: `attempted` has them
     return system, path.rstrip("/") if link.scheme not in ("http", "https") else path
 
 
@@ -165,52 +222,87 @@ def file_system(link: StoreLink) -> Any:
 def _listed(system: Any, link: StoreLink, path: str) -> dict[str, Info]:
     """Return the objects under a path, or that of this path with those beside it, each with its size."""
     is_web = link.scheme in ("http", "https")
+    system.invalidate_cache()
     is_file = not path.endswith("/") if is_web else system.info(path)["type"] == "file"
     if not is_file:
-        found = system.find(path, maxdepth=DEPTH, detail=True)
+        found = _below(system, path, str(link))
         return _with_sizes(system, found) if is_web else found
-    parent, beside = path.rpartition("/")[0], dict[str, Info]()
-    with suppress(Exception):  # who may read an object may not always list
-        listed = system.ls(f"{parent}/" if is_web else parent, detail=True)
-        beside = {each["name"]: each for each in listed if each["type"] == "file"}
+    parent = _without_query(path).rpartition("/")[0]
+    names = _beside(system, f"{parent}/" if is_web else parent)
     if is_web:
-        names = {*beside, *(f"{parent}/{name}" for name in BESIDE)} - {path}
-        beside = _with_sizes(system, names)
-    return {**beside, path: system.info(path)}
+        names = _with_sizes(system, {*names, *(f"{parent}/{name}" for name in BESIDE)} - {path})
+    info = system.info(path)
+    if info.get("size") is None:
+        raise InputError("the server does not tell its length", culprit=str(link), remedy=DOWNLOAD)
+    return {**names, path: info}
+
+
+def _below(system: Any, path: str, text: str) -> dict[str, Info]:
+    """Return the files in a folder and DEPTH - 1 folders below; fsspec's own search leaves out what it cannot list."""
+    from concurrent.futures import ThreadPoolExecutor  # it loads `logging`
+
+    found, folders = dict[str, Info](), [path]
+    for _ in range(DEPTH):
+        with ThreadPoolExecutor(AT_ONCE) as asker:
+            lists = [*asker.map(partial(system.ls, detail=True), folders)]
+        entries = [entry for entries in lists for entry in entries if "?" not in entry["name"]]
+        found |= {entry["name"]: entry for entry in entries if entry["type"] == "file" and entry["name"][-1] != "/"}
+        folders = [entry["name"] for entry in entries if entry["type"] == "directory" and entry["name"] not in folders]
+        if len(found) + len(folders) > MOST:
+            what = f"has more than {MOST} objects and folders"
+            raise InputError(what, culprit=text, remedy="name the folder of the model or the adapter")
+    return found
+
+
+def _beside(system: Any, folder: str) -> dict[str, Info]:
+    """Return the files of a folder; none if it may not be listed."""
+    try:
+        listed = system.ls(folder, detail=True)
+    except Exception as error:
+        if _may_pass(error):
+            raise
+        return {}
+    files = {each["name"]: each for each in listed if each["type"] == "file"}
+    return files if len(files) <= MOST else {name: each for name, each in files.items() if name.endswith(".json")}
 
 
 def _with_sizes(system: Any, names: Collection[str]) -> dict[str, Info]:
-    """Ask a server for the sizes of files; those that it does not have are left out."""
+    """Ask a server for the sizes of files; those that it does not have or does not give are left out."""
 
     def info(name: str) -> Info:
-        with suppress(FileNotFoundError):
+        try:
             found: Info = system.info(name)
-            return found
-        return {}
+        except Exception as error:
+            if _may_pass(error):
+                raise
+            return {}
+        return found
 
-    from concurrent.futures import ThreadPoolExecutor  # it loads `logging`, which most runs can do without
+    from concurrent.futures import ThreadPoolExecutor  # it loads `logging`
 
     with ThreadPoolExecutor(AT_ONCE) as asker:
         found = dict(zip(names, asker.map(info, names), strict=True))
     return {name: each for name, each in found.items() if each.get("size") is not None}
 
 
-def attempted(action: Callable[[], T], name: str, store: StoreKind) -> T:
+def attempted(action: Callable[[], T], name: str, store: StoreKind, was_there: bool = False) -> T:
     """Return the action's result; failures that may pass are tried again, after growing pauses.
 
     Raises:
         InputError, MachineError: as `explained`.
     """
+    until = time.monotonic() + PATIENCE
     for pause in PAUSES:
         try:
             return action()
         except LoratoolError:
             raise
         except Exception as error:
-            if not _may_pass(error):
-                break
+            if not _may_pass(error) or time.monotonic() + pause > until:
+                with explained(name, store, was_there):
+                    raise
             time.sleep(pause)
-    with explained(name, store):
+    with explained(name, store, was_there):
         return action()
 
 
@@ -220,15 +312,32 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+def _kinds(error: BaseException) -> set[str]:
+    """Return the names of the classes of an error and its causes."""
+    return {kind.__name__ for each in _chain(error) for kind in type(each).__mro__}
+
+
 def _status(error: BaseException) -> int | None:
     """Return the HTTP status that an error or one of its causes tells."""
     for each in _chain(error):
+        if "HttpProcessingError" in {kind.__name__ for kind in type(each).__mro__}:  # aiohttp's words for a cut answer
+            continue
         response = getattr(each, "response", None)
-        stated = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-        values = (stated, *(getattr(each, field, None) for field in ("status", "status_code", "code")))
-        if found := next((value for value in values if isinstance(value, int) and 300 <= value < 600), None):
-            return found
+        if isinstance(response, dict):  # botocore's
+            return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
+        for field in ("status", "status_code", "code"):
+            value = getattr(each, field, None)
+            if isinstance(value, int) and 300 <= value < 600:
+                return value
     return None
+
+
+def _is_missing(error: BaseException) -> bool:
+    """Return whether an error says that there is no such object; fsspec says so of all that a web server refuses."""
+    status = _status(error)
+    if status is not None:
+        return status in (404, 410)
+    return isinstance(error, FileNotFoundError | NotADirectoryError) and not _kinds(error) & NOT_REACHED
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -236,30 +345,46 @@ def _may_pass(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status in (408, 429) or status >= 500
-    if isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError | TypeError):
+    if any(isinstance(each, socket.gaierror) and each.errno != socket.EAI_AGAIN for each in _chain(error)):
         return False
-    return not {type(each).__name__ for each in _chain(error)} & {"FileExpired", *NO_CREDENTIALS}
+    if _is_missing(error) or isinstance(error, PermissionError | ImportError | ValueError | TypeError | LoratoolError):
+        return False
+    return not _kinds(error) & {"FileExpired", "WholeFilesOnly", "NotImplementedError", NO_NAME, *NO_CREDENTIALS}
 
 
 @contextmanager
-def explained(name: str, store: StoreKind) -> Iterator[None]:
+def explained(name: str, store: StoreKind, was_there: bool = False) -> Iterator[None]:
     """Convert the errors of a store into ours."""
     try:
         yield
     except (LoratoolError, ImportError):
         raise
     except Exception as error:
-        raise _explain(name, store, error) from error
+        raise _explain(name, store, error, was_there) from error
 
 
-def _explain(name: str, store: StoreKind, error: Exception) -> LoratoolError:
-    status, kinds = _status(error), {type(each).__name__ for each in _chain(error)}
-    if status == 412 or kinds & {"FileExpired", "ResourceModifiedError"}:
+DOWNLOAD = "download it, and give the path of the file"
+
+
+def _explain(name: str, store: StoreKind, error: Exception, was_there: bool) -> LoratoolError:
+    status, kinds = _status(error), _kinds(error)
+    is_missing = _is_missing(error)
+    if status in (412, 416) or kinds & {"FileExpired", "ResourceModifiedError"} or (is_missing and was_there):
         return InputError(REPLACED, culprit=name, remedy=WAIT)
-    if status == 404 or isinstance(error, FileNotFoundError):
+    if is_missing:
         return InputError("the store has no such object", culprit=name)
-    if status in (401, 403) or isinstance(error, PermissionError) or kinds & NO_CREDENTIALS:
+    is_refused = isinstance(error, PermissionError) or str(error).startswith("Forbidden")  # gcsfs's
+    if status in (401, 403) or is_refused or kinds & NO_CREDENTIALS:
         return InputError("the store refuses it to these credentials", culprit=name, remedy=store.log_in)
-    first = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+    if NO_NAME in kinds:
+        return InputError("is no name that the store takes", culprit=name)
+    if "WholeFilesOnly" in kinds:
+        return InputError("the server sends only whole files", culprit=name, remedy=DOWNLOAD)
+    first = next(filter(None, map(str.strip, str(_reason(error)).splitlines())), type(error).__name__)
     again = "check the connection and run the command again"
     return MachineError(f"could not be read from the store: {first}", culprit=name, remedy=again)
+
+
+def _reason(error: Exception) -> BaseException:
+    """Return the error that says what failed: fsspec's own of a missing file has only the name."""
+    return next((each for each in _chain(error) if not isinstance(each, FileNotFoundError)), error)

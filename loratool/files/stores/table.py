@@ -15,6 +15,10 @@ Info = Mapping[str, Any]  # what fsspec tells of an object
 
 Read = Callable[[int, int], bytes]  # (first, end)
 
+CONNECT = 10  # seconds
+
+SILENCE = 15  # seconds in which not one byte of an answer comes
+
 
 @dataclass(frozen=True)
 class StoreKind:
@@ -30,7 +34,7 @@ class StoreKind:
         upload: (file system, path, identity of an upload to continue, or "") -> an upload of the object; None if
             nothing can be written there.
         checks: whether a reader fails so. Otherwise the state is asked for after each read.
-        options: of its file system.
+        options: of its file system: how long it waits for an answer, as some wait without end.
     """
 
     schemes: tuple[str, ...]
@@ -40,7 +44,7 @@ class StoreKind:
     reader: Callable[[Any, str, str], Read]
     upload: Callable[[Any, str, str], Upload] | None = OrderedUpload
     checks: bool = True
-    options: Mapping[str, Any] | None = None
+    options: Callable[[], Mapping[str, Any]] = dict
 
 
 def _tag_of_s3(system: Any, path: str, info: Info) -> str:
@@ -78,7 +82,14 @@ def _read_azure(system: Any, path: str, identity: str) -> Read:
     async def fetch(first: int, end: int) -> bytes:
         async with system.service_client.get_container_client(container) as client:
             stream = await client.download_blob(
-                blob, offset=first, length=end - first, etag=identity, match_condition=MatchConditions.IfNotModified
+                blob,
+                offset=first,
+                length=end - first,
+                etag=identity,
+                match_condition=MatchConditions.IfNotModified,
+                connection_timeout=CONNECT,
+                read_timeout=SILENCE,
+                retry_total=0,
             )
             data: bytes = await stream.readall()
             return data
@@ -95,15 +106,42 @@ def _tag_of_http(system: Any, path: str, info: Info) -> str:
 
 
 def _read_http(system: Any, path: str, identity: str) -> Read:
-    """A weak ETag, as of compressed content, matches nothing, so the date is not sent with it."""
-    headers = {"Accept-Encoding": "identity"}
+    """Read the answers here, as fsspec's own reader takes them without a look at what they are.
+
+    A weak ETag, as of compressed content, matches nothing, so it is not sent.
+    """
+    from fsspec.asyn import sync
+
+    given = {**system.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
     if identity.startswith('"'):
-        headers["If-Match"] = identity
+        given["If-Match"] = identity
     elif identity and not identity.startswith("W/"):
-        headers["If-Unmodified-Since"] = identity
-    headers |= system.kwargs.get("headers", {})
-    file = system.open(path, "rb", cache_type="none", size=system.info(path)["size"], headers=headers)
-    read: Read = file._fetch_range
+        given["If-Unmodified-Since"] = identity
+
+    async def fetch(first: int, end: int) -> bytes:
+        session, data = await system.set_session(), bytearray()
+        headers = {**given, "Range": f"bytes={first}-{end - 1}"}
+        async with session.get(system.encode_url(path), **{**system.kwargs, "headers": headers}) as answer:
+            answer.raise_for_status()
+            if _tag_of_http(system, path, answer.headers) not in ("", identity):
+                raise FileExpired(path)
+            whole = first == 0 and answer.content_length == end and "Content-Encoding" not in answer.headers
+            if answer.status != 206 and not whole:
+                raise WholeFilesOnly(path)
+            if answer.status == 206 and not answer.headers.get("Content-Range", "").startswith(
+                f"bytes {first}-{end - 1}/"
+            ):
+                raise ConnectionError("sent another range than was asked for")
+            async for part in answer.content.iter_chunked(1 << 18):
+                data += part
+                if len(data) > end - first:
+                    break
+        return bytes(data)
+
+    def read(first: int, end: int) -> bytes:
+        data: bytes = sync(system.loop, fetch, first, end)
+        return data
+
     return read
 
 
@@ -119,14 +157,28 @@ class FileExpired(OSError):
     """An object is not in the state that was asked for. s3fs has a class of this name for the same."""
 
 
+class WholeFilesOnly(OSError):
+    """A web server does not send parts of a file."""
+
+
+def _timeout() -> Any:
+    from aiohttp import ClientTimeout
+
+    return ClientTimeout(total=None, sock_connect=CONNECT, sock_read=SILENCE)
+
+
 # fmt: off
 S3 = StoreKind(("s3", "s3a"), "s3fs", "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-           _tag_of_s3, _read_s3, S3Upload)
+               _tag_of_s3, _read_s3, S3Upload, options=lambda: {"config_kwargs": {
+                   "connect_timeout": CONNECT, "read_timeout": SILENCE, "retries": {"total_max_attempts": 1}}})
 GCS = StoreKind(("gs", "gcs"), "gcsfs", "log in with `gcloud auth application-default login`, or set "
-            "GOOGLE_APPLICATION_CREDENTIALS", _generation, _read_gcs, options={"version_aware": True})
+                "GOOGLE_APPLICATION_CREDENTIALS", _generation, _read_gcs,
+                options=lambda: {"version_aware": True, "requests_timeout": _timeout()})
 AZURE = StoreKind(("az", "abfs", "abfss"), "adlfs", "set AZURE_STORAGE_CONNECTION_STRING, or "
-                  "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", _tag_of_azure, _read_azure, AzureUpload)
-HTTP = StoreKind(("https", "http"), "aiohttp", "the link has to have what gives access", _tag_of_http, _read_http, None)
+                  "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", _tag_of_azure, _read_azure, AzureUpload,
+                  options=lambda: {"connection_timeout": CONNECT, "read_timeout": SILENCE})
+HTTP = StoreKind(("https", "http"), "aiohttp", "the link has to have what gives access", _tag_of_http, _read_http, None,
+                 options=lambda: {"client_kwargs": {"timeout": _timeout()}})
 # fmt: on
 
 STORES = {scheme: store for store in (S3, GCS, AZURE, HTTP) for scheme in store.schemes}
