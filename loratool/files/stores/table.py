@@ -119,7 +119,7 @@ def _read_http(system: Any, path: str, identity: str) -> Read:
         given["If-Unmodified-Since"] = identity
 
     async def fetch(first: int, end: int) -> bytes:
-        session, data = await system.set_session(), bytearray()
+        session = await system.set_session()
         headers = {**given, "Range": f"bytes={first}-{end - 1}"}
         async with session.get(system.encode_url(path), **{**system.kwargs, "headers": headers}) as answer:
             answer.raise_for_status()
@@ -132,11 +132,10 @@ def _read_http(system: Any, path: str, identity: str) -> Read:
                 f"bytes {first}-{end - 1}/"
             ):
                 raise ConnectionError("sent another range than was asked for")
-            async for part in answer.content.iter_chunked(1 << 18):
-                data += part
-                if len(data) > end - first:
-                    break
-        return bytes(data)
+            if answer.content_length != end - first:
+                raise ConnectionError(f"sent {answer.content_length} of {end - first} bytes")
+            data: bytes = await answer.read()
+            return data
 
     def read(first: int, end: int) -> bytes:
         data: bytes = sync(system.loop, fetch, first, end)
@@ -178,7 +177,7 @@ AZURE = StoreKind(("az", "abfs", "abfss"), "adlfs", "set AZURE_STORAGE_CONNECTIO
                   "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", _tag_of_azure, _read_azure, AzureUpload,
                   options=lambda: {"connection_timeout": CONNECT, "read_timeout": SILENCE})
 HTTP = StoreKind(("https", "http"), "aiohttp", "the link has to have what gives access", _tag_of_http, _read_http, None,
-                 options=lambda: {"client_kwargs": {"timeout": _timeout()}})
+                 options=lambda: {"client_kwargs": {"timeout": _timeout(), "read_bufsize": 1 << 20}})
 # fmt: on
 
 STORES = {scheme: store for store in (S3, GCS, AZURE, HTTP) for scheme in store.schemes}
