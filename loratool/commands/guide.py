@@ -59,6 +59,7 @@ PAGES = {
         "environment",
         "json",
         "hub",
+        "stores",
         "python",
         "undo-format",
         "patch-format",
