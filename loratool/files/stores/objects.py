@@ -6,11 +6,12 @@ fsspec and its packages, which the extra `remote` installs, list the objects and
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from ...durable import disk
 from ...durable.descriptors import REPLACED, WAIT
 from ...durable.elsewhere import forget_stand_ins, stand_in
+from ...durable.fileio import is_beside
 from ...errors import InputError, LoratoolError, MachineError, install_remedy, show_as
 from .links import StoreLink, at_end, place_here
 from .table import ANY, STORES, FileExpired, Info, Read, StoreKind
@@ -42,6 +44,8 @@ NO_NAME = "ParamValidationError"  # botocore's, of a bucket's name
 NOT_REACHED = frozenset(("ClientConnectionError", "ClientPayloadError", "TimeoutError", "HTTPClientError"))
 
 AT_ONCE = 8  # questions
+
+INDEX, LONGEST_INDEX = ".index.json", 1 << 26  # bytes
 
 # What may be beside a file on a server that lists nothing
 BESIDE = ("config.json", "adapter_config.json")
@@ -230,7 +234,7 @@ def _listed(system: Any, link: StoreLink, path: str) -> dict[str, Info]:
     parent = _without_query(path).rpartition("/")[0]
     names = _beside(system, f"{parent}/" if is_web else parent)
     if is_web:
-        names = _with_sizes(system, {*names, *(f"{parent}/{name}" for name in BESIDE)} - {path})
+        names = _with_sizes(system, {*names, *(f"{parent}/{name}" for name in _named(system, path))} - {path})
     info = system.info(path)
     if info.get("size") is None:
         raise InputError("the server does not tell its length", culprit=str(link), remedy=DOWNLOAD)
@@ -264,6 +268,15 @@ def _beside(system: Any, folder: str) -> dict[str, Info]:
         return {}
     files = {each["name"]: each for each in listed if each["type"] == "file"}
     return files if len(files) <= MOST else {name: each for name, each in files.items() if name.endswith(".json")}
+
+
+def _named(system: Any, path: str) -> Iterator[str]:
+    """Yield what may be beside a file on a server that lists nothing, and what an index names."""
+    yield from BESIDE
+    if _without_query(path).endswith(INDEX):
+        with suppress(ValueError, AttributeError, KeyError, TypeError):  # what reads it says what is wrong with it
+            files = {*json.loads(system.cat_file(path, start=0, end=LONGEST_INDEX))["weight_map"].values()}
+            yield from (name for name in files if isinstance(name, str) and is_beside(name))
 
 
 def _with_sizes(system: Any, names: Collection[str]) -> dict[str, Info]:

@@ -212,6 +212,31 @@ class _Headless(WebHandler):
         self.end_headers()
 
 
+class _Unlisted(WebHandler):
+    """List no folder."""
+
+    def send_head(self) -> Any:
+        return super().send_head() if Path(self.translate_path(self.path)).is_file() else self.send_error(403)
+
+
+def test_an_index_names_the_files_of_a_server_that_lists_none(pair: Path, tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    index = "model/model.safetensors.index.json"
+    with served(pair, _Unlisted) as server:
+        loratool.merge(f"{server}/{index}", pair / "adapter", out=tmp_path / "far")
+        with pytest.raises(InputError, match="the store refuses it"):
+            loratool.inspect(f"{server}/model/")
+    loratool.merge(pair / index, pair / "adapter", out=tmp_path / "near")
+    assert contents(tmp_path / "far") == contents(tmp_path / "near")
+
+
+def test_a_dry_run_asks_each_shard_once(pair: Path, tmp_path: Path) -> None:
+    with served(pair) as server, faulty(server.removeprefix("http://")) as proxy:
+        loratool.merge(f"{proxy.endpoint}/model/", pair / "adapter", out=tmp_path / "out", dry_run=True)
+    shards = [each.path for each in proxy.gets() if each.path.endswith(".safetensors")]
+    assert len(shards) == len({*shards}) == 2
+
+
 SERVERS = {"no tag": _Untagged, "a weak tag": _Weak, "a redirect": _Moved, "no HEAD": _Headless}
 
 
