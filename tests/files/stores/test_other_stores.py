@@ -47,10 +47,10 @@ def google(pair: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, P
 
 @pytest.fixture(scope="module")
 def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Run Azurite, and yield its connection string. LORATOOL_AZURITE is the program azurite-blob."""
-    program = os.environ.get("LORATOOL_AZURITE") or shutil.which("azurite-blob")
+    """Run Azurite, and yield its connection string. AZURITE_BLOB is the program azurite-blob."""
+    program = os.environ.get("AZURITE_BLOB") or shutil.which("azurite-blob")
     if not program:
-        pytest.skip("needs `npm install azurite` and LORATOOL_AZURITE=.../node_modules/.bin/azurite-blob")
+        pytest.skip("needs `npm install azurite` and AZURITE_BLOB=.../node_modules/.bin/azurite-blob")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
