@@ -81,6 +81,11 @@ HEAVY = (
     "files.hub.download files.hub.upload"
 ).split()
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub"}
+# They read files of this machine alone: of the package, the cache, journals, models in place
+READERS_OF_PATHS = (
+    "durable files.hub.snapshots files.containers.stand_in files.stores.outgoing views.page.render commands.guide "
+    "commands.demo commands.in_place commands.unmerge.in_place"
+).split()
 # Packages that hold more than a docstring: tables and faces.
 FULL_PACKAGES = (
     "",
@@ -260,6 +265,20 @@ def stray_writes(package: Path) -> list[str]:
             if opens or what in OS_WRITES or (what.rpartition(".")[2] in PATH_WRITES and not what.startswith("disk.")):
                 found.append(f"{name}: {ast.unparse(node)}")
     return found
+
+
+def stray_reads(package: Path) -> list[str]:
+    """Calls that read a path as it is, so that they would find nothing in what stands in for an object of a store."""
+    return [
+        f"{name}: {ast.unparse(node)}"
+        for name, tree in modules(package).items()
+        for node in nodes(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and (node.func.attr in ("read_bytes", "read_text") or ast.unparse(node.func) == "filecmp.cmp")
+        and not starts_with(name, READERS_OF_PATHS)
+        and not (name == "files.weights_file" or node.args[1:])  # the method of a weights file has arguments
+    ]
 
 
 def full_packages(package: Path) -> list[str]:
@@ -579,6 +598,7 @@ RULES: dict[Callable[[Path], list[str]], tuple[dict[str, str], str]] = {
         {"commands/a.py": '"""A."""\ndef f(p):\n    p.unlink()\n    open(p, "wb")'},
         ": open(p, 'wb')",
     ),
+    stray_reads: ({"files/a.py": '"""A."""\ndef f(p):\n    return p.read_bytes()'}, "files.a: p.read_bytes()"),
     full_packages: ({"undo/__init__.py": '"""U."""\nfrom . import records', "undo/records.py": '"""R."""'}, "undo"),
     untyped_tensors: ({"numerics/a.py": '"""A."""\nimport torch\nx = torch.zeros(3)'}, "torch.zeros(3)"),
     silent_modules: ({"files/a.py": "x = 1"}, "files.a has no docstring"),

@@ -6,14 +6,13 @@ because it numbers these rows. Otherwise the base's stays, unless the user choos
 
 from __future__ import annotations
 
-import filecmp
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ...errors import InputError, UsageError
-from ...files.folder.side_files import is_vocabulary, side_kind, tokenizer_files
+from ...files.folder.side_files import is_copy, is_vocabulary, side_kind, tokenizer_files
 from ..ties.ties import find_tie, vocabulary_names
 from .choices import TOKENIZERS
 from .merge_plan import MergePlan
@@ -100,9 +99,7 @@ def _others(beside: Mapping[Path, Files], base_files: Files) -> dict[Path, Files
 
 def _adds_nothing(files: Files, base_files: Files) -> bool:
     """Return whether each file is also in `base_files`, byte for byte."""
-    return all(
-        name in base_files and filecmp.cmp(path, base_files[name], shallow=False) for name, path in files.items()
-    )
+    return all(name in base_files and is_copy(path, base_files[name]) for name, path in files.items())
 
 
 def _folders_that_change_words(plan: MergePlan) -> set[Path]:

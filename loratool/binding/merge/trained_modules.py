@@ -6,14 +6,13 @@ so the base's would be wrong after the adapter's transformer.
 
 from __future__ import annotations
 
-import filecmp
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from ...files.checkpoint import open_weights
 from ...files.folder.sentence_transformers import DENSE, module_folders, transformer_folder
-from ...files.folder.side_files import matches
+from ...files.folder.side_files import is_copy, matches
 from .merge_plan import MergePlan
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"  # the weights of a dense layer
@@ -59,7 +58,7 @@ def take_trained_modules(plan: MergePlan, is_file: bool) -> MergePlan:
 
 def _has_other_weights(folder: Path, base: Path) -> bool:
     files = [name for name in (SAFE, PICKLED) if (folder / name).is_file()]
-    equal = (name for name in files if (base / name).is_file() and filecmp.cmp(folder / name, base / name, False))
+    equal = (name for name in files if (base / name).is_file() and is_copy(folder / name, base / name))
     return bool(files) and not any(equal)
 
 

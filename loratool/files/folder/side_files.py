@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...durable.fileio import length_of, open_for_reading, reading
+from ...durable.fileio import file_length, has_bytes, length_of, open_for_reading, read_into, reading
 from ...errors import InputError
 from .model_folder import PIPELINE
 from .sentence_transformers import DENSE, MODULES, module_folders
@@ -300,6 +300,15 @@ def has_card(folder: Path) -> bool:
     """Return whether a folder has a model card that an undo file can keep."""
     path = folder / CARD
     return path.is_file() and os.access(path, os.R_OK) and length_of(path) <= SMALL_TEXT
+
+
+def is_copy(path: Path, other: Path) -> bool:
+    """Return whether two files have the same bytes."""
+    with open_for_reading(path) as file, open_for_reading(other) as second:
+        nbytes = file_length(file)
+        if nbytes != file_length(second):
+            return False
+        return has_bytes(file, 0, nbytes, lambda first, part: read_into(second, part, first))
 
 
 def is_undo_file(path: Path) -> bool:

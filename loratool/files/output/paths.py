@@ -7,7 +7,6 @@ target, and a mount point there would make the rename fail. Links and mounts abo
 from __future__ import annotations
 
 import errno
-import filecmp
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ from ...errors import InputError, NeedsFlag, UsageError, shell_word
 from ..checkpoint import Checkpoint
 from ..folder.model_folder import component_names, is_pipeline
 from ..folder.sentence_transformers import transformer_folder
-from ..folder.side_files import CARD, CODE, INITIAL, MODELFILE, is_undo_file, matches, side_row, undo_path
+from ..folder.side_files import CARD, CODE, INITIAL, MODELFILE, is_copy, is_undo_file, matches, side_row, undo_path
 from ..folder.weight_changes import find_change
 from ..stores.outgoing import MARKER
 from .model_card import is_unedited
@@ -93,7 +92,7 @@ def _is_kept(folder: Path, name: str, origins: Collection[Path], contents: Mappi
     if name in contents:
         return read_file(folder / name) == contents[name]
     places = (place / name for place in origins if (place / name).is_file())
-    return any(filecmp.cmp(folder / name, place, shallow=False) for place in places)
+    return any(is_copy(folder / name, place) for place in places)
 
 
 def _names_in(folder: Path) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...durable.fileio import length_of
+from ...durable.fileio import length_of, read_file
 from ...errors import InputError, UsageError
 from ..checkpoint import Checkpoint, classify_checkpoint, split_into_shards
 from ..codecs.skip_lists import plain_metadata
@@ -205,7 +205,7 @@ def _plan_files(
     name, old_index = base.index or ("", {})
     if not (name.endswith(".json") and f"{request.ending}." in name):
         name = f"{_file_stem(base, request)}{request.ending}.index.json"
-    content = (base.folder / name).read_bytes() if is_kept else _index(base, old_index, request, shards, stored)
+    content = read_file(base.folder / name) if is_kept else _index(base, old_index, request, shards, stored)
     return files, {base.prefix + name: content}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,19 @@ def test_a_recipe_whose_steps_read_what_was_sent(s3: Any, memory: Any, pair: Pat
     assert len(weights) == 2 and all(found[name] == (tmp_path / "2" / name).read_bytes() for name in weights)
     lock = (tmp_path / "recipe.lock.json").read_text()
     assert merged in lock and "outgoing" not in lock
+
+
+def test_a_tokenizer_of_a_store_is_no_copy_by_its_stand_in(memory: Any, pair: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair, tmp_path / "own")
+    (tmp_path / "own" / "model" / "tokenizer.json").write_text('{"added_tokens": [], "of": "the base"}')
+    (tmp_path / "own" / "adapter" / "tokenizer.json").write_text('{"added_tokens": [], "of": "the adapter"}')
+    memory.put(str(tmp_path / "own"), "/own", recursive=True)
+    results = []
+    for base, adapter, out in (
+        (tmp_path / "own" / "model", tmp_path / "own" / "adapter", tmp_path / "merged"),
+        ("memory://own/model", "memory://own/adapter", tmp_path / "far" / "merged"),
+    ):
+        out.parent.mkdir(exist_ok=True)
+        report = loratool.merge(base, adapter, out)
+        results.append((contents(out), [str(each).replace("memory://", f"{tmp_path}/") for each in report.warnings]))
+    assert results[0] == results[1] and results[0][0]["tokenizer.json"]
