@@ -14,8 +14,8 @@ from typing import Any
 
 from ..architectures.config_tensors import CONFIG_FAMILIES, tensor_shapes
 from ..architectures.gguf import ARCHITECTURES
-from ..architectures.gguf.config import FREQUENCIES, LONG, SHORT
-from ..architectures.gguf.config_table import HEADLESS, IN_FIELDS, INSTEAD, OF_THE_FIRST, UNTURNED
+from ..architectures.gguf.config import FREQUENCIES, LONG, MTP, SHORT
+from ..architectures.gguf.config_table import HEADLESS, IN_FIELDS, INSTEAD, MTP_LAYERS, OF_THE_FIRST, UNTURNED
 from ..architectures.gguf.table import NEEDED, NOT_IN_GGUF, READS, ROW_ORDERS, WRITES, Architecture, Facts, Weight
 from ..errors import InputError
 from .checkpoint import Checkpoint
@@ -40,6 +40,8 @@ KINDS_OF_LAYERS = ("layer_types", "indexer_types", "mlp_layer_types", "hybrid_ov
 TURNS = ("attn_layer", "expert_layer")  # with the period and offset of the layers of a kind in config.json
 
 UNDONE = {"plus one": minus_one, "minus exp": logarithm}  # key of CHANGES -> the function that undoes it
+
+MTP_MODULES = ("eh_proj", "enorm", "hnorm")  # of each MTP layer
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,46 @@ def as_transformers(base: Checkpoint) -> TransformersView:
     width = _number(files[0], "embedding_length")
     _require_widths(groups, width, _number(files[0], "moe_latent_size") or width)
     _require_fused_rows(groups, facts, _number(files[0], "attention.key_length"), width)
-    _require_layers(tensors, _kinds_of_layers(files[0], config), OF_THE_FIRST.get(config["model_type"], {}), base)
+    layers, mtp = _mtp_layers(files[0], base)
+    kinds = [*_kinds_of_layers(files[0], config), *[("mtp",)] * mtp]
+    _require_layers(tensors, kinds, OF_THE_FIRST.get(config["model_type"], {}), base)
     _require_modules(groups, architecture)
     _require_shapes(tensors, config)
+    if mtp:
+        tensors = _with_mtp_names(tensors, key, layers, mtp)
     metadata = {"format": "pt"} | {k: v for shard in base.shards for k, v in (shard.metadata or {}).items()}
     file = RelaidFile(files[0], base.folder / SINGLE_NAMES[0], tensors, metadata)
     checkpoint = Checkpoint(base.path, base.folder, False, (file,), None, config)
     return TransformersView(checkpoint, tuple(name for name in base.stored if name in GENERATED))
+
+
+def _mtp_layers(file: GgufFile, base: Checkpoint) -> tuple[int, int]:
+    """Return the numbers of layers before the MTP layers, and of those; a file may tell MTP layers that it lacks."""
+    layers = _number(file, "block_count") - _number(file, MTP)
+    is_there = any(name.startswith(f"blk.{layers}.") for name in base.stored)
+    return layers, _number(file, MTP) if is_there else 0
+
+
+def _with_mtp_names(tensors: Mapping[str, RelaidTensor], key: str, layers: int, mtp: int) -> dict[str, RelaidTensor]:
+    """Return the tensors with the original's names of those in the `mtp` MTP layers after the others.
+
+    Raises:
+        InputError: a layer has no tensors that it needs, or several layers have tensors that the original shares.
+    """
+    for name in (f"model.layers.{layers + i}.{module}.weight" for i in range(mtp) for module in MTP_MODULES):
+        if name not in tensors:
+            raise InputError("is missing, but its fields say that it is there", culprit=name)
+    row, renamed = MTP_LAYERS[key], dict[str, RelaidTensor]()
+    for name, tensor in tensors.items():
+        match = LAYER.match(name)
+        if row.start and match and int(match[2]) >= layers:
+            module, _, role = match[3].removeprefix(".").rpartition(".")
+            path = row.names.get(module, f"{row.start}{{n}}.{module}").replace("{n}", str(int(match[2]) - layers))
+            if f"{path}.{role}" in renamed:
+                raise InputError("is shared by all MTP layers, and the file has one of each", culprit=f"{path}.{role}")
+            name = f"{path}.{role}"
+        renamed[name] = tensor
+    return renamed
 
 
 def _other_names(architecture: Architecture, config: Mapping[str, Any]) -> Mapping[str, str]:
@@ -310,7 +345,7 @@ def _number(file: GgufFile, key: str) -> int:
 
 def _kinds_of_layers(file: GgufFile, config: Mapping[str, Any]) -> list[tuple[object, ...]]:
     """Return a key for each layer that determines its tensors and their shapes; decoders have the encoder's numbers."""
-    layers = _number(file, "block_count") - _number(file, "nextn_predict_layers")
+    layers = _number(file, "block_count") - _number(file, MTP)
     decoder = _number(file, "decoder_block_count") or layers
     dense, shared = _number(file, "leading_dense_block_count"), _number(file, "attention.shared_kv_layers")
     step = max(1, _number(file, "interleave_moe_layer_step"))  # each of so many layers has experts

@@ -20,6 +20,7 @@ from lib.models import gguf_families, tiny
 from lib.oracles import llama_cpp
 from safetensors.torch import load_file, save_file
 
+import loratool
 from loratool.architectures.gguf.config_table import CONFIGS
 from loratool.commands.convert.command import convert
 from loratool.errors import InputError
@@ -367,6 +368,108 @@ def test_mistral_3_with_a_language_model_of_before(models: Path, tmp_path: Path)
     assert before.keys() == after.keys() and all(torch.equal(W, after[name]) for name, W in before.items())
     fields, told = one.config.to_dict(), two.config.to_dict()
     assert {k: v for k, v in told.items() if k not in NEVER} == {k: v for k, v in fields.items() if k not in NEVER}
+
+
+# Architecture -> model type, the layout of its MTP layers in the files on the Hub, fields of its config
+MTP: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "glm4moe": ("glm4_moe", "appended", {"head_dim": 16}),
+    "deepseek2": ("glm4_moe_lite", "appended", {"n_group": 2, "first_k_dense_replace": 1}),
+    "deepseek32": ("deepseek_v32", "appended", {}),
+    "glm-dsa": ("glm_moe_dsa", "appended", {}),
+    "exaone-moe": ("exaone_moe", "shared", {"num_nextn_predict_layers": 1}),
+    "mimo2": ("mimo_v2_flash", "mimo", MIMO),
+    "qwen3next": ("qwen3_next", "shared", {}),
+    "qwen35": ("qwen3_5_text", "shared", {"mtp_num_hidden_layers": 1}),
+    "qwen35moe": ("qwen3_5_moe_text", "shared", {"mtp_num_hidden_layers": 1}),
+}
+
+# Layout -> the paths of the MTP layers, and those of their own modules
+LAYOUTS = {
+    "appended": (["model.layers.2"], "eh_proj enorm hnorm shared_head.norm embed_tokens shared_head.head"),
+    "shared": (["mtp.layers.0"], "mtp.fc mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.norm"),
+    "mimo": ([f"model.mtp.layers.{i}" for i in range(3)], "eh_proj enorm hnorm final_layernorm"),
+}
+
+
+def with_mtp(folder: Path, layout: str) -> None:
+    """Add MTP layers to a model's file: with the last layer's attention, and its experts or the first layer's MLP."""
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    width, vocab = config["hidden_size"], config["vocab_size"]
+    own = {"eh_proj": (width, 2 * width), "fc": (width, 2 * width)}
+    own |= dict.fromkeys(("embed_tokens", "head"), (vocab, width))
+    dense = config["model_type"] in ("exaone_moe", "mimo_v2_flash")
+    shapes: dict[str, tuple[int, ...]] = {}
+    layers, modules = LAYOUTS[layout]
+    for layer in layers:
+        for name, W in tensors.items():
+            start, _, end = name.partition("layers.")
+            if start == "model." and end.startswith("0." if dense and ".mlp." in end else "1."):
+                shapes[f"{layer}.{end[2:]}"] = (*W.shape,)
+        for name in modules.split():
+            path = name if layout == "shared" else f"{layer}.{name}"
+            shapes[f"{path}.weight"] = own.get(name.rpartition(".")[2], (width,))
+    if layout == "mimo":
+        shapes = {name.replace("post_attention_", "pre_mlp_"): shape for name, shape in shapes.items()}
+    assert not any("linear_attn" in name for name in shapes)
+    generator = torch.Generator().manual_seed(5)
+    for name, shape in shapes.items():
+        tensors[name] = (torch.randint(-128, 128, shape, generator=generator) / 256).to(tensors["model.norm.weight"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if layout == "appended":
+        (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+
+
+@pytest.fixture(scope="module")
+def with_mtp_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the models of MTP, as `architecture/model`, and GGUF files beside these."""
+    folder, jobs = tmp_path_factory.mktemp("with_mtp_layers"), []
+    for key, (model_type, layout, fields) in MTP.items():
+        original = llama_cpp.save_model(make("causal", model_type, fields), folder / key / "model")
+        with_mtp(original, layout)
+        jobs.append(llama_cpp.model_to_gguf(original, folder / key / "m.gguf"))
+    assert llama_cpp.run_converters(jobs) == {}
+    return folder
+
+
+@pytest.mark.parametrize("key", MTP)
+def test_mtp_layers(with_mtp_layers: Path, tmp_path: Path, key: str) -> None:
+    original, source = with_mtp_layers / key / "model", with_mtp_layers / key / "m.gguf"
+    convert(source, tmp_path / "out", dtype="f32")
+    found, wanted = (load_file(each / "model.safetensors") for each in (tmp_path / "out", original))
+    assert found.keys() == wanted.keys() and all(torch.equal(W, found[name]) for name, W in wanted.items())
+    (one, _), (two, info) = load(original), load(tmp_path / "out")
+    starts = ("model.layers.2.", "mtp.", "model.mtp.")
+    extra = {name for name in info.pop("unexpected_keys") if not name.startswith(starts)}
+    assert not extra and not any(info.values()), (extra, info)
+    fields, told = one.config.to_dict(), two.config.to_dict()
+    told.get("rope_parameters", {}).pop("type", None)
+    assert {k: v for k, v in told.items() if k not in NEVER} == {k: v for k, v in fields.items() if k not in NEVER}
+    tokens = torch.randint(4, 300, (1, 90), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        outputs = [model(tokens, use_cache=False)[0] for model in (one, two)]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("key", MTP)
+def test_merges_beside_mtp_layers(with_mtp_layers: Path, tmp_path: Path, key: str) -> None:
+    """The merged file is the one that llama.cpp converts from the merged model."""
+    original, source = with_mtp_layers / key / "model", with_mtp_layers / key / "m.gguf"
+    model = gguf_families.load_model(original)
+    adapter = gguf_families.build_adapter(model, tmp_path / "a", gguf_families.linear_layers(model))
+    loratool.merge(original, adapter, tmp_path / "merged", undo=False)
+    assert llama_cpp.run_converters([llama_cpp.model_to_gguf(tmp_path / "merged", tmp_path / "m.gguf")]) == {}
+    loratool.merge(source, adapter, tmp_path / "out.gguf", undo=False)
+    before, ours, theirs = (stored(each) for each in (source, tmp_path / "out.gguf", tmp_path / "m.gguf"))
+    assert ours == theirs and ours != before
+    layers = {name.split(".")[1] for name in before if ".nextn." in name}
+    copied = {name for name in before if name.startswith("blk.") and name.split(".")[1] in layers}
+    assert copied and all(ours[name] == before[name] for name in copied)
+
+
+def stored(path: Path) -> dict[str, tuple[Any, list[int], bytes]]:
+    """Read a GGUF file by the package `gguf`: the type, dimensions and bytes of each tensor."""
+    gguf = pytest.importorskip("gguf", reason="needs gguf, which is in the extra `test`")
+    return {each.name: (each.tensor_type, [*each.shape], each.data.tobytes()) for each in gguf.GGUFReader(path).tensors}
 
 
 NO_WINDOWS = {"layer_types": ["full_attention"] * 2}

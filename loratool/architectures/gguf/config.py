@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import InputError
 from ..ties import GGUF_EMBEDDING, GGUF_HEAD
-from .config_table import CONFIGS, IMPLIED, KINDS, OPTIONAL, SAME_AS, SIZES, TOKENS, USUAL, Config
+from .config_table import CONFIGS, IMPLIED, KINDS, MTP_LAYERS, OPTIONAL, SAME_AS, SIZES, TOKENS, USUAL, Config
 
 CONTEXT_BEFORE = "original_max_position_embeddings"
 
@@ -19,6 +19,8 @@ PATTERN = "attention.sliding_window_pattern"
 RECURRENT = "attention.recurrent_layers"
 
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+
+MTP = "nextn_predict_layers"  # the number of MTP layers, which are the last ones
 
 DEFAULT_THETA = 10000.0  # llama.cpp's value for a file without one
 
@@ -89,6 +91,17 @@ class GgufFields:
     def has(self, tensor: str) -> bool:
         return tensor in self.shapes
 
+    def main_layers(self) -> int:
+        """Return the number of layers without MTP layers.
+
+        Raises:
+            InputError: none is left.
+        """
+        layers, mtp = self.need("block_count"), self.get(MTP, 0) if self.architecture in MTP_LAYERS else 0
+        if mtp and mtp >= layers:
+            raise InputError(f"has {layers} layers, and {mtp} of them are MTP layers", culprit=self.name)
+        return int(layers - mtp)
+
     def is_marked(self, mark: str) -> bool:
         """Return whether a tensor or a key has this name."""
         return self.has(mark) or bool(self.get(mark))
@@ -110,7 +123,8 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
     rows = CONFIGS.get(model.architecture)
     if rows is None:
         return {}
-    last = model.need("block_count") - 1
+    layers = model.main_layers()
+    last = layers - 1
     table = next(row for row in rows if not row.mark or model.is_marked(row.mark.format(last=last)))
     _require_sizes(model, table)
     config: dict[str, Any] = {"architectures": [table.architecture], "model_type": table.model_type}
@@ -121,6 +135,8 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
     config["vocab_size"] = model.size(GGUF_EMBEDDING, 0)
     config["tie_word_embeddings"] = GGUF_HEAD not in model.shapes
     config |= table.constants
+    if layers < model.need("block_count"):
+        config |= _mtp(model, layers)
     config |= {name: _token(model, key) for name, key in TOKENS.items()}
     if table.rotates:
         config |= _rotary(model, table)
@@ -130,6 +146,13 @@ def rebuild_config(model: GgufFields) -> dict[str, Any]:
         config |= RULES[table.nested](model, config)
     _require_told(model, table)
     return config
+
+
+def _mtp(model: GgufFields, layers: int) -> dict[str, Any]:
+    """Return the number of layers without MTP layers, and that of those; llama.cpp also runs files without these."""
+    is_there = any(name.startswith(f"blk.{layers}.") for name in model.shapes)
+    count = MTP_LAYERS[model.architecture].count
+    return {"num_hidden_layers": layers} | ({count: model.get(MTP) if is_there else 0} if count else {})
 
 
 def _require_told(model: GgufFields, row: Config) -> None:
@@ -279,6 +302,12 @@ def _deepseek(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
         mscale = _shortest(struct.unpack("<f", struct.pack("<f", multiplier / 0.1))[0])
         fields["rope_scaling"] = config["rope_scaling"] | {"mscale": mscale, "mscale_all_dim": mscale}
     return fields
+
+
+def _glm4_moe_lite(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return DeepSeek's fields, and which layers have experts."""
+    dense, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
+    return _deepseek(model, config) | {"mlp_layer_types": ["dense" if i < dense else "sparse" for i in range(layers)]}
 
 
 def _glm_dsa(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -502,16 +531,14 @@ def _hunyuan_moe(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]
 
 def _qwen_linear(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the kinds of layers, the sizes of linear attention, and the parts of several positions' rotation."""
-    blocks, heads = model.need("block_count"), config["linear_num_value_heads"]
-    layers = blocks - model.get("nextn_predict_layers", 0)
+    layers, heads = config["num_hidden_layers"], config["linear_num_value_heads"]
     every = model.get("full_attention_interval", QWEN_EVERY)
-    if not layers > 0 or not every > 0 or not heads > 0 or model.need("ssm.inner_size") % heads:
+    if not every > 0 or not heads > 0 or model.need("ssm.inner_size") % heads:
         raise InputError("has sizes of linear attention that Qwen does not have", culprit=model.name)
     linear = [(i + 1) % every != 0 for i in range(layers)]
     if f"{model.architecture}.{RECURRENT}" in model.fields:
-        linear = _flags(model, RECURRENT, blocks)[:layers]
+        linear = _flags(model, RECURRENT, model.need("block_count"))[:layers]
     fields: dict[str, Any] = {
-        "num_hidden_layers": layers,
         "linear_value_head_dim": model.need("ssm.inner_size") // heads,
         "layer_types": ["linear_attention" if each else "full_attention" for each in linear],
         "attention_bias": any(model.has(f"blk.{i}.attn_q.bias") for i in range(layers)),
@@ -683,12 +710,12 @@ def _dbrx(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mimo2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the kinds of layers, their heads and rotary embeddings, without the layers that predict more tokens."""
-    layers = model.need("block_count") - model.get("nextn_predict_layers", 0)
+    """Return the kinds of layers, their heads and rotary embeddings."""
+    layers = config["num_hidden_layers"]
     windowed = _flags(model, PATTERN, model.need("block_count"))[:layers]
     heads = _of_layers(model, "attention.head_count_kv", model.need("block_count"))[:layers]
     heads_of = [n // (1 + each) for n, each in zip(heads, windowed, strict=True)]
-    if not layers > 0 or len({*heads_of}) != 1 or heads != [heads_of[0] * (1 + each) for each in windowed]:
+    if len({*heads_of}) != 1 or heads != [heads_of[0] * (1 + each) for each in windowed]:
         raise InputError(f"has layers with numbers of heads that MiMo 2 does not have: {heads[:8]}", culprit=model.name)
     for i, each in enumerate(windowed):
         if model.has(f"blk.{i}.attn_sinks.weight") is not each:
@@ -697,7 +724,6 @@ def _mimo2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     rotated = model.get("rope.dimension_count", head) / head
     thetas = {"full_attention": "rope.freq_base", "sliding_attention": "rope.freq_base_swa"}
     return {
-        "num_hidden_layers": layers,
         "num_key_value_heads": heads_of[0],
         "layer_types": ["sliding_attention" if each else "full_attention" for each in windowed],
         "mlp_layer_types": ["sparse" if model.has(f"blk.{i}.ffn_gate_inp.weight") else "dense" for i in range(layers)],
@@ -815,6 +841,7 @@ RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "gemma3n": _gemma3n,
     "gemma4": _gemma4,
     "glm-dsa": _glm_dsa,
+    "glm4-moe-lite": _glm4_moe_lite,
     "granite-hybrid": _granite_hybrid,
     "hunyuan-moe": _hunyuan_moe,
     "jamba": _jamba,

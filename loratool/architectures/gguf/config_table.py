@@ -317,6 +317,15 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
     ),
     "deepseek2": (
         Config(
+            "glm4_moe_lite",
+            "Glm4MoeLiteForCausalLM",
+            DEEPSEEK,
+            mark="nextn_predict_layers",  # of DeepSeek's models, the converter drops them
+            granted={"attention.head_count_kv": 1, "expert_gating_func": 2},
+            own_heads=True,
+            nested="glm4-moe-lite",
+        ),
+        Config(
             "deepseek_v3",
             "DeepseekV3ForCausalLM",
             DEEPSEEK,
@@ -943,6 +952,36 @@ IN_FIELDS: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
         "model.layers.{n}.mlp.act_fn.beta": ("xielu.beta", ()),
         "model.layers.{n}.mlp.act_fn.eps": ("xielu.eps", ()),
     },
+}
+
+
+@dataclass(frozen=True)
+class MtpLayers:
+    """The MTP layers of an architecture, which GGUF has after the others, as transformers' files have them."""
+
+    start: str = ""  # what is before their numbers, which begin at 0; empty if they continue the others'
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # module -> its path if it differs; all share one without {n}
+    count: str = "num_nextn_predict_layers"  # the field of config.json with their number; empty if it has none
+
+
+_SHARED_MTP = {
+    "eh_proj": "mtp.fc",
+    "enorm": "mtp.pre_fc_norm_embedding",
+    "hnorm": "mtp.pre_fc_norm_hidden",
+    "shared_head.norm": "mtp.norm",
+}
+
+# general.architecture -> its MTP layers
+MTP_LAYERS = {
+    **dict.fromkeys(("glm4moe", "deepseek2", "deepseek32", "glm-dsa"), MtpLayers()),
+    "exaone-moe": MtpLayers("mtp.layers.", _SHARED_MTP),
+    "mimo2": MtpLayers(
+        "model.mtp.layers.", {"post_attention_layernorm": "model.mtp.layers.{n}.pre_mlp_layernorm"}, count=""
+    ),
+    "qwen3next": MtpLayers("mtp.layers.", _SHARED_MTP, count=""),
+    **dict.fromkeys(("qwen35", "qwen35moe"), MtpLayers("mtp.layers.", _SHARED_MTP, "mtp_num_hidden_layers")),
 }
 
 # Classes without a head, in whose files the names of the tables lack `model.`

@@ -11,9 +11,11 @@ from .llama import (
     LINEAR_VECTORS,
     MIXTRAL_EXPERTS,
     MLP,
+    MTP,
     NORMS,
     QK_NORMS,
     QWEN35_ENDS,
+    QWEN35_MTP,
     QWEN35_NORMS,
     ROTARY_ATTENTION,
 )
@@ -140,6 +142,8 @@ MINIMAX_CORRECTION = Weight("blk.{n}.exp_probs_b.bias", f"{LAYER}.block_sparse_m
 
 MIMO_SINKS = Weight("blk.{n}.attn_sinks.weight", f"{LAYER}.self_attn.attention_sink_bias", bare=True)
 
+MIMO_MTP = (*MTP, Weight("blk.{n}.layer_output_norm", f"{LAYER}.final_layernorm"))
+
 # As its class has them; its files have gate and up in two stacks
 STEP_EXPERTS = (
     Weight("blk.{n}.attn_gate", f"{LAYER}.self_attn.g_proj"),
@@ -175,14 +179,23 @@ EXPERT_ARCHITECTURES = (
     Architecture(
         "qwen35moe",
         ("qwen3_5_moe_text",),
-        (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *LINEAR_ATTENTION, *LINEAR_VECTORS, *EXPERTS, *SHARED_EXPERT),
+        (
+            *QWEN35_ENDS,
+            *QWEN35_NORMS,
+            *ATTENTION,
+            *LINEAR_ATTENTION,
+            *LINEAR_VECTORS,
+            *EXPERTS,
+            *SHARED_EXPERT,
+            *QWEN35_MTP,
+        ),
         ("qwen3_5_moe",),
     ),
     Architecture("llama4", ("llama4_text",), (*ENDS, *NORMS, *ATTENTION, *LLAMA4_EXPERTS), ("llama4",)),
     Architecture(
         "glm4moe",
         ("glm4_moe", "solar_open"),
-        (*ENDS, *GLM4_NORMS, *ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS),
+        (*ENDS, *GLM4_NORMS, *ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS, *MTP),
         ("glm4v_moe",),
     ),
     Architecture("dots1", ("dots1",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS, *SHARED_EXPERTS)),
@@ -203,17 +216,17 @@ EXPERT_ARCHITECTURES = (
     Architecture(
         "deepseek2",
         ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"),
-        (*ENDS, *NORMS, *LATENT_ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS),
+        (*ENDS, *NORMS, *LATENT_ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS, *MTP),
     ),
     Architecture(
         "deepseek32",
         ("deepseek_v32",),
-        (*ENDS, *NORMS, *LATENT_ATTENTION, *INDEXER, *MLP, *EXPERTS, *SHARED_EXPERTS),
+        (*ENDS, *NORMS, *LATENT_ATTENTION, *INDEXER, *MLP, *EXPERTS, *SHARED_EXPERTS, *MTP),
     ),
     Architecture(
         "glm-dsa",
         ("glm_moe_dsa",),
-        (*ENDS, *NORMS, *LATENT_ATTENTION, *INDEXER, *MLP, *EXPERTS, *SHARED_EXPERTS),
+        (*ENDS, *NORMS, *LATENT_ATTENTION, *INDEXER, *MLP, *EXPERTS, *SHARED_EXPERTS, *MTP),
     ),
     Architecture(
         "mistral4", ("mistral4",), (*ENDS, *NORMS, *LATENT_ATTENTION, *MLP, *MISTRAL4_EXPERTS, *SHARED_EXPERTS)
@@ -222,7 +235,7 @@ EXPERT_ARCHITECTURES = (
     Architecture(
         "exaone-moe",
         ("exaone_moe",),
-        (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS, EXAONE_CORRECTION, *SHARED_EXPERTS[1:]),
+        (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS, EXAONE_CORRECTION, *SHARED_EXPERTS[1:], *MTP),
     ),
     Architecture(
         "hunyuan-moe",
@@ -234,7 +247,9 @@ EXPERT_ARCHITECTURES = (
     ),
     Architecture("phimoe", ("phimoe",), (*ENDS, *NORMS, *ATTENTION, *MIXTRAL_EXPERTS)),
     Architecture(
-        "mimo2", ("mimo_v2_flash",), (*ENDS, *NORMS, *ATTENTION, MIMO_SINKS, *MLP, *EXPERTS, SHARED_EXPERTS[0])
+        "mimo2",
+        ("mimo_v2_flash",),
+        (*ENDS, *NORMS, *ATTENTION, MIMO_SINKS, *MLP, *EXPERTS, SHARED_EXPERTS[0], *MIMO_MTP),
     ),
     Architecture(
         "step35",

@@ -24,6 +24,7 @@ from .llama import (
     MLP,
     NORMS,
     QWEN35_ENDS,
+    QWEN35_MTP,
     QWEN35_NORMS,
     ROTARY_ATTENTION,
 )
@@ -184,7 +185,7 @@ HYBRID_ARCHITECTURES = (
     Architecture(
         "qwen3next",
         ("qwen3_next",),
-        (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *QWEN3_NEXT, *EXPERTS, *SHARED_EXPERT),
+        (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *QWEN3_NEXT, *EXPERTS, *SHARED_EXPERT, *QWEN35_MTP),
     ),
     Architecture("lfm2", ("lfm2",), LFM2),
     Architecture("lfm2moe", ("lfm2_moe",), (*LFM2, *LFM2_EXPERTS)),

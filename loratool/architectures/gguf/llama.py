@@ -88,6 +88,18 @@ APERTUS_NORMS = (
 
 QWEN35_ENDS = (ENDS[0], Weight("output_norm", "model.norm", change="plus one"), ENDS[2])
 
+# Only in MTP layers
+MTP = (
+    Weight("blk.{n}.nextn.eh_proj", f"{LAYER}.eh_proj"),
+    Weight("blk.{n}.nextn.enorm", f"{LAYER}.enorm"),
+    Weight("blk.{n}.nextn.hnorm", f"{LAYER}.hnorm"),
+    Weight("blk.{n}.nextn.embed_tokens", f"{LAYER}.embed_tokens"),
+    Weight("blk.{n}.nextn.shared_head_head", f"{LAYER}.shared_head.head"),
+    Weight("blk.{n}.nextn.shared_head_norm", f"{LAYER}.shared_head.norm"),
+)
+
+QWEN35_MTP = tuple(replace(each, change="plus one" if each.gguf.endswith("norm") else "") for each in MTP)
+
 QWEN35_NORMS = (
     Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm", change="plus one"),
     Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_attention_layernorm", change="plus one"),
@@ -130,7 +142,7 @@ LLAMA_ARCHITECTURES = (
     Architecture(
         "qwen35",
         ("qwen3_5_text",),
-        (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *LINEAR_ATTENTION, *LINEAR_VECTORS, *MLP),
+        (*QWEN35_ENDS, *QWEN35_NORMS, *ATTENTION, *LINEAR_ATTENTION, *LINEAR_VECTORS, *MLP, *QWEN35_MTP),
         ("qwen3_5",),
     ),
     Architecture(

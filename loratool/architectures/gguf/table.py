@@ -286,9 +286,10 @@ NEEDED = (
 # Last names of tensors with inputs of the model's width (last dimension), and with outputs of it (first dimension)
 READS = frozenset(
     """token_embd output output_norm attn_norm ffn_norm post_attention_norm post_ffw_norm attn_q attn_k attn_v attn_qkv
-    attn_q_a attn_kv_a_mqa ffn_gate ffn_up ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_gate_shexp ffn_up_shexp""".split()
+    attn_q_a attn_kv_a_mqa ffn_gate ffn_up ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_gate_shexp ffn_up_shexp
+    enorm hnorm shared_head_norm shared_head_head embed_tokens""".split()
 )
-WRITES = frozenset("attn_output ffn_down ffn_down_exps ffn_down_shexp".split())
+WRITES = frozenset("attn_output ffn_down ffn_down_exps ffn_down_shexp eh_proj".split())
 
 # Prefixes of transformers' modules that no GGUF file has: BERT's
 NOT_IN_GGUF = ("pooler.",)
