@@ -352,6 +352,43 @@ def test_the_kernels_of_lfm2_are_of_one_channel(tmp_path: Path) -> None:
             read(of_heads(*heads))
 
 
+def test_mtp_layers(tmp_path: Path) -> None:
+    """Those of EXAONE with experts, here without: in its files they have numbers of their own and share modules."""
+    fields: dict[str, Any] = {"attention.layer_norm_rms_epsilon": 1e-5, "feed_forward_length": 16}
+    fields |= {f"expert_{name}": 2 for name in ("count", "used_count", "feed_forward_length", "shared_count")}
+    fields |= {"expert_weights_norm": True, "leading_dense_block_count": 3, "attention.sliding_window": 4}
+    shapes = {f"ffn_{n}": (16, 8) for n in ("gate", "up")} | {"ffn_down": (8, 16), "nextn.eh_proj": (8, 16)}
+    shapes |= {f"attn_{n}": (8, 8) for n in ("q", "k", "v", "output")}
+    norms = ["attn_norm", "ffn_norm", "nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm"]
+
+    def written(blocks: int, mtp: int, without: str = "none") -> Path:
+        tensors = vectors("output_norm.weight") | {"token_embd.weight": floats(matrix(5, 8).numpy())}
+        for i in range(blocks):
+            named = {f"blk.{i}.{name}.weight": floats(matrix(*shape).numpy()) for name, shape in shapes.items()}
+            named |= vectors(*(f"blk.{i}.{name}.weight" for name in norms))
+            named |= vectors(*(f"blk.{i}.attn_{n}_norm.weight" for n in "qk"), size=4)
+            tensors |= {name: W for name, W in named.items() if i >= blocks - mtp or ".nextn." not in name}
+        tensors = {name: W for name, W in tensors.items() if not name.startswith(without)}
+        counts = {"block_count": blocks, "nextn_predict_layers": mtp}
+        return write(tmp_path / "m.gguf", gguf_fields("exaone-moe", **fields, **counts), tensors)
+
+    view = as_transformers(open_checkpoint(written(2, 1))).checkpoint
+    ours = {name for name in view if name.startswith("mtp.")}
+    kinds = {"mtp.layers.0.self_attn.q_proj.weight", "mtp.layers.0.mlp.up_proj.weight", "mtp.norm.weight"}
+    assert ours >= kinds and torch.equal(view["mtp.fc.weight"], matrix(8, 16)) and len(ours) == 15
+    assert view.config["num_hidden_layers"] == view.config["num_nextn_predict_layers"] == 1
+    view = as_transformers(open_checkpoint(written(2, 1, without="blk.1."))).checkpoint  # as llama.cpp reads it too
+    assert view.config["num_hidden_layers"] == 1 and view.config["num_nextn_predict_layers"] == 0
+    assert not any(name.startswith("mtp.") for name in view)
+    for file, message in {
+        (2, 2): "has 2 layers, and 2 of them are MTP layers",
+        (2, 1, "blk.1.nextn.enorm"): "model.layers.1.enorm.weight: is missing",
+        (3, 2): "mtp.fc.weight: is shared by all MTP layers",
+    }.items():
+        with pytest.raises(InputError, match=re.escape(message)):
+            read(written(*file))
+
+
 def test_the_numbers_of_apertus_activation_are_in_fields(tmp_path: Path) -> None:
     numbers = {"alpha_n": [-0.5, 0.25], "alpha_p": [1.5, 2.5], "beta": [0.5, 0.5], "eps": [-0.125, -0.25]}
     fields = {key.replace("llama.", "apertus."): value for key, value in llama_fields().items()}
