@@ -159,12 +159,12 @@ def _with_mtp_names(tensors: Mapping[str, RelaidTensor], key: str, layers: int, 
     row, renamed = MTP_LAYERS[key], dict[str, RelaidTensor]()
     for name, tensor in tensors.items():
         match = LAYER.match(name)
-        if row.start and match and int(match[2]) >= layers:
+        if match and (layer := int(match[2])) >= layers:
             module, _, role = match[3].removeprefix(".").rpartition(".")
-            path = row.names.get(module, f"{row.start}{{n}}.{module}").replace("{n}", str(int(match[2]) - layers))
-            if f"{path}.{role}" in renamed:
-                raise InputError("is shared by all MTP layers, and the file has one of each", culprit=f"{path}.{role}")
-            name = f"{path}.{role}"
+            path = row.names.get(module, f"{row.path}.{module}")
+            name = f"{path.replace('{n}', str(layer - layers)).replace('{layer}', str(layer))}.{role}"
+            if name in renamed:
+                raise InputError("is shared by all MTP layers, and the file has one of each", culprit=name)
         renamed[name] = tensor
     return renamed
 

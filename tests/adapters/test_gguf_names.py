@@ -40,9 +40,10 @@ UNTOLD = (
     "granitemoehybrid dense",
 )  # fmt: skip
 
-STACKED = """afmoe deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe glm4_moe glm4v_moe glm_moe_dsa gpt_oss
-    granitemoe granitemoehybrid hunyuan_v1_moe jamba kimi_linear lfm2_moe llama4 llama4_text
-    mimo_v2_flash minimax_m2 mistral4 mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
+STACKED = """afmoe cohere2_moe deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe glm4_moe glm4v_moe glm_moe_dsa
+    gpt_oss
+    granitemoe granitemoehybrid hunyuan_v1_moe hy_v3 jamba kimi_linear lfm2_moe llama4 llama4_text
+    mellum mimo_v2_flash minimax_m2 mistral4 mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
     qwen3_5_moe_text qwen3_moe qwen3_next qwen3_vl_moe step3p7""".split()
 
 

@@ -79,6 +79,14 @@ GLM_SHARED = {
 
 CONVOLUTIONS = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
 
+MELLUM = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "full_attention": {**YARN, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+
 FALCON = {"max_position_embeddings": 2048, "ffn_hidden_size": 128}  # the first is what its converter writes anyhow
 
 GATED = {
@@ -196,6 +204,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lfm2": ("causal", "lfm2", CONVOLUTIONS | {"block_auto_adjust_ff_dim": False}),
     "lfm2 rounded": ("causal", "lfm2", CONVOLUTIONS),
     "lfm2moe": ("causal", "lfm2_moe", {}),
+    "granite_swa": ("causal", "granite_swa", {"attention_multiplier": 0.125, "tie_word_embeddings": False}),
+    "granite_swa positions": ("causal", "granite_swa", {"layer_rope_theta": [0.0, 1e4]}),
+    "mellum": ("causal", "mellum", {"layer_types": ["sliding_attention", "full_attention"]}),
+    "mellum long": ("causal", "mellum", MELLUM),
+    "hy_v3": ("causal", "hy_v3", {"num_shared_experts": 2}),
+    "cohere2moe": ("causal", "cohere2_moe", {"num_shared_experts": 1}),
+    "cohere2moe sigmoid": ("causal", "cohere2_moe", {"expert_selection_fn": "sigmoid", "norm_topk_prob": False}),
+    "cohere2moe dense": (
+        "causal",
+        "cohere2_moe",
+        {"mlp_layer_types": ["dense", "sparse"], "prefix_dense_intermediate_size": 80},
+    ),
     "minicpm3": ("causal", "minicpm3", {}),
     "minicpm3 long": ("causal", "minicpm3", {"rope_parameters": LONG | {"original_max_position_embeddings": 128}}),
     "qwen3next": ("causal", "qwen3_next", {}),
@@ -377,6 +397,8 @@ MTP: dict[str, tuple[str, str, dict[str, Any]]] = {
     "deepseek32": ("deepseek_v32", "appended", {}),
     "glm-dsa": ("glm_moe_dsa", "appended", {}),
     "exaone-moe": ("exaone_moe", "shared", {"num_nextn_predict_layers": 1}),
+    "hy_v3": ("hy_v3", "hy_v3", {}),
+    "cohere2moe": ("cohere2_moe", "appended", {}),
     "mimo2": ("mimo_v2_flash", "mimo", MIMO),
     "qwen3next": ("qwen3_next", "shared", {}),
     "qwen35": ("qwen3_5_text", "shared", {"mtp_num_hidden_layers": 1}),
@@ -387,6 +409,7 @@ MTP: dict[str, tuple[str, str, dict[str, Any]]] = {
 LAYOUTS = {
     "appended": (["model.layers.2"], "eh_proj enorm hnorm shared_head.norm embed_tokens shared_head.head"),
     "shared": (["mtp.layers.0"], "mtp.fc mtp.pre_fc_norm_embedding mtp.pre_fc_norm_hidden mtp.norm"),
+    "hy_v3": (["model.layers.2"], "eh_proj enorm hnorm final_layernorm"),
     "mimo": ([f"model.mtp.layers.{i}" for i in range(3)], "eh_proj enorm hnorm final_layernorm"),
 }
 
@@ -415,7 +438,7 @@ def with_mtp(folder: Path, layout: str) -> None:
     for name, shape in shapes.items():
         tensors[name] = (torch.randint(-128, 128, shape, generator=generator) / 256).to(tensors["model.norm.weight"])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    if layout == "appended":
+    if layout in ("appended", "hy_v3"):
         (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
 
 

@@ -18,6 +18,10 @@ PATTERN = "attention.sliding_window_pattern"
 
 RECURRENT = "attention.recurrent_layers"
 
+ROTATING = "attention.rope_pattern"
+
+GATINGS = {1: "softmax", 2: "sigmoid"}  # expert_gating_func -> expert_selection_fn
+
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 
 MTP = "nextn_predict_layers"  # the number of MTP layers, which are the last ones
@@ -152,7 +156,7 @@ def _mtp(model: GgufFields, layers: int) -> dict[str, Any]:
     """Return the number of layers without MTP layers, and that of those; llama.cpp also runs files without these."""
     is_there = any(name.startswith(f"blk.{layers}.") for name in model.shapes)
     count = MTP_LAYERS[model.architecture].count
-    return {"num_hidden_layers": layers} | ({count: model.get(MTP) if is_there else 0} if count else {})
+    return {"num_hidden_layers": layers} | ({count: model.get(MTP)} if count and is_there else {})
 
 
 def _require_told(model: GgufFields, row: Config) -> None:
@@ -726,7 +730,7 @@ def _mimo2(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "num_key_value_heads": heads_of[0],
         "layer_types": ["sliding_attention" if each else "full_attention" for each in windowed],
-        "mlp_layer_types": ["sparse" if model.has(f"blk.{i}.ffn_gate_inp.weight") else "dense" for i in range(layers)],
+        "mlp_layer_types": _kinds_of_mlps(model, config),
         "attention_value_scale": model.get("attention.value_scale", 1.0),
         "sliding_window": model.need("attention.sliding_window")
         + 1,  # in the files on the Hub without the token itself
@@ -828,9 +832,71 @@ def _pooling(model: GgufFields, names: Mapping[int, str]) -> dict[str, Any]:
     return {} if kind is None else {"classifier_pooling": names[kind]}
 
 
+def _granite_swa(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base of each layer's frequencies: 0 if it does not rotate. The converter writes one base for all."""
+    if f"{model.architecture}.{ROTATING}" not in model.fields:
+        return {}
+    rotating = _flags(model, ROTATING, config["num_hidden_layers"])
+    return {"layer_rope_theta": [config["rope_theta"] if each else 0.0 for each in rotating]}
+
+
+def _mellum(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the two rotary embeddings: only layers without a window have a scaling."""
+    theta = model.get("rope.freq_base", DEFAULT_THETA)
+    scaling = _scaling(model, CONFIGS["mellum"][0], theta, config["head_dim"])
+    windowed = {"rope_type": "default", "rope_theta": model.get("rope.freq_base_swa", theta)}
+    full = {"rope_type": "default", "rope_theta": theta} | scaling
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": windowed}}
+
+
+def _kinds_of_mlps(model: GgufFields, config: Mapping[str, Any]) -> list[str]:
+    """Return which layers have experts."""
+    layers = range(config["num_hidden_layers"])
+    return ["sparse" if model.has(f"blk.{i}.ffn_gate_inp.weight") else "dense" for i in layers]
+
+
+def _hy_v3(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "mlp_layer_types": _kinds_of_mlps(model, config),
+        "num_shared_experts": _shared_experts(model, config["moe_intermediate_size"]),
+    }
+
+
+def _shared_experts(model: GgufFields, width: int) -> int:
+    """Return the number of shared experts, which are one of a multiple of the others' width."""
+    shared = model.get("expert_shared_feed_forward_length", 0)
+    if not width or shared % width:
+        raise InputError(f"has shared experts of the width {shared}, no multiple of {width}", culprit=model.name)
+    return int(shared // width)
+
+
+def _cohere2_moe(model: GgufFields, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which layers have experts, how these are chosen, and the number of shared ones.
+
+    llama.cpp rotates all layers without experts, which is what the class does by default.
+    """
+    kinds, gating, dense = (
+        _kinds_of_mlps(model, config),
+        model.get("expert_gating_func", 2),
+        "leading_dense_block_count",
+    )
+    if gating not in GATINGS or sorted(kinds) != kinds or kinds.count("dense") != model.get(dense, 0):
+        raise InputError("has layers or experts that Cohere 2 does not have", culprit=model.name)
+    shared = _shared_experts(model, config["intermediate_size"])
+    if model.get("expert_shared_count", 0) != shared:
+        raise InputError(f"has another number of shared experts than {shared}, by their width", culprit=model.name)
+    return {
+        "mlp_layer_types": kinds,
+        "expert_selection_fn": GATINGS[gating],
+        "num_shared_experts": shared,
+        "prefix_dense_intermediate_size": model.size("blk.0.ffn_up.weight", 0) if "dense" in kinds else None,
+    }
+
+
 # Rows' `nested` -> (the file's model, the config so far) -> more fields
 RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "dbrx": _dbrx,
+    "cohere2-moe": _cohere2_moe,
     "deepseek": _deepseek,
     "eurobert": _eurobert,
     "exaone4": _exaone4,
@@ -843,12 +909,15 @@ RULES: dict[str, Callable[[GgufFields, Mapping[str, Any]], dict[str, Any]]] = {
     "glm-dsa": _glm_dsa,
     "glm4-moe-lite": _glm4_moe_lite,
     "granite-hybrid": _granite_hybrid,
+    "granite-swa": _granite_swa,
     "hunyuan-moe": _hunyuan_moe,
+    "hy-v3": _hy_v3,
     "jamba": _jamba,
     "kimi-linear": _kimi_linear,
     "lfm2": _lfm2,
     "llama4": _llama4,
     "mamba": _mamba,
+    "mellum": _mellum,
     "mimo2": _mimo2,
     "minicpm3": _minicpm3,
     "ministral3": _ministral3,

@@ -43,7 +43,7 @@ KINDS: dict[tuple[type, ...], frozenset[str]] = {
     (str,): frozenset({"rope.scaling.type", "hidden_activation"}),
     (bool,): frozenset(
         """expert_weights_norm use_parallel_residual attention.sliding_window_pattern attention.indexer.types
-        ssm.dt_b_c_rms""".split()
+        attention.rope_pattern ssm.dt_b_c_rms""".split()
     ),
     (float, int): frozenset(
         """attention.layer_norm_rms_epsilon attention.layer_norm_epsilon attention.clamp_kqv attention.scale
@@ -715,6 +715,58 @@ CONFIGS: dict[str, tuple[Config, ...]] = {
             nested="lfm2",
         ),
     ),
+    "granite_swa": (
+        Config(
+            "granite_swa",
+            "GraniteSWAForCausalLM",
+            DECODER | GRANITE | WINDOW,
+            has=QUERY_BIAS | MLP_BIAS,
+            window_every=4,
+            nested="granite-swa",
+        ),
+    ),
+    "mellum": (
+        Config(
+            "mellum",
+            "MellumForCausalLM",
+            DECODER | HEAD_DIM | QWEN_MOE | WINDOW,
+            has=QUERY_BIAS,
+            constants={"norm_topk_prob": True},
+            rotates=False,
+            window_every=4,
+            nested="mellum",
+        ),
+    ),
+    "hy_v3": (
+        Config(
+            "hy_v3",
+            "HYV3ForCausalLM",
+            DECODER | HEAD_DIM | QWEN_MOE | {"router_scaling_factor": "expert_weights_scale"},
+            has=QUERY_BIAS | MLP_BIAS,
+            granted={"expert_gating_func": 2, "expert_weights_norm": True},
+            nested="hy-v3",
+        ),
+    ),
+    "cohere2moe": (
+        Config(
+            "cohere2_moe",
+            "Cohere2MoeForCausalLM",
+            {name: key for name, key in LAYER_NORM.items() if name not in INNER}
+            | HEAD_DIM
+            | WINDOW
+            | {
+                "num_experts": "expert_count",
+                "num_experts_per_tok": "expert_used_count",
+                "intermediate_size": "expert_feed_forward_length",
+                "expert_selection_fn": "expert_gating_func",
+                "norm_topk_prob": "expert_weights_norm",
+                "logit_scale": "logit_scale",
+            },
+            has=QUERY_BIAS,
+            window_every=4,
+            nested="cohere2-moe",
+        ),
+    ),
     "smollm3": (Config("smollm3", "SmolLM3ForCausalLM", DECODER, has=QUERY_BIAS),),
     "qwen3next": (
         replace(
@@ -959,10 +1011,9 @@ IN_FIELDS: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
 class MtpLayers:
     """The MTP layers of an architecture, which GGUF has after the others, as transformers' files have them."""
 
-    start: str = ""  # what is before their numbers, which begin at 0; empty if they continue the others'
-    names: Mapping[str, str] = field(
-        default_factory=dict
-    )  # module -> its path if it differs; all share one without {n}
+    # In paths, {n} is the layer's number among these, and {layer} its number among all
+    path: str = "model.layers.{layer}"
+    names: Mapping[str, str] = field(default_factory=dict)  # module -> another path; all share one without a number
     count: str = "num_nextn_predict_layers"  # the field of config.json with their number; empty if it has none
 
 
@@ -975,13 +1026,14 @@ _SHARED_MTP = {
 
 # general.architecture -> its MTP layers
 MTP_LAYERS = {
-    **dict.fromkeys(("glm4moe", "deepseek2", "deepseek32", "glm-dsa"), MtpLayers()),
-    "exaone-moe": MtpLayers("mtp.layers.", _SHARED_MTP),
+    **dict.fromkeys(("glm4moe", "deepseek2", "deepseek32", "glm-dsa", "cohere2moe"), MtpLayers()),
+    "exaone-moe": MtpLayers("mtp.layers.{n}", _SHARED_MTP),
+    "hy_v3": MtpLayers(names={"shared_head.norm": "model.layers.{layer}.final_layernorm"}),
     "mimo2": MtpLayers(
-        "model.mtp.layers.", {"post_attention_layernorm": "model.mtp.layers.{n}.pre_mlp_layernorm"}, count=""
+        "model.mtp.layers.{n}", {"post_attention_layernorm": "model.mtp.layers.{n}.pre_mlp_layernorm"}, count=""
     ),
-    "qwen3next": MtpLayers("mtp.layers.", _SHARED_MTP, count=""),
-    **dict.fromkeys(("qwen35", "qwen35moe"), MtpLayers("mtp.layers.", _SHARED_MTP, "mtp_num_hidden_layers")),
+    "qwen3next": MtpLayers("mtp.layers.{n}", _SHARED_MTP, count=""),
+    **dict.fromkeys(("qwen35", "qwen35moe"), MtpLayers("mtp.layers.{n}", _SHARED_MTP, "mtp_num_hidden_layers")),
 }
 
 # Classes without a head, in whose files the names of the tables lack `model.`

@@ -18,6 +18,7 @@ from .llama import (
     QWEN35_MTP,
     QWEN35_NORMS,
     ROTARY_ATTENTION,
+    SINKS,
 )
 from .table import Architecture, Weight
 
@@ -46,7 +47,7 @@ QWEN3_VL_EXPERTS = (
 GPT_OSS = (
     Weight("blk.{n}.attn_norm", f"{LAYER}.input_layernorm"),
     Weight("blk.{n}.post_attention_norm", f"{LAYER}.post_attention_layernorm"),
-    Weight("blk.{n}.attn_sinks.weight", f"{LAYER}.self_attn.sinks", bare=True),
+    SINKS,
     Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.mlp.router"),
     Weight("blk.{n}.ffn_gate_exps.weight", f"{LAYER}.mlp.experts.gate_up_proj", "even", transposed=True, bare=True),
     Weight("blk.{n}.ffn_up_exps.weight", f"{LAYER}.mlp.experts.gate_up_proj", "odd", transposed=True, bare=True),
@@ -136,6 +137,12 @@ HUNYUAN_EXPERTS = (
     Weight("blk.{n}.ffn_gate_shexp", f"{LAYER}.mlp.shared_mlp.gate_proj"),
     Weight("blk.{n}.ffn_up_shexp", f"{LAYER}.mlp.shared_mlp.up_proj"),
     Weight("blk.{n}.ffn_down_shexp", f"{LAYER}.mlp.shared_mlp.down_proj"),
+)
+
+HY_V3_EXPERTS = (
+    Weight("blk.{n}.ffn_gate_inp", f"{LAYER}.mlp.router.gate"),
+    *HUNYUAN_EXPERTS[1:],
+    Weight("blk.{n}.exp_probs_b", f"{LAYER}.mlp.expert_bias", bare=True),
 )
 
 MINIMAX_CORRECTION = Weight("blk.{n}.exp_probs_b.bias", f"{LAYER}.block_sparse_moe.e_score_correction_bias", bare=True)
@@ -244,6 +251,15 @@ EXPERT_ARCHITECTURES = (
     ),
     Architecture(
         "minimax-m2", ("minimax_m2",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MIXTRAL_EXPERTS, MINIMAX_CORRECTION)
+    ),
+    Architecture(
+        "hy_v3",
+        ("hy_v3",),
+        (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP, *EXPERTS[1:], *HY_V3_EXPERTS, *MTP),
+    ),
+    Architecture("mellum", ("mellum",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *EXPERTS)),
+    Architecture(
+        "cohere2moe", ("cohere2_moe",), (*ENDS, NORMS[0], *ATTENTION, *MLP, *EXPERTS, *SHARED_EXPERTS[1:], *MTP)
     ),
     Architecture("phimoe", ("phimoe",), (*ENDS, *NORMS, *ATTENTION, *MIXTRAL_EXPERTS)),
     Architecture(

@@ -50,6 +50,8 @@ MLP = (
     Weight("blk.{n}.ffn_down", f"{LAYER}.mlp.down_proj"),
 )
 
+SINKS = Weight("blk.{n}.attn_sinks.weight", f"{LAYER}.self_attn.sinks", bare=True)
+
 # Granite 4 without recurrent layers and without experts has the names of one with them
 GRANITE_MLP = (
     *(replace(each, types=("granite",)) for each in MLP),
@@ -165,6 +167,7 @@ LLAMA_ARCHITECTURES = (
     Architecture("qwen3", ("qwen3",), (*ENDS, *NORMS, *ATTENTION, *QK_NORMS, *MLP)),
     Architecture("smollm3", ("smollm3",), (*ENDS, *NORMS, *ROTARY_ATTENTION, *MLP)),
     Architecture("granite", ("granite", "granitemoehybrid"), (*ENDS, *NORMS, *ROTARY_ATTENTION, *GRANITE_MLP)),
+    Architecture("granite_swa", ("granite_swa",), (*ENDS, *NORMS, *ROTARY_ATTENTION, SINKS, *MLP)),
     Architecture("olmo", ("olmo",), (*NORMLESS_ENDS, *ROTARY_ATTENTION, *MLP)),
     Architecture("olmo2", ("olmo2", "olmo3"), (*ENDS, *POST_NORMS, *ATTENTION, *QK_NORMS, *MLP)),
     Architecture("stablelm", ("stablelm",), (*ENDS, *NORMS, *ATTENTION, *MLP)),

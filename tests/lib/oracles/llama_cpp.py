@@ -28,6 +28,7 @@ HYBRID_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
 
 # Model type -> (config of transformers 5) -> fields that a converter reads, as the files on the Hub have them
 OLD_FIELDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "granite_swa": lambda config: {"no_rope_layers": [int(theta > 0) for theta in config["layer_rope_theta"]]},
     "hunyuan_v1_moe": lambda config: {
         "moe_intermediate_size": [config["intermediate_size"]] * 2, "moe_topk": [config["moe_topk"]] * 2,
         "num_shared_expert": [1] * 2,
