@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES
+from conftest import FIXTURES, ROOT, run_command
 from files.hub.test_hub_download import hub
 from lib.harness.hub_server import HubServer, files_in
 
@@ -37,6 +38,7 @@ def test_a_merged_model_is_one_commit_of_a_new_private_repository(hub: HubServer
     assert not [path for path in (tmp_path / "own").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_replaced_with_force(hub: HubServer, tmp_path: Path) -> None:
     hub.add("org/merged", {"model-00001-of-00002.safetensors": b"\0", "picture.png": b"\0png", ".gitattributes": b"a"})
     with pytest.raises(NeedsFlag, match="hf://org/merged: exists already"):
@@ -47,6 +49,7 @@ def test_what_is_there_is_replaced_with_force(hub: HubServer, tmp_path: Path) ->
     assert last(hub, "org/merged") == {**files_in(tmp_path / "merged"), **kept}
 
 
+@pytest.mark.slow
 def test_a_file_in_a_folder(hub: HubServer, tmp_path: Path) -> None:
     hub.add("org/loras", {"README.md": b"mine", "loras/other.safetensors": b"\0"})
     loratool.convert(ADAPTER, out="hf://org/loras/loras/mine.safetensors", to="mlx")
@@ -86,3 +89,12 @@ def test_a_hub_that_takes_nothing(hub: HubServer, tmp_path: Path) -> None:
     kept = Path(str(refusal.value.remedy).rpartition("hf upload org/merged ")[2])
     loratool.merge(BASE, ADAPTER, tmp_path / "merged")
     assert files_in(kept) == files_in(tmp_path / "merged")
+
+
+def test_the_command_of_the_page(hub: HubServer) -> None:
+    text = (ROOT / "loratool" / "guides" / "hub.md").read_text()
+    (command,) = [line for line in text.splitlines() if line.startswith("loratool ") and "-o hf://" in line]
+    hub.add("Qwen/Qwen3-0.6B", files_in(BASE))
+    hub.add("org/adapter", files_in(ADAPTER))
+    done = run_command(*shlex.split(command)[1:])
+    assert done.exit_code == 0 and "wrote hf://org/merged" in done.stdout and last(hub, "org/merged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_model, write_peft
+from conftest import ROOT, run_command, write_model, write_peft
 from files.stores.test_objects import contents, pair, s3
 
 import loratool
@@ -65,16 +66,17 @@ def unfinished(s3: Any) -> list[str]:
 
 def test_a_merge_into_a_store_has_the_bytes_of_one_here(s3: Any, pair: Path, tmp_path: Path, cache: Path) -> None:
     loratool.merge(pair / "model", pair / "adapter", tmp_path / "merged", digest=True)
-    report = loratool.merge(pair / "model", pair / "adapter", "s3://bucket/merged", digest=True)
-    assert report.out == "s3://bucket/merged" and report.undo == "s3://bucket/merged/loratool.undo"
-    found = stored(s3, "bucket/merged")
+    report = loratool.merge(pair / "model", pair / "adapter", "s3://bucket/joined", digest=True)
+    assert report.out == "s3://bucket/joined" and report.undo == "s3://bucket/joined/loratool.undo"
+    found = stored(s3, "bucket/joined")
     marker = json.loads(found.pop(MARKER))
     assert found == contents(tmp_path / "merged")
     assert marker["objects"] == {name: len(data) for name, data in found.items()}
-    assert marker["digest"] == report.digests["s3://bucket/merged"]
+    assert marker["digest"] == report.digests["s3://bucket/joined"]
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_an_adapter_and_a_single_file(s3: Any, pair: Path, large: Path, tmp_path: Path) -> None:
     loratool.resize(pair / "adapter", rank=1, out=tmp_path / "near")
     loratool.resize(pair / "adapter", rank=1, out="s3://bucket/small")
@@ -86,6 +88,7 @@ def test_an_adapter_and_a_single_file(s3: Any, pair: Path, large: Path, tmp_path
         assert s3.cat(f"bucket/far{name}") == (tmp_path / f"near{name}").read_bytes()
 
 
+@pytest.mark.slow
 def test_parts_are_released_when_they_are_sent(
     s3: Any, large: Path, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +177,7 @@ def test_resuming_sends_only_what_the_store_lacks(
     assert not unfinished(s3)
 
 
+@pytest.mark.slow
 def test_beginning_anew_removes_what_a_run_that_died_had_sent(
     s3: Any, large: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +208,7 @@ def test_a_store_that_takes_parts_only_in_order(memory: Any, large: Path, tmp_pa
     assert found.pop(MARKER) and found == contents(tmp_path / "near")
 
 
+@pytest.mark.slow
 def test_what_was_sent_is_verified_and_undone(memory: Any, pair: Path, tmp_path: Path) -> None:
     loratool.merge(pair / "model", pair / "adapter", "memory://out/merged")
     assert loratool.verify(pair / "model", pair / "adapter", "memory://out/merged").said_no is None
@@ -211,6 +216,7 @@ def test_what_was_sent_is_verified_and_undone(memory: Any, pair: Path, tmp_path:
     assert contents(tmp_path / "model") == contents(pair / "model")
 
 
+@pytest.mark.slow
 def test_every_command_that_writes_a_model(memory: Any, large: Path, tmp_path: Path, small_parts: None) -> None:
     base, adapter, merged = large / "model", large / "adapter", tmp_path / "merged"
     loratool.merge(base, adapter, merged)
@@ -238,6 +244,7 @@ def test_a_statement_needs_files(s3: Any, pair: Path, tmp_path: Path) -> None:
     assert not os.path.exists(tmp_path / "said.intoto.json")
 
 
+@pytest.mark.slow
 def test_a_recipe_whose_steps_read_what_was_sent(s3: Any, memory: Any, pair: Path, tmp_path: Path) -> None:
     model, adapter, merged = f"{pair}/model", f"{pair}/adapter", "s3://bucket/step/1"
     steps = [
@@ -266,3 +273,13 @@ def test_a_tokenizer_of_a_store_is_no_copy_by_its_stand_in(memory: Any, pair: Pa
         loratool.merge(f"{root}/model", f"{root}/adapter", out, tokenizer="adapter")
     assert b"the adapter" in (tmp_path / "near" / "tokenizer.json").read_bytes()
     assert (tmp_path / "far" / "tokenizer.json").read_bytes() == (tmp_path / "near" / "tokenizer.json").read_bytes()
+
+
+def test_the_command_of_the_page(s3: Any, pair: Path, tmp_path: Path) -> None:
+    text = (ROOT / "loratool" / "guides" / "stores.md").read_text()
+    (command,) = [line for line in text.splitlines() if line.startswith("loratool ")]
+    for name, folder in (("model", "base"), ("adapter", "adapter")):
+        s3.put(f"{pair}/{name}/", f"bucket/{folder}/", recursive=True)
+    done = run_command(*shlex.split(command)[1:])
+    assert done.exit_code == 0 and "wrote s3://bucket/merged" in done.stdout
+    assert MARKER in stored(s3, "bucket/merged")
