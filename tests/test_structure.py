@@ -83,7 +83,7 @@ HEAVY = (
 HEAVY_PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub"}
 # They read files of this machine alone: of the package, the cache, journals, models in place
 READERS_OF_PATHS = (
-    "durable files.hub.snapshots files.containers.stand_in files.stores.outgoing views.page.render commands.guide "
+    "durable files.hub.snapshots files.stores.outgoing views.page.render commands.guide "
     "commands.demo commands.in_place commands.unmerge.in_place"
 ).split()
 # Packages that hold more than a docstring: tables and faces.

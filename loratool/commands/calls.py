@@ -11,12 +11,14 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Generic, Literal, ParamSpec, TypeVar, get_args, get_type_hints
 
 from ..binding.modules.selection import PRESETS
 from ..files.dtypes import FACTOR_DTYPES, MERGE_DTYPES
+from ..files.hub.cache import reading_little
 from ..files.hub.names import SCHEME, HubName, parse_hub_name
 from ..files.stores.links import StoreLink, links_in_one_state, parse_store_link
 from ..transform.rank_rules import OF_ONE_FILE, RANK_RULES, RULES_OF_SEVERAL
@@ -69,7 +71,7 @@ class Call(Generic[R]):
             complete: Callable[[Call[R], R], R] = import_module(".digests", __package__).with_digests
             return complete(call, report)
 
-        with links_in_one_state():
+        with links_in_one_state(), reading_little() if getattr(self, "dry_run", False) else nullcontext():
             if target := output_elsewhere(getattr(self, "out", None)):
                 to_store = import_module(".to_store", __package__)
                 send = to_store.sent_to_store if isinstance(target, StoreLink) else to_store.sent_to_hub

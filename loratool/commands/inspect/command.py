@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,8 +29,7 @@ from ...files.containers.gguf_file import GgufFile
 from ...files.dtypes import FLOATS, TensorSpec
 from ...files.folder.side_files import is_patch
 from ...files.folder.weight_changes import find_change
-from ...files.hub.cache import place_named
-from ...files.hub.headers import headers_alone
+from ...files.hub.cache import by_ranges, place_named, reading_little
 from ...files.weights_file import WeightsFile, require_unchanged
 from ...views.inspect_delta import DeltaInspection
 from ...views.inspect_model import CheckpointReport, Group, MethodReport
@@ -60,14 +59,14 @@ def run_inspect(
         from .patches import inspect_delta
 
         return inspect_delta(found)
-    with nullcontext(call.path) if call.digest else headers_alone(call.path) as place:
-        if not holds_adapter(place):
-            checkpoint = open_checkpoint(place)
-            try:
-                _refuse_options(call.path, "is a checkpoint", call.base, None)
-                return _with_digest(_inspect_checkpoint(checkpoint, os.fspath(call.path)), checkpoint.shards, call)
-            finally:
-                checkpoint.close()
+    place = call.path if call.digest else by_ranges(call.path)
+    if not holds_adapter(place):
+        checkpoint = open_checkpoint(place)
+        try:
+            _refuse_options(call.path, "is a checkpoint", call.base, None)
+            return _with_digest(_inspect_checkpoint(checkpoint, os.fspath(call.path)), checkpoint.shards, call)
+        finally:
+            checkpoint.close()
     if other := open_other(call.path):
         file, fields, key, method = other
         with closing(file):
@@ -84,7 +83,9 @@ def run_inspect(
     try:
         from .adapter import inspect_adapter
 
-        return _with_digest(inspect_adapter(adapter, call.base), adapter.file.members, call)
+        with reading_little():  # of the base
+            inspection = inspect_adapter(adapter, call.base)
+        return _with_digest(inspection, adapter.file.members, call)
     finally:
         adapter.file.close()
 

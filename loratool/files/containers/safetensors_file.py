@@ -22,7 +22,6 @@ from ...errors import InputError
 from ..dtypes import DATA_ORDER, DTYPES, TensorSpec
 from ..weights_file import WeightsFile
 from .file_kinds import FIRST, kind_of
-from .stand_in import size_of_whole
 
 if TYPE_CHECKING:
     from ...numerics.arrays import Numbers
@@ -45,8 +44,6 @@ class TensorFile(WeightsFile):
         self._open(path)
         try:
             self._header = _read_header(self.file, path, self.nbytes)
-            if self.nbytes == 8 + len(self._header):
-                self.nbytes = size_of_whole(path) or self.nbytes
             specs, begin, metadata = _read_layout(self._header, path, self.nbytes)
             self.specs, self.begin = dict(specs), dict(begin)
             self.metadata = None if metadata is None else dict(metadata)

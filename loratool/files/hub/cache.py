@@ -7,6 +7,9 @@ without asking the hub for newer ones.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +22,8 @@ from ...errors import InputError, MachineError, install_remedy, shell_word
 from ..stores.links import StoreLink, here_of, parse_store_link
 from .names import HubName, parse_hub_name
 from .snapshots import Cached, find_snapshot, is_offline, look_up
+
+_by_ranges: ContextVar[bool] = ContextVar("_by_ranges", default=False)
 
 NO_SUCH = "no such file or folder"
 
@@ -36,8 +41,36 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
         InputError: there is no such path or model, or it may not be downloaded; the remedy tells how to allow it.
         MachineError: the download failed, or its requirements are not installed.
     """
+    if _by_ranges.get() and not config_alone:
+        return by_ranges(name)
     found = find_here(name, config_alone)
     return found if isinstance(found, Path) else import_download(found).download(found, config_alone)
+
+
+def by_ranges(name: str | os.PathLike[str]) -> Path:
+    """Return what `resolve` returns, with empty files in the places of those that are not in the cache.
+
+    Their bytes are read by ranges, as those in a store. If the hub does not send parts of files, they are downloaded.
+
+    Raises:
+        InputError, MachineError: as `resolve`.
+    """
+    found = find_here(name)
+    if isinstance(found, Path):
+        return found
+    module = import_download(found)
+    place: Path = module.place_by_ranges(found) or module.download(found)
+    return place
+
+
+@contextmanager
+def reading_little() -> Iterator[None]:
+    """Keep `resolve` from downloading weights, for a run that reads headers and few numbers."""
+    token = _by_ranges.set(True)
+    try:
+        yield
+    finally:
+        _by_ranges.reset(token)
 
 
 def find_here(name: str | os.PathLike[str], config_alone: bool = False) -> Path | HubName:

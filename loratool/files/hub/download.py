@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,10 +23,10 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_url, snapshot_downl
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from ...durable import disk
+from ...durable.elsewhere import forget_stand_ins, stand_in
 from ...durable.fileio import reading, sha256_file, size
-from ...errors import InputError, LoratoolError, MachineError
-from ..containers.safetensors_file import MAX_HEADER
-from ..containers.stand_in import write_stand_in
+from ...errors import InputError, LoratoolError, MachineError, show_as
+from ..stores.links import at_end
 from .choice import Needed, needed_files
 from .names import HubName, is_inside
 from .snapshots import SHORT_HASH, cache_folder, missing_files, repository_folder
@@ -38,13 +37,11 @@ stream: Any = getattr(utils, "http_stream_backoff", None)  # None before version
 COMMIT = re.compile("[0-9a-f]{40}")
 
 # Files beside the weights that tell what these are
-READ_BESIDE = ("config.json", "model_index.json", "modules.json", ".safetensors.index.json")
-
-FIRST_BYTES = 1 << 17  # of a file; most headers are shorter
-
-HEADERS_AT_ONCE = 8
+CONFIGS = ("config.json", "model_index.json", "modules.json", ".safetensors.index.json")
 
 HASHED_AT_ONCE = 4  # files; reading takes most of the time
+
+_placed: dict[HubName, Path | None] = {}  # name -> where it stands
 
 AGAIN = "check the connection and run the command again: complete files are not downloaded twice"
 
@@ -66,46 +63,73 @@ def download(name: HubName, config_alone: bool = False) -> Path:
     return found.folder / name.path
 
 
-def download_headers(name: HubName, into: Path) -> Path | None:
-    """Download the configs of a model, and the headers of its weights, as stand-ins.
-
-    Args:
-        into: a folder for a folder of the form of the cache's.
+def place_by_ranges(name: HubName) -> Path | None:
+    """Put empty files in the places of a model's, to be read by ranges; its configs are downloaded.
 
     Returns:
-        The path of its folder or file there; None if not all weights are in safetensors, or the hub sends whole files.
+        The path of its folder or file, until the commands that run have ended; None if the hub sends whole files, or
+        does not tell their sizes.
 
     Raises:
         InputError, MachineError: as `download`.
     """
-    if stream is None:
-        return None
+    if name not in _placed:
+        folder: Any = disk.temporary_folder()
+        at_end.append(partial(_forget, name, folder))
+        _placed[name] = _place(name, Path(folder.name)) if stream else None
+    return _placed[name]
+
+
+def _forget(name: HubName, folder: Any) -> None:
+    _placed.pop(name, None)
+    forget_stand_ins()
+    folder.cleanup()
+
+
+def _place(name: HubName, into: Path) -> Path | None:
+    """Do what `place_by_ranges` says, in a folder for a folder of the form of the cache's."""
     found = _find_commit(name)
     with reading(found.folder):
         while True:
             needed = found.needed()
-            weights = [file for file in needed.weights if not file.endswith(".json")]
-            small = [file for file in needed.files if file.endswith(READ_BESIDE) and file not in weights]
-            if not all(file.endswith(".safetensors") for file in weights):
-                return None
+            small = [file for file in needed.files if file.endswith(CONFIGS)]
             if not (missing := found.missing(small)):
                 break
             found.fetch(missing)
-        _require_there(weights, found.listed, name)
+        others = [file for file in needed.files if file not in small]
+        _require_there(others, found.listed, name)
+        if not all(found.sizes.get(file) for file in others):
+            return None
         place = into / found.folder.relative_to(cache_folder())
         for file in small:
             disk.make_folder((place / file).parent)
             disk.symlink(found.folder / file, place / file)
-    asker = ThreadPoolExecutor(HEADERS_AT_ONCE)
-    try:
-        headers = asker.map(partial(_read_header, name, found), weights)
-        for file, header in zip(weights, headers, strict=True):
-            if header is None:
-                return None
-            write_stand_in(place / file, header, found.sizes[file])
-    finally:
-        asker.shutdown(wait=False, cancel_futures=True)
+    weights = [file for file in needed.weights if file in others]
+    if weights and _read_range(name, found, weights[0], 0, 1) is None:
+        return None
+    show_as(str(place), name.repo)
+    for file in others:
+        disk.make_folder((place / file).parent)
+        disk.open_file(place / file, "w+b").close()
+        stand_in(place / file, _HubFile(name, found, file))
     return place / name.path
+
+
+class _HubFile:
+    """The bytes of a file of a commit, which stays as it is."""
+
+    def __init__(self, name: HubName, commit: _Commit, file: str) -> None:
+        self.name, self.nbytes, self.identity = name.within(file), commit.sizes[file], commit.folder.name
+        self._name, self._commit, self._file = name, commit, file
+
+    def fetch(self, first: int, end: int) -> bytes:
+        data = _read_range(self._name, self._commit, self._file, first, end)
+        if data is None:
+            raise MachineError("the hub sends all of it for a part", culprit=self.name, remedy=AGAIN)
+        return data
+
+    def require_same(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -153,26 +177,6 @@ def _find_commit(name: HubName) -> _Commit:
     folder = repository_folder(name) / "snapshots" / str(info.sha)
     is_hash = SHORT_HASH.fullmatch(name.revision or "") and str(info.sha).startswith(name.revision or "")
     return _Commit(name, listed, sizes, info.sha if is_hash else name.revision, folder)
-
-
-def _read_header(name: HubName, found: _Commit, file: str) -> bytes | None:
-    """Get a file's first bytes through its safetensors header: two requests, one if the first has them all.
-
-    Returns:
-        None if the hub does not know ranges.
-    """
-    whole = found.sizes.get(file)
-    if whole is None or whole < 8:
-        raise MachineError(f"{file} has no size in the hub's list", culprit=str(name))
-    data = _read_range(name, found, file, 0, min(FIRST_BYTES, whole))
-    if data is None:
-        return None
-    (length,) = struct.unpack("<Q", data[:8])
-    end = 8 + length
-    if length > MAX_HEADER or end > whole:
-        raise InputError(f"{file} is not a safetensors file", culprit=str(name))
-    rest = _read_range(name, found, file, len(data), end) if end > len(data) else b""
-    return None if rest is None else data[:end] + rest
 
 
 def _read_range(name: HubName, found: _Commit, file: str, first: int, end: int) -> bytes | None:

@@ -38,7 +38,7 @@ def test_a_model_is_inspected_by_its_headers(hub: HubServer, tmp_path: Path, sha
     hub.add("org/name", {**files_in(folder), "tokenizer.json": b"{}"})
     assert told("org/name") == told(folder)
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert sorted(name for name, _ in ranges(hub)) == weights
+    assert sorted(name for name, span in ranges(hub) if span != "bytes=0-0") == weights
     assert hub.fetched() - {*weights} == {path.name for path in folder.glob("*.json")}
     assert not [*tmp_path.glob("cache/**/*.safetensors")]
 
@@ -48,10 +48,10 @@ def test_a_long_header_takes_a_second_request(hub: HubServer, tmp_path: Path) ->
     data = (tmp_path / "m.safetensors").read_bytes()
     hub.add("org/name", {"m.safetensors": data})
     assert told("org/name/m.safetensors") == told(tmp_path / "m.safetensors")
-    (length,) = struct.unpack("<Q", data[:8])
     assert ranges(hub) == [
-        ("m.safetensors", "bytes=0-131071"),
-        ("m.safetensors", f"bytes=131072-{8 + length - 1}"),
+        ("m.safetensors", "bytes=0-0"),
+        ("m.safetensors", "bytes=0-262143"),
+        ("m.safetensors", f"bytes=262144-{len(data) - 1}"),
     ]
 
 
@@ -95,9 +95,9 @@ def test_a_part_of_another_length(hub: HubServer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (struct.pack("<Q", 1 << 60) + b"\0" * 100, "is not a safetensors file"),
+        (struct.pack("<Q", 1 << 60) + b"\0" * 100, "not a safetensors file|neither safetensors nor GGUF"),
         (struct.pack("<Q", 90) + b"{" * 100, "not valid JSON"),
-        (b"\0" * 4, "has no size in the hub's list|not a safetensors file"),
+        (b"\0" * 4, "neither safetensors nor GGUF"),
     ],
 )
 def test_broken_headers(hub: HubServer, data: bytes, match: str) -> None:
@@ -106,14 +106,24 @@ def test_broken_headers(hub: HubServer, data: bytes, match: str) -> None:
         loratool.inspect("org/name")
 
 
-def test_a_stand_in_has_no_numbers(hub: HubServer, tmp_path: Path) -> None:
-    from loratool.files.checkpoint import open_checkpoint
-    from loratool.files.hub.headers import headers_alone
+def test_a_dry_run_reads_little(hub: HubServer, tmp_path: Path) -> None:
+    size = 4000
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.weight": torch.ones(size, size, dtype=torch.bfloat16), "lm_head.weight": torch.ones(8, size)}
+    folder = write_model(tmp_path / "model", tensors, {"model_type": "llama"})
+    (folder / "tokenizer.json").write_text("{}")
+    adapter = write_peft(tmp_path / "adapter", {name: (torch.ones(2, size), torch.ones(size, 2))}, r=2, lora_alpha=2)
+    hub.add("org/name", files_in(folder))
+    near, far = (loratool.merge(base, adapter, "merged", dry_run=True) for base in (folder, "org/name"))
+    taken = sum(int(last) - int(first) + 1 for _, span in ranges(hub) for first, last in [span[6:].split("-")])
+    assert taken < 1 << 20 and not [*tmp_path.glob("cache/**/*.safetensors")]
+    assert asdict(near) | {"base": "", "free_bytes": 0} == asdict(far) | {"base": "", "free_bytes": 0}
 
-    hub.add("org/name", files_in(write_model(tmp_path / "model", TENSORS, {})))
-    with headers_alone("org/name") as place:
-        model = open_checkpoint(place)
-        assert model.specs[NAME].shape == (8, 8)
-        with pytest.raises(InputError, match="too early"):
-            model.shard_of[NAME].numbers(NAME)
-        model.close()
+
+def test_the_base_of_an_adapter_is_read_by_its_headers(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", TENSORS, {"model_type": "llama"})
+    adapter = write_peft(tmp_path / "adapter", FACTORS, r=2, lora_alpha=2)
+    hub.add("org/name", files_in(folder))
+    near, far = (told(adapter, base=base) for base in (folder, "org/name"))
+    assert near.pop("coverage") == {**far.pop("coverage"), "base": str(folder)} and near == far
+    assert not [*tmp_path.glob("cache/**/*.safetensors")]
