@@ -25,12 +25,16 @@ _SECRET = re.compile(
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # as the hub makes them
 
 
+MOST_SHOWN = 100  # other names of paths: those of the last links that a long-lived process has opened
+
 _shown: dict[str, tuple[re.Pattern[str], str]] = {}  # the beginning of a path -> a pattern of it, what texts have
 
 
 def show_as(beginning: str, shown: str) -> None:
     """Show paths that begin so under another name, in this process."""
     whole = re.compile(re.escape(beginning) + r"(?!\S*\.loratool-)")  # an output in the making is where it is
+    while len(_shown) >= MOST_SHOWN:
+        del _shown[next(iter(_shown))]
     _shown[beginning] = whole, shown.replace("\\", r"\\")
 
 
