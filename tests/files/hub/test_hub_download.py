@@ -415,7 +415,7 @@ def test_every_error_is_one_of_ours(hub: HubServer) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_download_at_once(hub: HubServer, tmp_path: Path, number: signal.Signals) -> None:
     hub.add("org/name", MODEL, stalled={"model.safetensors"})
-    words = ["-m", "loratool", "inspect", "org/name"]
+    words = ["-m", "loratool", "inspect", "org/name", "--digest"]
     with subprocess.Popen([sys.executable, *words], cwd=tmp_path, env=environment(hub, tmp_path)) as process:
         while "model.safetensors" not in hub.fetched():
             time.sleep(0.05)

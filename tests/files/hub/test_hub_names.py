@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from loratool.errors import InputError
 from loratool.files.hub.names import HubName, base_fields, cached_name, named_repo, parse_hub_name, shareable
+from loratool.files.stores.links import parse_store_link
 
 NAMES = {
     "org/name": ("org/name", None, ""),
@@ -47,9 +48,6 @@ REFUSED = {
     "hf://datasets/org/name": "one of the hub's datasets",
     "https://huggingface.co/spaces/org/name": "one of the hub's spaces",
     "https://huggingface.co/org/name/discussions/3": "not a link to a file or folder of a model",
-    "https://example.com/org/name": "only links to the hub's pages",
-    "https://huggingface.co.example.com/org/name": "only links to the hub's pages",
-    "https://user@huggingface.co:1/org/name": "only links to the hub's pages",
     "https://huggingface.co/org/name/resolve/%2e%2e/x": "not a link to a model",
     "hf://org/name@../x": "not a link to a model",
     "hf://../name": "not a link to a model",
@@ -78,6 +76,14 @@ def test_what_leads_elsewhere_is_a_path(text: str) -> None:
 def test_links_elsewhere_are_refused(text: str) -> None:
     with pytest.raises(InputError, match=REFUSED[text]):
         parse_hub_name(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["https://example.com/m", "https://huggingface.co.example.com/org/name", "https://user@huggingface.co:1/org/name"],
+)
+def test_links_to_other_hosts_are_of_stores(text: str) -> None:
+    assert parse_hub_name(text) is None and parse_store_link(text)
 
 
 def test_links_of_another_hub_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
