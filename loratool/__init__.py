@@ -69,6 +69,8 @@ if TYPE_CHECKING:
     from .views.unmerge import UnmergeReport
     from .views.verify import VerifyReport
 
+    __version__: str
+
 # name -> its module, empty if it is one; loaded on first use so that `import loratool` starts without torch
 _HOMES = {
     "AdapterPath": "commands.adapter_requests",
@@ -214,7 +216,11 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker that saw it would take every name for one of ours
 
     def __getattr__(name: str) -> Any:
-        """Load a name of `_HOMES` on first use."""
+        """Load a name of `_HOMES` on first use, and read the version where the package is installed."""
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("loratool")
         if name in _HOMES:
             from importlib import import_module
 
