@@ -156,7 +156,8 @@ def clone(tools: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Return a copy of the sources, with all that release.yml builds in dist/."""
     folder = tmp_path_factory.mktemp("release") / "clone"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_SOURCE))
-    run(f"python -m build --wheel && rm -r build\n{run_of('release.yml', 'Build')}", folder, tools)
+    run("python -m build --wheel && rm -r build", folder, tools)  # as cibuildwheel does, in a container
+    run(run_of("release.yml", "Build the source and the wheel for all machines"), folder, tools)
     return folder
 
 
@@ -199,10 +200,12 @@ class TestRelease:
                 (facts,) = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
                 metadata = message_from_bytes(file.read(facts))
                 assert {name.split("/")[0] for name in file.namelist()} == {"loratool", facts.split("/")[0]}
+                licences = sorted(Path(name).name for name in file.namelist() if name.endswith("LICENSE"))
             declared = project()
             assert metadata["Version"] == declared["version"] and metadata["Author"] == "The loratool project"
             assert metadata["License-Expression"] == declared["license"] and metadata["License"] is None
-            assert len(metadata.get_all("License-File", [])) == 1 + len(VENDORED)
+            assert sorted(Path(name).name for name in metadata.get_all("License-File", [])) == licences
+            assert licences == ["LICENSE", *(each.licence_file for each in VENDORED)]
             assert metadata.get_all("Classifier") == declared["classifiers"]
             assert metadata["Keywords"].split(",") == declared["keywords"]
             assert metadata["Summary"] == declared["description"]
