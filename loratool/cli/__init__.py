@@ -84,6 +84,10 @@ RANKED = "TORCHELASTIC_RUN_ID"  # `streaming.ranks.RUN_ID`, without the time tha
 
 COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by click's rules
 
+READ = ("help", "guide")  # commands that only show text
+
+ASKS_FOR_HELP = {"-h", "--help", "--version", "--json-schema"}
+
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 written_without_page: list[str] = []  # outputs that are written, and not yet their page
@@ -258,7 +262,7 @@ def _call(argv: list[str]) -> int:
         if not argv:
             click.echo(FIRST_CONTACT)
             return UsageError.exit_code
-        _warn_of_settings()
+        _check_settings(argv)
         with cli.make_context("loratool", _as_options(argv), auto_envvar_prefix="LORATOOL", obj=argv) as context:
             cli.invoke(context)
         sys.stdout.flush()
@@ -287,12 +291,16 @@ def _call(argv: list[str]) -> int:
         return _report_error(LoratoolError(f"internal error, please report it: {type(error).__name__}: {error}"), argv)
 
 
-def _warn_of_settings() -> None:
-    """Warn of environment variables that begin with LORATOOL_ and set no option."""
-    if names := [name for name in os.environ if name.startswith("LORATOOL_")]:
-        from .messages import warn, warn_of_settings
+def _check_settings(argv: list[str]) -> None:
+    """Refuse or warn of environment variables that begin with LORATOOL_ and set no option.
 
-        warn(warn_of_settings(names, COMMANDS, lambda name: getattr(import_module(f".{name}", __name__), name)))
+    Help is not refused, since it says what is right.
+    """
+    if names := [name for name in os.environ if name.startswith("LORATOOL_")]:
+        from .messages import check_settings, warn
+
+        if argv[0] not in READ and not ASKS_FOR_HELP & {*argv}:
+            warn(check_settings(names, COMMANDS, lambda name: getattr(import_module(f".{name}", __name__), name)))
 
 
 def _as_options(argv: list[str]) -> list[str]:

@@ -32,6 +32,8 @@ HINT_LINES = 3  # of them the hint's: a command must be whole to be of use
 
 MAX_WARNINGS = 6  # lines
 
+MISSPELT = 0.8  # likeness, by difflib, of a variable's name and one that is read; INSPEKT_JSON has 0.92, BASE 0.62
+
 
 def print_error(error: LoratoolError, speaker: str = "") -> None:
     """Print an error: the speaker if that is not clear, where, what, and the remedy."""
@@ -103,31 +105,33 @@ def variables_of(command: str, option: click.Parameter) -> list[str]:
     return [*variables, *automatic]
 
 
-def warn_of_settings(names: Iterable[str], commands: Iterable[str], load: Callable[[str], click.Command]) -> list[str]:
-    """Return a warning for each variable that sets no option.
+def check_settings(names: Iterable[str], commands: Iterable[str], load: Callable[[str], click.Command]) -> list[str]:
+    """Return a warning for each variable that sets no option and has the name of none, as a script's own.
 
     Args:
         names: of environment variables that begin with LORATOOL_.
         commands: all commands.
         load: imports and returns a command.
+
+    Raises:
+        UsageError: a variable is named for a command, or nearly as one that is read, but is not read.
     """
-    return [warning for name in sorted(names) if (warning := _warn_of_setting(name, commands, load))]
-
-
-def _warn_of_setting(name: str, commands: Iterable[str], load: Callable[[str], click.Command]) -> str | None:
-    """Return the warning for a variable. None if it sets an option of the command in its name, or of any command."""
-    named = [command for command in commands if name.startswith(f"LORATOOL_{command.upper()}_")]
-    known = [
-        each
-        for command in named or commands
-        for option in load(command).params
-        for each in variables_of(command, option)
-    ]
-    if name in (known := [*known, DEBUG, *VARIABLES]):
-        return None
-    prefix = f"LORATOOL_{named[0].upper()}_" if named else "LORATOOL_"
-    near = get_close_matches(name.removeprefix(prefix), [each.removeprefix(prefix) for each in known], 1)
-    return f"{name} sets no option{f'; did you mean {prefix}{near[0]}?' if near else ''}"
+    warnings = []
+    for name in sorted(names):
+        named = [command for command in commands if name.startswith(f"LORATOOL_{command.upper()}_")]
+        options = [(command, option) for command in named or commands for option in load(command).params]
+        known = [*(each for pair in options for each in variables_of(*pair)), DEBUG, *VARIABLES]
+        if name in known:
+            continue
+        prefix = f"LORATOOL_{named[0].upper()}_" if named else "LORATOOL_"
+        word, words = name.removeprefix(prefix), [each.removeprefix(prefix) for each in known]
+        near = get_close_matches(word, words, 1)
+        meant = f"did you mean {prefix}{near[0]}?" if near else ""
+        if named or get_close_matches(word, words, 1, MISSPELT):
+            remedy = meant or f"unset it; all options: loratool {named[0]} -h"
+            raise UsageError("sets no option", culprit=name, remedy=remedy)
+        warnings.append(f"{name} sets no option{meant and f'; {meant}'}")
+    return warnings
 
 
 def spell_argument(error: UsageError, command: click.Command) -> None:

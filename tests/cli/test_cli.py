@@ -280,18 +280,41 @@ def test_a_full_stdout_is_one_line_and_5(
 
 
 @pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("LORATOOL_MERGE_DTPE", "did you mean LORATOOL_MERGE_DTYPE?"),
+        ("LORATOOL_INSPECT_JSN", "did you mean LORATOOL_INSPECT_JSON?"),
+        ("LORATOOL_MEGRE_DTYPE", "did you mean LORATOOL_MERGE_DTYPE?"),
+        ("LORATOOL_MERGE_BASE", "unset it; all options: loratool merge -h"),  # an argument, which is none
+        ("LORATOOL_DEBUGG", "did you mean LORATOOL_DEBUG?"),
+        ("LORATOOL_MERGE_\x1b[2J\n", "unset it; all options: loratool merge -h"),
+    ],
+)
+def test_a_variable_of_no_option_is_an_error(name: str, hint: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any command: a job sets them for all its steps."""
+    monkeypatch.setenv(name, "1")
+    shown = name.replace("\x1b", "\\x1b").replace("\n", "\\n")
+    result = run("inspect", ADAPTER)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {shown}: sets no option\nhint: {hint}\n"
+    result = run("inspect", ADAPTER, "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["kind"], error["tensor"], error["remedy"]) == (2, "usage", name, hint)
+    for call in (["inspect", "-h"], ["-h"], ["--version"], ["help", "merge"], ["guide", "hub"], ["merge", "--help"]):
+        result = run(*call)
+        assert (result.exit_code, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
     ("name", "warning"),
     [
-        ("LORATOOL_INSPECT_JSN", "LORATOOL_INSPECT_JSN sets no option; did you mean LORATOOL_INSPECT_JSON?"),
-        ("LORATOOL_INSPEKT_JSON", "LORATOOL_INSPEKT_JSON sets no option; did you mean LORATOOL_INSPECT_JSON?"),
-        ("LORATOOL_MERGE_DTYPES", "LORATOOL_MERGE_DTYPES sets no option; did you mean LORATOOL_MERGE_DTYPE?"),
-        ("LORATOOL_MERGE_BASE", "LORATOOL_MERGE_BASE sets no option"),  # an argument, which is none
-        ("LORATOOL_DEBUGG", "LORATOOL_DEBUGG sets no option; did you mean LORATOOL_DEBUG?"),
+        ("LORATOOL_VERSION", "LORATOOL_VERSION sets no option; did you mean LORATOOL_VERIFY_JSON?"),
+        ("LORATOOL_DTYPE", "LORATOOL_DTYPE sets no option; did you mean LORATOOL_INIT_DTYPE?"),
         ("LORATOOL_", "LORATOOL_ sets no option"),
         ("LORATOOL_\x1b[2J\n", "LORATOOL_\\x1b[2J\\n sets no option"),
     ],
 )
-def test_a_variable_that_sets_nothing_is_a_warning(
+def test_a_variable_with_the_name_of_none_is_a_warning(
     name: str, warning: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, "1")
@@ -310,7 +333,9 @@ def test_no_variable_of_any_option_is_warned_of(run: Run, monkeypatch: pytest.Mo
             if isinstance(option, click.Option) and option.name != "json_schema":
                 monkeypatch.setenv(f"LORATOOL_{command.upper()}_{option.name.upper()}", "" if option.is_flag else "1")
     monkeypatch.setenv("LORATOOL_DEBUG", "0")
-    assert "sets no option" not in run("guide", "hub").stderr
+    for name in ("INSPECT_ALPHA", "INSPECT_RUNTIME", "INSPECT_FOR", "INSPECT_TOP", "INSPECT_THRESHOLD"):
+        monkeypatch.delenv(f"LORATOOL_{name}", raising=False)  # they would change the call
+    assert "sets no option" not in run("inspect", ADAPTER).stderr
 
 
 def test_names_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:

@@ -252,7 +252,7 @@ def test_a_schema_is_asked_for_before_all_else(run: Run, monkeypatch: pytest.Mon
     assert run("merge", "absent", "--dtype", "x", "--json-schema", "--json").stdout == schema
     monkeypatch.setenv("LORATOOL_MERGE_JSON_SCHEMA", "1")
     result = run("merge")
-    assert result.exit_code == 2 and "LORATOOL_MERGE_JSON_SCHEMA sets no option" in result.stderr
+    assert result.exit_code == 2 and "LORATOOL_MERGE_JSON_SCHEMA: sets no option" in result.stderr
 
 
 def test_the_schema_of_run_takes_recipes_too() -> None:
