@@ -43,8 +43,14 @@ class PatchTarget:
 
 
 def open_target(call: Patch, base: Checkpoint, opened: ExitStack) -> PatchTarget:
-    """Open what a call names as TUNED; `opened` closes it."""
+    """Open what a call names as TUNED; `opened` closes it.
+
+    Raises:
+        UsageError: it names nothing, or several models without --fold.
+    """
     paths = parse_paths(call.tuned)
+    if not paths:
+        raise UsageError("no model given", culprit="tuned")
     if call.fold:
         chain = opened.enter_context(opened_chain(base, os.fspath(call.base), paths))
         places = tuple(patch.path for patch in chain.patches)
