@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .commands.count.call import count
     from .commands.demo.call import demo
     from .commands.diff.call import diff, diff_spectra
+    from .commands.env.call import env
     from .commands.extract.call import extract
     from .commands.init.call import init
     from .commands.inspect.call import inspect, inspect_files, inspect_for, spectra
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .views.diff_models import CheckpointDiff
     from .views.diff_several import AdaptersDiff
     from .views.diff_spectra import SpectraDiff
+    from .views.env import EnvReport
     from .views.extract import ExtractReport
     from .views.foreign_patch import ForeignPatchReport
     from .views.init import InitReport
@@ -101,6 +103,8 @@ _HOMES = {
     "MetadataReport": "views.metadata",
     "edit_metadata": "commands.convert.call",
     "MethodReport": "views.inspect_model",
+    "EnvReport": "views.env",
+    "env": "commands.env.call",
     "ExtractReport": "views.extract",
     "extract": "commands.extract.call",
     "FilesReport": "views.inspect_files",
@@ -157,6 +161,7 @@ __all__ = [
     "CountReport",
     "DeltaInspection",
     "DemoReport",
+    "EnvReport",
     "ExtractReport",
     "FilesReport",
     "ForeignPatchReport",
@@ -190,6 +195,7 @@ __all__ = [
     "diff",
     "diff_spectra",
     "edit_metadata",
+    "env",
     "extract",
     "init",
     "inspect",

@@ -56,7 +56,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("digests", "inputs", "report_files", "statements", "to_store"),
         ("cards", "in_place", "merged_models", "predictions"),
         ("opened",),
-        ("merge", "unmerge", "verify", "inspect", "count", "convert", "demo", "patch", "apply"),
+        ("merge", "unmerge", "verify", "inspect", "count", "convert", "demo", "env", "patch", "apply"),
         ("diff", "resize", "extract", "init", "recover"),
         ("combine",),
         ("run",),
@@ -73,7 +73,7 @@ LIGHT = (
     "commands.inspect.command commands.report_files commands.calls commands.adapter_requests "
     "commands.convert.command views cli "
     + " ".join(f"commands.{each}.call" for each in "merge unmerge verify extract init resize combine convert".split())
-    + " commands.diff.call commands.inspect.call commands.run.call commands.demo.call"
+    + " commands.diff.call commands.inspect.call commands.run.call commands.demo.call commands.env.call"
 ).split()
 HEAVY = (
     "binding.weights.candidates files.tensor_compare files.codecs.packing files.codecs.compressed_quantizer "

@@ -93,6 +93,8 @@ again = loratool.read_report("merge.html")
 print(again.document().verdict, again.kept if isinstance(again, loratool.MergeReport) else nbytes)
 examples: loratool.DemoReport = loratool.demo(Path("demo"), force=True)
 print([part.what for part in examples.parts])
+here: loratool.EnvReport = loratool.env()
+print(here.packages[0].version.upper(), here.cores + 1)
 for name_, tensor_ in loratool.iter_merged("base", weights, dtype="bf16"):
     print(name_.upper(), tensor_)
 with loratool.live.merged({}, "adapter", target="q_proj", check="sum") as live:

@@ -128,6 +128,7 @@ def test_what_is_computed_from_factors(tmp_path: Path) -> None:
     resize = ("resize", adapter, "--force", "-o", tmp_path / "resized")
     require_done(
         ("demo", demo),
+        ("env",),
         *((*combine, "--method", method) for method in METHODS),
         *((*combine, "--method", method, "--rank", "6") for method in METHODS if method not in NOT_COMPRESSED),
         (*combine, "--energy", "0.9", "--dtype", "fp16", "--imatrix", imatrix),

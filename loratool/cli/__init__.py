@@ -55,6 +55,7 @@ SECTIONS = {
     "Help": {
         "demo": "Write small models and adapters for trying the commands.",
         "guide": "Read the manual: one page for each job.",
+        "env": "Show versions, devices and caches, for a report of a bug.",
     },
 }
 
@@ -68,6 +69,7 @@ GUIDES = {
     "count": "before-training",
     "demo": "tutorial",
     "diff": "init-and-resize",
+    "env": "troubleshooting",
     "extract": "extract-adapter",
     "init": "before-training",
     "inspect": "healthy",

@@ -141,7 +141,8 @@ def _documented(call: Callable[..., object], arguments: Mapping[str, Argument]) 
     ]
     others = [text for text in others if not text.startswith("Args:")]
     place = next((i for i, text in enumerate(others) if text.startswith("Raises:")), len(others))
-    return "\n\n".join([head, *others[:place], "\n".join(["Args:", *lines]), *others[place:]]) + "\n"
+    told = ["\n".join(["Args:", *lines])] if lines else []
+    return "\n\n".join([head, *others[:place], *told, *others[place:]]) + "\n"
 
 
 def _sentence(argument: Argument) -> str:

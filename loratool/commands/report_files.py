@@ -42,6 +42,7 @@ REPORTS = {
         "views.diff_models.CheckpointDiff",
         "views.diff_spectra.SpectraDiff",
     ),
+    "env": ("views.env.EnvReport",),
     "extract": ("views.extract.ExtractReport",),
     "guide": ("commands.guide.GuideReport",),
     "init": ("views.init.InitReport",),

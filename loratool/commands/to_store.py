@@ -151,10 +151,14 @@ def _foreign(link: StoreLink) -> str | None:
     return find_foreign_file(folder, (), {}) if folder.is_dir() else None
 
 
+def outgoing_folder() -> Path:
+    """Return the folder of outputs that are on their way to a store."""
+    return Path(os.path.expanduser(os.getenv("XDG_CACHE_HOME") or "~/.cache"), "loratool", "outgoing")
+
+
 def _folder_of(link: str) -> Path:
     """Return the folder of the cache for an output, the same for each run of it."""
-    cache = os.path.expanduser(os.getenv("XDG_CACHE_HOME") or "~/.cache")
-    return Path(cache, "loratool", "outgoing", hashlib.sha256(link.encode()).hexdigest()[:16])
+    return Path(outgoing_folder(), hashlib.sha256(link.encode()).hexdigest()[:16])
 
 
 def _with_links(report: R) -> R:

@@ -245,6 +245,7 @@ EACH = {
     "count": "count {base}",
     "demo": "demo {tmp}/demo",
     "diff": "diff {adapter} {adapter}",
+    "env": "env",
     "extract": "extract {base} {llama}/tuned -o {tmp}/out",
     "guide": "guide hub",
     "init": "init {base} --rank 2 -o {tmp}/out",

@@ -104,6 +104,7 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "edit_metadata": {"source": ADAPTER, "set": {"a": "b"}, "out": f"{out}.safetensors", "dry_run": True},
         "count": {"path": BASE},
         "demo": {"folder": out, "dry_run": True},
+        "env": {},
         "diff": {"a": ADAPTER, "b": ADAPTER},
         "diff_spectra": {"a": BASE, "b": merged, "layers": [0]},
         "inspect": {"path": ADAPTER},
