@@ -43,7 +43,7 @@ class ModuleConvert:
 class ConvertReport(WritingReport):
     """The result of `convert` of an adapter. family: a key of FAMILIES, None for a language model; dropped: modules and
     extras left out; notes: what the output cannot say; runtime: a key of RUNTIMES, where it is written for one;
-    warnings: of changes of which a large part is lost.
+    warnings: of changes of which a large part is lost; next: the command that takes the output into the runtime.
     """
 
     document_function: ClassVar[str] = "convert_document"
@@ -62,6 +62,7 @@ class ConvertReport(WritingReport):
     notes: tuple[str, ...] = ()
     runtime: str | None = None
     warnings: tuple[str, ...] = ()
+    next: str = ""
 
 
 COLUMNS: tuple[Category[ModuleConvert] | Measure[ModuleConvert], ...] = (
@@ -84,6 +85,7 @@ def convert_document(report: ConvertReport, verbose: bool) -> Document:
         lists=(*listed("dropped", report.dropped, verbose), *labelled("note", report.notes, verbose)),
         warnings=report.warnings,
         verdict=(line(_verdict(report)), wrote_adapter(report)),
+        next=report.next or None,
         verbose=verbose,
     )
 

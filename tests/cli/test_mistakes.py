@@ -119,11 +119,11 @@ MISTAKES = {
     "typo in a target": """
         loratool merge base adapter --target q_prj -o out -> 3
         --target q_prj: names no module of adapter or the base
-        there are q_proj, v_proj, o_proj
+        did you mean q_proj? modules: down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, ..., 12 kinds
 
         loratool merge base adapter --target q_proj --exclude dwn_proj -o out -> 3
         --exclude dwn_proj: names no module of adapter or the base
-        there are down_proj, v_proj, q_proj
+        did you mean down_proj? modules: down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, ..., 12 kinds
 
         loratool merge base adapter --layers 4-7 -o out -> 3
         --layers: names no layer of adapter or the base
@@ -131,12 +131,12 @@ MISTAKES = {
 
         loratool init base --target q_prj -o out -> 3
         --target q_prj: names no weight of the base that could have an adapter
-        there are q_proj, v_proj, o_proj
+        did you mean q_proj? modules: down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, ..., 9 kinds
 
         loratool extract base tuned --target q_prj -o out -> 3
         --target q_prj: names no module of base
-        there are q_proj, v_proj, o_proj
-    """,
+        did you mean q_proj? modules: down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, ..., 12 kinds
+    """,  # noqa: E501
     "typo in a name": """
         loratool merge bsae adapter -> 3
         bsae: no such file or folder

@@ -6,7 +6,6 @@ precedence over a wide one (`te`) in any order.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from ...adapters.adapter import Adapter, ModuleWeights
 from ...architectures.components import WEIGHED, weighed_component
 from ...errors import UsageError
-from .selection import NAMES_SHOWN, matches_pattern
+from .selection import matches_pattern, similar_modules
 
 _NARROW = {listed[0]: name for name, listed in WEIGHED.items() if len(listed) == 1}  # component -> its name
 
@@ -87,12 +86,11 @@ def require_patterns_used(adapters: Iterable[tuple[Adapter, Iterable[str]]]) -> 
 
 
 def _unused(adapter: str, name: str, weight: float, paths: Iterable[str]) -> UsageError:
-    ends = sorted({path.removesuffix(".bias").rpartition(".")[2] for path in paths})
-    similar = difflib.get_close_matches(name, [*WEIGHED, *ends], 3, 0.4) or ends[:NAMES_SHOWN]
+    ends = (path.removesuffix(".bias").rpartition(".")[2] for path in paths)
     return UsageError(
         f"has no module that {name}={weight:g} matches",
         culprit=adapter,
-        remedy=f"patterns work as in --target; there are {', '.join(similar)}" if name not in WEIGHED else None,
+        remedy=f"patterns work as in --target; {similar_modules(name, ends, WEIGHED)}" if name not in WEIGHED else None,
     )
 
 

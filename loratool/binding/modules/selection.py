@@ -28,7 +28,7 @@ PRESETS = {
 
 MOST_LAYERS = 100_000  # more than any model has
 
-NAMES_SHOWN = 8  # names listed in an error before "and N more"
+NAMES_SHOWN = 8  # names listed in an error before the number of all
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,10 @@ class Selection:
         """
         for option, pattern in [*((target, p) for p in self.target), *(("--exclude", p) for p in self.exclude)]:
             if not any(matches_pattern(pattern, path) for path in paths):
-                ends = sorted({path.rpartition(".")[2] for path in paths})
-                similar = difflib.get_close_matches(pattern, ends, 3, 0.4) or ends[:NAMES_SHOWN]
                 raise InputError(
                     f"names no module of {where}",
                     culprit=f"{option} {pattern}",
-                    remedy=f"there are {', '.join(similar)}",
+                    remedy=similar_modules(pattern, (path.rpartition(".")[2] for path in paths)),
                 )
         if self.layers is None:
             return
@@ -81,6 +79,15 @@ class Selection:
             raise InputError(
                 f"names no layer of {where}", culprit="--layers", remedy=f"there are {present[0]}-{present[-1]}"
             )
+
+
+def similar_modules(pattern: str, names: Iterable[str], words: Iterable[str] = ()) -> str:
+    """Return a remedy for a pattern that matches nothing: the nearest name or word, and all names if they are few."""
+    kinds = sorted({*names})
+    near = difflib.get_close_matches(pattern, [*words, *kinds], 1, 0.4)
+    more = f", ..., {len(kinds):,} kinds" if len(kinds) > NAMES_SHOWN else ""
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"{meant}modules: {', '.join(kinds[:NAMES_SHOWN])}{more}"
 
 
 def matches_pattern(pattern: str, path: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ from ...architectures.beside_layers import MTP
 from ...architectures.prefixes import module_path
 from ...errors import InputError, UsageError, shell_word
 from ...files.checkpoint import Checkpoint
-from ..modules.selection import Selection
+from ..modules.selection import Selection, similar_modules
 from ..names.class_names import ClassNames
 from ..names.peft_names import is_bypassed, looks_up_otherwise
 from ..ties.shared_tensors import find_shared
@@ -53,12 +52,11 @@ def find_candidates(
             weight.role == "linear" if pattern == "all-linear" else weight.is_named(pattern) for weight in in_layers
         ):
             loaded = (weight for weight in eligible if unnamed.get(weight.names[0]) != MTP)
-            ends = {path.rpartition(".")[2] for weight in loaded for path in weight.paths}
-            similar = difflib.get_close_matches(pattern, sorted(ends), 3, 0.4) or sorted(ends)[:8]
+            ends = [path.rpartition(".")[2] for weight in loaded for path in weight.paths]
             raise InputError(
                 "names no weight of the base that could have an adapter",
                 culprit=f"--target {pattern}",
-                remedy=f"there are {', '.join(similar)}" if similar else None,
+                remedy=similar_modules(pattern, ends) if ends else None,
             )
     anywhere = replace(selection, target=())
     named = {path for weight in every for path in weight.paths} | {*map(module_path, base.specs)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ from ...architectures.runtimes.table import RUNTIMES
 from ...binding.modules.selection import Selection, parse_patterns
 from ...durable.fileio import write_file
 from ...durable.partial import partial_folder
-from ...errors import NeedsFlag, UsageError
+from ...errors import NeedsFlag, UsageError, shell_word
 from ...files.dtypes import FACTOR_DTYPES
 from ...files.folder.side_files import MODELFILE
 from ...files.hub.cache import place_named
@@ -52,23 +53,38 @@ from ..inputs import given_base, leave_out, open_base, open_initial, refuse_own_
 from . import adapter as modelfile
 from .call import Convert
 
-_TEXT = """# FROM the model that the adapter was trained on, by its name in Ollama or as a GGUF file:
+_UNKNOWN = """# FROM the model that the adapter was trained on, by its name in Ollama or as a GGUF file:
 # FROM {base}
-ADAPTER ./{name}
 """
 
 
-def write(path: Path, content: AdapterContent, to: str, source: Adapter) -> None:
+_WEIGHTS = "*.safetensors"  # of a folder that Ollama reads
+
+
+def base_of_modelfile(path: Path, base: StrPath | None) -> str | None:
+    """Return what a Modelfile at `path` has after FROM: the way to a base with weights that Ollama reads, or None."""
+    if base is None or not ((os.path.isfile(base) and str(base).endswith(".gguf")) or any(Path(base).glob(_WEIGHTS))):
+        return None
+    try:
+        way = Path(os.path.relpath(os.path.abspath(base), os.path.realpath(path))).as_posix()
+    except ValueError:  # on another drive
+        return None
+    return way if re.fullmatch(r"\.\./[\w./@+=-]+", way) else None
+
+
+def write(path: Path, content: AdapterContent, to: str, source: Adapter, base: str | None) -> None:
     """Write the folder, whole or not at all.
 
     Args:
         to: the format of the adapter, a key of FORMATS.
+        base: what `base_of_modelfile` returns.
     """
-    name, base = f"adapter.{to}", source.config.base_model
-    named = base if isinstance(base, str) and base.isprintable() and base else "MODEL"
+    name, model = f"adapter.{to}", source.config.base_model
+    named = model if isinstance(model, str) and model.isprintable() and model else "MODEL"
+    head = f"FROM {base}\n" if base else _UNKNOWN.format(base=named)
     with partial_folder(path) as folder:
         FORMATS[to].write(folder / name, True, content, [source.file])
-        write_file(folder / MODELFILE, _TEXT.format(base=named, name=name).encode())
+        write_file(folder / MODELFILE, f"{head}ADAPTER ./{name}\n".encode())
         write_card(folder, content)
 
 
@@ -156,6 +172,7 @@ def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: Ex
     settled = plan_convert(start(source), request, path.absolute().parent, opened)
     written, modules = content(settled, request.model), rows(settled)
     dropped = (*source.excluded, *unused_modules(source, settled))
+    known = base_of_modelfile(path, call.base) if runtime and runtime.modelfile else None
     if not call.dry_run:
         opened.enter_context(naming_output(path))
         words = (input_word(source.name), *options_of(call))
@@ -163,7 +180,7 @@ def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: Ex
         training = about_training(former_metadata(source.file.metadata or {}, request.rank is not None))
         carded = replace(written, metadata={**training, **written.metadata}, card=card)
         if runtime and runtime.modelfile:
-            modelfile.write(path, carded, to.key, source)
+            modelfile.write(path, carded, to.key, source, known)
         else:
             to.write(path, is_file, carded, [source.file])
     specs = to.as_file(written).specs.values()
@@ -182,6 +199,7 @@ def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: Ex
         runtime=request.runtime,
         warnings=tuple(_large_losses(settled, modules)),
         exists=exists,
+        next=f"ollama create NAME -f {shell_word(path / MODELFILE)}" if known and not call.dry_run else "",
     )
 
 

@@ -180,6 +180,11 @@ def _shorten(stacks: Sequence[str]) -> Mapping[str, str]:
     return dict(zip(stacks, short if len(set(short)) == len(short) else stacks, strict=True))
 
 
+def natural_order(name: str) -> tuple[str | int, ...]:
+    """Return a key to sort names by, with numbers by their size: layers.2 before layers.10."""
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", name)))
+
+
 def order(place: ModulePlace) -> tuple[int, int]:
     """Return a key to sort modules by: embeddings, attention, MLP, experts, the rest, norms, head."""
     path = joined(place.texts, [place.numbers])

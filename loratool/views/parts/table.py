@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from .document import Column, NamedIssue, Row, Strip, TextTable
 from .numbers import all_digits, number_ranges, spread
+from .places import natural_order
 from .rows import LAST, Category, Issue, Item, Measure, N, R, RowGroup, group_items, make_items
 
 CELLS = 24  # of a strip
@@ -45,6 +46,8 @@ def make_table(
         verbose: a line for each row, with its full name.
     """
     items = make_items(rows, [row.name for row in rows], columns, find_issue)
+    if verbose:
+        items = sorted(items, key=lambda each: natural_order(each.name))
     groups = [RowGroup(e.name, [e], [e] if e.issue else []) for e in items] if verbose else group_items(items)
     shown = [column for column in columns if is_shown(column, rows)]
     drawn = next((c for c in shown if isinstance(c, Measure) and c.drawn), None)

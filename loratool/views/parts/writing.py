@@ -12,6 +12,7 @@ from ...errors import shell_word, without_credentials
 from ...files.folder.side_files import LeftBehind
 from .document import Line, TextSpan, line, path
 from .numbers import nbytes, number_ranges, quantity
+from .places import natural_order
 from .rows import RowGroup, group_items, make_items
 
 LISTED = 4  # lines of one list
@@ -43,7 +44,7 @@ class WrittenAdapter(Written, Protocol):
 def listed(label: str, names: Collection[str], verbose: bool = False) -> Iterator[Line]:
     """Yield a line for each group of modules or tensors, at most LISTED, or with `verbose` a line for each name."""
     if verbose:
-        yield from (line(f"{label}: {name}") for name in names)
+        yield from (line(f"{label}: {name}") for name in sorted(names, key=natural_order))
         return
     rows, together = list(names), dict[str, list[RowGroup[str]]]()  # by their layers
     for group in group_items(make_items(rows, rows, (), lambda _: None)):

@@ -408,6 +408,24 @@ def test_a_folder_is_written(runtime: str, tmp_path: Path) -> None:
     loratool.convert(start, tmp_path / "b", runtime=runtime, base=base, force=True)
 
 
+def test_the_modelfile_names_a_base_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its own folder, which Ollama starts at; not a file of weights alone, nor what a line cannot hold."""
+    start, base, deep = write_peft(tmp_path / "a", both(0)), llama(tmp_path / "base"), tmp_path / "deep" / "down"
+    deep.mkdir(parents=True)
+    monkeypatch.chdir(deep)
+    report: Any = loratool.convert(start, "b", runtime="ollama", base=base)
+    head, adapter = Path("b", "Modelfile").read_text().splitlines()
+    assert (head, adapter) == ("FROM ../../../base", "ADAPTER ./adapter.gguf")
+    assert (deep / "b" / head.removeprefix("FROM ")).samefile(base)
+    assert report.next == report.document().next == "ollama create NAME -f b/Modelfile"
+    (other := tmp_path / "with\nbreak").mkdir()
+    for file in base.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    for unknown in (base / "model.safetensors", other):
+        report = loratool.convert(start, "b", runtime="ollama", base=unknown, force=True)
+        assert not report.next and Path("b", "Modelfile").read_text().startswith("# FROM the model")
+
+
 def test_a_config_alone_is_not_asked_for(tmp_path: Path) -> None:
     """The names need no more, and what the runtime does not apply does."""
     start = write_peft(tmp_path / "a", both(0))

@@ -474,7 +474,7 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither model has a selected tensor"):
         loratool.diff(base, base, exclude=["*"])
     for two in (adapter, base):
-        with pytest.raises(InputError, match="--target q_prj: names no module of .*\nthere are q_proj"):
+        with pytest.raises(InputError, match="--target q_prj: names no module of .*\ndid you mean q_proj"):
             loratool.diff(two, two, target=["q_prj"])
         with pytest.raises(InputError, match="--layers: names no layer of .*\nthere are 0-2"):
             loratool.diff(two, two, layers="7")
