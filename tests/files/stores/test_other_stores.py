@@ -1,4 +1,4 @@
-"""Read from the stores of Google and Azure: a server of Google's JSON API (of the tests), and Azurite (by npm)."""
+"""Read from and write to the stores of Google (a server of the tests with its JSON API) and Azure (Azurite, by npm)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lib.harness.gcs_server import serve_gcs
 
 import loratool
 from loratool.errors import InputError
-from loratool.files.stores import objects
+from loratool.files.stores import objects, outgoing, uploads
 
 pytestmark = pytest.mark.slow
 
@@ -139,3 +139,21 @@ def test_an_object_that_is_replaced(
         loratool.merge(f"{link}/model", pair / "adapter", out=tmp_path / "out")
     put(name, (pair / name).read_bytes())
     assert replaced and not [*tmp_path.iterdir()]
+
+
+def test_an_output(store: tuple[str, Put], pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    link, _ = store
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(outgoing, "PART", 1 << 18)
+    monkeypatch.setattr(uploads, "PART", 1 << 18)
+    loratool.merge(pair / "model", pair / "adapter", f"{link}/merged")
+    loratool.merge(pair / "model", pair / "adapter", out=tmp_path / "near")
+    system = fsspec.filesystem(link[:2])
+    system.invalidate_cache()
+    found = {name.removeprefix("bucket/merged/"): system.cat_file(name) for name in system.find("bucket/merged")}
+    assert found.pop(outgoing.MARKER) and found == contents(tmp_path / "near")
+    loratool.merge(f"{link}/model", f"{link}/adapter", f"{link}/merged", force=True, undo=False)
+    system.invalidate_cache()
+    assert "bucket/merged/loratool.undo" not in system.find("bucket/merged")

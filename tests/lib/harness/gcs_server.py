@@ -1,6 +1,6 @@
-"""Serve objects as Google's JSON API does, on this machine: get, list and media, with generations and ranges.
+"""Serve objects as Google's JSON API does, with generations, ranges and resumable uploads.
 
-By the reference of the API (https://cloud.google.com/storage/docs/json_api/v1/objects); only what reading asks for.
+By the reference of the API (https://cloud.google.com/storage/docs/json_api/v1/objects); only what gcsfs asks for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class GcsServer:
 
     endpoint: str
     objects: dict[tuple[str, str], tuple[bytes, int]]  # bucket, name -> content, generation
+    uploads: dict[str, bytearray] = field(default_factory=dict)
     log: list[tuple[str, str]] = field(default_factory=list)  # path, Range
 
     def put(self, bucket: str, name: str, data: bytes) -> None:
@@ -53,6 +54,35 @@ class _Handler(BaseHTTPRequestHandler):
         if len(path) == 2 and any(bucket == path[1] for bucket, _ in self.store.objects):
             return self._json({"kind": "storage#bucket", "name": path[1], "location": "EU", "storageClass": "STANDARD"})
         self._refuse(404)
+
+    def do_POST(self) -> None:
+        parts, query = urlsplit(self.path), {key: each[0] for key, each in parse_qs(urlsplit(self.path).query).items()}
+        bucket = unquote(parts.path.split("/")[5])
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if query.get("uploadType") == "multipart":
+            described, data = body.split(b"--==0==")[1:3]
+            name = json.loads(described.split(b"\n\n", 1)[1])["name"]
+            self.store.put(bucket, name, data.split(b"\n\n", 1)[1][:-1])
+            return self._json(self._described(bucket, name))
+        if "upload" not in query:
+            identity = str(len(self.store.uploads))
+            self.store.uploads[identity] = bytearray()
+            link = f"{self.store.endpoint}{parts.path}?name={query['name']}&upload={identity}"
+            return self._send(200, b"", {"Location": link})
+        span, _, whole = self.headers["Content-Range"].removeprefix("bytes ").partition("/")
+        sent = self.store.uploads[query["upload"]]
+        if span != "*":
+            assert int(span.split("-")[0]) == len(sent), "a part is in order"
+            sent += body
+        if whole == "*" or len(sent) < int(whole):
+            return self._send(308, b"", {"Range": f"bytes=0-{len(sent) - 1}"})
+        self.store.put(bucket, query["name"], bytes(sent))
+        self._json(self._described(bucket, query["name"]))
+
+    def do_DELETE(self) -> None:
+        path = urlsplit(self.path).path.removeprefix("/storage/v1").strip("/").split("/")
+        gone = self.store.objects.pop((path[1], unquote(path[3])), None) if len(path) == 4 else None
+        self._send(204 if gone else 404, b"", {})
 
     def _object(self, bucket: str, name: str, query: dict[str, list[str]]) -> None:
         data, generation = self.store.objects.get((bucket, name), (b"", 0))
