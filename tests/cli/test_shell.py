@@ -153,6 +153,7 @@ SAMPLES = {
     "KEY=VALUE": "modelspec.title=Ink",
     "PATTERN=RANK": "down_proj=16",
     "SLICES": "1,0,1",
+    "ADAPTER[:WEIGHT]": "a:0.5",
 }
 
 
