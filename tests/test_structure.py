@@ -84,7 +84,7 @@ HEAVY_PACKAGES = {"torch", "numpy", "safetensors", "huggingface_hub"}
 # They read files of this machine alone: of the package, the cache, journals, models in place
 READERS_OF_PATHS = (
     "durable files.hub.snapshots files.stores.outgoing views.page.render commands.guide "
-    "commands.demo commands.in_place commands.unmerge.in_place"
+    "commands.demo commands.env commands.in_place commands.unmerge.in_place"
 ).split()
 # Packages that hold more than a docstring: tables and faces.
 FULL_PACKAGES = (
