@@ -208,6 +208,7 @@ def test_bytes_that_were_lost_since_are_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("verb", "count"), [("patch", 2), slow("patch", 3), slow("apply", 2), slow("apply", 3)])
+@pytest.mark.slow
 def test_ranks_write_what_one_process_writes(tmp_path: Path, verb: str, count: int) -> None:
     base, after = PAIRS["mixed"][0](tmp_path)
     wanted = patched(base, after, tmp_path / "p")

@@ -105,6 +105,7 @@ def going_on(scenario: str, stage: Files) -> Case:
     return Case(SCENARIOS[scenario], left, resume=True)
 
 
+@pytest.mark.slow
 def test_a_former_undo_file_is_whole_where_there_are_no_links(stage: Files) -> None:
     """A copy that could not be made whole does not replace the good one."""
     case = begin(SCENARIOS["merge, file, over twice"], BEFORE["old, no links"], stage)

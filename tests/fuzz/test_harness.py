@@ -14,6 +14,7 @@ from valid_files import COMMANDS, everything
 pytestmark = pytest.mark.fuzz
 
 
+@pytest.mark.slow
 def test_every_command_of_valid_files(fuzz: Fuzzer) -> None:
     for number, (argv, outputs) in enumerate(COMMANDS.items()):
         case = Case(everything(shards=number % 2 == 1), argv, outputs)

@@ -162,6 +162,7 @@ def test_cycles_give_all_bits_back(tmp_path: Path, dtype: torch.dtype, cycles: i
 
 
 @pytest.mark.parametrize(("adapters", "swaps"), [(8, 24), slow(50, 400)])
+@pytest.mark.slow
 def test_adapters_swapped_at_random_against_new_merges(tmp_path: Path, adapters: int, swaps: int) -> None:
     """Of all kinds, on one model: each swap has the bits of a merge of files into the base."""
     names, choose = FAMILIES["llama"], random.Random(5)

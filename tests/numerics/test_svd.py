@@ -102,6 +102,7 @@ def test_the_seed_decides_and_signs_are_fixed() -> None:
     assert (one.V[largest, np.arange(16)] > 0).all()
 
 
+@pytest.mark.slow
 def test_the_gap_is_an_estimate_of_the_right_size() -> None:
     """On decaying spectra the true deficit is below a few times the estimate."""
     for exponent in (0.3, 0.5, 1.0):

@@ -255,6 +255,7 @@ def kill_and_retry(stage: Range, seed: int, number: int) -> None:
         print(f"{done + 1} of {number} killed and run again", flush=True)
 
 
+@pytest.mark.slow
 def test_a_retry_after_a_kill(stage: Range) -> None:
     kill_and_retry(stage, 26, 1)
 

@@ -35,6 +35,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("workers", [slow(2), 3, slow(7)])
+@pytest.mark.slow
 def test_outputs_are_those_of_threads(tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     reports = []
     for name, worth in (("threads", 1 << 60), ("forks", 0)):

@@ -345,6 +345,7 @@ def test_a_hash_of_another_piece(resized: Case, tmp_path: Path) -> None:
         assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_anywhere(resized: Case, tmp_path: Path) -> None:
     """Every byte is compared or under a hash, or it says what is."""
     whole, g = resized.forge(resized.index), random.Random(0)

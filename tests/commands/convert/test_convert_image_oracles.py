@@ -198,6 +198,7 @@ def test_a_merge_computes_what_diffusers_does(family: str, dora: bool, tmp_path:
     assert torch.allclose(compute(model, encoder), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_merge_into_diffusers_own_folder(tmp_path: Path) -> None:
     """A pipeline that diffusers saved, merged, and loaded by it again."""
     start, expected = write(tmp_path / "a", "sdxl", **MIXED)

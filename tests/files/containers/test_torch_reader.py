@@ -632,6 +632,7 @@ PIECES = [
 
 @settings(max_examples=1000)
 @given(pieces=st.lists(st.sampled_from(PIECES), max_size=25))
+@pytest.mark.slow
 def test_any_opcodes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]) -> None:
     path = zipped(tmp_path_factory.mktemp("fuzz") / "x.pt", b"\x80\2" + b"".join(pieces) + b".")
     try:

@@ -65,6 +65,7 @@ def test_a_dry_run_asks_and_sends_nothing(hub: HubServer) -> None:
     assert not [each for each in hub.log if each[0] == "POST"] and not hub.repositories
 
 
+@pytest.mark.slow
 def test_another_commit_meanwhile(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     from loratool.files.hub import upload
 

@@ -130,6 +130,7 @@ def test_an_input_is_not_overwritten(s3: Any, pair: Path) -> None:
     assert stored(s3, "bucket/own") == before and not unfinished(s3)
 
 
+@pytest.mark.slow
 def test_a_dry_run_sends_nothing(s3: Any, pair: Path) -> None:
     report = loratool.merge(pair / "model", pair / "adapter", "s3://bucket/dry", dry_run=True)
     assert report.out == "s3://bucket/dry" and not stored(s3, "bucket/dry")
@@ -201,6 +202,7 @@ def memory() -> Iterator[Any]:
     system.store.clear()
 
 
+@pytest.mark.slow
 def test_a_store_that_takes_parts_only_in_order(memory: Any, large: Path, tmp_path: Path, small_parts: None) -> None:
     loratool.merge(large / "model", large / "adapter", tmp_path / "near")
     loratool.merge(large / "model", large / "adapter", "memory://out/merged")
@@ -275,6 +277,7 @@ def test_a_tokenizer_of_a_store_is_no_copy_by_its_stand_in(memory: Any, pair: Pa
     assert (tmp_path / "far" / "tokenizer.json").read_bytes() == (tmp_path / "near" / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_command_of_the_page(s3: Any, pair: Path, tmp_path: Path) -> None:
     text = (ROOT / "loratool" / "guides" / "stores.md").read_text()
     (command,) = [line for line in text.splitlines() if line.startswith("loratool ")]
