@@ -104,6 +104,8 @@ def sent_to_hub(call: Call[R], name: HubName, work: Callable[[Call[R]], R]) -> R
             if not is_dry:
                 source = folder if is_file else place
                 built = {each.relative_to(source).as_posix(): each for each in source.rglob("*") if each.is_file()}
+                if CARD in target.files and not force:
+                    built.pop(CARD, None)
                 _send(target, built, kept.__contains__ if is_file else is_weights_of_ours, call.name(), place)
         disk.remove_folder(folder)
     return _with_links(report)

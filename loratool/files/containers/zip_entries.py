@@ -19,7 +19,7 @@ MAX_PART = 1 << 24  # bytes of a header read at once: a zip's list of 150,000 en
 CODED = 1 | 32 | 64  # flags of a zip's entry: encrypted, a patch of other data, strongly encrypted
 
 
-class _Run(io.RawIOBase):
+class FileRange(io.RawIOBase):
     """A range of a file as a stream."""
 
     def __init__(self, file: BinaryIO, begin: int, nbytes: int) -> None:
@@ -58,7 +58,7 @@ class _Bounded(io.BufferedReader):
 
 def bounded_stream(file: BinaryIO, begin: int, nbytes: int) -> io.BufferedReader:
     """Return a range of a file as a stream for zipfile or a pickle."""
-    return _Bounded(_Run(file, begin, nbytes))
+    return _Bounded(FileRange(file, begin, nbytes))
 
 
 @contextmanager

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...durable import disk, elsewhere
-from ...durable.fileio import file_length, open_for_reading, read_into, write_file
+from ...durable.fileio import file_length, open_for_reading, write_file
 from ...durable.partial import journal_path, partial_path, what_stays
 from ...errors import InputError, MachineError, NeedsFlag, UsageError
+from ..containers.zip_entries import FileRange
 from .links import StoreLink, at_end
 from .objects import attempted, file_system, store_of
 from .uploads import PART, Upload
@@ -102,12 +103,12 @@ class Outgoing:
         system.invalidate_cache()
 
         def find() -> list[str]:
-            undo = f"{root.rpartition('.')[0]}.undo" if self.path.suffix in CONTAINER_ENDS else f"{root}/"
             with suppress(FileNotFoundError):
-                parent = root.rpartition("/")[0]
-                beside = [each["name"] for each in system.ls(parent, detail=True) if each["type"] == "file"]
-                found = [*system.find(root), *(name for name in beside if name.startswith(undo))]
-                return [name for name in found if name == root or name.startswith((f"{root}/", undo))]
+                if self.path.suffix not in CONTAINER_ENDS:
+                    return [name for name in system.find(root) if name == root or name.startswith(f"{root}/")]
+                beside = system.ls(root.rpartition("/")[0], detail=True)
+                names = [each["name"] for each in beside if each["type"] == "file"]
+                return [name for name in names if name == root or name.startswith(f"{root.rpartition('.')[0]}.undo")]
             return []
 
         found = attempted(find, str(self.link), self._store)
@@ -119,10 +120,13 @@ class Outgoing:
 
     def require_apart(self) -> None:
         """Raise UsageError if an input is an object that the output would replace."""
-        mine = str(self.link).rstrip("/")
-        if any(name == mine or name.startswith(f"{mine}/") for name in elsewhere.opened):
-            remedy = "name another output with -o"
-            raise UsageError("the output would overwrite an input", culprit=mine, remedy=remedy)
+        mine = str(self.link).partition("://")[2]
+        for name in elsewhere.opened:
+            scheme, _, place = name.partition("://")  # s3a:// is s3:// too
+            is_same = scheme == self.link.scheme or scheme in self._store.schemes
+            if is_same and (place == mine or place.startswith(f"{mine}/")):
+                remedy = "name another output with -o"
+                raise UsageError("the output would overwrite an input", culprit=str(self.link), remedy=remedy)
 
     def begin(
         self,
@@ -339,7 +343,7 @@ class OutgoingFile:
 
     def send(self, number: int) -> None:
         """Send a part, unless the store has it from a run that died."""
-        part = partial(_Part, self.file, number * PART, min(PART, self.nbytes - number * PART))
+        part = partial(FileRange, self.file, number * PART, min(PART, self.nbytes - number * PART))
         if number not in self.known or _md5(part()) != self.known[number]:
             self.upload.send(number, io.BufferedReader(part(), STEP))
 
@@ -361,32 +365,6 @@ class OutgoingFile:
             each.result()
         if len(self.sending) < self.count:
             raise MachineError("was not written as a whole", culprit=str(self.outgoing.link))
-
-
-class _Part(io.RawIOBase):
-    """A part of a file as a stream, so that it is not in memory as a whole."""
-
-    def __init__(self, file: BinaryIO, begin: int, nbytes: int) -> None:
-        self._file, self._begin, self._nbytes, self._place = file, begin, nbytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._nbytes}[whence]
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        part = memoryview(buffer).cast("B")[: max(0, self._nbytes - self._place)]
-        read_into(self._file, part, self._begin + self._place)
-        self._place += len(part)
-        return len(part)
 
 
 def _md5(stream: io.RawIOBase) -> str:

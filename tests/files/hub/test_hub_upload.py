@@ -82,6 +82,12 @@ def test_another_commit_meanwhile(hub: HubServer, monkeypatch: pytest.MonkeyPatc
     assert last(hub, "org/merged") == {"README.md": b"b"}
 
 
+def test_a_card_that_is_there_stays(hub: HubServer) -> None:
+    hub.add("org/merged", {"README.md": b"mine"})
+    loratool.merge(BASE, ADAPTER, "hf://org/merged")
+    assert last(hub, "org/merged")["README.md"] == b"mine" and len(last(hub, "org/merged")) > 2
+
+
 def test_a_hub_that_takes_nothing(hub: HubServer, tmp_path: Path) -> None:
     hub.add("org/merged", {"README.md": b"a"}, full=True)
     with pytest.raises(MachineError) as refusal:

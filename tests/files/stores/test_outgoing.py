@@ -126,6 +126,8 @@ def test_an_input_is_not_overwritten(s3: Any, pair: Path) -> None:
     s3.put(str(pair), "bucket/own", recursive=True)
     before = stored(s3, "bucket/own")
     with pytest.raises(UsageError, match="would overwrite an input"):
+        loratool.merge("s3://bucket/own/model", pair / "adapter", "s3a://bucket/own/model", force=True)
+    with pytest.raises(UsageError, match="would overwrite an input"):
         loratool.merge("s3://bucket/own/model", pair / "adapter", "s3://bucket/own/model", force=True)
     assert stored(s3, "bucket/own") == before and not unfinished(s3)
 
