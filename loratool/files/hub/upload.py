@@ -11,9 +11,11 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
-from ...errors import InputError
+from ...errors import InputError, LoratoolError
 from .download import find_revision, hub_errors
 from .names import HubName
+
+UNSENT = "could not be sent to the hub"
 
 
 class HubTarget:
@@ -27,7 +29,7 @@ class HubTarget:
             try:
                 info = find_revision(name)
             except errors.RepositoryNotFoundError as error:
-                if isinstance(error, errors.GatedRepoError):
+                if isinstance(error, errors.GatedRepoError) or name.revision not in (None, "main"):
                     raise
                 return
         prefix = f"{name.path}/" if name.path else ""
@@ -42,16 +44,17 @@ class HubTarget:
 
         Raises:
             InputError: the repository has changed since the run began, or may not be written.
-            MachineError: the hub was not reached.
+            MachineError: the hub was not reached. The message says if a new repository is left empty.
         """
         prefix = f"{self.name.path}/" if self.name.path else ""
         operations: list[Any] = [CommitOperationAdd(f"{prefix}{name}", place) for name, place in sorted(built.items())]
         gone = [name for name in self.files if replaced(name) and name not in built]
         operations += [CommitOperationDelete(f"{prefix}{name}") for name in gone]
-        with hub_errors(self.name, "could not be sent to the hub"):
-            if self.commit is None:
+        if self.commit is None:
+            with hub_errors(self.name, UNSENT):
                 self._api.create_repo(self.name.repo, private=True)
-            try:
+        try:
+            with hub_errors(self.name, UNSENT):
                 done = self._api.create_commit(
                     self.name.repo,
                     operations,
@@ -59,9 +62,11 @@ class HubTarget:
                     revision=self.name.revision,
                     parent_commit=self.commit,
                 )
-            except errors.HfHubHTTPError as error:
-                if getattr(error.response, "status_code", None) == 412:
-                    what = "has another commit since this run began"
-                    raise InputError(what, culprit=str(self.name), remedy="run the command again") from error
-                raise
+        except LoratoolError as error:
+            if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 412:
+                what = "has another commit since this run began"
+                raise InputError(what, culprit=str(self.name), remedy="run the command again") from error
+            if self.commit is None:
+                error.message += "; the new repository is there, private and empty"
+            raise
         return str(done.oid)

@@ -89,13 +89,32 @@ def test_a_card_that_is_there_stays(hub: HubServer) -> None:
 
 
 def test_a_hub_that_takes_nothing(hub: HubServer, tmp_path: Path) -> None:
-    hub.add("org/merged", {"README.md": b"a"}, full=True)
+    hub.add("org/merged", {"README.md": b"a"})
+    hub.full = True
     with pytest.raises(MachineError) as refusal:
         loratool.merge(BASE, ADAPTER, "hf://org/merged")
     assert "x" * 30 not in str(refusal.value) and last(hub, "org/merged") == {"README.md": b"a"}
+    assert "new repository" not in str(refusal.value)
     kept = Path(str(refusal.value.remedy).rpartition("hf upload org/merged ")[2])
     loratool.merge(BASE, ADAPTER, tmp_path / "merged")
     assert files_in(kept) == files_in(tmp_path / "merged")
+
+
+def test_a_new_repository_that_stays_empty(hub: HubServer) -> None:
+    hub.full = True
+    with pytest.raises(MachineError, match="the new repository is there, private and empty"):
+        loratool.convert(ADAPTER, "hf://org/new", to="mlx")
+    assert hub.repositories["org/new"].private and not hub.repositories["org/new"].commits
+    hub.full = False
+    hub.add("org/new", {".gitattributes": b""})  # which the real hub begins a repository with
+    loratool.convert(ADAPTER, "hf://org/new", to="mlx")
+    assert "adapters.safetensors" in last(hub, "org/new")
+
+
+def test_a_branch_of_no_repository(hub: HubServer) -> None:
+    with pytest.raises(InputError, match="org/new@v1: .* the hub has no such model"):
+        loratool.convert(ADAPTER, "hf://org/new@v1", to="mlx")
+    assert not hub.repositories and not [each for each in hub.log if each[0] == "POST"]
 
 
 def test_the_command_of_the_page(hub: HubServer) -> None:

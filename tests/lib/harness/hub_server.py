@@ -33,7 +33,6 @@ class Repository:
     other_ranges: set[str] = field(default_factory=set)  # files of which a part ends a byte too early
     untagged: set[str] = field(default_factory=set)  # files whose answers have no ETag
     private: bool = False
-    full: bool = False  # takes no commit
 
 
 @dataclass
@@ -43,6 +42,7 @@ class HubServer:
     log: list[tuple[str, str, str]]  # method, path and Range of each request
     stopped: threading.Event = field(default_factory=threading.Event)
     sent: dict[str, bytes] = field(default_factory=dict)  # what was uploaded as LFS, by sha256
+    full: bool = False  # takes no commit
 
     def add(self, name: str, files: Mapping[str, bytes], **more: Any) -> str:
         """Add a repository, or to one a commit on its main branch; return the commit's hash."""
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, own: Repository, name: str, branch: str, body: bytes) -> None:
         lines = [json.loads(line) for line in body.splitlines()]
         former, parent = own.refs.get(branch), lines[0]["value"].get("parentCommit")
-        if own.full:
+        if self.hub.full:
             return self._send(507, b"", {})
         if parent is not None and parent != former:
             return self._send(412, b"", {})
