@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from ...durable.fileio import read_into, write_at
 from ...durable.journal import Journal
-from ...errors import InputError, UsageError
+from ...errors import InputError, UsageError, without_credentials
 from ...files.checkpoint import Checkpoint, open_checkpoint
 from ...files.hub.cache import place_named
 from ...files.output.output import Output, join_output, open_output
@@ -75,8 +75,8 @@ def report_foreign(
 ) -> ApplyReport:
     """Return the report of applied patches. path: of the output."""
     return ApplyReport(
-        base=base,
-        patches=tuple(str(patch.path) for patch in patches),
+        base=without_credentials(base),
+        patches=tuple(without_credentials(str(patch.path)) for patch in patches),
         out=str(path),
         dry_run=call.dry_run,
         nbytes=sum(file.nbytes for file in files.files),

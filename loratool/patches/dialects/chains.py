@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,8 @@ def find_chain(folder: Path, step: int) -> ForeignChain:
         while number in entries or number:
             if number not in entries:
                 raise _missing(folder, number, needed_by, entries)
-            path, dialect = entries[number]
+            path = entries[number]
+            dialect = find_dialect(path)
             if dialect is None:
                 return ForeignChain(path, tuple(reversed(patches)))
             patch = dialect.open(path)
@@ -70,31 +71,26 @@ def _base_of(patch: ForeignPatch, number: int, dialect: ForeignDialect) -> int:
     return base
 
 
-def _missing(
-    folder: Path, number: int, needed_by: str, entries: dict[int, tuple[Path, ForeignDialect | None]]
-) -> InputError:
+def _missing(folder: Path, number: int, needed_by: str, entries: Mapping[int, Path]) -> InputError:
     known = f"; it has {min(entries)} to {max(entries)}" if entries else ""
     if not needed_by:
         return InputError(f"has no version {number}{known}", culprit=str(folder))
     return InputError(f"has no version {number}, on which {needed_by} builds", culprit=str(folder), remedy=ONE_BY_ONE)
 
 
-def _entries(folder: Path) -> dict[int, tuple[Path, ForeignDialect | None]]:
-    """Return the versions in a folder: number -> path, and the dialect or None for a full version."""
-    found: dict[int, tuple[Path, ForeignDialect | None]] = {}
+def _entries(folder: Path) -> dict[int, Path]:
+    """Return the versions in a folder by their names: number -> path. No file is opened, as each can cost requests."""
+    found: dict[int, Path] = {}
     for path, number in _numbered(folder):
-        dialect = find_dialect(path)
-        if number not in found:
-            found[number] = path, dialect
-        elif path.parent.name == FOLDERS[0] and found[number][0].parent.name == FOLDERS[1]:
-            found[number] = path, dialect  # an anchor is the same version in full
-        elif not (path.parent.name == FOLDERS[1] and found[number][0].parent.name == FOLDERS[0]):
-            raise InputError(f"has {path.name} and {found[number][0].name} as one version", culprit=str(folder))
+        other = found.setdefault(number, path)
+        if other is not path and (other.parent.name, path.parent.name) != FOLDERS:
+            raise InputError(f"has {path.name} and {other.name} as one version", culprit=str(folder))
     return found
 
 
 def _numbered(folder: Path) -> Iterator[tuple[Path, int]]:
     patterns = {row.entry for row in DIALECTS.values() if row.entry}
+    # an anchor comes before the delta to it: it is the same version in full
     places = [folder, *(folder / name for name in FOLDERS if (folder / name).is_dir())]
     for place in places:
         for path in sorted(place.iterdir()):

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 from conftest import write_model
 from dialect_models import cut, models, spec_of, without_nan
+from lib.harness.s3_server import serve_s3
+from lib.harness.stores import s3_at
 from lib.oracles import naive_dialects as naive
 from lib.oracles.naive_dialects import Model, like, load_file, raw, same
 
+import loratool
 from loratool.errors import InputError
 from loratool.patches.dialects.chains import find_chain
 
@@ -62,6 +65,25 @@ def test_each_version_is_reached(name: str, fulls: tuple[int, ...], tmp_path: Pa
         model, count = reached(tmp_path, step)
         assert same(model, VERSIONS[step])
         assert count == step - max((full for full in fulls if full <= step), default=0)
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_only_the_versions_on_the_way_are_opened(name: str, tmp_path: Path) -> None:
+    """In a store each costs requests: those before the full version and those after the step take none."""
+    bucket, requests = tmp_path / "s3" / "bucket", []
+    write_model(bucket / "base", VERSIONS[0])
+    write(bucket / "deltas", name, fulls=(3,))
+    with serve_s3(tmp_path / "s3") as server, s3_at(server.endpoint):
+        for out in ("all", "few"):
+            server.requests.clear()
+            options: Any = {"step": 4, "allow": "unverified"}
+            report = loratool.apply("s3://bucket/base", "s3://bucket/deltas", tmp_path / out, **options)
+            requests.append(server.requests["GET"])
+            for version in (1, 2, 5):
+                shutil.rmtree(bucket / "deltas" / DIALECTS[name][1].format(version), ignore_errors=True)
+    assert requests[0] == requests[1] > 0 and same(load_file(tmp_path / "all" / "model.safetensors"), VERSIONS[4])
+    assert report.base == f"s3://bucket/deltas/{DIALECTS[name][1].format(3)}"
+    assert report.patches == (f"s3://bucket/deltas/{DIALECTS[name][1].format(4)}",)
 
 
 def test_a_bucket_of_trl(tmp_path: Path) -> None:
