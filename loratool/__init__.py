@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .commands.convert.call import convert, convert_model, edit_metadata
     from .commands.count.call import count
     from .commands.demo.call import demo
-    from .commands.diff.call import diff, diff_spectra
+    from .commands.diff.call import diff, diff_headers, diff_spectra
     from .commands.env.call import env
     from .commands.extract.call import extract
     from .commands.init.call import init
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .views.count import CountReport
     from .views.demo import DemoReport
     from .views.diff_adapters import AdapterDiff
+    from .views.diff_headers import HeadersDiff
     from .views.diff_models import CheckpointDiff
     from .views.diff_several import AdaptersDiff
     from .views.diff_spectra import SpectraDiff
@@ -82,7 +83,9 @@ _HOMES = {
     "AdaptersDiff": "views.diff_several",
     "CheckpointDiff": "views.diff_models",
     "diff": "commands.diff.call",
+    "HeadersDiff": "views.diff_headers",
     "SpectraDiff": "views.diff_spectra",
+    "diff_headers": "commands.diff.call",
     "diff_spectra": "commands.diff.call",
     "ApplyReport": "views.apply",
     "apply": "commands.apply.call",
@@ -165,6 +168,7 @@ __all__ = [
     "ExtractReport",
     "FilesReport",
     "ForeignPatchReport",
+    "HeadersDiff",
     "InitReport",
     "InputError",
     "LoratoolError",
@@ -193,6 +197,7 @@ __all__ = [
     "count",
     "demo",
     "diff",
+    "diff_headers",
     "diff_spectra",
     "edit_metadata",
     "env",

@@ -80,6 +80,8 @@ else:
 print(loratool.spectra("base", target=("q_proj",)).modules[0].top[0], loratool.count("config.json", rank=8).methods)
 new_of: loratool.SpectraDiff = loratool.diff_spectra("base", "tuned", top=10, threshold=0.5)
 print(new_of.weights[0].intruders.new, loratool.spectra("adapter", base="base").modules[0].intruders)
+compared: loratool.HeadersDiff = loratool.diff_headers("base", Path("tuned"))
+print(compared.same, compared.tensors[0].shape_a, compared.only_b)
 hashed: loratool.FilesReport = loratool.inspect_files("adapter")
 print(hashed.ok, hashed.files[0].sha256)
 served: loratool.RuntimeInspection = loratool.inspect_for("adapter", runtime="vllm", base="base")

@@ -142,6 +142,7 @@ def test_what_is_computed_from_factors(tmp_path: Path) -> None:
         ("diff", adapter, style, tmp_path / "resized"),
         ("diff", image, tmp_path / "combined.safetensors"),
         ("diff", base, tuned, "--spectra"),
+        ("diff", base, tuned, "--headers"),
         ("inspect", adapter, "--spectra"),
         ("inspect", adapter, "--spectra", "--base", base),
         ("inspect", base, "--spectra"),

@@ -26,6 +26,7 @@ give the quantization error.
   loratool diff base/ tuned/ --target q_proj,v_proj
   loratool diff merged/ rebuilt/ --fail-above 0
   loratool diff base/ tuned/ --spectra
+  loratool diff org/base org/base-fp8 --headers
 
 apart: the norm of B - A relative to the larger norm; 141% if they have nothing in common.
 
@@ -39,6 +40,10 @@ For models, changed: the share of numbers that differ. max |B-A|: the largest di
 difference in steps between numbers. Tensors are not comparable, and in no total, if their shapes differ, if only one
 has nan or inf, or if they differ and are not floating-point. With --spectra, new: the number of intruder dimensions,
 leading left singular vectors of a changed weight that match none of the base's.
+
+With --headers, no weight is read, also of models on the hub or in a store. Tensors are compared under the names in the
+files; a GGUF model has those of transformers beside a model of transformers. A quantized weight is one tensor if the
+other model stores it in another format; otherwise its codes and scales are compared.
 """
 
 PARAMETERS = [
@@ -49,7 +54,7 @@ PARAMETERS = [
         type=click.FloatRange(0),
         metavar="X",
         help="Exit with 1 if any relative distance is above X. A tensor of only one side counts as 1; one that is not "
-        "comparable is above every X.",
+        "comparable is above every X. With --headers, 0 is for any difference.",
     ),
     Option(
         ["--spectra"],
@@ -58,6 +63,12 @@ PARAMETERS = [
         help="Compare the singular vectors of a model and its fine-tune, and count the new ones.",
     ),
     *options_for(call.diff_spectra, "top", "threshold"),
+    Option(
+        ["--headers"],
+        title="Checks",
+        is_flag=True,
+        help="Compare names, shapes and types of tensors, and read no weights.",
+    ),
     HTML,
     *options_for(call.diff, "drop", "alpha", "target", "exclude", "layers", "digest", "device"),
     *TERMINAL,
@@ -69,18 +80,19 @@ def _diff(
     /,
     others: tuple[str, ...],
     spectra: bool,
+    headers: bool,
     fail_above: float | None,
-    html: str | None,
-    quiet: bool,
-    verbose: bool,
-    json: bool,
     **options: Any,
 ) -> None:
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
+    shown = {name: options.pop(name) for name in ("json", "quiet", "verbose", "html")}
+    if fail_above is not None and math.isnan(fail_above):
+        raise click.UsageError("--fail-above nan is not a number")
+    if headers:
+        context.exit(_headers(shown, fail_above, others=others, spectra=spectra, **intruders, **options))
     if spectra and others:
         raise click.UsageError("--spectra takes two paths: a model and its fine-tune")
     if spectra:
-        shown = {"json": json, "quiet": quiet, "verbose": verbose, "html": html}
         _spectra(shown, fail_above=fail_above, **intruders, **options)
         return
     if any(value is not None for value in intruders.values()):
@@ -88,15 +100,24 @@ def _diff(
     from .progress import ProgressBar
     from .render import print_report
 
-    if fail_above is not None and math.isnan(fail_above):
-        raise click.UsageError("--fail-above nan is not a number")
-    with closing(ProgressBar("comparing", quiet or json)) as bar:
+    with closing(ProgressBar("comparing", shown["quiet"] or shown["json"])) as bar:
         report = call.diff(options.pop("a"), options.pop("b"), *others, **library_arguments(options), progress=bar)
     if fail_above is not None and report.is_above(fail_above):
         report = replace(report, above=fail_above)
-    print_report("diff", report, json=json, quiet=quiet, verbose=verbose, html=html, status=report.said_no)
+    print_report("diff", report, **shown, status=report.said_no)
     if report.said_no:
         context.exit(1)
+
+
+def _headers(shown: dict[str, Any], fail_above: float | None, *, a: str, b: str, **options: Any) -> int:
+    if any(value not in (None, (), False, "auto") for value in options.values()):
+        raise click.UsageError("--headers takes two paths, and goes only with --fail-above and options of the output")
+    from .render import print_report
+
+    report = call.diff_headers(a, b)
+    status = "different" if fail_above is not None and report.is_above(fail_above) else None
+    print_report("diff", report, **shown, status=status)
+    return 1 if status else 0
 
 
 def _spectra(shown: dict[str, Any], **options: Any) -> None:

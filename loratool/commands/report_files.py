@@ -41,6 +41,7 @@ REPORTS = {
         "views.diff_several.AdaptersDiff",
         "views.diff_models.CheckpointDiff",
         "views.diff_spectra.SpectraDiff",
+        "views.diff_headers.HeadersDiff",
     ),
     "env": ("views.env.EnvReport",),
     "extract": ("views.extract.ExtractReport",),

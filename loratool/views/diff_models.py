@@ -87,12 +87,12 @@ class CheckpointDiff(DiffReport):
 COLUMNS: tuple[Category[TensorDiff] | Measure[TensorDiff], ...] = (
     Category(
         q.SHAPE,
-        lambda row: _both(dimensions(row.shape_a), dimensions(row.shape_b)),
+        lambda row: both_sides(dimensions(row.shape_a), dimensions(row.shape_b)),
         priority=9,
         right=True,
         always=True,
     ),
-    Category(q.DTYPE, lambda row: _both(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b), priority=8),
+    Category(q.DTYPE, lambda row: both_sides(row.codec_a or row.dtype_a, row.codec_b or row.dtype_b), priority=8),
     Measure(q.MAX_DIFFERENCE, lambda row: row.largest, measure, priority=6),
     Measure(q.ULPS, lambda row: row.steps, all_digits, priority=7),
     Measure(q.APART, lambda row: row.relative, share, priority=1, watched=True, drawn=True),
@@ -125,7 +125,8 @@ def _changed_share(row: TensorDiff) -> float | None:
     return None if row.changed is None else row.changed / max(1, math.prod(row.shape_a))
 
 
-def _both(a: str, b: str) -> str:
+def both_sides(a: str, b: str) -> str:
+    """Return the words of both sides, or the one that they share."""
     return a if a == b else f"{a} {b}"
 
 

@@ -494,13 +494,14 @@ def test_options_are_the_keywords_of_the_library(name: str) -> None:
         "fail_above",
         "strict",
         "spectra",
+        "headers",
         "metadata",
         "files",
     }
     more = {
         "inspect": [loratool.spectra, loratool.inspect_for, loratool.inspect_files],
         "verify": [loratool.verify_attestation],
-        "diff": [loratool.diff_spectra],
+        "diff": [loratool.diff_spectra, loratool.diff_headers],
         "convert": [loratool.convert_model, loratool.edit_metadata],
     }
     functions = [getattr(loratool, name), *more.get(name, [])]

@@ -35,6 +35,7 @@ CALLS = {
     "diff adapter second adapter": (0, ()),
     "diff base merged --fail-above 0": (1, ()),
     "diff base merged --spectra": (0, ()),
+    "diff base other --headers --fail-above 0": (1, ()),
     "verify base adapter merged": (0, ()),
     "verify base adapter base": (1, ()),
     "merge base adapter -o out": (0, ("out",)),

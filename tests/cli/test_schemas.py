@@ -118,6 +118,8 @@ inspect {llama}/base --spectra                                                  
 inspect {tmp}/kinds --spectra                                                                 SpectraReport 0
 inspect {llama}/adapter --spectra --base {llama}/base --top 4 --threshold 0.9                 SpectraReport 0
 diff {llama}/base {llama}/tuned --spectra --layers 0                                          SpectraDiff 0
+diff {llama}/base {llama}/fp8 --headers                                                       HeadersDiff 0
+diff {llama}/base {sdxl}/base.safetensors --headers --fail-above 0                            HeadersDiff 1
 """
 # Keys that come from the inputs, which the schemas cannot list
 OPEN = {

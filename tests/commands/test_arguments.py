@@ -107,6 +107,7 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "env": {},
         "diff": {"a": ADAPTER, "b": ADAPTER},
         "diff_spectra": {"a": BASE, "b": merged, "layers": [0]},
+        "diff_headers": {"a": ADAPTER, "b": ADAPTER},
         "inspect": {"path": ADAPTER},
         "inspect_files": {"path": ADAPTER},
         "inspect_for": {"path": ADAPTER, "runtime": "vllm"},

@@ -59,6 +59,7 @@ COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("extract", "base", "tuned", "--rank", "2", "-o", "out"): ("out",),
     ("verify", "base", "adapter", "tuned"): (),
     ("diff", "base", "tuned"): (),
+    ("diff", "base", "tuned", "--headers"): (),
     ("diff", "adapter", "adapter", "--base", "base"): (),
     ("resize", "adapter", "--rank", "1", "-o", "out"): ("out",),
     ("combine", "adapter", "adapter", "-o", "out"): ("out",),

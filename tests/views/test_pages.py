@@ -79,6 +79,7 @@ def reports(folder: Path) -> dict[str, Any]:
         "combine": loratool.combine([c, b, a], folder / "never", dry_run=True, exclude="norm", allow="unrelated"),
         "spectra": loratool.spectra(a, base=base),
         "diff of spectra": loratool.diff_spectra(base, folder / "merged"),
+        "diff of headers": loratool.diff_headers(a, b),
         "resize": loratool.resize(a, folder / "resized", rank=2),
         "extract": loratool.extract(base, folder / "merged", folder / "extracted", rank=2),
     }

@@ -91,6 +91,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Path]], Any]] = {
     "spectra": lambda p: loratool.spectra(p["adapter"]),
     "spectra beside a base": lambda p: loratool.spectra(p["adapter"], base=p["base"]),
     "diff of spectra": lambda p: loratool.diff_spectra(p["base"], p["tuned"]),
+    "diff of headers": lambda p: loratool.diff_headers(p["base"], p["base"]),
     "run": lambda p: loratool.run(p["recipe"], force=True),
     "recover": lambda p: loratool.recover(p["left"], dry_run=True),
 }

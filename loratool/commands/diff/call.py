@@ -1,4 +1,4 @@
-"""The calls of `diff`, of adapters and models, and with --spectra."""
+"""The calls of `diff`, of adapters and models, with --spectra and with --headers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..calls import Call, function_of
 
 if TYPE_CHECKING:
     from ...views.diff_adapters import AdapterDiff  # noqa: F401
+    from ...views.diff_headers import HeadersDiff  # noqa: F401
     from ...views.diff_models import CheckpointDiff  # noqa: F401
     from ...views.diff_several import AdaptersDiff  # noqa: F401
     from ...views.diff_spectra import SpectraDiff  # noqa: F401
@@ -83,6 +84,26 @@ class DiffSpectra(Call["SpectraDiff"]):
     progress: calls.Progress = None
 
 
+@dataclass(frozen=True)
+class DiffHeaders(Call["HeadersDiff"]):
+    """Compare names, shapes and types of the tensors of two models or adapters, and read no weights.
+
+    Args:
+        a: A model or an adapter.
+        b: Another of the same kind.
+
+    Raises:
+        InputError: only one is an adapter, or a header cannot be read.
+    """
+
+    work: ClassVar[str] = "diff.headers.run_diff_headers"
+
+    a: StrPath
+    b: StrPath
+
+
 diff = function_of(Diff)
 
 diff_spectra = function_of(DiffSpectra)
+
+diff_headers = function_of(DiffHeaders)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...adapters.adapter import Adapter
-from ...adapters.formats import FORMATS, holds_adapter
+from ...adapters.formats import FORMATS
 from ...binding.modules.selection import Selection
 from ...errors import InputError, UsageError
 from ...files.checkpoint import open_checkpoint, read_config
@@ -20,13 +20,13 @@ from ...transform.in_memory import by_meaning
 from ...views.diff_adapters import AdapterDiff
 from ...views.diff_models import CheckpointDiff
 from ...views.diff_several import AdaptersDiff
-from ...views.parts.writing import command_line
 from ..adapter_requests import parse_adapters
 from ..arguments import parse_words
 from ..inputs import open_adapters, open_model, without_base_option
 from .adapters import diff_adapters
 from .aligned import align_modules
 from .call import Diff
+from .headers import are_adapters
 from .models import diff_models
 from .related import require_known_names, require_of_one_model
 from .several import diff_several
@@ -41,7 +41,7 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
     paths = [os.fspath(path) for path in (call.a, call.b, *call.others)]
     with ExitStack() as opened:
         opened.enter_context(one_thread())
-        if not _are_adapters(paths):
+        if not are_adapters(paths):
             if call.base is not None or call.alpha is not None or call.drop:
                 raise UsageError("--base, --drop and --alpha are for adapters, but these are two models")
             sides = [open_checkpoint(path) for path in paths]
@@ -87,26 +87,6 @@ def run_diff(call: Diff) -> AdapterDiff | AdaptersDiff | CheckpointDiff:
             call.progress,
         )
         return replace(report, sha256=sha256)
-
-
-def _are_adapters(paths: Sequence[str]) -> bool:
-    """Return whether all inputs are adapters. False if there are two models.
-
-    Raises:
-        InputError: some are adapters and others are not.
-        UsageError: there are more models than two.
-    """
-    kinds = [holds_adapter(path) for path in paths]
-    if any(kinds) and not all(kinds):
-        large, small = paths[kinds.index(False)], paths[kinds.index(True)]
-        raise InputError(
-            f"is a model, but {small} is an adapter; diff compares two of a kind",
-            culprit=large,
-            remedy=f"to check the adapter against the model: {command_line('inspect', small, '--base', large)}",
-        )
-    if not all(kinds) and len(paths) > 2:
-        raise UsageError(f"diff compares two models, not {len(paths)}; adapters can be any number")
-    return all(kinds)
 
 
 def _file_names(states: Sequence[Transformed]) -> dict[str, tuple[str, ...]]:

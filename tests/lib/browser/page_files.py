@@ -35,6 +35,7 @@ PAGES = {
     "diff-several": "diff extracted adapter small",
     "diff-models": "diff base tuned",
     "diff-spectra": "diff base tuned --spectra",
+    "diff-headers": f"diff base {FIXTURES}/llama/fp8 --headers",
     "verify-wrong": "verify base adapter damaged",
     "resize": "resize adapter --rank 4 -o resized",
     "combine": "combine adapter small -o combined",
