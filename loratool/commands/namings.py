@@ -18,7 +18,7 @@ MODEL_NAMINGS = {
 # for type checkers and editors; a test holds them against the tables
 ScaledFormat = Literal["peft", "kohya", "diffusers", "comfy", "gguf", "mlx"]  # keys of `extract_formats`
 WrittenFormat = Literal[ScaledFormat, "loralib"]
-ReadFormat = Literal[WrittenFormat, "cloneofsimo", "adapterhub", "torchtune", "litgpt"]
+ReadFormat = Literal[WrittenFormat, "cloneofsimo", "adapterhub", "torchtune", "litgpt", "megatron", "sam"]
 ModelForm = Literal["safetensors", "torch", "gguf", "diffusers", "single-file"]
 RuntimeName = Literal[
     "transformers",
