@@ -14,7 +14,7 @@ from ..adapters.formats.find import find_adapter_file
 from ..adapters.formats.peft_config import CONFIG_NAME
 from ..errors import InputError
 from ..files.checkpoint import open_checkpoint, open_weights
-from ..files.hub.cache import resolve
+from ..files.hub.cache import by_ranges, resolve
 from ..files.weights_file import WeightsFile, require_unchanged
 from ..streaming.digests import digest_of_files
 from ..streaming.parallel import Progress
@@ -53,7 +53,7 @@ def with_digests(call: object, report: R) -> R:
     asked, digests = bool(getattr(call, "digest", False)), {}
     for path in _named_paths(vars(call), getattr(report, "out", None)):
         with suppress(*() if asked else (InputError,)):
-            if asked or holds_adapter(path):
+            if asked or holds_adapter(by_ranges(path)):  # a model of which only headers were read is no download
                 digests[os.fspath(path)] = digest_of_path(path)
     return replace(report, digests=digests)
 

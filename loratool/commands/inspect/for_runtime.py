@@ -23,7 +23,7 @@ from ...architectures.runtimes.runtime import FEATURES, OUTCOMES, Runtime
 from ...architectures.runtimes.table import RUNTIMES
 from ...files.checkpoint import Checkpoint, read_config
 from ...files.codecs.quantized import declared_method, find_declared
-from ...files.hub.cache import resolve
+from ...files.hub.cache import reading_little, resolve
 from ...transform.expand import kinds_to_expand
 from ...transform.for_runtime import serve_modules, unset_module
 from ...transform.lazy import start
@@ -38,6 +38,7 @@ from .for_image_program import inspect_for_image_program
 _OLD = "language_model.model."
 
 
+@reading_little()
 def run_inspect_for(call: InspectFor) -> RuntimeInspection:
     """Report from headers what a runtime does with an adapter."""
     if program := IMAGE_RUNTIMES.get(call.runtime):

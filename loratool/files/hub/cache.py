@@ -41,13 +41,13 @@ def resolve(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
         InputError: there is no such path or model, or it may not be downloaded; the remedy tells how to allow it.
         MachineError: the download failed, or its requirements are not installed.
     """
-    if _by_ranges.get() and not config_alone:
-        return by_ranges(name)
+    if _by_ranges.get():
+        return by_ranges(name, config_alone)
     found = find_here(name, config_alone)
     return found if isinstance(found, Path) else import_download(found).download(found, config_alone)
 
 
-def by_ranges(name: str | os.PathLike[str]) -> Path:
+def by_ranges(name: str | os.PathLike[str], config_alone: bool = False) -> Path:
     """Return what `resolve` returns, with empty files in the places of those that are not in the cache.
 
     Their bytes are read by ranges, as those in a store. If the hub does not send parts of files, they are downloaded.
@@ -55,11 +55,11 @@ def by_ranges(name: str | os.PathLike[str]) -> Path:
     Raises:
         InputError, MachineError: as `resolve`.
     """
-    found = find_here(name)
+    found = find_here(name, config_alone)
     if isinstance(found, Path):
         return found
     module = import_download(found)
-    place: Path = module.place_by_ranges(found) or module.download(found)
+    place: Path = module.place_by_ranges(found) or module.download(found, config_alone)
     return place
 
 

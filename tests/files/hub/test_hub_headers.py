@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import write_model, write_peft
+from conftest import FIXTURES, write_model, write_peft
 from files.hub.test_hub_download import FACTORS, hub
 from lib.harness.hub_server import HubServer, files_in
 from safetensors.torch import save_file
@@ -127,3 +127,13 @@ def test_the_base_of_an_adapter_is_read_by_its_headers(hub: HubServer, tmp_path:
     near, far = (told(adapter, base=base) for base in (folder, "org/name"))
     assert near.pop("coverage") == {**far.pop("coverage"), "base": str(folder)} and near == far
     assert not [*tmp_path.glob("cache/**/*.safetensors")]
+
+
+@pytest.mark.parametrize(("runtime", "fixture"), [("vllm", "llama"), ("comfyui", "sdxl")])
+def test_what_a_program_does_is_read_from_headers(hub: HubServer, tmp_path: Path, runtime: str, fixture: str) -> None:
+    base, adapter = (sorted((FIXTURES / fixture).glob(f"{name}*"))[0] for name in ("base", "adapter"))
+    hub.add("org/base", files_in(base) if base.is_dir() else {"m.safetensors": base.read_bytes()})
+    far = "org/base" if base.is_dir() else "org/base/m.safetensors"
+    near, told = (loratool.inspect_for(adapter, runtime=runtime, base=each) for each in (base, far))
+    assert replace(told, base=near.base) == near
+    assert ranges(hub) and not [*tmp_path.glob("cache/**/*.safetensors")]
