@@ -13,14 +13,14 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 from click.shell_completion import CompletionItem, shell_complete
 
 from ..durable.interrupts import changing_models, resumable_outputs, stop_on_signals
 from ..errors import is_debugging, shell_word
-from .help import Command
+from .help import Command, Option, has_colour
 
 if TYPE_CHECKING:
     from ..errors import LoratoolError
@@ -88,9 +88,9 @@ COMPLETE = "_LORATOOL_COMPLETE"  # what a shell's completion calls us with, by c
 
 READ = ("help", "guide")  # commands that only show text
 
-ASKS_FOR_HELP = {"-h", "--help", "--version", "--json-schema"}
+ASKS_FOR_HELP = {"-h", "--help", "-V", "--version", "--json-schema"}
 
-SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+SETTINGS = {"max_content_width": 100}
 
 written_without_page: list[str] = []  # outputs that are written, and not yet their page
 
@@ -140,6 +140,8 @@ class Commands(Command, click.Group):
         self.format_commands(ctx, formatter)
         click.Command.format_options(self, ctx, formatter)
 
+    format_usual = format_options
+
 
 def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
@@ -155,10 +157,13 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     cls=Commands,
     context_settings=SETTINGS,
     subcommand_metavar="COMMAND ...",
-    epilog="Examples and options: loratool COMMAND -h, or loratool help COMMAND",
+    epilog="Options: loratool COMMAND -h     All options: loratool COMMAND --help",
 )
 @click.option(
+    "-V",
     "--version",
+    cls=Option,
+    title="Running",
     is_flag=True,
     is_eager=True,
     expose_value=False,
@@ -265,7 +270,8 @@ def _call(argv: list[str]) -> int:
             click.echo(FIRST_CONTACT)
             return UsageError.exit_code
         _check_settings(argv)
-        with cli.make_context("loratool", _as_options(argv), auto_envvar_prefix="LORATOOL", obj=argv) as context:
+        settings: dict[str, Any] = {"auto_envvar_prefix": "LORATOOL", "obj": argv, "color": has_colour(sys.stdout)}
+        with cli.make_context("loratool", _as_options(argv), **settings) as context:
             cli.invoke(context)
         sys.stdout.flush()
         return 0
@@ -306,8 +312,8 @@ def _check_settings(argv: list[str]) -> None:
 
 
 def _as_options(argv: list[str]) -> list[str]:
-    """Return the arguments with `help COMMAND` replaced by `COMMAND -h`."""
-    return [*argv[1:2], "-h"] if argv[0] == "help" else [*argv]  # click empties the list
+    """Return the arguments with `help COMMAND` replaced by `COMMAND --help`."""
+    return [*argv[1:2], "--help"] if argv[0] == "help" else [*argv]  # click empties the list
 
 
 def _show_log() -> None:

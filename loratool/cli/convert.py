@@ -41,21 +41,21 @@ transformers, with its names and a config.json. The denoiser of an image model c
 to its maker's, with rows split or concatenated as needed.
 
 \b
-  loratool convert pytorch_model.bin -o model.safetensors
+  loratool convert adapter/ --for vllm --base base/ -o served/
+  loratool convert ink.safetensors --to diffusers -o ink-diffusers.safetensors
   loratool convert model/ --dtype bf16 --max-shard-size 5GB -o smaller/
+  loratool convert pytorch_model.bin -o model.safetensors
   loratool convert model.gguf --dtype bf16 --tokenizer original/ -o folder/
   loratool convert model-nf4/ --dtype bf16 -o dequantized/
   loratool convert model/ --to torch -o old-style/
   loratool convert sdxl.safetensors --to diffusers --drop components -o unet/
   loratool convert unet/ --to single-file -o unet.safetensors
-  loratool convert ink.safetensors --to diffusers -o ink-diffusers.safetensors
   loratool convert flux.safetensors --to kohya --exclude 'text_encoder*'
   loratool convert ink.safetensors --for comfyui -o ink-comfyui.safetensors
   loratool convert pissa/ --to peft --plain --initial start/ -o exact/
   loratool convert dora/ --to peft --plain --base base/ --rank 32 -o plain/
   loratool convert phi/ --to peft --layout split --base phi-base/ -o llama/
   loratool convert lora/ --to peft --base b/ --architecture LlamaModel -o out/
-  loratool convert adapter/ --for vllm --base base/ -o served/
   loratool convert old.bin --to peft --alpha 32 --enable-lora 1,0,1 -o layers/
   loratool convert a.safetensors --set modelspec.title=Ink -o new.safetensors
 """,

@@ -26,7 +26,7 @@ give the quantization error.
   loratool diff base/ tuned/ --target q_proj,v_proj
   loratool diff merged/ rebuilt/ --fail-above 0
   loratool diff base/ tuned/ --spectra
-  loratool diff org/base org/base-fp8 --headers
+  loratool diff base/ merged/ --headers
 
 apart: the norm of B - A relative to the larger norm; 141% if they have nothing in common.
 

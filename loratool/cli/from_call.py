@@ -102,8 +102,8 @@ def _parameter_of(argument: Argument) -> click.Parameter:
     names = [*([opt.letter] if opt.letter else []), f"--{argument.word}"]
     if argument.word.replace("-", "_") not in (argument.name, f"no_{argument.name}"):
         names.append(argument.name)
-    help = argument.help.replace(" [default: ", "  [default: ")  # as click's own
-    return Option(names, title=opt.title, help=help, **attributes)
+    help = argument.lead.replace(" [default: ", "  [default: ")  # as click's own
+    return Option(names, title=opt.title, help=help, meanings=argument.meanings, **attributes)
 
 
 def _type_of(argument: Argument) -> Any:

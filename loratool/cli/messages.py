@@ -87,7 +87,8 @@ def usage_error(error: click.ClickException, command: str | None, commands: Iter
         options = [word for each in context.command.params for word in each.opts] if context else []
         words = {word.lstrip("-"): word for word in options}
         near = get_close_matches(error.option_name.lstrip("-"), words, 1)
-        remedy = f"{words[near[0]]}; all options: {help_call}" if near else help_call
+        all_options = help_call.replace("-h", "--help")
+        remedy = f"{words[near[0]]}; all options: {all_options}" if near else all_options
         return UsageError(f"no option {error.option_name!r}", remedy=remedy)
     if isinstance(error, click.MissingParameter):
         return UsageError(f"no {_spelled(error.param)} given", culprit=command, remedy=help_call)
@@ -128,7 +129,7 @@ def check_settings(names: Iterable[str], commands: Iterable[str], load: Callable
         near = get_close_matches(word, words, 1)
         meant = f"did you mean {prefix}{near[0]}?" if near else ""
         if named or get_close_matches(word, words, 1, MISSPELT):
-            remedy = meant or f"unset it; all options: loratool {named[0]} -h"
+            remedy = meant or f"unset it; all options: loratool {named[0]} --help"
             raise UsageError("sets no option", culprit=name, remedy=remedy)
         warnings.append(f"{name} sets no option{meant and f'; {meant}'}")
     return warnings

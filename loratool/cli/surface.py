@@ -13,6 +13,7 @@ import click
 from ..views.parts.columns import ASCII_RAMP, RAMP, text_width, without_end
 from ..views.parts.document import HEATS, Line, TextSpan, escaped, text_of
 from .as_json import naming
+from .help import has_colour
 
 WIDEST = 120  # columns: longer rows are hard to follow
 
@@ -72,14 +73,11 @@ def _words(text: str) -> list[str]:
 
 def surface_of(stream: TextIO) -> Surface:
     """Return the surface of a stream, by the usual variables: COLUMNS, NO_COLOR, FORCE_COLOR and TERM."""
-    is_terminal = stream.isatty()
-    dumb = os.environ.get("TERM") == "dumb"
-    colour = bool(os.environ.get("FORCE_COLOR")) or (is_terminal and not dumb)
     return Surface(
         stream,
-        min(terminal_width(stream), WIDEST) if is_terminal else None,
-        colour and not os.environ.get("NO_COLOR"),
-        dumb or "utf" not in (getattr(stream, "encoding", None) or "").lower(),
+        min(terminal_width(stream), WIDEST) if stream.isatty() else None,
+        has_colour(stream),
+        os.environ.get("TERM") == "dumb" or "utf" not in (getattr(stream, "encoding", None) or "").lower(),
     )
 
 

@@ -65,6 +65,7 @@ class Opt:
     default: str = ""  # in words, where it is not a value
     letter: str = ""
     text: str = ""  # what the argument means, where the docstring does not say it
+    meanings: Mapping[str, str] = field(default_factory=dict, compare=False)  # of words, where the type has none
     free: bool = False  # wrong words are refused by the library, with a reason
     commas: bool = False  # a value is several, with commas between
 
@@ -79,7 +80,7 @@ class Argument:
         kind: of inspect.Parameter.
         nullable: whether None is taken too.
         opt: None if the command line does not have it.
-        text: its meaning: a line below `Args:` or that of Opt, with the words of the choices.
+        text: its meaning: a line below `Args:` or that of Opt, with {meanings} where those of its words go.
     """
 
     name: str
@@ -101,8 +102,23 @@ class Argument:
 
     @property
     def help(self) -> str:
-        """The meaning, with the default if that has words."""
-        return f"{self.text} [default: {self.opt.default}]" if self.opt and self.opt.default else self.text
+        """The meaning, with those of its words, and the default if that has words."""
+        meanings = "; ".join(f"{word}: {meaning}" for word, meaning in self.meanings.items())
+        return self._with_default(self.text.replace("{meanings}", meanings))
+
+    @property
+    def lead(self) -> str:
+        """The help without the meanings of its words."""
+        return self._with_default(self.text.replace("{meanings}.", "").replace("  ", " ").strip())
+
+    @property
+    def meanings(self) -> Mapping[str, str]:
+        """Words that it takes -> what they mean, if its text tells."""
+        told = (self.opt and self.opt.meanings) or self.type.meanings
+        return told if "{meanings}" in self.text else {}
+
+    def _with_default(self, text: str) -> str:
+        return f"{text} [default: {self.opt.default}]" if self.opt and self.opt.default else text
 
     @property
     def word(self) -> str:
@@ -446,15 +462,9 @@ def _read_signature(command: Callable[..., object]) -> dict[str, Argument]:
         opt = next((mark for mark in reversed(marks) if isinstance(mark, Opt)), None)
         text = sentences.get(name) or (opt.text if opt else "")
         text = text.replace("{words}", ", ".join(kind.choices))
-        text = text.replace("{meanings}", with_meanings(kind.meanings))
         default = () if parameter.kind is parameter.VAR_POSITIONAL else parameter.default
         arguments[name] = Argument(name, kind, default, parameter.kind, _takes_none(annotation), opt, text)
     return arguments
-
-
-def with_meanings(meanings: Mapping[str, str]) -> str:
-    """Return words with their meanings for the help."""
-    return "; ".join(f"{word}: {meaning}" for word, meaning in meanings.items())
 
 
 def _sentences(text: str) -> dict[str, str]:

@@ -165,7 +165,11 @@ def output(name: str) -> Opt:
 
 Force = Annotated[
     bool,
-    Opt("Output", text="Replace an output that exists. A folder with other files than a model's is never replaced."),
+    Opt(
+        "Output",
+        letter="-f",
+        text="Replace an output that exists. A folder with other files than a model's is never replaced.",
+    ),
 ]
 
 InPlace = Annotated[
@@ -202,7 +206,7 @@ Resume = Annotated[
     ),
 ]
 
-DryRun = Annotated[bool, Opt("Output", text="Check everything and print the plan, but write nothing.")]
+DryRun = Annotated[bool, Opt("Output", letter="-n", text="Check everything and print the plan, but write nothing.")]
 
 Card = Annotated[bool, Opt("Output", text="Write no model card (README.md) into an output folder.")]
 

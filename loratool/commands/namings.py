@@ -45,12 +45,12 @@ def extract_formats() -> dict[str, Format]:
     return {key: each for key, each in written_formats().items() if each.can.alpha != "none"}
 
 
-def titles_of(formats: Mapping[str, Format]) -> str:
-    """Return the text of the help on formats."""
-    return "; ".join(each.title for each in formats.values())
+def titles_of(formats: Mapping[str, Format]) -> dict[str, str]:
+    """Return what the help says of formats, by key."""
+    return {key: each.title.partition(": ")[2] for key, each in formats.items()}
 
 
 To = Annotated[
     Annotated[WrittenFormat, one_of(written_formats())] | None,
-    Opt("Output", default="by the input", text=f"Format to write. {titles_of(written_formats())}."),
+    Opt("Output", default="by the input", text="Format to write. {meanings}.", meanings=titles_of(written_formats())),
 ]

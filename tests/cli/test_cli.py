@@ -286,9 +286,9 @@ def test_a_full_stdout_is_one_line_and_5(
         ("LORATOOL_MERGE_DTPE", "did you mean LORATOOL_MERGE_DTYPE?"),
         ("LORATOOL_INSPECT_JSN", "did you mean LORATOOL_INSPECT_JSON?"),
         ("LORATOOL_MEGRE_DTYPE", "did you mean LORATOOL_MERGE_DTYPE?"),
-        ("LORATOOL_MERGE_BASE", "unset it; all options: loratool merge -h"),  # an argument, which is none
+        ("LORATOOL_MERGE_BASE", "unset it; all options: loratool merge --help"),  # an argument, which is none
         ("LORATOOL_DEBUGG", "did you mean LORATOOL_DEBUG?"),
-        ("LORATOOL_MERGE_\x1b[2J\n", "unset it; all options: loratool merge -h"),
+        ("LORATOOL_MERGE_\x1b[2J\n", "unset it; all options: loratool merge --help"),
     ],
 )
 def test_a_variable_of_no_option_is_an_error(name: str, hint: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

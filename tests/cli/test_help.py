@@ -16,7 +16,7 @@ from lib.harness.stage import set_stage
 from lib.models.gguf_models import llama_weights, write_llama
 
 from loratool.cli import COMMANDS, cli
-from loratool.cli.help import TITLES
+from loratool.cli.help import TITLES, USUAL
 
 Run = Callable[..., Any]
 
@@ -87,7 +87,7 @@ def test_the_examples_of_each_verb(verb: str, stage: Path, run: Run) -> None:
         shutil.copytree(stage / "start", stage / "pissa")
         (stage / "model-nf4").mkdir()
         shutil.copy(FIXTURES / "coded" / "bnb_nf4.safetensors", stage / "model-nf4" / "model.safetensors")
-    found = examples(run(verb, "-h").stdout)
+    found = examples(run(verb, "--help").stdout)
     assert sum(argv[0] == verb for argv in found) >= 2
     for argv in found:
         result = run(*argv)
@@ -119,7 +119,7 @@ def test_every_option_names_its_title(verb: str, option: click.Option) -> None:
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_the_help_is_examples_then_few_titles(verb: str, run: Run) -> None:
     """The same titles in the same order on every command, five at most."""
-    text = run(verb, "-h").stdout
+    text = run(verb, "--help").stdout
     titles = [line.removesuffix(":") for line in text.splitlines() if line.removesuffix(":") in TITLES]
     assert 1 <= len(titles) <= 5 and titles == [each for each in TITLES if each in titles]
     assert text.index(f"\n    loratool {verb}") < text.index(f"\n{titles[0]}:")
@@ -127,11 +127,11 @@ def test_the_help_is_examples_then_few_titles(verb: str, run: Run) -> None:
 
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_help_is_a_word_for_it(verb: str, run: Run) -> None:
-    assert run("help", verb).stdout == run(verb, "-h").stdout != ""
+    assert run("help", verb).stdout == run(verb, "--help").stdout != ""
 
 
 def test_help_alone_is_that_of_all(run: Run) -> None:
-    assert run("help").stdout == run("-h").stdout
+    assert run("help").stdout == run("--help").stdout
     assert run("help", "mrege").stderr == "error: no command 'mrege'\nhint: loratool merge -h\n"
 
 
@@ -146,9 +146,46 @@ def test_the_first_contact_is_what_people_come_for(run: Run) -> None:
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_every_option_says_what_it_does(verb: str, run: Run) -> None:
     """And no line is wider than a terminal."""
-    text = run(verb, "-h").stdout
+    text = run(verb, "--help").stdout
     assert all(len(line) <= 80 for line in text.splitlines())
-    options = text[: text.rindex("\n  -h, --help")]
+    options = text[: text.rindex("\n  -h ")]
     for block in options.split("\n  -")[1:]:
         words = block.replace("\n", " ").split()
         assert len([word for word in words if word[0] not in "-[<|"]) >= 3, block
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_the_short_help_fits_a_screen(verb: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the first examples of the long one, and options of it, each in the same place and with less text."""
+    monkeypatch.setenv("COLUMNS", "80")
+    short, long = (run(verb, word).stdout for word in ("-h", "--help"))
+    lines = short.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    assert 2 <= len(examples(short)) <= 3 and examples(short) == examples(long)[: len(examples(short))]
+    options = {line.split("  ")[1] for line in lines if line.startswith("  -")}
+    assert options == {word for word in options if f"\n  {word}" in long} and "--help" in options
+    assert {*USUAL[verb].split()} == {part for each in options for part in each.split() if part[:2] == "--"} - {
+        "--help"
+    }
+
+
+@pytest.mark.parametrize("settings", [{}, {"FORCE_COLOR": "1"}, {"FORCE_COLOR": "1", "NO_COLOR": "1"}])
+def test_the_help_is_coloured_on_request(settings: dict[str, str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    shown = [run("merge", word).stdout for word in ("-h", "--help")]
+    assert [("\x1b[" in text) for text in shown] == [settings.keys() == {"FORCE_COLOR"}] * 2
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert [click.unstyle(text) for text in shown] == [run("merge", word).stdout for word in ("-h", "--help")]
+
+
+def test_the_letters_are_those_of_other_programs(tmp_path: Path, run: Run) -> None:
+    """-V, -f, -n and -r, as long options mean them."""
+    assert run("-V").stdout == run("--version").stdout != ""
+    model, out = str(FIXTURES / "llama" / "base"), str(tmp_path / "start")
+    plan = run("init", model, "-r", "2", "-n", "-o", out, "--json").stdout
+    assert plan == run("init", model, "--rank", "2", "--dry-run", "-o", out, "--json").stdout and not any(
+        tmp_path.iterdir()
+    )
+    assert run("init", model, "-r2", "-o", out).exit_code == 0
+    assert [run("init", model, "-r2", "-o", out, *flag).exit_code for flag in ([], ["-f"])] == [4, 0]

@@ -168,11 +168,11 @@ MISTAKES = {
 
         loratool merge base adapter --dtpye fp32 -> 2
         no option '--dtpye'
-        --dtype; all options: loratool merge -h
+        --dtype; all options: loratool merge --help
 
         loratool merge base adapter --zzz -> 2
         no option '--zzz'
-        loratool merge -h
+        loratool merge --help
 
         loratool merge base adapter --tied perhaps -> 2
         --tied: 'perhaps' is not one of 'untie', 'share', 'refuse'
@@ -188,7 +188,7 @@ MISTAKES = {
 
         loratool merge base adapter --rank -> 2
         no option '--rank'
-        loratool merge -h
+        loratool merge --help
 
         loratool inspect notes -> 3
         notes: holds no weights: no *.safetensors or *.gguf file and none of torch

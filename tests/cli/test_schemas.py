@@ -367,7 +367,7 @@ def damaged(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """The object with one thing wrong, in every way: a key less, a key more, another type. Of a list its first item."""
     if isinstance(value, dict) and key != "fields":  # whose values are anything
         for name in value:
-            if key not in OPEN:
+            if key not in {*OPEN, "bodies"}:  # which has only the ways that a tensor took
                 yield f"without {key}.{name}", {k: v for k, v in value.items() if k != name}
             for what, other in damaged(value[name], name):
                 yield what, {**value, name: other}
@@ -414,7 +414,7 @@ def test_nothing_that_is_wrong_is_read(
     file = tmp_path / "report.json"
     for (kind, _), (_, value) in first.items():
         for what, other in sampled(value, most) if kind != "GuideReport" else ():
-            if what == "more in sizes":
+            if what in ("more in sizes", "more in bodies"):
                 continue
             file.write_text(json.dumps(other))
             with pytest.raises(InputError) as error:

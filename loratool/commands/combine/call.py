@@ -69,7 +69,7 @@ class Combine(Call["CombineReport"]):
     ] = "cat"
     density: Annotated[float | None, Opt("Rank and method", "0.5")] = None
     seed: calls.Seed = 0
-    rank: Annotated[Positive | None, Opt("Rank and method", "N", "the sum of the adapters'")] = None
+    rank: Annotated[Positive | None, Opt("Rank and method", "N", "the sum of the adapters'", letter="-r")] = None
     rank_method: Annotated[
         Annotated[Literal["ctm", "truncate"], one_of(RANK_METHODS)] | None,
         Opt("Rank and method", default="ctm with --rank; truncate for cat and della"),

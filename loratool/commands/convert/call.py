@@ -75,7 +75,7 @@ class Convert(Call["ConvertReport"]):
     enable_lora: Annotated[Sequence[bool], Opt("About the inputs", "1,0,1")] = ()
     plain: Annotated[bool, Opt("Output")] = False
     initial: Annotated[StrPath | None, Opt("About the inputs", "ADAPTER")] = None
-    rank: Annotated[Positive | None, Opt("Rank and method", "N")] = None
+    rank: Annotated[Positive | None, Opt("Rank and method", "N", letter="-r")] = None
     layout: Annotated[Annotated[Literal["split", "fused"], one_of(QKV_LAYOUTS)] | None, Opt("Output")] = None
     runtime: Annotated[Annotated[RuntimeName, one_of(PROGRAMS)] | None, Opt("Output", "RUNTIME")] = None
     base: Annotated[StrPath | None, Opt("About the inputs", "BASE")] = None

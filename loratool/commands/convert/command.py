@@ -25,7 +25,6 @@ from ..arguments import (
     one_of,
     option_word,
     read_arguments,
-    with_meanings,
 )
 from ..namings import MODEL_NAMINGS, titles_of
 from . import call
@@ -111,16 +110,18 @@ def _all_arguments() -> dict[str, Argument]:
     adapter, model, metadata = (arguments_of(each) for each in FUNCTIONS)
     arguments = {**metadata, **model, **adapter}
     to = (*written_formats(), *CONTAINERS, *MODEL_NAMINGS)
-    text = (
-        f"Format to write. For an adapter: {', '.join(written_formats())} ({titles_of(written_formats())}). For a "
-        f"checkpoint: safetensors (the default) or torch. For the denoiser of an image model: "
-        f"{with_meanings(MODEL_NAMINGS)}."
+    formats, models = (
+        titles_of(written_formats()),
+        {"safetensors": "a model (the default)", "torch": "a model, as torch saves it"},
     )
-    arguments["to"] = replace(adapter["to"], type=one_of(to), opt=Opt("Output", "FORMAT"), text=text)
+    models |= {key: f"the denoiser of an image model: {title}" for key, title in MODEL_NAMINGS.items()}
+    meanings = {**models, **formats, **{key: f"{formats[key]}; {models[key]}" for key in formats if key in models}}
+    opt = Opt("Output", "FORMAT", meanings={key: meanings[key] for key in dict.fromkeys((*formats, *models))})
+    arguments["to"] = replace(adapter["to"], type=one_of(to), opt=opt, text="Format to write. {meanings}.")
     arguments["dtype"] = model["dtype"]
     drops = {**adapter["drop"].type.meanings, **model["drop"].type.meanings}
     kind = replace(adapter["drop"].type, choices=tuple(drops), meanings=drops)
-    arguments["drop"] = replace(adapter["drop"], type=kind, text=f"Exclude parts of the input. {with_meanings(drops)}.")
+    arguments["drop"] = replace(adapter["drop"], type=kind)
     return {name: arguments[name] for name in sorted(arguments, key=lambda name: (*ORDER, name).index(name))}
 
 

@@ -31,7 +31,7 @@ class Count(Call["CountReport"]):
 
     path: Annotated[StrPath, Opt(metavar="CONFIG-OR-CHECKPOINT")]
     _: KW_ONLY
-    rank: Annotated[Positive | None, Opt("Rank and method", "N", "8")] = None
+    rank: Annotated[Positive | None, Opt("Rank and method", "N", "8", letter="-r")] = None
     params: Annotated[ParameterCount | None, Opt("Rank and method", "4M")] = None
     target: calls.Target = ()
     exclude: calls.Exclude = ()

@@ -32,7 +32,7 @@ class Demo(Call["DemoReport"]):
 
     folder: Annotated[StrPath, Opt(metavar="DIR")]
     _: KW_ONLY
-    force: Annotated[bool, Opt("Output")] = False
+    force: Annotated[bool, Opt("Output", letter="-f")] = False
     dry_run: calls.DryRun = False
 
 

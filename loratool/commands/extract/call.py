@@ -45,7 +45,7 @@ class Extract(Call["ExtractReport"]):
     tuned: StrPath
     out: Annotated[StrPath | None, output("adapter")] = None
     _: KW_ONLY
-    rank: Annotated[Positive | None, Opt("Rank and method", "N", "8")] = None
+    rank: Annotated[Positive | None, Opt("Rank and method", "N", "8", letter="-r")] = None
     energy: calls.Energy = None
     params: calls.Params = None
     size: calls.Bytes = None
@@ -57,7 +57,7 @@ class Extract(Call["ExtractReport"]):
     bias: Annotated[bool, Opt("Which modules")] = True
     to: Annotated[
         Annotated[ScaledFormat, one_of(extract_formats())] | None,
-        Opt("Output", default="by BASE", text=f"Format to write. {titles_of(extract_formats())}."),
+        Opt("Output", default="by BASE", text="Format to write. {meanings}.", meanings=titles_of(extract_formats())),
     ] = None
     architecture: calls.Architecture = None
     dtype: calls.FactorDtype = "fp32"

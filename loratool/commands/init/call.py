@@ -48,7 +48,7 @@ class Init(Call["InitReport"]):
     method: Annotated[
         InitMethod, one_of(INIT_CHOICES, INIT_REFUSED), Opt("Rank and method", "|".join(INIT_CHOICES), free=True)
     ] = "lora"
-    rank: Annotated[Positive | None, Opt("Rank and method", "N", "8")] = None
+    rank: Annotated[Positive | None, Opt("Rank and method", "N", "8", letter="-r")] = None
     params: Annotated[ParameterCount | None, Opt("Rank and method", "4M")] = None
     rank_pattern: calls.RankPattern = None
     alpha: Annotated[float | None, Opt("Rank and method", "N", "its rank")] = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from ...binding.merge.choices import TIED, TOKENIZERS, WAYS
 from .. import calls
 from ..adapter_requests import Adapters
-from ..arguments import Opt, Size, StrPath, Words, one_of, with_meanings, words_of
+from ..arguments import Opt, Size, StrPath, Words, one_of, words_of
 from ..calls import Call, function_of, output
 from ..choices import MERGE_ALLOW
 
@@ -83,7 +83,8 @@ class Merge(Call["MergeReport"]):
             "Output",
             "base|adapter|FOLDER",
             "the adapter's if it changes the vocabulary",
-            text=f"Which tokenizer and chat template to write. {with_meanings(TOKENIZERS)}; or those of a folder.",
+            text="Which tokenizer and chat template to write. {meanings}.",
+            meanings={**TOKENIZERS, "FOLDER": "those of a folder"},
         ),
     ] = None
     undo: calls.Undo = True

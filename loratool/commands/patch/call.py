@@ -27,7 +27,7 @@ class Patch(Call["PatchReport | ForeignPatchReport"]):
         tuned: The model that the patch is to make of it; with --fold, patches from BASE on, in their order.
         adapter: Predict TUNED as BASE with these adapters merged. The patch has their files, and beside them only what
             the merge does not tell.
-        to: Write a patch of another program: {meanings}.
+        to: Write a patch of another program. {meanings}.
         step: The version that the patch makes, by default the number in the name of OUT.
         encoding: xor or overwrite of disk-delta, gap_delta or raw of trl.
         checksum: xxh3-128, blake3 or adler32 of disk-delta.

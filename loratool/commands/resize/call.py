@@ -35,7 +35,7 @@ class Resize(Call["ResizeReport"]):
     adapter: StrPath
     out: Annotated[StrPath | None, output("resized")] = None
     _: KW_ONLY
-    rank: Annotated[Positive | None, Opt("Rank and method", "N")] = None
+    rank: Annotated[Positive | None, Opt("Rank and method", "N", letter="-r")] = None
     energy: calls.Energy = None
     params: calls.Params = None
     size: calls.Bytes = None

@@ -60,7 +60,7 @@ class Verify(Call["VerifyReport"]):
     exhaustive: Annotated[bool, Opt("Checks")] = False
     digest: calls.Digest = False
     attest: calls.Attest = None
-    force: Annotated[bool, Opt("Output")] = False
+    force: Annotated[bool, Opt("Output", letter="-f")] = False
     progress: calls.Progress = None
     workers: calls.Workers = None
 
