@@ -603,7 +603,7 @@ def variables_read() -> set[str]:
         if isinstance(node, ast.Constant | ast.Name)
     ]
     found = {word for word in words if isinstance(word, str) and re.fullmatch(r"_?[A-Z][A-Z_]*[A-Z]", word)}
-    return found - {"LORATOOL", "_JSON", "ON", "YES", "TRUE"}  # a beginning, an end, and values
+    return found - {"LORATOOL", "JSON", "OUTPUT_FORMAT", "ON", "YES", "TRUE"}  # a beginning, ends, and values
 
 
 def parsed_by_torchrun(call: list[str]) -> tuple[Any, list[str]]:

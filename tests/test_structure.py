@@ -49,7 +49,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("gguf_model", "output"),
     ),
     "binding": (("modules",), ("names",), ("ties",), ("weights",), ("merge",)),
-    "views": (("parts",), ("page",), ("*",)),
+    "views": (("parts",), ("page",), ("*",), ("issues",)),
     "commands": (
         ("arguments", "choices", "machine", "collector", "guide"),
         ("adapter_requests", "calls", "namings"),

@@ -210,18 +210,20 @@ def _signal_reporter(argv: list[str]) -> Callable[[int, Exception | None], int]:
     """Return a function that reports the signal that stopped the command. It imports nothing and takes no buffer."""
     from ..errors import Interrupted
 
-    if wants_json := _wants_json(argv):
-        from . import as_json
+    if (form := _output_format(argv)) != "text":
+        from . import as_json, output_formats
+
+        write = output_formats.writer_of(form)
 
     def tell(number: int, left: Exception | None) -> int:
         error = Interrupted(number, left, _output_status(argv))
         with suppress(OSError):
             if is_debugging():
                 faulthandler.dump_traceback()
-            if not wants_json:
+            if form in ("text", "github"):
                 _write_line(sys.stderr, f"error: {error.message}")
-            elif not as_json.begun:
-                _write_line(sys.stdout, as_json.to_json(_command_name(argv), error=error))
+            if form != "text" and not as_json.begun:
+                _write_line(sys.stdout, write(_command_name(argv), error=error))
         return error.exit_code
 
     return tell
@@ -325,11 +327,23 @@ def _show_log() -> None:
     log.setLevel(logging.DEBUG)
 
 
-def _wants_json(argv: list[str]) -> bool:
-    """Return whether the call asks for JSON, even if click cannot parse it."""
-    command = _command_name(argv)
-    from_environment = os.environ.get(f"LORATOOL_{command.upper()}_JSON", "") if command else ""
-    return "--json" in argv or from_environment.lower() in ("1", "true", "t", "yes", "y", "on")
+def _output_format(argv: list[str]) -> str:
+    """Return the format that the call asks for, a key of `output_formats.FORMATS`, even if click cannot parse it."""
+    prefix = f"LORATOOL_{argv[0].upper()}_" if _command_name(argv) else ""
+    from_environment = os.environ.get(f"{prefix}JSON", "") if prefix else ""
+    if "--json" in argv or from_environment.lower() in ("1", "true", "t", "yes", "y", "on"):
+        return "json"
+    wanted = os.environ.get(f"{prefix}OUTPUT_FORMAT", "") if prefix else ""
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):  # no words at all are none
+        option, equals, value = word.partition("=")
+        if option == "--output-format":
+            wanted = value if equals else following
+    if wanted:
+        from . import output_formats
+
+        has_option = argv[0] in output_formats.COMMANDS
+        return wanted if has_option and wanted in output_formats.FORMATS else "text"
+    return "text"
 
 
 def _command_name(argv: list[str]) -> str | None:
@@ -349,17 +363,20 @@ def _report_error(error: LoratoolError, argv: list[str]) -> int:
         speaker = restore_stderr()
     try:
         show_traceback()
-        if _wants_json(argv) and not speaker:
-            from .as_json import print_json, to_json
+        form = "text" if speaker else _output_format(argv)
+        if form in ("text", "github"):
+            print_error(error, speaker)
+        if form != "text":
+            from .as_json import print_output
+            from .output_formats import writer_of
 
             try:
-                print_json(to_json(_command_name(argv), error=error))
+                print_output(writer_of(form)(_command_name(argv), error=error))
             except BrokenPipeError:
                 raise
             except OSError:  # a full disk, say
-                print_error(error)
-        else:
-            print_error(error, speaker)
+                if form != "github":
+                    print_error(error)
         sys.stdout.flush()
     except OSError:
         return _discard_stdout(error.exit_code)

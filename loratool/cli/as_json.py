@@ -17,15 +17,16 @@ from ..views.parts.envelope import envelope
 if TYPE_CHECKING:
     from ..errors import LoratoolError
 
-begun = False  # whether the object is being printed, or was
+begun = False  # whether the output of a format is being printed, or was
 
 
-def print_json(text: str) -> None:
-    """Print a text of `to_json`."""
+def print_output(text: str) -> None:
+    """Print a text of `to_json` or of another format, if it is not empty."""
     global begun
     begun = True
-    with naming(sys.stdout):
-        print(text, flush=True)
+    if text:
+        with naming(sys.stdout):
+            print(text, flush=True)
 
 
 @contextmanager
@@ -43,4 +44,12 @@ def to_json(
 ) -> str:
     """Return the envelope of a command's report, or of its error, as text."""
     value = envelope(command, None if report is None else asdict(report), error, status)
-    return json.dumps(value, allow_nan=False)  # ASCII, so that any terminal or pipe takes it
+    return dumps(value)
+
+
+def dumps(value: Any) -> str:
+    """Return a JSON value in one line of ASCII, which any terminal or pipe takes.
+
+    In a log of GitHub Actions it is no workflow command: these start with `##[` anywhere in a line.
+    """
+    return json.dumps(value, allow_nan=False).replace("##[", "##\\u005b")

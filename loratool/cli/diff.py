@@ -12,7 +12,7 @@ import click
 from ..commands.diff import call
 from .from_call import library_arguments, make_command, options_for
 from .help import Option
-from .options import HTML, TERMINAL
+from .options import CHECK, HTML, chosen_format
 
 TEXT = """\
 Adapters can differ in format, rank and targets, because their deltas are compared: norms, distance, cosine, the
@@ -71,7 +71,7 @@ PARAMETERS = [
     ),
     HTML,
     *options_for(call.diff, "drop", "alpha", "target", "exclude", "layers", "digest", "device"),
-    *TERMINAL,
+    *CHECK,
 ]
 
 
@@ -85,7 +85,8 @@ def _diff(
     **options: Any,
 ) -> None:
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
-    shown = {name: options.pop(name) for name in ("json", "quiet", "verbose", "html")}
+    form = chosen_format(options.pop("json"), options.pop("output_format"))
+    shown = {"form": form, **{name: options.pop(name) for name in ("quiet", "verbose", "html")}}
     if fail_above is not None and math.isnan(fail_above):
         raise click.UsageError("--fail-above nan is not a number")
     if headers:
@@ -100,7 +101,7 @@ def _diff(
     from .progress import ProgressBar
     from .render import print_report
 
-    with closing(ProgressBar("comparing", shown["quiet"] or shown["json"])) as bar:
+    with closing(ProgressBar("comparing", shown["quiet"] or shown["form"] != "text")) as bar:
         report = call.diff(options.pop("a"), options.pop("b"), *others, **library_arguments(options), progress=bar)
     if fail_above is not None and report.is_above(fail_above):
         report = replace(report, above=fail_above)
@@ -129,7 +130,7 @@ def _spectra(shown: dict[str, Any], **options: Any) -> None:
     from .progress import ProgressBar
     from .render import print_report
 
-    with closing(ProgressBar("decomposing", shown["quiet"] or shown["json"], "matrices")) as bar:
+    with closing(ProgressBar("decomposing", shown["quiet"] or shown["form"] != "text", "matrices")) as bar:
         report = call.diff_spectra(**library_arguments(options), progress=bar)
     print_report("diff", report, **shown, status=None)
 

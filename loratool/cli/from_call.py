@@ -151,7 +151,9 @@ def command_of(
         with closing(ProgressBar(label, quiet or json, unit, last)) as bar:
             report = run_function(function, options, bar, html)
         status = report.said_no
-        print_report(name, report, json=json, quiet=quiet, verbose=verbose, html=html, status=status)
+        print_report(
+            name, report, form="json" if json else "text", quiet=quiet, verbose=verbose, html=html, status=status
+        )
         if status:
             click.get_current_context().exit(1)
 

@@ -39,13 +39,13 @@ def guide(topic: str | None, path: bool, json: bool) -> None:
       loratool guide --path
     """
     from ..commands.guide import guide as run
-    from .as_json import naming, print_json, to_json
+    from .as_json import naming, print_output, to_json
     from .render import print_guide, print_guides
 
     report = run(topic)
     with naming(sys.stdout):
         if json:
-            print_json(to_json("guide", report))
+            print_output(to_json("guide", report))
         elif path:
             print(Path(report.folder, f"{topic}.md") if topic else report.folder)
         elif report.text is not None:

@@ -10,7 +10,7 @@ import click
 from ..commands.inspect import call
 from .from_call import library_arguments, make_command, options_for
 from .help import Option
-from .options import HTML, TERMINAL
+from .options import CHECK, HTML, chosen_format
 
 if TYPE_CHECKING:
     from .progress import ProgressBar
@@ -70,7 +70,7 @@ PARAMETERS = [
         "model-signing) and the hub's, if these are beside. Exit with 1 if one differs.",
     ),
     *options_for(call.spectra, "target", "exclude", "layers", "alpha", "device"),
-    *TERMINAL,
+    *CHECK,
 ]
 
 
@@ -86,7 +86,8 @@ def _inspect(
     base: str | None,
     **options: Any,
 ) -> None:
-    shown = {name: options.pop(name) for name in ("json", "quiet", "verbose", "html")}
+    form = chosen_format(options.pop("json"), options.pop("output_format"))
+    shown = {"form": form, **{name: options.pop(name) for name in ("quiet", "verbose", "html")}}
     files = options.pop("files")
     intruders = {name: options.pop(name) for name in ("top", "threshold")}
     if spectra and (strict or runtime):
@@ -96,7 +97,9 @@ def _inspect(
     if digest and (spectra or runtime):
         raise click.UsageError("--digest does not go with --spectra or --for")
     if files and (not digest or strict or metadata or base or options["alpha"] is not None):
-        raise click.UsageError("--files needs --digest, and goes with no other option but --html and --json")
+        raise click.UsageError(
+            "--files needs --digest, and goes with no other option but --html, --json and --output-format"
+        )
     if runtime and strict:
         raise click.UsageError("--strict does not go with --for, which exits with 1 anyway")
     if spectra:
@@ -132,7 +135,7 @@ def _inspect(
 def _hashing(shown: dict[str, Any]) -> closing[ProgressBar]:
     from .progress import ProgressBar
 
-    return closing(ProgressBar("hashing", shown["quiet"] or shown["json"]))
+    return closing(ProgressBar("hashing", shown["quiet"] or shown["form"] != "text"))
 
 
 def _files(shown: dict[str, Any], path: str) -> int:
@@ -156,7 +159,7 @@ def _spectra(shown: dict[str, Any], **options: Any) -> None:
     from .progress import ProgressBar
     from .render import print_report
 
-    with closing(ProgressBar("decomposing", shown["quiet"] or shown["json"], "matrices")) as bar:
+    with closing(ProgressBar("decomposing", shown["quiet"] or shown["form"] != "text", "matrices")) as bar:
         report = call.spectra(**library_arguments(options), progress=bar)
     print_report("inspect", report, **shown, status=None)
 

@@ -20,7 +20,7 @@ from ..commands.machine import VARIABLES
 from ..errors import DEBUG, UsageError, is_debugging, without_credentials
 from ..views.parts.document import Line, TextSpan, line, text_of
 from ..views.parts.writing import command_line
-from .surface import Surface, surface_of
+from .surface import Surface, inert, surface_of
 
 if TYPE_CHECKING:
     from ..errors import LoratoolError
@@ -54,7 +54,7 @@ def show_traceback() -> None:
     if is_debugging():
         import traceback
 
-        print(without_credentials(traceback.format_exc()), end="", file=sys.stderr)
+        print(inert(without_credentials(traceback.format_exc())), end="", file=sys.stderr)
 
 
 def warning_line(text: str) -> Line:

@@ -15,6 +15,7 @@ from ..commands.arguments import parse_count, parse_size
 from ..errors import UsageError, brief, install_remedy
 from ..transform.rank_rules import ALONE
 from .help import Option
+from .output_formats import FORMATS
 
 PATH = click.Path(readable=False)  # shells complete it; whether it is there the library says
 
@@ -29,19 +30,19 @@ def complete_from(*words: str) -> Callable[[click.Context, click.Parameter, str]
     return complete
 
 
-def _hide_downloads(context: click.Context, parameter: click.Parameter, value: bool) -> bool:
+def _hide_downloads(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
     """Set the environment so that huggingface_hub, if loaded later, shows no progress. A user's setting wins."""
-    if value:
+    if value and value != "text":
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return value
 
 
 def _print_schema(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        from .as_json import print_json
+        from .as_json import print_output
         from .schemas import make
 
-        print_json(json.dumps(make(str(context.command.name)), indent=2))
+        print_output(json.dumps(make(str(context.command.name)), indent=2))
         context.exit()
 
 
@@ -51,6 +52,14 @@ JSON = Option(
     is_flag=True,
     callback=_hide_downloads,
     help="Print the report, or the error, as one JSON object on stdout.",
+)
+
+OUTPUT_FORMAT = Option(
+    ["--output-format"],
+    title="Running",
+    type=click.Choice([*FORMATS]),
+    callback=_hide_downloads,
+    help="Print what the check found in this format: annotations of GitHub Actions, SARIF or JUnit. json is --json.",
 )
 
 JSON_SCHEMA = Option(
@@ -75,6 +84,15 @@ QUIET = Option(
 VERBOSE = Option(["-v", "--verbose"], title="Running", is_flag=True, help="Print a row for every module, unshortened.")
 
 TERMINAL = (QUIET, VERBOSE, JSON, JSON_SCHEMA)  # of every command with a report
+
+CHECK = (QUIET, VERBOSE, JSON, OUTPUT_FORMAT, JSON_SCHEMA)  # of those in `output_formats.COMMANDS`
+
+
+def chosen_format(json: bool, output_format: str | None) -> str:
+    """Return the format of --json and --output-format, a key of FORMATS."""
+    if json and output_format not in (None, "json"):
+        raise click.UsageError(f"--json and --output-format {output_format} exclude each other")
+    return "json" if json else output_format or "text"
 
 
 class SomeOf(click.Choice[str]):

@@ -47,7 +47,7 @@ def _run(context: click.Context, quiet: bool, verbose: bool, json: bool, **optio
                 _print_step(step, total, quiet, verbose)
     report = recipe.report()
     if json:
-        print_report("run", report, json=True, status=report.said_no)
+        print_report("run", report, form="json", status=report.said_no)
     else:
         _print_end(report)
     if report.said_no:
@@ -84,7 +84,7 @@ def _print_step(step: StepReport, total: int, quiet: bool, verbose: bool) -> Non
     if step.report is None:
         surface_of(sys.stdout).print([waiting(step)])
     else:
-        print_report(step.command, step.report, json=False, quiet=quiet, verbose=verbose)
+        print_report(step.command, step.report, quiet=quiet, verbose=verbose)
 
 
 def _print_end(report: RunReport) -> None:

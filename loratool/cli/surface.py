@@ -43,7 +43,7 @@ class Surface:
     def print(self, lines: Sequence[Line]) -> None:
         with naming(self.stream):
             for spans in lines:
-                text = "".join(self._styled(span) for span in escaped(spans))
+                text = inert("".join(self._styled(span) for span in escaped(spans)))
                 print(text.translate(ASCII) if self.plain else text, file=self.stream)
             self.stream.flush()
 
@@ -64,6 +64,14 @@ class Surface:
                 lines[-1].append(TextSpan(word, span.style))
                 used += text_width(word)
         return [without_end(each) for each in lines]
+
+
+def inert(text: str) -> str:
+    """Return a text without workflow commands: a log of GitHub Actions may have it, and a name from a file may be one.
+
+    A command is a line that starts with `::`, or what follows `##[`: ActionCommand.cs in actions/runner.
+    """
+    return re.sub(r"^(\s*):(?=:)", r"\1\\x3a", text, flags=re.MULTILINE).replace("##[", r"##\x5b")
 
 
 def _words(text: str) -> list[str]:

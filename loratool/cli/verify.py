@@ -11,7 +11,7 @@ import click
 from ..commands.arguments import arguments_of, option_word
 from ..commands.verify import call
 from .from_call import library_arguments, make_command, options_for, run_function
-from .options import HTML, TERMINAL
+from .options import CHECK, HTML, chosen_format
 from .progress import ProgressBar
 
 TEXT = """\
@@ -33,7 +33,7 @@ PARAMETERS = [
     *options_for(call.verify),
     *options_for(call.verify_attestation, "attestation"),
     HTML,
-    *TERMINAL,
+    *CHECK,
 ]
 
 for parameter in PARAMETERS:
@@ -42,11 +42,12 @@ for parameter in PARAMETERS:
 
 
 def _verify(
-    context: click.Context, /, attestation: str | None, quiet: bool, verbose: bool, json: bool, html: str | None,
-    **options: Any,
+    context: click.Context, /, attestation: str | None, quiet: bool, verbose: bool, json: bool,
+    output_format: str | None, html: str | None, **options: Any,
 ) -> None:  # fmt: skip
     from .render import print_report
 
+    form = chosen_format(json, output_format)
     if attestation is None:
         for parameter in PARAMETERS:
             if parameter.name in FILES and options[parameter.name] in (None, ()):
@@ -54,10 +55,10 @@ def _verify(
     else:
         options = _with_statement(attestation, options)
     function = call.verify if attestation is None else call.verify_attestation
-    with closing(ProgressBar("verifying", quiet or json)) as bar:
+    with closing(ProgressBar("verifying", quiet or form != "text")) as bar:
         report = run_function(function, options, bar)
     status = report.said_no
-    print_report("verify", report, json=json, quiet=quiet, verbose=verbose, html=html, status=status)
+    print_report("verify", report, form=form, quiet=quiet, verbose=verbose, html=html, status=status)
     if status:
         context.exit(1)
 

@@ -70,7 +70,9 @@ def attestation_document(report: AttestationReport, verbose: bool) -> Document:
             lists=tuple(_lists(report, verbose)),
             verdict=(
                 line(
-                    TextSpan("not as stated:", "bad"), f" {_said(first)}", f", and {len(others)} more" if others else ""
+                    TextSpan("not as stated:", "bad"),
+                    f" {deviation_words(first)}",
+                    f", and {len(others)} more" if others else "",
                 ),
             ),
             verbose=verbose,
@@ -83,10 +85,10 @@ def attestation_document(report: AttestationReport, verbose: bool) -> Document:
 
 def _lists(report: AttestationReport, verbose: bool) -> Iterator[Line]:
     if report.differences[1:] or verbose:
-        yield from labelled("differs", [_said(each, whole=verbose) for each in report.differences], verbose)
+        yield from labelled("differs", [deviation_words(each, whole=verbose) for each in report.differences], verbose)
 
 
-def _said(each: Deviation, whole: bool = False) -> str:
+def deviation_words(each: Deviation, whole: bool = False) -> str:
     """Return a difference in words; digests in full or by their first digits."""
     if each.stated is None:
         return f"{each.name} is of weights or an adapter, and the statement does not name it"

@@ -486,6 +486,7 @@ def test_options_are_the_keywords_of_the_library(name: str) -> None:
     own = {
         "json",
         "json_schema",
+        "output_format",
         "quiet",
         "verbose",
         "html",

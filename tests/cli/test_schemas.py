@@ -230,7 +230,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[Printed]:
         return to_json(verb, report, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loratool.cli.render.document.to_json", recorded)
+        patch.setattr("loratool.cli.as_json.to_json", recorded)
         for line in CALLS.strip().splitlines():
             *argv, kind, code = line.format(tmp=tmp, llama=LLAMA, gpt2=GPT2, sdxl=SDXL).split()
             result = run_command(*argv, "--json")

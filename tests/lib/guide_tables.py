@@ -27,8 +27,10 @@ from loratool.architectures.gguf.config_table import CONFIGS
 from loratool.architectures.runtimes.runtime import OUTCOMES
 from loratool.cli import COMMANDS, cli, schemas
 from loratool.cli.messages import variables_of
-from loratool.commands.report_files import REPORTS
+from loratool.cli.output_formats import COMMANDS as CHECKING
+from loratool.commands.report_files import REPORTS, report_classes
 from loratool.files.folder.side_files import SIDE_FILES
+from loratool.views.issues import CHECKS, KINDS
 
 GUIDES = ROOT / "loratool" / "guides"
 
@@ -116,6 +118,18 @@ def reports() -> str:
     return "".join(markdown.bullet(f"`{command}`: {names}") for command, names in rows)
 
 
+def issue_kinds() -> str:
+    """Return each kind of issue with the commands that look for it."""
+    found_by = {
+        command: {kind for each in report_classes(command) for kind in CHECKS.get(each, {})} for command in CHECKING
+    }
+    rows = [
+        (f"`{kind}`", ", ".join(f"`{command}`" for command, kinds in found_by.items() if kind in kinds), meaning)
+        for kind, meaning in KINDS.items()
+    ]
+    return markdown.table(("kind", "command", "meaning"), rows)
+
+
 def option_variables() -> str:
     """Return for each command the variables that set its options."""
     items = []
@@ -131,6 +145,7 @@ def option_variables() -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "ci": {"kinds": issue_kinds},
     "environment": {"options": option_variables},
     "exit-codes": {"codes": exit_codes, "statuses": statuses},
     "families": {"models of GGUF files": gguf_models},

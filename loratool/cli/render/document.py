@@ -24,9 +24,10 @@ from ...views.parts.numbers import nbytes
 from ...views.parts.report import WritingReport
 from ...views.parts.writing import command_line
 from .. import written_without_page
-from ..as_json import print_json, to_json
+from ..as_json import print_output
 from ..messages import MAX_WARNINGS, print_hint, show_traceback, variables_of, warn, warning_line
 from ..options import WeightedPath
+from ..output_formats import writer_of
 from ..surface import Surface, surface_of
 
 if TYPE_CHECKING:
@@ -108,24 +109,26 @@ def print_report(
     command: str,
     report: Report,
     *,
-    json: bool,
+    form: str = "text",
     quiet: bool = False,
     verbose: bool = False,
     html: str | None = None,
     status: str | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Print a report as a document or as one JSON object. Warnings go to stderr, with --json too.
+    """Print a report as a document, or in a format of other programs. Warnings go to stderr, whatever the format.
 
     Args:
+        form: a key of FORMATS. The log of a job has github's lines below the document.
         html: the path of its page, which is written first.
         status: the word for a failed check.
         extra: keys and values to print besides; JSON has them in the report.
     """
     page, unwritten = ((), None) if html is None else write_page(report, html, status)
     failed = (unwritten,) if unwritten else ()
-    if json:
-        print_json(to_json(command, report, status=status))
+    written = "" if form == "text" else writer_of(form)(command, report, status=status)
+    if form not in ("text", "github"):
+        print_output(written)
         warn((*failed, *getattr(report, "warnings", ())))
         return
     document = report.document(verbose)
@@ -135,6 +138,7 @@ def print_report(
     lists = (*((page,) if page else ()), *document.lists, *(report.digest_lines() if asked else ()), *besides)
     document = replace(document, lists=lists, warnings=(*failed, *document.warnings))
     print_document(document, surface_of(sys.stdout), surface_of(sys.stderr), quiet)
+    print_output(written)
 
 
 def print_document(document: Document, out: Surface, err: Surface, quiet: bool = False) -> None:
