@@ -105,11 +105,37 @@ class TestCompletion:
         if shutil.which(shell):
             assert subprocess.run([shell, "-n"], input=result.stdout, text=True).returncode == 0
 
-    @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-    def test_bash_really_completes(self, tmp_path: Path) -> None:
+    @pytest.fixture
+    def command(self, tmp_path: Path) -> Path:
         command = tmp_path / "loratool"
         command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{MAIN}' \"$@\"\n")
         command.chmod(0o755)
+        return command
+
+    @pytest.mark.skipif(not shutil.which("fish"), reason="needs fish")
+    def test_fish_really_completes(self, command: Path, tmp_path: Path) -> None:
+        script = f"""
+            set -x PATH '{tmp_path}' $PATH
+            _LORATOOL_COMPLETE=fish_source loratool | source
+            complete -C 'loratool unm'; complete -C 'loratool merge base/ adapter/ --tied sh'
+        """
+        result = subprocess.run(["fish", "--no-config", "-c", script], capture_output=True, text=True)
+        told = COMMANDS["unmerge"].partition(",")[0]  # where the script that click makes ends it
+        assert result.stdout.splitlines() == [f"unmerge\t{told}", "share"], result.stderr
+
+    @pytest.mark.skipif(not shutil.which("zsh"), reason="needs zsh")
+    def test_zsh_really_completes(self, command: Path, tmp_path: Path) -> None:
+        """In a terminal, as it completes nowhere else: TAB, and then the line that it made is run."""
+        load = (
+            'PS1=; autoload -U compinit; compinit -D -u; eval "$(_LORATOOL_COMPLETE=zsh_source loratool)"; echo rea""dy'
+        )
+        typed = [("", f"{load}\n"), ("ready", "loratool unm\t"), ("unmerge", "\n"), ("-h", "exit 0\n")]
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        shown = run_in_terminal([str(shutil.which("zsh")), "-f", "-i"], typed, PATH=path, TERM="xterm")
+        assert "unmerge: no MERGED given" in shown
+
+    @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+    def test_bash_really_completes(self, command: Path, tmp_path: Path) -> None:
         script = f"""
             PATH='{tmp_path}':$PATH
             eval "$(_LORATOOL_COMPLETE=bash_source loratool)"

@@ -33,10 +33,11 @@ def open_terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 70) -> Termina
     return made
 
 
-def run_in_terminal(command: Sequence[str], **environment: str | None) -> str:
+def run_in_terminal(command: Sequence[str], typed: Sequence[tuple[str, str]] = (), **environment: str | None) -> str:
     """All that a process writes to a terminal of its own, which has to end with exit code 0.
 
     Args:
+        typed: texts, each after which a user types another.
         environment: variables that differ there; None removes one.
     """
     import pty  # which Windows does not have
@@ -46,12 +47,15 @@ def run_in_terminal(command: Sequence[str], **environment: str | None) -> str:
         kept = {name: value for name, value in os.environ.items() if name not in environment}
         added = {name: value for name, value in environment.items() if value is not None}
         os.execve(command[0], [*command], {**kept, **added})
-    output = b""
+    output, waiting, place = b"", [*typed], 0
     while True:
         try:
             output += os.read(fd, 4096)
         except OSError:
             break
+        if waiting and waiting[0][0].encode() in output[place:]:
+            place = len(output)
+            os.write(fd, waiting.pop(0)[1].encode())
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     return output.decode()
 
