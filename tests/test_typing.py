@@ -20,6 +20,9 @@ SCRIPT = """
 from pathlib import Path
 from typing import Literal
 
+import numpy
+import torch
+
 import loratool
 
 merged: loratool.MergeReport = loratool.merge("base", ["adapter"], "merged")
@@ -47,7 +50,7 @@ stated: loratool.AttestationReport = loratool.verify_attestation("merged.json", 
 print(stated.differences[0].name, stated.proof.status if stated.proof is not None else None)
 adapter: loratool.ConvertReport = loratool.convert("kohya.safetensors", to="comfy", exclude=["text_encoder*"])
 print(adapter.family, [module.alpha for module in adapter.modules])
-model: loratool.CheckpointConvertReport = loratool.convert_model("model", dtype="bf16", max_shard_size="5GB")
+model: loratool.CheckpointConvertReport = loratool.convert_model("model", dtype=torch.bfloat16, max_shard_size="5GB")
 print(model.source_format, loratool.convert_model("model", "old", to="torch").warnings)
 chosen: Literal["vllm", "sglang"] = "vllm"
 for_one: loratool.ConvertReport = loratool.convert("adapter", runtime=chosen, base=Path("base"))
@@ -56,7 +59,7 @@ print(edited.kept, loratool.edit_metadata("a.safetensors", unset=["ss_seed"]).ch
 single: loratool.CheckpointConvertReport = loratool.convert_model("model", to="single-file")
 sum_: loratool.CombineReport = loratool.combine(weights, "both", method="ties", density=0.3, rank=16)
 print(sum_.warnings)
-resized: loratool.ResizeReport = loratool.resize("adapter", rank_rule=("sv_fro", 0.9), max_rank=8)
+resized: loratool.ResizeReport = loratool.resize("adapter", dtype=numpy.float16, rank_rule=("sv_fro", 0.9), max_rank=8)
 print(resized.error * 2)
 extracted: loratool.ExtractReport = loratool.extract("base", "tuned", params=10**6, embed="skip")
 print(extracted.kept, extracted.nbytes)

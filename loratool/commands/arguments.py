@@ -20,7 +20,7 @@ from fractions import Fraction
 from functools import cache, wraps
 from numbers import Integral, Real
 from types import MappingProxyType, NoneType, UnionType
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin
 
 from ..binding.modules.selection import parse_layers, parse_patterns
 from ..errors import UsageError, brief
@@ -340,12 +340,36 @@ def words_of(choices: Collection[str]) -> ArgumentType:
     return replace(word_type, taken=taken, parse=parse, schema=one_or_several(word_type.schema), several=True)
 
 
+class Dtype(Protocol):
+    """A dtype of torch or numpy."""
+
+    @property
+    def itemsize(self) -> int: ...
+
+
+AnyDtype = Dtype | type[object]  # numpy's and ml_dtypes' scalars are classes
+
+# names of torch and numpy -> the words of options
+DTYPE_WORDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def dtype_word(value: object) -> str:
+    """Return the name of a dtype in small letters: of torch's, numpy's and ml_dtypes', or of a text. Else it is empty.
+
+    Python's float is none, as its name would be taken for torch's, which is float32.
+    """
+    if not isinstance(value, str):
+        value = str(getattr(value, "__name__", value)) if hasattr(value, "itemsize") else ""
+    return value.lower().removeprefix("torch.")
+
+
 def dtype_of(choices: Collection[str]) -> ArgumentType:
-    """Return the type of a dtype that is one of these choices. Capitals and the prefix `torch.` are accepted too."""
+    """Return the type of a dtype that is one of these choices, as a word or as a dtype of torch or numpy."""
     word_type = one_of(choices)
 
     def parse(value: object) -> object:
-        return word_type.parse(value.lower().removeprefix("torch.") if isinstance(value, str) else value)
+        word = dtype_word(value)
+        return word_type.parse(word if word in choices else DTYPE_WORDS.get(word, value))
 
     return replace(word_type, parse=parse)
 

@@ -23,6 +23,7 @@ from ..files.hub.names import SCHEME, HubName, parse_hub_name
 from ..files.stores.links import StoreLink, links_in_one_state, parse_store_link
 from ..transform.rank_rules import OF_ONE_FILE, RANK_RULES, RULES_OF_SEVERAL
 from .arguments import (
+    AnyDtype,
     Argument,
     Layers,
     Opt,
@@ -266,13 +267,13 @@ Alpha = Annotated[
 ]
 
 MergeDtype = Annotated[
-    Literal["keep", "fp32", "f32", "float32", "float", "bf16", "bfloat16", "fp16", "f16", "float16", "half"],
+    Literal["keep", "fp32", "f32", "float32", "float", "bf16", "bfloat16", "fp16", "f16", "float16", "half"] | AnyDtype,
     dtype_of(MERGE_DTYPES),
     Opt("Output", "keep|fp32|bf16|fp16", text="Dtype of the output.", free=True),
 ]
 
 FactorDtype = Annotated[
-    Literal["fp32", "fp16", "bf16"], one_of(FACTOR_DTYPES), Opt("Output", text="Dtype of the factors.")
+    Literal["fp32", "fp16", "bf16"] | AnyDtype, dtype_of(FACTOR_DTYPES), Opt("Output", text="Dtype of the factors.")
 ]
 
 Architecture = Annotated[

@@ -17,7 +17,7 @@ from ..binding.merge.merge_plan import MergePlan, plan_merge
 from ..binding.modules.selection import Selection
 from ..commands import calls
 from ..commands.adapter_requests import Adapters, parse_adapters
-from ..commands.arguments import StrPath, checked, parse_words
+from ..commands.arguments import StrPath, checked, dtype_word, parse_words
 from ..commands.inputs import open_inputs, require_residual_base, subtract_initial
 from ..commands.machine import require_ieee
 from ..errors import InputError
@@ -79,8 +79,8 @@ def iter_merged(
             require_residual_base(checkpoint, weighted)
         weighted = subtract_initial(weighted, initial, residual_base, opened)
         selection = Selection.parse(target, exclude, layers)
-        plan = plan_codes(plan_merge(checkpoint, weighted, selection, tied), "mixed", MERGE_DTYPES[dtype])
-        place = (Path("merged"), False, "", plan.written, MERGE_DTYPES[dtype], None, plan.edits)
+        plan = plan_codes(plan_merge(checkpoint, weighted, selection, tied), "mixed", MERGE_DTYPES[dtype_word(dtype)])
+        place = (Path("merged"), False, "", plan.written, MERGE_DTYPES[dtype_word(dtype)], None, plan.edits)
         specs = plan_output(checkpoint, *place).specs
         for name, spec in specs.items():
             if spec.dtype not in DTYPE_NAMES:

@@ -278,3 +278,25 @@ def test_weights_are_the_command_lines(
     assert len(files) > 1
     for name in files:
         assert (tmp_path / "library" / name).read_bytes() == (tmp_path / "line" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("word", "dtypes"),
+    {
+        "bf16": [torch.bfloat16, "torch.bfloat16", type("bfloat16", (np.generic,), {})],  # as ml_dtypes has it
+        "fp16": [torch.half, np.float16, np.dtype("float16"), "FP16"],
+        "fp32": [torch.float32, np.zeros(1, np.float32).dtype, "float32"],
+    }.items(),
+)
+def test_dtypes_of_torch_and_numpy_are_those_of_their_names(word: str, dtypes: list[Any], tmp_path: Path) -> None:
+    def resized(dtype: Any) -> bytes:
+        out = tmp_path / "out"
+        loratool.resize(ADAPTER, out, rank=2, dtype=dtype, force=True, card=False)
+        return (out / "adapter_model.safetensors").read_bytes()
+
+    assert {resized(dtype) for dtype in dtypes} == {resized(word)}
+    merges = [loratool.merge(BASE, ADAPTER, dtype=each, undo=False, dry_run=True) for each in (word, dtypes[0])]
+    assert merges[0].tensors == merges[1].tensors
+    for wrong in (torch.int8, np.float64, float, np.ones(2, np.float16)):
+        with pytest.raises(UsageError, match="is none of fp32, fp16, bf16"):
+            resized(wrong)

@@ -35,7 +35,7 @@ from ...transform.request import request_for
 from ...views.combine import CombineReport, ModuleCombine
 from ...views.parts.writing import command_line
 from ..adapter_requests import parse_adapters
-from ..arguments import parse_count, parse_size, parse_words
+from ..arguments import dtype_word, parse_count, parse_size, parse_words
 from ..cards import (
     adapter_card,
     error_share,
@@ -101,7 +101,12 @@ def run_combine(call: Combine) -> CombineReport:
             ),
         )
         choices = CombineChoices(
-            call.method, density, by, call.seed, choose_device(call.device), FORMS[FACTOR_DTYPES[call.dtype]]
+            call.method,
+            density,
+            by,
+            call.seed,
+            choose_device(call.device),
+            FORMS[FACTOR_DTYPES[dtype_word(call.dtype)]],
         )
         moments = None if file is None else InputMoments.of_adapter(file, loaded[0][0])
         if moments:

@@ -47,7 +47,7 @@ from ...transform.request import ConvertRequest
 from ...views.convert import ConvertReport, ModuleConvert
 from ...views.parts.numbers import KEPT_ENOUGH, plural, share
 from ...views.parts.writing import command_line
-from ..arguments import StrPath, parse_words
+from ..arguments import StrPath, dtype_word, parse_words
 from ..cards import adapter_card, error_share, input_word, options_of, source_facts
 from ..inputs import given_base, leave_out, open_base, open_initial, refuse_own_names, without_base_option
 from . import adapter as modelfile
@@ -114,7 +114,7 @@ def run_convert(call: Convert) -> ConvertReport:
         request = ConvertRequest(
             to=to,
             exclude=parse_patterns(call.exclude),
-            dtype=CONVERT_DTYPES[call.dtype],
+            dtype=CONVERT_DTYPES[dtype_word(call.dtype)],
             plain=call.plain,
             initial=None if call.initial is None else partial(open_initial, initial=call.initial, opened=opened),
             rank=call.rank,

@@ -11,7 +11,7 @@ from ...architectures.runtimes.table import PROGRAMS
 from ...files.dtypes import FACTOR_DTYPES
 from ...files.output.output import CONTAINERS
 from .. import calls
-from ..arguments import WORDS_TYPE, Opt, Positive, Size, StrPath, Words, dtype_of, one_of
+from ..arguments import WORDS_TYPE, AnyDtype, Opt, Positive, Size, StrPath, Words, dtype_of, one_of
 from ..calls import Call, function_of
 from ..choices import DENOISER_DROP_CHOICES, DROP_CHOICES, MODEL_DROP_CHOICES, QKV_LAYOUTS
 from ..namings import MODEL_NAMINGS, ModelForm, ReadFormat, RuntimeName, WrittenFormat
@@ -88,7 +88,9 @@ class Convert(Call["ConvertReport"]):
         DROP,
     ] = ()
     dtype: Annotated[
-        Literal["keep", "fp32", "fp16", "bf16"], dtype_of(("keep", *FACTOR_DTYPES)), Opt(text="Dtype of the factors.")
+        Literal["keep", "fp32", "fp16", "bf16"] | AnyDtype,
+        dtype_of(("keep", *FACTOR_DTYPES)),
+        Opt(text="Dtype of the factors."),
     ] = "keep"
     alpha: calls.Alpha = None
     card: calls.Card = True

@@ -43,7 +43,7 @@ from ...numerics.workspace import Workspace
 from ...streaming.parallel import Progress, worker_count
 from ...streaming.rewrite import CAST_BLOCK, ChangedTensor, RowRange, refuse_overflow, rewrite
 from ...views.convert_model import CastTensor, CheckpointConvertReport
-from ..arguments import parse_size, parse_words
+from ..arguments import dtype_word, parse_size, parse_words
 from ..cards import described_call, input_word
 from ..choices import DENOISER_DROP_CHOICES
 from ..inputs import is_of_mlx
@@ -193,7 +193,7 @@ def run_convert_model(call: ConvertModel) -> CheckpointConvertReport:
     for word in drop:
         if word not in words:
             raise UsageError(f"--drop {word!r} is none of {', '.join(words)}, the words for a checkpoint")
-    chosen, naming = MERGE_DTYPES[call.dtype], call.to if call.to in MODEL_NAMINGS else None
+    chosen, naming = MERGE_DTYPES[dtype_word(call.dtype)], call.to if call.to in MODEL_NAMINGS else None
     with closing(open_checkpoint(checkpoint)) as opened:
         gguf = open_gguf(opened, chosen, call.tokenizer)
         if naming:

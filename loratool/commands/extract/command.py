@@ -49,7 +49,7 @@ from ...transform.rank_rules import NOISE_IS_PLAIN, RANK_RULES, rank_for, read_r
 from ...views.extract import ExtractReport, ModuleExtract
 from ...views.parts.numbers import kept_share
 from ...views.parts.writing import command_line
-from ..arguments import parse_count, parse_size, parse_words
+from ..arguments import dtype_word, parse_count, parse_size, parse_words
 from ..cards import described_call, encode_card, input_word, kept_or_none, options_of, output_facts, rank_range
 from ..inputs import open_model, refuse_own_names
 from .adapter_plan import AdapterPlan, plan_adapter, plan_image_adapter, plan_language_adapter
@@ -104,7 +104,7 @@ def run_extract(call: Extract) -> ExtractReport:
         selection = replace(requested, exclude=excluded)
         keeps_biases = call.bias and ReplaceTensor in output_format.can.kinds
         sorting = plan_sorting(sides[0], pairs, selection, call.embed, keeps_biases, in_model)
-        used, form = choose_device(call.device), FORMS[FACTOR_DTYPES[call.dtype]]
+        used, form = choose_device(call.device), FORMS[FACTOR_DTYPES[dtype_word(call.dtype)]]
         opened.enter_context(naming_output(path))
         opened.enter_context(one_thread())  # sums of the report too are the same, however many there are
         head = _head(sides, call, file, used)

@@ -49,7 +49,7 @@ from ...transform.image_base import choose_format, is_image_adapter, require_lan
 from ...views.init import InitReport, ModuleInit, ResidualReport
 from ...views.parts.numbers import share
 from ...views.parts.writing import command_line
-from ..arguments import parse_count
+from ..arguments import dtype_word, parse_count
 from ..cards import encode_card, input_word, options_of, rank_range
 from ..inputs import open_model, without_base_option
 from ..merge.call import Merge
@@ -80,7 +80,7 @@ def run_init(call: Init) -> InitReport:
     with ExitStack() as opened:
         opened.enter_context(one_thread())
         checkpoint, output_format = _open_trainable(call.base, call.to, opened)
-        _check_method(call.method, call.residual, call.dtype, output_format, checkpoint)
+        _check_method(call.method, call.residual, dtype_word(call.dtype), output_format, checkpoint)
         if call.dora and DoRA not in output_format.can.kinds:
             raise UsageError(f"{output_format.key} files cannot hold DoRA")
         path, is_file = output_format.output(call.out, "adapter")
@@ -132,7 +132,12 @@ def run_init(call: Init) -> InitReport:
         residual_report = None
         if call.residual is not None:
             residual_path = _check_residual(
-                checkpoint, call.residual, path, MERGE_DTYPES[call.dtype], call.undo, call.force or call.dry_run
+                checkpoint,
+                call.residual,
+                path,
+                MERGE_DTYPES[dtype_word(call.dtype)],
+                call.undo,
+                call.force or call.dry_run,
             )
             residual_report = work.write_residual(residual_path, (path, is_file), make if call.card else None)
         elif not call.dry_run:
@@ -272,7 +277,7 @@ class _Initialization:
         config: Mapping[str, object],
     ) -> None:
         self._call, self._base, self._adapted_weights, self._starter = call, base, adapted_weights, starter
-        self._config, self._dtype = config, MERGE_DTYPES[call.dtype]
+        self._config, self._dtype = config, MERGE_DTYPES[dtype_word(call.dtype)]
         self._errors: dict[str, tuple[float, float]] = {}
         self._residual: ResidualReport | None = None
         self._bytes, self._total = 0, sum(adapted.weight.spec.nbytes for adapted in adapted_weights)

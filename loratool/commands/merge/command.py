@@ -66,7 +66,7 @@ from ...undo.writer import UndoWriter, adapter_entry, largest_undo, sort_adapter
 from ...views.merge import MergeReport
 from ...views.parts.writing import command_line
 from ..adapter_requests import parse_adapters
-from ..arguments import parse_size, parse_words
+from ..arguments import dtype_word, parse_size, parse_words
 from ..cards import (
     common_licence,
     described_call,
@@ -272,7 +272,7 @@ def write_merged(
     path, is_file = place
     beside = beside or Beside()
     like, former = beside.like, beside.former
-    base, dtype = os.fspath(call.base), MERGE_DTYPES[call.dtype]
+    base, dtype = os.fspath(call.base), MERGE_DTYPES[dtype_word(call.dtype)]
     if like:
         plan = plan_like(plan, like, dtype)
         if call.undo:

@@ -49,7 +49,7 @@ from ...undo.writer import (
     unrestored,
 )
 from ...views.merge import MergeReport
-from ..arguments import parse_words
+from ..arguments import dtype_word, parse_words
 from ..in_place import (
     ELSEWHERE,
     Hashes,
@@ -118,7 +118,7 @@ def _plan(call: Merge, path: Path) -> Planned[MergeReport]:
 
 def _laid_out(planned: PlannedMerge, call: Merge, path: Path) -> _Laid:
     """Return the output with the files of the base, whose headers have no room for what a merge says of itself."""
-    base, dtype, former = planned.plan.base, MERGE_DTYPES[call.dtype], planned.former
+    base, dtype, former = planned.plan.base, MERGE_DTYPES[dtype_word(call.dtype)], planned.former
     model = former.base.tensors.merged if former else base
     plan = plan_codes(planned.plan, call.quantized, dtype, parse_words(call.allow))
     output = plan_output(

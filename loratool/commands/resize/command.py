@@ -53,7 +53,7 @@ from ...transform.request import ConvertRequest, request_for
 from ...views.parts.writing import command_line
 from ...views.resize import ModuleResize, ResizeReport
 from ..adapter_requests import AdapterRequest
-from ..arguments import parse_count, parse_size, parse_words
+from ..arguments import dtype_word, parse_count, parse_size, parse_words
 from ..cards import (
     adapter_card,
     error_share,
@@ -103,7 +103,9 @@ def run_resize(call: Resize) -> ResizeReport:
         moments = None if file is None else InputMoments.of_adapter(file, source)
         if moments:
             moments.require_known({module: update for module, update in source.updates.items() if update.rank})
-        work = _Resizing(source, moments, choose_device(call.device), FORMS[FACTOR_DTYPES[call.dtype]], call.progress)
+        work = _Resizing(
+            source, moments, choose_device(call.device), FORMS[FACTOR_DTYPES[dtype_word(call.dtype)]], call.progress
+        )
         ranks = work.ranks(*rule, call.max_rank)
         require_same_init(source, ranks)
 
