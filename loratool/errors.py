@@ -2,7 +2,8 @@
 
 The module imports nothing of ours, so that every module can raise them. An error names its culprit (a tensor, a
 module, a file) and the remedy if there is one. `cli` prints both and nothing else. If a remedy is a command line, its
-names are quoted by `shell_word`, so that it can be pasted. No error has the credentials of a link.
+names are quoted by `shell_word`, so that it can be pasted. No error has the credentials of a link. Its fields have the
+words of the command line; as a text it has those of Python (`commands.respell`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import re
 import reprlib
 import shlex
+from contextvars import ContextVar
+from importlib import import_module
 
 # A link, also as a Path writes it, with one slash; its authority, and the rest up to a blank or a quote
 _LINK = re.compile(
@@ -24,6 +27,12 @@ _SECRET = re.compile(
 
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # as the hub makes them
 
+
+# Options and commands in a text
+_COMMAND_LINE = re.compile(r"(?<![\w-])(?:--[a-z]|-o\b)|\bloratool [a-z]")
+
+# Whether the command line runs, which prints errors and the warnings of reports itself
+on_terminal: ContextVar[bool] = ContextVar("on_terminal", default=False)
 
 MOST_SHOWN = 100  # other names of paths: those of the last links that a long-lived process has opened
 
@@ -71,6 +80,14 @@ def _link_without_credentials(link: re.Match[str]) -> str:
     return scheme + host + re.sub(r"\?.*|#[^/]*=.*", "", rest)
 
 
+def in_python(text: str, flags: str = "") -> str:
+    """Return a text in Python's words, as `commands.respell.respelled`, unless it is for the command line."""
+    if on_terminal.get() or not _COMMAND_LINE.search(text):
+        return text
+    respell = import_module(".commands.respell", __package__)  # it knows all functions
+    return str(respell.respelled(text, flags))
+
+
 class LoratoolError(Exception):
     """Base class of all errors that a user can act on. Only its subclasses are raised."""
 
@@ -80,6 +97,7 @@ class LoratoolError(Exception):
     message: str
     culprit: str | None
     remedy: str | None
+    flags: str = ""  # options that the remedy adds
 
     def __init__(self, message: str, *, culprit: str | None = None, remedy: str | None = None) -> None:
         super().__init__(without_credentials(message))
@@ -101,7 +119,8 @@ class LoratoolError(Exception):
         return [culprit + first, *(f"  {line.strip()}" for line in others)]
 
     def __str__(self) -> str:
-        return "\n".join([*self.what, *([self.remedy.replace("\n", "\\n")] if self.remedy else [])])
+        text = "\n".join([*self.what, *([self.remedy.replace("\n", "\\n")] if self.remedy else [])])
+        return in_python(text, self.flags)
 
 
 class UsageError(LoratoolError):
@@ -131,7 +150,6 @@ class NeedsFlag(LoratoolError):
     kind = "needs-flag"
     exit_code = 4
 
-    flags: str
     why: str
 
     def __init__(

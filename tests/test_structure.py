@@ -53,7 +53,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
     "commands": (
         ("arguments", "choices", "machine", "collector", "guide"),
         ("adapter_requests", "calls", "namings"),
-        ("digests", "inputs", "report_files", "statements", "to_store"),
+        ("digests", "inputs", "report_files", "respell", "statements", "to_store"),
         ("cards", "in_place", "merged_models", "predictions"),
         ("opened",),
         ("merge", "unmerge", "verify", "inspect", "count", "convert", "demo", "env", "patch", "apply"),

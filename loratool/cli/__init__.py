@@ -19,7 +19,7 @@ import click
 from click.shell_completion import CompletionItem, shell_complete
 
 from ..durable.interrupts import changing_models, resumable_outputs, stop_on_signals
-from ..errors import is_debugging, shell_word
+from ..errors import is_debugging, on_terminal, shell_word
 from .help import Command, Option, has_colour
 
 if TYPE_CHECKING:
@@ -251,10 +251,13 @@ def _run(argv: list[str]) -> int:
 
     A closed pipe is no error, but nothing more is written.
     """
+    token = on_terminal.set(True)
     try:
         return _call(argv)
     except BrokenPipeError:
         return _discard_stdout(0)
+    finally:
+        on_terminal.reset(token)
 
 
 def _call(argv: list[str]) -> int:

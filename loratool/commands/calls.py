@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Annotated, Any, ClassVar, Generic, Literal, ParamSpec, TypeVar, get_args, get_type_hints
 
 from ..binding.modules.selection import PRESETS
+from ..errors import in_python, on_terminal
 from ..files.dtypes import FACTOR_DTYPES, MERGE_DTYPES
 from ..files.hub.cache import reading_little
 from ..files.hub.names import SCHEME, HubName, parse_hub_name
@@ -116,7 +117,9 @@ def function_of(call: Callable[P, Call[R]]) -> Callable[P, R]:
         values = read_arguments(function, args, keywords)
         more = values.pop(several) if several else ()
         first = [values.pop(name) for name, each in arguments.items() if name in values and not each.named]
-        return require_ieee(make(*first, *more, **values).run)()
+        report = require_ieee(make(*first, *more, **values).run)()
+        log_warnings(report)
+        return report
 
     function.__name__ = function.__qualname__ = _function_name(call)
     function.__module__, function.__doc__ = call.__module__, _documented(call, arguments)
@@ -127,6 +130,19 @@ def function_of(call: Callable[P, Call[R]]) -> Callable[P, R]:
     vars(function)["__signature__"] = written.replace(parameters=parameters, return_annotation=returned.__forward_arg__)
     vars(function)["arguments"] = arguments
     return function
+
+
+def log_warnings(report: object) -> None:
+    """Log what a report warns of, unless the command line runs, which prints it.
+
+    As huggingface_hub logs what is true of the files. The module `warnings` is for a call that has to be changed: it
+    shows the same text only once, and as an error it would leave no report of a file that is written.
+    """
+    if not on_terminal.get() and (warnings := getattr(report, "warnings", ())):
+        import logging  # most runs can do without it
+
+        for text in warnings:
+            logging.getLogger("loratool").warning("%s", in_python(text))
 
 
 def _function_name(call: Callable[..., object]) -> str:

@@ -222,7 +222,7 @@ def without_base_option(base: str | os.PathLike[str] | None = None) -> Iterator[
     except NeedsFlag as error:
         if not error.asks_for("--base"):
             raise
-        reworded = error.elsewhere("loratool convert with --to peft")
+        reworded = error.elsewhere("loratool convert --to peft")
         if base is not None:
             reworded.remedy = f"{shell_word(base)} has no config.json: copy the model's into it"
         raise reworded from error

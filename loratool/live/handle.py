@@ -19,6 +19,7 @@ from ..binding.modules.selection import Selection
 from ..commands import calls
 from ..commands.adapter_requests import Adapters, parse_adapters
 from ..commands.arguments import ArgumentType, StrPath, checked, parse_words
+from ..commands.calls import log_warnings
 from ..commands.inputs import WeightedAdapter, open_adapters, require_residual_base, subtract_initial
 from ..commands.machine import require_ieee
 from ..commands.merge.report import build_report
@@ -278,7 +279,9 @@ def _report(merged: Merged, title: str) -> MergeReport:
     plan = merged.plan
     checkpoint: Checkpoint = plan.base
     output = Output(checkpoint.path, True, checkpoint.specs, (), {}, {}, ())
-    return build_report(plan, output, title, merged.stats, None, dry_run=False)
+    report = build_report(plan, output, title, merged.stats, None, dry_run=False)
+    log_warnings(report)
+    return report
 
 
 def _read_model(value: object) -> Model:

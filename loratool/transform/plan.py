@@ -286,7 +286,7 @@ def _without_weights(state: Transformed, request: ConvertRequest, folder: Path, 
     kind = "DoRA" if updates[found[0]].cls is DoRA else updates[found[0]].kind
     message = f"is {kind}, whose change depends on the base ({len(found)} modules)"
     if request.layout:
-        first = "first loratool convert with --plain --base BASE, without --layout"
+        first = "first loratool convert --plain --base BASE, without --layout"
         raise InputError(message, culprit=found[0], remedy=first)
     missing = [] if request.plain or request.runtime else ["--plain"]
     if request.rank is None and any(not low_rank(updates[module]) for module in found):

@@ -11,7 +11,7 @@ from ..architectures.classifiers import HEADS
 from ..errors import InputError, NeedsFlag, shell_word
 
 # the remedy for changes without factors
-ONLY_MERGED = "merge it into its base; then loratool extract BASE MERGED makes an adapter from the merged model"
+ONLY_MERGED = "merge it into its base; then `loratool extract BASE MERGED` makes an adapter from the merged model"
 
 TO_EXCLUDE = "to exclude them; a merge applies them to the base"
 

@@ -62,7 +62,7 @@ def request_for(command: str) -> Iterator[None]:
     except NeedsFlag as error:
         if error.asks_for("--exclude") and command in EXCLUDING:
             raise
-        raise error.elsewhere("loratool convert with") from error
+        raise error.elsewhere("loratool convert") from error
 
 
 def selected(source: Adapter, exclude: Sequence[str]) -> dict[str, UpdateSpec]:

@@ -112,7 +112,7 @@ def test_conversions(tmp_path: Path) -> None:
     merged = load_file(tmp_path / "m.safetensors")
     for to in ("diffusers", "peft", "loralib"):
         out = tmp_path / to if to == "peft" else tmp_path / f"{to}.safetensors"
-        with pytest.raises(NeedsFlag, match=r"is DoRA.*\n.*--plain --base"):
+        with pytest.raises(NeedsFlag, match=r"is DoRA.*\n.*plain=True, base"):
             loratool.convert(file, out, to=to)
         (row,) = loratool.convert(file, out, to=to, plain=True, base=start, rank=IN).modules
         assert row.error < 1e-3  # of full rank, which is measured by a difference of squares

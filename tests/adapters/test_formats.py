@@ -127,7 +127,7 @@ class TestBareFile:
         return file
 
     def test_without_any_config_alpha_is_demanded(self, tmp_path: Path) -> None:
-        with pytest.raises(NeedsFlag, match="--alpha"):
+        with pytest.raises(NeedsFlag, match="alpha"):
             open_adapter(self.bare(tmp_path))
         assert open_adapter(self.bare(tmp_path), alpha=5).updates[Q].scale == 2.5
 

@@ -346,12 +346,12 @@ class TestCommands:
         options: dict[str, Any] = {"rank": 1} if command == "resize" else {}
         with pytest.raises(InputError, match="depend on the base") as raised:
             getattr(loratool, command)(source, tmp_path / "x.gguf", to="gguf", **options)
-        assert "first loratool convert with --base BASE" in str(raised.value.remedy)
+        assert "first loratool convert --base BASE" in str(raised.value.remedy)
 
     def test_init_does_not_start_one(self, tmp_path: Path) -> None:
         base = config(tmp_path / "m").parent
         save_file({"model.layers.0.self_attn.q_proj.weight": torch.rand(8, 8)}, base / "model.safetensors")
-        with pytest.raises(UsageError, match="use --to peft"):
+        with pytest.raises(UsageError, match='use to="peft"'):
             loratool.init(base, tmp_path / "x.gguf", to="gguf")
 
     def test_extract_writes_it(self, tmp_path: Path) -> None:
@@ -562,7 +562,7 @@ class TestBadFiles:
 
     def test_an_alpha_that_contradicts_the_file(self, tmp_path: Path) -> None:
         path = gguf(tmp_path / "x.gguf", {"blk.0.attn_v": pair(4, 8)}, **ALPHA)
-        with pytest.raises(UsageError, match="--alpha 8 contradicts the file's 4"):
+        with pytest.raises(UsageError, match="alpha=8 contradicts the file's 4"):
             open_adapter(path, alpha=8)
 
     def test_a_damaged_pair_is_shown_by_inspect(self, tmp_path: Path) -> None:

@@ -581,7 +581,7 @@ def test_a_file_without_its_config_needs_alpha(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="contradicts"):
         open_adapter(checkpoint, alpha=3.0)
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(NeedsFlag, match="--alpha"):
+    with pytest.raises(NeedsFlag, match="alpha"):
         open_adapter(checkpoint)
     assert open_adapter(checkpoint, alpha=3.0).updates[Q].scale == 1.5
 

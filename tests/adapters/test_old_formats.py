@@ -92,7 +92,7 @@ class TestLoralib:
         assert found.exit_code == 0 and "MergedLinear" in found.stdout
 
     def test_resize_needs_another_format(self, tmp_path: Path) -> None:
-        with pytest.raises(NeedsFlag, match="add --to peft"):
+        with pytest.raises(NeedsFlag, match='add to="peft"'):
             loratool.resize(self.write(tmp_path / "a.bin"), tmp_path / "out", rank=1, alpha=3.0)
 
     @needs_shared

@@ -163,7 +163,7 @@ class TestFacts:
             ("merge", bare, a, "-o", out),
         ):
             result = run(*argv)
-            assert result.exit_code == 3 and "first loratool convert with --to peft --base BASE" in result.stderr
+            assert result.exit_code == 3 and "first loratool convert --to peft --base BASE" in result.stderr
         for argv in (("convert", a, "--to", "peft", "-o", out), ("inspect", a, "--for", "vllm"), ("diff", a, a)):
             result = run(*argv)
             assert result.exit_code == 4 and "add --base BASE" in result.stderr

@@ -305,8 +305,8 @@ def test_labels_are_written_as_transformers_writes_them(rows: int, tmp_path: Pat
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
-        ({"labels": ["a", "b"]}, "score.weight: has 3 rows, and --labels names 2"),
-        ({"labels": ["a", "b", "a"]}, "score.weight: --labels names a label twice"),
+        ({"labels": ["a", "b"]}, "score.weight: has 3 rows, and labels names 2"),
+        ({"labels": ["a", "b", "a"]}, "score.weight: labels names a label twice"),
         ({"architecture": "LlamaForSequenceClasification"}, "LlamaForSequenceClasification: is not a class of a llama"),
         ({"architecture": "no class"}, "no class: is not the name of a class"),
     ],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
-from conftest import FIXTURES
+import torch
+from conftest import FIXTURES, factors, write_model, write_peft
 
 import loratool
 from loratool.cli import COMMANDS
@@ -79,3 +82,16 @@ def test_the_command_line_has_every_option(name: str) -> None:
     has = {word for each in known.params for word in each.opts}
     asked = {f"--{each.word}" for each in arguments_of(CALLS[name]).values() if each.opt and each.opt.title}
     assert asked <= has, f"loratool/cli/{command}.py lists its options, without {', '.join(sorted(asked - has))}"
+
+
+def test_what_a_report_warns_of_is_logged_in_python_and_printed_on_the_command_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, run: Callable[..., Any]
+) -> None:
+    base = write_model(tmp_path / "base", {"x.weight": torch.full((4, 5), torch.inf)})
+    adapter = write_peft(tmp_path / "adapter", {"x": factors(4, 5, 1)})
+    said = "x.weight: 20 weights of the base are inf or nan; they are copied unchanged"
+    assert said in loratool.merge(base, adapter, tmp_path / "out").warnings
+    assert ("loratool", logging.WARNING, said) in caplog.record_tuples
+    caplog.clear()
+    assert said in " ".join(run("merge", base, adapter, "-o", tmp_path / "again").stderr.split())
+    assert caplog.record_tuples == []

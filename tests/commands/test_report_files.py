@@ -149,7 +149,7 @@ def test_a_page_needs_its_package(
     for call in (check_page_path, lambda path: loratool.write_report(report, path)):
         with pytest.raises(MachineError) as error:
             call(tmp_path / "a.html")
-        assert str(error.value) == "--html: a page needs Jinja2\npip install '.[html]' in a clone of loratool"
+        assert str(error.value) == "write_report: a page needs Jinja2\npip install '.[html]' in a clone of loratool"
 
 
 class Foreign(loratool.MergeReport):
@@ -178,7 +178,7 @@ def field(of: loratool.CountReport, /, **changes: Any) -> bytes:
 
 # what a file holds -> what is said of it, behind its name
 UNREAD: dict[str, tuple[Callable[[loratool.CountReport], bytes], str]] = {
-    "nothing": (lambda r: b"", ": holds no report\ngive a page written by --html"),
+    "nothing": (lambda r: b"", ": holds no report\ngive a page written by write_report"),
     "a foreign page": (lambda r: b"<!doctype html><p>x</p></html>", ": holds no report"),
     "weights": (lambda r: (FIXTURES / "gpt2" / "base" / "model.safetensors").read_bytes()[:99], ": holds no report"),
     "two reports": (lambda r: wrapped(envelope(r)) * 2, ": holds more than one report"),

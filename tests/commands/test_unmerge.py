@@ -117,7 +117,7 @@ class TestFiles:
             report.undo == str(tmp_path / "merged.undo")
             and report.undo_bytes == (tmp_path / "merged.undo").stat().st_size
         )
-        with pytest.raises(NeedsFlag, match="--force"):
+        with pytest.raises(NeedsFlag, match="force=True"):
             loratool.merge(base, adapter, tmp_path / "merged.safetensors")
         loratool.unmerge(tmp_path / "merged.safetensors", adapter, tmp_path / "back.safetensors")
         assert filecmp.cmp(base, tmp_path / "back.safetensors", shallow=False)
@@ -428,7 +428,7 @@ class TestRefusals:
 
     def test_another_type_needs_no_undo(self, tmp_path: Path) -> None:
         arguments = (FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", tmp_path / "out")
-        with pytest.raises(NeedsFlag, match="--no-undo"):
+        with pytest.raises(NeedsFlag, match="undo=False"):
             loratool.merge(*arguments, dtype="fp32")
         assert loratool.merge(*arguments, dtype="fp32", undo=False).undo is None
         loratool.merge(FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", tmp_path / "same", dtype="bf16")

@@ -572,7 +572,7 @@ class TestTimes:
     def test_the_output_is_whole(self, stage: Path) -> None:
         files = made("out")
         merge("out")
-        with pytest.raises(NeedsFlag, match="--force"):
+        with pytest.raises(NeedsFlag, match="force=True"):
             merge("out", resume=True)
         merge("out", resume=True, force=True)
         assert taken() == files

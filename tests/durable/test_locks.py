@@ -82,7 +82,7 @@ def test_one_that_ends_is_waited_for(tmp_path: Path, kind: str, end: str, monkey
     with hold(kind, tmp_path / "out", end) as holder:
         let_go(holder)
         if end == "succeeds":
-            with pytest.raises(NeedsFlag, match="exists already: another loratool has just written it\nadd --force"):
+            with pytest.raises(NeedsFlag, match="exists already: another loratool has just written it\nadd force=True"):
                 OPENERS[kind](tmp_path / "out").__enter__()
         else:
             with OPENERS[kind](tmp_path / "out"):

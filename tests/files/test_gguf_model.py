@@ -147,7 +147,7 @@ def test_the_tokenizer_travels_from_where_it_is(tmp_path: Path, run: Run) -> Non
     empty.mkdir()
     with pytest.raises(InputError, match="no tokenizer files"):
         convert(source, tmp_path / "d", tokenizer=empty)
-    with pytest.raises(UsageError, match="--tokenizer is only for GGUF models"):
+    with pytest.raises(UsageError, match="tokenizer is only for GGUF models"):
         convert(write_model(tmp_path / "hf", llama_weights(), {}), tmp_path / "d", tokenizer=original)
     with pytest.raises(UsageError, match=r"safetensors or torch, not 'gguf'"):
         convert(source, tmp_path / "d.gguf")

@@ -243,7 +243,7 @@ def test_an_adapter_that_was_started_from_the_base(tmp_path: Path) -> None:
     config = tmp_path / "end" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": "pissa"}))
     model = load(base, cls)
-    with pytest.raises(NeedsFlag, match="--initial"):
+    with pytest.raises(NeedsFlag, match="initial"):
         loratool.live.merge(model, tmp_path / "end")
     for options in ({"initial": tmp_path / "start"}, {"residual_base": True}):
         loratool.merge(base, tmp_path / "end", tmp_path / "out", force=True, undo=False, **options)

@@ -211,12 +211,12 @@ class TestImage:
 def test_what_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
     base, dora, _ = trained(tmp_path, ["q"])
     for to in ("peft", "loralib"):
-        with pytest.raises(NeedsFlag, match=r"q: is DoRA.*\nadd --.*base BASE"):
+        with pytest.raises(NeedsFlag, match=r"q: is DoRA.*\nadd .*base=BASE"):
             loratool.convert(dora, tmp_path / "b.safetensors", to=to, plain=to == "peft")
     other = write_model(tmp_path / "other", {"k.weight": weights(4, 4)}, {})
     with pytest.raises(InputError, match=r"q: of .*dora is not in .*other"):
         loratool.convert(dora, tmp_path / "b", to="peft", plain=True, base=other)
-    with pytest.raises(InputError, match="--base must be the model"):
+    with pytest.raises(InputError, match="base must be the model"):
         loratool.convert(dora, tmp_path / "b", to="peft", plain=True, base=dora)
     wrong = write_model(tmp_path / "wrong", {"q.weight": weights(10, 9)}, {})
     with pytest.raises(InputError, match=r"q.weight: .*but the base weight is \(10, 9\)"):
@@ -226,8 +226,8 @@ def test_what_is_refused(tmp_path: Path, run: Callable[..., Any]) -> None:
         loratool.convert(dora, tmp_path / "b", to="peft", plain=True, base=nan)
     plain = tmp_path / "plain"
     loratool.convert(dora, plain, to="peft", plain=True, base=base)
-    with pytest.raises(UsageError, match="with --plain for kinds that need the weight"):
+    with pytest.raises(UsageError, match="with plain=True for kinds that need the weight"):
         loratool.convert(plain, tmp_path / "b", to="peft", plain=True, base=base)
-    with pytest.raises(UsageError, match="--base is for the names"):
+    with pytest.raises(UsageError, match="base is for the names"):
         loratool.convert(plain, tmp_path / "b.safetensors", to="loralib", base=base)
     assert sorted(path.name for path in tmp_path.glob("b*")) == ["base"]

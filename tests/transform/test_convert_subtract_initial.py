@@ -188,7 +188,7 @@ def test_a_merge_asks_for_the_start(trained: tuple[Path, Path, Tensor], tmp_path
     start, end, expected = trained
     live = unet("sdxl")
     save_file(live.state_dict(), tmp_path / "base.safetensors")
-    with pytest.raises(NeedsFlag, match="--initial"):
+    with pytest.raises(NeedsFlag, match="initial"):
         loratool.merge(tmp_path / "base.safetensors", end, tmp_path / "out.safetensors")
     loratool.merge(tmp_path / "base.safetensors", end, tmp_path / "out.safetensors", initial=start)
     live.load_state_dict(load_file(tmp_path / "out.safetensors"))

@@ -105,7 +105,7 @@ def single_experts(model_type: str, rslora: bool, tmp_path: Path) -> tuple[Any, 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "jamba", "qwen3_moe", "phimoe"])
 def test_single_experts_become_a_stack(model_type: str, tmp_path: Path) -> None:
     model, changes = single_experts(model_type, False, tmp_path)
-    with pytest.raises(InputError, match="convert it with --plain first"):
+    with pytest.raises(InputError, match="convert it with plain=True first"):
         loratool.convert(tmp_path / "a", tmp_path / "b", to="peft", base=tmp_path / "base")
     loratool.convert(tmp_path / "a", tmp_path / "plain", to="peft", plain=True)
     report = loratool.convert(tmp_path / "plain", tmp_path / "b", to="peft", base=tmp_path / "base")
@@ -218,7 +218,7 @@ def test_everything_else_of_an_adapter_goes_along(tmp_path: Path) -> None:
             NeedsFlag,
             "is a class of the model",
         ),
-        ("model.layers.0.mlp.up_proj", {"architecture": "LlamaModel", "to": "loralib"}, UsageError, "--to peft"),
+        ("model.layers.0.mlp.up_proj", {"architecture": "LlamaModel", "to": "loralib"}, UsageError, 'to="peft"'),
     ],
 )
 def test_what_has_no_name_is_refused(

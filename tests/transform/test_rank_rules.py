@@ -193,7 +193,7 @@ class TestNoiseOfFactors:
 
     def test_where_it_has_no_meaning_it_is_refused(self, tmp_path: Path, run: Callable[..., Any]) -> None:
         source = self.made(tmp_path / "a", torch.bfloat16)
-        with pytest.raises(UsageError, match="--to may split or fuse"):
+        with pytest.raises(UsageError, match="to may split or fuse"):
             loratool.resize(source, tmp_path / "out", rank_rule=("noise", 1.0), to="kohya")
         found = run("combine", source, source, "--rank-rule", "noise", "-o", tmp_path / "out")
         assert found.exit_code == 2 and "a combination has several" in found.stderr

@@ -122,8 +122,8 @@ def _merged(
             raise InputError(
                 f"{finding}, and the file does not say which",
                 culprit=module,
-                remedy=f"first loratool convert {shell_word(name)} --to peft --enable-lora 1,0,1 (the model's own) "
-                "--alpha ALPHA",
+                remedy=f"first loratool convert {shell_word(name)} --to peft --alpha ALPHA --enable-lora 1,0,1 "
+                "(the model's own)",
             )
         if not enabled:
             raise NeedsFlag(

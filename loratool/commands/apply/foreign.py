@@ -146,7 +146,7 @@ def _refuse_other_names(base: Checkpoint, steps: Sequence[Mapping[str, ForeignCh
         key = base.shard_of[name].storage(name)
         stored = next(each for each in files.specs if base.shard_of[each].storage(each) == key)
         what = f"is stored once with {stored}, and a patch changes it under this name"
-        raise InputError(what, culprit=name, remedy="convert the base to safetensors with loratool convert first")
+        raise InputError(what, culprit=name, remedy="convert the base to safetensors with `loratool convert` first")
 
 
 def changed_pieces(base: Checkpoint, name: str, changes: Sequence[ForeignChange]) -> Iterator[memoryview]:

@@ -101,7 +101,7 @@ def run_convert(call: Convert) -> ConvertReport:
     if (call.initial is not None or call.rank is not None) and not (call.plain or call.runtime):
         raise UsageError("--initial and --rank need --plain or --for")
     if call.layout is not None and call.plain:
-        raise UsageError("--layout and --plain cannot be combined: run loratool convert twice")
+        raise UsageError("--layout and --plain cannot be combined: run `loratool convert` twice")
     current_job().exit_unless_rank0()
     with ExitStack() as opened:
         model = None if call.base is None else given_base(call.base, opened)

@@ -99,7 +99,7 @@ def _not_for(source: StrPath, function: Callable[..., Any], name: str, value: ob
     word = option_word(name, value is not False)
     if function is call.edit_metadata:
         message = f"--{word} does not go with --set and --unset, which only edit metadata"
-        return UsageError(message, culprit=os.fspath(source), remedy="run loratool convert twice")
+        return UsageError(message, culprit=os.fspath(source), remedy="run `loratool convert` twice")
     other = next(what for each, what in FUNCTIONS.items() if name in arguments_of(each))
     this = {"adapters": "an adapter", "checkpoints": "a checkpoint"}[FUNCTIONS[function]]
     return UsageError(f"is {this}, but --{word} is for {other}", culprit=os.fspath(source))

@@ -221,7 +221,7 @@ def _dtype_of(name: str, tensor: RenamedTensor, specs: Mapping[str, TensorSpec])
         raise InputError(
             f"is {dtype}, but {other} is {specs[other].dtype}, and both become rows of {name}",
             culprit=first,
-            remedy="first run loratool convert with --dtype only",
+            remedy="first run `loratool convert` with --dtype only",
         )
     if DTYPES[dtype] < 8:
         raise InputError(f"has dtype {dtype}, and its rows can end within a byte", culprit=first)

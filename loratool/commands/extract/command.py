@@ -377,5 +377,5 @@ def _tie_warnings(deltas: SortedDeltas, plan: AdapterPlan) -> tuple[str, ...]:
     nothing = "; --embed full avoids this" if any(transposed for _, transposed in uses) else ""
     return (
         f"{', '.join(use for use, _ in uses)} share one matrix, {name} in the file{others}, and each has the factors: "
-        f"PEFT's merge_and_unload adds them several times; loratool merge does not{nothing}",
+        f"PEFT's merge_and_unload adds them several times; a merge by loratool does not{nothing}",
     )

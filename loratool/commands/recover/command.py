@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ...durable.in_place import ModelInPlace, own_path
-from ...errors import InputError, shell_word
+from ...errors import InputError
 from ...streaming.rewrite import RESULTS
+from ...views.parts.writing import command_line
 from ...views.recover import RecoverReport
 from ..apply.call import Apply
 from ..apply.in_place import prepare_apply
@@ -69,7 +70,8 @@ def _leftovers(call: Recover, path: Path, model: ModelInPlace, command: str) -> 
     if not call.dry_run:
         model.end()
     if is_new and call.back:
-        how = {"merge": "loratool unmerge", "unmerge": "loratool merge"}.get(command, "loratool apply --reverse")
+        verb, *back = {"merge": ["unmerge"], "unmerge": ["merge"]}.get(command, ["apply", "--reverse"])
+        how = command_line(verb, path, "...", "--in-place", *back)
         what = "is changed already: its process died when only the journal was left to remove"
-        raise InputError(what, culprit=str(path), remedy=f"go back with {how} {shell_word(path)} ... --in-place")
+        raise InputError(what, culprit=str(path), remedy=f"go back with {how}")
     return RecoverReport(model=str(path), command=command, windows=0, dry_run=call.dry_run, is_new=is_new)

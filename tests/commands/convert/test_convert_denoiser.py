@@ -136,11 +136,11 @@ def test_shards_casts_and_metadata(tmp_path: Path) -> None:
         assert (out / each).read_bytes() == (tmp_path / "again" / each).read_bytes()
     loratool.convert_model(out, tmp_path / "back.safetensors", to="single-file")
     require_equal(load_file(tmp_path / "back.safetensors"), {n: t.to(torch.float16) for n, t in own.items()})
-    with pytest.raises(NeedsFlag, match="add --force"):
+    with pytest.raises(NeedsFlag, match="add force=True"):
         loratool.convert_model(base, out, to="diffusers")
     with pytest.raises(UsageError, match="needs a folder"):
         loratool.convert_model(out, tmp_path / "c.safetensors", to="single-file", max_shard_size=1000)
-    with pytest.raises(UsageError, match="--to single-file writes a file"):
+    with pytest.raises(UsageError, match='to="single-file" writes a file'):
         loratool.convert_model(out, tmp_path / "c", to="single-file")
 
 

@@ -102,7 +102,7 @@ def test_what_is_written_is_that_of_a_file_without_extras(form: str, tmp_path: P
     for verb, call in verbs.items():
         outs = [tmp_path / f"{verb}-{file.parent.name}.safetensors" for file in (plain, full)]
         call(plain, outs[0], ())
-        with pytest.raises(NeedsFlag, match=r"(?s)full/a.safetensors: holds token embeddings.*add --drop extras"):
+        with pytest.raises(NeedsFlag, match=r'(?s)full/a.safetensors: holds token embeddings.*add drop="extras"'):
             call(full, outs[1], ())
         assert not outs[1].exists()
         report = call(full, outs[1], ["extras"])
@@ -111,7 +111,7 @@ def test_what_is_written_is_that_of_a_file_without_extras(form: str, tmp_path: P
         assert sorted(left_out) == sorted(EXTRAS)
     compared = loratool.diff(plain, full, drop=["extras"])
     assert compared.same and sorted(compared.left_out) == sorted(EXTRAS)  # type: ignore[union-attr]
-    with pytest.raises(NeedsFlag, match="--drop extras"):
+    with pytest.raises(NeedsFlag, match='drop="extras"'):
         loratool.diff(plain, full)
 
 
@@ -187,7 +187,7 @@ def test_a_component_is_left_out(word: str, kept: str, tmp_path: Path) -> None:
         assert [row.name for row in report.tensors] == [OF_BASE[kept]] and len(report.left_out) == 1
         assert json.loads(_metadata(merged)["loratool"])["left_out"] == list(report.left_out)
         assert loratool.verify(base, adapter, merged, drop=[word]).status == "proven"
-        with pytest.raises(InputError, match="--drop differs"):
+        with pytest.raises(InputError, match="drop differs"):
             loratool.unmerge(merged, adapter, folder / "back.safetensors")
         loratool.unmerge(merged, adapter, folder / "back.safetensors", drop=[word])
         assert (folder / "back.safetensors").read_bytes() == base.read_bytes()
@@ -219,16 +219,16 @@ def _metadata(file: Path) -> dict[str, str]:
 def test_what_is_not_there_cannot_be_dropped(tmp_path: Path, run: Any) -> None:
     adapter, base = tmp_path / "a.safetensors", sdxl(tmp_path)
     save_file(kohya(), adapter)
-    with pytest.raises(InputError, match=r"(?s)--drop te2: matches no module of .*a.safetensors.*modules of unet, te1"):
+    with pytest.raises(InputError, match=r'(?s)drop="te2": matches no module of .*a.safetensors.*modules of unet, te1'):
         loratool.resize(adapter, tmp_path / "r.safetensors", rank=1, drop=["te2"])
-    with pytest.raises(InputError, match="has nothing left after --drop"):
+    with pytest.raises(InputError, match="has nothing left after drop"):
         loratool.merge(base, adapter, tmp_path / "m.safetensors", drop=["unet", "te"])
     for word in ("ema", "te5"):
-        with pytest.raises(UsageError, match=f"--drop '{word}' is none of extras, unet"):
+        with pytest.raises(UsageError, match=f'drop="{word}" is none of extras, unet'):
             loratool.convert(adapter, tmp_path / "c.safetensors", to="comfy", drop=[word])
-    with pytest.raises(UsageError, match="--drop 'extras' is none of ema, optimizer"):
+    with pytest.raises(UsageError, match='drop="extras" is none of ema, optimizer'):
         loratool.convert_model(base, tmp_path / "c.safetensors", drop=["extras"])
-    with pytest.raises(UsageError, match="--drop and --alpha are for adapters"):
+    with pytest.raises(UsageError, match="drop and alpha are for adapters"):
         loratool.diff(base, base, drop=["extras"])
     assert run("merge", base, adapter, "--drop", "te5").exit_code == 2
     loratool.resize(adapter, tmp_path / "r.safetensors", rank=1, drop=["extras"])  # none are there, as is wished
@@ -261,7 +261,7 @@ class TestOfACheckpoint:
         loratool.convert_model(plain, outs[0], to=to, dtype=dtype)
         report = loratool.convert_model(full, outs[1], to=to, dtype=dtype, drop=["ema"])
         assert outs[0].read_bytes() == outs[1].read_bytes() and sorted(report.left_out) == sorted(EMA)
-        with pytest.raises(InputError, match="has nothing left after --drop"):
+        with pytest.raises(InputError, match="has nothing left after drop"):
             save_file(EMA, tmp_path / "ema.safetensors")
             loratool.convert_model(tmp_path / "ema.safetensors", tmp_path / "no.safetensors", drop=["ema"])
 

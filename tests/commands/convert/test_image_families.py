@@ -134,7 +134,7 @@ def test_every_spelling_is_of_its_own_family_or_of_none(case: str, tmp_path: Pat
                 assert named or ", ..." in str(found.remedy) or "or of another" in str(found), found
         for to, found in outcomes(adapter, base=subject.base_in("component")):
             assert found in {None, *own} or isinstance(found, InputError | NeedsFlag), (spelling, to, found)
-            assert "--base" not in str(found) and "--architecture" not in str(found), (spelling, to, found)
+            assert "base" not in str(found) and "architecture" not in str(found), (spelling, to, found)
 
 
 def test_what_else_names_a_base(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_the_attention_of_two_models_is_asked_for(width: int, tmp_path: Path) ->
     for to in ("kohya", "comfy"):
         with pytest.raises(NeedsFlag) as caught:
             loratool.convert(adapter, tmp_path / f"{to}.safetensors", to=to)
-        assert "--architecture hunyuan_video" in str(caught.value) and "--base BASE" in str(caught.value)
+        assert 'architecture="hunyuan_video"' in str(caught.value) and "base=BASE" in str(caught.value)
         report: Any = loratool.convert(adapter, tmp_path / f"{to}.safetensors", to=to, architecture="hunyuan_video")
         assert report.family == "hunyuan_video"
     assert loratool.convert(adapter, tmp_path / "b.safetensors", to="diffusers").family is None  # type: ignore[union-attr]

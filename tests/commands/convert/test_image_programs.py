@@ -138,7 +138,7 @@ class TestDoraForComfyUI:
             assert file.metadata()["loratool_only_for"] == "comfyui"
         with pytest.raises(InputError, match="is only for comfyui"):
             loratool.merge(base, tmp_path / "out.safetensors", tmp_path / "merged.safetensors")
-        with pytest.raises(NeedsFlag, match="--base BASE"):
+        with pytest.raises(NeedsFlag, match="base=BASE"):
             loratool.convert(adapter, tmp_path / "other.safetensors", runtime="comfyui")
 
 

@@ -214,11 +214,11 @@ def test_what_is_refused_by_name(ink: Path, tmp_path: Path) -> None:
     for keywords, why in (
         ({"unset": "ss_see"}, "ss_see: is not a key of the metadata.*did you mean ss_seed"),
         ({"set": {"a": "1"}, "unset": "a"}, "is both set and unset"),
-        ({"set": {"a": "1"}, "to": "peft"}, "--to does not go with --set"),
-        ({"set": {"a": "1"}, "dtype": "fp16"}, "--dtype does not go with --set"),
-        ({"set": {"a": "1"}, "runtime": "vllm"}, "--for does not go with --set"),
-        ({"set": {"a": "1"}, "from_format": "kohya"}, "--from does not go with --set"),
-        ({"set": {"a": "1"}, "card": False}, "--no-card does not go with --set"),
+        ({"set": {"a": "1"}, "to": "peft"}, "to does not go with set"),
+        ({"set": {"a": "1"}, "dtype": "fp16"}, "dtype does not go with set"),
+        ({"set": {"a": "1"}, "runtime": "vllm"}, "runtime does not go with set"),
+        ({"set": {"a": "1"}, "from_format": "kohya"}, "from_format does not go with set"),
+        ({"set": {"a": "1"}, "card": False}, "card=False does not go with set"),
         ({"set": {"another": next(iter(load_file(ink)))}}, "names a tensor"),
     ):
         with pytest.raises(loratool.UsageError, match=f"(?s){why}"):

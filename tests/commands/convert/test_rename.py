@@ -119,5 +119,5 @@ def test_other_kinds_and_image_models_are_refused(tmp_path: Path) -> None:
         loratool.convert(start, tmp_path / "b.safetensors", to="kohya", rename=["q=x"])
     for kind in ("ia3", "vera"):
         source = LANGUAGE[kind].write(tmp_path / kind)
-        with pytest.raises(InputError, match=f"is {kind}, and --rename is for LoRA"):
+        with pytest.raises(InputError, match=f"is {kind}, and rename is for LoRA"):
             loratool.convert(source.adapter, tmp_path / "b", to="peft", rename=["o_proj=x"])

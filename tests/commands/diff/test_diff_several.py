@@ -306,7 +306,7 @@ def test_what_does_not_belong_together(tmp_path: Path, run: Callable[..., Any]) 
         loratool.diff(base, base, base)
     with pytest.raises(InputError, match="is a model"):
         loratool.diff(adapter, adapter, base)
-    with pytest.raises(UsageError, match="--base is for two adapters"):
+    with pytest.raises(UsageError, match="base is for two adapters"):
         loratool.diff(adapter, adapter, adapter, base=base)
     with pytest.raises(InputError, match="no adapter has a selected module"):
         loratool.diff(adapter, adapter, adapter, exclude=["*"])

@@ -219,9 +219,9 @@ class TestResumed:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"rank": 4}, "is of a run with other options: --rank was 3, and is 4"),
+            ({"rank": 4}, "is of a run with other options: rank was 3, and is 4"),
             ({"seed": 1}, "is of a run with other options: --seed was not given, and is 1"),
-            ({"bias": False}, "is of a run with other options: --no-bias was not given, and is given"),
+            ({"bias": False}, "is of a run with other options: bias=False was not given, and is given"),
         ],
     )
     def test_other_options_are_refused_by_name(

@@ -274,7 +274,7 @@ def test_a_kohya_file_and_a_bare_file(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_inspected(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--base is for adapters"):
+    with pytest.raises(UsageError, match="base is for adapters"):
         loratool.inspect(FIXTURES / "llama" / "base", base=FIXTURES / "llama" / "base")
     with pytest.raises(InputError, match="is an empty folder"):
         loratool.inspect(tmp_path)

@@ -195,7 +195,7 @@ def test_modules_without_factors_are_listed(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path, run: Callable[..., Any]) -> None:
     base, adapter = (FIXTURES / "llama" / what for what in ("base", "adapter"))
-    with pytest.raises(UsageError, match="add --base"):
+    with pytest.raises(UsageError, match="add base"):
         loratool.spectra(adapter, top=3)
     with pytest.raises(UsageError, match="above 0"):
         loratool.spectra(adapter, base=base, threshold=0.0)

@@ -101,7 +101,7 @@ def test_eight_bit_floats_without_scales_are_copied_and_changed_into_wider_ones(
     loratool.merge(base, write_peft(tmp_path / "a", {"x": (A, B)}), tmp_path / "out")
     assert torch.equal(bits(load_model(tmp_path / "out")["y.weight"]), bits(codes))
     adapter = write_peft(tmp_path / "b", {"y": (A, B)})
-    with pytest.raises(NeedsFlag, match="y.weight: .*(\n.*)?--no-undo"):
+    with pytest.raises(NeedsFlag, match="y.weight: .*(\n.*)?undo=False"):
         loratool.merge(base, adapter, tmp_path / "no", dtype="fp32")
     loratool.merge(base, adapter, tmp_path / "wide", undo=False, dtype="fp32")
     wanted = round_reference(to_longdouble(codes) + change_reference(A, B, 1.0), torch.float32)

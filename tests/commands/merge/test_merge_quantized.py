@@ -176,9 +176,9 @@ def test_what_cannot_be_written_like_another_says_so(tmp_path: Path) -> None:
         loratool.merge(quantized, adapter, out, like=quantized, undo=False)
     with pytest.raises(InputError, match="no quantized weights"):
         loratool.merge(original, adapter, out, like=original, undo=False)
-    with pytest.raises(UsageError, match="remove --quantized"):
+    with pytest.raises(UsageError, match="remove quantized"):
         loratool.merge(original, adapter, out, like=quantized, quantized="requantize", undo=False)
-    for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "layout that --like does not write")):
+    for vector, why in (("gptq_v1_4bit", "calibration data"), ("torchao_int8", "layout that like does not write")):
         with pytest.raises(InputError, match=why):
             loratool.merge(original, adapter, out, like=write_base(vector, tmp_path / vector), undo=False)
     folder = write_base("bnb_nf4", tmp_path / "gpt2", model_type="gpt2")

@@ -392,5 +392,5 @@ class TestTarget:
         assert {row.name for row in loratool.combine([b, a], tmp_path / "e.safetensors", target=["to_q"]).modules} == {
             "transformer.transformer_blocks.0.attn.to_q"
         }
-        with pytest.raises(InputError, match="--target selects only some"):
+        with pytest.raises(InputError, match="target selects only some"):
             loratool.combine([a, b], tmp_path / "f.safetensors", target=["to_q"])

@@ -124,7 +124,7 @@ class TestAdapters:
         """FSDP's own saving, and DeepSpeed's without frozen parameters, leave the base out."""
         plain, adapter = write_model(tmp_path / "plain", MODEL), write_peft(tmp_path / "adapter", FACTORS)
         state = write(tmp_path / "state", with_base(FACTORS)[0])
-        with pytest.raises(NeedsFlag, match="--alpha"):
+        with pytest.raises(NeedsFlag, match="alpha"):
             loratool.merge(plain, state, tmp_path / "none")
         (state / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
         for name, each in (("one", adapter), ("two", state)):

@@ -304,7 +304,7 @@ def test_a_plain_cast_to_float8_is_no_code(tmp_path: Path) -> None:
     state = {"x.weight": W, "x.scale_weight": torch.ones(1), "z.weight": FP8, "scaled_fp8": codes(2, dtype=F8)}
     save_file(state, tmp_path / "base.safetensors")
     adapter = write_peft(tmp_path / "a", {"x": factors(OUT, IN, 2), "z": factors(OUT, IN, 2)})
-    with pytest.raises(loratool.NeedsFlag, match="add --dtype bf16 --no-undo"):
+    with pytest.raises(loratool.NeedsFlag, match='add dtype="bf16", undo=False'):
         loratool.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors")
     loratool.merge(tmp_path / "base.safetensors", adapter, tmp_path / "out.safetensors", dtype="bf16", undo=False)
     merged = load_file(tmp_path / "out.safetensors")

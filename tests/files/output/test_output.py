@@ -157,7 +157,7 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
     out = tmp_path / "out"
     out.mkdir()
     loratool.merge(model, adapter, out)  # an empty folder counts as absent
-    with pytest.raises(NeedsFlag, match="--force"):
+    with pytest.raises(NeedsFlag, match="force=True"):
         loratool.merge(model, adapter, out)
     (out / "model-00009-of-00009.safetensors").write_bytes(b"stale")
     loratool.merge(model, adapter, out, force=True)
@@ -182,7 +182,7 @@ def test_what_exists_is_replaced_only_with_force_and_only_if_it_is_ours(
         loratool.merge(model, adapter, tmp_path / "scripts", force=True)
     file = tmp_path / "x.safetensors"
     loratool.merge(model, adapter, file)
-    with pytest.raises(NeedsFlag, match="--force"):
+    with pytest.raises(NeedsFlag, match="force=True"):
         loratool.merge(model, adapter, file)
     loratool.merge(model, adapter, file, force=True)
     with pytest.raises(UsageError, match="is a folder, which a file would replace"):

@@ -117,7 +117,7 @@ def test_what_exists_is_replaced_only_with_force(s3: Any, pair: Path, tmp_path: 
     assert len(shards) > 1 and set(found) == {*json.loads(found[MARKER])["objects"], MARKER}
     assert not {*shards} & {*found} and "loratool.undo" not in found
     s3.pipe("bucket/twice/diary.txt", b"mine")
-    with pytest.raises(UsageError, match=r"holds diary.txt; --force replaces a model's files"):
+    with pytest.raises(UsageError, match=r"holds diary.txt; force=True replaces a model's files"):
         loratool.merge(pair / "model", pair / "adapter", link, force=True)
     assert stored(s3, "bucket/twice") == {**found, "diary.txt": b"mine"}
 
