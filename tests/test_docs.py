@@ -19,7 +19,7 @@ from typing import Any
 import click
 import pytest
 import yaml
-from conftest import ROOT, run_command, slow
+from conftest import ROOT, few, run_command, slow
 from lib import guide_tables, markdown
 from lib.harness.interrupted import interrupted
 from lib.messages import is_said, says
@@ -33,6 +33,8 @@ from loratool.commands.guide import PAGES
 FOLDER = ROOT / "loratool" / "guides"
 TOPICS = sorted(path.stem for path in FOLDER.glob("*.md"))
 DOCS = {"README": ROOT / "README.md"} | {name: FOLDER / f"{name}.md" for name in TOPICS}
+# pages whose commands the default run runs; -m slow runs all
+FIRST_READ = "README tutorial merging prove undo python ci github-actions extract-adapter runtimes formats".split()
 CONTRIBUTING = ROOT / ".github" / "CONTRIBUTING.md"
 TEXTS = {name: path.read_text() for name, path in DOCS.items()}
 SCRATCH = "/tmp/"  # where the pages write
@@ -142,7 +144,7 @@ def outcome(kind: str, command: str, scratch: Path, place: Path, names: dict[str
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", DOCS)
+@pytest.mark.parametrize("name", few(DOCS, *FIRST_READ))
 def test_every_command_of_a_page(name: str, scratch: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its top, in a folder that has the demo's files, unless the page makes them itself."""
     monkeypatch.chdir(place)
@@ -702,6 +704,7 @@ class TestManyMachines:
             assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_page_on_qwen3(scratch: Path, tmp_path: Path) -> None:
     """Its calls of loratool run on small models under their names in a cache of the hub, and answer as PEFT does."""
     transformers = pytest.importorskip("transformers", minversion="5.0")

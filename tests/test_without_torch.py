@@ -119,6 +119,7 @@ def require_done(*commands: tuple[object, ...]) -> None:
         assert not places and code == 0, (argv, places)
 
 
+@pytest.mark.slow
 def test_what_is_computed_from_factors(tmp_path: Path) -> None:
     demo = tmp_path / "demo"
     base, tuned, adapter, style = (demo / name for name in ("base", "tuned", "adapter", "style"))

@@ -70,6 +70,7 @@ def test_the_work_is_linear(tmp_path: Path) -> None:
     assert many - some < 2.1 * (some - few)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("undo", [True, False])
 def test_the_work_is_linear_in_shards_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undo: bool) -> None:
     """Of DeepSeek-V3's layers: a look at all tensors for each shard, or at all shards for each tensor, would show."""

@@ -77,6 +77,7 @@ def reports(more: More) -> dict[str, Report]:
 
 @pytest.mark.parametrize("name", MAKES)
 class TestEveryReport:
+    @pytest.mark.slow
     @pytest.mark.parametrize("width", WIDTHS)
     def test_it_keeps_its_budget(self, name: str, width: int, reports: dict[str, Report]) -> None:
         lines = shown(reports[name], width).splitlines()

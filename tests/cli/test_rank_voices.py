@@ -56,6 +56,7 @@ def test_a_single_rank_is_a_process_like_any(tmp_path: Path) -> None:
     assert (code, err.splitlines()[0]) == (3, f"error: {tmp_path / 'nowhere'}: no such file or folder")
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_is_named() -> None:
     code, out, err = rank(0, "merge", "base", "adapter")
     assert (code, out) == (5, "")

@@ -121,7 +121,8 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("seed", [25, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(10))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
 def test_only_errors_of_ours_leave_and_nothing_is_written(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

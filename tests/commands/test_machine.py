@@ -128,6 +128,7 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "spectra": lambda m, out: loratool.spectra(m / "one"),
     "spectra beside a base": lambda m, out: loratool.spectra(m / "one", base=m / "base"),
     "diff spectra": lambda m, out: loratool.diff_spectra(m / "base", m / "tuned"),
+    "diff headers": lambda m, out: loratool.diff_headers(m / "base", m / "tuned"),
     "inspect": lambda m, out: loratool.inspect(m / "one", base=m / "base"),
     "resize": lambda m, out: loratool.resize(m / "one", out, rank=2),
     "convert": lambda m, out: loratool.convert(m / "one", out, to="peft", dtype="bf16"),
@@ -198,7 +199,7 @@ def layers(verb: Any) -> Iterator[Any]:
 def test_every_verb_requires_ieee(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what only writes and reads."""
     verbs = [each for name in loratool.__all__ if inspect.isfunction(each := getattr(loratool, name))]
-    assert len(verbs) == 29
+    assert len(verbs) == 30
     decorated = require_ieee(len).__code__  # type: ignore[attr-defined]
     without = [verb for verb in verbs if all(each.__code__ is not decorated for each in layers(verb))]
     monkeypatch.setattr("loratool.commands.calls.require_ieee", lambda work: lambda: f"required by {work.__self__}")
