@@ -8,6 +8,7 @@
 Every command of the command line except `guide` is a function here with the same name and meaning. Each returns a
 frozen report, and raises subclasses of `LoratoolError`; `write_report` makes a page of it, and `read_report` reads it
 back. `open_adapter` and `open_checkpoint` look into files: lazy mappings from names to modules and tensors.
+`save_adapter` writes an adapter of tensors.
 The module `live` merges into models in memory, and takes the merge out again. The guide `python` shows all of it.
 """
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .commands.report_files import read_report, write_report
     from .commands.resize.call import resize
     from .commands.run.call import run
+    from .commands.saved import save_adapter
     from .commands.unmerge.call import unmerge
     from .commands.verify.call import verify, verify_attestation
     from .live import iter_merged
@@ -137,6 +139,7 @@ _HOMES = {
     "RuntimeInspection": "views.inspect_runtime",
     "SpectraReport": "views.inspect_spectra",
     "RunReport": "views.run",
+    "save_adapter": "commands.saved",
     "run": "commands.run.call",
     "spectra": "commands.inspect.call",
     "UnmergeReport": "views.unmerge",
@@ -216,6 +219,7 @@ __all__ = [
     "recover",
     "resize",
     "run",
+    "save_adapter",
     "spectra",
     "unmerge",
     "verify",

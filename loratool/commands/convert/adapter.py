@@ -132,7 +132,7 @@ def run_convert(call: Convert) -> ConvertReport:
         return _convert(adapter, call, request, opened)
 
 
-def _files_of(*inputs: StrPath | None) -> Iterator[Path]:
+def files_given(*inputs: StrPath | None) -> Iterator[Path]:
     """Yield the inputs besides the adapter: files, folders and the files in them."""
     for given in inputs:
         if given is not None and (place := place_named(given)).exists():
@@ -165,7 +165,7 @@ def _convert(source: Adapter, call: Convert, request: ConvertRequest, opened: Ex
         source = FORMATS[source.format].with_standard_names(source)
     runtime = RUNTIMES.get(request.runtime or "")
     path, is_file = _served_output(runtime, call.out) if runtime else to.output(call.out, "converted")
-    read = [*paths_of([source.file]), *_files_of(call.base, call.initial)]
+    read = [*paths_of([source.file]), *files_given(call.base, call.initial)]
     exists = check_output_path(path, is_file, read, call.force, dry_run=call.dry_run)
     named = new_paths(source.updates, request.rename).values()
     Selection(request.exclude).require_used([*named], source.name, "--exclude")
