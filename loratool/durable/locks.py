@@ -22,16 +22,17 @@ _held: set[int] = set()  # descriptors
 
 
 @contextmanager
-def locked(place: Path, path: Path, make: Callable[[], object]) -> Iterator[None]:
+def locked(place: Path, path: Path, make: Callable[[], object], patience: float = PATIENCE) -> Iterator[None]:
     """Lock the file or folder `place`, which becomes `path`, during the block. Without locks, only create it.
 
     Args:
         make: creates it unless it exists.
+        patience: seconds to wait for another process that holds it.
 
     Raises:
         MachineError: another process holds it.
     """
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         make()
         try:

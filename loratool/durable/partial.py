@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import NeedsFlag, UsageError
+from ..errors import MachineError, NeedsFlag, UsageError
 from . import disk
 from .fileio import open_new
 from .interrupts import held_back, let_in, unless_done
-from .locks import locked
+from .locks import PATIENCE, locked
 
 
 def partial_path(path: Path) -> Path:
@@ -92,8 +92,10 @@ def partial_file(
                     disk.sync(file)
                 disk.rename(partial, path)
                 disk.sync_folder(path.parent)
-        with suppress(OSError):  # what cannot be removed now, the next run removes
-            _remove_journal(path)
+        if journal_path(path).exists():
+            with suppress(OSError, MachineError), _locked_file(partial, path, patience=0):
+                _remove_journal(path)
+                disk.unlink(partial)
 
 
 @contextmanager
@@ -111,14 +113,20 @@ def _left_to_another(path: Path, undo: Callable[[], object]) -> Iterator[None]:
 
 
 def _remove_journal(path: Path) -> None:
-    """Remove the journal of an output, its head first."""
+    """Remove the journal of an output, its head first.
+
+    Call it under the lock of `partial_path`: once the output has its name, the journal may be another process's. What
+    cannot be removed then, the next run removes.
+    """
     if journal_path(path).exists():
         void_journal(path)
         disk.remove_folder(journal_path(path))
 
 
-def _locked_file(partial: Path, path: Path) -> AbstractContextManager[None]:
-    return locked(partial, path, lambda: disk.open_file(partial, "ab").close())  # "ab" empties no other process's file
+def _locked_file(partial: Path, path: Path, patience: float = PATIENCE) -> AbstractContextManager[None]:
+    """Create and lock a file for the output `path`."""
+    # "ab" empties no other process's file
+    return locked(partial, path, lambda: disk.open_file(partial, "ab").close(), patience)
 
 
 @contextmanager
@@ -164,8 +172,10 @@ def partial_folder(path: Path, left: Callable[[], Collection[Path]] = nothing_le
                     disk.rename(path, former)
                 disk.rename(partial, path)
                 disk.sync_folder(path.parent)
-            with suppress(OSError):  # what cannot be removed now, the next run removes
+        if journal_path(path).exists():
+            with suppress(OSError, MachineError), _locked_folder(partial, path, patience=0):
                 _remove_journal(path)
+                disk.remove_empty_folder(partial)
         _remove(former)
 
 
@@ -198,7 +208,7 @@ def _clear(folder: Path, stay: Collection[Path] = ()) -> None:
 def _require_absent(path: Path, existed: bool) -> None:
     """Raise NeedsFlag for an output that another process has written before this one got the lock."""
     if not existed and os.path.lexists(path):
-        remedy = "add --force to replace it, or name another with -o"
+        remedy = "run it again with --force to replace it, or name another with -o"
         raise NeedsFlag("exists already: another loratool has just written it", culprit=str(path), remedy=remedy)
 
 
@@ -228,8 +238,8 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         _remove(scratch)
 
 
-def _locked_folder(place: Path, path: Path) -> AbstractContextManager[None]:
+def _locked_folder(place: Path, path: Path, patience: float = PATIENCE) -> AbstractContextManager[None]:
     """Create and lock a folder for the output `path`."""
     if place.is_symlink() or place.is_file():
         raise UsageError("is in the way", culprit=str(place))
-    return locked(place, path, lambda: disk.make_folder(place))
+    return locked(place, path, lambda: disk.make_folder(place), patience)

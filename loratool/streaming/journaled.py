@@ -83,7 +83,8 @@ def journaled(
         if job.rank:
             journal.open()
         else:
-            _begin(journal, head if is_resumable else None)
+            journal.begin(head if is_resumable else None)
+            journal.open()
         if job.rank:
             with suppress(RankDone):
                 yield journal, output
@@ -93,18 +94,6 @@ def journaled(
             yield journal, output
     if job.rank:
         job.hand_over(WRITTEN)
-
-
-def _begin(journal: Journal, head: Mapping[str, Mapping[str, Any]] | None) -> None:
-    """Begin and open a journal; again if another process, which has just written the output, removes it as its own."""
-    for last in (False, False, True):
-        try:
-            journal.begin(head)
-            journal.open()
-            return
-        except FileNotFoundError:
-            if last:
-                raise
 
 
 def read_others(job: Job, journal: Journal) -> None:

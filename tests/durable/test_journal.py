@@ -9,7 +9,7 @@ import signal
 import struct
 import zlib
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from random import Random
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ import loratool
 from loratool.durable import disk
 from loratool.durable import journal as journals
 from loratool.durable.journal import HEAD, Journal
+from loratool.durable.partial import journal_path, partial_file, partial_folder, partial_path
 from loratool.errors import InputError, MachineError, NeedsFlag, UsageError
 from loratool.files.checkpoint import open_weights
 from loratool.files.weights_file import described_inputs
@@ -747,20 +748,24 @@ def test_a_restart_of_what_had_not_begun_clears_what_an_earlier_run_left(
     assert taken() == undisturbed
 
 
-@pytest.mark.parametrize("at", ["rename", "open_file"])
-def test_a_journal_that_another_process_removes_is_begun_again(
-    at: str, stage: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("out", OUTS)
+def test_a_written_output_leaves_the_journal_of_another_process(
+    out: str, stage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that has written the output removes its journal after the rename, which frees the lock."""
-    undisturbed = made("out")
-    real, removed = getattr(disk, at), list[Path]()
+    """As soon as the output has its name, another process can lock its path and begin a journal of its own."""
+    undisturbed = made(out)
+    real, opener = disk.rename, partial_folder if out == "out" else partial_file
+    other = ExitStack()
 
-    def call(path: Path, *more: Any) -> Any:
-        if path.parent.name == "out.loratool-journal" and not removed:
-            removed.append(path)
-            shutil.rmtree(path.parent)
-        return real(path, *more)
+    def rename(path: Path, new: Path) -> None:
+        real(path, new)
+        if new == Path(out):
+            other.enter_context(opener(new))
+            journal_path(new).mkdir()
 
-    monkeypatch.setattr(disk, at, call)
-    merge("out")
-    assert removed and taken() == undisturbed
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "rename", rename)
+        merge(out)
+    assert journal_path(Path(out)).exists() and partial_path(Path(out)).exists()
+    assert {name: data for name, data in taken().items() if "loratool-" not in name} == undisturbed
+    other.close()
