@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ..durable import disk, elsewhere
 from ..durable.interrupts import unless_done
@@ -23,14 +23,16 @@ from ..files.output.paths import find_foreign_file, is_weights_of_ours
 from ..files.stores.links import StoreLink
 from ..files.stores.objects import forget_link, open_store, store_of
 from ..files.stores.outgoing import CONTAINER_ENDS, Outgoing
-from ..streaming.ranks import current_job
+from ..streaming.ranks import RankDone, current_job
 from .calls import Call
 
 R = TypeVar("R")
 
+ALONE = ("apply",)  # whose ranks need one folder for the output
+
 
 def sent_to_store(call: Call[R], link: StoreLink, work: Callable[[Call[R]], R]) -> R:
-    """Run a command, and send its output to a store.
+    """Run a command, and send its output to a store; each rank of a job sends its part from its own folder.
 
     Nothing of the output is in the store until all of it is right. If the run dies, the parts that were sent stay for
     `resume`, and what it needs for that is in the cache.
@@ -38,38 +40,62 @@ def sent_to_store(call: Call[R], link: StoreLink, work: Callable[[Call[R]], R]) 
     Raises:
         UsageError: the output cannot go to a store, or would replace other files than a model's.
         NeedsFlag: there is an output of this name.
+        RankDone: on ranks other than 0.
     """
     options: Any = call
     link = StoreLink(link.scheme, link.text.rstrip("/"))
+    job = current_job()
     _require_writable(link)
-    _require_one_process(options, str(link))
-    folder = _folder_of(link.text)
-    is_dry, resume = bool(getattr(options, "dry_run", False)), bool(getattr(options, "resume", False))
+    _require_no_statement(options, str(link))
+    if job.count > 1 and call.name() in ALONE:
+        _refuse_ranks(f"{call.name()} to a store", str(link))
+    folder = _folder_of(link.text, job.rank)
+    is_dry = bool(getattr(options, "dry_run", False))
+    resume = bool(getattr(options, "resume", False)) or job.restarts > 0
     place = folder / ("dry" if is_dry else "output")
     with locked(folder, Path(str(link)), lambda: disk.make_folder(folder)):
         disk.make_folder(place)
         outgoing = Outgoing(link, place)
         may_replace = bool(getattr(options, "force", False)) or is_dry or (resume and outgoing.was_finishing)
-        replaced = outgoing.existing(may_replace)
+        replaced = [] if job.rank else outgoing.existing(may_replace)
         if replaced and (foreign := _foreign(link)):
             what = f"holds {foreign}; --force replaces a model's files and nothing else"
             raise UsageError(what, culprit=str(link), remedy="name another output with -o")
         outgoing.clear(resume)
+        if not (job.rank or is_dry):
+            outgoing.remove_records()
         show_as(f"{place}{os.sep}", str(link).rpartition("/")[0] + "/")
         elsewhere.opened.clear()
 
         def give_up() -> None:
+            job.give_up()
             outgoing.abort()
+            if job.count > 1 and not job.rank:
+                with suppress(InputError, MachineError):  # the first error is the one to report
+                    outgoing.remove_records()
             disk.remove_folder(place)
 
-        with unless_done(give_up, outgoing.stays):
-            report = work(replace(options, out=outgoing.path))
-            if not is_dry:
-                outgoing.finish(replaced, getattr(report, "digests", {}).get(getattr(report, "out", None)))
+        def with_others() -> None:
+            """Wait for the other ranks, whose objects appear before those that name them."""
+            if job.count > 1:
+                job.barrier("sent")
+                outgoing.remove_records()
+                job.barrier("appeared")
+
+        with unless_done(give_up, lambda: "" if job.has_given_up() else outgoing.stays()):
+            with suppress(RankDone):
+                report = work(replace(options, out=outgoing.path))
+            if job.rank:
+                outgoing.finish_part(lambda: job.barrier("sent"))
+                job.barrier("appeared")
+            elif not is_dry:
+                digest = getattr(report, "digests", {}).get(getattr(report, "out", None))
+                outgoing.finish(replaced, digest, with_others)
         forget_link(link)
         disk.remove_folder(place)
         with suppress(OSError):
             disk.remove_empty_folder(folder)
+    job.exit_unless_rank0()
     return _with_links(report)
 
 
@@ -82,7 +108,9 @@ def sent_to_hub(call: Call[R], name: HubName, work: Callable[[Call[R]], R]) -> R
         InputError, MachineError: the hub refuses it, or was not reached. Nothing is committed then.
     """
     options: Any = call
-    _require_one_process(options, str(name))
+    _require_no_statement(options, str(name))
+    if current_job().count > 1:
+        _refuse_ranks("an output on the hub", str(name))
     path = PurePosixPath(name.path)
     is_file = path.suffix in CONTAINER_ENDS
     root = replace(name, path=str(path.parent).removeprefix(".")) if is_file else name
@@ -129,14 +157,15 @@ def _empty(folder: Path, stays: str = "") -> None:
             disk.remove_folder(place) if place.is_dir() else disk.unlink(place)
 
 
-def _require_one_process(options: Any, link: str) -> None:
-    """Raise UsageError for a statement, and for a rank of several."""
+def _require_no_statement(options: Any, link: str) -> None:
     if getattr(options, "attest", None) is not None:
         remedy = "write the output to a folder here, and copy it"
         raise UsageError("a statement needs the files of the output", culprit=link, remedy=remedy)
-    if current_job().count > 1:
-        remedy = "run it as one process, or write to a folder that all nodes share"
-        raise UsageError("several ranks do not write to a store", culprit=link, remedy=remedy)
+
+
+def _refuse_ranks(what: str, link: str) -> NoReturn:
+    remedy = "run it without torchrun, or write to a folder that all nodes share"
+    raise UsageError(f"{what} is for one process", culprit=link, remedy=remedy)
 
 
 def _require_writable(link: StoreLink) -> None:
@@ -158,9 +187,9 @@ def outgoing_folder() -> Path:
     return Path(os.path.expanduser(os.getenv("XDG_CACHE_HOME") or "~/.cache"), "loratool", "outgoing")
 
 
-def _folder_of(link: str) -> Path:
-    """Return the folder of the cache for an output, the same for each run of it."""
-    return Path(outgoing_folder(), hashlib.sha256(link.encode()).hexdigest()[:16])
+def _folder_of(link: str, rank: int = 0) -> Path:
+    """Return the folder of the cache for a rank's part of an output, the same for each run of it."""
+    return Path(outgoing_folder(), hashlib.sha256(link.encode()).hexdigest()[:16] + (f"-{rank}" if rank else ""))
 
 
 def _with_links(report: R) -> R:

@@ -84,7 +84,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, kinds: Mapping[str, type], rank: int = 0) -> None:
-        self._path, self._folder, self._kinds, self._rank = path, journal_path(path), kinds, rank
+        self.path, self._folder, self._kinds, self._rank = path, journal_path(path), kinds, rank
         self._opened = ExitStack()
         self._file: BinaryIO | None = None
         self._end = 0
@@ -92,13 +92,13 @@ class Journal:
 
     def begin(self, head: Mapping[str, Any] | None) -> None:
         """Create a journal unless this run resumes one. A journal without a head cannot be resumed."""
-        if journal_head(self._path).exists():
+        if journal_head(self.path).exists():
             return
         disk.make_folder(self._folder)
         if head is not None:
             new = self._folder / "head"  # renamed when it is complete
             write_file(new, json.dumps({"version": VERSION, **head}, sort_keys=True).encode())
-            disk.rename(new, journal_head(self._path))
+            disk.rename(new, journal_head(self.path))
 
     def open(self, is_complete: bool = False) -> None:
         """Read the records of runs that died, and open this rank's file to add records.
@@ -109,7 +109,7 @@ class Journal:
         Raises:
             InputError: one does.
         """
-        own_file = self._folder / str(self._rank)
+        own_file = self.file_of(self._rank)
         for path in sorted(self._folder.iterdir()):
             if path.name.isdecimal():
                 end = self._read(path, is_checked=False)
@@ -126,7 +126,15 @@ class Journal:
     def read_all(self, ranks: int) -> None:
         """Read the records of `ranks` ranks, which have opened the journal and synced it."""
         for rank in range(ranks):  # by name: another machine may still see an older listing of the folder
-            self._read(self._folder / str(rank), is_checked=True)
+            self._read(self.file_of(rank), is_checked=True)
+
+    def read_copy(self, path: Path) -> None:
+        """Read the records in a copy of another rank's file. The copy stays open."""
+        self._read(path, is_checked=False)
+
+    def file_of(self, rank: int | str) -> Path:
+        """Return the path of a rank's records."""
+        return self._folder / str(rank)
 
     def _read(self, path: Path, is_checked: bool) -> int:
         """Read the records of a file and return where they end. The last record of an item counts."""

@@ -219,7 +219,7 @@ def scattered_codes(parts: Parts, columns: int) -> Scattered:
         places = codec.places(parts, start * fold, out.reshape(-1, width))
         return result, ((codes, offset, data) for offset, data in places)
 
-    return Scattered(np.dtype(codec.code), width * fold, parts.codes_spec.nbytes, write)
+    return Scattered(np.dtype(codec.code), width * fold, parts.codes_spec.nbytes, [codes], write)
 
 
 def restore_codes(

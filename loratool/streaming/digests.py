@@ -141,17 +141,18 @@ class WrittenPieces:
         file = self._tensors[tensor]
         return file, tensor, *pieces_of(file.specs[tensor])[part]
 
-    def finish(self) -> dict[str, list[str]]:
-        """Return the hashes of all tensors' pieces, when all is written, also what `wrote` was not told of."""
+    def finish(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """Return the hashes of these tensors' pieces, when they are written, also what `wrote` was not told of."""
+        found = {name: self._hashes[name] for name in names if name in self._hashes}
         for some, run in self._runs:
             for (tensor, part), sha256 in zip(some, run.result(), strict=True):
                 self._hashes[tensor][part] = sha256
-        rest = [(name, part) for name, found in self._hashes.items() for part, sha256 in enumerate(found) if not sha256]
+        rest = [(name, part) for name, hashes in found.items() for part, sha256 in enumerate(hashes) if not sha256]
         for (name, part), sha256 in zip(
             rest, hash_pieces([self._piece(*each) for each in rest], self._workers), strict=True
         ):
             self._hashes[name][part] = sha256
-        return self._hashes
+        return found
 
     def close(self) -> None:
         """End the threads."""

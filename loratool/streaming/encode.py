@@ -138,4 +138,4 @@ def _scattered(parts: Parts, columns: int) -> Scattered:
         (stats, pieces), (_, written) = result, codes.write(start, out, None)
         return stats, chain(((names[role], offset, data) for role, offset, data in pieces), written)
 
-    return replace(codes, write=write)
+    return replace(codes, tensors=[*codes.tensors, *names.values()], write=write)

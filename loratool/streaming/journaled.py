@@ -20,6 +20,7 @@ from ..durable.interrupts import unless_done
 from ..durable.journal import Journal, Place, require_same
 from ..durable.partial import journal_path, partial_path, void_journal, what_stays
 from ..errors import MachineError, UsageError
+from ..files.stores.outgoing import outgoing_of
 from .ranks import Job, RankDone
 from .workers import run_threads
 
@@ -43,6 +44,8 @@ def journaled(
 ) -> Iterator[tuple[Journal, T]]:
     """Open an output and its journal, on all ranks. The journal is removed when the output is complete.
 
+    Ranks share both in one folder; if the output goes to a store, each rank has its own.
+
     A run that dies leaves both. A run that fails because of its inputs leaves neither, on whichever rank.
 
     Args:
@@ -51,7 +54,8 @@ def journaled(
         head: all that determines the output's bytes, by name, with `inputs`: name -> list, whose last item identifies
             the content.
         resume: resume a run that died, as after torchrun's restart.
-        opened: opens the output on rank 0. Its argument returns whether this run resumes; call it inside the lock.
+        opened: opens the output on rank 0, and on ranks with their own folders. Its argument returns whether this run
+            resumes; call it inside the lock.
         joined: opens on another rank the output that rank 0 has opened.
 
     Raises:
@@ -70,25 +74,26 @@ def journaled(
                 raise
             return False  # torchrun's rank 0 died before it began the journal; this one is an earlier run's
 
+    is_joined = job.rank > 0 and not outgoing_of(path)
     with ExitStack() as stack:
-        if job.rank:
-            job.wait("opened")
+        job.wait("opened")
+        if is_joined:
             _await_sight(path)
             stack.enter_context(unless_done(partial(void_journal, path), partial(what_stays, path)))
             output = stack.enter_context(joined())
         else:
             output = stack.enter_context(opened(goes_on))
+            if outgoing_of(path):
+                stays = partial(_stays, job, path)
+                stack.enter_context(unless_done(partial(void_journal, path), stays))
         stack.enter_context(closing(journal))
         stack.enter_context(unless_done(journal.close))
-        if job.rank:
-            journal.open()
-        else:
+        if not is_joined:
             journal.begin(head if is_resumable else None)
-            journal.open()
+        journal.open()
         if job.rank:
             with suppress(RankDone):
                 yield journal, output
-            journal.sync()
         else:
             job.announce("opened")
             yield journal, output
@@ -96,11 +101,35 @@ def journaled(
         job.hand_over(WRITTEN)
 
 
+def _stays(job: Job, path: Path) -> str:
+    """Name what a run can resume. A rank that gives up cannot void the journals in the folders of the others."""
+    return "" if job.has_given_up() else what_stays(path)
+
+
+def send_records(name: str, job: Job, journal: Journal) -> None:
+    """Put this rank's records where the others find them under this name."""
+    journal.sync()
+    if outgoing := outgoing_of(journal.path):
+        outgoing.put_records(name, journal.file_of(job.rank))
+
+
+def read_records(name: str, job: Job, journal: Journal) -> None:
+    """Read the records of all ranks, which have sent them under this name."""
+    outgoing = outgoing_of(journal.path)
+    if not outgoing:
+        journal.read_all(job.count)
+        return
+    for rank in {*range(job.count)} - {job.rank}:
+        copy = journal.file_of(f"{rank} {name}")
+        outgoing.fetch_records(name, rank, copy)
+        journal.read_copy(copy)
+
+
 def read_others(job: Job, journal: Journal) -> None:
     """Wait for the other ranks to finish, and read their records. Call it on rank 0 within `journaled`."""
     if job.count > 1:
         job.hand_over(WRITTEN)
-        journal.read_all(job.count)
+        read_records(WRITTEN, job, journal)
 
 
 def _await_sight(path: Path) -> None:
@@ -165,12 +194,9 @@ def run_tasks(
         for number, task, result in runs:
             computed[number] = journal.add(task.item, task.place, "", result)
             finished()
-    if job.rank:
-        journal.sync()
-    if is_last:
-        job.hand_over(f"{name} done")
-    else:
-        job.barrier(f"{name} done")
     if job.count > 1:
-        journal.read_all(job.count)
+        if job.rank or not is_last:
+            send_records(name, job, journal)
+        (job.hand_over if is_last else job.barrier)(f"{name} done")
+        read_records(name, job, journal)
     return [computed[n] if n in computed else journal.results(task.item) for n, task in enumerate(tasks)]

@@ -46,6 +46,8 @@ TELLING = 60  # seconds after which a rank reports that it waits for others
 
 CALLED = f"if this is not a rank of torchrun but is called by one, unset {RUN_ID}"
 
+GIVEN_UP = "given up"  # the key of a run that is undone
+
 POLL, LONGEST_POLL = 0.002, 0.25  # seconds between two polls of the store, at first and after a long while
 
 
@@ -202,6 +204,17 @@ class Job:
         else:
             self._await_others(name)
             self.announce(name)
+
+    def give_up(self) -> None:
+        """Announce to all ranks that this run is undone, and not to be resumed."""
+        with suppress(_OutOfReach):
+            self.announce(GIVEN_UP)
+
+    def has_given_up(self) -> bool:
+        """Return whether a rank has given up; False if the store is out of reach."""
+        with suppress(_OutOfReach):
+            return self.store.check([self._key(GIVEN_UP)])
+        return False
 
     def hand_over(self, name: str) -> None:
         """Continue on rank 0 alone, after all other ranks have called this.

@@ -2,16 +2,18 @@
 
 Every command that writes a model streams it through here. The output's layout becomes independent items for
 `workers.run_items`, and only the blocks under way are in memory. A journal records each item's output and results, so
-that a run that died can resume, and torchrun's ranks can share the items.
+that a run that died can resume, and torchrun's ranks can share the items. If the output goes to a store, they share its
+files: each builds whole files in a folder of its own, hashes and sends them.
 """
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, TypeGuard
@@ -23,7 +25,7 @@ from ..errors import InputError, NeedsFlag
 from ..files.digest import pieces_of
 from ..files.dtypes import DTYPES, TensorSpec
 from ..files.output.output import Output, OutputFile, join_output, open_output
-from ..files.stores.outgoing import OutgoingFile, outgoing_of
+from ..files.stores.outgoing import Outgoing, OutgoingFile, outgoing_of
 from ..files.tensor_ref import TensorRef
 from ..files.weights_file import PlacedTensors, WeightsFile
 from ..numerics.arrays import Device
@@ -47,7 +49,7 @@ from .items import (
     Step,
     each_part,
 )
-from .journaled import journaled, read_others
+from .journaled import WRITTEN, journaled, read_others, send_records
 from .parallel import Progress
 from .ranks import Job, current_job
 from .scattered import Scattered, Strided
@@ -134,18 +136,22 @@ def rewrite(
     """
     output.require_space()
     job, side_files = current_job(), dict[str, bytes]()
+    is_apart = job.count > 1 and outgoing_of(output.path) is not None  # each rank has files of its own
+    own_files = list[OutputFile]() if is_apart else [*output.files]
     written: dict[BinaryIO, list[tuple[int, int, int]]] = defaultdict(list)  # of checked items: offset, length, CRC-32
     with _opened(output, side_files, job) as (journal, targets), ExitStack() as hashing, ExitStack() as writing:
         names = {file: name for name, file in targets.items()}
 
+        groups = partial(_groups, output, sources, changed, targets, hashes.read if hashes else {}, is_apart)
+
         def items() -> Iterator[Item]:
-            return _items(output, sources, changed, targets, hashes.read if hashes else {})
+            return _items(output, [each for _, each in groups()])
 
         hashed, begin = None, {name: first for file in output.files for name, first in file.begin.items()}
-        if hashes and not job.rank:
+        if hashes and (is_apart or not job.rank):
             hashed = hashing.enter_context(closing(_hashed_after_writing(hashes, output, targets, workers)))
 
-        def step_results(item: Item, results: list[Any]) -> Iterator[tuple[MapRows, list[Any]]]:
+        def step_results(item: Item, results: list[Any], is_here: bool) -> Iterator[tuple[MapRows, list[Any]]]:
             for part, of_part in parts_with_results(item, results):
                 if isinstance(part, HashBytes):
                     if hashes:
@@ -153,22 +159,23 @@ def rewrite(
                     continue
                 if part.checked:
                     written[part.target].append((part.target_offset, part.nbytes, of_part.pop(0)))
-                if sender:
+                if sender and is_here:
                     sender.wrote(part, of_part)
                 if _is_scattered(part):
                     del of_part[0]  # its places
-                elif hashed and isinstance(part, MapRows):
+                elif hashed and is_here and isinstance(part, MapRows):
                     hashed.wrote(part.tensor, part.target_offset - begin[part.tensor], part.nbytes)
                 if is_changed(part, changed):
                     yield part, of_part
                 elif isinstance(part, MapRows):
                     refuse_overflow(part.tensor, of_part, sources, output)
 
-        sender = _Sender.of(output, targets, hashed)
+        sender = _Sender.of(output, targets, hashed, job)
         done_here = set[int]()  # the numbers of this rank's items
         planned = _without_finished(items(), journal, names)
         worth = 0 if _reads_elsewhere(output) else output.nbytes  # forks would not share what is read ahead
-        runs = writing.enter_context(closing(run_items(planned, job.numbers("items"), device, workers, worth)))
+        numbers = _numbers_of(groups(), job.numbers("files"), own_files) if is_apart else job.numbers("items")
+        runs = writing.enter_context(closing(run_items(planned, numbers, device, workers, worth)))
         writing.enter_context(write_back_early(targets.values()))
         for number, planned_item, done in runs:
             item = planned_item.item if isinstance(planned_item, FinishedItem) else planned_item
@@ -177,61 +184,84 @@ def rewrite(
             else:
                 results = journal.add(number, _place_of(item, names), done.digest, done.results)
             done_here.add(number)
-            yield from step_results(item, results)
+            yield from step_results(item, results, is_here=True)
             done_bytes = job.add("bytes", item.nbytes)
             if progress:
                 progress(done_bytes, output.nbytes)
         writing.close()
         if job.rank:
-            return  # `journaled` raises RankDone, once this rank's output is synced
-        read_others(job, journal)
-        for number, item in enumerate(items() if job.count > 1 else ()):
-            if number not in done_here:
-                yield from step_results(item, journal.results(number))
-        for file in output.files:
+            send_records(WRITTEN, job, journal)
+            if not is_apart:
+                return  # `journaled` raises RankDone, once this rank's output is synced
+        else:
+            read_others(job, journal)
+            for number, item in enumerate(items() if job.count > 1 else ()):
+                if number not in done_here:
+                    yield from step_results(item, journal.results(number), is_here=not is_apart)
+        for file in own_files:
             target = targets[file.name]
             for offset, data in file.archive.rest(written[target]) if file.archive else ():
                 write_at(target, memoryview(data), offset)
         if hashes and hashed:
-            hashes.of_written.update(hashed.finish())
+            hashes.of_written.update(hashed.finish(name for file in own_files for name in file.begin))
         if sender:
-            sender.settle()
+            sender.settle(own_files)
+        if is_apart:
+            for text in job.gather("hashes", json.dumps(hashes.of_written if hashes else {})):
+                if hashes:
+                    hashes.of_written.update(json.loads(text))
         if finish:
             side_files.update(finish(targets))
 
 
 @dataclass(frozen=True)
 class _Sender:
-    """Tells the files that go to a store what is written."""
+    """Tells the files that go to a store what is written; a file's upload begins with its first bytes."""
 
-    files: Mapping[BinaryIO, OutgoingFile]
+    outgoing: Outgoing
+    output: Output
+    files: Mapping[BinaryIO, OutputFile]
+    hashed: WrittenPieces | None
+    begun: dict[BinaryIO, OutgoingFile] = field(init=False, default_factory=dict)
 
     @classmethod
-    def of(cls, output: Output, targets: Mapping[str, BinaryIO], hashed: WrittenPieces | None) -> _Sender | None:
-        """Return what sends an output's files; None if they stay here, or if some bytes are only known at the end."""
+    def of(
+        cls, output: Output, targets: Mapping[str, BinaryIO], hashed: WrittenPieces | None, job: Job
+    ) -> _Sender | None:
+        """Return what sends an output's files; None if they stay here."""
         outgoing = outgoing_of(output.path)
-        if not outgoing or any(file.archive for file in output.files):
+        if not outgoing:
             return None
-        files = dict[BinaryIO, OutgoingFile]()
-        for file in output.files:
-            target = targets[file.name]
-            extents = [(begin, begin + output.specs[name].nbytes, name) for name, begin in file.begin.items()]
-            place = output.path if output.is_file else output.path / file.name
-            is_read = partial(_is_hashed_later, hashed, sorted(extents)) if hashed else None
-            spans = [extent[:2] for extent in extents]
-            files[target] = outgoing.begin(place, target, file.nbytes, spans, is_read)
-        return cls(files)
+        if job.count > 1:
+            places = [*map(output.place_of, output.files)]
+            outgoing.join(json.loads(job.on_rank0("uploads", lambda: json.dumps(outgoing.reserve(places)))))
+        return cls(outgoing, output, {targets[file.name]: file for file in output.files}, hashed)
+
+    def _file(self, target: BinaryIO) -> OutgoingFile:
+        if target not in self.begun:
+            file = self.files[target]
+            extents = [(begin, begin + self.output.specs[name].nbytes, name) for name, begin in file.begin.items()]
+            spans = [] if file.archive else [extent[:2] for extent in extents]
+            is_read = partial(_is_hashed_later, self.hashed, sorted(extents)) if self.hashed else None
+            place = self.output.place_of(file)
+            self.begun[target] = self.outgoing.begin(place, target, file.nbytes, spans, is_read)
+        return self.begun[target]
 
     def wrote(self, part: CopyBytes | GatherBytes | MapRows, results: list[Any]) -> None:
         places: Iterable[tuple[BinaryIO, int, int]] = [(part.target, part.target_offset, part.nbytes)]
         if isinstance(part, MapRows) and part.scattered:
             places = part.places(results[0])
         for target, offset, nbytes in places:
-            self.files[target].wrote(offset, offset + nbytes)
+            if not self.files[target].archive:  # some bytes between its tensors are only known at the end
+                self._file(target).wrote(offset, offset + nbytes)
 
-    def settle(self) -> None:
-        for file in self.files.values():
-            file.settle()
+    def settle(self, own_files: Collection[OutputFile]) -> None:
+        """Send the rest of the files that are wholly written here; other ranks send the others."""
+        for target, file in self.files.items():
+            if file in own_files:
+                self._file(target).settle()
+            else:
+                self.outgoing.leave(self.output.place_of(file), file.nbytes)
 
 
 def _is_hashed_later(hashed: WrittenPieces, extents: list[tuple[int, int, str]], first: int, end: int) -> bool:
@@ -259,14 +289,15 @@ def _hashed_after_writing(
 def _opened(
     output: Output, side_files: Mapping[str, bytes], job: Job
 ) -> AbstractContextManager[tuple[Journal, Mapping[str, BinaryIO]]]:
-    """Open an output and its journal, as `journaled` does."""
+    """Open an output and its journal, as `journaled` does. Beside the weights, all files are rank 0's."""
+    own = replace(output, undo=None, carried={}, side_files={}, extras={}) if job.rank else output
     return journaled(
         output.path,
         RESULTS,
         output.head(),
         output.resume,
         job,
-        partial(open_output, output, side_files, belongs),
+        partial(open_output, own, side_files, belongs),
         partial(join_output, output),
         is_resumable=bool(output.call),
     )
@@ -327,28 +358,70 @@ def refuse_overflow(
     raise InputError(message, culprit=tensor, remedy=remedy)
 
 
-def _items(
+def _groups(
     output: Output,
     sources: Mapping[str, TensorRef],
     changed: Mapping[str, ChangedTensor],
     targets: Mapping[str, BinaryIO],
     hashed: Mapping[str, WeightsFile],
-) -> Iterator[Item]:
-    """Yield the output's items, one of each file in turn, since threads that write to one file wait for its lock.
-
-    If an input is elsewhere, or the output goes elsewhere, one file follows the other, so that few files are read ahead
-    or kept until they are sent.
+    is_apart: bool,
+) -> list[tuple[list[OutputFile], Iterator[Item]]]:
+    """Return the output's items in groups, each with the files that no other group writes; first those of no file.
 
     Args:
         hashed: the tensors to hash, and the file of each; one that the output has too is read when that is made.
+        is_apart: files that one item can write are in one group.
     """
     others = ({name: file} for name, file in hashed.items() if name not in output.specs)
-    waiting: list[Iterator[Item]] = [in_batches(chain.from_iterable(_hash_items(each) for each in others))]
     begin = {name: (targets[file.name], offset) for file in output.files for name, offset in file.begin.items()}
-    waiting += [
-        in_batches(file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, hashed))
-        for file in output.files
+
+    def items_of(file: OutputFile) -> Iterator[Item]:
+        return in_batches(file_items(output, file, targets[file.name], sources, changed, begin.__getitem__, hashed))
+
+    together = _written_together(output.files, changed) if is_apart else [[file] for file in output.files]
+    return [
+        ([], in_batches(chain.from_iterable(_hash_items(each) for each in others))),
+        *((files, chain.from_iterable(map(items_of, files))) for files in together),
     ]
+
+
+def _written_together(files: Sequence[OutputFile], changed: Mapping[str, ChangedTensor]) -> list[list[OutputFile]]:
+    """Return the files in groups of neighbours: codes, and the tensors beside them, can be in several files."""
+    number = {name: at for at, file in enumerate(files) for name in file.begin}
+    inside = set[int]()  # numbers of files that belong to the group of the one before
+    for each in changed.values():
+        if each.scattered:
+            found = [number[name] for name in each.scattered.tensors if name in number]
+            inside.update(range(min(found) + 1, max(found) + 1))
+    groups: list[list[OutputFile]] = []
+    for at, file in enumerate(files):
+        if at in inside:
+            groups[-1].append(file)
+        else:
+            groups.append([file])
+    return groups
+
+
+def _numbers_of(
+    groups: Iterable[tuple[list[OutputFile], Iterator[Item]]], drawn: Iterator[int], own_files: list[OutputFile]
+) -> Iterator[int]:
+    """Yield the numbers of the items of those groups whose numbers are drawn, and add their files to `own_files`."""
+    own, first = next(drawn), 0
+    for number, (files, items) in enumerate(groups):
+        count = sum(1 for _ in items)
+        if number == own:
+            own_files += files
+            yield from range(first, first + count)
+            own = next(drawn)
+        first += count
+
+
+def _items(output: Output, waiting: list[Iterator[Item]]) -> Iterator[Item]:
+    """Yield the items of groups, one of each in turn, since threads that write to one file wait for its lock.
+
+    If an input is elsewhere, or the output goes elsewhere, one file follows the other, so that few files are read ahead
+    or kept until they are sent.
+    """
     if outgoing_of(output.path) or _reads_elsewhere(output):
         waiting = [chain.from_iterable(waiting)]
     while waiting:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ class Scattered:
     Attributes:
         dtype, width: `out` of a step is an array of codes, (rows, width) of this type.
         nbytes: of all rows, roughly.
+        tensors: that are written.
         write: takes the first row of `out`, `out` and the step's result; returns the result to keep, and the bytes to
             write.
     """
@@ -26,6 +27,7 @@ class Scattered:
     dtype: npt.DTypeLike
     width: int
     nbytes: int
+    tensors: Collection[str]
     write: Callable[[int, npt.NDArray[Any], Any], tuple[Any, Iterable[Written]]]
 
 

@@ -114,7 +114,7 @@ def test_codes_are_made_on_the_cpu_whatever_the_device(tmp_path: Path) -> None:
         return None, []
 
     with closing(TensorFile(tmp_path / "x.safetensors")) as file, open(os.devnull, "wb") as target:
-        source, how = TensorRef(file, "x"), Scattered(np.uint8, 4, 12, write)
+        source, how = TensorRef(file, "x"), Scattered(np.uint8, 4, 12, "x", write)
         place = (target, 0, np.uint8, 4, 0, 3, lambda start, stop: step, 3)
         worker(MapRows("x", source, 4, *place, scattered=(how, lambda name: (target, 0), 3)))
     assert devices == [True, False] and written == torch.arange(12).view(3, 4).tolist()

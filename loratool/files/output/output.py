@@ -123,6 +123,10 @@ class Output:
             return min(self.nbytes, SPACE) + beside
         return max(0, self.nbytes + beside - held)
 
+    def place_of(self, file: OutputFile) -> Path:
+        """Return the path of a weights file when the output is complete."""
+        return self.path if self.is_file else self.path / file.name
+
     @property
     def parent(self) -> Path:
         """Return the folder of the output."""

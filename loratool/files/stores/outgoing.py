@@ -3,6 +3,9 @@
 The output is built in a folder of the user's cache. A part of 64 MiB is sent as soon as all its bytes are written, and
 its place on the disk is released once nothing will read it again. So a run needs some parts of space, whatever the size
 of the model. Objects appear when the whole output is right; those that name others, and a list of all, come last.
+
+Each rank of a job has its own folder, and sends whole files. Rank 0 begins the uploads, so that a run that resumes
+knows them, whichever rank sends which file then. What ranks know of their files passes as objects beside the output.
 """
 
 from __future__ import annotations
@@ -69,7 +72,9 @@ class Outgoing:
         self._pool = ThreadPoolExecutor(PARTS_AT_ONCE, "outgoing")
         self._in_order = ThreadPoolExecutor(1, "outgoing in order")
         self._files: dict[str, OutgoingFile] = {}  # by object
-        self._former, self._finishing = self._read_state()
+        self._identities, self._finishing = self._read_state()  # of uploads, by object
+        self._reserved: Mapping[str, str] = {}  # the same, of those that rank 0 has begun for this one
+        self._by_others = set[str]()  # objects that other ranks send
         _outgoing[os.path.abspath(self.path)] = self
         at_end.append(self._end)
 
@@ -144,17 +149,44 @@ class Outgoing:
             is_read: whether bytes of the file, as (first, end), will be read again; None if none will.
         """
         self.require_apart()
-        path = self.object_of(place.relative_to(self.folder).as_posix())
-        former = self._former.get(path, "")
-        upload = self._upload(path, former)
-        with suppress(FileNotFoundError):  # it was completed, or aborted
-            known = attempted(upload.sent, str(self.link), self._store)
-            return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, known, is_read))
-        upload = self._upload(path, "")
-        return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, is_read=is_read))
+        path = self._object_at(place)
+        upload, known = self._continued(path)
+        return self._add(OutgoingFile(self, path, place, upload, file, nbytes, extents, known, is_read))
+
+    def reserve(self, places: Iterable[Path]) -> dict[str, str]:
+        """Begin the uploads of files that other ranks may send, and return their identities, by object."""
+        self.require_apart()
+        if not self._store.upload or self._store.upload.in_order:
+            return {}
+        for path in map(self._object_at, places):
+            self._identities[path] = self._continued(path)[0].identity
+        self._write_state()
+        return dict(self._identities)
+
+    def join(self, identities: Mapping[str, str]) -> None:
+        """Continue uploads that rank 0 has begun."""
+        self._reserved = identities
+
+    def leave(self, place: Path, nbytes: int) -> None:
+        """Note a file that another rank sends; what is here of it is empty."""
+        self._by_others.add(self._object_at(place))
+        elsewhere.stand_in(place, _Sent(f"what is here of {self.link}", nbytes))
+
+    def _continued(self, path: str) -> tuple[Upload, Mapping[int, str]]:
+        """Return an upload of an object, and what the store has of it: of the one that was begun, if there is one."""
+        if identity := self._reserved.get(path) or self._identities.get(path):
+            upload = self._upload(path, identity)
+            known = self._unless_missing(upload.sent)
+            if known is not None:  # else it was completed, or aborted
+                return upload, known
+        return self._upload(path, ""), {}
+
+    def _object_at(self, place: Path) -> str:
+        return self.object_of(place.relative_to(self.folder).as_posix())
 
     def _add(self, file: OutgoingFile) -> OutgoingFile:
         self._files[file.path] = file
+        self._identities[file.path] = file.upload.identity
         self._write_state()
         return file
 
@@ -175,20 +207,27 @@ class Outgoing:
                 return
             wait(waiting, return_when="FIRST_COMPLETED")
 
-    def finish(self, replaced: Collection[str], digest: str | None) -> None:
-        """Send what is not sent yet, let all objects appear, remove those that are replaced, and write the marker."""
+    def finish(self, replaced: Collection[str], digest: str | None, others: Callable[[], object]) -> None:
+        """Send what is not sent yet, let all objects appear, remove those that are replaced, and write the marker.
+
+        Args:
+            others: lets those of other ranks appear.
+        """
         self.require_apart()
-        built = {self.object_of(place.relative_to(self.folder).as_posix()): place for place in self._built()}
+        built = {self._object_at(place): place for place in self._built()}
         sizes = {path: place.stat().st_size for path, place in sorted(built.items(), key=_by_turn)}
         for path, nbytes in sizes.items():
-            if nbytes >= PART and path not in self._files:
+            if nbytes >= PART and path not in self._files and path not in self._by_others:
                 self._send_whole(path, built[path])
         self._finishing = True
         self._write_state()
         marker = self.object_of(f"{self.path.name}/{MARKER}")
         if marker in replaced:
             self._attempt(partial(self.system.rm_file, marker))
+        others()
         for path in sizes:
+            if path in self._by_others:
+                continue
             if file := self._files.get(path):
                 self._attempt(partial(file.upload.complete, file.count))
             else:
@@ -201,6 +240,41 @@ class Outgoing:
             content = json.dumps({"digest": digest, "objects": objects}, indent=1).encode()
             self._attempt(partial(self.system.pipe_file, marker, content))
         self._close()
+
+    def finish_part(self, rank0: Callable[[], object]) -> None:
+        """Complete this rank's uploads once rank 0 has all of the output.
+
+        Args:
+            rank0: waits until then.
+        """
+        self._finishing = True
+        rank0()
+        for file in self._files.values():
+            self._attempt(partial(file.upload.complete, file.count))
+        self._close()
+
+    def put_records(self, name: str, place: Path) -> None:
+        """Put a file of this rank where the others find it under a name and the number of the rank."""
+        path = self._records(name, place.name)
+        if place.stat().st_size < PART:
+            self._attempt(partial(self.system.pipe_file, path, place.read_bytes()))
+            return
+        file = self._send_whole(path, place)
+        self._attempt(partial(file.upload.complete, file.count))
+        del self._files[path], self._identities[path]
+
+    def fetch_records(self, name: str, rank: int, place: Path) -> None:
+        """Copy here what another rank has put under a name."""
+        self.system.invalidate_cache()
+        self._attempt(partial(self.system.get_file, self._records(name, str(rank)), str(place)))
+
+    def _records(self, *names: str) -> str:
+        return "/".join((self._object_at(journal_path(self.path)), *names))
+
+    def remove_records(self) -> None:
+        """Remove what ranks have put for each other, also those of a run that died."""
+        self.system.invalidate_cache()
+        self._unless_missing(partial(self.system.rm, self._records(), recursive=True))
 
     def _close(self) -> None:
         for pool in (self._pool, self._in_order):
@@ -215,21 +289,29 @@ class Outgoing:
 
     def _send_whole(self, path: str, place: Path) -> OutgoingFile:
         with open_for_reading(place) as opened:
-            upload = self._upload(path, "")
-            file = self._add(OutgoingFile(self, path, place, upload, opened, file_length(opened)))
+            upload, known = self._continued(path)
+            file = self._add(OutgoingFile(self, path, place, upload, opened, file_length(opened), known=known))
             file.settle()
         return file
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
         return attempted(action, str(self.link), self._store)
 
+    def _unless_missing(self, action: Callable[[], Any]) -> Any:
+        """Return an action's result; None if the store does not have what it needs."""
+
+        def tried() -> Any:
+            with suppress(FileNotFoundError):
+                return action()
+            return None
+
+        return self._attempt(tried)
+
     def clear(self, resume: bool) -> None:
         """Remove what earlier runs have left here and in the store, except for what this one resumes."""
         if not resume:
-            for path, identity in self._former.items():
-                with suppress(Exception):  # the store removes it in time
-                    self._upload(path, identity).abort()
-            self._former, self._finishing = {}, False
+            self._abort_known()
+            self._identities, self._finishing = {}, False
         stay = {self._state, partial_path(self.path), journal_path(self.path)} if resume else set()
         for place in {*self.folder.iterdir()} - stay:
             disk.remove_folder(place) if place.is_dir() else disk.unlink(place)
@@ -240,6 +322,13 @@ class Outgoing:
         for file in self._files.values():
             with suppress(Exception):  # the store removes it in time, and the first error is the one to report
                 file.upload.abort()
+        self._abort_known(self._files)
+
+    def _abort_known(self, done: Collection[str] = ()) -> None:
+        for path, identity in self._identities.items():
+            if identity and path not in done:
+                with suppress(Exception):  # as in `abort`
+                    self._upload(path, identity).abort()
 
     def stays(self) -> str:
         """Name, for a message, what a run can resume; empty if nothing."""
@@ -263,7 +352,7 @@ class Outgoing:
         return {}, False
 
     def _write_state(self) -> None:
-        known = {path: file.upload.identity for path, file in self._files.items() if file.upload.identity}
+        known = {path: identity for path, identity in self._identities.items() if identity}
         write_file(self._state, json.dumps({"uploads": known, "finishing": self._finishing}).encode())
 
 

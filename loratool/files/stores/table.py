@@ -31,8 +31,8 @@ class StoreKind:
         identity: (file system, path, info) -> the object's state; empty if the store tells nothing of it.
         reader: (file system, path, state) -> a function that returns the bytes first:end of the object, and fails if
             its state is another.
-        upload: (file system, path, identity of an upload to continue, or "") -> an upload of the object; None if
-            nothing can be written there.
+        upload: takes the file system, a path, and the identity of an upload to continue or ""; None if nothing can be
+            written there.
         checks: whether a reader fails so. Otherwise the state is asked for after each read.
         options: of its file system: how long it waits for an answer, as some wait without end.
     """
@@ -42,7 +42,7 @@ class StoreKind:
     log_in: str
     identity: Callable[[Any, str, Info], str]
     reader: Callable[[Any, str, str], Read]
-    upload: Callable[[Any, str, str], Upload] | None = OrderedUpload
+    upload: type[Upload] | None = OrderedUpload
     checks: bool = True
     options: Callable[[], Mapping[str, Any]] = dict
 

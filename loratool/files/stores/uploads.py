@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 PART = 1 << 26  # bytes; S3 takes 10,000 parts
 
@@ -12,8 +12,10 @@ PART = 1 << 26  # bytes; S3 takes 10,000 parts
 class Upload(Protocol):
     """An object that appears when all its parts are sent and `complete` is called."""
 
+    in_order: ClassVar[bool]  # parts have to be sent in their order, one by one, by one process
     identity: str  # with which another process continues it; empty if none can
-    in_order: bool  # parts have to be sent in their order, one by one
+
+    def __init__(self, system: Any, path: str, identity: str) -> None: ...
 
     def sent(self) -> Mapping[int, str]:
         """Return the numbers, from 0, of the parts that the store has, and the MD5 of each as the store tells it."""
@@ -28,7 +30,7 @@ class Upload(Protocol):
 class S3Upload:
     """A multipart upload of S3; its parts stay until it is completed or aborted."""
 
-    in_order = False
+    in_order: ClassVar[bool] = False
 
     def __init__(self, system: Any, path: str, identity: str) -> None:
         self._system = system
@@ -67,7 +69,8 @@ class S3Upload:
 class AzureUpload:
     """Blocks of a blob; those that are not committed disappear after a week."""
 
-    in_order, identity = False, ""
+    in_order: ClassVar[bool] = False
+    identity = ""
 
     def __init__(self, system: Any, path: str, identity: str) -> None:
         self._system, (self._container, self._blob, _) = system, system.split_path(path)
@@ -104,7 +107,8 @@ def _block_name(number: int) -> str:
 class OrderedUpload:
     """An object that fsspec writes from the front to the back."""
 
-    in_order, identity = True, ""
+    in_order: ClassVar[bool] = True
+    identity = ""
 
     def __init__(self, system: Any, path: str, identity: str) -> None:
         self._system, self._path = system, path
