@@ -133,6 +133,9 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "resize": lambda m, out: loratool.resize(m / "one", out, rank=2),
     "convert": lambda m, out: loratool.convert(m / "one", out, to="peft", dtype="bf16"),
     "delta": lambda m, out: opened_as_text(loratool.open_adapter(m / "one")),
+    "save": lambda m, out: str(
+        loratool.save_adapter(out, {"up": (torch.full((2, 16), 3e-39), torch.ones(16, 2), 0.3)}, to="kohya")
+    ),
     "weights": lambda m, out: opened_as_text(loratool.open_checkpoint(m / "coded")),
     "iter merged": lambda m, out: [
         (name, x.view(-1).view(torch.uint8).tolist()) for name, x in loratool.iter_merged(m / "base", m / "one")
@@ -199,7 +202,7 @@ def layers(verb: Any) -> Iterator[Any]:
 def test_every_verb_requires_ieee(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for what only writes and reads."""
     verbs = [each for name in loratool.__all__ if inspect.isfunction(each := getattr(loratool, name))]
-    assert len(verbs) == 30
+    assert len(verbs) == 31
     decorated = require_ieee(len).__code__  # type: ignore[attr-defined]
     without = [verb for verb in verbs if all(each.__code__ is not decorated for each in layers(verb))]
     monkeypatch.setattr("loratool.commands.calls.require_ieee", lambda work: lambda: f"required by {work.__self__}")

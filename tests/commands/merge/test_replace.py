@@ -435,7 +435,7 @@ class TestRefused:
         self.refused(merged, "cut off or damaged")
 
     def test_an_attestation(self, merged: tuple[Path, Path, Path]) -> None:
-        self.refused(merged, "--replace and --attest exclude each other", UsageError, attest="a.json")
+        self.refused(merged, "replace and attest exclude each other", UsageError, attest="a.json")
 
     def test_the_merged_model_as_output(self, merged: tuple[Path, Path, Path]) -> None:
         model, old, new = merged

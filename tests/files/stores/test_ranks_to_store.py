@@ -149,8 +149,8 @@ CASES = {
     "patch": Case("patch ../base merged -o {out}", "merge ../base ../adapter -o merged", "out.patch"),
 }
 
-# Commands whose shards two ranks share. Not "merge like codes", whose new scales are all in the last shard, nor "convert
-# to torch", which sends nothing, and so waits for nothing, before one rank may have drawn all
+# Commands whose shards two ranks share. Not "merge like codes", whose new scales are all in the last shard, nor
+# "convert to torch", which sends nothing, and so waits for nothing, before one rank may have drawn all
 SHARED = ("merge", "merge into shards", "merge into codes", "unmerge", "unmerge roughly", "convert")
 
 
