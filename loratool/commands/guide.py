@@ -34,6 +34,7 @@ PAGES = {
         "prove",
         "provenance",
         "github-actions",
+        "check-adapters",
         "resume",
         "many-machines",
         "slurm",
