@@ -84,7 +84,7 @@ class TestLoralib:
         with pytest.raises(InputError, match=r"(?s)c_attn: holds factors of 2 slices.*convert") as refused:
             open_adapter(tmp_path / "a.safetensors", 6.0)
         assert not isinstance(refused.value, NeedsFlag)
-        with pytest.raises(NeedsFlag, match="enable-lora"):
+        with pytest.raises(NeedsFlag, match="enable_lora"):
             open_adapter(tmp_path / "a.safetensors", 6.0, enabled=())
         with pytest.raises(InputError, match="names 3"):
             open_adapter(tmp_path / "a.safetensors", 6.0, enabled=(True,) * 3)

@@ -93,7 +93,8 @@ def items_of(folder: Path) -> Iterator[Item]:
 
     def keep(output: Output, sources: Any, changed: Any, *others: Any, **_: Any) -> None:
         targets = {file.name: file for file in output.files}
-        kept.extend(rewrite._items(output, sources, changed, targets, others[-1].read))  # type: ignore[arg-type]
+        groups = rewrite._groups(output, sources, changed, targets, others[-1].read, False)  # type: ignore[arg-type]
+        kept.extend(rewrite._items(output, [items for _, items in groups]))
         raise Planned
 
     with mock.patch.object(command, "rewrite", keep):
