@@ -94,8 +94,10 @@ def partial_file(
                 disk.sync_folder(path.parent)
         if journal_path(path).exists():
             with suppress(OSError, MachineError), _locked_file(partial, path, patience=0):
-                _remove_journal(path)
-                disk.unlink(partial)
+                try:
+                    _remove_journal(path)
+                finally:
+                    disk.unlink(partial)
 
 
 @contextmanager
@@ -174,8 +176,10 @@ def partial_folder(path: Path, left: Callable[[], Collection[Path]] = nothing_le
                 disk.sync_folder(path.parent)
         if journal_path(path).exists():
             with suppress(OSError, MachineError), _locked_folder(partial, path, patience=0):
-                _remove_journal(path)
-                disk.remove_empty_folder(partial)
+                try:
+                    _remove_journal(path)
+                finally:
+                    disk.remove_empty_folder(partial)
         _remove(former)
 
 
