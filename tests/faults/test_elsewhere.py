@@ -112,7 +112,10 @@ def test_a_command_does_the_same(
     assert found["far"][2].keys() == found["near"][2].keys()
     differing = [key for key, content in found["near"][2].items() if found["far"][2][key] != content]
     assert not differing, [(name, key, found[name][2][key]) for name in found for key in differing]
-    assert _flat(found["far"][1]) == _flat(found["near"][1])
+    said = {name: _flat(found[name][1]) for name in found}
+    if "--for ollama" in call:  # which builds from a base on its own machine
+        assert not said["far"].pop("/report/next") and said["near"].pop("/report/next")
+    assert said["far"] == said["near"]
 
 
 def _plain(link: str, key: str, data: bytes) -> object:
@@ -120,6 +123,8 @@ def _plain(link: str, key: str, data: bytes) -> object:
     if key.endswith(".safetensors"):
         end = 8 + int.from_bytes(data[:8], "little")
         return json.loads(data[8:end].replace(f"{link}/".encode(), b"")), data[end:]
+    if key.endswith("Modelfile"):
+        return data.splitlines()[-1]  # before it is FROM, where Ollama takes a path on its own machine
     text = data.replace(f"{link}/".encode(), b"").replace(b"./", b"")  # ./ tells a path from a name on the hub
     return re.sub(rb"<!-- loratool \w+ -->", b"", text)  # the digest of a card
 
