@@ -167,6 +167,7 @@ def test_codes_of_each_format(tmp_path: Path) -> None:
     require_done(*commands)
 
 
+@pytest.mark.slow
 def test_codes_with_new_scales(tmp_path: Path) -> None:
     commands: list[tuple[object, ...]] = []
     for vector in LIKE:
@@ -189,6 +190,7 @@ def write_gguf(path: Path, kind: str | None) -> Path:
     return write(path, {"general.architecture": "llama", "llama.block_count": 1}, {GGUF: matrix})
 
 
+@pytest.mark.slow
 def test_gguf_models(tmp_path: Path) -> None:
     A, B = torch.linspace(0.1, 1, 512).reshape(2, 256), torch.linspace(-1, 1, 6).reshape(3, 2)
     fields = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
@@ -269,6 +271,7 @@ def test_language_models_adapters_of_each_kind(tmp_path: Path) -> None:
 NEED_A_RANK = {"ia3", "lycoris_glora", "oft_blocks"}  # and the base, to become LoRA
 
 
+@pytest.mark.slow
 def test_image_models_adapters_of_each_kind(tmp_path: Path) -> None:
     sources = {kind: write_image(tmp_path / kind.replace(" ", ""), "sdxl", kind).adapter for kind in IMAGE}
     options = (

@@ -22,17 +22,17 @@ _held: set[int] = set()  # descriptors
 
 
 @contextmanager
-def locked(place: Path, path: Path, make: Callable[[], object], patience: float = PATIENCE) -> Iterator[None]:
+def locked(place: Path, path: Path, make: Callable[[], object], waits: bool = True) -> Iterator[None]:
     """Lock the file or folder `place`, which becomes `path`, during the block. Without locks, only create it.
 
     Args:
         make: creates it unless it exists.
-        patience: seconds to wait for another process that holds it.
+        waits: wait a little for another process that holds it.
 
     Raises:
         MachineError: another process holds it.
     """
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + (PATIENCE if waits else 0)
     while True:
         make()
         try:

@@ -15,7 +15,7 @@ from ..errors import MachineError, NeedsFlag, UsageError
 from . import disk
 from .fileio import open_new
 from .interrupts import held_back, let_in, unless_done
-from .locks import PATIENCE, locked
+from .locks import locked
 
 
 def partial_path(path: Path) -> Path:
@@ -93,7 +93,7 @@ def partial_file(
                 disk.rename(partial, path)
                 disk.sync_folder(path.parent)
         if journal_path(path).exists():
-            with suppress(OSError, MachineError), _locked_file(partial, path, patience=0):
+            with suppress(OSError, MachineError), _locked_file(partial, path, waits=False):
                 try:
                     _remove_journal(path)
                 finally:
@@ -125,10 +125,10 @@ def _remove_journal(path: Path) -> None:
         disk.remove_folder(journal_path(path))
 
 
-def _locked_file(partial: Path, path: Path, patience: float = PATIENCE) -> AbstractContextManager[None]:
+def _locked_file(partial: Path, path: Path, waits: bool = True) -> AbstractContextManager[None]:
     """Create and lock a file for the output `path`."""
     # "ab" empties no other process's file
-    return locked(partial, path, lambda: disk.open_file(partial, "ab").close(), patience)
+    return locked(partial, path, lambda: disk.open_file(partial, "ab").close(), waits)
 
 
 @contextmanager
@@ -175,7 +175,7 @@ def partial_folder(path: Path, left: Callable[[], Collection[Path]] = nothing_le
                 disk.rename(partial, path)
                 disk.sync_folder(path.parent)
         if journal_path(path).exists():
-            with suppress(OSError, MachineError), _locked_folder(partial, path, patience=0):
+            with suppress(OSError, MachineError), _locked_folder(partial, path, waits=False):
                 try:
                     _remove_journal(path)
                 finally:
@@ -242,8 +242,8 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         _remove(scratch)
 
 
-def _locked_folder(place: Path, path: Path, patience: float = PATIENCE) -> AbstractContextManager[None]:
+def _locked_folder(place: Path, path: Path, waits: bool = True) -> AbstractContextManager[None]:
     """Create and lock a folder for the output `path`."""
     if place.is_symlink() or place.is_file():
         raise UsageError("is in the way", culprit=str(place))
-    return locked(place, path, lambda: disk.make_folder(place), patience)
+    return locked(place, path, lambda: disk.make_folder(place), waits)

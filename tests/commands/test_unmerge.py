@@ -235,7 +235,7 @@ class TestRefusals:
         file = next(f for f in sorted(merged.glob("*.safetensors")) if name in load_file(f))
         tensors = load_file(file)
         tensors[name][3] += 1
-        for piece in (PIECE, 50):  # one piece or several, as the merge hashed it
+        for piece in (PIECE, 100):  # one piece or several, as the merge hashed it
             of_pieces(monkeypatch, piece)
             loratool.merge(FIXTURES / "llama" / "base", FIXTURES / "llama" / "adapter", merged, force=True)
             save_file(tensors, file, metadata={"format": "pt"})

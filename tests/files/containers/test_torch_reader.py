@@ -588,7 +588,7 @@ def saved(layout: str) -> bytes:
 SAVED = {layout: saved(layout) for layout in LAYOUTS}
 
 
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(
     layout=st.sampled_from(list(LAYOUTS)),
     flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=3),
